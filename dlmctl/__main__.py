@@ -1,0 +1,5 @@
+"""`python -m dlmctl` is `dlmctl`."""
+
+from dlmctl.cli import main
+
+main()

@@ -1,0 +1,126 @@
+"""The command line: a table from subcommand to module, imported when it is called.
+
+`dlmctl --help` reads the table alone, so that it starts at once; torch is imported by the stages
+that need it and by nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from dlmctl import __version__
+from dlmctl.records.errors import UserFacingError
+
+
+class Subcommand(NamedTuple):
+    """A row of the table."""
+
+    module: str
+    """Module under `dlmctl.commands`; its function `command` is the subcommand."""
+    panel: str
+    """Heading in `dlmctl --help`."""
+    summary: str
+    """One line of help; also the first line of the subcommand's own help."""
+
+
+PIPE, LOOK, SETUP = "Stages of the pipe", "Look at results", "Set up"
+
+SUBCOMMANDS = {
+    "prompts": Subcommand("prompts", PIPE, "Make prompts, or read them from files and datasets."),
+    "rollout": Subcommand("rollout", PIPE, "Sample completions from a model."),
+    "verify": Subcommand("verify", PIPE, "Give each completion its rewards."),
+    "score-elbo": Subcommand("score_elbo", PIPE, "Score completions under models, in nats."),
+    "advantage": Subcommand("advantage", PIPE, "Turn the rewards of a group into advantages."),
+    "update": Subcommand("update", PIPE, "Train a model on the records and save a checkpoint."),
+    "stats": Subcommand("stats", LOOK, "Accuracy, pass@k, reward and length per task."),
+    "plot": Subcommand("plot", LOOK, "Draw curves from metrics records."),
+    "init": Subcommand("init", SETUP, "Make a small new model of any family."),
+    "doctor": Subcommand("doctor", SETUP, "Say what this machine has and what is missing."),
+}
+
+
+def with_exit_codes(function: Callable[..., None]) -> Callable[..., None]:
+    """Turn the errors meant for the user into one line on stderr and their exit code."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except UserFacingError as error:
+            print(f"dlmctl: {error}", file=sys.stderr)
+            raise typer.Exit(error.exit_code) from None
+        except BrokenPipeError:
+            # The reader has seen enough; point stdout elsewhere so that the exit flush is silent.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+    return run
+
+
+def load(name: str) -> Any:
+    """The click command behind a subcommand, its module imported."""
+    row = SUBCOMMANDS[name]
+    module = importlib.import_module(f"dlmctl.commands.{row.module}")
+    app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
+    app.command(name)(with_exit_codes(module.command))
+    return typer.main.get_command(app)
+
+
+class LazyGroup(TyperGroup):
+    """A group that lists its subcommands from the table and imports only the one that runs."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(SUBCOMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        row = SUBCOMMANDS.get(cmd_name)
+        if row is None:
+            return None
+        return TyperCommand(cmd_name, help=row.summary, rich_help_panel=row.panel)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load(name) if name in SUBCOMMANDS else command, rest
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"dlmctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def dlmctl(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Post-training of diffusion language models as Unix pipes.
+
+    Every subcommand reads and writes JSON Lines, so that a whole study is a shell pipe:
+
+    dlmctl prompts sudoku | dlmctl rollout | dlmctl verify | dlmctl update --algo rspo -o runs/a
+    """
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="dlmctl")

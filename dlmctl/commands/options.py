@@ -1,0 +1,68 @@
+"""Options that several subcommands share: one name, one help text, one environment variable."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dlmctl.records.jsonl import OnError
+
+Files = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[FILE]...", help="JSONL files; none, or -, is standard input."),
+]
+Output = Annotated[
+    str,
+    typer.Option("-o", "--output", metavar="FILE", help="Where records go; - is standard output."),
+]
+OnErrorOption = Annotated[
+    OnError,
+    typer.Option(
+        "--on-error",
+        envvar="DLMCTL_ON_ERROR",
+        help="A record that cannot be used: fail ends the stage (exit 65), skip leaves it out, "
+        "keep passes it on with an error field.",
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Option(
+        "-m",
+        "--model",
+        metavar="MODEL",
+        envvar="DLMCTL_MODEL",
+        help="Hub name, directory or checkpoint; builtin:puzzles is the model that comes along.",
+    ),
+]
+Seed = Annotated[
+    int, typer.Option("--seed", envvar="DLMCTL_SEED", help="Same seed, same input: same output.")
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="DEVICE", envvar="DLMCTL_DEVICE", help="auto, cpu, cuda or cuda:N."
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        envvar="DLMCTL_DTYPE",
+        help="auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16.",
+    ),
+]
+BatchSize = Annotated[
+    int,
+    typer.Option(
+        "-b",
+        "--batch-size",
+        min=1,
+        envvar="DLMCTL_BATCH_SIZE",
+        help="Sequences per forward pass; changes speed and memory, not results.",
+    ),
+]
+Quiet = Annotated[
+    bool, typer.Option("-q", "--quiet", envvar="DLMCTL_QUIET", help="No progress on stderr.")
+]

@@ -1,0 +1,73 @@
+"""Sampling from an autoregressive model, left to right with a key-value cache.
+
+Prompts are left-padded so that all rows write the same column. The noise of a token depends on the
+key of its row and its place alone, as in the diffusion sampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dlmctl.diffusion.noise import gumbel, key_tensor, subkeys
+from dlmctl.diffusion.sampler import Sample
+from dlmctl.models.policy import Policy
+
+
+@torch.no_grad()
+def sample_autoregressive(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    keys: Sequence[int],
+    gen_length: int,
+    temperature: float,
+) -> list[Sample]:
+    """Sample a completion for each prompt, up to and including end-of-sequence.
+
+    Args:
+        prompts: B sequences of token ids, none of them empty.
+        keys: B 64-bit keys that the noise of each row comes from.
+    """
+    device, width = policy.device, max(len(p) for p in prompts)
+    ids = torch.full((len(prompts), width), policy.pad_id, dtype=torch.int64)
+    attention = torch.zeros_like(ids)
+    for b, prompt in enumerate(prompts):
+        ids[b, width - len(prompt) :] = torch.tensor(prompt)
+        attention[b, width - len(prompt) :] = 1
+    ids, attention = ids.to(device), attention.to(device)
+    noise_keys = key_tensor(list(keys), device)
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    tokens: list[Tensor] = []
+    cache = None
+    for step in range(gen_length):
+        places = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        output = policy.model(
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = output.past_key_values
+        scores = output.logits[:, -1].double()
+        if temperature > 0:
+            vocabulary = torch.arange(scores.shape[1], device=device)
+            where = subkeys(noise_keys, torch.tensor(step, device=device))
+            scores = scores + temperature * gumbel(where[:, None], vocabulary[None])
+        token = scores.argmax(dim=1).masked_fill(finished, policy.pad_id)
+        tokens.append(token)
+        finished |= token == (policy.eos_id if policy.eos_id is not None else -1)
+        if bool(finished.all()):
+            break
+        ids = token[:, None]
+        attention = torch.cat([attention, attention.new_ones(len(prompts), 1)], dim=1)
+    return [_finish(row, policy.eos_id) for row in torch.stack(tokens, dim=1).tolist()]
+
+
+def _finish(tokens: list[int], eos_id: int | None) -> Sample:
+    if eos_id is not None and eos_id in tokens:
+        tokens = tokens[: tokens.index(eos_id) + 1]
+    return Sample(tokens, list(range(len(tokens))), len(tokens))

@@ -1,0 +1,63 @@
+"""Random numbers as a pure function of (key, counter): no state, no order, no device in them.
+
+A sampler that draws from a generator gives a row other numbers when its batch changes. Here the
+noise of a token depends on who it is (seed, record, sample, step, position) and on nothing else,
+so that results do not depend on batch size or device, and two processes agree without talking.
+
+The generator is SplitMix64 (Steele, Lea, Flood 2014): output n of the stream with key k is
+mix(k + (n + 1) * golden ratio), in 64-bit wrap-around arithmetic, which int64 tensors have.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+GOLDEN = _signed(0x9E3779B97F4A7C15)
+MIX_1 = _signed(0xBF58476D1CE4E5B9)
+MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def stream_key(*parts: str | int) -> int:
+    """A 64-bit key (signed) for the stream that these parts name, the same in every process."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def random_bits(keys: Tensor, counters: Tensor) -> Tensor:
+    """64 random bits for each (key, counter); int64 tensors that broadcast against each other."""
+    z = keys + (counters + 1) * GOLDEN
+    z = (z ^ _shift_right(z, 30)) * MIX_1
+    z = (z ^ _shift_right(z, 27)) * MIX_2
+    return z ^ _shift_right(z, 31)
+
+
+def uniform(keys: Tensor, counters: Tensor) -> Tensor:
+    """Uniform numbers in the open interval (0, 1), float64, for each (key, counter)."""
+    return (_shift_right(random_bits(keys, counters), 11).double() + 0.5) * 2.0**-53
+
+
+def gumbel(keys: Tensor, counters: Tensor) -> Tensor:
+    """Standard Gumbel noise, float64, for each (key, counter)."""
+    return -(-uniform(keys, counters).log()).log()
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def subkeys(keys: Tensor, counters: Tensor) -> Tensor:
+    """Keys of independent streams under each key; the same bits, used as keys."""
+    return random_bits(keys ^ MIX_2, counters)
+
+
+def key_tensor(keys: list[int], device: torch.device | str = "cpu") -> Tensor:
+    """Keys as an int64 tensor [N]."""
+    return torch.tensor(keys, dtype=torch.int64, device=device)

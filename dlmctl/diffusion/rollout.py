@@ -1,0 +1,112 @@
+"""The stage `rollout`: prompt records in, one record per sampled completion out.
+
+Prompts are read as they come: a batch starts as soon as it is full or the input pauses, so that
+memory holds one batch and the first record leaves before the last prompt arrives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from dlmctl.diffusion.autoregressive import sample_autoregressive
+from dlmctl.diffusion.noise import stream_key
+from dlmctl.diffusion.sampler import Sample, Sampling, sample
+from dlmctl.models.policy import Policy
+from dlmctl.records.jsonl import OnError, Record, each, field
+
+
+class Round(NamedTuple):
+    """Where in a training loop the samples are made; written into every record."""
+
+    number: int
+    size: int
+    """Completions in the round."""
+
+
+def rollout(
+    records: Iterable[Record],
+    policy: Policy,
+    settings: Sampling,
+    samples: int,
+    seed: int,
+    batch_size: int,
+    on_error: OnError = "fail",
+    round_: Round | None = None,
+) -> Iterator[Record]:
+    """Sample `samples` completions for every prompt; a group leaves as neighbours, in order."""
+
+    def prepare(record: Record) -> Record:
+        record_id = field(record, "id", (str, int), "'dlmctl prompts' writes it")
+        prompt = policy.encode(record)
+        ready = Record(record)
+        ready.where = record.where
+        ready["id"] = record_id
+        ready["tokens"] = {**(record.get("tokens") or {}), "prompt": prompt}
+        return ready
+
+    batch: list[tuple[Record, int]] = []
+    for record in each(records, prepare, on_error):
+        if "error" in record:
+            yield from _sampled(batch, policy, settings, samples, seed, round_)
+            batch = []
+            yield record
+            continue
+        for index in range(samples):
+            batch.append((record, index))
+            if len(batch) == batch_size:
+                yield from _sampled(batch, policy, settings, samples, seed, round_)
+                batch = []
+    yield from _sampled(batch, policy, settings, samples, seed, round_)
+
+
+def _sampled(
+    batch: list[tuple[Record, int]],
+    policy: Policy,
+    settings: Sampling,
+    samples: int,
+    seed: int,
+    round_: Round | None,
+) -> Iterator[Record]:
+    if not batch:
+        return
+    prompts = [record["tokens"]["prompt"] for record, _ in batch]
+    number = round_.number if round_ else 0
+    keys = [stream_key(seed, number, record["id"], index) for record, index in batch]
+    if policy.diffusion:
+        results = sample(policy, prompts, keys, settings)
+    else:
+        results = sample_autoregressive(
+            policy, prompts, keys, settings.gen_length, settings.temperature
+        )
+    for (record, index), result in zip(batch, results, strict=True):
+        yield _completed(record, index, result, policy, settings, samples, seed, round_)
+
+
+def _completed(
+    record: Record,
+    index: int,
+    result: Sample,
+    policy: Policy,
+    settings: Sampling,
+    samples: int,
+    seed: int,
+    round_: Round | None,
+) -> Record:
+    done = Record(record)
+    done.where = record.where
+    done["sample"] = index
+    done["completion"] = policy.decode(result.tokens)
+    done["tokens"] = {"prompt": record["tokens"]["prompt"], "completion": result.tokens}
+    done["rollout"] = {
+        "model": policy.name,
+        "revision": policy.revision,
+        **({"round": round_.number, "round_size": round_.size} if round_ else {}),
+        "seed": seed,
+        "samples": samples,
+        "temperature": settings.temperature,
+        "nfe": result.nfe,
+        "order": result.order,
+        "finish": "eos" if policy.eos_id in result.tokens else "length",
+    }
+    return done

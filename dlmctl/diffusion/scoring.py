@@ -1,0 +1,134 @@
+"""The stage `score-elbo`: the ELBO of every completion under labelled models, with its masks' law.
+
+A score carries what its masks depend on, so that a difference of two scores is taken only where
+both were made with the same masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlmctl.diffusion.elbo import (
+    Example,
+    elbo_samples,
+    example_masks,
+    scored_tokens,
+    summarize,
+)
+from dlmctl.diffusion.masks import Law
+from dlmctl.models.policy import Policy
+from dlmctl.records.errors import DataError
+from dlmctl.records.jsonl import OnError, Record, each, field
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """Everything that the masks of a record depend on, beside its id and sample."""
+
+    law: Law = "complementary"
+    samples: int = 2
+    """Masks, that is forward passes, for each completion."""
+    seed: int = 0
+    until_eos: bool = False
+    """Score tokens up to and including the first end-of-sequence, instead of all of them."""
+
+
+def example_of(record: Record, policy: Policy, plan: MaskPlan) -> Example:
+    """The ids of a record and its masks; text is tokenized only where ids are missing.
+
+    Raises:
+        DataError: the record has neither ids nor text, or an empty completion.
+    """
+    tokens = record.get("tokens") or {}
+    prompt = tokens.get("prompt") or policy.encode(record)
+    completion = tokens.get("completion")
+    if completion is None:
+        text = field(record, "completion", str, "'dlmctl rollout' writes it")
+        completion = policy.tokenizer.encode(text, add_special_tokens=False)
+    if not completion:
+        raise DataError("the completion is empty; there is nothing to score", record.where)
+    record_id = field(record, "id", (str, int), "'dlmctl prompts' writes it")
+    masks = example_masks(
+        policy,
+        completion,
+        plan.law,
+        plan.samples,
+        plan.until_eos,
+        plan.seed,
+        record_id,
+        record.get("sample", 0),
+    )
+    return Example(prompt, completion, masks)
+
+
+def score(
+    records: Iterable[Record],
+    policies: Mapping[str, Policy],
+    plan: MaskPlan,
+    batch_size: int,
+    on_error: OnError = "fail",
+) -> Iterator[Record]:
+    """Add `elbo[label]` for every labelled policy."""
+
+    def prepare(record: Record) -> Record:
+        ready = Record(record)
+        ready.where = record.where
+        for policy in policies.values():
+            example_of(ready, policy, plan)
+        return ready
+
+    stream = each(records, prepare, on_error)
+    while batch := list(islice(stream, batch_size)):
+        sound = [record for record in batch if "error" not in record]
+        for label, policy in policies.items():
+            examples = [example_of(record, policy, plan) for record in sound]
+            estimates = elbo_samples(policy, examples, batch_size)
+            for record, example, samples in zip(sound, examples, estimates, strict=True):
+                entry = score_entry(policy, plan, example, samples)
+                record["elbo"] = {**(record.get("elbo") or {}), label: entry}
+        yield from batch
+
+
+def score_entry(policy: Policy, plan: MaskPlan, example: Example, samples: Tensor) -> dict[str, Any]:
+    """A score as it stands in a record."""
+    paired = plan.law == "complementary" and policy.diffusion
+    result = summarize(samples, paired, exact=not policy.diffusion)
+    return {
+        "value": result.value,
+        "stderr": result.stderr,
+        "samples": result.samples.tolist(),
+        "tokens": int(scored_tokens(example.completion, policy.eos_id, plan.until_eos).sum()),
+        "masks": asdict(plan) if policy.diffusion else "exact",
+        "model": policy.name,
+        "revision": policy.revision,
+    }
+
+
+def relative_score(record: Record, label: str, reference: str) -> Tensor:
+    """Difference of two scores of a record, one for each mask: float64 [K], in nats.
+
+    Raises:
+        DataError: a score is missing, or the two were made with different masks.
+    """
+    scores = field(record, "elbo", dict, "'dlmctl score-elbo' writes it")
+    for name in (label, reference):
+        if name not in scores:
+            there = ", ".join(scores) or "none"
+            raise DataError(f"no score labelled '{name}'; there are: {there}", record.where)
+    first, second = scores[label], scores[reference]
+    if first["masks"] != second["masks"]:
+        raise DataError(
+            f"scores '{label}' and '{reference}' were made with different masks "
+            f"({first['masks']} and {second['masks']}); their difference means nothing: "
+            "score both with the same --masks, -k and --seed",
+            record.where,
+        )
+    return torch.tensor(first["samples"], dtype=torch.float64) - torch.tensor(
+        second["samples"], dtype=torch.float64
+    )

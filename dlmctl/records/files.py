@@ -1,0 +1,58 @@
+"""Atomic files and directories: write beside, then rename. Kill -9 leaves the old or the new, whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from dlmctl.records.errors import CannotCreateError
+
+
+def publish_directory(target: Path, fill: Callable[[Path], None]) -> None:
+    """Call `fill` on an empty directory beside `target`, then rename it to `target`.
+
+    Raises:
+        CannotCreateError: the directory cannot be made.
+    """
+    beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        beside.mkdir(parents=True)
+    except OSError as error:
+        raise CannotCreateError(f"cannot create {target} ({error.strerror})") from None
+    try:
+        fill(beside)
+        _sync(beside)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(beside, target)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def publish_link(link: Path, target: str) -> None:
+    """Make `link` a symbolic link to `target` by one rename."""
+    beside = link.with_name(f".{link.name}.partial-{os.getpid()}")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(target)
+    os.replace(beside, link)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a whole file by write-then-rename."""
+    beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(data)
+        os.replace(beside, path)
+    except OSError as error:
+        raise CannotCreateError(f"cannot write {path} ({error.strerror})") from None
+
+
+def _sync(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())

@@ -1,0 +1,170 @@
+"""JSON Lines in and out: one record per line, file:line in every complaint, whole lines only.
+
+Readers are lazy: the first record leaves before the last one arrives. Writers flush every record,
+so that the next stage of a pipe can start on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import orjson
+
+from dlmctl.records.errors import (
+    CannotCreateError,
+    CannotWriteError,
+    DataError,
+    MissingInputError,
+)
+
+OnError = Literal["fail", "skip", "keep"]
+
+
+class Record(dict[str, Any]):
+    """One JSON object of the stream; `where` is the `file:line` it was read from."""
+
+    where: str = ""
+
+
+def read_records(files: Sequence[str], on_error: OnError = "fail") -> Iterator[Record]:
+    """Records of the named JSONL files in order; `-`, or no file at all, is standard input.
+
+    Raises:
+        MissingInputError: a file is not there or cannot be read.
+        DataError: a line is not a JSON object (only with `on_error="fail"`).
+    """
+    for name in files or ["-"]:
+        with _open(name) as stream:
+            label = "<stdin>" if name == "-" else name
+            for number, line in enumerate(stream, start=1):
+                if line.isspace():
+                    continue
+                where = f"{label}:{number}"
+                try:
+                    yield parse_record(line, where)
+                except DataError as error:
+                    text = line.decode("utf-8", "replace").rstrip("\n")
+                    yield from faulty(Record(line=text), error, on_error)
+
+
+def parse_record(line: bytes, where: str) -> Record:
+    """One line of JSONL as a record; raises DataError if it is not a JSON object."""
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise DataError(f"not JSON ({error}); expected one object per line", where) from None
+    if not isinstance(value, dict):
+        raise DataError(f"expected a JSON object, found {type(value).__name__}", where)
+    record = Record(value)
+    record.where = where
+    return record
+
+
+def each(
+    records: Iterable[Record], function: Callable[[Record], Record], on_error: OnError = "fail"
+) -> Iterator[Record]:
+    """Apply `function` to every record; a record that already bears an `error` passes untouched."""
+    for record in records:
+        if "error" in record:
+            yield record
+            continue
+        try:
+            result = function(record)
+        except DataError as error:
+            error.where = error.where or record.where
+            yield from faulty(record, error, on_error)
+        else:
+            yield result
+
+
+def faulty(record: Record, error: DataError, on_error: OnError) -> Iterator[Record]:
+    """What becomes of a record that cannot be used: raise, leave it out, or pass it on marked."""
+    if on_error == "fail":
+        raise error
+    if on_error == "skip":
+        print(f"dlmctl: skipped: {error}", file=sys.stderr)
+        return
+    marked = Record(record)
+    marked.where = record.where
+    marked["error"] = {"where": error.where, "message": error.message}
+    yield marked
+
+
+def field(record: Record, name: str, kind: type | tuple[type, ...], hint: str = "") -> Any:
+    """The value of a field that must be there and of that type; raises DataError otherwise."""
+    value = record.get(name)
+    if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
+        return value
+    found = "is missing" if value is None else f"is {type(value).__name__}"
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    wanted = " or ".join(k.__name__ for k in kinds)
+    advice = f"; {hint}" if hint else ""
+    raise DataError(f"field '{name}' {found}, expected {wanted}{advice}", record.where)
+
+
+def dump(record: Any) -> bytes:
+    """One line of JSON, numpy numbers included, keys in their order."""
+    return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
+
+
+def write_records(records: Iterable[Any], output: str = "-") -> int:
+    """Write records to `output` (`-`: standard output) and return how many.
+
+    A file grows as `OUTPUT.partial` and takes its name when the stream ends; after a failure the
+    records that were made stay in the partial file.
+
+    Raises:
+        CannotCreateError: the file cannot be made.
+        CannotWriteError: writing failed, for example on a full disk.
+        BrokenPipeError: the reader of standard output went away.
+    """
+    count = 0
+    with _sink(output) as stream:
+        for record in records:
+            line = dump(record)
+            try:
+                stream.write(line)
+                stream.flush()
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                name = "standard output" if output == "-" else output
+                raise CannotWriteError(
+                    f"cannot write {name} ({error.strerror}); {count} records were written"
+                ) from None
+            count += 1
+    return count
+
+
+@contextlib.contextmanager
+def _sink(output: str) -> Iterator[IO[bytes]]:
+    if output == "-":
+        yield sys.stdout.buffer
+        return
+    partial = Path(f"{output}.partial")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        stream = partial.open("wb")
+    except OSError as error:
+        raise CannotCreateError(f"cannot create {output} ({error.strerror})") from None
+    try:
+        with stream:
+            yield stream
+    except BaseException:
+        print(f"dlmctl: what was produced so far is in {partial}", file=sys.stderr)
+        raise
+    os.replace(partial, output)
+
+
+def _open(name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+    if name == "-":
+        return contextlib.nullcontext(sys.stdin.buffer)
+    try:
+        return open(name, "rb")
+    except OSError as error:
+        raise MissingInputError(f"cannot read {name} ({error.strerror})") from None

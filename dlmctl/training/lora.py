@@ -1,0 +1,49 @@
+"""LoRA through peft: a low-rank adapter on every linear layer of the decoder.
+
+The reference policy of a LoRA run is the same model with the adapter switched off, which costs no
+memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+from dlmctl.models.policy import Policy
+from dlmctl.records.errors import missing_package
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Projections of Llama- and Qwen-like decoders (LLaDA, Dream, A2D); the layers that d1 adapts."""
+
+MASKED_LM_TARGETS = ("query", "key", "value", "dense", "Wqkv", "Wo", "Wi")
+"""The same in BERT-like encoders."""
+
+
+def add_adapter(policy: Policy, rank: int, alpha: float, dropout: float) -> Policy:
+    """The policy with a new adapter that alone is trained; it changes nothing until it learns.
+
+    Raises:
+        UnavailableError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise missing_package("peft", "lora", "--lora-rank") from None
+    modules = {name.rsplit(".", 1)[-1] for name, _ in policy.model.named_modules()}
+    targets = [name for name in (*TARGETS, *MASKED_LM_TARGETS) if name in modules]
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+    model = get_peft_model(policy.model, config)
+    return dataclasses.replace(policy, model=model)
+
+
+def has_adapter(policy: Policy) -> bool:
+    """Whether the policy is a base model with an adapter."""
+    return hasattr(policy.model, "peft_config")
+
+
+@contextlib.contextmanager
+def adapter_off(policy: Policy) -> Iterator[None]:
+    """Within the block the policy is its base model."""
+    with policy.model.disable_adapter():
+        yield
