@@ -64,7 +64,7 @@ def example_masks(
     """The masks of one completion; for an autoregressive policy one set that scores every token."""
     scored = scored_tokens(completion, policy.eos_id, until_eos)
     if not policy.diffusion:
-        return MaskSet(scored[None], torch.ones(1, dtype=torch.float64))
+        return MaskSet(scored[None], torch.ones(1, dtype=torch.float64), scored)
     return draw_masks(law, samples, scored, seed, record_id, sample)
 
 

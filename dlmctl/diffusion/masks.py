@@ -37,6 +37,8 @@ class MaskSet(NamedTuple):
     """bool [K, G], true where a token is replaced by the mask token."""
     weights: Tensor
     """float64 [K]; weight of S(M_k), 0 where nothing is hidden."""
+    scored: Tensor
+    """bool [G], the tokens that count."""
 
 
 def draw_masks(
@@ -77,4 +79,4 @@ def draw_masks(
 
     full = torch.zeros(samples, scored.numel(), dtype=torch.bool)
     full[:, scored] = hidden
-    return MaskSet(full, weights)
+    return MaskSet(full, weights, scored)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +68,18 @@ class Sampling:
     @property
     def blocks(self) -> int:
         return -(-self.gen_length // self.block_length)
+
+
+def settings_for(policy: Policy, **given: Any) -> Sampling:
+    """Settings as given; lengths and steps that are None are the model's own, else LLaDA's."""
+    own = {key: value for key, value in given.items() if value is not None}
+    gen_length = own.get("gen_length", policy.sampling.get("gen_length", 128))
+    lengths = {
+        "gen_length": gen_length,
+        "block_length": min(gen_length, policy.sampling.get("block_length", 32)),
+        "steps": gen_length if "gen_length" in own else policy.sampling.get("steps", gen_length),
+    }
+    return Sampling(**{**lengths, **own})
 
 
 class Sample(NamedTuple):

@@ -14,13 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlmctl.diffusion.elbo import (
-    Example,
-    elbo_samples,
-    example_masks,
-    scored_tokens,
-    summarize,
-)
+from dlmctl.diffusion.elbo import Example, elbo_samples, example_masks, summarize
 from dlmctl.diffusion.masks import Law
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
@@ -103,7 +97,7 @@ def score_entry(policy: Policy, plan: MaskPlan, example: Example, samples: Tenso
         "value": result.value,
         "stderr": result.stderr,
         "samples": result.samples.tolist(),
-        "tokens": int(scored_tokens(example.completion, policy.eos_id, plan.until_eos).sum()),
+        "tokens": int(example.masks.scored.sum()),
         "masks": asdict(plan) if policy.diffusion else "exact",
         "model": policy.name,
         "revision": policy.revision,

@@ -10,6 +10,14 @@ from pathlib import Path
 from dlmctl.records.errors import CannotCreateError
 
 
+def make_directory(directory: Path) -> None:
+    """Create a directory and its parents; raises CannotCreateError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotCreateError(f"cannot create {directory} ({error.strerror})") from None
+
+
 def publish_directory(target: Path, fill: Callable[[Path], None]) -> None:
     """Call `fill` on an empty directory beside `target`, then rename it to `target`.
 

@@ -42,6 +42,13 @@ def has_adapter(policy: Policy) -> bool:
     return hasattr(policy.model, "peft_config")
 
 
+def set_adapter_trainable(policy: Policy) -> None:
+    """Let an adapter that was loaded for inference learn again."""
+    for name, parameter in policy.model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(True)
+
+
 @contextlib.contextmanager
 def adapter_off(policy: Policy) -> Iterator[None]:
     """Within the block the policy is its base model."""

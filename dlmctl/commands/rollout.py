@@ -1,0 +1,176 @@
+"""`dlmctl rollout`: options and wiring of the stage."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dlmctl.commands.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Files,
+    Model,
+    OnErrorOption,
+    Output,
+    Quiet,
+    Seed,
+)
+from dlmctl.commands.progress import counted
+from dlmctl.commands.sampling import (
+    BlockLength,
+    CfgScale,
+    EarlyStop,
+    Eos,
+    GenLength,
+    Remasking,
+    Steps,
+    Temperature,
+    Threshold,
+)
+from dlmctl.records.jsonl import OnError, Record, read_records, write_records
+
+
+def command(
+    files: Files = None,
+    model: Model = "builtin:puzzles",
+    samples: Annotated[
+        int, typer.Option("-n", "--samples", min=1, help="Completions for each prompt.")
+    ] = 8,
+    gen_length: GenLength = None,
+    block_length: BlockLength = None,
+    steps: Steps = None,
+    temperature: Temperature = 0.9,
+    cfg_scale: CfgScale = 0.0,
+    remasking: Remasking = "low_confidence",
+    threshold: Threshold = None,
+    eos: Eos = "normal",
+    early_stop: EarlyStop = False,
+    task: Annotated[
+        str,
+        typer.Option(
+            help="Where prompts come from when there is no FILE and standard input is a terminal "
+            "or /dev/null: sudoku, countdown, or anything else that 'dlmctl prompts' takes."
+        ),
+    ] = "sudoku",
+    prompts: Annotated[
+        int,
+        typer.Option(min=1, help="Prompts taken from --task, or in each round with --follow."),
+    ] = 32,
+    follow: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="Training loop: before each round load the newest checkpoint of this run, which "
+            "'dlmctl update -o RUN' at the end of the pipe writes.",
+        ),
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="With --follow: rounds in all; a run goes on where it was.")
+    ] = 1,
+    max_lag: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="With --follow: rounds that the weights may lag behind; 0 is strictly on-policy, "
+            "1 samples a round while the one before is trained on.",
+        ),
+    ] = 0,
+    seed: Seed = 0,
+    batch_size: BatchSize = 64,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    on_error: OnErrorOption = "fail",
+    quiet: Quiet = False,
+    output: Output = "-",
+) -> None:
+    """Sample completions from a model.
+
+    Reads records with `prompt` or `messages` (or `tokens.prompt`, taken as it is) and writes one
+    record for each completion, the samples of a prompt as neighbours. Masked diffusion models are
+    decoded block by block as in LLaDA, autoregressive ones from left to right.
+
+    With no FILE and no piped input, prompts come from --task.
+
+    Examples:
+
+    dlmctl rollout | dlmctl verify | dlmctl update --algo rspo
+
+    dlmctl rollout -m GSAI-ML/LLaDA-8B-Instruct --gen-length 256 --steps 128 -n 6 prompts.jsonl
+
+    dlmctl rollout --follow runs/a --rounds 200 | dlmctl verify | dlmctl update -o runs/a
+    """
+    from dlmctl.diffusion.follow import follow_run
+    from dlmctl.diffusion.rollout import rollout
+    from dlmctl.diffusion.sampler import settings_for
+    from dlmctl.models.loading import load_policy
+
+    given: dict[str, Any] = {
+        "gen_length": gen_length,
+        "block_length": block_length,
+        "steps": steps,
+        "temperature": temperature,
+        "cfg_scale": cfg_scale,
+        "remasking": remasking,
+        "threshold": threshold,
+        "eos": eos,
+        "early_stop": early_stop,
+    }
+    if follow is not None:
+        source = _prompts(files or [], task, None, seed, on_error, repeat=True)
+        records = follow_run(
+            source,
+            follow,
+            model,
+            lambda policy: settings_for(policy, **given),
+            samples,
+            prompts,
+            rounds,
+            max_lag,
+            seed,
+            batch_size,
+            device,
+            dtype,
+            on_error,
+        )
+    else:
+        policy = load_policy(model, device, dtype)
+        source = _prompts(files or [], task, prompts, seed, on_error, repeat=False)
+        settings = settings_for(policy, **given)
+        records = rollout(source, policy, settings, samples, seed, batch_size, on_error)
+    write_records(counted(records, "sampled", quiet), output)
+
+
+def _prompts(
+    files: list[str], task: str, limit: int | None, seed: int, on_error: OnError, repeat: bool
+) -> Iterator[Record]:
+    """Prompt records from files, standard input or the task, in this order."""
+    if files or _has_input():
+        yield from read_records(files, on_error)
+        while repeat and files and "-" not in files:
+            yield from read_records(files, on_error)
+        return
+    from dlmctl.tasks.sources import prompts
+
+    yield from prompts(task, limit=limit, seed=seed)
+    if repeat:
+        for epoch in count(1):
+            yield from prompts(task, limit=limit, seed=seed + epoch)
+
+
+def _has_input() -> bool:
+    """Whether standard input is a file or a pipe, not a terminal, /dev/null or closed."""
+    try:
+        status = os.fstat(sys.stdin.fileno())
+    except (OSError, ValueError, AttributeError):
+        return sys.stdin is not None and not sys.stdin.closed
+    if not stat.S_ISCHR(status.st_mode):
+        return True
+    return not sys.stdin.isatty() and status.st_rdev != os.stat(os.devnull).st_rdev

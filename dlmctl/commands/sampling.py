@@ -1,0 +1,61 @@
+"""Options of the sampler, under the names of LLaDA's own generation code."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+GenLength = Annotated[
+    int | None,
+    typer.Option(
+        min=1, show_default="the model's own, else 128", help="Tokens of a completion."
+    ),
+]
+BlockLength = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        show_default="the model's own, else 32",
+        help="Tokens of a block; blocks are decided from left to right.",
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        show_default="the model's own, else --gen-length",
+        help="Denoising steps over all blocks.",
+    ),
+]
+Temperature = Annotated[
+    float, typer.Option(min=0.0, help="0 is greedy; otherwise exact Gumbel-max sampling.")
+]
+CfgScale = Annotated[
+    float, typer.Option(min=0.0, help="Classifier-free guidance, two passes a step; 0 is off.")
+]
+Remasking = Annotated[
+    Literal["low_confidence", "random", "entropy", "margin"],
+    typer.Option(help="Which tokens are masked again: how the confidence is measured."),
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        show_default="off",
+        help="Parallel decoding: in each step keep every token with confidence above this, "
+        "instead of a fixed number; --steps is then the most there can be.",
+    ),
+]
+Eos = Annotated[
+    Literal["normal", "late", "never"],
+    typer.Option(
+        help="End-of-sequence: like any token; decided last in its block; or not sampled at all."
+    ),
+]
+EarlyStop = Annotated[
+    bool,
+    typer.Option(
+        "--early-stop/--full-length",
+        help="End a completion when a finished block holds end-of-sequence.",
+    ),
+]

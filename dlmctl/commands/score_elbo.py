@@ -1,0 +1,85 @@
+"""`dlmctl score-elbo`: options and wiring of the stage."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from dlmctl.commands.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Files,
+    OnErrorOption,
+    Output,
+    Quiet,
+    Seed,
+)
+from dlmctl.commands.progress import counted
+from dlmctl.records.errors import UsageError
+from dlmctl.records.jsonl import read_records, write_records
+
+
+def command(
+    files: Files = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-m",
+            "--model",
+            metavar="[LABEL=]MODEL",
+            help="A model to score under, and the label of its score (default label: policy); "
+            "may be given more than once. Default: builtin:puzzles.",
+        ),
+    ] = None,
+    masks: Annotated[
+        Literal["independent", "uniform", "complementary"],
+        typer.Option(
+            help="Mask law: independent t ~ U(0,1); a uniform number of masks with weight L/l; or "
+            "complementary pairs, which score every token once."
+        ),
+    ] = "complementary",
+    samples: Annotated[
+        int, typer.Option("-k", "--masks-per-sample", min=1, help="Masks for each completion.")
+    ] = 2,
+    until_eos: Annotated[
+        bool,
+        typer.Option(
+            "--until-eos/--all-tokens",
+            help="Score tokens up to the first end-of-sequence, or the whole completion.",
+        ),
+    ] = False,
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    on_error: OnErrorOption = "fail",
+    quiet: Quiet = False,
+    output: Output = "-",
+) -> None:
+    """Score completions under models, in nats.
+
+    Writes `elbo.LABEL` for each model: an estimate of the evidence lower bound of the completion
+    with its standard error, or the exact log-likelihood for an autoregressive model. Masks depend
+    on the seed, the record's id and sample, and nothing else: another process scores the same ones.
+
+    Example:
+
+    dlmctl score-elbo -m policy=runs/a -m reference=builtin:puzzles -k 8 verified.jsonl
+    """
+    from dlmctl.diffusion.scoring import MaskPlan, score
+    from dlmctl.models.loading import load_policy
+
+    named = dict(_labelled(text) for text in model or ["builtin:puzzles"])
+    if len(named) < len(model or [""]):
+        raise UsageError("two models have the same label: write --model LABEL=MODEL")
+    policies = {label: load_policy(name, device, dtype) for label, name in named.items()}
+    plan = MaskPlan(masks, samples, seed, until_eos)
+    records = score(read_records(files or [], on_error), policies, plan, batch_size, on_error)
+    write_records(counted(records, "scored", quiet), output)
+
+
+def _labelled(text: str) -> tuple[str, str]:
+    label, found, name = text.partition("=")
+    return (label, name) if found else ("policy", text)

@@ -1,0 +1,90 @@
+"""`rollout --follow`: the sampling half of a training loop that is one shell pipe.
+
+    rollout --follow RUN | verify | update -o RUN
+
+`update` publishes a checkpoint at the end of each round; this side waits for the one that it needs,
+loads its weights, and samples the next round. A round number in the checkpoint is the number of
+rounds trained on, so that round r on lag 0 waits for round r in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import select
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from dlmctl.diffusion.rollout import Round, rollout
+from dlmctl.diffusion.sampler import Sampling
+from dlmctl.models.loading import load_policy
+from dlmctl.models.policy import Policy
+from dlmctl.records.jsonl import OnError, Record
+from dlmctl.training.checkpoint import latest_checkpoint, read_progress
+
+POLL_SECONDS = 0.02
+
+
+def follow_run(
+    prompts: Iterator[Record],
+    run: Path,
+    model: str,
+    settings_for: Callable[[Policy], Sampling],
+    samples: int,
+    prompts_per_round: int,
+    rounds: int,
+    max_lag: int,
+    seed: int,
+    batch_size: int,
+    device: str,
+    dtype: str,
+    on_error: OnError,
+) -> Iterator[Record]:
+    """Sample round after round, each from weights at most `max_lag` rounds old.
+
+    Raises:
+        BrokenPipeError: the reader of standard output went away while a checkpoint was awaited.
+    """
+    checkpoint = latest_checkpoint(run)
+    first = read_progress(checkpoint).round if checkpoint else 0
+    policy = load_policy(str(checkpoint or model), device, dtype)
+    loaded = checkpoint
+    # Prompts of rounds that an earlier process sampled are not sampled again.
+    prompts = islice(prompts, first * prompts_per_round, None)
+    for number in range(first, rounds):
+        checkpoint = _await_round(run, number - max_lag)
+        if checkpoint is not None and checkpoint != loaded:
+            policy = load_policy(str(checkpoint), device, dtype)
+            loaded = checkpoint
+        batch = list(islice(prompts, prompts_per_round))
+        if not batch:
+            return
+        place = Round(number, len(batch) * samples)
+        settings = settings_for(policy)
+        yield from rollout(batch, policy, settings, samples, seed, batch_size, on_error, place)
+
+
+def _await_round(run: Path, wanted: int) -> Path | None:
+    """The newest checkpoint, once it has been trained on `wanted` rounds."""
+    while True:
+        checkpoint = latest_checkpoint(run)
+        if wanted <= 0 and checkpoint is None:
+            return None
+        # Pruned between the two reads: the next one is there already.
+        if checkpoint is not None and (checkpoint / "dlmctl.json").exists():
+            if read_progress(checkpoint).round >= wanted:
+                return checkpoint
+        _check_reader()
+        time.sleep(POLL_SECONDS)
+
+
+def _check_reader() -> None:
+    """Notice that the next stage of the pipe has ended, without writing anything."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError, AttributeError):
+        return
+    if any(event & (select.POLLERR | select.POLLNVAL) for _, event in poll.poll(0)):
+        raise BrokenPipeError

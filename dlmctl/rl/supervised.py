@@ -1,0 +1,56 @@
+"""Supervised fine-tuning of a masked diffusion model: cross-entropy on the masked tokens.
+
+    L = -(1/N) sum_i (1/L_i) (1/K) sum_k weight_ik S_theta(y_i; M_ik)
+
+an upper bound on the negative log-likelihood per token, in nats (LLaDA, arXiv 2502.09992, equation
+5). Completions may be filled up with end-of-sequence, from which the model learns to end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dlmctl.diffusion.scoring import MaskPlan, example_of
+from dlmctl.models.policy import Policy
+from dlmctl.records.errors import UsageError
+from dlmctl.records.jsonl import Record
+from dlmctl.rl.gradient import accumulate_gradient
+
+
+def supervised_gradient(
+    policy: Policy, records: Sequence[Record], plan: MaskPlan, step: int, batch_size: int
+) -> dict[str, Any]:
+    """Accumulate the gradient of a batch; every step draws masks of its own."""
+    plan = dataclasses.replace(plan, seed=plan.seed + step)
+    examples = [example_of(record, policy, plan) for record in records]
+    lengths = torch.tensor([float(e.masks.scored.sum()) for e in examples], dtype=torch.float64)
+    coefficients = -1 / (lengths.clamp(min=1) * len(records))
+    return {"loss": accumulate_gradient(policy, examples, coefficients, batch_size)}
+
+
+def with_completion_ids(record: Record, policy: Policy, fill_to: int | None) -> Record:
+    """The record with its completion's ids, filled with end-of-sequence to `fill_to` tokens.
+
+    Raises:
+        UsageError: the completion does not fit, or the model has no end-of-sequence token.
+    """
+    tokens = dict(record.get("tokens") or {})
+    ids = tokens.get("completion")
+    if ids is None:
+        ids = policy.tokenizer.encode(str(record.get("completion", "")), add_special_tokens=False)
+    if fill_to is not None:
+        if policy.eos_id is None:
+            raise UsageError("--fill-to needs a model with an end-of-sequence token")
+        if len(ids) > fill_to:
+            raise UsageError(
+                f"{record.where}: the completion has {len(ids)} tokens, --fill-to is {fill_to}"
+            )
+        ids = [*ids, *[policy.eos_id] * (fill_to - len(ids))]
+    done = Record(record)
+    done.where = record.where
+    done["tokens"] = {"prompt": tokens.get("prompt") or policy.encode(record), "completion": ids}
+    return done

@@ -1,0 +1,185 @@
+"""A training run: a policy, its frozen reference, the optimizer and the counters, in a directory.
+
+`open_run` begins a run or goes on with the one that the directory holds. With an adapter the
+reference is the base model; with full weights it is a second copy of the model the run began with,
+loaded when it is first needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlmctl.diffusion.elbo import Example, elbo_samples
+from dlmctl.models.loading import load_policy
+from dlmctl.models.policy import Policy
+from dlmctl.records.errors import UsageError
+from dlmctl.records.files import make_directory
+from dlmctl.training.checkpoint import (
+    Progress,
+    latest_checkpoint,
+    read_progress,
+    restore_training,
+    save_checkpoint,
+)
+from dlmctl.training.lora import adapter_off, add_adapter, has_adapter, set_adapter_trainable
+from dlmctl.training.optimizer import (
+    Schedule,
+    apply_step,
+    learning_rate,
+    make_optimizer,
+    trained_parameters,
+)
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """Settings of the optimizer; defaults are the common recipe of the d1 family."""
+
+    rate: float = 3e-6
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.1
+    max_norm: float = 0.2
+    warmup: int = 0
+    schedule: Schedule = "constant"
+    total_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA settings; rank 0 trains the full weights."""
+
+    rank: int = 0
+    alpha: float = 64.0
+    dropout: float = 0.0
+
+
+class Run:
+    """State that must stay consistent: policy, optimizer, counters and their directory."""
+
+    def __init__(
+        self,
+        directory: Path,
+        policy: Policy,
+        progress: Progress,
+        optimization: Optimization,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        self.directory = directory
+        self.policy = policy
+        self.progress = progress
+        self.optimization = optimization
+        self.compute_dtype = compute_dtype
+        self.parameters: dict[str, nn.Parameter] = trained_parameters(policy.model)
+        self.optimizer = make_optimizer(
+            self.parameters.values(), optimization.betas, optimization.weight_decay
+        )
+        self.saved_step = progress.step
+        self._reference: Policy | None = None
+
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
+        """Within the block matrix products run in the compute dtype."""
+        enabled = self.compute_dtype != torch.float32
+        with torch.autocast(self.policy.device.type, self.compute_dtype, enabled=enabled):
+            yield
+
+    def reference_scores(self, examples: Sequence[Example], batch_size: int) -> list[Tensor]:
+        """Scores of the frozen reference, one tensor [K] for each example."""
+        if has_adapter(self.policy):
+            with adapter_off(self.policy):
+                return elbo_samples(self.policy, examples, batch_size)
+        if self._reference is None:
+            # Scored under the same autocast as the policy, so that equal weights score equal.
+            self._reference = load_policy(
+                self.progress.reference, str(self.policy.device), "float32"
+            )
+        return elbo_samples(self._reference, examples, batch_size)
+
+    def step(self) -> dict[str, Any]:
+        """Apply the accumulated gradient and count it; returns the metrics of the step."""
+        settings = self.optimization
+        rate = learning_rate(
+            self.progress.step,
+            settings.rate,
+            settings.warmup,
+            settings.schedule,
+            settings.total_steps,
+        )
+        norm, applied = apply_step(
+            self.optimizer, self.parameters.values(), rate, settings.max_norm
+        )
+        self.progress.step += 1
+        self.progress.skipped += not applied
+        if applied:
+            # No longer the weights that records or files know by the old revision.
+            base = self.policy.revision.split("+")[0]
+            revision = f"{base}+{self.progress.step}"
+            self.policy = dataclasses.replace(self.policy, revision=revision)
+        return {"grad_norm": norm, "lr": rate, "applied": applied}
+
+    def save(self, keep: int) -> Path:
+        """Publish the newest checkpoint."""
+        self.saved_step = self.progress.step
+        return save_checkpoint(
+            self.directory, self.policy, self.optimizer, self.parameters, self.progress, keep
+        )
+
+
+def open_run(
+    directory: Path,
+    model: str,
+    algo: str,
+    optimization: Optimization,
+    adapter: Adapter,
+    device: str,
+    dtype: str,
+    gradient_checkpointing: bool,
+    seed: int,
+) -> Run:
+    """Begin a run in `directory`, or go on with the one that is there.
+
+    Raises:
+        UsageError: the run in the directory trains by another algorithm.
+        MissingInputError: the model is not there.
+    """
+    make_directory(directory)
+    torch.manual_seed(seed)  # the first values of an adapter, and its dropout
+    checkpoint = latest_checkpoint(directory)
+    compute = torch.float32
+    if checkpoint is None:
+        policy = load_policy(model, device, "float32" if adapter.rank == 0 else dtype)
+        progress = Progress(algo, policy.name, policy.revision)
+        if adapter.rank:
+            policy = add_adapter(policy, adapter.rank, adapter.alpha, adapter.dropout)
+    else:
+        progress = read_progress(checkpoint)
+        if progress.algo != algo:
+            raise UsageError(
+                f"{directory} is a run of --algo {progress.algo}, not {algo}: choose another -o, "
+                f"or begin from it with --model {directory}"
+            )
+        full = not (checkpoint / "adapter_config.json").exists()
+        policy = load_policy(str(checkpoint), device, "float32" if full else dtype)
+        if has_adapter(policy):
+            set_adapter_trainable(policy)
+    if dtype != "auto":
+        compute = getattr(torch, dtype)
+    elif policy.device.type == "cuda":
+        compute = torch.bfloat16
+    if gradient_checkpointing:
+        policy.model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    run = Run(directory, policy, progress, optimization, compute)
+    if checkpoint is not None:
+        restore_training(checkpoint, run.optimizer, run.parameters)
+    return run
+
