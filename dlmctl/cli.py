@@ -71,7 +71,9 @@ def load(name: str) -> Any:
     """The click command behind a subcommand, its module imported."""
     row = SUBCOMMANDS[name]
     module = importlib.import_module(f"dlmctl.commands.{row.module}")
-    app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
+    app = typer.Typer(
+        add_completion=False, context_settings={"help_option_names": ["-h", "--help"]}
+    )
     app.command(name)(with_exit_codes(module.command))
     return typer.main.get_command(app)
 

@@ -8,9 +8,7 @@ import typer
 
 GenLength = Annotated[
     int | None,
-    typer.Option(
-        min=1, show_default="the model's own, else 128", help="Tokens of a completion."
-    ),
+    typer.Option(min=1, show_default="the model's own, else 128", help="Tokens of a completion."),
 ]
 BlockLength = Annotated[
     int | None,

@@ -70,9 +70,7 @@ def command(
     ] = "sequence",
     center: Annotated[
         Literal["batch", "prompt"],
-        typer.Option(
-            help="Where the mean of the log-ratios is taken.", rich_help_panel=OBJECTIVE
-        ),
+        typer.Option(help="Where the mean of the log-ratios is taken.", rich_help_panel=OBJECTIVE),
     ] = "batch",
     baseline: Annotated[
         Literal["mean", "loo", "none"],

@@ -89,7 +89,9 @@ def score(
         yield from batch
 
 
-def score_entry(policy: Policy, plan: MaskPlan, example: Example, samples: Tensor) -> dict[str, Any]:
+def score_entry(
+    policy: Policy, plan: MaskPlan, example: Example, samples: Tensor
+) -> dict[str, Any]:
     """A score as it stands in a record."""
     paired = plan.law == "complementary" and policy.diffusion
     result = summarize(samples, paired, exact=not policy.diffusion)

@@ -182,4 +182,3 @@ def open_run(
     if checkpoint is not None:
         restore_training(checkpoint, run.optimizer, run.parameters)
     return run
-

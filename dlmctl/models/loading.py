@@ -1,0 +1,245 @@
+"""From a name to a policy: hub name, directory, checkpoint of a run, adapter, or `builtin:NAME`.
+
+Weights are read from safetensors and nothing that a checkpoint brings is executed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.utils.logging as transformers_logging
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+)
+
+from dlmctl.models.families import Architecture, architecture
+from dlmctl.models.policy import Policy
+from dlmctl.models.weights import read_weights, weight_files, weights_hash
+from dlmctl.records.errors import (
+    DataError,
+    MissingInputError,
+    TryAgainError,
+    UnavailableError,
+    UsageError,
+    missing_package,
+)
+
+# A stage that loads a model in every round would fill the terminal; errors still show.
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
+
+ASSETS = Path(__file__).parent.parent / "assets"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+def load_policy(name: str, device: str = "auto", dtype: str = "auto") -> Policy:
+    """Load a model for inference.
+
+    Args:
+        name: `builtin:NAME`, a directory (a checkpoint, a run with `latest`, a peft adapter), or a
+            hub name, with `@REVISION` if wanted.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16.
+
+    Raises:
+        MissingInputError: the model is not there, or lacks a file.
+        DataError: its files cannot be used.
+        UnavailableError: the device or a package is missing.
+        TryAgainError: the hub does not answer.
+    """
+    where = resolve_device(device)
+    precision = resolve_dtype(dtype, where)
+    directory = model_directory(name)
+    if (directory / "adapter_config.json").exists():
+        return _load_adapter(name, directory, device, dtype)
+
+    config_file = directory / "config.json"
+    if not config_file.exists():
+        raise MissingInputError(f"{directory} has no config.json: it is not a model")
+    plan = architecture(_read_json(config_file), str(config_file))
+    files = weight_files(directory)
+    model = _build(plan, files, precision, directory).to(where).eval()
+    tokenizer = load_tokenizer(directory, plan)
+    return _policy(name, plan, model, tokenizer, weights_hash(files))
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device of a `--device` option; raises UnavailableError and UsageError."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"--device {device} is not a device: auto, cpu, cuda or cuda:N") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UnavailableError(
+            f"--device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
+            "devices; 'dlmctl doctor' says why"
+        )
+    return chosen
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of a `--dtype` option; raises UsageError."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype} is not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def model_directory(name: str) -> Path:
+    """The directory that holds a model, downloaded if it is a hub name."""
+    if name.startswith("builtin:"):
+        directory = ASSETS / name.removeprefix("builtin:")
+        if not directory.is_dir():
+            there = sorted(p.name for p in ASSETS.iterdir() if p.is_dir())
+            raise MissingInputError(f"there is no model {name}; there are: {', '.join(there)}")
+        return directory
+    path = Path(name).expanduser()
+    if path.is_dir():
+        latest = path / "latest"
+        return latest.resolve() if latest.exists() else path
+    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise MissingInputError(f"no model at {name}: it is no directory, and not a hub name")
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repository, _, revision = name.partition("@")
+    try:
+        found = snapshot_download(repository, revision=revision or None, allow_patterns=HUB_FILES)
+    except GatedRepoError:
+        raise MissingInputError(
+            f"{name} is gated: accept its terms on the hub, then  hf auth login"
+        ) from None
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+        raise MissingInputError(f"no model {name}: no such directory, nor on the hub") from None
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise TryAgainError(
+            f"{name} is no directory here, and the hub does not answer ({reason})"
+        ) from None
+    return Path(found)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"not JSON ({error})", str(path)) from None
+    if not isinstance(value, dict):
+        raise DataError("expected a JSON object", str(path))
+    return value
+
+
+def _build(plan: Architecture, files: list[Path], dtype: torch.dtype, directory: Path) -> Any:
+    """The model with its weights; every weight must be there, and no other."""
+    auto = AutoModelForMaskedLM if plan.family == "mlm" else AutoModelForCausalLM
+    tensors = read_weights(files, plan.rename)
+    try:
+        # The class that `auto` maps to, so that from_pretrained takes tensors instead of a path.
+        factory = auto._model_mapping[type(plan.config)]
+    except KeyError:
+        raise DataError(
+            f"{directory}: a model of type '{plan.config.model_type}' is no language model"
+        ) from None
+    try:
+        model, report = factory.from_pretrained(
+            None,
+            config=plan.config,
+            state_dict=tensors,
+            dtype=dtype,
+            output_loading_info=True,
+            attn_implementation="sdpa",
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[-1]
+        raise DataError(f"{directory}: the weights do not fit config.json ({reason})") from None
+    missing = sorted(report["missing_keys"]) + sorted(map(str, report.get("mismatched_keys", [])))
+    if missing:
+        raise DataError(
+            f"{directory}: {len(missing)} weights are missing or misshapen, first {missing[0]}"
+        )
+    return model
+
+
+def load_tokenizer(directory: Path, plan: Architecture) -> Any:
+    """The tokenizer of a checkpoint; Dream's own class is Qwen2's under another name."""
+    try:
+        if (directory / "tokenizer.json").exists():
+            return PreTrainedTokenizerFast.from_pretrained(directory)
+        if plan.family == "dream":
+            return Qwen2Tokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, config=plan.config)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(f"{directory}: its tokenizer cannot be loaded ({reason})") from None
+
+
+def _policy(name: str, plan: Architecture, model: Any, tokenizer: Any, revision: str) -> Policy:
+    config = plan.config
+    mask_id = plan.mask_id if plan.mask_id is not None else tokenizer.mask_token_id
+    if plan.family == "ar":
+        mask_id = None
+    elif mask_id is None:
+        raise DataError(
+            f"{name} has no mask token: neither config.json (mask_token_id) nor its tokenizer"
+        )
+    eos_id = tokenizer.eos_token_id
+    if eos_id is None:
+        given = getattr(config, "eos_token_id", None)
+        eos_id = given[0] if isinstance(given, list) else given
+    if eos_id is None and plan.family == "mlm":
+        eos_id = tokenizer.sep_token_id
+    pad_id = tokenizer.pad_token_id
+    return Policy(
+        model=model,
+        tokenizer=tokenizer,
+        family=plan.family,
+        mask_id=mask_id,
+        eos_id=eos_id,
+        pad_id=pad_id if pad_id is not None else (eos_id or 0),
+        shift=plan.shift,
+        vocab_size=config.get_text_config().vocab_size,
+        name=name,
+        revision=revision,
+        sampling=plan.sampling,
+    )
+
+
+def _load_adapter(name: str, directory: Path, device: str, dtype: str) -> Policy:
+    """A base model with the peft adapter that `directory` holds."""
+    import dataclasses
+
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise missing_package("peft", "lora", f"the adapter {name}") from None
+    weights = directory / "adapter_model.safetensors"
+    if not weights.exists():
+        raise MissingInputError(f"{directory} has no adapter_model.safetensors")
+    settings = _read_json(directory / "adapter_config.json")
+    base_name = settings.get("base_model_name_or_path")
+    if not base_name:
+        raise DataError("it does not name its base model", str(directory / "adapter_config.json"))
+    base = load_policy(base_name, device, dtype)
+    model = PeftModel.from_pretrained(base.model, str(directory))
+    revision = f"{base.revision}.{weights_hash([weights])}"
+    return dataclasses.replace(base, model=model.eval(), name=name, revision=revision)

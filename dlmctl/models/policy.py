@@ -1,0 +1,161 @@
+"""A policy: a model that denoises (or predicts the next token), its tokenizer, and what it means.
+
+The rest of the package knows models only through this. `shift` is where the logits of a token
+stand: 0 at the token itself (LLaDA, masked LMs), 1 at the token before it (Dream, autoregressive).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dlmctl.records.errors import DataError
+
+Family = Literal["llada", "dream", "a2d", "mlm", "ar"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A loaded model."""
+
+    model: nn.Module
+    tokenizer: Any
+    family: Family
+    mask_id: int | None
+    """Token that stands for "not decided yet"; None for an autoregressive model."""
+    eos_id: int | None
+    pad_id: int
+    shift: int
+    """The logits of position i are found at position i - shift."""
+    vocab_size: int
+    name: str
+    """What it was loaded by: a hub name or a path."""
+    revision: str
+    """Hash of the weights."""
+    sampling: Mapping[str, int] = field(default_factory=dict)
+    """The model's own gen_length, block_length and steps, where it has any."""
+
+    @property
+    def diffusion(self) -> bool:
+        """Whether it denoises; otherwise it is autoregressive."""
+        return self.family != "ar"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def core(self) -> nn.Module:
+        """The Hugging Face model itself, its adapter's layers in place."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model  # type: ignore[operator,no-any-return]
+
+    def hidden(self, ids: Tensor, attention: Tensor | None) -> Tensor:
+        """Last hidden states.
+
+        Args:
+            ids: int64 [B, T], padding on the right.
+            attention: bool [B, T], true for tokens that are there; None without padding.
+
+        Returns:
+            [B, T, H] in the dtype of the model.
+        """
+        body: Any = getattr(self.core, self.core.base_model_prefix)  # type: ignore[arg-type]
+        extra = {"use_cache": False} if self.core.can_generate() else {}  # type: ignore[operator]
+        mask = None if attention is None else attention.long()
+        return body(input_ids=ids, attention_mask=mask, **extra).last_hidden_state  # type: ignore[no-any-return]
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits [N, V] for hidden states [N, H]."""
+        return output_head(self.core)(states)
+
+    def source(self, positions: Tensor) -> Tensor:
+        """Where the logits of these positions are found."""
+        return (positions - self.shift).clamp(min=0)
+
+    def predict(
+        self, ids: Tensor, attention: Tensor | None, rows: Tensor, positions: Tensor
+    ) -> Tensor:
+        """Logits [N, V] of the tokens at (rows, positions), int64 [N] each, and of no others."""
+        states = self.hidden(ids, attention)
+        return self.logits(states[rows, self.source(positions)])
+
+    def encode(self, record: Mapping[str, Any]) -> list[int]:
+        """The ids of a record's prompt: `tokens.prompt` as it is, else `messages` or `prompt`.
+
+        A prompt goes through the chat template where the tokenizer has one, and as it is otherwise.
+
+        Raises:
+            DataError: there is no prompt, or the tokenizer cannot express it.
+        """
+        ids = (record.get("tokens") or {}).get("prompt")
+        if ids:
+            if min(ids) < 0 or max(ids) >= self.vocab_size:
+                raise DataError(f"tokens.prompt holds ids beyond the vocabulary of {self.name}")
+            return list(ids)
+        messages = record.get("messages")
+        if messages is None:
+            messages = record.get("prompt")
+        if isinstance(messages, str):
+            if self.tokenizer.chat_template is None:
+                return self.encode_text(messages)
+            messages = [{"role": "user", "content": messages}]
+        if not isinstance(messages, list) or not messages:
+            raise DataError("the record has no 'prompt' and no 'messages'; nothing to complete")
+        if self.tokenizer.chat_template is None:
+            return self.encode_text(_only_content(messages, self.name))
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # the template is a program of the model's author
+            raise DataError(f"the chat template of {self.name} refuses it: {error}") from None
+        return self.encode_text(text)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a text, nothing added; raises DataError where a character has no token."""
+        try:
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise DataError(f"{self.name} has no tokens for {text!r} ({error})") from None
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and unknown in ids and not self.tokenizer.chat_template:
+            raise DataError(f"{self.name} has no tokens for some characters of {text!r}")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text up to the first end-of-sequence, special tokens left out."""
+        ids = list(ids)
+        if self.eos_id is not None and self.eos_id in ids:
+            ids = ids[: ids.index(self.eos_id)]
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _only_content(messages: list[Any], name: str) -> str:
+    if len(messages) == 1 and isinstance(messages[0], dict):
+        return str(messages[0].get("content", ""))
+    raise DataError(
+        f"{name} has no chat template, so that a conversation of {len(messages)} messages cannot "
+        "be written down: give 'prompt' instead"
+    )
+
+
+def output_head(model: Any) -> Callable[[Tensor], Tensor]:
+    """The function from hidden states to logits of a Hugging Face model."""
+    if hasattr(model, "lm_head"):  # decoders, RoBERTa
+        return model.lm_head  # type: ignore[no-any-return]
+    if hasattr(model, "cls"):  # BERT
+        return model.cls  # type: ignore[no-any-return]
+    if hasattr(model, "head") and hasattr(model, "decoder"):  # ModernBERT
+        return lambda states: model.decoder(model.head(states))
+    if hasattr(model, "vocab_projector"):  # DistilBERT
+
+        def distilbert(states: Tensor) -> Tensor:
+            states = model.activation(model.vocab_transform(states))
+            return model.vocab_projector(model.vocab_layer_norm(states))  # type: ignore[no-any-return]
+
+        return distilbert
+    raise DataError(f"{type(model).__name__} has no output head that is known here")

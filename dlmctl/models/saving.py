@@ -1,0 +1,27 @@
+"""A policy to disk, as an ordinary Hugging Face directory that transformers loads by itself.
+
+What config.json has no field for (family, mask token, shift, sampling) stands in it under `dlmctl`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dlmctl.models.policy import Policy
+
+
+def save_policy(policy: Policy, directory: Path) -> None:
+    """Write model and tokenizer; of a model with an adapter, the adapter and its base's name."""
+    model: Any = policy.model
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(directory, safe_serialization=True)
+        return
+    model.config.dlmctl = {
+        "family": policy.family,
+        "mask_token_id": policy.mask_id,
+        "shift": policy.shift,
+        "sampling": dict(policy.sampling),
+    }
+    model.save_pretrained(directory)
+    policy.tokenizer.save_pretrained(directory)

@@ -1,0 +1,118 @@
+"""Weights on disk: safetensors alone, one file or shards, under the names of their own family.
+
+LLaDA's checkpoints keep the names of OLMo; they are a Llama under other names, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dlmctl.records.errors import DataError, MissingInputError
+
+LLADA_LAYER = {
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ff_norm": "post_attention_layernorm",
+}
+LLADA_TOP = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
+
+WHOLE_HASH_BYTES = 2**30
+SAMPLE_BYTES, SAMPLES = 2**20, 64
+
+
+def from_llada(name: str) -> str:
+    """Llama's name for a weight of an original LLaDA checkpoint; other names stay."""
+    name = name.removeprefix("model.")
+    if match := re.fullmatch(r"transformer\.blocks\.(\d+)\.(\w+)\.(weight|bias)", name):
+        layer, part, kind = match.groups()
+        return f"model.layers.{layer}.{LLADA_LAYER.get(part, part)}.{kind}"
+    if match := re.fullmatch(r"transformer\.(\w+)\.(weight|bias)", name):
+        part, kind = match.groups()
+        return f"{LLADA_TOP.get(part, part)}.{kind}"
+    return name
+
+
+def to_llada(name: str) -> str:
+    """The inverse of `from_llada`."""
+    layer_names = {new: old for old, new in LLADA_LAYER.items()}
+    top_names = {new: old for old, new in LLADA_TOP.items()}
+    if match := re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
+        layer, part, kind = match.groups()
+        return f"model.transformer.blocks.{layer}.{layer_names[part]}.{kind}"
+    part, _, kind = name.rpartition(".")
+    return f"model.transformer.{top_names[part]}.{kind}"
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, shards in order.
+
+    Raises:
+        MissingInputError: a shard that the index names is not there.
+        DataError: there are weights, but only in a format that can run code when it is read.
+    """
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise DataError(f"not a safetensors index ({error})", str(index)) from None
+        files = [directory / Path(name).name for name in names]
+        for file in files:
+            if not file.exists():
+                raise MissingInputError(f"{index} names {file.name}, which is not there")
+        return files
+    if list(directory.glob("*.bin")) or list(directory.glob("*.pt*")):
+        raise DataError(
+            f"{directory} has no safetensors, only pickled weights, which are not read: convert "
+            "them with save_pretrained(..., safe_serialization=True) on a machine you trust"
+        )
+    raise MissingInputError(f"{directory} has no model.safetensors and no index of shards")
+
+
+def read_weights(files: list[Path], rename: Callable[[str], str]) -> dict[str, Tensor]:
+    """All tensors by name, mapped from the files rather than copied; raises DataError."""
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 (not a dict)
+                    tensors[rename(name)] = shard.get_tensor(name)
+        except SafetensorError as error:
+            raise DataError(f"not a whole safetensors file ({error})", str(file)) from None
+    return tensors
+
+
+def weights_hash(files: list[Path]) -> str:
+    """Identity of the weights, 16 hex digits.
+
+    Up to 1 GiB a file counts with every byte, beyond with its size, its header and 64 pieces of
+    1 MiB spread over it, so that opening a large model does not mean reading it twice.
+    """
+    digest = blake2b(digest_size=8)
+    for file in files:
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        with file.open("rb") as stream:
+            if size <= WHOLE_HASH_BYTES:
+                while block := stream.read(2**22):
+                    digest.update(block)
+                continue
+            for piece in range(SAMPLES):
+                stream.seek(piece * (size - SAMPLE_BYTES) // (SAMPLES - 1))
+                digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
