@@ -31,6 +31,7 @@ class Subcommand(NamedTuple):
     """One line of help; also the first line of the subcommand's own help."""
 
 
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 PIPE, LOOK, SETUP = "Stages of the pipe", "Look at results", "Set up"
 
 SUBCOMMANDS = {
@@ -71,9 +72,7 @@ def load(name: str) -> Any:
     """The click command behind a subcommand, its module imported."""
     row = SUBCOMMANDS[name]
     module = importlib.import_module(f"dlmctl.commands.{row.module}")
-    app = typer.Typer(
-        add_completion=False, context_settings={"help_option_names": ["-h", "--help"]}
-    )
+    app = typer.Typer(add_completion=False, context_settings=HELP_OPTIONS)
     app.command(name)(with_exit_codes(module.command))
     return typer.main.get_command(app)
 
@@ -99,7 +98,7 @@ app = typer.Typer(
     cls=LazyGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP_OPTIONS,
 )
 
 

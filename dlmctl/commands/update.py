@@ -214,7 +214,7 @@ def command(
 
     dlmctl rollout | dlmctl verify | dlmctl update --algo rspo -o runs/a
 
-    dlmctl prompts sudoku -n 100000 --completions | dlmctl update --algo sft -m runs/new -o runs/base
+    dlmctl prompts sudoku -n 100000 --completions | dlmctl update --algo sft -m new -o runs/base
     """
     from dlmctl.diffusion.scoring import MaskPlan
     from dlmctl.rl.policy_gradient import Objective

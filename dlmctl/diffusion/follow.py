@@ -72,9 +72,9 @@ def _await_round(run: Path, wanted: int) -> Path | None:
         if wanted <= 0 and checkpoint is None:
             return None
         # Pruned between the two reads: the next one is there already.
-        if checkpoint is not None and (checkpoint / "dlmctl.json").exists():
-            if read_progress(checkpoint).round >= wanted:
-                return checkpoint
+        there = checkpoint is not None and (checkpoint / "dlmctl.json").exists()
+        if checkpoint is not None and there and read_progress(checkpoint).round >= wanted:
+            return checkpoint
         _check_reader()
         time.sleep(POLL_SECONDS)
 

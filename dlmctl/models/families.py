@@ -84,7 +84,7 @@ def _stock(raw: dict[str, Any], where: str) -> PretrainedConfig:
             where,
         ) from None
     config.architectures = raw.get("architectures")
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def _stock_family(raw: dict[str, Any]) -> Family:
@@ -122,21 +122,10 @@ def _llada(raw: dict[str, Any], where: str) -> Architecture:
 
 
 def _dream(raw: dict[str, Any]) -> Architecture:
-    keep = [
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "tie_word_embeddings",
-        "eos_token_id",
-        "bos_token_id",
-        "pad_token_id",
-        "hidden_act",
-    ]
+    keep = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
+    keep += ["num_attention_heads", "num_key_value_heads", "max_position_embeddings"]
+    keep += ["rms_norm_eps", "tie_word_embeddings", "hidden_act"]
+    keep += ["eos_token_id", "bos_token_id", "pad_token_id"]
     config = Qwen2Config(
         **{name: raw[name] for name in keep if name in raw},
         rope_parameters={"rope_type": "default", "rope_theta": raw.get("rope_theta", 1e6)},

@@ -51,7 +51,7 @@ class Policy:
     @property
     def core(self) -> nn.Module:
         """The Hugging Face model itself, its adapter's layers in place."""
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model  # type: ignore[operator,no-any-return]
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
     def hidden(self, ids: Tensor, attention: Tensor | None) -> Tensor:
         """Last hidden states.
@@ -63,10 +63,10 @@ class Policy:
         Returns:
             [B, T, H] in the dtype of the model.
         """
-        body: Any = getattr(self.core, self.core.base_model_prefix)  # type: ignore[arg-type]
-        extra = {"use_cache": False} if self.core.can_generate() else {}  # type: ignore[operator]
+        body: Any = getattr(self.core, self.core.base_model_prefix)
+        extra = {"use_cache": False} if self.core.can_generate() else {}
         mask = None if attention is None else attention.long()
-        return body(input_ids=ids, attention_mask=mask, **extra).last_hidden_state  # type: ignore[no-any-return]
+        return body(input_ids=ids, attention_mask=mask, **extra).last_hidden_state
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits [N, V] for hidden states [N, H]."""
@@ -146,16 +146,16 @@ def _only_content(messages: list[Any], name: str) -> str:
 def output_head(model: Any) -> Callable[[Tensor], Tensor]:
     """The function from hidden states to logits of a Hugging Face model."""
     if hasattr(model, "lm_head"):  # decoders, RoBERTa
-        return model.lm_head  # type: ignore[no-any-return]
+        return model.lm_head
     if hasattr(model, "cls"):  # BERT
-        return model.cls  # type: ignore[no-any-return]
+        return model.cls
     if hasattr(model, "head") and hasattr(model, "decoder"):  # ModernBERT
         return lambda states: model.decoder(model.head(states))
     if hasattr(model, "vocab_projector"):  # DistilBERT
 
         def distilbert(states: Tensor) -> Tensor:
             states = model.activation(model.vocab_transform(states))
-            return model.vocab_projector(model.vocab_layer_norm(states))  # type: ignore[no-any-return]
+            return model.vocab_projector(model.vocab_layer_norm(states))
 
         return distilbert
     raise DataError(f"{type(model).__name__} has no output head that is known here")

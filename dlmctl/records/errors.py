@@ -39,7 +39,7 @@ class MissingInputError(UserFacingError):
 
 
 class UnavailableError(UserFacingError):
-    """A device or an optional package is missing; the message holds the command that mends it (exit 69)."""
+    """A device or an optional package is missing; the message says what mends it (exit 69)."""
 
     exit_code = 69
 

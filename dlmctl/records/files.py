@@ -1,4 +1,4 @@
-"""Atomic files and directories: write beside, then rename. Kill -9 leaves the old or the new, whole."""
+"""Atomic files and directories: write beside, then rename; kill -9 leaves the old or the new."""
 
 from __future__ import annotations
 

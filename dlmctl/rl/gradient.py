@@ -46,7 +46,7 @@ def accumulate_gradient(
             )
             factors = [float(coefficients[n]) * _weight(examples[n], k) for n in part]
             value = (torch.tensor(factors, dtype=sums.dtype, device=sums.device) * sums).sum()
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             total += float(value.detach())
     policy.model.eval()
     return total

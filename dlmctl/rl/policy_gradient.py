@@ -8,7 +8,7 @@ policy under one draw of masks. What they bear is taken, so that `rollout | veri
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 from dlmctl.diffusion.elbo import Example, elbo_samples
 from dlmctl.diffusion.scoring import MaskPlan, example_of, relative_score
 from dlmctl.models.policy import Policy
-from dlmctl.records.jsonl import Record, field
+from dlmctl.records.jsonl import Record
+from dlmctl.records.jsonl import field as record_field
 from dlmctl.rl.advantages import Baseline, Scale, advantages
 from dlmctl.rl.gradient import accumulate_gradient
 from dlmctl.rl.rspo import Centre, Residual, ScoreNorm, residual_weights
@@ -37,7 +38,7 @@ class Objective:
     centre: Centre = "batch"
     baseline: Baseline = "mean"
     scale: Scale = "none"
-    plan: MaskPlan = MaskPlan()
+    plan: MaskPlan = field(default_factory=MaskPlan)
 
     @property
     def feedback(self) -> float:
@@ -82,10 +83,14 @@ def policy_gradient(
 def batch_advantages(groups: Sequence[Sequence[Record]], objective: Objective) -> Tensor:
     """A_i of every record, float64 [N]: as the records bear it, else from their rewards."""
     if all("advantage" in record for group in groups for record in group):
-        values = [float(field(r, "advantage", (int, float))) for group in groups for r in group]
+        values = [
+            float(record_field(r, "advantage", (int, float))) for group in groups for r in group
+        ]
         return torch.tensor(values, dtype=torch.float64)
     hint = "'dlmctl verify' writes it"
-    rewards = [[float(field(r, "reward", (int, float), hint)) for r in group] for group in groups]
+    rewards = [
+        [float(record_field(r, "reward", (int, float), hint)) for r in group] for group in groups
+    ]
     made = advantages(rewards, objective.baseline, objective.scale)
     return torch.tensor([a for group in made for a in group], dtype=torch.float64)
 

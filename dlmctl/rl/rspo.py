@@ -18,8 +18,8 @@ back-propagated, in memory that does not grow with K. With whole groups sum_i w_
 REINFORCE on the ELBO.
 
 The paper's lambda is 0.01; whether its score is a sum over the completion or a mean per token could
-not be read, so that both are here (`--score-norm`), and `sequence` is our default: a target A/lambda
-of a hundred nats can be met by a sequence and not by a token.
+not be read, so that both are here (`--score-norm`), and `sequence` is our default: a target
+A/lambda of a hundred nats can be met by a sequence and not by a token.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def residual_weights(
 
 
 def rspo_loss(advantage: Tensor, score: Tensor, reference: Tensor, strength: float) -> Tensor:
-    """Equation 3.3 as it is written, for scores [N] with gradient; what the accumulation must match."""
+    """Equation 3.3 as it is written, for scores [N] with gradient."""
     relative = score - reference
     centred = relative - relative.mean().detach()
     weights = (advantage - strength * centred).detach()

@@ -21,7 +21,8 @@ def make_optimizer(
     parameters: Iterable[nn.Parameter], betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
     """AdamW; matrices decay, vectors (norms, biases) do not. The rate is set at every step."""
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in parameters:
         (matrices if parameter.dim() > 1 else vectors).append(parameter)
     kinds = [
