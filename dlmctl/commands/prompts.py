@@ -1,0 +1,142 @@
+"""`dlmctl prompts`: options and wiring of the stage."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from dlmctl.commands.options import OnErrorOption, Output, Seed
+from dlmctl.records.errors import UsageError
+from dlmctl.records.jsonl import write_records
+
+DEFAULT_PROBLEMS = 32
+
+
+def command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="sudoku, countdown (made on the spot); gsm8k, math (data sets); a JSONL, CSV or "
+            "parquet file; a directory or hub name that 'datasets' loads; - is JSONL on standard "
+            "input."
+        ),
+    ] = "sudoku",
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "-n",
+            "--limit",
+            min=0,
+            show_default=f"{DEFAULT_PROBLEMS} of sudoku and countdown, else all",
+            help="How many; 0 is no limit: sudoku and countdown go on for ever.",
+        ),
+    ] = None,
+    split: Annotated[
+        Literal["train", "test"],
+        typer.Option(
+            help="Sudokus of the two splits have no solution grid in common (200 and 88 of the 288), "
+            "Countdowns no problem; of a data set, its split."
+        ),
+    ] = "train",
+    holes: Annotated[
+        str,
+        typer.Option(metavar="N or N-M", help="Empty cells of a Sudoku, up to 12; or a range."),
+    ] = "8",
+    numbers: Annotated[
+        str, typer.Option(metavar="N or N-M", help="Numbers of a Countdown problem, or a range.")
+    ] = "3",
+    style: Annotated[
+        Literal["plain", "instruct"],
+        typer.Option(
+            help="plain: the problem alone (what builtin:puzzles knows); instruct: instructions "
+            "for a chat model, the answer in <answer> tags."
+        ),
+    ] = "plain",
+    completions: Annotated[
+        bool,
+        typer.Option(
+            "--completions/--no-completions",
+            help="Add a right answer as 'completion', for 'dlmctl update --algo sft'.",
+        ),
+    ] = False,
+    origin: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="PATH",
+            show_default="the hub",
+            help="Where gsm8k or math (or another SOURCE) is read from: a file, directory or name.",
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            show_default="as the columns tell", help="Task of the rows, by which verify goes."
+        ),
+    ] = None,
+    renamed: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map",
+            metavar="FIELD=COLUMN",
+            help="Take a field from this column, as in --map prompt=question; repeatable.",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    on_error: OnErrorOption = "fail",
+    output: Output = "-",
+) -> None:
+    """Make prompts, or read them from files and datasets.
+
+    Writes a record with `id`, `task`, `prompt` (or `messages`) and the fields that the task's
+    verifier needs. Columns of TRL, verl, GSM8K, MATH and the benchmark files of d1 are recognised.
+
+    Examples:
+
+    dlmctl prompts sudoku -n 512 --holes 6-10 --seed 1
+
+    dlmctl prompts gsm8k --style instruct --split test
+
+    dlmctl prompts 4x4_test_sudoku.csv
+
+    dlmctl prompts mine.parquet --map prompt=question --task exact
+    """
+    from dlmctl.tasks.sources import GENERATORS, prompts
+    from dlmctl.tasks.sudoku import MOST_HOLES
+
+    if limit is None and source in GENERATORS and origin is None:
+        limit = DEFAULT_PROBLEMS
+    records = prompts(
+        source,
+        limit=limit or None,
+        seed=seed,
+        split=split,
+        holes=_range(holes, "--holes", 1, MOST_HOLES),
+        numbers=_range(numbers, "--numbers", 2, 6),
+        style=style,
+        completions=completions,
+        origin=origin,
+        task=task,
+        renamed=dict(_pair(text) for text in renamed or []),
+        on_error=on_error,
+    )
+    write_records(records, output)
+
+
+def _range(text: str, option: str, least: int, most: int) -> tuple[int, int]:
+    first, _, last = text.partition("-")
+    try:
+        low, high = int(first), int(last or first)
+    except ValueError:
+        raise UsageError(f"{option} {text} is neither a number nor a range such as 6-10") from None
+    if not least <= low <= high <= most:
+        raise UsageError(f"{option} {text} is not within {least} and {most}")
+    return low, high
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, found, column = text.partition("=")
+    if not found or not name or not column:
+        raise UsageError(f"--map {text} is not FIELD=COLUMN")
+    return name, column

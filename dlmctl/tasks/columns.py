@@ -1,0 +1,170 @@
+"""Rows of other people's data sets as records, recognised by their columns.
+
+    prompt or messages                      a record already (also TRL's, plain and conversational)
+    prompt, data_source, reward_model       verl
+    Puzzle, Solution                        Sudoku, 16 digits                (d1's benchmark file)
+    input "30,100,93", output "23"          Countdown                        (d1's benchmark file)
+    nums or numbers, target                 Countdown                        (Jiayi-Pan, TinyZero)
+    question, answer with "####"            GSM8K
+    problem, answer or solution             MATH
+    question                                anything else
+
+`--map prompt=question` names columns by hand and comes first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import Any
+
+from dlmctl.records.errors import DataError
+from dlmctl.records.jsonl import Record
+from dlmctl.tasks.wording import Style, countdown_prompt, question_prompt, sudoku_prompt
+
+
+def to_record(row: Record, renamed: Mapping[str, str], task: str | None, style: Style) -> Record:
+    """A prompt record; columns that are not used stay in it.
+
+    Args:
+        renamed: record field to column of the row.
+        task: the task, where the columns do not tell.
+
+    Raises:
+        DataError: a mapped column is missing, or nothing in the row can be a prompt.
+    """
+    record = Record(row)
+    record.where = row.where
+    for name, column in renamed.items():
+        if column not in row:
+            raise DataError(_no_column(column, row), row.where)
+        record[name] = record.pop(column)
+    for recognise in (_ready, _sudoku, _countdown, _gsm8k, _math, _question):
+        found = recognise(record, style)
+        if found is not None:
+            return _ordered(found, record, task)
+    raise DataError(
+        f"no column holds a prompt; there are {', '.join(row)}: name it with --map prompt=COLUMN",
+        row.where,
+    )
+
+
+def _no_column(column: str, row: Record) -> str:
+    return f"there is no column '{column}'; there are {', '.join(row)}"
+
+
+def _ordered(found: dict[str, Any], rest: Record, task: str | None) -> Record:
+    """`id`, `task` and the prompt first, then the task's fields, then what else the row had."""
+    record = Record()
+    record.where = rest.where
+    name = task or found.pop("task", None) or rest.get("task")
+    key = rest.get("id", found.pop("id", None))
+    found.pop("task", None)
+    found.pop("id", None)
+    if key is None:
+        text = repr(found.get("prompt") or found.get("messages"))
+        key = f"{name or 'prompt'}/{blake2b(text.encode(), digest_size=6).hexdigest()}"
+    record["id"] = key if isinstance(key, (str, int)) else str(key)
+    if name:
+        record["task"] = name
+    dropped = found.pop("drop", ())
+    record.update(found)
+    record.update({k: v for k, v in rest.items() if k not in record and k not in dropped})
+    return record
+
+
+def _ready(row: Record, style: Style) -> dict[str, Any] | None:
+    if "messages" in row:
+        return {"messages": row["messages"]}
+    if "prompt" not in row:
+        return None
+    prompt = row["prompt"]
+    name = "messages" if isinstance(prompt, list) else "prompt"
+    found: dict[str, Any] = {name: prompt, "drop": ("prompt",) if name == "messages" else ()}
+    truth = row.get("reward_model")
+    if isinstance(truth, dict) and "ground_truth" in truth:  # verl
+        found["answer"] = truth["ground_truth"]
+        found["task"] = str(row.get("data_source", "")).rsplit("/", 1)[-1].lower() or None
+    return found
+
+
+def _sudoku(row: Record, style: Style) -> dict[str, Any] | None:
+    puzzle = row.get("Puzzle", row.get("puzzle"))
+    solution = row.get("Solution", row.get("solution"))
+    if puzzle is None:
+        return None
+    for name, value in (("puzzle", puzzle), ("solution", solution)):
+        if value is not None and not re.fullmatch(r"[0-4]{16}", str(value)):
+            raise DataError(f"{name} {value!r} is not 16 digits from 0 to 4", row.where)
+    found = {
+        "id": f"sudoku/{puzzle}",
+        "task": "sudoku",
+        "prompt": sudoku_prompt(puzzle, style),
+        "puzzle": puzzle,
+        "drop": ("Puzzle", "Solution"),
+    }
+    return found if solution is None else {**found, "solution": solution}
+
+
+def _countdown(row: Record, style: Style) -> dict[str, Any] | None:
+    numbers = row.get("numbers", row.get("nums"))
+    target = row.get("target")
+    if numbers is None and re.fullmatch(r"\d+(\s*,\s*\d+)+", str(row.get("input", ""))):
+        numbers, target = str(row["input"]).split(","), row.get("output")
+    if numbers is None or target is None:
+        return None
+    try:
+        numbers, target = [int(n) for n in numbers], int(target)
+    except (TypeError, ValueError):
+        raise DataError(f"numbers {numbers!r} and target {target!r} are not integers") from None
+    return {
+        "id": f"countdown/{','.join(map(str, numbers))}:{target}",
+        "task": "countdown",
+        "prompt": countdown_prompt(numbers, target, style),
+        "numbers": numbers,
+        "target": target,
+        "drop": ("nums", "input", "output"),
+    }
+
+
+def _gsm8k(row: Record, style: Style) -> dict[str, Any] | None:
+    answer = row.get("answer")
+    if "question" not in row or not isinstance(answer, str) or "####" not in answer:
+        return None
+    solution, _, final = answer.rpartition("####")
+    return {
+        "task": "gsm8k",
+        "prompt": question_prompt("gsm8k", row["question"], style),
+        "answer": final.strip().replace(",", ""),
+        "solution": solution.strip(),
+        "drop": ("question",),
+    }
+
+
+def _math(row: Record, style: Style) -> dict[str, Any] | None:
+    if "problem" not in row or not ("answer" in row or "solution" in row):
+        return None
+    answer = row.get("answer")
+    answer = last_boxed(str(row["solution"])) if answer is None else str(answer)
+    if answer is None:
+        raise DataError(r"no answer column, and the solution has no \boxed{}", row.where)
+    prompt = question_prompt("math", row["problem"], style)
+    return {"task": "math", "prompt": prompt, "answer": answer, "drop": ("problem",)}
+
+
+def _question(row: Record, style: Style) -> dict[str, Any] | None:
+    if not isinstance(row.get("question"), str):
+        return None
+    return {"prompt": question_prompt("", row["question"], style), "drop": ("question",)}
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What the last \boxed{...} or \fbox{...} of a text holds, braces balanced; None without."""
+    for found in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))):
+        depth = 1
+        for end in range(found.end(), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return text[found.end() : end]
+    return None

@@ -1,0 +1,87 @@
+"""Countdown: reach a target from given numbers, each used once, with + - * / and parentheses.
+
+Problems are made from an expression, so that each has a solution. A problem belongs to training or
+to test by the digest of its sorted numbers and target, whatever the seed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from hashlib import blake2b
+from typing import NamedTuple
+
+from dlmctl.tasks.sudoku import Split
+
+LARGEST = 100
+"""Numbers and targets are 1 to this, as in the benchmark of d1."""
+TEST_SHARE = 8
+"""One problem in so many is a test problem."""
+
+
+class Problem(NamedTuple):
+    """Numbers, target and one solution."""
+
+    numbers: list[int]
+    target: int
+    solution: str
+
+
+class _Term(NamedTuple):
+    value: int
+    text: str
+    binding: int
+    """2 for a number, 1 for a product or quotient, 0 for a sum or difference."""
+
+
+def problems(
+    split: Split = "train", count: tuple[int, int] = (3, 3), seed: int = 0
+) -> Iterator[Problem]:
+    """An endless stream of problems.
+
+    Args:
+        count: fewest and most numbers; drawn anew for each problem.
+    """
+    draw = random.Random(f"countdown/{split}/{seed}")
+    while True:
+        numbers = [draw.randint(1, LARGEST) for _ in range(draw.randint(*count))]
+        made = _combine(numbers, draw)
+        if made and 1 <= made.value <= LARGEST and split_of(numbers, made.value) == split:
+            yield Problem(numbers, made.value, made.text)
+
+
+def split_of(numbers: list[int], target: int) -> Split:
+    """The split that a problem belongs to."""
+    text = ",".join(map(str, sorted(numbers))) + f":{target}"
+    digest = blake2b(text.encode(), digest_size=8).digest()
+    return "test" if int.from_bytes(digest, "little") % TEST_SHARE == 0 else "train"
+
+
+def _combine(numbers: list[int], draw: random.Random) -> _Term | None:
+    """One random expression over all numbers; None when it leaves the positive integers."""
+    terms = [_Term(n, str(n), 2) for n in numbers]
+    while len(terms) > 1:
+        first, second = (terms.pop(draw.randrange(len(terms))) for _ in range(2))
+        made = _apply(draw.choice("+-*/"), first, second)
+        if made is None:
+            return None
+        terms.append(made)
+    return terms[0]
+
+
+def _apply(operator: str, a: _Term, b: _Term) -> _Term | None:
+    if operator == "+":
+        return _Term(a.value + b.value, f"{a.text}+{b.text}", 0)
+    if operator == "-":
+        text = f"{a.text}-{_inner(b, 1)}"
+        return _Term(a.value - b.value, text, 0) if a.value > b.value else None
+    if operator == "*":
+        return _Term(a.value * b.value, f"{_inner(a, 1)}*{_inner(b, 1)}", 1)
+    if a.value % b.value:
+        return None
+    return _Term(a.value // b.value, f"{_inner(a, 1)}/{_inner(b, 2)}", 1)
+
+
+def _inner(term: _Term, binding: int) -> str:
+    """The text of an operand, in parentheses where it binds less than `binding`."""
+    return term.text if term.binding >= binding else f"({term.text})"

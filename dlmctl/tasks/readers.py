@@ -1,0 +1,105 @@
+"""Rows from files and data sets: JSONL, CSV, parquet, and whatever `datasets` loads."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dlmctl.records.errors import DataError, MissingInputError, TryAgainError
+from dlmctl.records.jsonl import OnError, Record, read_records
+
+FILE_KINDS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
+
+
+def read_rows(name: str, split: str, config: str | None, on_error: OnError) -> Iterator[Record]:
+    """Rows of a file, of a directory that `datasets` knows, or of a data set on the hub.
+
+    Args:
+        name: `-` for JSONL on standard input, a path, or a hub name.
+        split, config: of a data set; a file has neither.
+
+    Raises:
+        MissingInputError: there is no such file or data set.
+        DataError: it cannot be read.
+        TryAgainError: the hub does not answer.
+    """
+    path = Path(name)
+    kind = path.suffix.lower()
+    if name == "-" or (kind in (".jsonl", ".json", ".ndjson") and not path.is_dir()):
+        yield from read_records([name], on_error)
+    elif kind in (".csv", ".tsv") and not path.is_dir():
+        yield from _csv_rows(path, "\t" if kind == ".tsv" else ",")
+    elif kind == ".parquet" and not path.is_dir():
+        yield from _parquet_rows(path)
+    else:
+        yield from _dataset_rows(name, split, config)
+
+
+def _row(values: dict[str, Any], where: str) -> Record:
+    record = Record(values)
+    record.where = where
+    return record
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[Record]:
+    try:
+        stream = path.open(newline="", encoding="utf-8-sig")
+    except OSError as error:
+        raise MissingInputError(f"cannot read {path} ({error.strerror})") from None
+    with stream:
+        reader = csv.DictReader(stream, delimiter=delimiter, restkey="")
+        try:
+            for values in reader:
+                if "" in values or None in values.values():
+                    raise DataError(
+                        f"{len(reader.fieldnames or [])} columns in the header, another number here",
+                        f"{path}:{reader.line_num}",
+                    )
+                yield _row(values, f"{path}:{reader.line_num}")
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"not CSV ({error})", f"{path}:{reader.line_num}") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[Record]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(path)
+    except FileNotFoundError:
+        raise MissingInputError(f"cannot read {path} (No such file or directory)") from None
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise DataError(f"not parquet ({error})", str(path)) from None
+    number = 0
+    for batch in table.iter_batches(batch_size=256):
+        for values in batch.to_pylist():
+            number += 1
+            yield _row(values, f"{path}:{number}")
+
+
+def _dataset_rows(name: str, split: str, config: str | None) -> Iterator[Record]:
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    datasets.disable_progress_bars()
+    path = Path(name)
+    try:
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            rows = datasets.load_from_disk(name)
+            rows = rows[split] if isinstance(rows, dict) else rows
+        else:
+            rows = datasets.load_dataset(name, config, split=split, streaming=not path.exists())
+    except (FileNotFoundError, DatasetNotFoundError):
+        kinds = " ".join(FILE_KINDS)
+        raise MissingInputError(
+            f"no file, directory or data set {name} (files are known by their endings: {kinds})"
+        ) from None
+    except (KeyError, ValueError) as error:
+        raise DataError(str(error).split("\n")[0], name) from None
+    except OSError as error:
+        reason = str(error).split("\n")[0]
+        raise TryAgainError(f"{name} is not here, and the hub does not answer ({reason})") from None
+    for number, values in enumerate(rows, start=1):
+        yield _row(dict(values), f"{name}[{split}]:{number}")

@@ -1,0 +1,132 @@
+"""Where prompts come from, by name: generators, data sets of the literature, files.
+
+A package may add a source under the entry-point group `dlmctl.tasks`: a function of (seed, split)
+that yields records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import entry_points
+from itertools import islice
+from typing import Any
+
+from dlmctl.records.jsonl import OnError, Record, each
+from dlmctl.tasks import countdown, sudoku
+from dlmctl.tasks.columns import to_record
+from dlmctl.tasks.readers import read_rows
+from dlmctl.tasks.sudoku import Split
+from dlmctl.tasks.wording import Style, countdown_prompt, sudoku_prompt
+
+GENERATORS = ("sudoku", "countdown")
+DATASETS: dict[str, dict[str, tuple[str, str | None, str]]] = {
+    "gsm8k": {
+        "train": ("openai/gsm8k", "main", "train"),
+        "test": ("openai/gsm8k", "main", "test"),
+    },
+    "math": {
+        "train": ("ankner/math-500", None, "train"),
+        "test": ("HuggingFaceH4/MATH-500", None, "test"),
+    },
+}
+"""Task and split: hub name, configuration, the split's name there; those that d1 trains on."""
+
+
+def prompts(
+    source: str,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    split: Split = "train",
+    holes: tuple[int, int] = (8, 8),
+    numbers: tuple[int, int] = (3, 3),
+    style: Style = "plain",
+    completions: bool = False,
+    origin: str | None = None,
+    task: str | None = None,
+    renamed: Mapping[str, str] | None = None,
+    on_error: OnError = "fail",
+) -> Iterator[Record]:
+    """Prompt records.
+
+    Args:
+        source: sudoku, countdown, gsm8k, math, a source of a plugin, a file, a data set.
+        limit: how many; None is all there are, for a generator without end.
+        holes: fewest and most empty cells of a Sudoku.
+        numbers: fewest and most numbers of a Countdown problem.
+        completions: add `completion`, a right answer in the words of `style` plain.
+        origin: where gsm8k or math is read from instead of the hub.
+        renamed: record field to column.
+    """
+    if source == "sudoku" and origin is None:
+        stream = _sudoku(split, holes, seed, style, completions)
+    elif source == "countdown" and origin is None:
+        stream = _countdown(split, numbers, seed, style, completions)
+    elif (plugin := _plugin(source)) is not None:
+        stream = (Record(record) for record in plugin(seed, split))
+    else:
+        stream = _rows(source, origin, split, style, task, renamed or {}, on_error)
+    distinct = _distinct(stream) if limit and source in GENERATORS and not origin else stream
+    yield from islice(distinct, limit)
+
+
+def _sudoku(
+    split: Split, holes: tuple[int, int], seed: int, style: Style, completions: bool
+) -> Iterator[Record]:
+    for puzzle, solution in sudoku.puzzles(split, holes, seed):
+        yield Record(
+            id=f"sudoku/{puzzle}",
+            task="sudoku",
+            prompt=sudoku_prompt(puzzle, style),
+            puzzle=puzzle,
+            solution=solution,
+            **({"completion": solution} if completions else {}),
+        )
+
+
+def _countdown(
+    split: Split, numbers: tuple[int, int], seed: int, style: Style, completions: bool
+) -> Iterator[Record]:
+    for problem in countdown.problems(split, numbers, seed):
+        listed = ",".join(map(str, problem.numbers))
+        yield Record(
+            id=f"countdown/{listed}:{problem.target}",
+            task="countdown",
+            prompt=countdown_prompt(problem.numbers, problem.target, style),
+            numbers=problem.numbers,
+            target=problem.target,
+            **({"completion": problem.solution} if completions else {}),
+        )
+
+
+def _rows(
+    source: str,
+    origin: str | None,
+    split: Split,
+    style: Style,
+    task: str | None,
+    renamed: Mapping[str, str],
+    on_error: OnError,
+) -> Iterator[Record]:
+    name, config, part = origin or source, None, str(split)
+    if source in DATASETS or source in GENERATORS:
+        task = task or source
+    if source in DATASETS and origin is None:
+        name, config, part = DATASETS[source][split]
+    rows = read_rows(name, part, config, on_error)
+    yield from each(rows, lambda row: to_record(row, renamed, task, style), on_error)
+
+
+def _plugin(name: str) -> Callable[[int, str], Iterator[dict[str, Any]]] | None:
+    found = entry_points(group="dlmctl.tasks", name=name)
+    return next(iter(found)).load() if found else None
+
+
+def _distinct(records: Iterator[Record]) -> Iterator[Record]:
+    """No problem twice; for a stream that will end, as it remembers what it saw."""
+    seen: set[int] = set()
+    for record in records:
+        key = hash(record["id"])
+        if key not in seen:
+            seen.add(key)
+            yield record

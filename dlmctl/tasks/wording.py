@@ -1,0 +1,55 @@
+"""How a problem is put to a model: `plain` for models trained on it, `instruct` for chat models.
+
+The instruct prompts ask for the tags that the verifiers read; the wording is our own, so that
+numbers are comparable with those of papers only as far as a prompt does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Style = Literal["plain", "instruct"]
+
+TAGS = (
+    "Think step by step between <reasoning> and </reasoning>, then give {what} between <answer> "
+    "and </answer>."
+)
+SUDOKU = (
+    "Solve this 4x4 Sudoku. Every row, every column and every 2x2 box holds the digits 1 to 4 once. "
+    "The grid is written row by row as 16 digits, 0 for an empty cell:\n{puzzle}\n"
+)
+COUNTDOWN = "Use each of the numbers {numbers} exactly once, with + - * / and parentheses, to make {target}.\n"
+
+
+def sudoku_prompt(puzzle: str, style: Style) -> str:
+    """Plain: `puzzle=`, to be completed with the 16 digits of the solution."""
+    if style == "plain":
+        return f"{puzzle}="
+    return SUDOKU.format(puzzle=puzzle) + TAGS.format(what="all 16 digits of the solved grid")
+
+
+def countdown_prompt(numbers: list[int], target: int, style: Style) -> str:
+    """Plain: `30,100,93:23=`, to be completed with an expression."""
+    listed = ",".join(map(str, numbers))
+    if style == "plain":
+        return f"{listed}:{target}="
+    text = COUNTDOWN.format(numbers=listed.replace(",", ", "), target=target)
+    return text + TAGS.format(what="the expression alone")
+
+
+def question_prompt(task: str, question: str, style: Style) -> str:
+    """Plain: the question as it is."""
+    if style == "plain":
+        return question
+    what = r"the result as \boxed{...}" if task in ("math", "math500") else "the result"
+    return f"{question}\n" + TAGS.format(what=what)
+
+
+def worded(record: Mapping[str, Any], task: str, style: Style) -> str | None:
+    """The prompt of a record that has its task's fields; None where the task has no wording."""
+    if task == "sudoku":
+        return sudoku_prompt(record["puzzle"], style)
+    if task == "countdown":
+        return countdown_prompt(record["numbers"], record["target"], style)
+    return None
