@@ -35,7 +35,7 @@ def command(
     split: Annotated[
         Literal["train", "test"],
         typer.Option(
-            help="Sudokus of the two splits have no solution grid in common (200 and 88 of the 288), "
+            help="The splits have no solution grid of Sudoku in common (200 and 88 of the 288), "
             "Countdowns no problem; of a data set, its split."
         ),
     ] = "train",

@@ -54,7 +54,7 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Record]:
             for values in reader:
                 if "" in values or None in values.values():
                     raise DataError(
-                        f"{len(reader.fieldnames or [])} columns in the header, another number here",
+                        f"the header has {len(reader.fieldnames or [])} columns, this line not",
                         f"{path}:{reader.line_num}",
                     )
                 yield _row(values, f"{path}:{reader.line_num}")

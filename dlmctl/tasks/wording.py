@@ -16,10 +16,13 @@ TAGS = (
     "and </answer>."
 )
 SUDOKU = (
-    "Solve this 4x4 Sudoku. Every row, every column and every 2x2 box holds the digits 1 to 4 once. "
+    "Solve this 4x4 Sudoku. Every row, column and 2x2 box holds the digits 1 to 4 once. "
     "The grid is written row by row as 16 digits, 0 for an empty cell:\n{puzzle}\n"
 )
-COUNTDOWN = "Use each of the numbers {numbers} exactly once, with + - * / and parentheses, to make {target}.\n"
+COUNTDOWN = (
+    "Use each of the numbers {numbers} exactly once, with + - * / and parentheses, "
+    "to make {target}.\n"
+)
 
 
 def sudoku_prompt(puzzle: str, style: Style) -> str:

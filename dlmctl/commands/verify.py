@@ -1,0 +1,97 @@
+"""`dlmctl verify`: options and wiring of the stage."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Literal
+
+import typer
+
+from dlmctl.commands.options import Files, OnErrorOption, Output
+from dlmctl.records.errors import UsageError
+from dlmctl.records.jsonl import read_records, write_records
+
+
+def command(
+    files: Files = None,
+    verifier: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            show_default="by the record's task",
+            help="sudoku, sudoku-units, sudoku-cells, countdown, gsm8k, math, format, choice, "
+            "exact, another of a preset, or your own as module:function; repeatable.",
+        ),
+    ] = None,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=WEIGHT", help="Weight of a verifier in 'reward' (default 1); repeatable."
+        ),
+    ] = None,
+    preset: Annotated[
+        Literal["d1"] | None,
+        typer.Option(
+            show_default="none", help="d1: the shaped rewards of d1 for each task, mended."
+        ),
+    ] = None,
+    program: Annotated[
+        str | None,
+        typer.Option(
+            "--exec",
+            metavar="COMMAND",
+            show_default="none",
+            help="Your own program: reads a record per line, writes for each a line with a number, "
+            'or {"reward": number, ...}, and flushes it.',
+        ),
+    ] = None,
+    time_limit: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that --exec may take for one record.")
+    ] = 10.0,
+    on_error: OnErrorOption = "fail",
+    output: Output = "-",
+) -> None:
+    """Give each completion its rewards.
+
+    Reads records with `completion` and the fields of their task, and adds `rewards` (one number
+    for each verifier), `reward` (their weighted sum) and `verdict` (what was extracted, and why).
+    The evaluation files of d1 (`generation`, `ground_truth`) are read as they are.
+
+    sudoku: 1 if the grid is right by the rules. sudoku-units: share of rows, columns and boxes that
+    are right. sudoku-cells: share of the empty cells that equal the stored solution.
+
+    Examples:
+
+    dlmctl rollout | dlmctl verify | dlmctl stats
+
+    dlmctl verify --verifier math --verifier format --weight format=0.2 samples.jsonl
+
+    dlmctl verify --verifier mychecks:polite samples.jsonl
+
+    dlmctl verify --exec ./check samples.jsonl
+    """
+    from dlmctl.verifiers.program import Program
+    from dlmctl.verifiers.registry import verify
+
+    if preset and (verifier or program):
+        raise UsageError("--preset chooses the verifiers: leave out --verifier and --exec")
+    # Where `python -m` would look too: module:function next to the data.
+    sys.path.insert(0, os.getcwd())
+    judge = Program(program, time_limit) if program else None
+    extra = {"exec": judge} if judge else {}
+    weights = dict(_weight(text) for text in weight or [])
+    records = read_records(files or [], on_error)
+    try:
+        write_records(verify(records, verifier, weights, preset, extra, on_error), output)
+    finally:
+        if judge:
+            judge.close()
+
+
+def _weight(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise UsageError(f"--weight {text} is not NAME=NUMBER") from None

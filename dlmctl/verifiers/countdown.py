@@ -1,0 +1,114 @@
+"""Verifier of Countdown: an expression over the given numbers, each used once, for the target.
+
+The expression is parsed, never evaluated as code: + - * / and parentheses over exact rationals.
+`90**43**90`, which a filter of characters lets through to `eval`, is refused by the grammar.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+from dlmctl.records.errors import DataError
+from dlmctl.verifiers.answer import Verdict, answer_text, completion_text, judged, required
+
+LONGEST = 200
+"""Characters of an expression; beyond that it is no answer to six numbers."""
+
+LATEX = [
+    (r"\\(?:left|right|,|!|;|:|quad|displaystyle)(?![a-zA-Z])", " "),
+    (r"\\(?:times|cdot|ast)(?![a-zA-Z])|[×·∗⋅]", "*"),
+    (r"\\div(?![a-zA-Z])|÷", "/"),
+    (r"[−–]", "-"),
+    (r"\\text\s*\{([^{}]*)\}", r" \1 "),
+    (r"\\[()\[\]]|\$|`", " "),
+    (r"\[", "("),
+    (r"\]", ")"),
+]
+FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+EXPRESSION = re.compile(r"[\d\s+\-*/().]+")
+
+
+class NotAnExpressionError(ValueError):
+    """The text is no expression of the grammar; the message says why."""
+
+
+def countdown(record: Mapping[str, Any]) -> Verdict:
+    """1 if the answer uses exactly the given numbers and makes the target."""
+    numbers, target = required(record, "numbers"), required(record, "target")
+    try:
+        numbers, target = sorted(int(n) for n in numbers), Fraction(str(target))
+    except (TypeError, ValueError):
+        raise DataError(f"numbers {numbers!r} and target {target!r} are not numbers") from None
+    text, _ = answer_text(completion_text(record))
+    expression = find_expression(text)
+    if expression is None:
+        return judged(False, "no expression found", expression=None)
+    try:
+        value, used = evaluate(expression)
+    except NotAnExpressionError as error:
+        return judged(False, str(error), expression=expression)
+    if sorted(used) != numbers:
+        return judged(False, f"uses {sorted(used)}, given {numbers}", expression=expression)
+    if value != target:
+        return judged(False, f"makes {value}, wanted {target}", expression=expression)
+    return judged(True, expression=expression)
+
+
+def find_expression(text: str) -> str | None:
+    """The expression in an answer: LaTeX undone; of `expression = value` the side with operators.
+
+    In prose it is the last stretch that has an operator between numbers.
+    """
+    for pattern, plain in LATEX:
+        text = re.sub(pattern, plain, text)
+    while (opened := FRACTION.sub(r"((\1)/(\2))", text)) != text:
+        text = opened
+    sides = [side.strip() for line in text.splitlines() for side in line.split("=")]
+    whole = [side for side in sides if EXPRESSION.fullmatch(side)]
+    in_prose = [found.strip(" .\n") for side in sides for found in EXPRESSION.findall(side)]
+    for candidates in (whole, in_prose):
+        working = [c for c in candidates if re.search(r"\d\s*[+\-*/]|\)\s*[+\-*/]", c)]
+        if working:
+            return working[0] if candidates is whole else working[-1]
+    return next((side for side in whole if side), None)
+
+
+def evaluate(expression: str) -> tuple[Fraction, list[int]]:
+    """The exact value of an expression and the numbers in it.
+
+    Raises:
+        NotAnExpressionError: it is too long, or more than + - * / and parentheses over integers.
+    """
+    if len(expression) > LONGEST:
+        raise NotAnExpressionError(f"more than {LONGEST} characters")
+    if "_" in expression:
+        raise NotAnExpressionError("not arithmetic")
+    try:
+        tree = ast.parse(expression.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise NotAnExpressionError("not arithmetic") from None
+    used: list[int] = []
+    return _walk(tree.body, used), used
+
+
+def _walk(node: ast.expr, used: list[int]) -> Fraction:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        used.append(node.value)
+        return Fraction(node.value)
+    if isinstance(node, ast.BinOp):
+        left, right = _walk(node.left, used), _walk(node.right, used)
+        if isinstance(node.op, ast.Add):
+            return left + right
+        if isinstance(node.op, ast.Sub):
+            return left - right
+        if isinstance(node.op, ast.Mult):
+            return left * right
+        if isinstance(node.op, ast.Div):
+            if right == 0:
+                raise NotAnExpressionError("divides by zero")
+            return left / right
+    raise NotAnExpressionError("more than + - * / and parentheses over whole numbers")

@@ -1,0 +1,41 @@
+"""Rows of d1's evaluation files (`question`, `generation`, `ground_truth`) as records.
+
+The prompt of that evaluation ends on `<reasoning>`, which is therefore put back in front.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from dlmctl.records.errors import DataError
+from dlmctl.records.jsonl import Record
+
+
+def from_evaluation(row: Record) -> Record:
+    """The row with the fields that its task's verifier needs; other records as they are.
+
+    Raises:
+        DataError: the ground truth is not what the task has.
+    """
+    if "generation" not in row or "ground_truth" not in row or "completion" in row:
+        return row
+    record = Record(row)
+    record.where = row.where
+    record["completion"] = "<reasoning>" + str(record.pop("generation"))
+    record.update(_task_fields(str(row.get("task", "")), row))
+    return record
+
+
+def _task_fields(task: str, row: Record) -> dict[str, Any]:
+    truth = row["ground_truth"]
+    if task == "countdown":
+        if not (isinstance(truth, list) and len(truth) == 2 and isinstance(truth[0], list)):
+            raise DataError(f"ground_truth {truth!r} is not [numbers, target]", row.where)
+        return {"numbers": truth[0], "target": truth[1]}
+    if task == "sudoku":
+        puzzle = re.search(r"[0-4]{16}", str(row.get("question", "")))
+        if puzzle is None:
+            raise DataError("no puzzle of 16 digits in 'question'", row.where)
+        return {"puzzle": puzzle.group(), "solution": truth}
+    return {"answer": truth}

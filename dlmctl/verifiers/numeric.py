@@ -1,0 +1,54 @@
+"""Verifier `gsm8k`: one number, compared exactly.
+
+Thousands separators, currency and percent signs, units, LaTeX and fractions are read; `120.0` is
+120. The number is looked for in the answer tags or the box, then after `####`, then it is the last
+one of the text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+from dlmctl.records.errors import DataError
+from dlmctl.verifiers.answer import Verdict, answer_text, completion_text, judged, required
+
+NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s*/\s*\d+(?![\d/]))?|-?\.\d+")
+FRACTION = re.compile(r"\\[dt]?frac\s*\{?\s*(\d+)\s*\}?\s*\{?\s*(\d+)\s*\}?")
+MIXED = re.compile(r"(\d+)\s*\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+
+
+def gsm8k(record: Mapping[str, Any]) -> Verdict:
+    """1 if the number that the completion ends on equals `answer`."""
+    wanted = parse_number(str(required(record, "answer")))
+    if wanted is None:
+        raise DataError(f"answer {record['answer']!r} holds no number")
+    text, place = answer_text(completion_text(record))
+    if place == "text" and "####" in text:
+        text, place = text.rpartition("####")[2], "####"
+    given = parse_number(text)
+    if given is None:
+        return judged(False, "no number found", number=None, found_in=place)
+    shown = str(given) if given.denominator == 1 else f"{float(given):g}"
+    why = "" if given == wanted else f"found {shown}, wanted {record['answer']}"
+    return judged(given == wanted, why, number=shown, found_in=place)
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The number that a short text states: after the last equals sign, else the last one in it."""
+    text = re.sub(r"\\[,!;:]|\\text\s*\{[^{}]*\}|\\%|[$%]", "", text.replace("{,}", ","))
+    before, _, after = text.rpartition("=")
+    text = after if before and re.search(r"\d", after) else text
+    if mixed := MIXED.search(text):
+        whole, top, bottom = map(int, mixed.groups())
+        return whole + Fraction(top, bottom) if bottom else None
+    text = FRACTION.sub(r"\1/\2", text)
+    found = NUMBER.findall(text)
+    if not found:
+        return None
+    top, _, bottom = found[-1].replace(",", "").replace(" ", "").partition("/")
+    if bottom and int(bottom) == 0:
+        return None
+    return Fraction(top) / Fraction(bottom or 1)

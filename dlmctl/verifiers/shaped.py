@@ -1,0 +1,75 @@
+r"""The shaped rewards of d1 (arXiv 2504.12216) as its code gives them, without its defects.
+
+What differs: \boxed is looked for as it is written (in d1 a backspace stands there, and it never
+matches); Countdown is parsed instead of passed to `eval`; a prefilled <reasoning> counts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dlmctl.verifiers.answer import ANSWER_TAG, Verdict, answer_text, completion_text
+from dlmctl.verifiers.countdown import countdown
+from dlmctl.verifiers.numeric import parse_number
+
+STRICT = re.compile(r"<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n?", re.DOTALL)
+SOFT = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", re.DOTALL)
+
+PRESETS: dict[str, dict[str, dict[str, float]]] = {
+    "d1": {
+        "gsm8k": {
+            "gsm8k": 2.0,
+            "tags-count": 1.0,
+            "tags-soft": 0.5,
+            "tags-strict": 0.5,
+            "integer": 0.5,
+        },
+        "math": {"math": 2.0, "boxed-tags": 1.0},
+        "countdown": {"countdown-shaped": 1.0},
+        "sudoku": {"sudoku-cells": 1.0},
+    }
+}
+"""Preset, task: verifiers and their weights."""
+
+
+def tags_count(record: Mapping[str, Any]) -> Verdict:
+    """An eighth for each of the four tags on a line of its own, less 0.001 per character behind."""
+    text = completion_text(record)
+    tags = ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
+    found = [tag.strip() for tag in tags if text.count(tag) == 1]
+    behind = len(text.rpartition("</answer>")[2].strip()) if "</answer>" in found else 0
+    return Verdict(0.125 * len(found) - 0.001 * behind, {"tags": found, "behind": behind})
+
+
+def tags_soft(record: Mapping[str, Any]) -> Verdict:
+    """1 if a reasoning block and an answer block stand somewhere, in this order."""
+    return Verdict(float(SOFT.search(completion_text(record)) is not None), {})
+
+
+def tags_strict(record: Mapping[str, Any]) -> Verdict:
+    """1 if the completion is the two blocks alone, tags on lines of their own."""
+    return Verdict(float(STRICT.fullmatch(completion_text(record)) is not None), {})
+
+
+def integer(record: Mapping[str, Any]) -> Verdict:
+    """1 if the answer is a whole number and nothing else."""
+    text, _ = answer_text(completion_text(record))
+    return Verdict(float(text.isdecimal() and parse_number(text) is not None), {})
+
+
+def boxed_tags(record: Mapping[str, Any]) -> Verdict:
+    r"""Answer tags and \boxed 1; tags 0.75; \boxed 0.5; neither 0.25."""
+    text = completion_text(record)
+    tags, boxed = ANSWER_TAG.search(text) is not None, "\\boxed" in text
+    return Verdict(
+        {(True, True): 1.0, (True, False): 0.75, (False, True): 0.5}.get((tags, boxed), 0.25), {}
+    )
+
+
+def countdown_shaped(record: Mapping[str, Any]) -> Verdict:
+    """1 if right, 0.1 for an answer that is wrong, 0 without <answer>."""
+    verdict = countdown(record)
+    tagged = ANSWER_TAG.search(completion_text(record)) is not None
+    return Verdict(verdict.reward if verdict.reward else 0.1 * tagged, verdict.detail)

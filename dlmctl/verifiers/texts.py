@@ -1,0 +1,43 @@
+"""Verifiers of plain text: format tags, multiple choice, exact match."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dlmctl.verifiers.answer import Verdict, answer_text, completion_text, judged, required
+
+TAGGED = re.compile(r"\s*<reasoning>.+?</reasoning>\s*<answer>.+?</answer>\s*", re.DOTALL)
+LETTER = r"\(?([A-Z])\)?"
+CHOICES = [
+    re.compile(rf"^{LETTER}(?:[.:)\s]|$)"),
+    re.compile(rf"(?i:answer|choice|option)\s*(?i:is|:)?\s*\**{LETTER}(?![A-Za-z])"),
+    re.compile(rf"(?<![A-Za-z]){LETTER}(?![A-Za-z'])"),
+]
+
+
+def tags(record: Mapping[str, Any]) -> Verdict:
+    """1 if the completion is one reasoning block and one answer block and nothing else."""
+    text = completion_text(record)
+    whole = TAGGED.fullmatch(text) is not None
+    once = all(text.count(tag) == 1 for tag in ("<reasoning>", "<answer>"))
+    return judged(whole and once, "" if whole and once else "not one block of each tag")
+
+
+def choice(record: Mapping[str, Any]) -> Verdict:
+    """1 if the letter that the answer names is that of `answer`."""
+    wanted = str(required(record, "answer")).strip().strip("()").upper()
+    text, _ = answer_text(completion_text(record))
+    found = None
+    for pattern in CHOICES:
+        if matches := pattern.findall(text.strip()):
+            found = matches[-1]
+            break
+    return judged(found == wanted, choice=found)
+
+
+def exact(record: Mapping[str, Any]) -> Verdict:
+    """1 if the answer equals `answer`, white space at the ends aside."""
+    text, place = answer_text(completion_text(record))
+    return judged(text == str(required(record, "answer")).strip(), found_in=place)
