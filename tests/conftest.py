@@ -1,0 +1,89 @@
+"""Small real models, and the command line as a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import orjson
+import pytest
+import torch
+
+from dlmctl.models.policy import Family, Policy
+from dlmctl.models.small import make_policy
+from dlmctl.models.tokenizers import character_tokenizer
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def tiny_policy(family: Family = "llada", alphabet: str = "01234=", seed: int = 0) -> Policy:
+    """A model of two layers in float64, whose weights are large enough to have opinions."""
+    policy = make_policy(
+        family,
+        character_tokenizer(alphabet),
+        hidden_size=16,
+        layers=2,
+        heads=2,
+        sampling={"gen_length": 6},
+        seed=seed,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.4, generator=generator)
+    policy.model.double()
+    return policy
+
+
+@pytest.fixture
+def policy() -> Policy:
+    return tiny_policy()
+
+
+@pytest.fixture(scope="session")
+def saved_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Directory of a small saved model of a family, made once."""
+    from dlmctl.models.saving import save_policy
+
+    made: dict[str, str] = {}
+
+    def get(family: str) -> str:
+        if family not in made:
+            tokenizer = character_tokenizer()
+            policy = make_policy(family, tokenizer, 16, 2, 2, sampling={"gen_length": 16}, seed=1)
+            directory = tmp_path_factory.mktemp(f"model-{family}")
+            save_policy(policy, directory)
+            made[family] = str(directory)
+        return made[family]
+
+    return get
+
+
+def shell(line: str, cwd: Path, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+    """Run a line of shell as a user types it, standard input empty."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line],
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [orjson.loads(line) for line in path.read_bytes().splitlines()]

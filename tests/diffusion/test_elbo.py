@@ -1,0 +1,127 @@
+"""The ELBO estimators against full enumeration, and the score function against plain sums."""
+
+import math
+from itertools import combinations
+
+import pytest
+import torch
+from conftest import tiny_policy
+
+from dlmctl.diffusion import elbo
+from dlmctl.diffusion.elbo import Example, elbo_samples, log_prob_sums, summarize
+from dlmctl.diffusion.masks import LAWS, MaskSet, draw_masks
+
+PROMPT = [3, 4, 8]
+
+
+def plain_log_prob(policy, prompt, completion, hidden):
+    """S(M) by the model's own forward pass: one row, no padding."""
+    ids = [*prompt, *completion]
+    for place in hidden:
+        ids[len(prompt) + place] = policy.mask_id
+    logits = policy.model(input_ids=torch.tensor([ids])).logits[0]
+    total = 0.0
+    for place in hidden:
+        row = logits[len(prompt) + place - policy.shift]
+        total += float(row.log_softmax(-1)[completion[place]].detach())
+    return total
+
+
+@torch.no_grad()
+def enumerated_elbo(policy, prompt, completion):
+    """sum over l of 1/l times the mean of S over all subsets of size l."""
+    length = len(completion)
+    total = 0.0
+    for size in range(1, length + 1):
+        subsets = list(combinations(range(length), size))
+        mean = sum(plain_log_prob(policy, prompt, completion, s) for s in subsets) / len(subsets)
+        total += mean / size
+    return total
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("law", LAWS)
+def test_the_estimator_is_unbiased(law, length):
+    policy = tiny_policy(seed=length)
+    completion = [3 + (n * 5 + length) % 5 for n in range(length)]
+    exact = enumerated_elbo(policy, PROMPT, completion)
+    draws = 4000 if law == "independent" else 1500
+    draws += draws % 2
+    scored = torch.ones(length, dtype=torch.bool)
+    masks = draw_masks(law, draws, scored, 7, f"{law}", 0)
+    [samples] = elbo_samples(policy, [Example(PROMPT, completion, masks)], 512)
+    score = summarize(samples, paired=law == "complementary")
+    if length == 1 and law != "independent":
+        assert score.value == pytest.approx(exact, rel=1e-9) or score.stderr > 0
+    assert abs(score.value - exact) <= 3 * score.stderr + 1e-9
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d", "mlm"])
+def test_scores_equal_the_models_own_forward_pass(family):
+    policy = tiny_policy(family)
+    completion = [4, 5, 6, 7]
+    hidden = torch.tensor([True, False, True, True])
+    [value] = log_prob_sums(policy, [PROMPT], [completion], [hidden])
+    assert float(value.detach()) == pytest.approx(plain_log_prob(policy, PROMPT, completion, [0, 2, 3]))
+
+
+def test_an_autoregressive_score_is_the_exact_log_likelihood():
+    policy = tiny_policy("ar")
+    completion = [4, 5, 6, 7, 1]
+    logits = policy.model(input_ids=torch.tensor([[*PROMPT, *completion]])).logits[0]
+    log_probs = logits.log_softmax(-1)
+    exact = sum(float(log_probs[len(PROMPT) + i - 1, t]) for i, t in enumerate(completion))
+    masks = elbo.example_masks(policy, completion, "uniform", 8, False, 0, "a", 0)
+    [samples] = elbo_samples(policy, [Example(PROMPT, completion, masks)], 4)
+    assert samples.tolist() == pytest.approx([exact])
+    assert summarize(samples, paired=False, exact=True).stderr == 0
+
+
+def test_scores_do_not_depend_on_the_batch():
+    policy = tiny_policy()
+    examples = [
+        Example(
+            [3] * (1 + n),
+            [4, 5, 6, 7][: 1 + n % 4],
+            draw_masks("uniform", 3, torch.ones(1 + n % 4, dtype=torch.bool), 0, n, 0),
+        )
+        for n in range(7)
+    ]
+    one = torch.stack(elbo_samples(policy, examples, 1))
+    many = torch.stack(elbo_samples(policy, examples, 16))
+    assert torch.allclose(one, many, rtol=0, atol=1e-10)
+
+
+def test_projecting_the_vocabulary_in_chunks_changes_neither_value_nor_gradient(monkeypatch):
+    policy = tiny_policy()
+    hidden = [torch.tensor([True] * 5), torch.tensor([True, False, True, True, False])]
+
+    def value_and_gradient():
+        policy.model.zero_grad()
+        sums = log_prob_sums(policy, [PROMPT, PROMPT], [[3, 4, 5, 6, 7]] * 2, hidden)
+        sums.sum().backward()
+        return sums.detach(), [p.grad.clone() for p in policy.model.parameters()]
+
+    whole = value_and_gradient()
+    monkeypatch.setattr(elbo, "LOGITS_PER_CHUNK", 2 * policy.vocab_size)
+    chunked = value_and_gradient()
+    assert torch.allclose(whole[0], chunked[0])
+    assert all(torch.allclose(a, b) for a, b in zip(whole[1], chunked[1], strict=True))
+
+
+def test_a_mask_that_hides_nothing_scores_zero_without_a_forward_pass():
+    policy = tiny_policy()
+    masks = MaskSet(
+        torch.zeros(2, 3, dtype=torch.bool),
+        torch.zeros(2, dtype=torch.float64),
+        torch.ones(3, dtype=torch.bool),
+    )
+    policy.model.forward = None
+    assert elbo_samples(policy, [Example(PROMPT, [3, 4, 5], masks)], 4)[0].tolist() == [0, 0]
+
+
+def test_the_standard_error_counts_a_complementary_pair_once():
+    samples = torch.tensor([1.0, 3.0, 2.0, 6.0], dtype=torch.float64)
+    assert summarize(samples, paired=True).stderr == pytest.approx(math.sqrt(2) / math.sqrt(2))
+    assert summarize(samples, paired=False).stderr == pytest.approx(float(samples.std()) / 2)
+    assert summarize(samples[:2], paired=True).stderr is None

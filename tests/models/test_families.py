@@ -1,0 +1,234 @@
+"""What every family of models must do: directions of attention, padding, saving, tokens."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import tiny_policy
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+from dlmctl.diffusion.elbo import log_prob_sums
+from dlmctl.models.loading import load_policy
+from dlmctl.models.policy import Policy
+from dlmctl.models.saving import save_policy
+from dlmctl.models.tokenizers import byte_tokenizer, character_tokenizer
+from dlmctl.records.errors import DataError, MissingInputError, UnavailableError, UsageError
+from dlmctl.records.jsonl import Record
+
+FAMILIES = ["llada", "dream", "a2d", "mlm", "ar"]
+
+
+def all_logits(policy: Policy, ids, attention=None):
+    rows, positions = torch.ones_like(ids).nonzero(as_tuple=True)
+    with torch.no_grad():
+        return policy.predict(ids, attention, rows, positions).view(*ids.shape, -1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_later_token_changes_earlier_logits_only_in_denoisers(family):
+    policy = tiny_policy(family)
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    changed = ids.clone()
+    changed[0, 4] = 8
+    difference = (all_logits(policy, ids) - all_logits(policy, changed)).abs().amax(-1)[0]
+    assert bool((difference[:4] > 1e-6).all()) == policy.diffusion
+    if not policy.diffusion:
+        assert float(difference[:5].max()) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_logits_by_less_than_1e_5_in_float32(family):
+    policy = tiny_policy(family)
+    policy.model.float()
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    padded = torch.tensor([[3, 4, 5, 6, 7, 0, 0, 0], [8, 7, 6, 5, 4, 3, 8, 7]])
+    attention = torch.tensor([[1] * 5 + [0] * 3, [1] * 8], dtype=torch.bool)
+    alone = all_logits(policy, ids)
+    together = all_logits(policy, padded, attention)[:1, :5]
+    assert float((alone - together).abs().max()) < 1e-5
+    assert float(alone.abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_policy_loads_as_it_was(family, tmp_path):
+    policy = tiny_policy(family)
+    policy.model.float()
+    policy = dataclasses.replace(policy, sampling={"gen_length": 9})
+    save_policy(policy, tmp_path)
+    again = load_policy(str(tmp_path), "cpu")
+    ids = torch.tensor([[3, 4, 5, 2, 7]])
+    assert torch.equal(all_logits(policy, ids), all_logits(again, ids))
+    for name in ("family", "mask_id", "eos_id", "pad_id", "shift", "vocab_size", "sampling"):
+        assert getattr(again, name) == getattr(policy, name)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d", "mlm"])
+def test_transformers_alone_loads_what_is_saved(family, tmp_path):
+    policy = tiny_policy(family)
+    policy.model.float()
+    save_policy(policy, tmp_path)
+    auto = AutoModelForMaskedLM if family == "mlm" else AutoModelForCausalLM
+    stock = auto.from_pretrained(tmp_path)
+    ids = torch.tensor([[3, 4, 5, 2, 7]])
+    with torch.no_grad():
+        expected = policy.model(input_ids=ids).logits
+        assert torch.allclose(stock(input_ids=ids).logits, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "modernbert", "distilbert"])
+def test_heads_of_masked_language_models_give_their_own_logits(kind, tmp_path):
+    import transformers as t
+
+    sizes = {"vocab_size": 9, "pad_token_id": 0, "max_position_embeddings": 64}
+    model = {
+        "roberta": lambda: t.RobertaForMaskedLM(
+            t.RobertaConfig(
+                **sizes,
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=32,
+            )
+        ),
+        "modernbert": lambda: t.ModernBertForMaskedLM(
+            t.ModernBertConfig(
+                **sizes,
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=32,
+                bos_token_id=0,
+                eos_token_id=1,
+                cls_token_id=0,
+                sep_token_id=1,
+            )
+        ),
+        "distilbert": lambda: t.DistilBertForMaskedLM(
+            t.DistilBertConfig(**sizes, dim=16, n_layers=2, n_heads=2, hidden_dim=32)
+        ),
+    }[kind]()
+    model.eval().save_pretrained(tmp_path)
+    character_tokenizer("01234=").save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), "cpu")
+    assert policy.family == "mlm"
+    ids = torch.tensor([[3, 4, 2, 2, 7]])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    assert torch.allclose(all_logits(policy, ids), expected, atol=1e-5)
+
+
+def test_a2d_names_of_decoders_are_read_as_bidirectional(tmp_path):
+    import json
+
+    policy = tiny_policy("a2d")
+    policy.model.float()
+    save_policy(policy, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("dlmctl", "is_causal"):
+        del config[name]
+    config |= {"model_type": "a2d-qwen3", "auto_map": {"AutoModel": "evil.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = load_policy(str(tmp_path), "cpu")
+    ids = torch.tensor([[3, 4, 5, 2, 7]])
+    assert again.family == "a2d"
+    assert again.mask_id == 2
+    assert torch.equal(all_logits(policy, ids), all_logits(again, ids))
+
+
+def test_a_score_takes_gradients_through_every_family():
+    for family in FAMILIES:
+        policy = tiny_policy(family)
+        hidden = [torch.tensor([True, True, True])]
+        log_prob_sums(policy, [[3, 4]], [[5, 6, 7]], hidden).sum().backward()
+        without = [n for n, p in policy.model.named_parameters() if p.grad is None]
+        assert not without
+
+
+def test_the_hash_of_the_weights_knows_one_changed_bit(tmp_path):
+    policy = tiny_policy()
+    save_policy(policy, tmp_path / "a")
+    save_policy(policy, tmp_path / "b")
+    with torch.no_grad():
+        policy.model.lm_head.weight[0, 0] += 1e-12
+    save_policy(policy, tmp_path / "c")
+    a, b, c = (load_policy(str(tmp_path / x), "cpu").revision for x in "abc")
+    assert a == b != c
+
+
+def test_character_tokens_are_one_per_character_and_come_back():
+    tokenizer = character_tokenizer()
+    ids = tokenizer.encode("30,100:(2)=", add_special_tokens=False)
+    assert len(ids) == 11
+    assert tokenizer.decode(ids) == "30,100:(2)="
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id) == (0, 1, 2)
+
+
+def test_byte_tokens_hold_any_text():
+    tokenizer = byte_tokenizer()
+    text = "  é→数学\n\ttab"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert len(ids) == len(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert len(tokenizer) == 259
+
+
+def test_prompts_are_taken_as_ids_as_text_or_through_the_template():
+    policy = tiny_policy()
+    assert policy.encode(Record(tokens={"prompt": [5, 6]}, prompt="12")) == [5, 6]
+    plain = policy.encode(Record(prompt="12="))
+    assert policy.decode(plain) == "12="
+    assert policy.encode(Record(messages=[{"role": "user", "content": "12="}])) == plain
+    policy.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}=0"
+    chat = policy.encode(Record(prompt="12"))
+    assert policy.decode(chat) == "12=0"
+    assert policy.encode(Record(prompt=[{"role": "user", "content": "12"}])) == chat
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (Record(), "no 'prompt' and no 'messages'"),
+        (Record(prompt="abc"), "no tokens for 'abc'"),
+        (Record(tokens={"prompt": [99]}), "beyond the vocabulary"),
+        (Record(messages=[{"content": "1"}, {"content": "2"}]), "no chat template"),
+    ],
+)
+def test_prompts_that_cannot_be_written_down_are_refused(record, message):
+    with pytest.raises(DataError, match=message):
+        tiny_policy().encode(record)
+
+
+def test_decoding_ends_at_the_first_end_of_sequence():
+    policy = tiny_policy()
+    assert policy.decode([4, 5, 1, 6]) == "12"
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("./nowhere", MissingInputError),
+        ("/nowhere/at/all", MissingInputError),
+        ("builtin:nothing", MissingInputError),
+    ],
+)
+def test_models_that_are_not_there_are_named(name, error):
+    with pytest.raises(error, match="no model"):
+        load_policy(name)
+
+
+def test_devices_and_dtypes_are_checked():
+    with pytest.raises(UsageError, match="--device gpu"):
+        load_policy("builtin:puzzles", "gpu")
+    with pytest.raises(UsageError, match="--dtype float8"):
+        load_policy("builtin:puzzles", "cpu", "float8")
+    if not torch.cuda.is_available():
+        with pytest.raises(UnavailableError, match="doctor"):
+            load_policy("builtin:puzzles", "cuda")
+
+
+def test_a_config_of_an_unknown_kind_is_refused_without_running_its_code(tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "mystery", "auto_map": {"AutoModel": "code.py"}}'
+    )
+    with pytest.raises(DataError, match="'mystery' is not known"):
+        load_policy(str(tmp_path), "cpu")

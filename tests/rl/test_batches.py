@@ -1,0 +1,64 @@
+"""Which records make an optimizer step."""
+
+from dlmctl.records.jsonl import Record
+from dlmctl.rl.batches import step_batches
+
+
+def samples(prompt, count, of=None, round_=None, round_size=None):
+    place = {"samples": of or count}
+    if round_ is not None:
+        place |= {"round": round_, "round_size": round_size}
+    return [Record(id=prompt, sample=i, rollout=place) for i in range(count)]
+
+
+def test_a_step_takes_whole_groups():
+    stream = [r for p in "abcde" for r in samples(p, 3)]
+    batches = list(step_batches(stream, 2))
+    assert [[g[0]["id"] for g in b.groups] for b in batches] == [["a", "b"], ["c", "d"], ["e"]]
+    assert all(len(g) == 3 for b in batches for g in b.groups)
+    assert [b.partial for b in batches] == [0, 0, 0]
+
+
+def test_a_step_does_not_wait_for_the_group_behind_it():
+    read = []
+
+    def stream():
+        for record in [r for p in "ab" for r in samples(p, 2)]:
+            read.append(record)
+            yield record
+
+    next(step_batches(stream(), 1))
+    assert len(read) == 2
+
+
+def test_the_same_prompt_twice_makes_two_groups():
+    batches = list(step_batches(samples("a", 2) + samples("a", 2), 8))
+    assert [len(g) for g in batches[0].groups] == [2, 2]
+
+
+def test_groups_that_lack_samples_are_counted():
+    [batch] = step_batches(samples("a", 2, of=3) + samples("b", 3), 8)
+    assert batch.partial == 1
+
+
+def test_a_round_ends_with_a_step_even_if_it_is_short():
+    stream = samples("a", 2, round_=0, round_size=6) + samples("b", 2, round_=0, round_size=6)
+    stream += samples("c", 2, round_=0, round_size=6) + samples("d", 2, round_=1, round_size=2)
+    batches = list(step_batches(stream, 2))
+    assert [[g[0]["id"] for g in b.groups] for b in batches] == [["a", "b"], ["c"], ["d"]]
+    assert [b.finished_round for b in batches] == [None, 0, 1]
+
+
+def test_failed_records_count_for_the_round_and_not_for_the_step():
+    stream = samples("a", 2, round_=0, round_size=2)
+    stream[1]["error"] = {"message": "no"}
+    [batch] = step_batches(stream, 4)
+    assert [len(g) for g in batch.groups] == [1]
+    assert batch.finished_round == 0
+    assert batch.partial == 1
+
+
+def test_records_of_other_tools_are_grouped_by_id():
+    stream = [Record(id=x) for x in "aabbb"]
+    [batch] = step_batches(stream, 4)
+    assert [len(g) for g in batch.groups] == [2, 3]
