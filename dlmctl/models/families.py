@@ -7,7 +7,7 @@
     ar      everything else: AutoModelForCausalLM, left to right
 
 A config with `is_causal = False` makes a stock decoder of transformers attend in both directions,
-so that no model brings code of its own.
+so that no model brings code of its own. Models are read without their dropout.
 """
 
 from __future__ import annotations
@@ -84,6 +84,10 @@ def _stock(raw: dict[str, Any], where: str) -> PretrainedConfig:
             where,
         ) from None
     config.architectures = raw.get("architectures")
+    for name in vars(config):
+        if name.endswith(("dropout", "dropout_prob", "_pdrop")) and getattr(config, name):
+            # A score and its gradient must be those of one and the same function.
+            setattr(config, name, 0.0)
     return config
 
 

@@ -83,7 +83,8 @@ def _model(
         "tie_word_embeddings": False,
     }
     if family == "mlm":
-        return BertForMaskedLM(BertConfig(**{**sizes, "tie_word_embeddings": True}))
+        without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        return BertForMaskedLM(BertConfig(**{**sizes, "tie_word_embeddings": True}, **without))
     sizes |= {"num_key_value_heads": heads}
     if family == "dream":
         return Qwen2ForCausalLM(Qwen2Config(**sizes, is_causal=False))

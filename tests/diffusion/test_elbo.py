@@ -62,14 +62,16 @@ def test_scores_equal_the_models_own_forward_pass(family):
     completion = [4, 5, 6, 7]
     hidden = torch.tensor([True, False, True, True])
     [value] = log_prob_sums(policy, [PROMPT], [completion], [hidden])
-    assert float(value.detach()) == pytest.approx(plain_log_prob(policy, PROMPT, completion, [0, 2, 3]))
+    assert float(value.detach()) == pytest.approx(
+        plain_log_prob(policy, PROMPT, completion, [0, 2, 3])
+    )
 
 
 def test_an_autoregressive_score_is_the_exact_log_likelihood():
     policy = tiny_policy("ar")
     completion = [4, 5, 6, 7, 1]
     logits = policy.model(input_ids=torch.tensor([[*PROMPT, *completion]])).logits[0]
-    log_probs = logits.log_softmax(-1)
+    log_probs = logits.detach().log_softmax(-1)
     exact = sum(float(log_probs[len(PROMPT) + i - 1, t]) for i, t in enumerate(completion))
     masks = elbo.example_masks(policy, completion, "uniform", 8, False, 0, "a", 0)
     [samples] = elbo_samples(policy, [Example(PROMPT, completion, masks)], 4)

@@ -117,6 +117,21 @@ def test_heads_of_masked_language_models_give_their_own_logits(kind, tmp_path):
     assert torch.allclose(all_logits(policy, ids), expected, atol=1e-5)
 
 
+def test_a_model_with_dropout_is_read_without_it(tmp_path):
+    import json
+
+    policy = tiny_policy("mlm")
+    save_policy(policy, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["hidden_dropout_prob"] = config["attention_probs_dropout_prob"] = 0.5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = load_policy(str(tmp_path), "cpu")
+    ids = torch.tensor([[3, 4, 5, 2, 7]])
+    expected = all_logits(again, ids)
+    again.model.train()
+    assert torch.equal(all_logits(again, ids), expected)
+
+
 def test_a2d_names_of_decoders_are_read_as_bidirectional(tmp_path):
     import json
 
