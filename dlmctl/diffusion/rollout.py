@@ -107,6 +107,12 @@ def _completed(
         "temperature": settings.temperature,
         "nfe": result.nfe,
         "order": result.order,
+        "length": _length(result.tokens, policy.eos_id),
         "finish": "eos" if policy.eos_id in result.tokens else "length",
     }
     return done
+
+
+def _length(tokens: list[int], eos_id: int | None) -> int:
+    """Tokens up to and including the first end-of-sequence."""
+    return tokens.index(eos_id) + 1 if eos_id in tokens else len(tokens)

@@ -1,0 +1,40 @@
+"""`dlmctl doctor`: options and wiring."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from dlmctl.records.errors import UnavailableError
+from dlmctl.records.jsonl import write_records
+
+
+def command(
+    as_json: Annotated[
+        bool, typer.Option("--json/--table", help="JSON lines, as in a pipe, or a table.")
+    ] = not sys.stdout.isatty(),
+) -> None:
+    """Say what this machine has and what is missing.
+
+    Reports torch, CUDA devices and their memory, optional packages and the command that installs
+    each. Exit 69 if something that every stage needs is missing.
+    """
+    from dlmctl.report.diagnosis import findings
+
+    found = findings()
+    if as_json:
+        write_records([finding._asdict() for finding in found])
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=None, show_header=False, pad_edge=False)
+        colours = {"ok": "green", "missing": "yellow", "broken": "red"}
+        for name, state, detail in found:
+            table.add_row(name, f"[{colours[state]}]{state}[/]", detail)
+        Console().print(table)
+    broken = [finding.name for finding in found if finding.state == "broken"]
+    if broken:
+        raise UnavailableError(f"this cannot work yet: {', '.join(broken)}")

@@ -1,0 +1,105 @@
+"""`dlmctl stats`: options and wiring."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from dlmctl.commands.options import Files, OnErrorOption, Output
+from dlmctl.records.errors import UsageError
+from dlmctl.records.jsonl import read_records, write_records
+
+
+def command(
+    files: Files = None,
+    by: Annotated[
+        str, typer.Option(metavar="FIELD", help="A row for each value: task, model, round, …")
+    ] = "task",
+    ks: Annotated[
+        list[int] | None,
+        typer.Option("-k", "--pass-at", min=1, show_default="1", help="k of pass@k; repeatable."),
+    ] = None,
+    confidence: Annotated[
+        float, typer.Option(min=0.5, max=0.9999, help="Level of the accuracy's interval.")
+    ] = 0.95,
+    fail_under: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MEASURE=VALUE",
+            show_default="never",
+            help="Exit 1 when a measure over all records (accuracy, reward, pass@1, cells, …) is "
+            "below this; repeatable.",
+        ),
+    ] = None,
+    on_error: OnErrorOption = "fail",
+    output: Output = "-",
+) -> None:
+    """Accuracy, pass@k, reward and length per task.
+
+    Reads verified records and writes a table on a terminal, JSON lines in a pipe or file. The
+    accuracy's interval is Wilson's, widened for the samples of one prompt being alike; `cells` is
+    the share of empty Sudoku cells that equal the stored solution.
+
+    Examples:
+
+    dlmctl rollout -n 8 | dlmctl verify | dlmctl stats -k 1 -k 8
+
+    dlmctl stats --fail-under accuracy=0.8 verified.jsonl || mail -s "worse" me@example.org
+    """
+    from dlmctl.report.statistics import tally
+
+    limits = [_limit(text) for text in fail_under or []]
+    rows = tally(read_records(files or [], on_error), by, ks or [1], confidence)
+    if output == "-" and sys.stdout.isatty():
+        _table(rows, by)
+    else:
+        write_records(rows, output)
+    failed = False
+    for measure, least in limits:
+        value = rows[-1].get(measure)
+        if not isinstance(value, (int, float)):
+            there = ", ".join(k for k, v in rows[-1].items() if isinstance(v, (int, float)))
+            raise UsageError(f"--fail-under {measure}: no such measure; there are {there}")
+        if value < least:
+            print(f"dlmctl: {measure} is {value:.4g}, under {least:g}", file=sys.stderr)
+            failed = True
+    if failed:
+        raise typer.Exit(1)
+
+
+def _limit(text: str) -> tuple[str, float]:
+    measure, _, value = text.partition("=")
+    try:
+        return measure, float(value)
+    except ValueError:
+        raise UsageError(f"--fail-under {text} is not MEASURE=NUMBER") from None
+
+
+def _table(rows: Sequence[dict[str, Any]], by: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = list(dict.fromkeys(name for row in rows for name in row if name != "interval"))
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in columns:
+        table.add_column(
+            by if name == "task" else name, justify="left" if name == "task" else "right"
+        )
+    for row in rows:
+        table.add_row(*(_cell(row, name) for name in columns))
+    Console().print(table)
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    value = row.get(name)
+    if value is None:
+        return "-"
+    if name == "accuracy":
+        low, high = row["interval"]
+        return f"{value:.1%} ({low:.1%}–{high:.1%})"
+    if name.startswith("pass@") or name in ("cells", "finished"):
+        return f"{value:.1%}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,96 @@
+"""What this machine has, and what is missing with the command that installs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dlmctl import __version__
+
+REQUIRED = ("torch", "transformers", "safetensors", "datasets", "typer", "rich", "orjson")
+OPTIONAL = {
+    "peft": ("peft", "lora", "update --lora-rank"),
+    "math_verify": ("math-verify", "math", "verify: math"),
+    "matplotlib": ("matplotlib", "plot", "plot"),
+}
+"""Module: package, extra, what needs it."""
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+
+    name: str
+    state: str
+    """ok, missing (something optional), or broken (something required)."""
+    detail: str
+
+
+def findings() -> list[Finding]:
+    """Everything that matters, in the order of a newcomer's questions."""
+    return [
+        Finding("dlmctl", "ok", __version__),
+        Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
+        Finding("machine", "ok", _machine()),
+        *(_required(name) for name in REQUIRED),
+        *_cuda(),
+        *(_optional(module, *row) for module, row in OPTIONAL.items()),
+        _builtin(),
+    ]
+
+
+def _machine() -> str:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (OSError, ValueError, AttributeError):
+        return f"{cores} CPU cores"
+    return f"{cores} CPU cores, {total:.0f} GiB memory"
+
+
+def _required(name: str) -> Finding:
+    try:
+        return Finding(name, "ok", version(name))
+    except PackageNotFoundError:
+        return Finding(name, "broken", f"not installed: run  pip install {name}")
+
+
+def _optional(module: str, package: str, extra: str, purpose: str) -> Finding:
+    if importlib.util.find_spec(module) is None:
+        return Finding(
+            package, "missing", f"{purpose} needs it: run  pip install 'dlmctl[{extra}]'"
+        )
+    return Finding(package, "ok", f"{version(package)} ({purpose})")
+
+
+def _cuda() -> list[Finding]:
+    try:
+        import torch
+    except Exception as error:  # a broken installation fails in many ways
+        return [Finding("torch", "broken", f"cannot be imported ({error})")]
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            why = "this torch is a CPU build: run  pip install --force-reinstall torch"
+        else:
+            why = (
+                f"torch is built for CUDA {torch.version.cuda} and finds no device: see nvidia-smi"
+            )
+        return [Finding("cuda", "missing", f"{why} (the CPU is used)")]
+    return [_device(torch, number) for number in range(torch.cuda.device_count())]
+
+
+def _device(torch: Any, number: int) -> Finding:
+    free, total = (size / 2**30 for size in torch.cuda.mem_get_info(number))
+    name = torch.cuda.get_device_name(number)
+    bf16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
+    return Finding(f"cuda:{number}", "ok", f"{name}, {free:.0f} of {total:.0f} GiB free, {bf16}")
+
+
+def _builtin() -> Finding:
+    weights = Path(__file__).parent.parent / "assets" / "puzzles" / "model.safetensors"
+    if not weights.exists():
+        return Finding("builtin:puzzles", "broken", f"{weights} is missing: install dlmctl again")
+    return Finding("builtin:puzzles", "ok", f"{weights.stat().st_size / 2**20:.1f} MB")

@@ -1,0 +1,108 @@
+"""Curves from metrics records: one panel for each measure, one line for each run."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dlmctl.records.errors import CannotCreateError, DataError, missing_package
+from dlmctl.records.jsonl import Record
+
+Series = dict[str, list[tuple[float, float]]]
+"""Label of a line: its points, x and y."""
+
+COLOURS = ("#1b6ca8", "#d1495b", "#3c887e", "#edae49", "#66508f", "#7a7a7a")
+
+
+def collect(records: Iterable[Record], x: str, ys: Sequence[str], by: str) -> dict[str, Series]:
+    """The points of every measure and line; records that lack x or y are passed over.
+
+    Raises:
+        DataError: no record has a measure at all.
+    """
+    panels: dict[str, Series] = {y: {} for y in ys}
+    names: dict[str, None] = {}
+    for number, record in enumerate(records):
+        names.update(dict.fromkeys(record))
+        for y in ys:
+            value, at = record.get(y), record.get(x, number)
+            if isinstance(value, (int, float)) and isinstance(at, (int, float)):
+                panels[y].setdefault(str(record.get(by, "")), []).append((at, value))
+    for y, series in panels.items():
+        if not series:
+            there = ", ".join(names) or "no records"
+            raise DataError(f"no record has a number '{y}' over '{x}'; there are: {there}")
+    return panels
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """Mean over the last `window` values, or those there are."""
+    return [
+        sum(part) / len(part)
+        for end in range(1, len(values) + 1)
+        for part in [values[max(0, end - window) : end]]
+    ]
+
+
+def draw(
+    panels: dict[str, Series], x: str, title: str, window: int, kind: str, columns: int = 3
+) -> bytes:
+    """A picture, PNG or SVG.
+
+    Raises:
+        UnavailableError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise missing_package("matplotlib", "plot", "plot") from None
+    wide = min(columns, len(panels))
+    high = -(-len(panels) // wide)
+    figure = Figure(figsize=(4.2 * wide, 2.9 * high + 0.3), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(high, wide, squeeze=False).flatten()
+    for axis, (name, series) in zip(axes, panels.items(), strict=False):
+        _panel(axis, name, series, x, window)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    if len(next(iter(panels.values()))) > 1:
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return picture.getvalue()
+
+
+def _panel(axis: Any, name: str, series: Series, x: str, window: int) -> None:
+    for number, (label, points) in enumerate(series.items()):
+        points = sorted(points)
+        at, values = [p[0] for p in points], [p[1] for p in points]
+        colour = COLOURS[number % len(COLOURS)]
+        if window > 1:
+            axis.plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
+        marker = "o" if len(points) < 12 else None
+        line = smoothed(values, window)
+        axis.plot(at, line, color=colour, linewidth=1.6, marker=marker, markersize=3, label=label)
+    axis.set_title(name, fontsize=10, loc="left")
+    axis.set_xlabel(x, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(visible=True, alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(x=0.02)
+
+
+def write_picture(path: Path, picture: bytes) -> None:
+    """Write by rename; raises CannotCreateError."""
+    beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(picture)
+        os.replace(beside, path)
+    except OSError as error:
+        raise CannotCreateError(f"cannot write {path} ({error.strerror})") from None

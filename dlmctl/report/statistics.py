@@ -1,0 +1,148 @@
+"""Accuracy, pass@k and averages over verified records, in one pass and constant memory.
+
+accuracy   share of completions that are right; its interval is Wilson's, with the number of
+           completions replaced by the number of independent ones that would vary as much:
+           samples of one prompt are not independent      (cluster-robust variance by prompt)
+pass@k     1 - C(n-c, k) / C(n, k), averaged over prompts with n >= k samples, c of them right
+           (Chen et al. 2021, arXiv 2107.03374: unbiased for "one of k is right")
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from statistics import NormalDist
+from typing import Any
+
+from dlmctl.records.groups import groups
+from dlmctl.records.jsonl import Record
+
+
+def is_correct(record: Record) -> bool:
+    """Whether the verifiers that judge rightness all say so; else whether the reward is 1."""
+    verdicts = (record.get("verdict") or {}).values()
+    said = [v["correct"] for v in verdicts if isinstance(v, dict) and "correct" in v]
+    return all(said) if said else float(record.get("reward") or 0.0) >= 1.0
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Chance that k of the samples, drawn without replacement, hold a right one."""
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def wilson_interval(share: float, count: float, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval for a share of `count` independent trials."""
+    if count <= 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    centre = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+class Tally:
+    """Running sums over the groups of one task."""
+
+    def __init__(self, ks: Sequence[int]) -> None:
+        self.ks = ks
+        self.prompts = self.completions = self.correct = 0
+        self._squares = self._products = self._counts_squared = 0.0
+        self._pass: dict[int, list[float]] = {k: [0.0, 0] for k in ks}
+        self._sums: dict[str, list[float]] = {}
+
+    def add(self, group: Sequence[Record]) -> None:
+        """Count the samples of one prompt."""
+        n, c = len(group), sum(map(is_correct, group))
+        self.prompts += 1
+        self.completions += n
+        self.correct += c
+        self._squares += c * c
+        self._products += c * n
+        self._counts_squared += n * n
+        for k, sums in self._pass.items():
+            if n >= k:
+                sums[0] += pass_at_k(n, c, k)
+                sums[1] += 1
+        for record in group:
+            for name, (value, weight) in _measures(record).items():
+                entry = self._sums.setdefault(name, [0.0, 0.0])
+                entry[0] += value
+                entry[1] += weight
+
+    def row(self, task: str, confidence: float) -> dict[str, Any]:
+        """The statistics as they are written out."""
+        accuracy = self.correct / self.completions if self.completions else None
+        row: dict[str, Any] = {
+            "task": task,
+            "prompts": self.prompts,
+            "completions": self.completions,
+            "accuracy": accuracy,
+            "interval": None,
+        }
+        if accuracy is not None:
+            row["interval"] = list(wilson_interval(accuracy, self._independent(), confidence))
+        row |= {f"pass@{k}": s / n for k, (s, n) in self._pass.items() if n}
+        row |= {name: value / weight for name, (value, weight) in self._sums.items() if weight}
+        return row
+
+    def _independent(self) -> float:
+        """How many independent completions would vary as much as these."""
+        p = self.correct / self.completions
+        if self.prompts < 2 or self.completions == self.prompts:
+            return float(self.completions if self.prompts > 1 else self.prompts)
+        spread = self._squares - 2 * p * self._products + p * p * self._counts_squared
+        variance = self.prompts / (self.prompts - 1) * spread / self.completions**2
+        if variance <= 0:
+            # All right, all wrong or all prompts alike: no evidence beyond one per prompt.
+            return float(self.prompts)
+        return min(float(self.completions), p * (1 - p) / variance)
+
+
+def tally(
+    records: Iterable[Record], by: str, ks: Sequence[int], confidence: float
+) -> list[dict[str, Any]]:
+    """One row for each value of `by` (task, model, round), and one for all if there are several."""
+    tallies: dict[str, Tally] = {}
+    total, errors = Tally(ks), 0
+
+    def counted() -> Iterable[Record]:
+        nonlocal errors
+        for record in records:
+            errors += "error" in record
+            yield record
+
+    for group in groups(counted()):
+        name = _label(group[0], by)
+        tallies.setdefault(name, Tally(ks)).add(group)
+        total.add(group)
+    rows = [t.row(name, confidence) for name, t in tallies.items()]
+    if len(rows) != 1:
+        rows.append(total.row("all", confidence))
+    if errors:
+        rows[-1]["errors"] = errors
+    return rows
+
+
+def _label(record: Record, by: str) -> str:
+    value = record.get(by, (record.get("rollout") or {}).get(by))
+    return "-" if value is None else str(value)
+
+
+def _measures(record: Record) -> dict[str, tuple[float, float]]:
+    """(value, weight) of everything that is averaged."""
+    made: dict[str, tuple[float, float]] = {}
+    for verdict in (record.get("verdict") or {}).values():
+        if isinstance(verdict, dict) and "stored" in verdict:
+            made["cells"] = (verdict["stored"], verdict["empty"])
+    if isinstance(record.get("reward"), (int, float)):
+        made["reward"] = (record["reward"], 1)
+    place = record.get("rollout") or {}
+    length = place.get("length") or len((record.get("tokens") or {}).get("completion") or [])
+    if length:
+        made["tokens"] = (length, 1)
+    if "nfe" in place:
+        made["nfe"] = (place["nfe"], 1)
+    if "finish" in place:
+        made["finished"] = (place["finish"] == "eos", 1)
+    return made
