@@ -93,10 +93,10 @@ class Tally:
             return float(self.completions if self.prompts > 1 else self.prompts)
         spread = self._squares - 2 * p * self._products + p * p * self._counts_squared
         variance = self.prompts / (self.prompts - 1) * spread / self.completions**2
-        if variance <= 0:
-            # All right, all wrong or all prompts alike: no evidence beyond one per prompt.
+        if p in (0.0, 1.0):
+            # All right or all wrong tells nothing of how alike the samples of a prompt are.
             return float(self.prompts)
-        return min(float(self.completions), p * (1 - p) / variance)
+        return min(float(self.completions), p * (1 - p) / max(variance, 1e-12))
 
 
 def tally(

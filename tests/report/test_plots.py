@@ -1,0 +1,67 @@
+"""Pictures: what is drawn, and that they are pictures."""
+
+import struct
+
+import pytest
+from typer.testing import CliRunner
+
+from dlmctl.cli import app
+from dlmctl.records.errors import DataError
+from dlmctl.records.jsonl import Record, dump
+from dlmctl.report.plots import collect, smoothed
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records = [
+        {"run": run, "step": s, "reward": s / 20, "kl": 0.1 * s, "applied": True}
+        for run in ("a", "b")
+        for s in range(20)
+    ]
+    path.write_bytes(b"".join(map(dump, records)))
+    return str(path)
+
+
+def test_points_are_collected_by_measure_and_line():
+    records = [Record(run=r, step=s, reward=s * 2) for r in "ab" for s in range(2)]
+    assert collect(records, "step", ["reward"], "run") == {
+        "reward": {"a": [(0, 0), (1, 2)], "b": [(0, 0), (1, 2)]}
+    }
+
+
+def test_a_measure_that_is_not_there_is_named_with_those_that_are():
+    with pytest.raises(DataError, match="'rewrd'.*there are: run, reward"):
+        collect([Record(run="a", reward=1)], "step", ["rewrd"], "run")
+
+
+def test_smoothing_is_the_mean_of_the_last_points():
+    assert smoothed([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
+
+
+def test_a_png_has_its_size_and_an_svg_is_xml(metrics, tmp_path):
+    png, svg = tmp_path / "new" / "p.png", tmp_path / "p.svg"
+    for path in (png, svg):
+        result = CliRunner().invoke(
+            app, ["plot", metrics, "-y", "reward", "-y", "kl", "-o", str(path), "--smooth", "3"]
+        )
+        assert result.exit_code == 0, result.output
+    head = png.read_bytes()[:24]
+    assert head.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", head[16:24])
+    assert width > 2 * height > 400
+    assert svg.read_text().startswith("<?xml")
+    assert "reward" in svg.read_text()
+
+
+def test_a_pipe_gets_a_png(metrics):
+    result = CliRunner().invoke(app, ["plot", metrics, "-y", "reward"])
+    assert result.stdout_bytes.startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [(["-o", "x.pdf"], 2), (["-y", "nothing", "-o", "x.png"], 65), (["-o", "/proc/x/y.png"], 73)],
+)
+def test_what_cannot_be_drawn_ends_with_its_exit_code(metrics, options, code):
+    assert CliRunner().invoke(app, ["plot", metrics, "-y", "reward", *options]).exit_code == code
