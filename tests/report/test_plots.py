@@ -31,7 +31,7 @@ def test_points_are_collected_by_measure_and_line():
 
 
 def test_a_measure_that_is_not_there_is_named_with_those_that_are():
-    with pytest.raises(DataError, match="'rewrd'.*there are: run, reward"):
+    with pytest.raises(DataError, match=r"'rewrd'.*there are: run, reward"):
         collect([Record(run="a", reward=1)], "step", ["rewrd"], "run")
 
 

@@ -27,7 +27,7 @@ def test_pass_at_k_counts_the_subsets_that_hold_a_right_sample():
 def test_the_wilson_interval_has_its_published_values():
     low, high = wilson_interval(0.5, 10)
     assert (low, high) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert wilson_interval(0.0, 20)[0] == 0
+    assert wilson_interval(0.0, 20)[0] == pytest.approx(0, abs=1e-12)
     assert wilson_interval(0.0, 20)[1] == pytest.approx(0.1611, abs=1e-4)
     assert wilson_interval(0.3, 0) == (0, 1)
 
@@ -50,7 +50,7 @@ def test_independent_samples_keep_their_number():
 
 
 def test_rows_are_by_task_and_in_all():
-    records = samples("a", [1, 0]) + [Record(id="b", task="u", reward=2.0)]
+    records = [*samples("a", [1, 0]), Record(id="b", task="u", reward=2.0)]
     rows = tally(records, "task", [1, 2], 0.95)
     assert [r["task"] for r in rows] == ["t", "u", "all"]
     assert rows[0]["pass@1"] == 0.5
