@@ -13,8 +13,13 @@ from dlmctl.records.jsonl import write_records
 
 def command(
     as_json: Annotated[
-        bool, typer.Option("--json/--table", help="JSON lines, as in a pipe, or a table.")
-    ] = not sys.stdout.isatty(),
+        bool | None,
+        typer.Option(
+            "--json/--table",
+            show_default="table on a terminal, else json",
+            help="JSON lines or a table.",
+        ),
+    ] = None,
 ) -> None:
     """Say what this machine has and what is missing.
 
@@ -24,7 +29,7 @@ def command(
     from dlmctl.report.diagnosis import findings
 
     found = findings()
-    if as_json:
+    if as_json or (as_json is None and not sys.stdout.isatty()):
         write_records([finding._asdict() for finding in found])
     else:
         from rich.console import Console

@@ -10,7 +10,7 @@ from dlmctl.records.jsonl import OnError
 
 Files = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[FILE]...", help="JSONL files; none, or -, is standard input."),
+    typer.Argument(metavar="FILE", help="JSONL files; none, or -, is standard input."),
 ]
 Output = Annotated[
     str,

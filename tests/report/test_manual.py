@@ -1,0 +1,58 @@
+"""The manual pages stand as the help text makes them, and leave no option out."""
+
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from dlmctl.cli import SUBCOMMANDS
+
+MAN = Path(__file__).parents[2] / "man"
+
+
+@pytest.fixture(scope="module")
+def pages():
+    spec = importlib.util.spec_from_file_location("generate", MAN / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.pages()
+
+
+def test_the_pages_are_up_to_date(pages):
+    there = {path.name: path.read_text() for path in MAN.glob("*.1")}
+    stale = [name for name in pages.keys() | there.keys() if pages.get(name) != there.get(name)]
+    assert not stale, f"run  python man/generate.py : {', '.join(sorted(stale))}"
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_every_option_of_the_command_line_is_in_its_page(pages, name):
+    from typer.testing import CliRunner
+
+    from dlmctl.cli import app
+
+    text = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).stdout
+    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    page = pages[f"dlmctl-{name}.1"].replace(r"\-", "-")
+    assert shown
+    assert not {option for option in shown if option not in page}
+
+
+def test_every_option_has_a_help_text():
+    import importlib as importer
+
+    for row in SUBCOMMANDS.values():
+        function = importer.import_module(f"dlmctl.commands.{row.module}").command
+        hints = inspect.get_annotations(function, eval_str=True)
+        for name in inspect.signature(function).parameters:
+            [info] = hints[name].__metadata__
+            assert info.help, f"{row.module}: {name}"
+
+
+def test_the_first_line_of_each_help_is_the_one_in_the_table():
+    import importlib as importer
+
+    for row in SUBCOMMANDS.values():
+        function = importer.import_module(f"dlmctl.commands.{row.module}").command
+        assert inspect.getdoc(function).split("\n")[0] == row.summary
