@@ -39,6 +39,7 @@ class Parameter(NamedTuple):
     kind: Any
     info: Any
     default: Any
+    many: bool
 
 
 def pages() -> dict[str, str]:
@@ -95,9 +96,9 @@ def _parameters(function: Callable[..., None]) -> list[Parameter]:
         alternatives = [t for t in get_args(kind) if t is not type(None)]
         if get_origin(kind) in (UnionType, Union):
             kind = alternatives[0]
-        if get_origin(kind) is list:
-            kind = get_args(kind)[0]
-        made.append(Parameter(name, kind, info, parameter.default))
+        many = get_origin(kind) is list
+        kind = get_args(kind)[0] if many else kind
+        made.append(Parameter(name, kind, info, parameter.default, many))
     return made
 
 
@@ -131,7 +132,8 @@ def _parts(text: str) -> tuple[str, list[str], list[str]]:
 
 def _metavar(parameter: Parameter) -> str:
     name = parameter.info.metavar or parameter.name.upper()
-    return name if parameter.default is inspect.Parameter.empty else f"[{name}]..."
+    name = name if parameter.default is inspect.Parameter.empty else f"[{name}]"
+    return f"{name}..." if parameter.many else name
 
 
 def _names(parameter: Parameter) -> list[str]:

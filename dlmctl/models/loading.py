@@ -96,6 +96,11 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def fixed_name(name: str) -> str:
+    """A name that means the same from everywhere and later on: of a run, its checkpoint of now."""
+    return str(model_directory(name).resolve()) if Path(name).expanduser().is_dir() else name
+
+
 def model_directory(name: str) -> Path:
     """The directory that holds a model, downloaded if it is a hub name."""
     if name.startswith("builtin:"):

@@ -15,7 +15,7 @@ def save_policy(policy: Policy, directory: Path) -> None:
     """Write model and tokenizer; of a model with an adapter, the adapter and its base's name."""
     model: Any = policy.model
     if hasattr(model, "peft_config"):
-        model.save_pretrained(directory, safe_serialization=True)
+        model.save_pretrained(directory, save_embedding_layers=False)
         return
     model.config.dlmctl = {
         "family": policy.family,

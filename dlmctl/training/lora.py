@@ -34,6 +34,8 @@ def add_adapter(policy: Policy, rank: int, alpha: float, dropout: float) -> Poli
     targets = [name for name in (*TARGETS, *MASKED_LM_TARGETS) if name in modules]
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
     model = get_peft_model(policy.model, config)
+    # The name that the checkpoint of the adapter finds its base model by.
+    model.peft_config["default"].base_model_name_or_path = policy.name
     return dataclasses.replace(policy, model=model)
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from dlmctl.diffusion.elbo import Example, elbo_samples
-from dlmctl.models.loading import load_policy
+from dlmctl.models.loading import fixed_name, load_policy
 from dlmctl.models.policy import Policy
-from dlmctl.records.errors import UsageError
+from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.files import make_directory
 from dlmctl.training.checkpoint import (
     Progress,
@@ -101,6 +101,11 @@ class Run:
             self._reference = load_policy(
                 self.progress.reference, str(self.policy.device), "float32"
             )
+            if self._reference.revision != self.progress.reference_revision:
+                raise DataError(
+                    f"{self.progress.reference} has other weights than when this run began; put "
+                    "them back, or begin a new run"
+                )
         return elbo_samples(self._reference, examples, batch_size)
 
     def step(self) -> dict[str, Any]:
@@ -155,7 +160,7 @@ def open_run(
     checkpoint = latest_checkpoint(directory)
     compute = torch.float32
     if checkpoint is None:
-        policy = load_policy(model, device, "float32" if adapter.rank == 0 else dtype)
+        policy = load_policy(fixed_name(model), device, "float32" if adapter.rank == 0 else dtype)
         progress = Progress(algo, policy.name, policy.revision)
         if adapter.rank:
             policy = add_adapter(policy, adapter.rank, adapter.alpha, adapter.dropout)
@@ -175,7 +180,7 @@ def open_run(
     elif policy.device.type == "cuda":
         compute = torch.bfloat16
     if gradient_checkpointing:
-        policy.model.gradient_checkpointing_enable(
+        policy.core.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
     run = Run(directory, policy, progress, optimization, compute)
