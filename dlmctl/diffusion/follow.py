@@ -9,8 +9,6 @@ rounds trained on, so that round r on lag 0 waits for round r in the checkpoint.
 
 from __future__ import annotations
 
-import select
-import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -21,6 +19,7 @@ from dlmctl.diffusion.sampler import Sampling
 from dlmctl.models.loading import load_policy
 from dlmctl.models.policy import Policy
 from dlmctl.records.jsonl import OnError, Record
+from dlmctl.records.stdin import reader_is_gone
 from dlmctl.training.checkpoint import latest_checkpoint, read_progress
 
 POLL_SECONDS = 0.02
@@ -75,16 +74,6 @@ def _await_round(run: Path, wanted: int) -> Path | None:
         there = checkpoint is not None and (checkpoint / "dlmctl.json").exists()
         if checkpoint is not None and there and read_progress(checkpoint).round >= wanted:
             return checkpoint
-        _check_reader()
+        if reader_is_gone():
+            raise BrokenPipeError
         time.sleep(POLL_SECONDS)
-
-
-def _check_reader() -> None:
-    """Notice that the next stage of the pipe has ended, without writing anything."""
-    try:
-        poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)
-    except (OSError, ValueError, AttributeError):
-        return
-    if any(event & (select.POLLERR | select.POLLNVAL) for _, event in poll.poll(0)):
-        raise BrokenPipeError

@@ -21,6 +21,7 @@ from dlmctl.records.errors import (
     DataError,
     MissingInputError,
 )
+from dlmctl.records.stdin import stdin_lines
 
 OnError = Literal["fail", "skip", "keep"]
 
@@ -161,9 +162,9 @@ def _sink(output: str) -> Iterator[IO[bytes]]:
     os.replace(partial, output)
 
 
-def _open(name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+def _open(name: str) -> contextlib.AbstractContextManager[Iterable[bytes]]:
     if name == "-":
-        return contextlib.nullcontext(sys.stdin.buffer)
+        return contextlib.nullcontext(stdin_lines())
     try:
         return open(name, "rb")
     except OSError as error:

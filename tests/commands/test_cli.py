@@ -1,0 +1,101 @@
+"""The command line as a whole: the table, versions, exit codes, start-up."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import shell
+from typer.testing import CliRunner
+
+from dlmctl import __version__
+from dlmctl.cli import SUBCOMMANDS, app
+
+
+def test_the_version_is_shown():
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.stdout.strip() == f"dlmctl {__version__}"
+
+
+def test_help_lists_every_subcommand_with_its_summary():
+    text = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "120"}).stdout
+    for name, row in SUBCOMMANDS.items():
+        assert name in text
+        assert row.summary in text
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_every_subcommand_has_a_help_screen(name):
+    for flag in ("-h", "--help"):
+        result = CliRunner().invoke(app, [name, flag], env={"COLUMNS": "100"})
+        assert result.exit_code == 0
+        assert SUBCOMMANDS[name].summary in result.stdout
+
+
+@pytest.mark.parametrize(
+    "line", ["--help", "rollout --help", "prompts sudoku -n 2", "verify", "stats"]
+)
+def test_the_upper_floor_does_not_import_torch(line):
+    code = (
+        "import sys; from dlmctl.cli import main\n"
+        f"sys.argv = ['dlmctl', *{line.split()!r}]\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_subcommand_or_option_is_a_usage_error():
+    assert CliRunner().invoke(app, ["rolout"]).exit_code == 2
+    assert CliRunner().invoke(app, ["rollout", "--tempreature", "1"]).exit_code == 2
+
+
+def test_options_are_read_from_the_environment(tmp_path):
+    done = shell("DLMCTL_ON_ERROR=skip dlmctl verify <<< 'nonsense'", tmp_path)
+    assert done.returncode == 0
+    assert "<stdin>:1" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["bash", "zsh", "fish"])
+def test_shell_completion_knows_the_subcommands(tmp_path, name):
+    done = shell(f"_DLMCTL_COMPLETE=source_{name} dlmctl", tmp_path)
+    assert "dlmctl" in done.stdout
+    variables = "_DLMCTL_COMPLETE=complete_bash COMP_WORDS='dlmctl rol' COMP_CWORD=1"
+    assert "rollout" in shell(f"{variables} dlmctl", tmp_path).stdout
+
+
+def test_the_package_runs_as_a_module(tmp_path):
+    done = shell(f"{sys.executable} -m dlmctl --version", tmp_path)
+    assert done.stdout.strip() == f"dlmctl {__version__}"
+
+
+def test_doctor_says_what_there_is(tmp_path):
+    done = shell("dlmctl doctor", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert '"torch"' in done.stdout
+    assert '"builtin:puzzles"' in done.stdout
+
+
+def test_doctor_names_the_command_that_installs_what_is_missing(monkeypatch):
+    import importlib.util
+
+    from dlmctl.report import diagnosis
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "peft" else found(name, *a)
+    )
+    [finding] = [f for f in diagnosis.findings() if f.name == "peft"]
+    assert finding.state == "missing"
+    assert "pip install 'dlmctl[lora]'" in finding.detail
+
+
+def test_no_module_of_the_package_is_long():
+    root = Path(__file__).parents[2] / "dlmctl"
+    long = [p.name for p in root.rglob("*.py") if len(p.read_text().splitlines()) > 400]
+    assert not long
