@@ -1,0 +1,108 @@
+"""Generated problems: solvable, unique, and on one side of the split."""
+
+from fractions import Fraction
+from itertools import islice
+
+import pytest
+
+from dlmctl.records.errors import DataError
+from dlmctl.records.jsonl import Record
+from dlmctl.tasks import countdown, sudoku
+from dlmctl.tasks.columns import to_record
+from dlmctl.tasks.sources import prompts
+
+
+def brute_force(puzzle):
+    """All solutions by trying digits cell by cell, nothing shared with the package."""
+    if "0" not in puzzle:
+        return [puzzle]
+    cell = puzzle.index("0")
+    row, column = divmod(cell, 4)
+    seen = set(puzzle[4 * row : 4 * row + 4]) | set(puzzle[column::4])
+    top, left = row // 2 * 2, column // 2 * 2
+    seen |= {puzzle[4 * (top + r) + left + c] for r in (0, 1) for c in (0, 1)}
+    found = []
+    for digit in set("1234") - seen:
+        found += brute_force(puzzle[:cell] + digit + puzzle[cell + 1 :])
+    return found
+
+
+def test_there_are_288_grids_and_the_split_is_fixed():
+    assert len(set(sudoku.all_grids())) == 288
+    train, test = set(sudoku.split_grids("train")), set(sudoku.split_grids("test"))
+    assert (len(train), len(test), len(train & test)) == (200, 88, 0)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_every_puzzle_has_one_solution_and_it_is_of_its_split(split):
+    for puzzle, solution in islice(sudoku.puzzles(split, (4, 11), seed=3), 60):
+        assert brute_force(puzzle) == [solution]
+        assert solution in sudoku.split_grids(split)
+        assert 4 <= puzzle.count("0") <= 11
+
+
+def test_the_same_seed_makes_the_same_prompts_and_none_twice():
+    first = list(prompts("sudoku", limit=200, seed=5))
+    assert first == list(prompts("sudoku", limit=200, seed=5))
+    assert first != list(prompts("sudoku", limit=200, seed=6))
+    assert len({r["id"] for r in first}) == 200
+
+
+def test_countdown_solutions_make_their_target_from_each_number_once():
+    import re
+
+    for problem in islice(countdown.problems("train", (2, 5), seed=1), 300):
+        assert sorted(map(int, re.findall(r"\d+", problem.solution))) == sorted(problem.numbers)
+        exact = re.sub(r"\d+", lambda m: f"Fraction({m.group()})", problem.solution)
+        assert eval(exact, {"Fraction": Fraction}) == problem.target  # our own text
+        assert 1 <= problem.target <= 100
+
+
+def test_countdown_splits_share_no_problem():
+    sides = [
+        {(tuple(sorted(p.numbers)), p.target) for p in islice(countdown.problems(s), 500)}
+        for s in ("train", "test")
+    ]
+    assert not sides[0] & sides[1]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"Puzzle": "1" * 16, "Solution": "1" * 16}, {"task": "sudoku", "prompt": "1" * 16 + "="}),
+        (
+            {"input": "30,100,93", "output": "23"},
+            {"task": "countdown", "numbers": [30, 100, 93], "target": 23},
+        ),
+        ({"nums": [1, 2], "target": 3}, {"prompt": "1,2:3="}),
+        (
+            {"question": "q", "answer": "so 4\n#### 1,234"},
+            {"task": "gsm8k", "prompt": "q", "answer": "1234"},
+        ),
+        (
+            {"problem": "p", "solution": r"x \boxed{\frac{1}{2}}"},
+            {"task": "math", "answer": r"\frac{1}{2}"},
+        ),
+        (
+            {
+                "data_source": "openai/gsm8k",
+                "prompt": [{"role": "user", "content": "q"}],
+                "reward_model": {"ground_truth": "4"},
+            },
+            {"task": "gsm8k", "answer": "4", "messages": [{"role": "user", "content": "q"}]},
+        ),
+        ({"prompt": "p", "extra": 1}, {"prompt": "p", "extra": 1}),
+    ],
+)
+def test_columns_of_other_tools_are_recognised(row, expected):
+    record = to_record(Record(row), {}, None, "plain")
+    assert {k: record[k] for k in expected} == expected
+    assert record["id"]
+
+
+def test_a_mapped_column_that_is_missing_is_named():
+    row = Record(text="x")
+    row.where = "f.csv:2"
+    with pytest.raises(DataError, match=r"f\.csv:2: there is no column 'question'; there are text"):
+        to_record(row, {"prompt": "question"}, None, "plain")
+    assert to_record(row, {"prompt": "text"}, None, "plain")["prompt"] == "x"
