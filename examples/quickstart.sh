@@ -12,7 +12,7 @@ extras=plot
 
 run=${1:-runs/quickstart}
 seed=${SEED:-1}
-rounds=${ROUNDS:-150}
+rounds=${ROUNDS:-100}
 mkdir -p "$(dirname "$run")"
 
 solve() {

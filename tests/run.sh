@@ -8,4 +8,4 @@ export OMP_NUM_THREADS=1
 ruff check .
 ruff format --check .
 mypy
-exec pytest -n "${DLMCTL_TEST_WORKERS:-auto}" "$@"
+exec pytest --dist worksteal -n "${DLMCTL_TEST_WORKERS:-auto}" "$@"
