@@ -10,6 +10,7 @@ import typer
 
 from dlmctl.commands.options import Files, OnErrorOption
 from dlmctl.records.errors import UsageError
+from dlmctl.records.files import write_file
 from dlmctl.records.jsonl import read_records
 
 DEFAULT_YS = ["reward", "kl", "grad_norm"]
@@ -54,7 +55,7 @@ def command(
 
     dlmctl plot runs/a/metrics.jsonl runs/b/metrics.jsonl -y reward -y kl --smooth 10 -o curves.png
     """
-    from dlmctl.report.plots import collect, draw, write_picture
+    from dlmctl.report.plots import collect, draw
 
     if output == "-" and sys.stdout.isatty():
         raise UsageError("a picture cannot go to the terminal: give -o FILE.png")
@@ -67,4 +68,4 @@ def command(
         sys.stdout.buffer.write(picture)
         sys.stdout.buffer.flush()
     else:
-        write_picture(Path(output), picture)
+        write_file(Path(output), picture)

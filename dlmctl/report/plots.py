@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-from dlmctl.records.errors import CannotCreateError, DataError, missing_package
+from dlmctl.records.errors import DataError, missing_package
 from dlmctl.records.jsonl import Record
 
 Series = dict[str, list[tuple[float, float]]]
@@ -95,14 +93,3 @@ def _panel(axis: Any, name: str, series: Series, x: str, window: int) -> None:
     axis.grid(visible=True, alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     axis.margins(x=0.02)
-
-
-def write_picture(path: Path, picture: bytes) -> None:
-    """Write by rename; raises CannotCreateError."""
-    beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(picture)
-        os.replace(beside, path)
-    except OSError as error:
-        raise CannotCreateError(f"cannot write {path} ({error.strerror})") from None

@@ -104,7 +104,7 @@ def restore_training(
     tensors = load_file(checkpoint / "training.safetensors")
     for name, parameter in parameters.items():
         moments = {
-            key: tensors[f"optimizer.{key}.{name}"].to(parameter.device if tensors else "cpu")
+            key: tensors[f"optimizer.{key}.{name}"].to(parameter.device)
             for key in ("exp_avg", "exp_avg_sq")
             if f"optimizer.{key}.{name}" in tensors
         }
