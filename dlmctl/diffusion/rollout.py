@@ -1,7 +1,7 @@
 """The stage `rollout`: prompt records in, one record per sampled completion out.
 
-Prompts are read as they come: a batch starts as soon as it is full or the input pauses, so that
-memory holds one batch and the first record leaves before the last prompt arrives.
+Prompts are read as they come and a batch starts as soon as it is full, so that memory holds one
+batch and the first record leaves before the last prompt arrives.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ policy under one draw of masks. What they bear is taken, so that `rollout | veri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,14 @@ from dlmctl.rl.advantages import Baseline, Scale, advantages
 from dlmctl.rl.gradient import accumulate_gradient
 from dlmctl.rl.rspo import Centre, Residual, ScoreNorm, residual_weights
 
-ReferenceScores = Callable[[Sequence[Example]], list[Tensor]]
-"""Scores of the frozen reference for examples, one tensor [K] each, in nats."""
+
+class Reference(NamedTuple):
+    """The frozen policy that the log-ratio is taken to."""
+
+    revision: str
+    """Hash of its weights."""
+    scores: Callable[[Sequence[Example]], list[Tensor]]
+    """One tensor [K] in nats for each example."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Objective:
 
 def policy_gradient(
     policy: Policy,
-    reference: ReferenceScores,
+    reference: Reference,
     groups: Sequence[Sequence[Record]],
     objective: Objective,
     batch_size: int,
@@ -97,7 +103,7 @@ def batch_advantages(groups: Sequence[Sequence[Record]], objective: Objective) -
 
 def relative_scores(
     policy: Policy,
-    reference: ReferenceScores,
+    reference: Reference,
     records: Sequence[Record],
     examples: Sequence[Example],
     objective: Objective,
@@ -105,19 +111,20 @@ def relative_scores(
 ) -> list[Tensor]:
     """d_i of every record, one value for each mask: float64 [K] each, in nats.
 
-    Scores labelled `policy` and `reference` in the records are taken where they were made by the
-    policy as it is now.
+    Scores labelled `policy` and `reference` in the records are taken where they were made by this
+    reference and by the policy as it is now.
     """
-    if all(_scored_now(record, policy) for record in records):
+    revisions = {"policy": policy.revision, "reference": reference.revision}
+    if all(_scored_by(record, revisions) for record in records):
         return [relative_score(record, "policy", "reference") for record in records]
     current = elbo_samples(policy, examples, batch_size)
-    frozen = reference(examples)
+    frozen = reference.scores(examples)
     return [now - then for now, then in zip(current, frozen, strict=True)]
 
 
-def _scored_now(record: Record, policy: Policy) -> bool:
+def _scored_by(record: Record, revisions: Mapping[str, str]) -> bool:
     scores = record.get("elbo") or {}
-    return "reference" in scores and scores.get("policy", {}).get("revision") == policy.revision
+    return all(scores.get(label, {}).get("revision") == made for label, made in revisions.items())
 
 
 def _scored_length(example: Example) -> int:

@@ -18,7 +18,7 @@ from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record, dump
 from dlmctl.rl.batches import StepBatch, step_batches
-from dlmctl.rl.policy_gradient import Objective, policy_gradient
+from dlmctl.rl.policy_gradient import Objective, Reference, policy_gradient
 from dlmctl.rl.supervised import supervised_gradient, with_completion_ids
 from dlmctl.training.run import Run
 
@@ -33,6 +33,9 @@ def update_policy(
     keep: int,
 ) -> Iterator[dict[str, Any]]:
     """Reinforcement learning: one step for each batch of groups."""
+    reference = Reference(
+        run.progress.reference_revision, lambda examples: run.reference_scores(examples, batch_size)
+    )
 
     def gradient(batch: StepBatch) -> dict[str, Any]:
         if batch.partial:
@@ -40,13 +43,7 @@ def update_policy(
                 f"dlmctl: {batch.partial} groups are not whole; their weights do not sum to zero",
                 file=sys.stderr,
             )
-        metrics = policy_gradient(
-            run.policy,
-            lambda examples: run.reference_scores(examples, batch_size),
-            batch.groups,
-            objective,
-            batch_size,
-        )
+        metrics = policy_gradient(run.policy, reference, batch.groups, objective, batch_size)
         rewards = [float(r.get("reward", 0.0)) for group in batch.groups for r in group]
         return {
             "reward": sum(rewards) / len(rewards),

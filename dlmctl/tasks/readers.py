@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dlmctl.records.errors import DataError, MissingInputError, TryAgainError
-from dlmctl.records.jsonl import OnError, Record, read_records
+from dlmctl.records.jsonl import OnError, Record, faulty, read_records
 
 FILE_KINDS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 
@@ -30,7 +30,7 @@ def read_rows(name: str, split: str, config: str | None, on_error: OnError) -> I
     if name == "-" or (kind in (".jsonl", ".json", ".ndjson") and not path.is_dir()):
         yield from read_records([name], on_error)
     elif kind in (".csv", ".tsv") and not path.is_dir():
-        yield from _csv_rows(path, "\t" if kind == ".tsv" else ",")
+        yield from _csv_rows(path, "\t" if kind == ".tsv" else ",", on_error)
     elif kind == ".parquet" and not path.is_dir():
         yield from _parquet_rows(path)
     else:
@@ -43,7 +43,7 @@ def _row(values: dict[str, Any], where: str) -> Record:
     return record
 
 
-def _csv_rows(path: Path, delimiter: str) -> Iterator[Record]:
+def _csv_rows(path: Path, delimiter: str, on_error: OnError) -> Iterator[Record]:
     try:
         stream = path.open(newline="", encoding="utf-8-sig")
     except OSError as error:
@@ -52,12 +52,13 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Record]:
         reader = csv.DictReader(stream, delimiter=delimiter, restkey="")
         try:
             for values in reader:
+                row = _row(values, f"{path}:{reader.line_num}")
                 if "" in values or None in values.values():
-                    raise DataError(
-                        f"the header has {len(reader.fieldnames or [])} columns, this line not",
-                        f"{path}:{reader.line_num}",
-                    )
-                yield _row(values, f"{path}:{reader.line_num}")
+                    columns = len(reader.fieldnames or [])
+                    message = f"the header has {columns} columns, this line not"
+                    yield from faulty(row, DataError(message, row.where), on_error)
+                else:
+                    yield row
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(f"not CSV ({error})", f"{path}:{reader.line_num}") from None
 

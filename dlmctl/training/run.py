@@ -180,10 +180,16 @@ def open_run(
     elif policy.device.type == "cuda":
         compute = torch.bfloat16
     if gradient_checkpointing:
-        policy.core.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        _checkpoint_activations(policy.core)
     run = Run(directory, policy, progress, optimization, compute)
     if checkpoint is not None:
         restore_training(checkpoint, run.optimizer, run.parameters)
     return run
+
+
+def _checkpoint_activations(model: Any) -> None:
+    settings = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23
+        model.activation_checkpointing_enable(settings)
+    else:
+        model.gradient_checkpointing_enable(settings)

@@ -1,6 +1,7 @@
 """The invariants that a faithful RSPO must satisfy."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,10 @@ from conftest import tiny_policy
 
 from dlmctl.diffusion.elbo import Example, elbo_samples
 from dlmctl.diffusion.masks import draw_masks
-from dlmctl.diffusion.scoring import MaskPlan, example_of
+from dlmctl.diffusion.scoring import MaskPlan, example_of, score_entry
 from dlmctl.records.jsonl import Record
 from dlmctl.rl.gradient import accumulate_gradient
-from dlmctl.rl.policy_gradient import Objective, policy_gradient
+from dlmctl.rl.policy_gradient import Objective, Reference, policy_gradient
 from dlmctl.rl.rspo import residual_weights, rspo_loss
 
 PLAN = MaskPlan(samples=4)
@@ -46,13 +47,15 @@ def gradient_of(policy):
     )
 
 
+def scored_by(policy):
+    return Reference(policy.revision, lambda examples: elbo_samples(policy, examples, 8))
+
+
 def step(policy, reference, groups, **settings):
     """Metrics and gradient of one batch."""
     policy.model.zero_grad()
     objective = Objective(**{"plan": PLAN, **settings})
-    metrics = policy_gradient(
-        policy, lambda examples: elbo_samples(reference, examples, 8), groups, objective, 3
-    )
+    metrics = policy_gradient(policy, scored_by(reference), groups, objective, 3)
     return metrics, gradient_of(policy)
 
 
@@ -260,6 +263,23 @@ def test_metrics_say_how_strong_the_feedback_is(pair):
     assert math.isfinite(metrics["kl"])
 
 
+def test_scores_of_another_reference_are_made_again(pair):
+    policy, reference = (replace(p, revision=name) for p, name in zip(pair, "ab", strict=True))
+    groups = groups_of([[1, 0, 0.5]])
+    sound, _ = step(policy, reference, groups)
+    examples = [example_of(r, policy, PLAN) for r in groups[0]]
+    for label, scorer in (("policy", policy), ("reference", policy)):
+        for record, example, samples in zip(
+            groups[0], examples, elbo_samples(scorer, examples, 8), strict=True
+        ):
+            entry = score_entry(scorer, PLAN, example, samples)
+            record["elbo"] = {**record.get("elbo", {}), label: entry}
+    taken, _ = step(policy, policy, groups)
+    assert taken["kl"] == 0
+    again, _ = step(policy, reference, groups)
+    assert again["kl"] == sound["kl"] != 0
+
+
 def test_the_gradient_does_not_depend_on_the_micro_batch(pair):
     policy, reference = pair
     groups = groups_of([[1, 0, 0.5], [0, 0, 1]])
@@ -267,7 +287,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(pair):
     gradients = []
     for size in (1, 2, 100):
         policy.model.zero_grad()
-        policy_gradient(policy, lambda e: elbo_samples(reference, e, 8), groups, objective, size)
+        policy_gradient(policy, scored_by(reference), groups, objective, size)
         gradients.append(gradient_of(policy))
     assert torch.allclose(gradients[0], gradients[1], atol=1e-12)
     assert torch.allclose(gradients[0], gradients[2], atol=1e-12)
