@@ -124,4 +124,9 @@ def dlmctl(
 
 def main() -> None:
     """Entry point of the console script."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Threads that wait by spinning take the cores from the stages, and runs, beside them: three
+        # updates at once on four cores were a hundred times slower than one. Read by libgomp when
+        # torch loads it.
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     app(prog_name="dlmctl")

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from dlmctl.commands.options import Files, OnErrorOption, Output
+from dlmctl.commands.options import Files, OnErrorOption, Output, Quiet
+from dlmctl.commands.progress import counted
 from dlmctl.records.jsonl import read_records, write_records
 
 
@@ -27,6 +28,7 @@ def command(
         ),
     ] = "none",
     on_error: OnErrorOption = "fail",
+    quiet: Quiet = False,
     output: Output = "-",
 ) -> None:
     """Turn the rewards of a group into advantages.
@@ -39,4 +41,5 @@ def command(
     """
     from dlmctl.rl.advantage_stage import advantage
 
-    write_records(advantage(read_records(files or [], on_error), baseline, scale), output)
+    records = advantage(read_records(files or [], on_error), baseline, scale)
+    write_records(counted(records, "records", quiet), output)

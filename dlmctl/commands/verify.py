@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from dlmctl.commands.options import Files, OnErrorOption, Output
+from dlmctl.commands.options import Files, OnErrorOption, Output, Quiet
+from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import read_records, write_records
 
@@ -50,6 +51,7 @@ def command(
         float, typer.Option(min=0.1, help="Seconds that --exec may take for one record.")
     ] = 10.0,
     on_error: OnErrorOption = "fail",
+    quiet: Quiet = False,
     output: Output = "-",
 ) -> None:
     """Give each completion its rewards.
@@ -82,8 +84,9 @@ def command(
     extra = {"exec": judge} if judge else {}
     weights = dict(_weight(text) for text in weight or [])
     records = read_records(files or [], on_error)
+    verified = verify(records, verifier, weights, preset, extra, on_error)
     try:
-        write_records(verify(records, verifier, weights, preset, extra, on_error), output)
+        write_records(counted(verified, "verified", quiet), output)
     finally:
         if judge:
             judge.close()
