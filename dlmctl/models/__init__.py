@@ -1,0 +1,7 @@
+"""Policies: from names and files to models that denoise, and back to files."""
+
+import transformers.utils.logging as transformers_logging
+
+# A stage that loads a model in every round would fill the terminal; errors still show.
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()

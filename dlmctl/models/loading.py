@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers.utils.logging as transformers_logging
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -30,10 +29,6 @@ from dlmctl.records.errors import (
     UsageError,
     missing_package,
 )
-
-# A stage that loads a model in every round would fill the terminal; errors still show.
-transformers_logging.disable_progress_bar()
-transformers_logging.set_verbosity_error()
 
 ASSETS = Path(__file__).parent.parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
