@@ -108,8 +108,9 @@ def tally(
 
     def counted() -> Iterable[Record]:
         nonlocal errors
-        for record in records:
+        for number, record in enumerate(records):
             errors += "error" in record
+            record.setdefault("id", f"record-{number}")  # a prompt of its own
             yield record
 
     for group in groups(counted()):

@@ -1,4 +1,4 @@
-"""Rows of d1's evaluation files (`question`, `generation`, `ground_truth`) as records.
+"""Rows of d1's evaluation files (`question`, `generation` or `generations`, `ground_truth`).
 
 The prompt of that evaluation ends on `<reasoning>`, which is therefore put back in front.
 """
@@ -18,11 +18,12 @@ def from_evaluation(row: Record) -> Record:
     Raises:
         DataError: the ground truth is not what the task has.
     """
-    if "generation" not in row or "ground_truth" not in row or "completion" in row:
+    text = row.get("generation", row.get("generations"))
+    if not isinstance(text, str) or "ground_truth" not in row or "completion" in row:
         return row
-    record = Record(row)
+    record = Record({k: v for k, v in row.items() if k not in ("generation", "generations")})
     record.where = row.where
-    record["completion"] = "<reasoning>" + str(record.pop("generation"))
+    record["completion"] = "<reasoning>" + text
     record.update(_task_fields(str(row.get("task", "")), row))
     return record
 

@@ -85,6 +85,11 @@ def test_records_with_an_error_are_left_out_and_counted():
     assert row["completions"] == 1
 
 
+def test_records_without_an_id_are_prompts_of_their_own():
+    [row] = tally([Record(reward=1.0), Record(reward=0.0)], "task", [1], 0.95)
+    assert (row["prompts"], row["accuracy"]) == (2, 0.5)
+
+
 def test_nothing_at_all_gives_an_empty_row():
     [row] = tally([], "task", [1], 0.95)
     assert row["completions"] == 0

@@ -125,6 +125,7 @@ def test_the_preset_of_d1_sums_its_parts():
 def test_evaluation_files_of_d1_are_read_as_they_are():
     row = {"task": "countdown", "question": "q", "ground_truth": [[1, 2], 3], "d1_score": 0}
     assert judge({**row, "generation": "</reasoning><answer>1+2</answer>"})["reward"] == 1
+    assert judge({**row, "generations": "</reasoning><answer>1+2</answer>"})["reward"] == 1
     nothing = {"task": "gsm8k", "ground_truth": None, "generation": "4"}
     assert "no ground truth" in judge(nothing)["verdict"]["gsm8k"]["why"]
 

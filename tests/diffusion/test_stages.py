@@ -1,0 +1,129 @@
+"""The stages `rollout` and `score-elbo` as functions on streams of records."""
+
+import itertools
+import re
+
+import pytest
+from conftest import tiny_policy
+
+from dlmctl.diffusion.rollout import Round, rollout
+from dlmctl.diffusion.sampler import Sampling
+from dlmctl.diffusion.scoring import MaskPlan, relative_score, score
+from dlmctl.records.errors import DataError
+from dlmctl.records.jsonl import Record
+
+SETTINGS = Sampling(gen_length=4, block_length=2, steps=4, temperature=1.0)
+
+
+def sampled(policy, records, batch_size=3, on_error="fail", round_=None, settings=SETTINGS):
+    return rollout(records, policy, settings, 2, 7, batch_size, on_error, round_)
+
+
+def prompts(*texts):
+    return [Record(id=f"p{n}", prompt=text) for n, text in enumerate(texts)]
+
+
+def test_a_completion_bears_all_that_the_next_stages_need(policy):
+    [first, second] = sampled(policy, prompts("12="))
+    assert (first["id"], first["sample"], second["sample"]) == ("p0", 0, 1)
+    assert first["tokens"]["prompt"] == policy.encode_text("12=")
+    assert len(first["tokens"]["completion"]) == 4
+    assert first["completion"] == policy.decode(first["tokens"]["completion"])
+    made = first["rollout"]
+    assert made["revision"] == policy.revision
+    assert made["model"] == policy.name
+    assert (made["seed"], made["samples"], made["temperature"], made["nfe"]) == (7, 2, 1.0, 4)
+    assert sorted(made["order"]) == [0, 1, 2, 3]
+    assert "round" not in made
+    assert made["finish"] == ("eos" if policy.eos_id in first["tokens"]["completion"] else "length")
+    [third, _] = sampled(policy, prompts("12="), round_=Round(3, 2))
+    assert (third["rollout"]["round"], third["rollout"]["round_size"]) == (3, 2)
+    assert third["tokens"] != first["tokens"]  # every round has its own noise
+
+
+def test_ids_of_a_prompt_are_not_tokenized_again(policy):
+    ids = policy.encode_text("21")
+    [record, _] = sampled(policy, [Record(id="a", prompt="12=", tokens={"prompt": ids})])
+    assert record["tokens"]["prompt"] == ids
+
+
+def test_fields_of_the_prompt_stay_and_a_group_leaves_in_order(policy):
+    records = [Record(r, answer=n) for n, r in enumerate(prompts("1", "12", "123"))]
+    done = list(sampled(policy, records, batch_size=4))
+    assert [(r["answer"], r["sample"]) for r in done] == list(itertools.product(range(3), range(2)))
+
+
+def test_memory_holds_one_batch_of_prompts(policy):
+    taken = itertools.count()
+    endless = (Record(id=n, prompt="12") for n in taken)
+    stream = sampled(policy, endless, batch_size=4)
+    for _ in range(4):
+        next(stream)
+    assert next(taken) == 2
+
+
+def test_a_record_that_cannot_be_completed_keeps_its_place(policy):
+    records = [*prompts("1"), Record(id="b"), Record(id="c", prompt="1x"), *prompts("2")]
+    done = list(sampled(policy, records, on_error="keep"))
+    assert ["error" in r for r in done] == [False, False, True, True, False, False]
+    with pytest.raises(DataError, match="no 'prompt'"):
+        list(sampled(policy, records))
+
+
+def completed():
+    return [
+        Record(id=f"p{n}", sample=0, prompt="1=", completion=text)
+        for n, text in enumerate(("012", "3", "2104"))
+    ]
+
+
+def test_every_label_is_scored_under_the_same_masks():
+    policies = {"policy": tiny_policy(seed=1), "reference": tiny_policy(seed=2)}
+    plan = MaskPlan(samples=4)
+    together = list(score(completed(), policies, plan, 2))
+    for record in together:
+        entry = record["elbo"]["policy"]
+        assert entry["value"] == pytest.approx(sum(entry["samples"]) / 4)
+        assert entry["value"] < 0
+        assert entry["masks"] == record["elbo"]["reference"]["masks"]
+        assert entry["tokens"] == len(record["completion"])
+    apart = list(score(completed(), {"reference": policies["reference"]}, plan, 1))
+    apart = list(score(apart, {"policy": policies["policy"]}, plan, 3))
+    for a, b in zip(together, apart, strict=True):
+        assert relative_score(a, "policy", "reference").tolist() == pytest.approx(
+            relative_score(b, "policy", "reference").tolist(), abs=1e-9
+        )
+
+
+def test_scores_of_different_masks_or_labels_are_not_subtracted(policy):
+    [record] = score(completed()[:1], {"a": policy}, MaskPlan(seed=1), 1)
+    [record] = score([record], {"b": policy}, MaskPlan(seed=2), 1)
+    with pytest.raises(DataError, match="different masks"):
+        relative_score(record, "a", "b")
+    with pytest.raises(DataError, match="no score labelled 'c'; there are: a, b"):
+        relative_score(record, "a", "c")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (Record(id="a", prompt="1"), "'completion' is missing"),
+        (Record(id="a", prompt="1", completion=""), "the completion is empty"),
+        (Record(prompt="1", completion="2"), "'id' is missing"),
+        (Record(id="a", completion="2"), "no 'prompt'"),
+    ],
+)
+def test_what_cannot_be_scored_is_said(policy, record, message):
+    with pytest.raises(DataError, match=message):
+        list(score([record], {"a": policy}, MaskPlan(), 1))
+    [kept] = score([record], {"a": policy}, MaskPlan(), 1, "keep")
+    assert re.search(message, kept["error"]["message"])
+
+
+def test_scoring_until_the_end_of_sequence_counts_no_token_after_it(policy):
+    record = Record(
+        id="a", prompt="1", tokens={"completion": [4, policy.eos_id, policy.eos_id, policy.eos_id]}
+    )
+    [whole] = score([Record(record)], {"a": policy}, MaskPlan(), 1)
+    [cut] = score([Record(record)], {"a": policy}, MaskPlan(until_eos=True), 1)
+    assert (whole["elbo"]["a"]["tokens"], cut["elbo"]["a"]["tokens"]) == (4, 2)
