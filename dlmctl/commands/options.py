@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -65,4 +65,15 @@ BatchSize = Annotated[
 ]
 Quiet = Annotated[
     bool, typer.Option("-q", "--quiet", envvar="DLMCTL_QUIET", help="No progress on stderr.")
+]
+Law = Literal[
+    "independent", "uniform", "complementary", "stratified", "quadrature", "block", "full"
+]
+MaskBlock = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        show_default="the model's own, else 32",
+        help="Length of a block, for --masks block.",
+    ),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -11,6 +11,8 @@ from dlmctl.commands.options import (
     Device,
     Dtype,
     Files,
+    Law,
+    MaskBlock,
     OnErrorOption,
     Output,
     Quiet,
@@ -34,15 +36,25 @@ def command(
         ),
     ] = None,
     masks: Annotated[
-        Literal["independent", "uniform", "complementary"],
+        Law,
         typer.Option(
-            help="Mask law: independent t ~ U(0,1); a uniform number of masks with weight L/l; or "
-            "complementary pairs, which score every token once."
+            help="Mask law. Unbiased for the ELBO: independent t ~ U(0,1); a uniform number of "
+            "masks with weight L/l; complementary pairs, which score every token once; stratified, "
+            "such pairs with levels spread evenly over the masks and the samples of a prompt. "
+            "Others: quadrature, at Gauss nodes in t; block, one block in part and those behind it "
+            "whole; full, everything hidden."
         ),
-    ] = "complementary",
+    ] = "stratified",
     samples: Annotated[
         int, typer.Option("-k", "--masks-per-sample", min=1, help="Masks for each completion.")
     ] = 2,
+    prompt_mask: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Probability that a token of the prompt is hidden as well."
+        ),
+    ] = 0.0,
+    mask_block: MaskBlock = None,
     until_eos: Annotated[
         bool,
         typer.Option(
@@ -75,7 +87,7 @@ def command(
     if len(named) < len(model or [""]):
         raise UsageError("two models have the same label: write --model LABEL=MODEL")
     policies = {label: load_policy(name, device, dtype) for label, name in named.items()}
-    plan = MaskPlan(masks, samples, seed, until_eos)
+    plan = MaskPlan(masks, samples, seed, until_eos, prompt_mask, mask_block)
     records = score(read_records(files or [], on_error), policies, plan, batch_size, on_error)
     write_records(counted(records, "scored", quiet), output)
 

@@ -10,21 +10,33 @@ from typing import Annotated, Literal
 
 import typer
 
-from dlmctl.commands.options import BatchSize, Device, Dtype, Files, OnErrorOption, Quiet, Seed
+from dlmctl.commands.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Files,
+    Law,
+    MaskBlock,
+    OnErrorOption,
+    Quiet,
+    Seed,
+)
 from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record, read_records, write_records
 
+Algorithm = Literal["rspo", "reinforce", "diffu-grpo", "wd1", "espo", "spg", "gdsd", "vrpo", "sft"]
 OBJECTIVE, MASKS, OPTIMIZER, ADAPTER = "Objective", "Masks", "Optimizer", "Adapter and memory"
 
 
 def command(
     files: Files = None,
     algo: Annotated[
-        Literal["rspo", "reinforce", "sft"],
+        Algorithm,
         typer.Option(
             help="rspo: residual feedback towards a target log-ratio; reinforce: the same with "
-            "lambda 0; sft: masked cross-entropy on the given completions.",
+            "lambda 0; diffu-grpo (d1), wd1, espo, spg, gdsd, vrpo: its rivals, each with the "
+            "constants it was published with; sft: masked cross-entropy on the given completions.",
             rich_help_panel=OBJECTIVE,
         ),
     ] = "rspo",
@@ -51,41 +63,113 @@ def command(
         ),
     ] = None,
     strength: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--lambda",
             min=0.0,
+            show_default="rspo 0.01",
             help="Feedback coefficient of RSPO; the target of the log-ratio is advantage/lambda.",
             rich_help_panel=OBJECTIVE,
         ),
-    ] = 0.01,
+    ] = None,
     score_norm: Annotated[
-        Literal["sequence", "token"],
+        Literal["sequence", "token"] | None,
         typer.Option(
+            show_default="rspo sequence",
             help="Score of a completion: its ELBO, or the ELBO per token. One lambda of `token` "
             "is length times one of `sequence`. The paper could not be read on this; the default "
             "is ours.",
             rich_help_panel=OBJECTIVE,
         ),
-    ] = "sequence",
+    ] = None,
     center: Annotated[
-        Literal["batch", "prompt"],
-        typer.Option(help="Where the mean of the log-ratios is taken.", rich_help_panel=OBJECTIVE),
-    ] = "batch",
-    baseline: Annotated[
-        Literal["mean", "loo", "none"],
+        Literal["batch", "prompt"] | None,
         typer.Option(
+            show_default="rspo batch",
+            help="Where the mean of the log-ratios is taken.",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = None,
+    residual_masks: Annotated[
+        Literal["shared", "independent"] | None,
+        typer.Option(
+            show_default="rspo shared",
+            help="Masks that the log-ratio is measured under: those of the gradient, or a second "
+            "draw, which makes the gradient unbiased for twice the forward passes.",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = None,
+    clip: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            show_default="diffu-grpo 0.5, espo 0.2, gdsd 0.0004",
+            help="Half-width of the interval that ratios (gdsd: log-ratios) are clipped to.",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            show_default="diffu-grpo 0.04, espo 0.001, gdsd 0.001, spg 1.5, vrpo 0.1",
+            help="Coefficient of the KL penalty; for spg the exponent of the upper bound, for vrpo "
+            "the temperature of the preference.",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = None,
+    psi: Annotated[
+        float | None,
+        typer.Option(
+            show_default="gdsd 1.0",
+            help="Scale of the advantage as a target.",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = None,
+    omega: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            show_default="spg 0.5",
+            help="Share of the upper bound in the score of bad completions; 1 is the bound alone.",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = None,
+    inner: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            show_default="diffu-grpo 12, wd1, espo and gdsd 8, spg 4, others 1",
+            help="Optimizer steps on a batch, each with masks of its own.",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = None,
+    baseline: Annotated[
+        Literal["mean", "loo", "none"] | None,
+        typer.Option(
+            show_default="espo loo, others mean",
             help="Advantages of records that bear none: as in 'dlmctl advantage'.",
             rich_help_panel=OBJECTIVE,
         ),
-    ] = "mean",
+    ] = None,
     scale: Annotated[
-        Literal["none", "group", "batch"],
+        Literal["none", "group", "batch"] | None,
         typer.Option(
+            show_default="none",
             help="Standard deviation that those advantages are divided by.",
             rich_help_panel=OBJECTIVE,
         ),
-    ] = "none",
+    ] = None,
+    drop_zero_adv: Annotated[
+        bool,
+        typer.Option(
+            "--drop-zero-adv/--keep-zero-adv",
+            help="Leave out completions with advantage 0. RSPO learns from them: they pull back "
+            "to the reference.",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = False,
     prompts_per_step: Annotated[
         int,
         typer.Option(
@@ -95,27 +179,45 @@ def command(
         ),
     ] = 32,
     masks: Annotated[
-        Literal["independent", "uniform", "complementary"],
-        typer.Option(help="Mask law, as in 'dlmctl score-elbo'.", rich_help_panel=MASKS),
-    ] = "complementary",
+        Law | None,
+        typer.Option(
+            show_default="diffu-grpo and wd1 full, spg block, espo and gdsd complementary, "
+            "vrpo uniform, others stratified",
+            help="Mask law, as in 'dlmctl score-elbo'.",
+            rich_help_panel=MASKS,
+        ),
+    ] = None,
     samples: Annotated[
-        int,
+        int | None,
         typer.Option(
             "-k",
             "--masks-per-sample",
             min=1,
+            show_default="diffu-grpo and wd1 1, espo and gdsd 4, vrpo 8, others 2",
             help="Masks for each completion.",
             rich_help_panel=MASKS,
         ),
-    ] = 2,
+    ] = None,
+    prompt_mask: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            show_default="diffu-grpo and wd1 0.15, others 0",
+            help="Probability that a token of the prompt is hidden as well.",
+            rich_help_panel=MASKS,
+        ),
+    ] = None,
+    mask_block: MaskBlock = None,
     until_eos: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--until-eos/--all-tokens",
+            show_default="diffu-grpo, wd1 and spg until-eos, others all-tokens",
             help="Score tokens up to the first end-of-sequence, or the whole completion.",
             rich_help_panel=MASKS,
         ),
-    ] = False,
+    ] = None,
     fill_to: Annotated[
         int | None,
         typer.Option(
@@ -217,12 +319,26 @@ def command(
     dlmctl prompts sudoku -n 100000 --completions | dlmctl update --algo sft -m new -o runs/base
     """
     from dlmctl.diffusion.scoring import MaskPlan
-    from dlmctl.rl.policy_gradient import Objective
+    from dlmctl.rl.algorithms import make_objective
+    from dlmctl.rl.policy_gradient import Batching
+    from dlmctl.rl.scores import Recipe
     from dlmctl.rl.update import update_policy, update_supervised
     from dlmctl.training.run import Adapter, Optimization, open_run
 
     if schedule == "cosine" and total_steps is None:
         raise UsageError("--schedule cosine needs --total-steps")
+    own = {
+        "strength": strength,
+        "score_norm": score_norm,
+        "center": center,
+        "residual_masks": residual_masks,
+        "clip": clip,
+        "beta": beta,
+        "psi": psi,
+        "omega": omega,
+    }
+    objective = None if algo == "sft" else make_objective(algo, **own)
+    recipe = objective.recipe if objective else Recipe()
     records, sampled_from = _first_model(read_records(files or [], on_error))
     directory = output or _next_run(algo)
     print(f"dlmctl: writing {directory}", file=sys.stderr)
@@ -237,15 +353,29 @@ def command(
         gradient_checkpointing,
         seed,
     )
-    plan = MaskPlan(masks, samples, seed, until_eos)
-    if algo == "sft":
+    plan = MaskPlan(
+        masks or recipe.law,
+        samples or recipe.samples,
+        seed,
+        recipe.until_eos if until_eos is None else until_eos,
+        recipe.prompt_mask if prompt_mask is None else prompt_mask,
+        mask_block,
+    )
+    if objective is None:
         metrics = update_supervised(
             records, run, plan, prompts_per_step, batch_size, fill_to, save_every, keep
         )
     else:
-        objective = Objective(algo, strength, score_norm, center, baseline, scale, plan)
+        batching = Batching(
+            plan,
+            baseline or recipe.baseline,
+            scale or recipe.scale,
+            inner or recipe.inner,
+            drop_zero_adv,
+            residual_masks == "independent",
+        )
         metrics = update_policy(
-            records, run, objective, prompts_per_step, batch_size, save_every, keep
+            records, run, objective, batching, prompts_per_step, batch_size, save_every, keep
         )
     write_records(counted(metrics, "steps", quiet))
 

@@ -2,7 +2,7 @@
 
     s = (1/K) sum_k  weight_k * sum_{i in M_k} log p(y_i | y outside M_k, x)
 
-`log_prob_sums` is the only place where a model meets a mask: scoring and training call it. An
+`token_log_probs` is the only place where a model meets a mask: scoring and training call it. An
 autoregressive policy goes through the same function with every token scored and none hidden, which
 is its exact log-likelihood.
 """
@@ -10,14 +10,14 @@ is its exact log-likelihood.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dlmctl.diffusion.masks import MaskSet, draw_masks
+from dlmctl.diffusion.masks import MaskSet
 from dlmctl.models.policy import Policy
 
 LOGITS_PER_CHUNK = 2**26
@@ -30,6 +30,13 @@ class Example(NamedTuple):
     prompt: Sequence[int]
     completion: Sequence[int]
     masks: MaskSet
+
+    def visible_prompt(self, k: int, mask_id: int | None) -> Sequence[int]:
+        """The prompt as mask k leaves it."""
+        if self.masks.prompt_hidden is None:
+            return self.prompt
+        hidden = self.masks.prompt_hidden[k].tolist()
+        return [mask_id or 0 if h else i for i, h in zip(self.prompt, hidden, strict=True)]
 
 
 class Score(NamedTuple):
@@ -51,59 +58,48 @@ def scored_tokens(completion: Sequence[int], eos_id: int | None, until_eos: bool
     return scored
 
 
-def example_masks(
-    policy: Policy,
-    completion: Sequence[int],
-    law: str,
-    samples: int,
-    until_eos: bool,
-    seed: int,
-    record_id: str | int,
-    sample: int,
-) -> MaskSet:
-    """The masks of one completion; for an autoregressive policy one set that scores every token."""
-    scored = scored_tokens(completion, policy.eos_id, until_eos)
-    if not policy.diffusion:
-        return MaskSet(scored[None], torch.ones(1, dtype=torch.float64), scored)
-    return draw_masks(law, samples, scored, seed, record_id, sample)
-
-
-def log_prob_sums(
+def token_log_probs(
     policy: Policy,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     hidden: Sequence[Tensor],
+    targets: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Sum of log-probabilities over the hidden tokens of each row; differentiable.
+    """Log-probability of every target token of a batch of rows; differentiable.
 
     Args:
         prompts, completions: B sequences of token ids.
-        hidden: B bool tensors [G_b]; for an autoregressive policy the tokens that are scored.
+        hidden: B bool tensors [G_b], the tokens that the mask token stands for.
+        targets: B bool tensors [G_b], the tokens that are scored, where these are not the same.
 
     Returns:
-        float32 (or wider) [B], in nats.
+        float32 (or wider) [B, max G_b], in nats; 0 where nothing is scored.
     """
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     ids = torch.full((len(lengths), max(lengths)), policy.pad_id, dtype=torch.int64)
-    scored = torch.zeros_like(ids, dtype=torch.bool)
+    masked = torch.zeros_like(ids, dtype=torch.bool)
+    scored = torch.zeros_like(masked)
     for b, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         ids[b, : lengths[b]] = torch.tensor([*prompt, *completion])
-        scored[b, len(prompt) : lengths[b]] = hidden[b]
+        masked[b, len(prompt) : lengths[b]] = hidden[b]
+        scored[b, len(prompt) : lengths[b]] = (hidden if targets is None else targets)[b]
     rows, positions = scored.nonzero(as_tuple=True)
-    targets = ids[rows, positions]
+    goals = ids[rows, positions]
     if policy.diffusion:
-        ids[scored] = policy.mask_id or 0
+        ids[masked] = policy.mask_id or 0
 
     device = policy.device
     attention = None
     if min(lengths) < max(lengths):
         attention = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(device)
-    rows, positions, targets = rows.to(device), positions.to(device), targets.to(device)
     states = policy.hidden(ids.to(device), attention)
-    states = states[rows, policy.source(positions)]
-    log_probs = target_log_probs(policy, states, targets)
-    sums = torch.zeros(len(lengths), dtype=log_probs.dtype, device=device)
-    return sums.index_add(0, rows, log_probs)
+    states = states[rows.to(device), policy.source(positions.to(device))]
+    log_probs = target_log_probs(policy, states, goals.to(device))
+    starts = torch.tensor([len(prompt) for prompt in prompts])
+    table = torch.zeros(len(lengths), max(len(c) for c in completions), dtype=log_probs.dtype)
+    return table.to(device).index_put(
+        (rows.to(device), (positions - starts[rows]).to(device)), log_probs
+    )
 
 
 def target_log_probs(policy: Policy, states: Tensor, targets: Tensor) -> Tensor:
@@ -127,31 +123,53 @@ def target_log_probs(policy: Policy, states: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-@torch.no_grad()
-def elbo_samples(policy: Policy, examples: Sequence[Example], batch_size: int) -> list[Tensor]:
-    """One ELBO estimate for each example and mask: float64 [K] each, on the CPU.
+def micro_batches(
+    examples: Sequence[Example], wanted: Tensor, batch_size: int
+) -> Iterator[list[tuple[int, int]]]:
+    """(example, mask) pairs that are `wanted` [N, K]; sequences of like length share a batch."""
+    pairs = [(n, k) for k, n in wanted.T.nonzero().tolist()]
+    pairs.sort(key=lambda nk: len(examples[nk[0]].prompt) + len(examples[nk[0]].completion))
+    for start in range(0, len(pairs), batch_size):
+        yield pairs[start : start + batch_size]
 
-    Sequences of like length share a batch; masks that hide nothing cost no forward pass.
+
+def masked_log_probs(
+    policy: Policy, examples: Sequence[Example], pairs: Sequence[tuple[int, int]]
+) -> Tensor:
+    """`token_log_probs` of these (example, mask) pairs."""
+    return token_log_probs(
+        policy,
+        [examples[n].visible_prompt(k, policy.mask_id) for n, k in pairs],
+        [examples[n].completion for n, _ in pairs],
+        [examples[n].masks.hidden[k] for n, k in pairs],
+        [examples[n].masks.targets[k] for n, k in pairs],
+    )
+
+
+def mask_weights(examples: Sequence[Example]) -> Tensor:
+    """float64 [N, K], the weight of each mask; every example has as many masks."""
+    return torch.stack([example.masks.weights for example in examples])
+
+
+@torch.no_grad()
+def log_probs(policy: Policy, examples: Sequence[Example], batch_size: int) -> Tensor:
+    """Log-probability of every target token: float64 [N, K, G] on the CPU, 0 elsewhere.
+
+    Masks that hide nothing cost no forward pass.
     """
-    estimates = [torch.zeros(len(e.masks.weights), dtype=torch.float64) for e in examples]
-    work = [
-        (n, k)
-        for n, example in enumerate(examples)
-        for k in range(len(example.masks.weights))
-        if example.masks.weights[k] > 0
-    ]
-    work.sort(key=lambda nk: len(examples[nk[0]].prompt) + len(examples[nk[0]].completion))
-    for start in range(0, len(work), batch_size):
-        part = work[start : start + batch_size]
-        sums = log_prob_sums(
-            policy,
-            [examples[n].prompt for n, _ in part],
-            [examples[n].completion for n, _ in part],
-            [examples[n].masks.hidden[k] for n, k in part],
-        )
-        for (n, k), value in zip(part, sums.double().tolist(), strict=True):
-            estimates[n][k] = value * float(examples[n].masks.weights[k])
-    return estimates
+    weights = mask_weights(examples)
+    width = max(len(example.completion) for example in examples)
+    table = torch.zeros(*weights.shape, width, dtype=torch.float64)
+    for pairs in micro_batches(examples, weights > 0, batch_size):
+        values = masked_log_probs(policy, examples, pairs).double().cpu()
+        n, k = torch.tensor(pairs).T
+        table[n, k, : values.shape[1]] = values
+    return table
+
+
+def elbo_samples(policy: Policy, examples: Sequence[Example], batch_size: int) -> Tensor:
+    """One ELBO estimate for each example and mask: float64 [N, K] in nats, on the CPU."""
+    return log_probs(policy, examples, batch_size).sum(dim=2) * mask_weights(examples)
 
 
 def summarize(samples: Tensor, paired: bool, exact: bool = False) -> Score:

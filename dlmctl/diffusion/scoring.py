@@ -6,7 +6,7 @@ both were made with the same masks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlmctl.diffusion.elbo import Example, elbo_samples, example_masks, summarize
-from dlmctl.diffusion.masks import Law
+from dlmctl.diffusion.elbo import Example, elbo_samples, scored_tokens, summarize
+from dlmctl.diffusion.masks import PAIRED, Law, MaskSet, draw_masks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import OnError, Record, each, field
@@ -25,12 +25,18 @@ from dlmctl.records.jsonl import OnError, Record, each, field
 class MaskPlan:
     """Everything that the masks of a record depend on, beside its id and sample."""
 
-    law: Law = "complementary"
+    law: Law = "stratified"
     samples: int = 2
     """Masks, that is forward passes, for each completion."""
     seed: int = 0
     until_eos: bool = False
     """Score tokens up to and including the first end-of-sequence, instead of all of them."""
+    prompt_mask: float = 0.0
+    """Probability that a prompt token is hidden as well."""
+    block_length: int | None = None
+    """Of the law `block`; None is the model's own."""
+    draw: int = 0
+    """Independent draws of the masks of the same records have numbers of their own."""
 
 
 def example_of(record: Record, policy: Policy, plan: MaskPlan) -> Example:
@@ -48,17 +54,30 @@ def example_of(record: Record, policy: Policy, plan: MaskPlan) -> Example:
     if not completion:
         raise DataError("the completion is empty; there is nothing to score", record.where)
     record_id = field(record, "id", (str, int), "'dlmctl prompts' writes it")
-    masks = example_masks(
-        policy,
-        completion,
-        plan.law,
-        plan.samples,
-        plan.until_eos,
-        plan.seed,
-        record_id,
-        record.get("sample", 0),
+    # A prompt that comes again in a later round has masks of its own there.
+    keys = (plan.seed, record_id, (record.get("rollout") or {}).get("round", 0), plan.draw)
+    sample = record.get("sample", 0)
+    return Example(
+        prompt, completion, completion_masks(policy, len(prompt), completion, plan, keys, sample)
     )
-    return Example(prompt, completion, masks)
+
+
+def completion_masks(
+    policy: Policy,
+    prompt_length: int,
+    completion: Sequence[int],
+    plan: MaskPlan,
+    keys: Sequence[str | int],
+    sample: int,
+) -> MaskSet:
+    """The masks of one completion; for an autoregressive policy one set that scores every token."""
+    scored = scored_tokens(completion, policy.eos_id, plan.until_eos)
+    if not policy.diffusion:
+        return MaskSet(scored[None], torch.ones(1, dtype=torch.float64), scored)
+    block_length = plan.block_length or policy.sampling.get("block_length", 32)
+    return draw_masks(
+        plan.law, plan.samples, scored, keys, sample, block_length, prompt_length, plan.prompt_mask
+    )
 
 
 def score(
@@ -80,7 +99,7 @@ def score(
     stream = each(records, prepare, on_error)
     while batch := list(islice(stream, batch_size)):
         sound = [record for record in batch if "error" not in record]
-        for label, policy in policies.items():
+        for label, policy in policies.items() if sound else ():
             examples = [example_of(record, policy, plan) for record in sound]
             estimates = elbo_samples(policy, examples, batch_size)
             for record, example, samples in zip(sound, examples, estimates, strict=True):
@@ -93,7 +112,7 @@ def score_entry(
     policy: Policy, plan: MaskPlan, example: Example, samples: Tensor
 ) -> dict[str, Any]:
     """A score as it stands in a record."""
-    paired = plan.law == "complementary" and policy.diffusion
+    paired = plan.law in PAIRED and policy.diffusion
     result = summarize(samples, paired, exact=not policy.diffusion)
     return {
         "value": result.value,

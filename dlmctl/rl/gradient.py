@@ -1,20 +1,19 @@
-"""The gradient of a weighted sum of ELBO scores, one mask after the other.
+"""The gradient of a weighted sum of log-probabilities, one micro-batch after the other.
 
-    grad = sum_i c_i (1/K) sum_k weight_ik grad S_theta(y_i; M_ik)
+    grad = sum_{i,k,t} c_ikt grad log p_theta(y_it | y_i outside M_ik, x_i)
 
-Every objective whose gradient is linear in the per-mask scores ends here with its own c_i: RSPO and
-REINFORCE with -w_i / N, supervised fine-tuning with -1 / (N L_i). Memory holds one micro-batch of
-one mask.
+Every objective here is a function of these log-probabilities, so that its gradient is this one with
+c = the derivative of the loss by each of them, taken first and without the model (rl/scores). The
+graph of one micro-batch is in memory, however many masks there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from dlmctl.diffusion.elbo import Example, log_prob_sums
+from dlmctl.diffusion.elbo import Example, mask_weights, masked_log_probs, micro_batches
 from dlmctl.models.policy import Policy
 
 
@@ -24,35 +23,28 @@ def accumulate_gradient(
     """Add the gradient to the parameters' `.grad`; sequences of like length share a micro-batch.
 
     Args:
-        coefficients: float64 [N], c_i.
+        coefficients: float64 [N, K, G], c; rows of zeros cost nothing.
 
     Returns:
-        The value of the weighted sum, sum_i c_i s_i, with s_i in nats.
+        The value of the weighted sum, in nats.
     """
     policy.model.train()  # dropout of an adapter and gradient checkpointing act here alone
     total = 0.0
-    by_length = sorted(
-        range(len(examples)), key=lambda n: len(examples[n].prompt) + len(examples[n].completion)
-    )
-    for k in range(max(len(example.masks.weights) for example in examples)):
-        rows = [n for n in by_length if coefficients[n] != 0 and _weight(examples[n], k) > 0]
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            sums = log_prob_sums(
-                policy,
-                [examples[n].prompt for n in part],
-                [examples[n].completion for n in part],
-                [examples[n].masks.hidden[k] for n in part],
-            )
-            factors = [float(coefficients[n]) * _weight(examples[n], k) for n in part]
-            value = (torch.tensor(factors, dtype=sums.dtype, device=sums.device) * sums).sum()
-            value.backward()
-            total += float(value.detach())
+    wanted = (coefficients != 0).any(dim=2) & (mask_weights(examples) > 0)
+    for pairs in micro_batches(examples, wanted, batch_size):
+        log_probs = masked_log_probs(policy, examples, pairs)
+        n, k = zip(*pairs, strict=True)
+        factors = coefficients[list(n), list(k), : log_probs.shape[1]].to(log_probs)
+        value = (factors * log_probs).sum()
+        value.backward()
+        total += float(value.detach())
     policy.model.eval()
     return total
 
 
-def _weight(example: Example, k: int) -> float:
-    """weight_ik / K, and 0 where the mask is missing or hides nothing."""
-    weights = example.masks.weights
-    return float(weights[k]) / len(weights) if k < len(weights) else 0.0
+def elbo_coefficients(examples: Sequence[Example], coefficients: Tensor) -> Tensor:
+    """c [N, K, G] of a weighted sum of ELBO scores, for the weight [N] of each."""
+    weights = mask_weights(examples)
+    width = max(len(example.completion) for example in examples)
+    per_mask = coefficients[:, None] * weights / weights.shape[1]
+    return per_mask[:, :, None].expand(-1, -1, width)

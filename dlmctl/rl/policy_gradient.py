@@ -1,4 +1,4 @@
-"""One step of RSPO or REINFORCE on a batch of verified groups: from records to a gradient.
+"""Steps on a batch of verified groups: from records to gradients.
 
 What the records lack is computed: advantages from rewards, scores of the current and the reference
 policy under one draw of masks. What they bear is taken, so that `rollout | verify | update` and
@@ -7,21 +7,22 @@ policy under one draw of masks. What they bear is taken, so that `rollout | veri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dlmctl.diffusion.elbo import Example, elbo_samples
+from dlmctl.diffusion.elbo import Example, log_probs, mask_weights
 from dlmctl.diffusion.scoring import MaskPlan, example_of, relative_score
 from dlmctl.models.policy import Policy
 from dlmctl.records.jsonl import Record
 from dlmctl.records.jsonl import field as record_field
 from dlmctl.rl.advantages import Baseline, Scale, advantages
 from dlmctl.rl.gradient import accumulate_gradient
-from dlmctl.rl.rspo import Centre, Residual, ScoreNorm, residual_weights
+from dlmctl.rl.scores import Objective, Scores
 
 
 class Reference(NamedTuple):
@@ -29,64 +30,128 @@ class Reference(NamedTuple):
 
     revision: str
     """Hash of its weights."""
-    scores: Callable[[Sequence[Example]], list[Tensor]]
-    """One tensor [K] in nats for each example."""
+    log_probs: Callable[[Sequence[Example]], Tensor]
+    """[N, K, G] of the target tokens, in nats."""
 
 
 @dataclass(frozen=True)
-class Objective:
-    """What is descended."""
+class Batching:
+    """How records become the batch that an objective sees."""
 
-    algo: Literal["rspo", "reinforce"] = "rspo"
-    strength: float = 0.01
-    """lambda of RSPO, per nat."""
-    score_norm: ScoreNorm = "sequence"
-    centre: Centre = "batch"
+    plan: MaskPlan
     baseline: Baseline = "mean"
     scale: Scale = "none"
-    plan: MaskPlan = field(default_factory=MaskPlan)
+    inner: int = 1
+    """Steps on a batch, each with masks of its own."""
+    drop_zero_advantage: bool = False
+    independent_residual: bool = False
+    """The log-ratio to the reference is measured under a second draw of masks."""
 
-    @property
-    def feedback(self) -> float:
-        """lambda as it acts: REINFORCE is lambda 0."""
-        return self.strength if self.algo == "rspo" else 0.0
 
-
-def policy_gradient(
+def policy_gradients(
     policy: Policy,
     reference: Reference,
     groups: Sequence[Sequence[Record]],
     objective: Objective,
+    batching: Batching,
     batch_size: int,
-) -> dict[str, Any]:
-    """Accumulate the gradient of a batch of groups into the policy's parameters.
+) -> Iterator[dict[str, Any]]:
+    """Accumulate the gradient of each inner step in turn; the caller applies it in between.
 
-    Returns:
-        Metrics of the batch: loss, advantage and feedback, mask variance, KL estimate.
+    Yields:
+        Metrics of the batch: loss, advantage, KL estimate, mask variance, and the objective's own.
 
     Raises:
         DataError: a record lacks its completion, or both reward and advantage.
     """
-    records = [record for group in groups for record in group]
-    examples = [example_of(record, policy, objective.plan) for record in records]
-    advantage = batch_advantages(groups, objective)
-    lengths = torch.tensor([_scored_length(example) for example in examples], dtype=torch.float64)
-    per_score = 1 / lengths if objective.score_norm == "token" else torch.ones_like(lengths)
+    advantage = batch_advantages(groups, batching)
+    kept = advantage != 0 if batching.drop_zero_advantage else torch.ones_like(advantage).bool()
+    if not kept.any():
+        yield {"loss": 0.0, "advantage_std": 0.0, "dropped": len(kept)}
+        return
+    prompt = torch.tensor([g for g, group in enumerate(groups) for _ in group])[kept]
+    rows = [record for group in groups for record in group]
+    records = [record for record, keep in zip(rows, kept.tolist(), strict=True) if keep]
+    batch = _Batch(policy, reference, records, advantage[kept], prompt, batching, batch_size)
+    draws = [batch.examples(2 * step) for step in range(batching.inner)]
+    # Before the first step policy and old policy are the same.
+    old = [batch.log_probs(e) for e in draws] if objective.needs == "log_probs" else []
+    for step, examples in enumerate(draws):
+        scores = batch.scores(examples, objective, old[step] if old else None, step)
+        loss = objective.loss(scores)
+        (coefficients,) = torch.autograd.grad(loss, scores.current)
+        value = accumulate_gradient(policy, examples, coefficients, batch_size)
+        yield {
+            "loss": float(loss.detach()) if old else value,
+            "advantage_std": float(batch.advantage.std()) if len(records) > 1 else 0.0,
+            **({} if kept.all() else {"dropped": len(kept) - len(records)}),
+            **(_distance(scores) if objective.needs_reference else {}),
+            **objective.metrics(scores),
+        }
 
-    if objective.feedback == 0:
-        weights, feedback = advantage, {}
-    else:
-        relative = relative_scores(policy, reference, records, examples, objective, batch_size)
-        means = torch.stack([samples.mean() for samples in relative])
-        keys = [r["id"] for r in records] if objective.centre == "prompt" else None
-        residual = residual_weights(advantage, means * per_score, objective.feedback, keys)
-        weights, feedback = residual.weights, _feedback_metrics(residual, advantage, relative)
-    coefficients = -weights * per_score / len(records)
-    loss = accumulate_gradient(policy, examples, coefficients, batch_size)
-    return {"loss": loss, "advantage_std": _std(advantage), **feedback}
+
+@dataclass(frozen=True)
+class _Batch:
+    """The completions of a batch, and how they are scored."""
+
+    policy: Policy
+    reference: Reference
+    records: list[Record]
+    advantage: Tensor
+    prompt: Tensor
+    batching: Batching
+    batch_size: int
+
+    def examples(self, draw: int) -> list[Example]:
+        """The batch under one draw of masks."""
+        plan = dataclasses.replace(self.batching.plan, draw=draw)
+        return [example_of(record, self.policy, plan) for record in self.records]
+
+    def log_probs(self, examples: Sequence[Example]) -> Tensor:
+        """Under the policy as it is now."""
+        return log_probs(self.policy, examples, self.batch_size)
+
+    def scores(
+        self, examples: list[Example], objective: Objective, old: Tensor | None, step: int
+    ) -> Scores:
+        """What the objective needs and no more; the rest is zeros."""
+        weights = mask_weights(examples)
+        width = max(len(example.completion) for example in examples)
+        nothing = torch.zeros(*weights.shape, width, dtype=torch.float64)
+        current = reference = nothing
+        if old is not None:
+            current = self.log_probs(examples) if step else old
+            reference = self.reference.log_probs(examples) if objective.needs_reference else nothing
+        return Scores(
+            current.clone().requires_grad_(),
+            nothing if old is None else old,
+            reference,
+            _targets(examples, width),
+            weights,
+            _lengths(examples),
+            self.advantage,
+            self.prompt,
+            self.relative(examples, step) if objective.needs == "relative" else None,
+        )
+
+    def relative(self, examples: list[Example], step: int) -> Tensor:
+        """d of every record, one value for each mask: float64 [N, K], in nats.
+
+        Scores labelled `policy` and `reference` in the records are taken where they were made by
+        this reference and by the policy as it is now.
+        """
+        if self.batching.independent_residual:
+            examples = self.examples(2 * step + 1)
+        else:
+            revisions = {"policy": self.policy.revision, "reference": self.reference.revision}
+            if step == 0 and all(_scored_by(record, revisions) for record in self.records):
+                taken = [relative_score(record, "policy", "reference") for record in self.records]
+                return torch.stack(taken)
+        away = self.log_probs(examples) - self.reference.log_probs(examples)
+        return away.sum(dim=2) * mask_weights(examples)
 
 
-def batch_advantages(groups: Sequence[Sequence[Record]], objective: Objective) -> Tensor:
+def batch_advantages(groups: Sequence[Sequence[Record]], batching: Batching) -> Tensor:
     """A_i of every record, float64 [N]: as the records bear it, else from their rewards."""
     if all("advantage" in record for group in groups for record in group):
         values = [
@@ -97,29 +162,8 @@ def batch_advantages(groups: Sequence[Sequence[Record]], objective: Objective) -
     rewards = [
         [float(record_field(r, "reward", (int, float), hint)) for r in group] for group in groups
     ]
-    made = advantages(rewards, objective.baseline, objective.scale)
+    made = advantages(rewards, batching.baseline, batching.scale)
     return torch.tensor([a for group in made for a in group], dtype=torch.float64)
-
-
-def relative_scores(
-    policy: Policy,
-    reference: Reference,
-    records: Sequence[Record],
-    examples: Sequence[Example],
-    objective: Objective,
-    batch_size: int,
-) -> list[Tensor]:
-    """d_i of every record, one value for each mask: float64 [K] each, in nats.
-
-    Scores labelled `policy` and `reference` in the records are taken where they were made by this
-    reference and by the policy as it is now.
-    """
-    revisions = {"policy": policy.revision, "reference": reference.revision}
-    if all(_scored_by(record, revisions) for record in records):
-        return [relative_score(record, "policy", "reference") for record in records]
-    current = elbo_samples(policy, examples, batch_size)
-    frozen = reference.scores(examples)
-    return [now - then for now, then in zip(current, frozen, strict=True)]
 
 
 def _scored_by(record: Record, revisions: Mapping[str, str]) -> bool:
@@ -127,24 +171,20 @@ def _scored_by(record: Record, revisions: Mapping[str, str]) -> bool:
     return all(scores.get(label, {}).get("revision") == made for label, made in revisions.items())
 
 
-def _scored_length(example: Example) -> int:
-    return max(1, int(example.masks.scored.sum()))
+def _targets(examples: Sequence[Example], width: int) -> Tensor:
+    targets = torch.zeros(*mask_weights(examples).shape, width, dtype=torch.bool)
+    for n, example in enumerate(examples):
+        targets[n, :, : len(example.completion)] = example.masks.targets
+    return targets
 
 
-def _feedback_metrics(
-    residual: Residual, advantage: Tensor, relative: Sequence[Tensor]
-) -> dict[str, Any]:
-    nonzero = advantage != 0
-    ratio = (residual.feedback[nonzero] / advantage[nonzero]).abs()
-    flipped = residual.weights[nonzero] * advantage[nonzero] < 0
-    variances = [float(samples.var()) for samples in relative if len(samples) > 1]
-    return {
-        "feedback_ratio": float(ratio.median()) if len(ratio) else None,
-        "flipped": float(flipped.double().mean()) if len(flipped) else None,
-        "mask_variance": sum(variances) / len(variances) if variances else None,
-        "kl": sum(float(samples.mean()) for samples in relative) / len(relative),
-    }
+def _lengths(examples: Sequence[Example]) -> Tensor:
+    lengths = [max(1, int(example.masks.scored.sum())) for example in examples]
+    return torch.tensor(lengths, dtype=torch.float64)
 
 
-def _std(values: Tensor) -> float:
-    return float(values.std()) if len(values) > 1 else 0.0
+def _distance(scores: Scores) -> dict[str, Any]:
+    """How far the policy is from the reference."""
+    relative = scores.relative_samples()
+    variance = float(relative.var(dim=1).mean()) if relative.shape[1] > 1 else None
+    return {"mask_variance": variance, "kl": float(relative.mean())}

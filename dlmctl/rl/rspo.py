@@ -12,10 +12,10 @@ The mean is detached, so that the gradient is
     grad L = -(1/N) sum_i w_i (1/K) sum_k grad s_theta^(k)(y_i | x_i)
            = lambda grad (1/N) sum_i (dhat_i - A_i / lambda)^2 / 2
 
-a regression of the centred log-ratio on the target A / lambda. It is linear in the per-mask scores:
-the weights are formed first, without gradient, and then one mask after the other is
-back-propagated, in memory that does not grow with K. With whole groups sum_i w_i = 0. lambda = 0 is
-REINFORCE on the ELBO.
+a regression of the centred log-ratio on the target A / lambda. With whole groups sum_i w_i = 0.
+lambda = 0 is REINFORCE on the ELBO. Where the weights and the gradient see the same masks, their
+product is biased by the covariance of the two over masks; `residual_masks="independent"` forms the
+weights from masks of their own, for another K forward passes of each policy.
 
 The paper's lambda is 0.01; whether its score is a sum over the completion or a mean per token could
 not be read, so that both are here (`--score-norm`), and `sequence` is our default: a target
@@ -24,14 +24,62 @@ A/lambda of a hundred nats can be met by a sequence and not by a token.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
-Centre = Literal["batch", "prompt"]
+from dlmctl.rl.scores import Needs, Recipe, Scores
+
+Center = Literal["batch", "prompt"]
 ScoreNorm = Literal["sequence", "token"]
+ResidualMasks = Literal["shared", "independent"]
+
+
+@dataclass(frozen=True)
+class Rspo:
+    """The objective `rspo`."""
+
+    strength: float = 0.01
+    """lambda, per nat."""
+    score_norm: ScoreNorm = "sequence"
+    center: Center = "batch"
+    residual_masks: ResidualMasks = "shared"
+
+    recipe: ClassVar[Recipe] = Recipe()
+
+    @property
+    def needs(self) -> Needs:
+        return "relative" if self.strength > 0 else "nothing"
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.strength > 0
+
+    def loss(self, scores: Scores) -> Tensor:
+        per_score = self._per_score(scores)
+        weights = self._residual(scores).weights if self.strength > 0 else scores.advantage
+        return -(weights * per_score * scores.elbo(scores.current)).mean()
+
+    def metrics(self, scores: Scores) -> dict[str, Any]:
+        if not self.needs_reference:
+            return {}
+        residual = self._residual(scores)
+        nonzero = scores.advantage != 0
+        ratio = (residual.feedback[nonzero] / scores.advantage[nonzero]).abs()
+        flipped = residual.weights[nonzero] * scores.advantage[nonzero] < 0
+        return {
+            "feedback_ratio": float(ratio.median()) if len(ratio) else None,
+            "flipped": float(flipped.double().mean()) if len(flipped) else None,
+        }
+
+    def _residual(self, scores: Scores) -> Residual:
+        relative = scores.relative_samples().mean(dim=1) * self._per_score(scores)
+        groups = scores.prompt if self.center == "prompt" else None
+        return residual_weights(scores.advantage, relative, self.strength, groups)
+
+    def _per_score(self, scores: Scores) -> Tensor:
+        return 1 / scores.lengths if self.score_norm == "token" else scores.lengths**0
 
 
 class Residual(NamedTuple):
@@ -46,10 +94,7 @@ class Residual(NamedTuple):
 
 
 def residual_weights(
-    advantage: Tensor,
-    relative_score: Tensor,
-    strength: float,
-    groups: Sequence[Hashable] | None = None,
+    advantage: Tensor, relative_score: Tensor, strength: float, groups: Tensor | None = None
 ) -> Residual:
     """The detached weights of RSPO's gradient.
 
@@ -57,7 +102,8 @@ def residual_weights(
         advantage: float64 [N], A_i.
         relative_score: float64 [N], d_i in nats (per sequence or per token, as lambda means it).
         strength: lambda.
-        groups: the prompt of each completion to centre per prompt; None centres over the batch.
+        groups: int64 [N], the prompt of each completion (0, 1, …) to centre per prompt; None
+            centres over the batch.
     """
     centred = _centre(relative_score, groups)
     feedback = strength * centred
@@ -72,11 +118,8 @@ def rspo_loss(advantage: Tensor, score: Tensor, reference: Tensor, strength: flo
     return -(weights * centred).mean()
 
 
-def _centre(values: Tensor, groups: Sequence[Hashable] | None) -> Tensor:
+def _centre(values: Tensor, groups: Tensor | None) -> Tensor:
     if groups is None:
         return values - values.mean()
-    centred = values.clone()
-    for group in dict.fromkeys(groups):
-        members = torch.tensor([g == group for g in groups])
-        centred[members] -= values[members].mean()
-    return centred
+    sums = values.new_zeros(int(groups.max()) + 1).index_add(0, groups, values)
+    return values - (sums / groups.bincount())[groups]

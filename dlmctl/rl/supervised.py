@@ -18,7 +18,7 @@ from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
-from dlmctl.rl.gradient import accumulate_gradient
+from dlmctl.rl.gradient import accumulate_gradient, elbo_coefficients
 
 
 def supervised_gradient(
@@ -28,7 +28,7 @@ def supervised_gradient(
     plan = dataclasses.replace(plan, seed=plan.seed + step)
     examples = [example_of(record, policy, plan) for record in records]
     lengths = torch.tensor([float(e.masks.scored.sum()) for e in examples], dtype=torch.float64)
-    coefficients = -1 / (lengths.clamp(min=1) * len(records))
+    coefficients = elbo_coefficients(examples, -1 / (lengths.clamp(min=1) * len(records)))
     return {"loss": accumulate_gradient(policy, examples, coefficients, batch_size)}
 
 

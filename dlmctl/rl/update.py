@@ -9,7 +9,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,40 +18,43 @@ from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record, dump
 from dlmctl.rl.batches import StepBatch, step_batches
-from dlmctl.rl.policy_gradient import Objective, Reference, policy_gradient
+from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
+from dlmctl.rl.scores import Objective
 from dlmctl.rl.supervised import supervised_gradient, with_completion_ids
 from dlmctl.training.run import Run
+
+Gradients = Callable[[StepBatch], Iterator[dict[str, Any]]]
+"""Accumulates the gradient of each step on a batch in turn, and yields its metrics."""
 
 
 def update_policy(
     records: Iterable[Record],
     run: Run,
     objective: Objective,
+    batching: Batching,
     prompts_per_step: int,
     batch_size: int,
     save_every: int,
     keep: int,
 ) -> Iterator[dict[str, Any]]:
-    """Reinforcement learning: one step for each batch of groups."""
+    """Reinforcement learning: one step, or `inner` of them, for each batch of groups."""
     reference = Reference(
-        run.progress.reference_revision, lambda examples: run.reference_scores(examples, batch_size)
+        run.progress.reference_revision,
+        lambda examples: run.reference_log_probs(examples, batch_size),
     )
 
-    def gradient(batch: StepBatch) -> dict[str, Any]:
+    def gradients(batch: StepBatch) -> Iterator[dict[str, Any]]:
         if batch.partial:
             print(
                 f"dlmctl: {batch.partial} groups are not whole; their weights do not sum to zero",
                 file=sys.stderr,
             )
-        metrics = policy_gradient(run.policy, reference, batch.groups, objective, batch_size)
-        rewards = [float(r.get("reward", 0.0)) for group in batch.groups for r in group]
-        return {
-            "reward": sum(rewards) / len(rewards),
-            "accuracy": sum(reward >= 1.0 for reward in rewards) / len(rewards),
-            **metrics,
-        }
+        for metrics in policy_gradients(
+            run.policy, reference, batch.groups, objective, batching, batch_size
+        ):
+            yield {**_rewards(batch), **metrics}
 
-    return _steps(step_batches(records, prompts_per_step), run, gradient, save_every, keep)
+    return _steps(step_batches(records, prompts_per_step), run, gradients, save_every, keep)
 
 
 def update_supervised(
@@ -66,11 +69,19 @@ def update_supervised(
 ) -> Iterator[dict[str, Any]]:
     """Supervised fine-tuning: one step for every `records_per_step` completions."""
 
-    def gradient(batch: StepBatch) -> dict[str, Any]:
+    def gradients(batch: StepBatch) -> Iterator[dict[str, Any]]:
         rows = [with_completion_ids(r, run.policy, fill_to) for g in batch.groups for r in g]
-        return supervised_gradient(run.policy, rows, plan, run.progress.step, batch_size)
+        yield supervised_gradient(run.policy, rows, plan, run.progress.step, batch_size)
 
-    return _steps(_plain_batches(records, records_per_step), run, gradient, save_every, keep)
+    return _steps(_plain_batches(records, records_per_step), run, gradients, save_every, keep)
+
+
+def _rewards(batch: StepBatch) -> dict[str, float]:
+    rewards = [float(r.get("reward", 0.0)) for group in batch.groups for r in group]
+    return {
+        "reward": sum(rewards) / len(rewards),
+        "accuracy": sum(reward >= 1.0 for reward in rewards) / len(rewards),
+    }
 
 
 def _plain_batches(records: Iterable[Record], size: int) -> Iterator[StepBatch]:
@@ -87,14 +98,15 @@ def _plain_batches(records: Iterable[Record], size: int) -> Iterator[StepBatch]:
 
 
 def _steps(
-    batches: Iterator[StepBatch], run: Run, gradient: Any, save_every: int, keep: int
+    batches: Iterator[StepBatch], run: Run, gradients: Gradients, save_every: int, keep: int
 ) -> Iterator[dict[str, Any]]:
     taken = 0
     try:
         for batch in batches:
             if batch.groups:
-                yield _step(batch, run, gradient)
-                taken += 1
+                for record in _batch_steps(batch, run, gradients):
+                    taken += 1
+                    yield record
             if batch.finished_round is not None:
                 run.progress.round = batch.finished_round + 1
             if batch.finished_round is not None or run.progress.step - run.saved_step >= save_every:
@@ -106,32 +118,38 @@ def _steps(
         raise UsageError("no records came in; nothing was trained")
 
 
-def _step(batch: StepBatch, run: Run, gradient: Any) -> dict[str, Any]:
-    begun = time.monotonic()
-    with run.precision():
-        metrics = gradient(batch)
-    stepped = run.step()
+def _batch_steps(batch: StepBatch, run: Run, gradients: Gradients) -> Iterator[dict[str, Any]]:
+    """The steps on a batch, each with its metrics record."""
     rows = [record for group in batch.groups for record in group]
     tokens = sum(_tokens(record) for record in rows)
     run.progress.completions += len(rows)
     run.progress.tokens += tokens
-    record = {
-        "algo": run.progress.algo,
-        "run": run.directory.name,
-        "step": run.progress.step,
-        **({} if batch.finished_round is None else {"round": batch.finished_round}),
-        "prompts": len(batch.groups),
-        "completions": len(rows),
-        **metrics,
-        **stepped,
-        "skipped": run.progress.skipped,
-        "seconds": time.monotonic() - begun,
-        "tokens_per_second": tokens / (time.monotonic() - begun),
-        "peak_memory_mb": _peak_memory(run.policy.device) / 2**20,
-    }
-    with (run.directory / "metrics.jsonl").open("ab") as log:
-        log.write(dump(record))
-    return record
+    found, begun = gradients(batch), time.monotonic()
+    while True:
+        with run.precision():
+            metrics = next(found, None)
+        if metrics is None:
+            return
+        stepped = run.step()
+        seconds = time.monotonic() - begun
+        record = {
+            "algo": run.progress.algo,
+            "run": run.directory.name,
+            "step": run.progress.step,
+            **({} if batch.finished_round is None else {"round": batch.finished_round}),
+            "prompts": len(batch.groups),
+            "completions": len(rows),
+            **metrics,
+            **stepped,
+            "skipped": run.progress.skipped,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "peak_memory_mb": _peak_memory(run.policy.device) / 2**20,
+        }
+        with (run.directory / "metrics.jsonl").open("ab") as log:
+            log.write(dump(record))
+        yield record
+        begun = time.monotonic()
 
 
 def _tokens(record: Record) -> int:

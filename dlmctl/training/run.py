@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlmctl.diffusion.elbo import Example, elbo_samples
+from dlmctl.diffusion.elbo import Example, log_probs
 from dlmctl.models.loading import fixed_name, load_policy
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
@@ -91,11 +91,11 @@ class Run:
         with torch.autocast(self.policy.device.type, self.compute_dtype, enabled=enabled):
             yield
 
-    def reference_scores(self, examples: Sequence[Example], batch_size: int) -> list[Tensor]:
-        """Scores of the frozen reference, one tensor [K] for each example."""
+    def reference_log_probs(self, examples: Sequence[Example], batch_size: int) -> Tensor:
+        """Log-probabilities [N, K, G] of the target tokens under the frozen reference."""
         if has_adapter(self.policy):
             with adapter_off(self.policy):
-                return elbo_samples(self.policy, examples, batch_size)
+                return log_probs(self.policy, examples, batch_size)
         if self._reference is None:
             # Scored under the same autocast as the policy, so that equal weights score equal.
             self._reference = load_policy(
@@ -106,7 +106,7 @@ class Run:
                     f"{self.progress.reference} has other weights than when this run began; put "
                     "them back, or begin a new run"
                 )
-        return elbo_samples(self._reference, examples, batch_size)
+        return log_probs(self._reference, examples, batch_size)
 
     def step(self) -> dict[str, Any]:
         """Apply the accumulated gradient and count it; returns the metrics of the step."""

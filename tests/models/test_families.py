@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_policy
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from dlmctl.diffusion.elbo import log_prob_sums
+from dlmctl.diffusion.elbo import token_log_probs
 from dlmctl.models.loading import load_policy
 from dlmctl.models.policy import Policy
 from dlmctl.models.saving import save_policy
@@ -154,7 +154,7 @@ def test_a_score_takes_gradients_through_every_family():
     for family in FAMILIES:
         policy = tiny_policy(family)
         hidden = [torch.tensor([True, True, True])]
-        log_prob_sums(policy, [[3, 4]], [[5, 6, 7]], hidden).sum().backward()
+        token_log_probs(policy, [[3, 4]], [[5, 6, 7]], hidden).sum().backward()
         without = [n for n, p in policy.model.named_parameters() if p.grad is None]
         assert not without
 

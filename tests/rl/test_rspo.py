@@ -7,13 +7,14 @@ import pytest
 import torch
 from conftest import tiny_policy
 
-from dlmctl.diffusion.elbo import Example, elbo_samples
+from dlmctl.diffusion.elbo import Example, elbo_samples, log_probs, token_log_probs
 from dlmctl.diffusion.masks import draw_masks
 from dlmctl.diffusion.scoring import MaskPlan, example_of, score_entry
 from dlmctl.records.jsonl import Record
-from dlmctl.rl.gradient import accumulate_gradient
-from dlmctl.rl.policy_gradient import Objective, Reference, policy_gradient
-from dlmctl.rl.rspo import residual_weights, rspo_loss
+from dlmctl.rl.algorithms import make_objective
+from dlmctl.rl.gradient import accumulate_gradient, elbo_coefficients
+from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
+from dlmctl.rl.rspo import Rspo, residual_weights, rspo_loss
 
 PLAN = MaskPlan(samples=4)
 
@@ -48,14 +49,14 @@ def gradient_of(policy):
 
 
 def scored_by(policy):
-    return Reference(policy.revision, lambda examples: elbo_samples(policy, examples, 8))
+    return Reference(policy.revision, lambda examples: log_probs(policy, examples, 8))
 
 
-def step(policy, reference, groups, **settings):
+def step(policy, reference, groups, algo="rspo", **settings):
     """Metrics and gradient of one batch."""
     policy.model.zero_grad()
-    objective = Objective(**{"plan": PLAN, **settings})
-    metrics = policy_gradient(policy, scored_by(reference), groups, objective, 3)
+    objective = make_objective(algo, **settings)
+    [metrics] = policy_gradients(policy, scored_by(reference), groups, objective, Batching(PLAN), 3)
     return metrics, gradient_of(policy)
 
 
@@ -141,11 +142,11 @@ def test_the_gradient_agrees_with_finite_differences_in_float64():
     records = [r for group in groups for r in group]
     examples = [example_of(r, policy, PLAN) for r in records]
     with torch.no_grad():
-        frozen = torch.stack([s.mean() for s in elbo_samples(reference, examples, 8)])
+        frozen = elbo_samples(reference, examples, 8).mean(dim=1)
     advantage = torch.tensor([0.5, -0.5, 0.0, -1 / 3, -1 / 3, 2 / 3], dtype=torch.float64)
 
     def half_squares():
-        scores = torch.stack([s.mean() for s in elbo_samples(policy, examples, 8)])
+        scores = elbo_samples(policy, examples, 8).mean(dim=1)
         relative = scores - frozen
         centred = relative - relative.mean()
         return float(0.2 * ((centred - advantage / 0.2) ** 2).mean() / 2)
@@ -170,7 +171,7 @@ def test_the_gradient_agrees_with_finite_differences_in_float64():
 def test_weights_of_whole_groups_sum_to_zero():
     relative = torch.randn(6, dtype=torch.float64)
     advantage = torch.tensor([0.5, -0.5, 0.0, -1 / 3, -1 / 3, 2 / 3], dtype=torch.float64)
-    for groups in (None, ["a", "a", "a", "b", "b", "b"]):
+    for groups in (None, torch.tensor([0, 0, 0, 1, 1, 1])):
         weights = residual_weights(advantage, relative, 0.3, groups).weights
         assert abs(float(weights.sum())) < 1e-12
 
@@ -197,8 +198,8 @@ def test_equal_rewards_pull_back_to_the_reference_instead_of_doing_nothing(pair)
 
     def spread():
         examples = [example_of(r, policy, PLAN) for r in groups[0]]
-        now = torch.stack([s.mean() for s in elbo_samples(policy, examples, 8)])
-        then = torch.stack([s.mean() for s in elbo_samples(reference, examples, 8)])
+        now = elbo_samples(policy, examples, 8).mean(dim=1)
+        then = elbo_samples(reference, examples, 8).mean(dim=1)
         return float((now - then).var())
 
     before = spread()
@@ -217,7 +218,7 @@ def test_a_good_sample_becomes_more_likely_and_a_bad_one_less():
     groups = groups_of([[1, 0]])
     _, gradient = step(policy, policy, groups, strength=0.01)
     examples = [example_of(r, policy, PLAN) for r in groups[0]]
-    before = [float(s.mean()) for s in elbo_samples(policy, examples, 8)]
+    before = elbo_samples(policy, examples, 8).mean(dim=1).tolist()
     with torch.no_grad():
         for p, g in zip(
             policy.model.parameters(),
@@ -225,7 +226,7 @@ def test_a_good_sample_becomes_more_likely_and_a_bad_one_less():
             strict=True,
         ):
             p.sub_(1e-2 * g.view_as(p))
-    after = [float(s.mean()) for s in elbo_samples(policy, examples, 8)]
+    after = elbo_samples(policy, examples, 8).mean(dim=1).tolist()
     assert after[0] - before[0] > after[1] - before[1]
 
 
@@ -242,7 +243,7 @@ def test_centring_per_prompt_removes_what_a_prompt_has_in_common():
     relative = torch.tensor([1.0, 3.0, 10.0, 14.0], dtype=torch.float64)
     batch = residual_weights(advantage, relative, 1.0)
     assert batch.centred.tolist() == [-6, -4, 3, 7]
-    prompt = residual_weights(advantage, relative, 1.0, ["a", "a", "b", "b"])
+    prompt = residual_weights(advantage, relative, 1.0, torch.tensor([0, 0, 1, 1]))
     assert prompt.centred.tolist() == [-1, 1, -2, 2]
     assert prompt.weights.tolist() == [1, -1, 2, -2]
 
@@ -283,11 +284,14 @@ def test_scores_of_another_reference_are_made_again(pair):
 def test_the_gradient_does_not_depend_on_the_micro_batch(pair):
     policy, reference = pair
     groups = groups_of([[1, 0, 0.5], [0, 0, 1]])
-    objective = Objective(strength=0.2, plan=PLAN)
     gradients = []
     for size in (1, 2, 100):
         policy.model.zero_grad()
-        policy_gradient(policy, scored_by(reference), groups, objective, size)
+        list(
+            policy_gradients(
+                policy, scored_by(reference), groups, Rspo(strength=0.2), Batching(PLAN), size
+            )
+        )
         gradients.append(gradient_of(policy))
     assert torch.allclose(gradients[0], gradients[1], atol=1e-12)
     assert torch.allclose(gradients[0], gradients[2], atol=1e-12)
@@ -295,15 +299,47 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(pair):
 
 def test_accumulating_mask_by_mask_gives_the_gradient_of_the_mean():
     policy = tiny_policy()
-    masks = draw_masks("uniform", 5, torch.ones(4, dtype=torch.bool), 0, "a", 0)
+    masks = draw_masks("uniform", 5, torch.ones(4, dtype=torch.bool), (0, "a"), 0)
     example = Example([3, 4], [5, 6, 7, 3], masks)
-    value = accumulate_gradient(policy, [example], torch.tensor([2.0]).double(), 1)
+    coefficients = elbo_coefficients([example], torch.tensor([2.0]).double())
+    value = accumulate_gradient(policy, [example], coefficients, 1)
     ours = gradient_of(policy)
     policy.model.zero_grad()
-    from dlmctl.diffusion.elbo import log_prob_sums
-
-    sums = log_prob_sums(policy, [[3, 4]] * 5, [[5, 6, 7, 3]] * 5, list(masks.hidden))
-    loss = 2.0 * (sums * masks.weights).mean()
+    rows = token_log_probs(policy, [[3, 4]] * 5, [[5, 6, 7, 3]] * 5, list(masks.hidden))
+    loss = 2.0 * (rows.sum(dim=1) * masks.weights).mean()
     loss.backward()
     assert value == pytest.approx(float(loss.detach()))
     assert torch.allclose(ours, gradient_of(policy), atol=1e-12)
+
+
+def test_weights_from_masks_of_their_own_make_the_gradient_unbiased():
+    """Over masks, E[d * grad s] = E[d] * E[grad s] + their covariance; only the first is meant."""
+    policy, reference = tiny_policy("mlm", seed=1), tiny_policy("mlm", seed=2)
+    groups = groups_of([[1, 1]])
+
+    def mean_gradient(residual, draws):
+        total = []
+        for seed in range(draws):
+            policy.model.zero_grad()
+            batching = Batching(
+                MaskPlan("uniform", 1, seed), independent_residual=residual == "independent"
+            )
+            objective = Rspo(strength=1.0, residual_masks=residual)
+            list(policy_gradients(policy, scored_by(reference), groups, objective, batching, 8))
+            total.append(gradient_of(policy))
+        stacked = torch.stack(total)
+        return stacked.mean(dim=0), stacked.std(dim=0) / draws**0.5
+
+    # What is meant: weights from a score without noise.
+    records = [r for group in groups for r in group]
+    examples = [example_of(r, policy, MaskPlan("stratified", 1000)) for r in records]
+    relative = elbo_samples(policy, examples, 500) - elbo_samples(reference, examples, 500)
+    weights = residual_weights(torch.zeros(2).double(), relative.mean(dim=1), 1.0).weights
+    policy.model.zero_grad()
+    accumulate_gradient(policy, examples, elbo_coefficients(examples, -weights / 2), 500)
+    meant = gradient_of(policy)
+
+    independent, error = mean_gradient("independent", 400)
+    shared, _ = mean_gradient("shared", 400)
+    assert float(((independent - meant) / (error + 1e-12)).square().mean().sqrt()) < 1.5
+    assert float((shared - meant).norm()) > 2 * float((independent - meant).norm())

@@ -15,12 +15,14 @@ from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.loading import load_policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
-from dlmctl.rl.policy_gradient import Objective
+from dlmctl.rl.policy_gradient import Batching
+from dlmctl.rl.rspo import Rspo
 from dlmctl.rl.update import update_policy, update_supervised
 from dlmctl.training.checkpoint import latest_checkpoint, read_progress
 from dlmctl.training.run import Adapter, Optimization, open_run
 
-OBJECTIVE = Objective(strength=0.05, plan=MaskPlan(samples=2))
+OBJECTIVE = Rspo(strength=0.05)
+BATCHING = Batching(MaskPlan(samples=2))
 
 
 def verified(steps, first=0):
@@ -50,7 +52,7 @@ def train(directory, model, records, rank=0, rate=1e-2, **settings):
         False,
         seed=0,
     )
-    return list(update_policy(records, run, OBJECTIVE, 2, 8, save_every=100, keep=2)), run
+    return list(update_policy(records, run, OBJECTIVE, BATCHING, 2, 8, save_every=100, keep=2)), run
 
 
 def weights(directory):
@@ -91,7 +93,7 @@ def test_dropout_of_an_adapter_resumes_with_the_random_state(tmp_path, saved_mod
             False,
             seed=0,
         )
-        list(update_policy(records, run, OBJECTIVE, 2, 8, 100, 2))
+        list(update_policy(records, run, OBJECTIVE, BATCHING, 2, 8, 100, 2))
 
     part("whole", verified(4))
     part("parts", verified(2))
@@ -108,11 +110,11 @@ def test_an_adapter_begins_as_the_base_model_and_the_base_stays_the_reference(
     assert metrics[2]["kl"] != 0.0
     base = load_policy(model, "cpu")
     records = list(verified(1))
-    examples = [example_of(r, base, OBJECTIVE.plan) for r in records]
-    from dlmctl.diffusion.elbo import elbo_samples
+    examples = [example_of(r, base, BATCHING.plan) for r in records]
+    from dlmctl.diffusion.elbo import log_probs
 
-    reference = run.reference_scores(examples, 4)
-    expected = elbo_samples(base, examples, 4)
+    reference = run.reference_log_probs(examples, 4)
+    expected = log_probs(base, examples, 4)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(reference, expected, strict=True))
     checkpoint = latest_checkpoint(tmp_path / "run")
     assert (checkpoint / "adapter_model.safetensors").exists()
@@ -154,7 +156,7 @@ def test_only_the_newest_checkpoints_stay_and_each_is_whole(tmp_path, saved_mode
         False,
         seed=0,
     )
-    list(update_policy(verified(5), run, OBJECTIVE, 2, 8, save_every=1, keep=2))
+    list(update_policy(verified(5), run, OBJECTIVE, BATCHING, 2, 8, save_every=1, keep=2))
     names = sorted(p.name for p in (tmp_path / "run").iterdir())
     assert names == ["latest", "metrics.jsonl", "step-000004", "step-000005"]
     assert os.readlink(tmp_path / "run" / "latest") == "step-000005"
@@ -195,7 +197,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, saved_model
             checkpointing,
             seed=0,
         )
-        list(update_policy(verified(2), run, OBJECTIVE, 2, 8, 100, 2))
+        list(update_policy(verified(2), run, OBJECTIVE, BATCHING, 2, 8, 100, 2))
         results.append(weights(tmp_path / str(checkpointing)))
     for name in results[0]:
         assert torch.allclose(results[0][name], results[1][name], atol=1e-6)
