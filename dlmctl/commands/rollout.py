@@ -35,6 +35,7 @@ from dlmctl.commands.sampling import (
     Temperature,
     Threshold,
 )
+from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import OnError, Record, read_records, write_records
 
 
@@ -54,12 +55,14 @@ def command(
     eos: Eos = "normal",
     early_stop: EarlyStop = False,
     task: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Where prompts come from when there is no FILE and standard input is a terminal "
-            "or /dev/null: sudoku, countdown, or anything else that 'dlmctl prompts' takes."
+            show_default="sudoku, when there is no FILE and standard input is a terminal or "
+            "/dev/null",
+            help="Take prompts from this task and not from standard input: sudoku, countdown, or "
+            "anything else that 'dlmctl prompts' takes.",
         ),
-    ] = "sudoku",
+    ] = None,
     prompts: Annotated[
         int,
         typer.Option(min=1, help="Prompts taken from --task, or in each round with --follow."),
@@ -112,6 +115,8 @@ def command(
     from dlmctl.diffusion.sampler import settings_for
     from dlmctl.models.loading import load_policy
 
+    if files and task is not None:
+        raise UsageError("prompts come from FILE or from --task, not from both")
     given: dict[str, Any] = {
         "gen_length": gen_length,
         "block_length": block_length,
@@ -149,20 +154,29 @@ def command(
 
 
 def _prompts(
-    files: list[str], task: str, limit: int | None, seed: int, on_error: OnError, repeat: bool
+    files: list[str],
+    task: str | None,
+    limit: int | None,
+    seed: int,
+    on_error: OnError,
+    repeat: bool,
 ) -> Iterator[Record]:
-    """Prompt records from files, standard input or the task, in this order."""
-    if files or _has_input():
-        yield from read_records(files, on_error)
+    """Prompt records from files, from the task, from standard input, or Sudokus, in this order."""
+    if files or (task is None and _has_input()):
+        records = read_records(files, on_error)
+        first = next(records, None)
+        if first is None:
+            print("dlmctl: no prompts came in", file=sys.stderr)
+            return
+        yield first
+        yield from records
         while repeat and files and "-" not in files:
             yield from read_records(files, on_error)
         return
     from dlmctl.tasks.sources import prompts
 
-    yield from prompts(task, limit=limit, seed=seed)
-    if repeat:
-        for epoch in count(1):
-            yield from prompts(task, limit=limit, seed=seed + epoch)
+    for epoch in count() if repeat else range(1):
+        yield from prompts(task or "sudoku", limit=limit, seed=seed + epoch)
 
 
 def _has_input() -> bool:

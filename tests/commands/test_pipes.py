@@ -255,3 +255,16 @@ def test_supervised_training_and_init_make_a_model_from_nothing(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["task"] == "countdown"
+
+
+def test_a_task_that_is_asked_for_wins_over_an_input_that_happens_to_be_a_pipe(tmp_path):
+    # Such an input is what `make -j` gives its jobs.
+    line = "true | dlmctl rollout -q --task countdown --prompts 1 -n 1 | grep -c countdown"
+    assert shell(line, tmp_path).stdout == "1\n"
+    silent = shell("true | dlmctl rollout -q", tmp_path)
+    assert (silent.stdout, silent.returncode) == ("", 0)
+    assert "no prompts came in" in silent.stderr
+    (tmp_path / "p.jsonl").write_text('{"id": "a", "prompt": "1"}\n')
+    both = shell("dlmctl rollout --task sudoku p.jsonl", tmp_path)
+    assert both.returncode == 2
+    assert "not from both" in both.stderr
