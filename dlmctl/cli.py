@@ -43,6 +43,7 @@ SUBCOMMANDS = {
     "update": Subcommand("update", PIPE, "Train a model on the records and save a checkpoint."),
     "stats": Subcommand("stats", LOOK, "Accuracy, pass@k, reward and length per task."),
     "plot": Subcommand("plot", LOOK, "Draw curves from metrics records."),
+    "bench": Subcommand("bench", LOOK, "Measure estimators against their baseline in one run."),
     "init": Subcommand("init", SETUP, "Make a small new model of any family."),
     "doctor": Subcommand("doctor", SETUP, "Say what this machine has and what is missing."),
 }

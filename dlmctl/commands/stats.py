@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 
 from dlmctl.commands.options import Files, OnErrorOption, Output
+from dlmctl.commands.tables import print_table
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import read_records, write_records
 
@@ -79,21 +80,11 @@ def _limit(text: str) -> tuple[str, float]:
 
 
 def _table(rows: Sequence[dict[str, Any]], by: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    columns = list(dict.fromkeys(name for row in rows for name in row if name != "interval"))
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in columns:
-        table.add_column(
-            by if name == "task" else name, justify="left" if name == "task" else "right"
-        )
-    for row in rows:
-        table.add_row(*(_cell(row, name) for name in columns))
-    Console().print(table)
+    names = dict.fromkeys(name for row in rows for name in row if name != "interval")
+    print_table(rows, {name: by if name == "task" else name for name in names}, _cell)
 
 
-def _cell(row: dict[str, Any], name: str) -> str:
+def _cell(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     if value is None:
         return "-"

@@ -44,7 +44,7 @@ Law = Literal[
     "independent", "uniform", "complementary", "stratified", "quadrature", "block", "full"
 ]
 LAWS: tuple[str, ...] = get_args(Law)
-UNBIASED: tuple[str, ...] = ("independent", "uniform", "complementary", "stratified")
+UNBIASED: tuple[Law, ...] = ("independent", "uniform", "complementary", "stratified")
 PAIRED = frozenset({"complementary", "stratified"})
 """Laws whose masks come as a mask and its complement."""
 

@@ -1,0 +1,35 @@
+"""Rows of results as a table on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def print_table(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, str],
+    cell: Callable[[Mapping[str, Any], str], str] | None = None,
+) -> None:
+    """Print rows to standard output.
+
+    Args:
+        columns: key of a row to the heading of its column; the first is set flush left.
+        cell: text of a row's value by its key; numbers have four digits without it.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for number, heading in enumerate(columns.values()):
+        table.add_column(heading, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*((cell or _plain)(row, name) for name in columns))
+    Console().print(table)
+
+
+def _plain(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
