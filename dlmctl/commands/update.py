@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from dlmctl.commands.options import (
+    Algorithm,
     BatchSize,
     Device,
     Dtype,
@@ -25,7 +26,6 @@ from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record, read_records, write_records
 
-Algorithm = Literal["rspo", "reinforce", "diffu-grpo", "wd1", "espo", "spg", "gdsd", "vrpo", "sft"]
 OBJECTIVE, MASKS, OPTIMIZER, ADAPTER = "Objective", "Masks", "Optimizer", "Adapter and memory"
 
 
@@ -293,6 +293,14 @@ def command(
             rich_help_panel=ADAPTER,
         ),
     ] = False,
+    any_policy: Annotated[
+        bool,
+        typer.Option(
+            "--any-policy/--own-policy",
+            help="Train on records of 'rollout --follow' whatever weights they were sampled from, "
+            "instead of refusing those that this run did not have.",
+        ),
+    ] = False,
     save_every: Annotated[
         int, typer.Option(min=1, help="Steps between checkpoints within a round.")
     ] = 100,
@@ -323,7 +331,7 @@ def command(
     from dlmctl.rl.policy_gradient import Batching
     from dlmctl.rl.scores import Recipe
     from dlmctl.rl.update import update_policy, update_supervised
-    from dlmctl.training.run import Adapter, Optimization, open_run
+    from dlmctl.training.run import Adapter, Optimization, next_run, open_run
 
     if schedule == "cosine" and total_steps is None:
         raise UsageError("--schedule cosine needs --total-steps")
@@ -340,7 +348,7 @@ def command(
     objective = None if algo == "sft" else make_objective(algo, **own)
     recipe = objective.recipe if objective else Recipe()
     records, sampled_from = _first_model(read_records(files or [], on_error))
-    directory = output or _next_run(algo)
+    directory = output or next_run(algo)
     print(f"dlmctl: writing {directory}", file=sys.stderr)
     run = open_run(
         directory,
@@ -375,8 +383,9 @@ def command(
             residual_masks == "independent",
         )
         metrics = update_policy(
-            records, run, objective, batching, prompts_per_step, batch_size, save_every, keep
-        )
+            records, run, objective, batching, prompts_per_step, batch_size, save_every, keep,
+            any_policy,
+        )  # fmt: skip
     write_records(counted(metrics, "steps", quiet))
 
 
@@ -386,8 +395,3 @@ def _first_model(records: Iterator[Record]) -> tuple[Iterator[Record], str | Non
     if first is None:
         raise UsageError("no records came in; nothing to train on")
     return chain([first], records), (first.get("rollout") or {}).get("model")
-
-
-def _next_run(algo: str) -> Path:
-    """The first of runs/ALGO-1, runs/ALGO-2, … that is not there."""
-    return next(p for n in count(1) if not (p := Path("runs") / f"{algo}-{n}").exists())

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dlmctl.diffusion.rollout import Round, rollout
 from dlmctl.diffusion.sampler import Sampling
-from dlmctl.models.loading import load_policy
+from dlmctl.models.loading import load_policy, reload_policy
 from dlmctl.models.policy import Policy
 from dlmctl.records.jsonl import OnError, Record
 from dlmctl.records.stdin import reader_is_gone
@@ -54,12 +54,12 @@ def follow_run(
     for number in range(first, rounds):
         checkpoint = _await_round(run, number - max_lag)
         if checkpoint is not None and checkpoint != loaded:
-            policy = load_policy(str(checkpoint), device, dtype)
+            policy = reload_policy(policy, str(checkpoint), device, dtype)
             loaded = checkpoint
         batch = list(islice(prompts, prompts_per_round))
         if not batch:
             return
-        place = Round(number, len(batch) * samples)
+        place = Round(number, len(batch) * samples, max_lag)
         settings = settings_for(policy)
         yield from rollout(batch, policy, settings, samples, seed, batch_size, on_error, place)
 

@@ -22,6 +22,12 @@ class Round(NamedTuple):
     number: int
     size: int
     """Completions in the round."""
+    max_lag: int
+    """Rounds that its weights may be old."""
+
+    def place(self) -> dict[str, int]:
+        """As it stands in a record."""
+        return {"round": self.number, "round_size": self.size, "max_lag": self.max_lag}
 
 
 def rollout(
@@ -101,7 +107,7 @@ def _completed(
     done["rollout"] = {
         "model": policy.name,
         "revision": policy.revision,
-        **({"round": round_.number, "round_size": round_.size} if round_ else {}),
+        **(round_.place() if round_ else {}),
         "seed": seed,
         "samples": samples,
         "temperature": settings.temperature,

@@ -5,6 +5,7 @@ Weights are read from safetensors and nothing that a checkpoint brings is execut
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -224,10 +225,50 @@ def _policy(name: str, plan: Architecture, model: Any, tokenizer: Any, revision:
     )
 
 
+def checkpoint_revision(directory: Path, base_revision: str) -> str:
+    """The revision that `load_policy` gives a checkpoint; `base_revision` is for adapters."""
+    adapter = directory / "adapter_model.safetensors"
+    if adapter.exists():
+        return f"{base_revision}.{weights_hash([adapter])}"
+    return weights_hash(weight_files(directory))
+
+
+def reload_policy(policy: Policy, name: str, device: str, dtype: str) -> Policy:
+    """The policy with the weights of a newer checkpoint of the same run.
+
+    They are copied into the tensors that are there, so that nothing is allocated or built again.
+    A checkpoint with other names or shapes, as the first adapter after its base, is loaded afresh.
+    """
+    directory = model_directory(name)
+    adapter = directory / "adapter_model.safetensors"
+    here = policy.model.state_dict()
+    if adapter.exists() != hasattr(policy.model, "peft_config"):
+        return load_policy(name, device, dtype)
+    files = [adapter] if adapter.exists() else weight_files(directory)
+    tensors = read_weights(files, lambda key: key)
+    if adapter.exists():
+        # peft leaves the name of the adapter out.
+        parts = (key.rpartition(".") for key in tensors)
+        tensors = {
+            f"{a}.default.{b}": t for (a, _, b), t in zip(parts, tensors.values(), strict=True)
+        }
+        wanted = {key for key in here if "lora_" in key}
+        base = policy.revision.split(".")[0]
+    else:
+        tied = getattr(policy.model, "all_tied_weights_keys", None) or {}
+        wanted, base = here.keys() - set(tied), policy.revision
+    if not wanted <= tensors.keys() <= here.keys() or any(
+        here[key].shape != tensor.shape for key, tensor in tensors.items()
+    ):
+        return load_policy(name, device, dtype)
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            here[key].copy_(tensor)
+    return dataclasses.replace(policy, name=name, revision=checkpoint_revision(directory, base))
+
+
 def _load_adapter(name: str, directory: Path, device: str, dtype: str) -> Policy:
     """A base model with the peft adapter that `directory` holds."""
-    import dataclasses
-
     try:
         from peft import PeftModel
     except ImportError:
@@ -241,5 +282,5 @@ def _load_adapter(name: str, directory: Path, device: str, dtype: str) -> Policy
         raise DataError("it does not name its base model", str(directory / "adapter_config.json"))
     base = load_policy(base_name, device, dtype)
     model = PeftModel.from_pretrained(base.model, str(directory))
-    revision = f"{base.revision}.{weights_hash([weights])}"
+    revision = checkpoint_revision(directory, base.revision)
     return dataclasses.replace(base, model=model.eval(), name=name, revision=revision)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+from dlmctl.records.errors import DataError, TryAgainError
 from dlmctl.records.groups import group_key, group_size
 from dlmctl.records.jsonl import Record
 
@@ -18,6 +19,21 @@ class StepBatch(NamedTuple):
     finished_round: int | None
     """The round that is complete with this batch."""
 
+    @property
+    def in_round(self) -> bool:
+        """Whether it is part of a round of a training loop."""
+        return any("round" in (record.get("rollout") or {}) for g in self.groups for record in g)
+
+
+class CutRoundError(TryAgainError):
+    """The stream of a training loop ended within a round (exit 75)."""
+
+    def __init__(self, number: int, seen: int, size: int) -> None:
+        super().__init__(
+            f"the stream ended within round {number}, after {seen} of {size} completions; the "
+            "same line does this round again"
+        )
+
 
 def step_batches(records: Iterable[Record], prompts_per_step: int) -> Iterator[StepBatch]:
     """Collect neighbouring groups; a batch leaves with `prompts_per_step` of them, or at round end.
@@ -27,6 +43,7 @@ def step_batches(records: Iterable[Record], prompts_per_step: int) -> Iterator[S
     """
     groups: list[list[Record]] = []
     seen_in_round = 0
+    place: dict[str, Any] = {}
     for record in records:
         place = record.get("rollout") or {}
         seen_in_round += 1
@@ -44,6 +61,8 @@ def step_batches(records: Iterable[Record], prompts_per_step: int) -> Iterator[S
         elif len(groups) == prompts_per_step and len(groups[-1]) == group_size(groups[-1][0]):
             yield _batch(groups, None)
             groups = []
+    if seen_in_round and "round_size" in place:
+        raise CutRoundError(place["round"], seen_in_round, place["round_size"])
     if groups:
         yield _batch(groups, None)
 
@@ -55,3 +74,33 @@ def _starts_group(group: list[Record], record: Record) -> bool:
 def _batch(groups: list[list[Record]], finished_round: int | None) -> StepBatch:
     partial = sum(len(group) < (group_size(group[0]) or 0) for group in groups)
     return StepBatch(groups, partial, finished_round)
+
+
+def check_on_policy(batch: StepBatch, revisions: Sequence[str], trained_rounds: int) -> None:
+    """Refuse records of a training loop that were not sampled from the weights of this run.
+
+    Args:
+        revisions: hashes of the weights after every round, the newest last.
+        trained_rounds: rounds that the run has been trained on.
+
+    Raises:
+        DataError: the round is not the next one, or its weights are more than `max_lag` rounds old.
+    """
+    for record in (record for group in batch.groups for record in group):
+        place = record.get("rollout") or {}
+        if "round" not in place:
+            continue
+        if place["round"] != trained_rounds:
+            raise DataError(
+                f"a completion of round {place['round']}; this run has been trained on "
+                f"{trained_rounds} rounds and goes on with round {trained_rounds} (--any-policy "
+                "takes it all the same)",
+                record.where,
+            )
+        lag = place.get("max_lag", 0)
+        if place["revision"] not in revisions[-(lag + 1) :]:
+            raise DataError(
+                f"sampled from weights {place['revision']}, which are not those of this run "
+                f"(now {revisions[-1]}) within {lag} rounds (--any-policy takes it all the same)",
+                record.where,
+            )

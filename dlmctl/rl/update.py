@@ -1,7 +1,8 @@
 """The stage `update`: verified records in, one metrics record per optimizer step out.
 
-A step is taken for every batch of prompts; a checkpoint is published at the end of a round, every
-so many steps, and at the end, also when the stream fails, so that no step is lost.
+A step is taken for every batch of prompts. In a training loop a checkpoint is published at the end
+of each round; a round that was cut leaves none. Elsewhere, every so many steps and at the end, also
+when the stream fails, so that no step is lost.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record, dump
-from dlmctl.rl.batches import StepBatch, step_batches
+from dlmctl.rl.batches import StepBatch, check_on_policy, step_batches
 from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
 from dlmctl.rl.scores import Objective
 from dlmctl.rl.supervised import supervised_gradient, with_completion_ids
@@ -36,6 +37,7 @@ def update_policy(
     batch_size: int,
     save_every: int,
     keep: int,
+    any_policy: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Reinforcement learning: one step, or `inner` of them, for each batch of groups."""
     reference = Reference(
@@ -44,6 +46,8 @@ def update_policy(
     )
 
     def gradients(batch: StepBatch) -> Iterator[dict[str, Any]]:
+        if not any_policy:
+            check_on_policy(batch, run.revisions, run.progress.round)
         if batch.partial:
             print(
                 f"dlmctl: {batch.partial} groups are not whole; their weights do not sum to zero",
@@ -100,19 +104,23 @@ def _plain_batches(records: Iterable[Record], size: int) -> Iterator[StepBatch]:
 def _steps(
     batches: Iterator[StepBatch], run: Run, gradients: Gradients, save_every: int, keep: int
 ) -> Iterator[dict[str, Any]]:
-    taken = 0
+    taken, within_round = 0, False
     try:
         for batch in batches:
             if batch.groups:
+                within_round = batch.in_round
                 for record in _batch_steps(batch, run, gradients):
                     taken += 1
                     yield record
             if batch.finished_round is not None:
                 run.progress.round = batch.finished_round + 1
-            if batch.finished_round is not None or run.progress.step - run.saved_step >= save_every:
+                within_round = False
+                run.save(keep)
+            elif not within_round and run.progress.step - run.saved_step >= save_every:
                 run.save(keep)
     finally:
-        if run.progress.step != run.saved_step:
+        # A round that was cut is done again, from the checkpoint of the one before.
+        if run.progress.step != run.saved_step and not within_round:
             run.save(keep)
     if not taken:
         raise UsageError("no records came in; nothing was trained")

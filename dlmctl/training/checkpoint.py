@@ -116,6 +116,32 @@ def restore_training(
         torch.cuda.set_rng_state(tensors["random.cuda"])
 
 
+def forget_steps(run: Path, step: int) -> None:
+    """Take out of a run what a killed process left: half-written files, and metrics after `step`.
+
+    The steps behind the newest checkpoint are lost with the process and will be taken again.
+    """
+    for partial in run.glob(".*.partial-*"):
+        if partial.is_symlink() or not partial.is_dir():
+            partial.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+    log = run / "metrics.jsonl"
+    if not log.exists():
+        return
+    lines = log.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if (number := _step_of(line)) is not None and number <= step]
+    if len(kept) < len(lines):
+        write_file(log, b"".join(kept))
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        return int(orjson.loads(line)["step"])
+    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+        return None
+
+
 def _optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
 ) -> dict[str, Tensor]:

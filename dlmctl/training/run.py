@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from dlmctl.diffusion.elbo import Example, log_probs
-from dlmctl.models.loading import fixed_name, load_policy
+from dlmctl.models.loading import checkpoint_revision, fixed_name, load_policy
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.files import make_directory
 from dlmctl.training.checkpoint import (
     Progress,
+    forget_steps,
     latest_checkpoint,
     read_progress,
     restore_training,
@@ -82,6 +84,8 @@ class Run:
             self.parameters.values(), optimization.betas, optimization.weight_decay
         )
         self.saved_step = progress.step
+        self.revisions = [policy.revision]
+        """Hashes of the weights that were published since this process began, the newest last."""
         self._reference: Policy | None = None
 
     @contextlib.contextmanager
@@ -133,9 +137,18 @@ class Run:
     def save(self, keep: int) -> Path:
         """Publish the newest checkpoint."""
         self.saved_step = self.progress.step
-        return save_checkpoint(
+        checkpoint = save_checkpoint(
             self.directory, self.policy, self.optimizer, self.parameters, self.progress, keep
         )
+        revision = checkpoint_revision(checkpoint, self.progress.reference_revision)
+        self.policy = dataclasses.replace(self.policy, revision=revision)
+        self.revisions.append(revision)
+        return checkpoint
+
+
+def next_run(algo: str) -> Path:
+    """The first of runs/ALGO-1, runs/ALGO-2, … that is not there."""
+    return next(p for n in count(1) if not (p := Path("runs") / f"{algo}-{n}").exists())
 
 
 def open_run(
@@ -184,6 +197,7 @@ def open_run(
     run = Run(directory, policy, progress, optimization, compute)
     if checkpoint is not None:
         restore_training(checkpoint, run.optimizer, run.parameters)
+    forget_steps(directory, progress.step)
     return run
 
 

@@ -94,6 +94,36 @@ def test_a_loop_in_one_pipe_trains_round_after_round_and_resumes(tmp_path, saved
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
+def test_a_round_is_trained_on_by_the_run_that_it_was_sampled_from(tmp_path, saved_models):
+    (tmp_path / "checks.py").write_text("def place(record): return record['sample'] % 2")
+    loop = (
+        f"dlmctl rollout --follow a -m {saved_models('llada')} --rounds 2 --prompts 1 -n 2 {SMALL} "
+        "| dlmctl verify --verifier checks:place | tee a.jsonl | dlmctl update --lr 1e-2 -o a"
+    )
+    assert shell(loop, tmp_path).returncode == 0
+    # Another seed of masks: the weights after the first round are others.
+    again = shell("dlmctl update --lr 1e-2 --seed 5 -o b a.jsonl", tmp_path)
+    assert again.returncode == 65
+    assert "a.jsonl:3: sampled from weights" in again.stderr
+    assert len(read_jsonl(tmp_path / "b/metrics.jsonl")) == 1
+    assert shell("dlmctl update --any-policy -o c a.jsonl", tmp_path).returncode == 0
+
+
+def test_lag_one_samples_a_round_while_the_one_before_is_trained_on(tmp_path, saved_models):
+    (tmp_path / "checks.py").write_text("def place(record): return record['sample'] % 2")
+    done = shell(
+        f"dlmctl rollout --follow a -m {saved_models('llada')} --rounds 4 --max-lag 1 --prompts 1 "
+        f"-n 2 {SMALL} | dlmctl verify --verifier checks:place | tee a.jsonl | "
+        "dlmctl update --lr 1e-2 -o a",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    rounds = [json.loads(line)["round"] for line in done.stdout.splitlines()]
+    assert rounds == [0, 1, 2, 3]
+    revisions = [r["rollout"]["revision"] for r in read_jsonl(tmp_path / "a.jsonl")][::2]
+    assert revisions[0] == revisions[1]
+
+
 def test_the_end_of_the_last_stage_ends_all_that_wait(tmp_path, saved_models):
     # After its two records the sampler waits for a checkpoint, and the verifier for records.
     done = shell(
@@ -118,8 +148,9 @@ def test_rollout_writes_its_first_record_before_its_last_input_arrives(tmp_path,
     first = json.loads(process.stdout.readline())
     assert first["id"] == "a"
     process.stdin.write(b'{"id": "b", "prompt": "34="}\n')
-    out, _ = process.communicate(timeout=60)
-    assert [json.loads(line)["id"] for line in out.splitlines()] == ["a", "b", "b"]
+    process.stdin.close()
+    assert [json.loads(line)["id"] for line in process.stdout] == ["a", "b", "b"]
+    assert process.wait(timeout=60) == 0
 
 
 def test_the_same_seed_gives_the_same_bytes_whatever_the_batch(tmp_path, saved_models):

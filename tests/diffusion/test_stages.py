@@ -36,7 +36,7 @@ def test_a_completion_bears_all_that_the_next_stages_need(policy):
     assert sorted(made["order"]) == [0, 1, 2, 3]
     assert "round" not in made
     assert made["finish"] == ("eos" if policy.eos_id in first["tokens"]["completion"] else "length")
-    [third, _] = sampled(policy, prompts("12="), round_=Round(3, 2))
+    [third, _] = sampled(policy, prompts("12="), round_=Round(3, 2, 0))
     assert (third["rollout"]["round"], third["rollout"]["round_size"]) == (3, 2)
     assert third["tokens"] != first["tokens"]  # every round has its own noise
 

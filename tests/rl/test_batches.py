@@ -1,7 +1,10 @@
 """Which records make an optimizer step."""
 
+import pytest
+
+from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record
-from dlmctl.rl.batches import step_batches
+from dlmctl.rl.batches import CutRoundError, check_on_policy, step_batches
 
 
 def samples(prompt, count, of=None, round_=None, round_size=None):
@@ -62,3 +65,38 @@ def test_records_of_other_tools_are_grouped_by_id():
     stream = [Record(id=x) for x in "aabbb"]
     [batch] = step_batches(stream, 4)
     assert [len(g) for g in batch.groups] == [2, 3]
+
+
+def test_a_round_whose_stream_ends_early_is_not_trained_on_to_its_end():
+    stream = samples("a", 2, round_=3, round_size=6) + samples("b", 1, of=2, round_=3, round_size=6)
+    batches = step_batches(stream, 1)
+    assert [g[0]["id"] for g in next(batches).groups] == ["a"]
+    with pytest.raises(CutRoundError, match="within round 3, after 3 of 6"):
+        next(batches)
+
+
+def of_round(number, revision, lag=0):
+    place = {"samples": 1, "round": number, "round_size": 1, "max_lag": lag, "revision": revision}
+    record = Record(id="a", sample=0, rollout=place)
+    record.where = "x.jsonl:4"
+    [batch] = step_batches([record], 1)
+    return batch
+
+
+def test_only_completions_of_the_own_newest_weights_are_taken():
+    check_on_policy(of_round(2, "new"), ["old", "new"], 2)
+    with pytest.raises(DataError, match=r"x\.jsonl:4: sampled from weights old"):
+        check_on_policy(of_round(2, "old"), ["old", "new"], 2)
+    with pytest.raises(DataError, match="within 1 rounds"):
+        check_on_policy(of_round(2, "oldest", lag=1), ["oldest", "old", "new"], 2)
+    check_on_policy(of_round(2, "old", lag=1), ["old", "new"], 2)
+
+
+def test_a_round_that_is_not_the_next_one_is_refused():
+    with pytest.raises(DataError, match=r"a completion of round 5; .* goes on with round 2"):
+        check_on_policy(of_round(5, "new"), ["new"], 2)
+
+
+def test_records_outside_a_training_loop_come_from_any_policy():
+    [batch] = step_batches(samples("a", 2), 1)
+    check_on_policy(batch, ["new"], 7)

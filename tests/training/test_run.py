@@ -270,3 +270,57 @@ def test_killing_a_run_leaves_the_newest_checkpoint_whole(tmp_path, saved_models
     load_policy(str(checkpoint), "cpu")
     metrics, _ = train(tmp_path / "run", "ignored", verified(1, first=step))
     assert metrics[0]["step"] == step + 1
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_newer_weights_are_copied_into_the_tensors_that_are_there(tmp_path, saved_models, rank):
+    from dlmctl.models.loading import reload_policy
+
+    model = saved_models("llada")
+    train(tmp_path / "run", model, verified(1), rank=rank)
+    policy = load_policy(str(tmp_path / "run"), "cpu")
+    places = {name: p.data_ptr() for name, p in policy.model.named_parameters()}
+    old = latest_checkpoint(tmp_path / "run")
+    train(tmp_path / "run", model, verified(2), rank=rank)
+    assert latest_checkpoint(tmp_path / "run") != old
+    policy = reload_policy(policy, str(tmp_path / "run"), "cpu", "auto")
+    fresh = load_policy(str(tmp_path / "run"), "cpu")
+    assert policy.revision == fresh.revision
+    ours, theirs = policy.model.state_dict(), fresh.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert {name: p.data_ptr() for name, p in policy.model.named_parameters()} == places
+
+
+def test_a_first_adapter_is_loaded_with_its_base(tmp_path, saved_models):
+    from dlmctl.models.loading import reload_policy
+
+    model = saved_models("llada")
+    base = load_policy(model, "cpu")
+    train(tmp_path / "run", model, verified(1), rank=4)
+    policy = reload_policy(base, str(tmp_path / "run"), "cpu", "auto")
+    assert policy.revision == load_policy(str(tmp_path / "run"), "cpu").revision
+    assert policy.revision.startswith(base.revision + ".")
+
+
+def test_the_revision_of_a_run_is_that_of_the_checkpoint_it_published(tmp_path, saved_models):
+    for rank in (0, 4):
+        _, run = train(tmp_path / f"run-{rank}", saved_models("llada"), verified(1), rank=rank)
+        there = load_policy(str(tmp_path / f"run-{rank}"), "cpu").revision
+        assert run.policy.revision == there == run.revisions[-1]
+
+
+def test_what_a_killed_process_left_behind_its_checkpoint_is_forgotten(tmp_path, saved_models):
+    run = tmp_path / "run"
+    train(run, saved_models("llada"), verified(2))
+    log = run / "metrics.jsonl"
+    whole = log.read_bytes()
+    step = read_progress(latest_checkpoint(run)).step
+    log.write_bytes(whole + b'{"step": %d}\n{"ste' % (step + 1))
+    (run / ".step-000099.partial-1").mkdir()
+    (run / ".latest.partial-1").symlink_to("nowhere")
+    train(run, saved_models("llada"), verified(1))
+    assert log.read_bytes().startswith(whole)
+    assert [json.loads(line)["step"] for line in log.read_bytes().splitlines()] == list(
+        range(1, read_progress(latest_checkpoint(run)).step + 1)
+    )
+    assert not list(run.glob(".*partial*"))

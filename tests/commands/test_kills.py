@@ -1,0 +1,85 @@
+"""Killing any stage of a training loop at any moment loses nothing that was published."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import orjson
+import pytest
+from conftest import read_jsonl
+
+from dlmctl.models.loading import load_policy
+from dlmctl.training.checkpoint import latest_checkpoint, read_progress
+
+KILLS = int(os.environ.get("DLMCTL_TEST_KILLS", "6"))
+
+
+def start_loop(run: Path, model: str, rounds: int) -> list[subprocess.Popen]:
+    """rollout | verify | update, each a process of ours."""
+    lines = [
+        f"rollout -q --follow {run} -m {model} --rounds {rounds} --task countdown --prompts 2 -n 4 "
+        "--gen-length 4 --block-length 4 --steps 2",
+        "verify -q --verifier checks:place",
+        f"update -q --lr 1e-3 --prompts-per-step 1 --inner 2 -o {run}",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(run.parent)}
+    stages: list[subprocess.Popen] = []
+    source = subprocess.DEVNULL
+    for line in lines:
+        stage = subprocess.Popen(
+            [sys.executable, "-m", "dlmctl", *line.split()],
+            stdin=source,
+            stdout=subprocess.DEVNULL if line is lines[-1] else subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+        )
+        if stages:
+            stages[-1].stdout.close()
+        source = stage.stdout
+        stages.append(stage)
+    return stages
+
+
+def progress_of(run):
+    checkpoint = latest_checkpoint(run)
+    return read_progress(checkpoint) if checkpoint else None
+
+
+def test_killed_at_random_moments_a_loop_goes_on_at_the_next_round(tmp_path, saved_models):
+    (tmp_path / "checks.py").write_text("def place(record): return record['sample'] % 2")
+    run, model, dice = tmp_path / "run", saved_models("llada"), random.Random(0)
+    rounds, stage_names = 0, ("rollout", "verify", "update")
+    for kill in range(KILLS):
+        stages = start_loop(run, model, 100_000)
+        # From the first new round on, as before it there is nothing to lose.
+        deadline = time.monotonic() + 60
+        while (now := progress_of(run)) is None or now.round <= rounds:
+            assert time.monotonic() < deadline, stages[2].stderr.read()
+            time.sleep(0.01)
+        time.sleep(dice.random() * 0.3)
+        victim = kill % 3
+        stages[victim].send_signal(dice.choice([signal.SIGKILL, signal.SIGTERM]))
+        for name, stage in zip(stage_names, stages, strict=True):
+            try:
+                stage.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                pytest.fail(f"{name} goes on 10 seconds after {stage_names[victim]} was killed")
+
+        # The newest checkpoint is whole, and every round of it was trained on once.
+        done = progress_of(run)
+        assert done.round > rounds
+        assert done.step == 4 * done.round
+        load_policy(str(run), "cpu")
+        rounds = done.round
+
+    stages = start_loop(run, model, rounds + 1)
+    assert [stage.wait(timeout=60) for stage in stages] == [0, 0, 0]
+    history = [orjson.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
+    assert [m["step"] for m in history] == list(range(1, 4 * (rounds + 1) + 1))
+    assert [m["round"] for m in history if "round" in m] == sorted(2 * list(range(rounds + 1)))
+    assert not list(run.glob(".*partial*"))
+    assert read_jsonl(run / "metrics.jsonl")[-1]["step"] == progress_of(run).step
