@@ -26,13 +26,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-def tiny_policy(family: Family = "llada", alphabet: str = "01234=", seed: int = 0) -> Policy:
-    """A model of two layers in float64, whose weights are large enough to have opinions."""
+def tiny_policy(
+    family: Family = "llada", alphabet: str = "01234=", seed: int = 0, layers: int = 2
+) -> Policy:
+    """A model of few layers in float64, whose weights are large enough to have opinions."""
     policy = make_policy(
         family,
         character_tokenizer(alphabet),
         hidden_size=16,
-        layers=2,
+        layers=layers,
         heads=2,
         sampling={"gen_length": 6},
         seed=seed,

@@ -26,10 +26,13 @@ from dlmctl.commands.options import (
 from dlmctl.commands.progress import counted
 from dlmctl.commands.sampling import (
     BlockLength,
+    Cache,
     CfgScale,
     EarlyStop,
     Eos,
+    Factor,
     GenLength,
+    Refresh,
     Remasking,
     Steps,
     Temperature,
@@ -52,6 +55,9 @@ def command(
     cfg_scale: CfgScale = 0.0,
     remasking: Remasking = "low_confidence",
     threshold: Threshold = None,
+    factor: Factor = None,
+    cache: Cache = "none",
+    refresh: Refresh = None,
     eos: Eos = "normal",
     early_stop: EarlyStop = False,
     task: Annotated[
@@ -112,7 +118,7 @@ def command(
     """
     from dlmctl.diffusion.follow import follow_run
     from dlmctl.diffusion.rollout import rollout
-    from dlmctl.diffusion.sampler import settings_for
+    from dlmctl.diffusion.sampling import settings_for
     from dlmctl.models.loading import load_policy
 
     if files and task is not None:
@@ -125,6 +131,9 @@ def command(
         "cfg_scale": cfg_scale,
         "remasking": remasking,
         "threshold": threshold,
+        "factor": factor,
+        "cache": cache,
+        "refresh": refresh,
         "eos": eos,
         "early_stop": early_stop,
     }

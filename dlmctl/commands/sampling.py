@@ -44,6 +44,30 @@ Threshold = Annotated[
         "instead of a fixed number; --steps is then the most there can be.",
     ),
 ]
+Factor = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        show_default="off",
+        help="Parallel decoding: in each step keep the n surest tokens, n as large as "
+        "(n + 1)(1 - confidence of the n-th) stays below this.",
+    ),
+]
+Cache = Annotated[
+    Literal["none", "prefix", "dual"],
+    typer.Option(
+        help="Approximate and faster: take keys and values from an earlier step, of the tokens "
+        "before the block, or of all tokens outside it."
+    ),
+]
+Refresh = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        show_default="at each block's start",
+        help="With --cache: steps after which a pass over the whole sequence renews it.",
+    ),
+]
 Eos = Annotated[
     Literal["normal", "late", "never"],
     typer.Option(

@@ -6,30 +6,31 @@ key of its row and its place alone, as in the diffusion sampler.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from dlmctl.diffusion.noise import gumbel, key_tensor, subkeys
-from dlmctl.diffusion.sampler import Sample
+from dlmctl.diffusion.sampling import Request, Sample, Sampling
 from dlmctl.models.policy import Policy
 
 
-@torch.no_grad()
 def sample_autoregressive(
-    policy: Policy,
-    prompts: Sequence[Sequence[int]],
-    keys: Sequence[int],
-    gen_length: int,
-    temperature: float,
-) -> list[Sample]:
-    """Sample a completion for each prompt, up to and including end-of-sequence.
+    policy: Policy, requests: Iterable[Request], settings: Sampling, batch_size: int
+) -> Iterator[Sample]:
+    """Sample a completion for each request, up to and including end-of-sequence, in their order."""
+    source = iter(requests)
+    while batch := list(islice(source, batch_size)):
+        yield from _batch(policy, batch, settings.gen_length, settings.temperature)
 
-    Args:
-        prompts: B sequences of token ids, none of them empty.
-        keys: B 64-bit keys that the noise of each row comes from.
-    """
+
+@torch.no_grad()
+def _batch(
+    policy: Policy, requests: Sequence[Request], gen_length: int, temperature: float
+) -> list[Sample]:
+    prompts = [request.prompt for request in requests]
     device, width = policy.device, max(len(p) for p in prompts)
     ids = torch.full((len(prompts), width), policy.pad_id, dtype=torch.int64)
     attention = torch.zeros_like(ids)
@@ -37,7 +38,7 @@ def sample_autoregressive(
         ids[b, width - len(prompt) :] = torch.tensor(prompt)
         attention[b, width - len(prompt) :] = 1
     ids, attention = ids.to(device), attention.to(device)
-    noise_keys = key_tensor(list(keys), device)
+    noise_keys = key_tensor([request.key for request in requests], device)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     tokens: list[Tensor] = []
     cache = None

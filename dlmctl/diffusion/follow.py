@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from dlmctl.diffusion.rollout import Round, rollout
-from dlmctl.diffusion.sampler import Sampling
+from dlmctl.diffusion.sampling import Sampling
 from dlmctl.models.loading import load_policy, reload_policy
 from dlmctl.models.policy import Policy
 from dlmctl.records.jsonl import OnError, Record

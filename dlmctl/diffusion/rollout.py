@@ -6,12 +6,14 @@ batch and the first record leaves before the last prompt arrives.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from dlmctl.diffusion.autoregressive import sample_autoregressive
 from dlmctl.diffusion.noise import stream_key
-from dlmctl.diffusion.sampler import Sample, Sampling, sample
+from dlmctl.diffusion.sampler import sample_stream
+from dlmctl.diffusion.sampling import Request, Sample, Sampling
 from dlmctl.models.policy import Policy
 from dlmctl.records.jsonl import OnError, Record, each, field
 
@@ -51,42 +53,26 @@ def rollout(
         ready["tokens"] = {**(record.get("tokens") or {}), "prompt": prompt}
         return ready
 
-    batch: list[tuple[Record, int]] = []
-    for record in each(records, prepare, on_error):
-        if "error" in record:
-            yield from _sampled(batch, policy, settings, samples, seed, round_)
-            batch = []
-            yield record
-            continue
-        for index in range(samples):
-            batch.append((record, index))
-            if len(batch) == batch_size:
-                yield from _sampled(batch, policy, settings, samples, seed, round_)
-                batch = []
-    yield from _sampled(batch, policy, settings, samples, seed, round_)
+    # What was read and not yet answered: a record with its number in the group, or an error.
+    waiting: deque[tuple[Record, int]] = deque()
 
+    def requests() -> Iterator[Request]:
+        for record in each(records, prepare, on_error):
+            if "error" in record:
+                waiting.append((record, -1))
+                continue
+            for index in range(samples):
+                waiting.append((record, index))
+                key = stream_key(seed, round_.number if round_ else 0, record["id"], index)
+                yield Request(record["tokens"]["prompt"], key)
 
-def _sampled(
-    batch: list[tuple[Record, int]],
-    policy: Policy,
-    settings: Sampling,
-    samples: int,
-    seed: int,
-    round_: Round | None,
-) -> Iterator[Record]:
-    if not batch:
-        return
-    prompts = [record["tokens"]["prompt"] for record, _ in batch]
-    number = round_.number if round_ else 0
-    keys = [stream_key(seed, number, record["id"], index) for record, index in batch]
-    if policy.diffusion:
-        results = sample(policy, prompts, keys, settings)
-    else:
-        results = sample_autoregressive(
-            policy, prompts, keys, settings.gen_length, settings.temperature
-        )
-    for (record, index), result in zip(batch, results, strict=True):
+    make = sample_stream if policy.diffusion else sample_autoregressive
+    for result in make(policy, requests(), settings, batch_size):
+        while waiting[0][1] < 0:
+            yield waiting.popleft()[0]
+        record, index = waiting.popleft()
         yield _completed(record, index, result, policy, settings, samples, seed, round_)
+    yield from (record for record, _ in waiting)
 
 
 def _completed(

@@ -53,19 +53,34 @@ class Policy:
         """The Hugging Face model itself, its adapter's layers in place."""
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
-    def hidden(self, ids: Tensor, attention: Tensor | None) -> Tensor:
+    def hidden(
+        self,
+        ids: Tensor,
+        attention: Tensor | None,
+        positions: Tensor | None = None,
+        cache: Any = None,
+    ) -> Tensor:
         """Last hidden states.
 
         Args:
             ids: int64 [B, T], padding on the right.
-            attention: bool [B, T], true for tokens that are there; None without padding.
+            attention: bool [B, T], true for tokens that are there; None without padding. With a
+                cache [B, S] for the S tokens that it gives.
+            positions: int64 [B, T], where the tokens stand; None: from 0 on.
+            cache: a transformers Cache that gives keys and values of other tokens.
 
         Returns:
             [B, T, H] in the dtype of the model.
         """
         body: Any = getattr(self.core, self.core.base_model_prefix)
-        extra = {"use_cache": False} if self.core.can_generate() else {}
+        extra: dict[str, Any] = {"use_cache": False} if self.core.can_generate() else {}
         mask = None if attention is None else attention.long()
+        if cache is not None:
+            extra |= {"past_key_values": cache}
+            if attention is not None:  # as it is to be: the model would derive it from the cache
+                mask = attention[:, None, None].expand(-1, 1, ids.shape[1], -1)
+        if positions is not None:
+            extra |= {"position_ids": positions}
         return body(input_ids=ids, attention_mask=mask, **extra).last_hidden_state
 
     def logits(self, states: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import tiny_policy
 
-from dlmctl.diffusion.sampler import Sampling, sample, settings_for, tokens_per_step
+from dlmctl.diffusion.sampler import sample
+from dlmctl.diffusion.sampling import Sampling, settings_for, tokens_per_step
 from dlmctl.records.errors import UsageError
 
 PROMPT = [3, 4, 8]

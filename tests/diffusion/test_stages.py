@@ -7,7 +7,7 @@ import pytest
 from conftest import tiny_policy
 
 from dlmctl.diffusion.rollout import Round, rollout
-from dlmctl.diffusion.sampler import Sampling
+from dlmctl.diffusion.sampling import Sampling
 from dlmctl.diffusion.scoring import MaskPlan, relative_score, score
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record

@@ -221,7 +221,8 @@ def test_supervised_training_learns_its_completions(tmp_path, saved_models):
     )
     assert len(metrics) == 60
     assert metrics[-1]["loss"] < 0.1 * metrics[0]["loss"]
-    from dlmctl.diffusion.sampler import Sampling, sample
+    from dlmctl.diffusion.sampler import sample
+    from dlmctl.diffusion.sampling import Sampling
 
     prompt = run.policy.encode({"prompt": "12="})
     [made] = sample(run.policy, [prompt], [0], Sampling(4, 4, 4))

@@ -1,0 +1,128 @@
+"""Forward passes of a denoising step: as few tokens as the settings allow, little of it padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dlmctl.diffusion.cache import SlotCache, check_cache
+from dlmctl.diffusion.canvas import Canvas, Masked
+from dlmctl.diffusion.sampling import Sampling
+from dlmctl.models.policy import Policy
+
+SMALL_PASS = 2048
+"""Tokens below which a pass is not split to save padding."""
+
+LITTLE_PADDING = 7 / 8
+"""The shortest row of a pass is at least this part of the longest, unless the pass is small."""
+
+
+def buckets(lengths: Sequence[int]) -> Iterator[slice]:
+    """Runs of neighbours of like length; `lengths` falls."""
+    first = 0
+    for index, length in enumerate(lengths):
+        full = (index - first) * lengths[first] >= SMALL_PASS
+        if full and length < LITTLE_PADDING * lengths[first]:
+            yield slice(first, index)
+            first = index
+    if lengths:
+        yield slice(first, len(lengths))
+
+
+class Passes:
+    """Hidden states of masked positions, with the passes that the settings ask for."""
+
+    def __init__(self, policy: Policy, settings: Sampling, canvas: Canvas) -> None:
+        self.policy, self.settings, self.canvas = policy, settings, canvas
+        self.cache: SlotCache | None = None
+        if settings.cache != "none":
+            check_cache(policy)
+            self.cache = SlotCache(len(canvas.owner))
+        self.per_step = 2 if settings.cfg_scale > 0 else 1
+
+    def states(self, rows: Sequence[int], masked: Masked) -> list[Tensor]:
+        """Hidden states [N, H] in which the logits of the masked positions stand.
+
+        Args:
+            rows: slots, the longest sequences first.
+
+        Returns:
+            One tensor; with guidance a second, of the model that does not see the prompt.
+        """
+        canvas, cache = self.canvas, self.cache
+        if cache is not None:
+            cache.widen(canvas.width)
+        whole = [slot for slot in rows if self._renews(slot)]
+        parts = []
+        for run in buckets([canvas.length(slot) for slot in whole]):
+            parts.append(self._whole(whole[run], masked))
+        rest = [slot for slot in rows if not self._renews(slot)]
+        if rest:
+            parts.append(self._part(rest, masked))
+        where = torch.cat([picked for picked, _ in parts])
+        results = []
+        for number in range(self.per_step):
+            states = torch.cat([found[number] for _, found in parts])
+            results.append(torch.empty_like(states).index_copy_(0, where, states))
+        return results
+
+    def _renews(self, slot: int) -> bool:
+        """Whether this step of the row passes over its whole sequence."""
+        interval = self.settings.refresh or self.settings.steps_per_block
+        return self.cache is None or self.canvas.step[slot] % interval == 0
+
+    def _whole(self, rows: Sequence[int], masked: Masked) -> tuple[Tensor, list[Tensor]]:
+        """Of the masked positions which these rows have: their numbers and hidden states."""
+        canvas, device = self.canvas, self.canvas.device
+        lengths = canvas.tensor([canvas.length(slot) for slot in rows])
+        width = canvas.length(rows[0])
+        ids = canvas.ids[canvas.tensor(rows), :width]
+        columns = torch.arange(width, device=device)
+        there = None
+        if canvas.length(rows[-1]) < width:
+            there = columns < lengths[:, None]
+        if self.cache is not None:
+            places = columns.expand(len(rows), -1)
+            if there is not None:
+                places = places.where(there, self.cache.width)
+            self.cache.aim(canvas.tensor(rows), places, width, whole=True)
+        hidden = [self.policy.hidden(ids, there, cache=self.cache)]
+        if self.settings.cfg_scale > 0:
+            starts = canvas.tensor([canvas.starts[slot] for slot in rows])
+            blind = ids.masked_fill(columns < starts[:, None], self.policy.mask_id or 0)
+            hidden.append(self.policy.hidden(blind, there))
+        return self._pick(rows, hidden, masked, torch.zeros_like(lengths))
+
+    def _part(self, rows: Sequence[int], masked: Masked) -> tuple[Tensor, list[Tensor]]:
+        """The same from a pass over the block, or the block and what follows it."""
+        canvas, cache, device = self.canvas, self.cache, self.canvas.device
+        assert cache is not None
+        windows = [canvas.window(slot) for slot in rows]
+        firsts = canvas.tensor([max(0, start - self.policy.shift) for start, _ in windows])
+        lengths = canvas.tensor([canvas.length(slot) for slot in rows])
+        ends = lengths
+        if self.settings.cache == "dual":
+            ends = canvas.tensor([stop for _, stop in windows])
+        queries, longest = int((ends - firsts).max()), canvas.length(rows[0])
+        columns = firsts[:, None] + torch.arange(queries, device=device)
+        inside = columns < ends[:, None]
+        places = columns.clamp(max=longest - 1)
+        slots = canvas.tensor(rows)
+        cache.aim(slots, columns.where(inside, cache.width), longest, whole=False)
+        there = torch.arange(longest, device=device) < lengths[:, None]
+        hidden = self.policy.hidden(canvas.ids[slots[:, None], places], there, places, cache)
+        return self._pick(rows, [hidden], masked, firsts)
+
+    def _pick(
+        self, rows: Sequence[int], hidden: list[Tensor], masked: Masked, firsts: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """From hidden states [R, Q, H] of these rows, that begin at position `firsts` [R]."""
+        local = torch.full((len(self.canvas.owner),), -1, device=self.canvas.device)
+        local[self.canvas.tensor(rows)] = torch.arange(len(rows), device=self.canvas.device)
+        row = local[masked.slot]
+        [picked] = (row >= 0).nonzero(as_tuple=True)
+        row = row[picked]
+        place = self.policy.source(masked.position[picked]) - firsts[row]
+        return picked, [states[row, place] for states in hidden]

@@ -1,0 +1,123 @@
+"""From hidden states to a token and a confidence for each masked position, and which ones stay.
+
+    token       argmax_v  logit_v + temperature * Gumbel noise        (exact Gumbel-max, float64)
+    confidence  low_confidence  p(token)             random   U(0, 1)
+                entropy         -H(p)                margin   p(best) - p(second)
+
+Positions go through the vocabulary in chunks, so that memory does not grow with the batch. With
+e_v = exp(logit_v - max), everything is written in Z - 1 = sum of all e_v but the largest: a p that
+rounds to 1 in float32 still has its place among the others, as in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dlmctl.diffusion.noise import gumbel, uniform
+from dlmctl.diffusion.sampling import Remasking, Sampling
+from dlmctl.models.policy import Policy
+
+
+def propose(
+    policy: Policy, states: Sequence[Tensor], keys: Tensor, settings: Sampling
+) -> tuple[Tensor, Tensor]:
+    """A token and a confidence for each of N positions.
+
+    Args:
+        states: hidden states [N, H] in which the logits stand; with guidance a second tensor, those
+            of the model that does not see the prompt.
+        keys: int64 [N], the noise of each position.
+
+    Returns:
+        int64 [N] and float64 [N].
+    """
+    # As large as pays: a chunk reads the whole output projection once.
+    chunk = max(1, (1 << 27 if keys.is_cuda else 1 << 23) // policy.vocab_size)
+    parts = [
+        _decide(policy, _logits(policy, pieces, settings.cfg_scale), where, settings)
+        for *pieces, where in zip(*(x.split(chunk) for x in (*states, keys)), strict=True)
+    ]
+    if not parts:
+        return keys, keys.double()
+    tokens, confidence = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(confidence)
+
+
+def _logits(policy: Policy, states: Sequence[Tensor], cfg_scale: float) -> Tensor:
+    """LLaDA's guidance: uncond + (cfg_scale + 1) * (cond - uncond)."""
+    logits = policy.logits(states[0])
+    if logits.dtype not in (torch.float32, torch.float64):
+        logits = logits.float()
+    if cfg_scale <= 0:
+        return logits
+    unconditional = policy.logits(states[1]).to(logits.dtype)
+    return unconditional + (cfg_scale + 1) * (logits - unconditional)
+
+
+def _decide(
+    policy: Policy, logits: Tensor, keys: Tensor, settings: Sampling
+) -> tuple[Tensor, Tensor]:
+    """`propose` for one chunk of logits [N, V], which are overwritten."""
+    if settings.eos == "never" and policy.eos_id is not None:
+        logits[:, policy.eos_id] = -torch.inf
+    # The mask token is a state of the process, not an outcome: it counts in p, but is not sampled.
+    aside = logits[:, policy.mask_id].clone()
+    logits[:, policy.mask_id] = -torch.inf
+    if settings.temperature > 0:
+        vocabulary = torch.arange(logits.shape[1], device=logits.device)
+        noise = settings.temperature * gumbel(keys[:, None], vocabulary[None])
+        token = noise.add_(logits).argmax(dim=1)
+    else:
+        token = logits.argmax(dim=1)
+    logits[:, policy.mask_id] = aside
+    sure = _confidence(logits, token, keys, settings.remasking)
+    if settings.eos == "late" and policy.eos_id is not None:
+        # Finite, so that end-of-sequence still comes before positions that are not masked.
+        sure = torch.where(token == policy.eos_id, sure - 1e9, sure)
+    return token, sure
+
+
+def _confidence(logits: Tensor, token: Tensor, keys: Tensor, remasking: Remasking) -> Tensor:
+    """float64 [N]: how sure the model is at temperature 1, for logits [N, V] (overwritten)."""
+    if remasking == "random":
+        return uniform(keys, torch.full_like(keys, -1))
+    best, top = logits.max(dim=1, keepdim=True)
+    below = logits.sub_(best)
+    chosen = below.gather(1, token[:, None])[:, 0].double().exp()
+    below.scatter_(1, top, -torch.inf)
+    if remasking == "margin":
+        second = below.amax(dim=1).double().exp()
+        return (1 - second) / (1 + below.exp_().sum(dim=1).double())
+    if remasking == "entropy":
+        weights = below.exp()
+        rest = weights.sum(dim=1).double()
+        # 0 * -inf is 0 here: what has no probability carries no entropy.
+        mean = weights.mul_(below.clamp_(min=-1e4)).sum(dim=1).double()
+        return mean / (1 + rest) - rest.log1p()
+    return chosen / (1 + below.exp_().sum(dim=1).double())
+
+
+def kept(confidence: Tensor, quota: Tensor, last: Tensor, settings: Sampling) -> Tensor:
+    """bool [R, B]: the positions whose token stays.
+
+    Args:
+        confidence: float64 [R, B], -inf where nothing is masked.
+        quota: int64 [R], tokens to decide where their number is fixed.
+        last: bool [R], rows for which this is the last step of their block.
+    """
+    masked = confidence > -torch.inf
+    ordered, order = confidence.sort(dim=1, descending=True, stable=True)
+    rank = torch.arange(confidence.shape[1], device=confidence.device)
+    if settings.threshold is not None:
+        stays = ordered > settings.threshold
+    elif settings.factor is not None:
+        sure = (rank + 2) * (1 - ordered) < settings.factor
+        stays = sure.int().cumprod(dim=1).bool()
+    else:
+        stays = rank < quota[:, None]
+    if settings.threshold is not None or settings.factor is not None:
+        stays = stays | (rank == 0) | last[:, None]
+    return torch.zeros_like(masked).scatter_(1, order, stays) & masked

@@ -1,0 +1,111 @@
+"""What a sampler is told, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dlmctl.models.policy import Policy
+from dlmctl.records.errors import UsageError
+
+Remasking = Literal["low_confidence", "random", "entropy", "margin"]
+EosRule = Literal["normal", "late", "never"]
+CacheRule = Literal["none", "prefix", "dual"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of the sampler; the names are LLaDA's and, for what is faster, Fast-dLLM's."""
+
+    gen_length: int = 128
+    """Tokens of the completion."""
+    block_length: int = 32
+    """Tokens of a block; the last block may be shorter."""
+    steps: int = 128
+    """Denoising steps over all blocks."""
+    temperature: float = 0.0
+    cfg_scale: float = 0.0
+    """Classifier-free guidance; 0 is off."""
+    remasking: Remasking = "low_confidence"
+    threshold: float | None = None
+    """Keep every token with confidence above this; None keeps a fixed number per step."""
+    factor: float | None = None
+    """Keep the n surest tokens, n as large as (n + 1) (1 - confidence of the n-th) < this."""
+    cache: CacheRule = "none"
+    """Keys and values that a step takes from an earlier one: of none, of the tokens before the
+    block (prefix), or of all tokens outside the block (dual)."""
+    refresh: int | None = None
+    """Steps from one pass over the whole sequence to the next; None: at each block's start only."""
+    eos: EosRule = "normal"
+    """late: end-of-sequence is decided last in its block; never: it is not sampled at all."""
+    early_stop: bool = False
+    """End a row when a finished block holds end-of-sequence; the rest is filled with it."""
+
+    def __post_init__(self) -> None:
+        if min(self.gen_length, self.block_length, self.steps) < 1:
+            raise UsageError("--gen-length, --block-length and --steps are at least 1")
+        if self.steps < self.blocks:
+            raise UsageError(
+                f"--steps {self.steps} is less than one step for each of the {self.blocks} blocks "
+                f"(--gen-length {self.gen_length} / --block-length {self.block_length})"
+            )
+        if self.threshold is not None and self.factor is not None:
+            raise UsageError("--threshold and --factor are two rules for one thing: give one")
+        if self.refresh is not None and self.cache == "none":
+            raise UsageError("--refresh says how long a cache is used: give --cache too")
+        if self.cfg_scale > 0 and self.cache != "none":
+            raise UsageError("--cfg-scale and --cache do not go together: leave one out")
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.gen_length // self.block_length)
+
+    @property
+    def steps_per_block(self) -> int:
+        return self.steps // self.blocks
+
+    def quota(self) -> Tensor:
+        """int64 [blocks, steps_per_block]: tokens to decide where their number is fixed."""
+        last = self.gen_length - (self.blocks - 1) * self.block_length
+        sizes = [self.block_length] * (self.blocks - 1) + [last]
+        return torch.tensor([tokens_per_step(size, self.steps_per_block) for size in sizes])
+
+
+def tokens_per_step(masked: int, steps: int) -> list[int]:
+    """How many of `masked` tokens each step decides: as even as possible, the first ones more."""
+    base, rest = divmod(masked, steps)
+    return [base + (step < rest) for step in range(steps)]
+
+
+def settings_for(policy: Policy, **given: Any) -> Sampling:
+    """Settings as given; lengths and steps that are None are the model's own, else LLaDA's."""
+    own = {key: value for key, value in given.items() if value is not None}
+    gen_length = own.get("gen_length", policy.sampling.get("gen_length", 128))
+    lengths = {
+        "gen_length": gen_length,
+        "block_length": min(gen_length, policy.sampling.get("block_length", 32)),
+        "steps": gen_length if "gen_length" in own else policy.sampling.get("steps", gen_length),
+    }
+    return Sampling(**{**lengths, **own})
+
+
+class Request(NamedTuple):
+    """A completion to be made."""
+
+    prompt: list[int]
+    key: int
+    """64-bit key that its noise comes from."""
+
+
+class Sample(NamedTuple):
+    """One completion."""
+
+    tokens: list[int]
+    """All `gen_length` ids, those after the first end-of-sequence included."""
+    order: list[int]
+    """Step, counted from 0 over all blocks, at which each token was decided."""
+    nfe: int
+    """Forward passes that the row took part in."""

@@ -1,0 +1,191 @@
+"""What makes sampling faster, against sampling without it."""
+
+import pytest
+import torch
+from conftest import tiny_policy
+from transformers import DynamicCache
+
+from dlmctl.diffusion.passes import SMALL_PASS, buckets
+from dlmctl.diffusion.proposals import kept, propose
+from dlmctl.diffusion.sampler import sample, sample_stream
+from dlmctl.diffusion.sampling import Request, Sampling
+from dlmctl.records.errors import DataError, UsageError
+
+PROMPTS = [[3, 4, 8], [5, 8], [6] * 7, [3, 4, 8], [4, 8, 3, 6, 5]]
+DECODERS = ["llada", "dream", "a2d"]
+WAYS = [{}, {"threshold": 0.1}, {"factor": 1.9}, {"cache": "prefix"}, {"cache": "dual"}]
+
+
+def test_results_do_not_depend_on_how_many_are_under_way_and_keep_their_order():
+    policy = tiny_policy()
+    requests = [Request(p, key) for key, p in enumerate(PROMPTS * 3)]
+    for way in WAYS:
+        settings = Sampling(12, 4, 12, temperature=0.9, early_stop=True, **way)
+        alone = [sample(policy, [r.prompt], [r.key], settings)[0] for r in requests]
+        for batch_size in (1, 4, 15, 40):
+            assert list(sample_stream(policy, requests, settings, batch_size)) == alone
+
+
+def test_requests_are_taken_only_as_places_become_free():
+    policy, taken = tiny_policy(), []
+
+    def requests():
+        for number in range(20):
+            taken.append(number)
+            yield Request(PROMPTS[0], number)
+
+    samples = sample_stream(policy, requests(), Sampling(4, 4, 4), 3)
+    next(samples)
+    assert len(taken) == 3
+
+
+def test_what_is_under_way_is_given_out_before_a_request_that_fails():
+    def requests():
+        yield Request(PROMPTS[0], 1)
+        yield Request(PROMPTS[1], 2)
+        raise DataError("the third line is broken")
+
+    policy, settings, given = tiny_policy(), Sampling(4, 4, 4), []
+    samples = sample_stream(policy, requests(), settings, 8)
+    given += [next(samples), next(samples)]
+    with pytest.raises(DataError, match="third"):
+        next(samples)
+    assert given == sample(policy, PROMPTS[:2], [1, 2], settings)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_cache_that_is_renewed_in_each_step_changes_nothing(family, cache):
+    policy = tiny_policy(family)
+    exact = Sampling(12, 4, 12, temperature=0.7)
+    cached = Sampling(12, 4, 12, temperature=0.7, cache=cache, refresh=1)
+    keys = list(range(5))
+    assert sample(policy, PROMPTS, keys, cached) == sample(policy, PROMPTS, keys, exact)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_with_one_layer_keys_of_other_tokens_do_not_change_and_a_cache_is_exact(family, cache):
+    """In the first layer they come from embeddings, and only the block's own tokens change."""
+    policy = tiny_policy(family, layers=1)
+    exact = Sampling(12, 4, 12, temperature=0.7)
+    cached = Sampling(12, 4, 12, temperature=0.7, cache=cache)
+    keys = list(range(5))
+    assert sample(policy, PROMPTS, keys, cached) == sample(policy, PROMPTS, keys, exact)
+
+
+@torch.no_grad()
+def with_prefix_of_transformers(policy, prompt, gen_length, block_length):
+    """Greedy, one token a step, the tokens before the block in transformers' own cache."""
+    mask, shift = policy.mask_id, policy.shift
+    x = torch.tensor([[*prompt, *[mask] * gen_length]])
+    for start in range(len(prompt), x.shape[1], block_length):
+        past = DynamicCache(config=policy.model.config)
+        logits = policy.model(input_ids=x, past_key_values=past, use_cache=True).logits[0]
+        first = start - shift
+        for step in range(block_length):
+            if step:
+                past.crop(first - past.get_seq_length())
+                logits = policy.model(
+                    input_ids=x[:, first:], past_key_values=past, use_cache=True
+                ).logits[0]
+                logits = torch.cat([logits.new_zeros(first, logits.shape[1]), logits])
+            of_block = logits[first : first + block_length].double()
+            p = of_block.softmax(-1)
+            of_block[:, mask] = -torch.inf
+            token = of_block.argmax(-1)
+            sure = p.gather(1, token[:, None])[:, 0]
+            sure[x[0, start : start + block_length] != mask] = -1
+            best = int(sure.argmax())
+            x[0, start + best] = token[best]
+    return x[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_prefix_cache_is_that_of_transformers(family):
+    policy = tiny_policy(family, layers=3, seed=5)
+    settings = Sampling(12, 4, 12, cache="prefix")
+    exact, differs = Sampling(12, 4, 12), False
+    for prompt in PROMPTS[:3]:
+        [ours] = sample(policy, [prompt], [0], settings)
+        assert ours.tokens == with_prefix_of_transformers(policy, prompt, 12, 4)
+        differs |= ours.tokens != sample(policy, [prompt], [0], exact)[0].tokens
+        assert ours.nfe == 12
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_dual_cache_passes_over_the_block_alone(family):
+    policy, seen = tiny_policy(family), []
+    body = getattr(policy.core, policy.core.base_model_prefix)
+    body.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    sample(policy, [[5, 8, 3]], [0], Sampling(8, 4, 8, cache="dual"))
+    part = 4 + policy.shift
+    assert seen == [11, part, part, part, 11, part, part, part]
+
+
+def test_a_cache_wants_a_decoder_and_no_guidance():
+    with pytest.raises(UsageError, match="--cache is for"):
+        sample(tiny_policy("mlm"), PROMPTS, list(range(5)), Sampling(4, 4, 4, cache="dual"))
+    with pytest.raises(UsageError, match="--cfg-scale"):
+        Sampling(4, 4, 4, cache="dual", cfg_scale=1.0)
+    with pytest.raises(UsageError, match="--refresh"):
+        Sampling(4, 4, 4, refresh=2)
+    with pytest.raises(UsageError, match="--threshold and --factor"):
+        Sampling(4, 4, 4, threshold=0.9, factor=1.0)
+
+
+def test_the_factor_keeps_as_many_as_fast_dllm_says():
+    """(n + 1)(1 - c_n) < 0.5: c_1 > 0.75, c_2 > 5/6, c_3 > 0.875, and one in any case."""
+    rows = torch.tensor(
+        [
+            [0.90, 0.99, 0.80, 0.95],  # 0.99, 0.95, 0.90 and not 0.80, which had to exceed 0.9
+            [0.80, 0.70, 0.60, 0.10],  # 0.80 alone
+            [0.30, 0.20, 0.10, 0.05],  # not sure of any: the surest
+            [0.99, -torch.inf, -torch.inf, 0.98],  # two are decided already
+        ],
+        dtype=torch.float64,
+    )
+    settings = Sampling(4, 4, 4, factor=0.5)
+    no = torch.zeros(4, dtype=torch.bool)
+    stays = kept(rows, torch.ones(4, dtype=torch.int64), no, settings)
+    assert stays.int().tolist() == [[1, 1, 0, 1], [1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 1]]
+    all_of_them = kept(rows, torch.ones(4, dtype=torch.int64), ~no, settings)
+    assert all_of_them.tolist() == (rows > -1).tolist()
+
+
+@pytest.mark.parametrize("remasking", ["low_confidence", "entropy", "margin"])
+def test_confidences_in_float32_rank_as_in_float64_where_p_rounds_to_one(remasking):
+    """20 positions that the model is sure of to 1e-9 and less: in float32 p is 1 for all."""
+    policy = tiny_policy()
+    head = torch.nn.Linear(4, policy.vocab_size, bias=False)
+    policy.model.lm_head = head.float()
+    states = 30 * torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    keys = torch.arange(20)
+    logits = head(states).detach()
+    logits[:, policy.mask_id] = -torch.inf
+    p = head(states).detach().double().softmax(-1)
+    best = p.topk(2).values
+    exact = {
+        "low_confidence": p.gather(1, logits.argmax(1, keepdim=True))[:, 0],
+        "entropy": torch.special.xlogy(p, p).sum(1),
+        "margin": best[:, 0] - best[:, 1],
+    }[remasking]
+    with torch.no_grad():
+        token, sure = propose(policy, [states], keys, Sampling(4, 4, 4, remasking=remasking))
+    assert torch.equal(token, logits.argmax(1))
+    torch.testing.assert_close(sure, exact, rtol=1e-5, atol=1e-9)
+
+
+def test_rows_of_like_length_share_a_pass():
+    def runs(lengths):
+        return [(b.start, b.stop) for b in buckets(lengths)]
+
+    assert runs([]) == []
+    assert runs([9, 8, 3]) == [(0, 3)]  # too small to split
+    many = SMALL_PASS // 256
+    assert runs([256] * many + [255, 225] + [223] * many + [10]) == [
+        (0, many + 2),
+        (many + 2, 2 * many + 3),
+    ]
