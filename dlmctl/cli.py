@@ -24,7 +24,8 @@ class Subcommand(NamedTuple):
     """A row of the table."""
 
     module: str
-    """Module under `dlmctl.commands`; its function `command` is the subcommand."""
+    """Module under `dlmctl.commands`: its function `command` is the subcommand, or its dict
+    `COMMANDS` has those under it."""
     panel: str
     """Heading in `dlmctl --help`."""
     summary: str
@@ -43,7 +44,7 @@ SUBCOMMANDS = {
     "update": Subcommand("update", PIPE, "Train a model on the records and save a checkpoint."),
     "stats": Subcommand("stats", LOOK, "Accuracy, pass@k, reward and length per task."),
     "plot": Subcommand("plot", LOOK, "Draw curves from metrics records."),
-    "bench": Subcommand("bench", LOOK, "Measure estimators against their baseline in one run."),
+    "bench": Subcommand("bench", LOOK, "Measure speed, memory and variance beside a baseline."),
     "init": Subcommand("init", SETUP, "Make a small new model of any family."),
     "doctor": Subcommand("doctor", SETUP, "Say what this machine has and what is missing."),
 }
@@ -71,11 +72,23 @@ def with_exit_codes(function: Callable[..., None]) -> Callable[..., None]:
 
 def load(name: str) -> Any:
     """The click command behind a subcommand, its module imported."""
-    row = SUBCOMMANDS[name]
-    module = importlib.import_module(f"dlmctl.commands.{row.module}")
-    app = typer.Typer(add_completion=False, context_settings=HELP_OPTIONS)
-    app.command(name)(with_exit_codes(module.command))
+    app = typer.Typer(
+        add_completion=False,
+        context_settings=HELP_OPTIONS,
+        help=SUBCOMMANDS[name].summary,
+        no_args_is_help=True,
+    )
+    for full_name, function in functions(name).items():
+        app.command(full_name.split()[-1])(with_exit_codes(function))
     return typer.main.get_command(app)
+
+
+def functions(name: str) -> dict[str, Callable[..., None]]:
+    """The functions behind a subcommand by their full names: itself, or those under it."""
+    module = importlib.import_module(f"dlmctl.commands.{SUBCOMMANDS[name].module}")
+    if hasattr(module, "COMMANDS"):
+        return {f"{name} {under}": function for under, function in module.COMMANDS.items()}
+    return {name: module.command}
 
 
 class LazyGroup(TyperGroup):

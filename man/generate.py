@@ -5,7 +5,6 @@ Writes man/dlmctl.1 and one page for each subcommand; a test compares them with 
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 from typer.models import ArgumentInfo
 
-from dlmctl.cli import SUBCOMMANDS, dlmctl
+from dlmctl.cli import SUBCOMMANDS, dlmctl, functions
 
 HERE = Path(__file__).parent
 EXIT_CODES = {
@@ -46,8 +45,8 @@ def pages() -> dict[str, str]:
     """File name to text of every page."""
     made = {"dlmctl.1": _main_page()}
     for name in SUBCOMMANDS:
-        module = importlib.import_module(f"dlmctl.commands.{SUBCOMMANDS[name].module}")
-        made[f"dlmctl-{name}.1"] = _page(name, module.command)
+        for full_name, function in functions(name).items():
+            made[f"dlmctl-{full_name.replace(' ', '-')}.1"] = _page(full_name, function)
     return made
 
 
@@ -57,12 +56,17 @@ def _main_page() -> str:
     lines += [r".B dlmctl", r"\fISUBCOMMAND\fR [\fIOPTIONS\fR] [\fIFILE\fR]...", ".SH DESCRIPTION"]
     lines += [*body, *examples, ".SH SUBCOMMANDS"]
     for name, row in SUBCOMMANDS.items():
-        lines += [".TP", rf"\fBdlmctl\-{_roff(name)}\fR(1)", _roff(row.summary)]
+        names = ", ".join(rf"\fB{_roff(page)}\fR(1)" for page in _page_names(name))
+        lines += [".TP", names, _roff(row.summary)]
     lines += [".SH OPTIONS", ".TP", r"\fB\-\-version\fR", "Show the version."]
     lines += [".TP", r"\fB\-\-install\-completion\fR", "Install completion for the current shell."]
     lines += [".TP", r"\fB\-\-show\-completion\fR", "Show it, to be installed by hand."]
     lines += [".TP", r"\fB\-h\fR, \fB\-\-help\fR", "Show help."]
-    return _finish(lines, [f"dlmctl-{name}" for name in SUBCOMMANDS])
+    return _finish(lines, [page for name in SUBCOMMANDS for page in _page_names(name)])
+
+
+def _page_names(name: str) -> list[str]:
+    return [f"dlmctl-{full_name.replace(' ', '-')}" for full_name in functions(name)]
 
 
 def _page(name: str, function: Callable[..., None]) -> str:
@@ -70,7 +74,8 @@ def _page(name: str, function: Callable[..., None]) -> str:
     parameters = _parameters(function)
     arguments = [p for p in parameters if isinstance(p.info, ArgumentInfo)]
     usage = " ".join(_roff(_metavar(p)) for p in arguments)
-    lines = [_head(f"dlmctl-{name}"), ".SH NAME", rf"dlmctl\-{_roff(name)} \- {_plain(summary)}"]
+    page = f"dlmctl-{name.replace(' ', '-')}"
+    lines = [_head(page), ".SH NAME", rf"{_roff(page)} \- {_plain(summary)}"]
     lines += [".SH SYNOPSIS", rf".B dlmctl {_roff(name)}", rf"[\fIOPTIONS\fR] {usage}"]
     lines += [".SH DESCRIPTION", *body]
     if arguments:
@@ -84,7 +89,8 @@ def _page(name: str, function: Callable[..., None]) -> str:
     lines += [".TP", r"\fB\-h\fR, \fB\-\-help\fR", "Show help."]
     if examples:
         lines += [".SH EXAMPLES", *examples]
-    return _finish(lines, ["dlmctl", *(f"dlmctl-{n}" for n in SUBCOMMANDS if n != name)])
+    others = [other for n in SUBCOMMANDS for other in _page_names(n) if other != page]
+    return _finish(lines, ["dlmctl", *others])
 
 
 def _parameters(function: Callable[..., None]) -> list[Parameter]:

@@ -1,75 +1,7 @@
-"""`dlmctl bench`: options and wiring of the measurements."""
+"""`dlmctl bench`: measurements, each beside its baseline in the same run."""
 
 from __future__ import annotations
 
-import sys
-from typing import Annotated, Literal
+from dlmctl.commands import bench_elbo, bench_rollout
 
-import typer
-
-from dlmctl.commands.options import BatchSize, Device, Dtype, Model, Seed
-from dlmctl.commands.tables import print_table
-from dlmctl.records.errors import UsageError
-from dlmctl.records.jsonl import read_records, write_records
-
-
-def command(
-    what: Annotated[
-        Literal["elbo"],
-        typer.Argument(
-            metavar="WHAT", help="elbo: variance and bias of the estimators of score-elbo."
-        ),
-    ],
-    files: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="FILE", help="Completions in JSONL files; none, or -, is standard input."
-        ),
-    ] = None,
-    model: Model = "builtin:puzzles",
-    samples: Annotated[
-        str,
-        typer.Option("-k", "--masks-per-sample", help="Masks for each completion, one or more."),
-    ] = "2,4,8",
-    repeats: Annotated[
-        int, typer.Option(min=2, help="Independent estimates that the variance is taken over.")
-    ] = 100,
-    json: Annotated[
-        bool, typer.Option("--json", help="JSON on a terminal too, as in a pipe.")
-    ] = False,
-    seed: Seed = 0,
-    batch_size: BatchSize = 256,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-) -> None:
-    """Measure estimators against their baseline in one run.
-
-    `elbo` writes a row for each mask law: variance at equal numbers of forward passes in nats², the
-    ratio to independent t, the variance that the mean of a prompt's samples keeps (group_variance:
-    below `variance` where levels are spread over the samples), and the bias.
-
-    Examples:
-
-    dlmctl rollout | dlmctl bench elbo
-
-    dlmctl bench elbo -m runs/a -k 2,4 --repeats 400 completions.jsonl
-    """
-    from dlmctl.bench.elbo import elbo_variance
-    from dlmctl.models.loading import load_policy
-
-    try:
-        passes = [int(part) for part in samples.split(",")]
-    except ValueError:
-        raise UsageError(f"-k {samples} is not a list of whole numbers") from None
-    if min(passes) < 1:
-        raise UsageError(f"-k {samples}: a completion needs at least one mask")
-    records = list(read_records(files or [], "fail"))
-    if not records:
-        raise UsageError("no records came in; nothing to measure on")
-    policy = load_policy(model, device, dtype)
-    rows = elbo_variance(policy, records, passes, repeats, seed, batch_size)
-    if json or not sys.stdout.isatty():
-        write_records(rows)
-    else:
-        names = ["masks", "passes", "variance", "group_variance", "ratio", "bias", "bias_stderr"]
-        print_table(list(rows), {name: name.replace("_", " ") for name in names})
+COMMANDS = {"elbo": bench_elbo.command, "rollout": bench_rollout.command}

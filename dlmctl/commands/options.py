@@ -78,3 +78,4 @@ MaskBlock = Annotated[
         help="Length of a block, for --masks block.",
     ),
 ]
+Json = Annotated[bool, typer.Option("--json", help="JSON on a terminal too, as in a pipe.")]

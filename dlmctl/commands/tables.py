@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from dlmctl.records.jsonl import write_records
 
 
 def print_table(
@@ -26,6 +29,14 @@ def print_table(
     for row in rows:
         table.add_row(*((cell or _plain)(row, name) for name in columns))
     Console().print(table)
+
+
+def write_rows(rows: Iterable[dict[str, Any]], columns: Sequence[str], json: bool) -> None:
+    """Rows as a table of these columns on a terminal; as JSON lines in a pipe, or where asked."""
+    if json or not sys.stdout.isatty():
+        write_records(rows)
+    else:
+        print_table(list(rows), {name: name.replace("_", " ") for name in columns})
 
 
 def _plain(row: Mapping[str, Any], name: str) -> str:

@@ -1,0 +1,66 @@
+"""Peak memory of a piece of work, on CUDA and on Linux."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Peak:
+    """Megabytes that the work within `with` needs at its peak, on top of what was in use before.
+
+    On CUDA what torch allocates; on Linux the process's resident memory; elsewhere None.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.megabytes: float | None = None
+
+    def __enter__(self) -> Peak:
+        gc.collect()
+        _return_freed_memory()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device) / 1e6
+        elif CLEAR.exists():
+            CLEAR.write_text("5")  # the peak begins anew
+            self._before = _resident("VmRSS")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device) / 1e6
+            self.megabytes = peak - self._before
+        elif CLEAR.exists():
+            self.megabytes = _resident("VmHWM") - self._before
+
+
+def _return_freed_memory() -> None:
+    """To the system, where the C library can: what it keeps would hide a peak below it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident(name: str) -> float:
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024 / 1e6
+    return float("nan")

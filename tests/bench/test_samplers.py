@@ -1,0 +1,75 @@
+"""`bench rollout` compares like with like."""
+
+import pytest
+from conftest import shell, tiny_policy
+
+from dlmctl.bench.memory import CLEAR, Peak
+from dlmctl.bench.reference import plain_sample
+from dlmctl.bench.rollout import compare_samplers, ways
+from dlmctl.bench.shapes import bench_policy, random_prompts
+from dlmctl.diffusion.sampler import sample
+from dlmctl.diffusion.sampling import Request, Sampling
+from dlmctl.records.errors import UsageError
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_the_plain_sampler_draws_the_tokens_of_the_fast_one(family, temperature):
+    policy = tiny_policy(family)
+    settings = Sampling(10, 4, 6, temperature=temperature)
+    prompts, keys = [[3, 4, 8], [5, 8], [6] * 7], [1, 2, 3]
+    fast = sample(policy, prompts, keys, settings)
+    for prompt, key, ours in zip(prompts, keys, fast, strict=True):
+        assert plain_sample(policy, Request(prompt, key), settings) == ours.tokens
+
+
+def test_rows_are_of_the_paths_asked_for_beside_the_reference():
+    policy = bench_policy("random:tiny", "cpu", "float32")
+    requests = [Request(p, n) for n, p in enumerate(random_prompts(policy, 6, 4, 20))]
+    exact = Sampling(16, 8, 16)
+    paths = {name: ways(exact, 0.0, 1.0, None)[name] for name in ("exact", "threshold")}
+    rows = list(compare_samplers(policy, requests, exact, paths, 4, 3, lambda tokens: 0.25))
+    assert [row["path"] for row in rows] == ["reference", "exact", "threshold"]
+    assert [row["completions"] for row in rows] == [3, 6, 6]
+    assert [row["nfe"] for row in rows] == [16, 16, 2]
+    assert [row["same"] for row in rows[:2]] == [1.0, 1.0]
+    assert rows[2]["same"] < 1
+    assert [row.get("accuracy") for row in rows] == [None, 0.25, 0.25]
+    for row in rows:
+        speed = row["completions"] * 16 / row["seconds"]
+        assert row["tokens_per_second"] == pytest.approx(speed)
+        assert row["ratio"] == pytest.approx(speed / rows[0]["tokens_per_second"])
+
+
+def test_a_random_model_is_sure_of_some_tokens_and_not_of_others():
+    policy = bench_policy("random:tiny", "cpu", "float32")
+    requests = random_prompts(policy, 8, 4, 40)
+    assert [len(p) for p in requests][::7] == [4, 40]
+    passes = [
+        sum(s.nfe for s in sample(policy, requests, list(range(8)), Sampling(32, 32, 32, **way)))
+        for way in ({"threshold": 0.0}, {"threshold": 0.6}, {})
+    ]
+    assert passes[0] < passes[1] < passes[2]
+    with pytest.raises(UsageError, match="no shape"):
+        bench_policy("random:9t", "cpu", "float32")
+
+
+@pytest.mark.skipif(not CLEAR.exists(), reason="resident memory is read from Linux")
+def test_a_peak_is_what_the_work_needs_for_a_moment():
+    import torch
+
+    with Peak(torch.device("cpu")) as peak:
+        held = torch.ones(25_000_000)
+        del held
+    assert 95 < peak.megabytes < 140
+
+
+def test_the_command_measures_a_model_on_prompts_and_refuses_what_it_does_not_know(tmp_path):
+    line = "dlmctl prompts sudoku -n 4 | dlmctl bench rollout -m builtin:puzzles --paths {} -"
+    done = shell(line.format("exact,dual"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('"accuracy"') == 2
+    wrong = shell(line.format("exact,best"), tmp_path)
+    assert wrong.returncode == 2
+    assert "no 'best'" in wrong.stderr
+    assert shell("dlmctl bench rollout --prompt-lengths 9-3", tmp_path).returncode == 2
