@@ -2,7 +2,7 @@
 
     s = (1/K) sum_k  weight_k * sum_{i in M_k} log p(y_i | y outside M_k, x)
 
-`token_log_probs` is the only place where a model meets a mask: scoring and training call it. An
+`scored_states` is the only place where a model meets a mask: scoring and training call it. An
 autoregressive policy goes through the same function with every token scored and none hidden, which
 is its exact log-likelihood.
 """
@@ -15,13 +15,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from dlmctl.diffusion.masks import MaskSet
+from dlmctl.diffusion.projection import target_log_probs
 from dlmctl.models.policy import Policy
-
-LOGITS_PER_CHUNK = 2**26
-"""Vocabulary × positions that are in memory at once (256 MB in float32)."""
 
 
 class Example(NamedTuple):
@@ -58,22 +55,32 @@ def scored_tokens(completion: Sequence[int], eos_id: int | None, until_eos: bool
     return scored
 
 
-def token_log_probs(
+class Scored(NamedTuple):
+    """The N target tokens of a batch of rows, and the hidden states that predict them."""
+
+    states: Tensor
+    """[N, H]."""
+    targets: Tensor
+    """int64 [N], the tokens."""
+    rows: Tensor
+    """int64 [N]."""
+    columns: Tensor
+    """int64 [N], places in the completion."""
+
+
+def scored_states(
     policy: Policy,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     hidden: Sequence[Tensor],
     targets: Sequence[Tensor] | None = None,
-) -> Tensor:
-    """Log-probability of every target token of a batch of rows; differentiable.
+) -> Scored:
+    """A pass over a batch of rows, up to the last hidden states; differentiable.
 
     Args:
         prompts, completions: B sequences of token ids.
         hidden: B bool tensors [G_b], the tokens that the mask token stands for.
         targets: B bool tensors [G_b], the tokens that are scored, where these are not the same.
-
-    Returns:
-        float32 (or wider) [B, max G_b], in nats; 0 where nothing is scored.
     """
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     ids = torch.full((len(lengths), max(lengths)), policy.pad_id, dtype=torch.int64)
@@ -93,34 +100,30 @@ def token_log_probs(
     if min(lengths) < max(lengths):
         attention = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(device)
     states = policy.hidden(ids.to(device), attention)
-    states = states[rows.to(device), policy.source(positions.to(device))]
-    log_probs = target_log_probs(policy, states, goals.to(device))
     starts = torch.tensor([len(prompt) for prompt in prompts])
-    table = torch.zeros(len(lengths), max(len(c) for c in completions), dtype=log_probs.dtype)
-    return table.to(device).index_put(
-        (rows.to(device), (positions - starts[rows]).to(device)), log_probs
-    )
+    columns = (positions - starts[rows]).to(device)
+    rows = rows.to(device)
+    states = states[rows, policy.source(positions.to(device))]
+    return Scored(states, goals.to(device), rows, columns)
 
 
-def target_log_probs(policy: Policy, states: Tensor, targets: Tensor) -> Tensor:
-    """log p(target) [N] for hidden states [N, H], the vocabulary projected chunk by chunk."""
+@torch.no_grad()
+def token_log_probs(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    hidden: Sequence[Tensor],
+    targets: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Log-probability of every target token of a batch of rows, as `scored_states` takes them.
 
-    def project(part: Tensor, target: Tensor) -> Tensor:
-        logits = policy.logits(part)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
-
-    size = max(1, LOGITS_PER_CHUNK // policy.vocab_size)
-    if len(targets) <= size:
-        return project(states, targets)
-    # With gradients, a chunk's logits are made again in the backward pass instead of being kept.
-    parts = [
-        checkpoint(project, part, target, use_reentrant=False)
-        if torch.is_grad_enabled()
-        else project(part, target)
-        for part, target in zip(states.split(size), targets.split(size), strict=True)
-    ]
-    return torch.cat(parts)
+    Returns:
+        float32 (or wider) [B, max G_b], in nats; 0 where nothing is scored.
+    """
+    scored = scored_states(policy, prompts, completions, hidden, targets)
+    values = target_log_probs(policy, scored.states, scored.targets)
+    table = values.new_zeros(len(prompts), max(len(c) for c in completions))
+    return table.index_put((scored.rows, scored.columns), values)
 
 
 def micro_batches(
@@ -133,12 +136,11 @@ def micro_batches(
         yield pairs[start : start + batch_size]
 
 
-def masked_log_probs(
+def masked_rows(
     policy: Policy, examples: Sequence[Example], pairs: Sequence[tuple[int, int]]
-) -> Tensor:
-    """`token_log_probs` of these (example, mask) pairs."""
-    return token_log_probs(
-        policy,
+) -> tuple[list[Sequence[int]], list[Sequence[int]], list[Tensor], list[Tensor]]:
+    """Prompts, completions, hidden and target tokens of these (example, mask) pairs."""
+    return (
         [examples[n].visible_prompt(k, policy.mask_id) for n, k in pairs],
         [examples[n].completion for n, _ in pairs],
         [examples[n].masks.hidden[k] for n, k in pairs],
@@ -161,7 +163,7 @@ def log_probs(policy: Policy, examples: Sequence[Example], batch_size: int) -> T
     width = max(len(example.completion) for example in examples)
     table = torch.zeros(*weights.shape, width, dtype=torch.float64)
     for pairs in micro_batches(examples, weights > 0, batch_size):
-        values = masked_log_probs(policy, examples, pairs).double().cpu()
+        values = token_log_probs(policy, *masked_rows(policy, examples, pairs)).double().cpu()
         n, k = torch.tensor(pairs).T
         table[n, k, : values.shape[1]] = values
     return table

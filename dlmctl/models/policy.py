@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dlmctl.records.errors import DataError
 
@@ -85,7 +86,13 @@ class Policy:
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits [N, V] for hidden states [N, H]."""
-        return output_head(self.core)(states)
+        head = self.head
+        return head.projection(head.transform(states))
+
+    @property
+    def head(self) -> Head:
+        """What stands between the last hidden states and the logits."""
+        return output_head(self.core)
 
     def source(self, positions: Tensor) -> Tensor:
         """Where the logits of these positions are found."""
@@ -158,19 +165,35 @@ def _only_content(messages: list[Any], name: str) -> str:
     )
 
 
-def output_head(model: Any) -> Callable[[Tensor], Tensor]:
-    """The function from hidden states to logits of a Hugging Face model."""
-    if hasattr(model, "lm_head"):  # decoders, RoBERTa
-        return model.lm_head
+class Head(NamedTuple):
+    """logits = projection(transform(hidden states))."""
+
+    transform: Callable[[Tensor], Tensor]
+    """[N, H] to [N, H]; decoders have none, BERT-like encoders a layer of their own."""
+    projection: nn.Linear
+    """[N, H] to [N, V]."""
+
+
+def output_head(model: Any) -> Head:
+    """The output head of a Hugging Face model; raises DataError for a kind not known here."""
+    if isinstance(getattr(model, "lm_head", None), nn.Linear):  # decoders
+        return Head(_identity, model.lm_head)
+    if hasattr(getattr(model, "lm_head", None), "decoder"):  # RoBERTa
+        head = model.lm_head
+        return Head(
+            lambda states: head.layer_norm(functional.gelu(head.dense(states))), head.decoder
+        )
     if hasattr(model, "cls"):  # BERT
-        return model.cls
+        return Head(model.cls.predictions.transform, model.cls.predictions.decoder)
     if hasattr(model, "head") and hasattr(model, "decoder"):  # ModernBERT
-        return lambda states: model.decoder(model.head(states))
+        return Head(model.head, model.decoder)
     if hasattr(model, "vocab_projector"):  # DistilBERT
-
-        def distilbert(states: Tensor) -> Tensor:
-            states = model.activation(model.vocab_transform(states))
-            return model.vocab_projector(model.vocab_layer_norm(states))
-
-        return distilbert
+        return Head(
+            lambda states: model.vocab_layer_norm(model.activation(model.vocab_transform(states))),
+            model.vocab_projector,
+        )
     raise DataError(f"{type(model).__name__} has no output head that is known here")
+
+
+def _identity(states: Tensor) -> Tensor:
+    return states

@@ -11,9 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from dlmctl.diffusion.elbo import Example, mask_weights, masked_log_probs, micro_batches
+from dlmctl.diffusion.elbo import (
+    Example,
+    mask_weights,
+    masked_rows,
+    micro_batches,
+    scored_states,
+)
+from dlmctl.diffusion.projection import weighted_log_prob
 from dlmctl.models.policy import Policy
 
 
@@ -32,10 +40,10 @@ def accumulate_gradient(
     total = 0.0
     wanted = (coefficients != 0).any(dim=2) & (mask_weights(examples) > 0)
     for pairs in micro_batches(examples, wanted, batch_size):
-        log_probs = masked_log_probs(policy, examples, pairs)
-        n, k = zip(*pairs, strict=True)
-        factors = coefficients[list(n), list(k), : log_probs.shape[1]].to(log_probs)
-        value = (factors * log_probs).sum()
+        scored = scored_states(policy, *masked_rows(policy, examples, pairs))
+        n, k = torch.tensor(pairs).T
+        factors = coefficients[n, k][scored.rows.cpu(), scored.columns.cpu()]
+        value = weighted_log_prob(policy, scored.states, scored.targets, factors.to(policy.device))
         value.backward()
         total += float(value.detach())
     policy.model.eval()

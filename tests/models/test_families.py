@@ -7,7 +7,8 @@ import torch
 from conftest import tiny_policy
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from dlmctl.diffusion.elbo import token_log_probs
+from dlmctl.diffusion.elbo import scored_states
+from dlmctl.diffusion.projection import weighted_log_prob
 from dlmctl.models.loading import load_policy
 from dlmctl.models.policy import Policy
 from dlmctl.models.saving import save_policy
@@ -153,8 +154,8 @@ def test_a2d_names_of_decoders_are_read_as_bidirectional(tmp_path):
 def test_a_score_takes_gradients_through_every_family():
     for family in FAMILIES:
         policy = tiny_policy(family)
-        hidden = [torch.tensor([True, True, True])]
-        token_log_probs(policy, [[3, 4]], [[5, 6, 7]], hidden).sum().backward()
+        scored = scored_states(policy, [[3, 4]], [[5, 6, 7]], [torch.tensor([True, True, True])])
+        weighted_log_prob(policy, scored.states, scored.targets, torch.ones(3)).backward()
         without = [n for n, p in policy.model.named_parameters() if p.grad is None]
         assert not without
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_policy
 
-from dlmctl.diffusion.elbo import Example, elbo_samples, log_probs, token_log_probs
+from dlmctl.diffusion.elbo import Example, elbo_samples, log_probs
 from dlmctl.diffusion.masks import draw_masks
 from dlmctl.diffusion.scoring import MaskPlan, example_of, score_entry
 from dlmctl.records.jsonl import Record
@@ -305,7 +305,10 @@ def test_accumulating_mask_by_mask_gives_the_gradient_of_the_mean():
     value = accumulate_gradient(policy, [example], coefficients, 1)
     ours = gradient_of(policy)
     policy.model.zero_grad()
-    rows = token_log_probs(policy, [[3, 4]] * 5, [[5, 6, 7, 3]] * 5, list(masks.hidden))
+    completion = torch.tensor([5, 6, 7, 3])
+    ids = torch.cat([torch.tensor([[3, 4]] * 5), completion.where(~masks.hidden, 2)], dim=1)
+    rows = policy.model(input_ids=ids).logits[:, 2:].log_softmax(-1)
+    rows = rows.gather(2, completion.expand(5, -1)[:, :, None])[:, :, 0] * masks.hidden
     loss = 2.0 * (rows.sum(dim=1) * masks.weights).mean()
     loss.backward()
     assert value == pytest.approx(float(loss.detach()))

@@ -1,0 +1,133 @@
+"""From hidden states to log-probabilities of given tokens, without the logits of a whole batch.
+
+A vocabulary of 126,464 times 512 positions is 259 MB of logits for each sequence, and a plain
+implementation holds four such tables: logits, their log-softmax, and the gradients of both. Here
+a few rows of one table are in memory at a time, and are worked on in place.
+
+`weighted_log_prob` knows what each log-probability is multiplied with before it is taken, so that
+the gradient of a chunk is made while its logits are there: three matrix products where recomputing
+them in the backward pass would need four.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from dlmctl.models.policy import Policy
+
+LOGITS_PER_CHUNK = 2**25
+"""Vocabulary × positions that are in memory at once: 128 MB in float32."""
+
+
+@torch.no_grad()
+def target_log_probs(policy: Policy, states: Tensor, targets: Tensor) -> Tensor:
+    """log p(target), float32 (or wider) [N] in nats.
+
+    Args:
+        states: hidden states [N, H].
+        targets: int64 [N].
+    """
+    head = policy.head
+    rows = rows_per_chunk(policy.vocab_size)
+    states = head.transform(states)
+    parts = [
+        _chosen_and_total_(_wide(head.projection(part)), target)[0]
+        for part, target in zip(states.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.cat(parts) if parts else states.new_zeros(0)
+
+
+def weighted_log_prob(
+    policy: Policy, states: Tensor, targets: Tensor, coefficients: Tensor
+) -> Tensor:
+    """sum_n c_n log p(target_n), a scalar in nats, with gradient by states and weights.
+
+    Args:
+        states: hidden states [N, H].
+        targets: int64 [N].
+        coefficients: float [N], c; taken as constants.
+    """
+    head = policy.head
+    value: Tensor = _WeightedLogProb.apply(
+        head.transform(states), head.projection.weight, head.projection.bias, targets, coefficients
+    )
+    return value
+
+
+def rows_per_chunk(vocab_size: int) -> int:
+    """Positions whose logits are made at once."""
+    return max(1, LOGITS_PER_CHUNK // vocab_size)
+
+
+class _WeightedLogProb(torch.autograd.Function):
+    """d/dz of c log softmax(z)[y] is c (onehot(y) - softmax(z))."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        coefficients: Tensor,
+    ) -> Tensor:
+        by_states, by_weight, by_bias = ctx.needs_input_grad[:3]
+        compute = _compute_dtype(states)
+        matrix = weight.to(compute)
+        d_states = torch.zeros_like(states) if by_states else None
+        d_weight = torch.zeros_like(weight) if by_weight else None
+        d_bias = torch.zeros_like(bias) if bias is not None and by_bias else None
+        value = states.new_zeros((), dtype=torch.float64)
+        size = rows_per_chunk(len(weight))
+        for start in range(0, len(targets), size):
+            part = slice(start, start + size)
+            rows, target = states[part].to(compute), targets[part]
+            logits = _wide(functional.linear(rows, matrix, None if bias is None else bias.to(rows)))
+            factor = coefficients[part].to(logits)
+            log_prob, total = _chosen_and_total_(logits, target)
+            value += (factor * log_prob).sum()
+            away = logits.mul_((-factor / total)[:, None])
+            away[torch.arange(len(target), device=away.device), target] += factor
+            if d_bias is not None:
+                d_bias += away.sum(0).to(d_bias)
+            away = away.to(compute)
+            if d_states is not None:
+                d_states[part] = away @ matrix
+            if d_weight is not None and d_weight.dtype == compute:
+                d_weight.addmm_(away.T, rows)
+            elif d_weight is not None:
+                d_weight += away.T @ rows
+        ctx.save_for_backward(d_states, d_weight, d_bias)
+        return value.to(_wide(states).dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        scale = float(upstream)  # 1, where the sum itself is descended: nothing is copied
+        made = [d if d is None or scale == 1 else d * scale for d in ctx.saved_tensors]
+        return *made, None, None
+
+
+def _chosen_and_total_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(target) [N]; the logits [N, V] become probabilities times a total [N] in place."""
+    logits -= logits.amax(-1, keepdim=True)
+    chosen = logits.gather(1, targets[:, None])[:, 0]
+    total = logits.exp_().sum(-1)
+    return chosen - total.log(), total
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _compute_dtype(states: Tensor) -> torch.dtype:
+    """What a matrix product of these states is computed in."""
+    kind = states.device.type
+    if torch.is_autocast_enabled(kind) and states.dtype == torch.float32:
+        return torch.get_autocast_dtype(kind)
+    return states.dtype
