@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
-from dlmctl.commands import bench_elbo, bench_rollout
+from dlmctl.commands import bench_elbo, bench_rollout, bench_update
 
-COMMANDS = {"elbo": bench_elbo.command, "rollout": bench_rollout.command}
+COMMANDS = {
+    "elbo": bench_elbo.command,
+    "rollout": bench_rollout.command,
+    "update": bench_update.command,
+}

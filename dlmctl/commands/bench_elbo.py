@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dlmctl.commands.options import BatchSize, Device, Dtype, Json, Model, Seed
+from dlmctl.commands.options import BatchSize, Device, Dtype, Json, Model, Seed, whole_numbers
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import read_records
@@ -48,12 +48,7 @@ def command(
     from dlmctl.bench.elbo import elbo_variance
     from dlmctl.models.loading import load_policy
 
-    try:
-        passes = [int(part) for part in samples.split(",")]
-    except ValueError:
-        raise UsageError(f"-k {samples} is not a list of whole numbers") from None
-    if min(passes) < 1:
-        raise UsageError(f"-k {samples}: a completion needs at least one mask")
+    passes = whole_numbers("-k", samples)
     records = list(read_records(files or [], "fail"))
     if not records:
         raise UsageError("no records came in; nothing to measure on")

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import OnError
 
 Files = Annotated[
@@ -79,3 +80,11 @@ MaskBlock = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON on a terminal too, as in a pipe.")]
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """The numbers of a list like 2,4,8; raises UsageError where one is not a whole number >= 1."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"{option} {text} is not a list of whole numbers from 1 on")
+    return [int(part) for part in parts]

@@ -193,7 +193,7 @@ def open_run(
     elif policy.device.type == "cuda":
         compute = torch.bfloat16
     if gradient_checkpointing:
-        _checkpoint_activations(policy.core)
+        checkpoint_activations(policy.core)
     run = Run(directory, policy, progress, optimization, compute)
     if checkpoint is not None:
         restore_training(checkpoint, run.optimizer, run.parameters)
@@ -201,7 +201,8 @@ def open_run(
     return run
 
 
-def _checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(model: Any) -> None:
+    """Let a Hugging Face model recompute its activations in the backward pass."""
     settings = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23
         model.activation_checkpointing_enable(settings)
