@@ -42,7 +42,8 @@ def command(
 
     Reads verified records and writes a table on a terminal, JSON lines in a pipe or file. The
     accuracy's interval is Wilson's, widened for the samples of one prompt being alike; `cells` is
-    the share of empty Sudoku cells that equal the stored solution.
+    the share of empty Sudoku cells that equal the stored solution, `stored` that of whole grids;
+    accuracy goes by the rules, as a puzzle may have other solutions.
 
     Examples:
 
@@ -91,6 +92,6 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
     if name == "accuracy":
         low, high = row["interval"]
         return f"{value:.1%} ({low:.1%}–{high:.1%})"
-    if name.startswith("pass@") or name in ("cells", "finished"):
+    if name.startswith("pass@") or name in ("cells", "stored", "finished"):
         return f"{value:.1%}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -19,6 +19,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from dlmctl.models.allocator import keep_freed_memory
 from dlmctl.models.families import Architecture, architecture
 from dlmctl.models.policy import Policy
 from dlmctl.models.weights import read_weights, weight_files, weights_hash
@@ -69,6 +70,7 @@ def load_policy(name: str, device: str = "auto", dtype: str = "auto") -> Policy:
 
 def resolve_device(device: str) -> torch.device:
     """The device of a `--device` option; raises UnavailableError and UsageError."""
+    keep_freed_memory()
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -136,6 +136,8 @@ def _measures(record: Record) -> dict[str, tuple[float, float]]:
     for verdict in (record.get("verdict") or {}).values():
         if isinstance(verdict, dict) and "stored" in verdict:
             made["cells"] = (verdict["stored"], verdict["empty"])
+            whole = verdict["stored"] == verdict["empty"] and bool(verdict.get("correct"))
+            made["stored"] = (whole, 1)
     if isinstance(record.get("reward"), (int, float)):
         made["reward"] = (record["reward"], 1)
     place = record.get("rollout") or {}

@@ -79,6 +79,19 @@ def test_averages_come_from_what_rollout_and_verify_wrote():
     assert row["cells"] == 0.25
 
 
+def test_a_stored_solution_is_one_verdict_and_the_rules_another():
+    other = {"sudoku": {"correct": True, "stored": 6, "empty": 8}}
+    same = {"sudoku": {"correct": True, "stored": 8, "empty": 8}}
+    clues_overwritten = {"sudoku": {"correct": False, "stored": 8, "empty": 8}}
+    records = [
+        Record(id=name, reward=0.0, verdict=verdict)
+        for name, verdict in (("a", other), ("b", same), ("c", clues_overwritten))
+    ]
+    [row] = tally(records, "task", [1], 0.95)
+    assert row["accuracy"] == pytest.approx(2 / 3)
+    assert row["stored"] == pytest.approx(1 / 3)
+
+
 def test_records_with_an_error_are_left_out_and_counted():
     [row] = tally([*samples("a", [1.0]), Record(id="b", error={})], "task", [1], 0.95)
     assert row["errors"] == 1

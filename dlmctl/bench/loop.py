@@ -1,0 +1,139 @@
+"""The training loop as a pipe of three processes beside the same stages in one process."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain, count, islice, pairwise
+from pathlib import Path
+from typing import Any
+
+from dlmctl.diffusion.rollout import Round, rollout
+from dlmctl.diffusion.sampling import settings_for
+from dlmctl.diffusion.scoring import MaskPlan
+from dlmctl.records.errors import CannotWriteError
+from dlmctl.records.jsonl import Record
+from dlmctl.rl.policy_gradient import Batching
+from dlmctl.rl.rspo import Rspo
+from dlmctl.rl.update import update_policy
+from dlmctl.tasks.sources import prompts
+from dlmctl.training.checkpoint import latest_checkpoint
+from dlmctl.training.run import Adapter, Optimization, Run, open_run
+from dlmctl.verifiers.registry import verify
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What a round consists of."""
+
+    model: str
+    task: str
+    rounds: int
+    prompts: int
+    samples: int
+    batch_size: int
+    seed: int
+    device: str
+    dtype: str
+
+
+def compare_loops(loop: Loop, max_lags: list[int]) -> Iterator[dict[str, Any]]:
+    """A row for the loop in this process, then one for the pipe with each lag.
+
+    Yields:
+        Dicts with seconds_per_round, the median over all but the first; ratio, to the first row's;
+        same, whether the weights at the end are those of the first row.
+    """
+    base: float | None = None
+    weights = b""
+    for lag in (None, *max_lags):
+        with tempfile.TemporaryDirectory(prefix="dlmctl-loop-") as scratch:
+            directory = Path(scratch) / "run"
+            steps = in_process(loop, directory) if lag is None else as_pipe(loop, directory, lag)
+            times = [time.perf_counter() for _ in steps]
+            found = _weights(directory)
+        seconds = statistics.median(b - a for a, b in pairwise(times))
+        base, weights = base or seconds, weights or found
+        yield {
+            "loop": "one process" if lag is None else f"pipe, lag {lag}",
+            "rounds": len(times),
+            "seconds_per_round": seconds,
+            "ratio": seconds / base,
+            "same": found == weights,
+        }
+
+
+def in_process(loop: Loop, directory: Path) -> Iterator[dict[str, Any]]:
+    """Metrics of every round; samples are drawn from the weights that are trained."""
+    run = open_run(
+        directory, loop.model, "rspo", Optimization(), Adapter(), loop.device, loop.dtype, False,
+        loop.seed,
+    )  # fmt: skip
+    verified = verify(_samples(loop, run))
+    return update_policy(
+        verified,
+        run,
+        Rspo(),
+        Batching(MaskPlan(seed=loop.seed)),
+        loop.prompts,
+        loop.batch_size,
+        save_every=loop.rounds,
+        keep=2,
+    )
+
+
+def _samples(loop: Loop, run: Run) -> Iterator[Record]:
+    epochs = (prompts(loop.task, seed=loop.seed + epoch) for epoch in count())
+    source = chain.from_iterable(epochs)
+    settings = settings_for(run.policy, temperature=0.9)
+    for number in range(loop.rounds):
+        place = Round(number, loop.prompts * loop.samples, 0)
+        batch = list(islice(source, loop.prompts))
+        yield from rollout(
+            batch, run.policy, settings, loop.samples, loop.seed, loop.batch_size, "fail", place
+        )
+
+
+def as_pipe(loop: Loop, directory: Path, max_lag: int) -> Iterator[bytes]:
+    """Metrics lines of `rollout --follow RUN | verify | update -o RUN`.
+
+    Raises:
+        CannotWriteError: a stage failed; what it said stands on standard error.
+    """
+    shared: list[Any] = ["-q", "--batch-size", loop.batch_size, "--seed", loop.seed]
+    shared += ["--device", loop.device, "--dtype", loop.dtype, "-m", loop.model]
+    sampled = ["--rounds", loop.rounds, "--prompts", loop.prompts, "-n", loop.samples]
+    sampled += ["--max-lag", max_lag]
+    stages: list[list[Any]] = [
+        ["rollout", *shared, *sampled, "--task", loop.task, "--follow", directory],
+        ["verify", "-q"],
+        ["update", *shared, "-o", directory, "--prompts-per-step", loop.prompts],
+    ]
+    running: list[subprocess.Popen[bytes]] = []
+    for stage in stages:
+        line = [sys.executable, "-m", "dlmctl", *map(str, stage)]
+        source = running[-1].stdout if running else subprocess.DEVNULL
+        running.append(subprocess.Popen(line, stdin=source, stdout=subprocess.PIPE))
+        if len(running) > 1:
+            running[-2].stdout.close()  # type: ignore[union-attr]
+    output = running[-1].stdout
+    assert output is not None
+    try:
+        with closing(output):
+            yield from output
+    finally:
+        failed = [process.wait() for process in running]
+    if any(failed):
+        raise CannotWriteError(f"a stage of the pipe failed, with exit code {max(failed)}")
+
+
+def _weights(directory: Path) -> bytes:
+    checkpoint = latest_checkpoint(directory)
+    assert checkpoint is not None
+    return (checkpoint / "model.safetensors").read_bytes()
