@@ -11,10 +11,11 @@ from itertools import islice
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from dlmctl.diffusion.noise import gumbel, key_tensor, subkeys
 from dlmctl.diffusion.sampling import Request, Sample, Sampling
-from dlmctl.models.policy import Policy
+from dlmctl.models.policy import Policy, cache_argument
 
 
 def sample_autoregressive(
@@ -41,18 +42,17 @@ def _batch(
     noise_keys = key_tensor([request.key for request in requests], device)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     tokens: list[Tensor] = []
-    cache = None
+    cache_name, cache = cache_argument(policy.core), DynamicCache()
     for step in range(gen_length):
         places = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = policy.model(
             input_ids=ids,
             attention_mask=attention,
             position_ids=places,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{cache_name: cache},
         )
-        cache = output.past_key_values
         scores = output.logits[:, -1].double()
         if temperature > 0:
             vocabulary = torch.arange(scores.shape[1], device=device)

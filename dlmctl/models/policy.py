@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -77,7 +78,7 @@ class Policy:
         extra: dict[str, Any] = {"use_cache": False} if self.core.can_generate() else {}
         mask = None if attention is None else attention.long()
         if cache is not None:
-            extra |= {"past_key_values": cache}
+            extra |= {cache_argument(body): cache}
             if attention is not None:  # as it is to be: the model would derive it from the cache
                 mask = attention[:, None, None].expand(-1, 1, ids.shape[1], -1)
         if positions is not None:
@@ -163,6 +164,11 @@ def _only_content(messages: list[Any], name: str) -> str:
         f"{name} has no chat template, so that a conversation of {len(messages)} messages cannot "
         "be written down: give 'prompt' instead"
     )
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a Hugging Face model calls its cache: `cache` from transformers 5.24 on."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 class Head(NamedTuple):

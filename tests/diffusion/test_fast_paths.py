@@ -9,6 +9,7 @@ from dlmctl.diffusion.passes import SMALL_PASS, buckets
 from dlmctl.diffusion.proposals import kept, propose
 from dlmctl.diffusion.sampler import sample, sample_stream
 from dlmctl.diffusion.sampling import Request, Sampling
+from dlmctl.models.policy import cache_argument
 from dlmctl.records.errors import DataError, UsageError
 
 PROMPTS = [[3, 4, 8], [5, 8], [6] * 7, [3, 4, 8], [4, 8, 3, 6, 5]]
@@ -81,14 +82,13 @@ def with_prefix_of_transformers(policy, prompt, gen_length, block_length):
     x = torch.tensor([[*prompt, *[mask] * gen_length]])
     for start in range(len(prompt), x.shape[1], block_length):
         past = DynamicCache(config=policy.model.config)
-        logits = policy.model(input_ids=x, past_key_values=past, use_cache=True).logits[0]
+        given = {cache_argument(policy.model): past}
+        logits = policy.model(input_ids=x, use_cache=True, **given).logits[0]
         first = start - shift
         for step in range(block_length):
             if step:
                 past.crop(first - past.get_seq_length())
-                logits = policy.model(
-                    input_ids=x[:, first:], past_key_values=past, use_cache=True
-                ).logits[0]
+                logits = policy.model(input_ids=x[:, first:], use_cache=True, **given).logits[0]
                 logits = torch.cat([logits.new_zeros(first, logits.shape[1]), logits])
             of_block = logits[first : first + block_length].double()
             p = of_block.softmax(-1)
