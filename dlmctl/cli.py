@@ -64,6 +64,14 @@ def with_exit_codes(function: Callable[..., None]) -> Callable[..., None]:
             # The reader has seen enough; point stdout elsewhere so that the exit flush is silent.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+                raise
+            print(
+                "dlmctl: the device has not enough memory: give a smaller --batch-size",
+                file=sys.stderr,
+            )
+            raise typer.Exit(69) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 

@@ -23,7 +23,8 @@ EXIT_CODES = {
     "2": "The command line does not make sense.",
     "65": "A record or file cannot be used; the message names file and line.",
     "66": "An input or a model is not there.",
-    "69": "A device or an optional package is missing; the message says what installs it.",
+    "69": "A device or an optional package is missing, and the message says what installs it; or "
+    "the device has not enough memory.",
     "73": "An output cannot be created.",
     "74": "Writing failed, for example on a full disk.",
     "75": "Something that may pass, as a hub that does not answer.",

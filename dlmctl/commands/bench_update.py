@@ -34,7 +34,7 @@ def command(
     gradient_checkpointing: Annotated[
         bool,
         typer.Option(
-            "--gradient-checkpointing/--no-gradient-checkpointing",
+            "--gradient-checkpointing",
             help="Recompute activations in the backward pass, in both.",
         ),
     ] = False,
@@ -67,8 +67,8 @@ def command(
     """
     from dlmctl.bench.shapes import bench_policy
     from dlmctl.bench.update import compare_gradients
+    from dlmctl.training.activations import checkpoint_activations
     from dlmctl.training.lora import add_adapter
-    from dlmctl.training.run import checkpoint_activations
 
     policy = bench_policy(model, device, dtype)
     other = None

@@ -288,8 +288,9 @@ def command(
     gradient_checkpointing: Annotated[
         bool,
         typer.Option(
-            "--gradient-checkpointing/--no-gradient-checkpointing",
-            help="Recompute activations in the backward pass: less memory, a third more time.",
+            "--gradient-checkpointing",
+            help="Recompute activations in the backward pass from the start: less memory, a third "
+            "more time. Without it, from when a micro-batch does not fit.",
             rich_help_panel=ADAPTER,
         ),
     ] = False,

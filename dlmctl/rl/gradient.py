@@ -4,11 +4,13 @@
 
 Every objective here is a function of these log-probabilities, so that its gradient is this one with
 c = the derivative of the loss by each of them, taken first and without the model (rl/scores). The
-graph of one micro-batch is in memory, however many masks there are.
+graph of one micro-batch is in memory, however many masks there are; where even that is too large
+for the device, activations are recomputed from then on.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +25,7 @@ from dlmctl.diffusion.elbo import (
 )
 from dlmctl.diffusion.projection import weighted_log_prob
 from dlmctl.models.policy import Policy
+from dlmctl.training.activations import checkpoint_activations, checkpoints_activations
 
 
 def accumulate_gradient(
@@ -35,7 +38,33 @@ def accumulate_gradient(
 
     Returns:
         The value of the weighted sum, in nats.
+
+    Raises:
+        torch.OutOfMemoryError: a micro-batch does not fit, even where activations are recomputed.
     """
+    untouched = all(parameter.grad is None for parameter in policy.model.parameters())
+    try:
+        return _accumulate(policy, examples, coefficients, batch_size)
+    except torch.OutOfMemoryError:
+        if not untouched or checkpoints_activations(policy.core):
+            raise
+    # Out of the handler, which holds the graph that did not fit. Its backward pass may have added
+    # a part of a gradient, so that all micro-batches are done again.
+    policy.model.zero_grad(set_to_none=True)
+    if policy.device.type == "cuda":
+        torch.cuda.empty_cache()
+    checkpoint_activations(policy.core)
+    print(
+        "dlmctl: a micro-batch does not fit into memory: activations are recomputed from now on, "
+        "as with --gradient-checkpointing (a smaller --batch-size may be faster)",
+        file=sys.stderr,
+    )
+    return _accumulate(policy, examples, coefficients, batch_size)
+
+
+def _accumulate(
+    policy: Policy, examples: Sequence[Example], coefficients: Tensor, batch_size: int
+) -> float:
     policy.model.train()  # dropout of an adapter and gradient checkpointing act here alone
     total = 0.0
     wanted = (coefficients != 0).any(dim=2) & (mask_weights(examples) > 0)

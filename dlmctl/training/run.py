@@ -23,6 +23,7 @@ from dlmctl.models.loading import checkpoint_revision, fixed_name, load_policy
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.files import make_directory
+from dlmctl.training.activations import checkpoint_activations
 from dlmctl.training.checkpoint import (
     Progress,
     forget_steps,
@@ -199,12 +200,3 @@ def open_run(
         restore_training(checkpoint, run.optimizer, run.parameters)
     forget_steps(directory, progress.step)
     return run
-
-
-def checkpoint_activations(model: Any) -> None:
-    """Let a Hugging Face model recompute its activations in the backward pass."""
-    settings = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23
-        model.activation_checkpointing_enable(settings)
-    else:
-        model.gradient_checkpointing_enable(settings)
