@@ -27,7 +27,7 @@ solve builtin:puzzles | tee "$run.before.jsonl"
 dlmctl rollout --follow "$run" --rounds "$rounds" -n 8 --prompts 32 --temperature 1 \
         --batch-size 256 --seed "$seed" |
     dlmctl verify |
-    dlmctl update --algo rspo -o "$run" --lr 3e-4 --grad-norm 1 --weight-decay 0 \
+    dlmctl update --algo rspo -k 2 -o "$run" --lr 3e-4 --grad-norm 1 --weight-decay 0 \
         --batch-size 256 --seed "$seed" > /dev/null
 
 echo "after $rounds rounds of RSPO" >&2

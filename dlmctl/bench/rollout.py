@@ -29,6 +29,7 @@ def ways(
 
     return {
         "exact": settings,
+        "compiled": way(compile=True),
         "threshold": way(threshold=threshold),
         "factor": way(factor=factor),
         "prefix": way(cache="prefix", refresh=refresh),

@@ -38,8 +38,8 @@ def command(
         str,
         typer.Option(
             metavar="NAMES",
-            help="What to measure: exact, threshold, factor, prefix, dual, prefix+threshold, "
-            "dual+threshold, dual+factor.",
+            help="What to measure: exact, compiled, threshold, factor, prefix, dual, "
+            "prefix+threshold, dual+threshold, dual+factor.",
         ),
     ] = "exact,dual,dual+threshold,dual+factor",
     reference: Annotated[

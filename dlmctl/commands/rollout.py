@@ -28,6 +28,7 @@ from dlmctl.commands.sampling import (
     BlockLength,
     Cache,
     CfgScale,
+    Compile,
     EarlyStop,
     Eos,
     Factor,
@@ -60,6 +61,7 @@ def command(
     refresh: Refresh = None,
     eos: Eos = "normal",
     early_stop: EarlyStop = False,
+    compile_model: Compile = False,
     task: Annotated[
         str | None,
         typer.Option(
@@ -136,6 +138,7 @@ def command(
         "refresh": refresh,
         "eos": eos,
         "early_stop": early_stop,
+        "compile": compile_model,
     }
     if follow is not None:
         source = _prompts(files or [], task, None, seed, on_error, repeat=True)

@@ -81,3 +81,11 @@ EarlyStop = Annotated[
         help="End a completion when a finished block holds end-of-sequence.",
     ),
 ]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Run the model through torch.compile: the same but for rounding, faster once it is "
+        "compiled, which takes half a minute.",
+    ),
+]

@@ -47,7 +47,7 @@ def command(
     ] = "stratified",
     samples: Annotated[
         int, typer.Option("-k", "--masks-per-sample", min=1, help="Masks for each completion.")
-    ] = 2,
+    ] = 4,
     prompt_mask: Annotated[
         float,
         typer.Option(

@@ -193,7 +193,7 @@ def command(
             "-k",
             "--masks-per-sample",
             min=1,
-            show_default="diffu-grpo and wd1 1, espo and gdsd 4, vrpo 8, others 2",
+            show_default="diffu-grpo and wd1 1, spg and sft 2, vrpo 8, others 4",
             help="Masks for each completion.",
             rich_help_panel=MASKS,
         ),
@@ -347,7 +347,7 @@ def command(
         "omega": omega,
     }
     objective = None if algo == "sft" else make_objective(algo, **own)
-    recipe = objective.recipe if objective else Recipe()
+    recipe = objective.recipe if objective else Recipe(samples=2)
     records, sampled_from = _first_model(read_records(files or [], on_error))
     directory = output or next_run(algo)
     print(f"dlmctl: writing {directory}", file=sys.stderr)

@@ -88,11 +88,12 @@ class Passes:
             if there is not None:
                 places = places.where(there, self.cache.width)
             self.cache.aim(canvas.tensor(rows), places, width, whole=True)
-        hidden = [self.policy.hidden(ids, there, cache=self.cache)]
+        compiled = self.settings.compile
+        hidden = [self.policy.hidden(ids, there, cache=self.cache, compiled=compiled)]
         if self.settings.cfg_scale > 0:
             starts = canvas.tensor([canvas.starts[slot] for slot in rows])
             blind = ids.masked_fill(columns < starts[:, None], self.policy.mask_id or 0)
-            hidden.append(self.policy.hidden(blind, there))
+            hidden.append(self.policy.hidden(blind, there, compiled=compiled))
         return self._pick(rows, hidden, masked, torch.zeros_like(lengths))
 
     def _part(self, rows: Sequence[int], masked: Masked) -> tuple[Tensor, list[Tensor]]:

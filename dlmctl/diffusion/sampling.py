@@ -43,6 +43,8 @@ class Sampling:
     """late: end-of-sequence is decided last in its block; never: it is not sampled at all."""
     early_stop: bool = False
     """End a row when a finished block holds end-of-sequence; the rest is filled with it."""
+    compile: bool = False
+    """Run the model through torch.compile."""
 
     def __post_init__(self) -> None:
         if min(self.gen_length, self.block_length, self.steps) < 1:
@@ -56,6 +58,8 @@ class Sampling:
             raise UsageError("--threshold and --factor are two rules for one thing: give one")
         if self.refresh is not None and self.cache == "none":
             raise UsageError("--refresh says how long a cache is used: give --cache too")
+        if self.compile and self.cache != "none":
+            raise UsageError("--compile and --cache do not go together: leave one out")
         if self.cfg_scale > 0 and self.cache != "none":
             raise UsageError("--cfg-scale and --cache do not go together: leave one out")
 

@@ -26,7 +26,7 @@ class MaskPlan:
     """Everything that the masks of a record depend on, beside its id and sample."""
 
     law: Law = "stratified"
-    samples: int = 2
+    samples: int = 4
     """Masks, that is forward passes, for each completion."""
     seed: int = 0
     until_eos: bool = False

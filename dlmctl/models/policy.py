@@ -6,16 +6,22 @@ stand: 0 at the token itself (LLaDA, masked LMs), 1 at the token before it (Drea
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
+from shutil import which
 from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dlmctl.records.errors import DataError
+from dlmctl.records.errors import DataError, UnavailableError
+
+COMPILER = "inductor"
+"""Backend of torch.compile."""
 
 Family = Literal["llada", "dream", "a2d", "mlm", "ar"]
 
@@ -61,6 +67,7 @@ class Policy:
         attention: Tensor | None,
         positions: Tensor | None = None,
         cache: Any = None,
+        compiled: bool = False,
     ) -> Tensor:
         """Last hidden states.
 
@@ -70,11 +77,13 @@ class Policy:
                 cache [B, S] for the S tokens that it gives.
             positions: int64 [B, T], where the tokens stand; None: from 0 on.
             cache: a transformers Cache that gives keys and values of other tokens.
+            compiled: by torch.compile, made at the first call.
 
         Returns:
             [B, T, H] in the dtype of the model.
         """
         body: Any = getattr(self.core, self.core.base_model_prefix)
+        call = compiled_module(body) if compiled else body
         extra: dict[str, Any] = {"use_cache": False} if self.core.can_generate() else {}
         mask = None if attention is None else attention.long()
         if cache is not None:
@@ -83,7 +92,7 @@ class Policy:
                 mask = attention[:, None, None].expand(-1, 1, ids.shape[1], -1)
         if positions is not None:
             extra |= {"position_ids": positions}
-        return body(input_ids=ids, attention_mask=mask, **extra).last_hidden_state
+        return call(input_ids=ids, attention_mask=mask, **extra).last_hidden_state
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits [N, V] for hidden states [N, H]."""
@@ -169,6 +178,22 @@ def _only_content(messages: list[Any], name: str) -> str:
 def cache_argument(model: nn.Module) -> str:
     """What a Hugging Face model calls its cache: `cache` from transformers 5.24 on."""
     return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+
+
+_COMPILED: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def compiled_module(module: nn.Module) -> Any:
+    """`torch.compile` of a module for all batch sizes and lengths, the same at every call.
+
+    Raises:
+        UnavailableError: there is no C++ compiler, which torch.compile needs.
+    """
+    if module not in _COMPILED:
+        if not any(map(which, (os.environ.get("CXX", "g++"), "clang++", "c++", "cl"))):
+            raise UnavailableError("--compile needs a C++ compiler: install g++, or set CXX")
+        _COMPILED[module] = torch.compile(module, dynamic=True, backend=COMPILER)
+    return _COMPILED[module]
 
 
 class Head(NamedTuple):

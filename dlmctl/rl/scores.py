@@ -62,7 +62,7 @@ class Recipe:
     """What an algorithm was published with, beside its loss."""
 
     law: Law = "stratified"
-    samples: int = 2
+    samples: int = 4
     """Masks for each completion."""
     inner: int = 1
     """Steps on a batch, each with masks of its own."""

@@ -10,7 +10,7 @@ from dlmctl.diffusion.proposals import kept, propose
 from dlmctl.diffusion.sampler import sample, sample_stream
 from dlmctl.diffusion.sampling import Request, Sampling
 from dlmctl.models.policy import cache_argument
-from dlmctl.records.errors import DataError, UsageError
+from dlmctl.records.errors import DataError, UnavailableError, UsageError
 
 PROMPTS = [[3, 4, 8], [5, 8], [6] * 7, [3, 4, 8], [4, 8, 3, 6, 5]]
 DECODERS = ["llada", "dream", "a2d"]
@@ -189,3 +189,20 @@ def test_rows_of_like_length_share_a_pass():
         (0, many + 2),
         (many + 2, 2 * many + 3),
     ]
+
+
+@pytest.mark.parametrize("family", ["dream"])
+def test_a_compiled_model_draws_the_same_tokens(family, monkeypatch):
+    # The graph is captured as for the real compiler, which would take half a minute for each.
+    monkeypatch.setattr("dlmctl.models.policy.COMPILER", "aot_eager")
+    policy = tiny_policy(family)
+    exact = Sampling(12, 4, 12, temperature=0.7)
+    compiled = Sampling(12, 4, 12, temperature=0.7, compile=True)
+    keys = list(range(5))
+    assert sample(policy, PROMPTS, keys, compiled) == sample(policy, PROMPTS, keys, exact)
+
+
+def test_without_a_compiler_compile_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr("dlmctl.models.policy.which", lambda name: None)
+    with pytest.raises(UnavailableError, match="needs a C\\+\\+ compiler"):
+        sample(tiny_policy("llada"), PROMPTS, list(range(5)), Sampling(4, 4, 4, compile=True))
