@@ -15,7 +15,7 @@ from conftest import read_jsonl
 from dlmctl.models.loading import load_policy
 from dlmctl.training.checkpoint import latest_checkpoint, read_progress
 
-KILLS = int(os.environ.get("DLMCTL_TEST_KILLS", "6"))
+KILLS = int(os.environ.get("DLMCTL_TEST_KILLS", "4"))
 
 
 def start_loop(run: Path, model: str, rounds: int) -> list[subprocess.Popen]:

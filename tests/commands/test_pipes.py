@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 from conftest import read_jsonl, shell
+from typer.testing import CliRunner
 
+from dlmctl.cli import app
 from dlmctl.models.loading import load_policy
 
 SMALL = "--gen-length 4 --block-length 4 --steps 4"
@@ -184,29 +186,46 @@ def test_a_bad_line_names_file_and_line_and_keeps_what_was_made(tmp_path, saved_
 @pytest.mark.parametrize(
     ("line", "code", "message"),
     [
-        ("dlmctl rollout -m MODEL nothing.jsonl", 66, "cannot read nothing.jsonl"),
-        ("dlmctl rollout -m ./no-model < /dev/null", 66, "no model at ./no-model"),
-        ("dlmctl rollout -m MODEL --gen-length 64 --block-length 8 --steps 4", 2, "--steps 4"),
         ("dlmctl update < /dev/null", 2, "no records came in"),
-        ("dlmctl score-elbo -m MODEL -k 3 sound.jsonl", 2, "pairs"),
-        ("dlmctl score-elbo -m MODEL poor.jsonl", 65, "poor.jsonl:1: field 'completion'"),
         ("dlmctl advantage <<< '{\"id\":1}'", 65, "<stdin>:1: field 'reward' is missing"),
-        ("dlmctl rollout -m MODEL --prompts 1 -o /proc/no/file", 73, "cannot create /proc/no/file"),
         ("dlmctl rollout -m MODEL --prompts 1 > /dev/full", 74, "standard output"),
         ("dlmctl update --schedule cosine <<< '{}'", 2, "--total-steps"),
-        ("dlmctl init .", 73, "not empty"),
-        ("dlmctl init x --hidden-size 30 --heads 4", 2, "--hidden-size 30"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_said_in_one_line_with_its_exit_code(
     tmp_path, saved_models, line, code, message
 ):
-    (tmp_path / "sound.jsonl").write_text('{"id":1,"prompt":"1","completion":"2"}')
-    (tmp_path / "poor.jsonl").write_text('{"id":1,"prompt":"1"}')
     done = shell(line.replace("MODEL", saved_models("llada")), tmp_path)
     assert done.returncode == code, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+    assert len([x for x in done.stderr.splitlines() if "partial" not in x]) <= 2
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "message"),
+    [
+        ("rollout -m MODEL nothing.jsonl", 66, "cannot read nothing.jsonl"),
+        ("rollout -m ./no-model --task sudoku", 66, "no model at ./no-model"),
+        ("rollout -m MODEL --gen-length 64 --block-length 8 --steps 4", 2, "--steps 4"),
+        ("rollout -m MODEL --task sudoku --prompts 1 -o /proc/no/file", 73, "/proc/no/file"),
+        ("score-elbo -m MODEL -k 3 sound.jsonl", 2, "pairs"),
+        ("score-elbo -m MODEL poor.jsonl", 65, "poor.jsonl:1: field 'completion'"),
+        ("bench rollout -m MODEL --paths exact,best sound.jsonl", 2, "no 'best'"),
+        ("bench rollout -m random:tiny --prompt-lengths 9-3", 2, "--prompt-lengths 9-3"),
+        ("init .", 73, "not empty"),
+        ("init x --hidden-size 30 --heads 4", 2, "--hidden-size 30"),
+    ],
+)
+def test_what_is_wrong_without_a_pipe_is_said_in_one_line_with_its_exit_code(
+    tmp_path, monkeypatch, saved_models, line, code, message
+):
+    (tmp_path / "sound.jsonl").write_text('{"id":1,"prompt":"1","completion":"2"}')
+    (tmp_path / "poor.jsonl").write_text('{"id":1,"prompt":"1"}')
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, line.replace("MODEL", saved_models("llada")).split())
+    assert done.exit_code == code, done.stderr
+    assert message in done.stderr
     assert len([x for x in done.stderr.splitlines() if "partial" not in x]) <= 2
 
 
