@@ -42,6 +42,9 @@ SUBCOMMANDS = {
     "score-elbo": Subcommand("score_elbo", PIPE, "Score completions under models, in nats."),
     "advantage": Subcommand("advantage", PIPE, "Turn the rewards of a group into advantages."),
     "update": Subcommand("update", PIPE, "Train a model on the records and save a checkpoint."),
+    "sae-convert": Subcommand(
+        "sae_convert", LOOK, "Turn a sparse autoencoder into another library's folder."
+    ),
     "stats": Subcommand("stats", LOOK, "Accuracy, pass@k, reward and length per task."),
     "plot": Subcommand("plot", LOOK, "Draw curves from metrics records."),
     "bench": Subcommand("bench", LOOK, "Measure speed, memory and variance beside a baseline."),

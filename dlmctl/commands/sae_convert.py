@@ -1,0 +1,48 @@
+"""`dlmctl sae-convert`: options and wiring."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dlmctl.records.errors import CannotCreateError
+
+
+def command(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SAE", help="Folder of SAELens, dictionary_learning or sparsify."),
+    ],
+    target: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Where it is written.")],
+    layout: Annotated[
+        Literal["saelens", "dictionary_learning", "sparsify"],
+        typer.Option("--to", help="Library that is to load it."),
+    ] = "saelens",
+) -> None:
+    """Turn a sparse autoencoder into another library's folder.
+
+    Reads the folders of SAELens (cfg.json, sae_weights.safetensors), of dictionary_learning
+    (config.json, ae.pt), as the autoencoders of DLM-Scope were released, and of sparsify (cfg.json,
+    sae.safetensors). ae.pt is read as data: nothing in it is run.
+
+    Examples:
+
+    dlmctl sae-convert llada-mask-topk-sae/resid_post_layer_26/trainer_2 saes/layer26-k160-mask
+
+    dlmctl sae-convert --to sparsify saes/layer26-k160-mask layers.26
+    """
+    from dlmctl.sae.folders import layout_of, read_sae, write_sae
+
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CannotCreateError(f"{target} is there and not empty: choose another name")
+    saved = read_sae(source)
+    write_sae(saved, target, layout)
+    sae = saved.sae
+    print(
+        f"dlmctl: {target}: {layout} from {layout_of(source)}, d {sae.d_in}, {sae.d_sae} latents, "
+        f"k {sae.k}",
+        file=sys.stderr,
+    )

@@ -1,0 +1,280 @@
+"""Autoencoders on disk, in the layouts of three libraries.
+
+    saelens               cfg.json, sae_weights.safetensors, sparsity.safetensors
+    dictionary_learning   config.json, ae.pt            (the released SAEs of DLM-Scope)
+    sparsify              cfg.json, sae.safetensors
+
+SAELens's is ours. What the others fold into their weights, or leave to a switch, is folded here, so
+that an autoencoder means the same whatever it came from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dlmctl.records.errors import DataError, MissingInputError
+from dlmctl.records.files import publish_directory
+from dlmctl.sae.topk import TopKSae
+from dlmctl.sae.torch_archive import read_torch_archive
+
+Layout = Literal["saelens", "dictionary_learning", "sparsify"]
+
+
+@dataclass(frozen=True)
+class SavedSae:
+    """An autoencoder and what is known of it."""
+
+    sae: TopKSae
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """SAELens's names (model_name, hook_name, context_size) and, with dlm_ before them, ours:
+    dlm_layer, dlm_positions, dlm_t_min, dlm_t_max."""
+    firing_rate: Tensor | None = None
+    """[F], share of the tokens on which each latent was active, where it was counted."""
+
+
+def layout_of(directory: Path) -> Layout:
+    """Which library's folder it is; raises MissingInputError where it is none."""
+    if (directory / "sae_weights.safetensors").exists():
+        return "saelens"
+    if (directory / "ae.pt").exists():
+        return "dictionary_learning"
+    if (directory / "sae.safetensors").exists():
+        return "sparsify"
+    raise MissingInputError(
+        f"{directory} is no autoencoder: it has neither sae_weights.safetensors (SAELens), nor "
+        "ae.pt (dictionary_learning), nor sae.safetensors (sparsify)"
+    )
+
+
+def read_sae(directory: Path) -> SavedSae:
+    """An autoencoder of any of the layouts, in float32.
+
+    Raises:
+        MissingInputError: the folder is none of them.
+        DataError: a file is broken, or it is another kind of autoencoder.
+    """
+    return _READERS[layout_of(directory)](directory)
+
+
+def write_sae(saved: SavedSae, directory: Path, layout: Layout = "saelens") -> None:
+    """Write a folder that the library loads; it appears whole or not at all."""
+    publish_directory(directory, lambda beside: _WRITERS[layout](saved, beside))
+
+
+def _read_saelens(directory: Path) -> SavedSae:
+    config, where = _json(directory / "cfg.json")
+    if config.get("architecture") != "topk":
+        raise DataError(f"a '{config.get('architecture')}' autoencoder; only topk is known", where)
+    scaled = config.get("normalize_activations", "none") or "none"
+    if scaled != "none":
+        raise DataError(f"it wants activations normalized by '{scaled}': fold that first", where)
+    tensors = _safetensors(directory / "sae_weights.safetensors")
+    sae = _assemble(tensors, ("W_enc", "b_enc", "W_dec", "b_dec"), config, where)
+    with torch.no_grad():
+        if config.get("rescale_acts_by_decoder_norm"):
+            norm = sae.W_dec.norm(dim=1)
+            sae.W_enc *= norm
+            sae.b_enc *= norm
+            sae.W_dec /= norm[:, None].clamp(min=1e-30)
+        if not config.get("apply_b_dec_to_input", True):
+            sae.b_enc += sae.b_dec @ sae.W_enc
+    rates = None
+    if (directory / "sparsity.safetensors").exists():
+        rates = 10 ** _safetensors(directory / "sparsity.safetensors")["sparsity"].float()
+    return SavedSae(sae, config.get("metadata") or {}, rates)
+
+
+def _write_saelens(saved: SavedSae, directory: Path) -> None:
+    sae = saved.sae
+    config = {
+        "architecture": "topk",
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "k": sae.k,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "rescale_acts_by_decoder_norm": False,
+        # Without a version from 6 on SAELens takes it for a folder of old.
+        "metadata": {"sae_lens_version": "6.0.0", **saved.metadata},
+    }
+    _write_json(directory / "cfg.json", config)
+    save_file(_tensors(sae), directory / "sae_weights.safetensors")
+    if saved.firing_rate is not None:
+        rates = (saved.firing_rate.float() + 1e-10).log10()
+        save_file({"sparsity": rates}, directory / "sparsity.safetensors")
+
+
+def _read_dictionary_learning(directory: Path) -> SavedSae:
+    config, where = _json(directory / "config.json")
+    trainer, buffer = config.get("trainer") or {}, config.get("buffer") or {}
+    kind = trainer.get("dict_class", "AutoEncoderTopK")
+    if kind != "AutoEncoderTopK":
+        raise DataError(f"a '{kind}'; only AutoEncoderTopK is known", where)
+    file = directory / "ae.pt"
+    tensors = read_torch_archive(file)
+    # Its linear layers have their outputs first.
+    for name in ("encoder.weight", "decoder.weight"):
+        if isinstance(tensors.get(name), Tensor):
+            tensors[name] = tensors[name].T
+    k = tensors.get("k", trainer.get("k"))
+    settings = {"k": int(k) if isinstance(k, (int, Tensor)) else None}
+    names = ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec")
+    found = {
+        "model_name": trainer.get("lm_name"),
+        "dlm_layer": trainer.get("layer"),
+        "context_size": buffer.get("ctx_len"),
+        "dlm_positions": buffer.get("dlm_mask_policy"),
+        "dlm_t_min": buffer.get("dlm_t_min"),
+        "dlm_t_max": buffer.get("dlm_t_max"),
+    }
+    if isinstance(found["dlm_layer"], int):
+        found["hook_name"] = f"model.layers.{found['dlm_layer']}"
+    metadata = {name: value for name, value in found.items() if value is not None}
+    return SavedSae(_assemble(tensors, names, settings, str(file)), metadata)
+
+
+def _write_dictionary_learning(saved: SavedSae, directory: Path) -> None:
+    sae, known = saved.sae, saved.metadata
+    tensors = _tensors(sae)
+    state = {
+        "b_dec": tensors["b_dec"],
+        "k": torch.tensor(sae.k, dtype=torch.int32),
+        "threshold": torch.tensor(-1.0),
+        "encoder.weight": tensors["W_enc"].T.contiguous(),
+        "encoder.bias": tensors["b_enc"],
+        "decoder.weight": tensors["W_dec"].T.contiguous(),
+    }
+    torch.save(state, directory / "ae.pt")
+    trainer = {
+        "trainer_class": "TopKTrainer",
+        "dict_class": "AutoEncoderTopK",
+        "activation_dim": sae.d_in,
+        "dict_size": sae.d_sae,
+        "k": sae.k,
+        "layer": known.get("dlm_layer"),
+        "lm_name": known.get("model_name"),
+    }
+    buffer = {
+        "d_submodule": sae.d_in,
+        "ctx_len": known.get("context_size"),
+        "dlm_mask_policy": known.get("dlm_positions"),
+        "dlm_t_min": known.get("dlm_t_min"),
+        "dlm_t_max": known.get("dlm_t_max"),
+    }
+    _write_json(directory / "config.json", {"trainer": trainer, "buffer": buffer})
+
+
+def _read_sparsify(directory: Path) -> SavedSae:
+    config, where = _json(directory / "cfg.json")
+    if config.get("transcode") or config.get("skip_connection"):
+        raise DataError("a transcoder, not an autoencoder of one activation", where)
+    if config.get("activation", "topk") != "topk":
+        raise DataError(f"its activation is '{config['activation']}'; only topk is known", where)
+    file = directory / "sae.safetensors"
+    tensors: dict[str, Any] = dict(_safetensors(file))
+    if isinstance(tensors.get("encoder.weight"), Tensor):
+        tensors["encoder.weight"] = tensors["encoder.weight"].T
+    names = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
+    return SavedSae(_assemble(tensors, names, config, str(file)))
+
+
+def _write_sparsify(saved: SavedSae, directory: Path) -> None:
+    sae, tensors = saved.sae, _tensors(saved.sae)
+    state = {
+        "encoder.weight": tensors["W_enc"].T.contiguous(),
+        "encoder.bias": tensors["b_enc"],
+        "W_dec": tensors["W_dec"],
+        "b_dec": tensors["b_dec"],
+    }
+    save_file(state, directory / "sae.safetensors")
+    config = {
+        "activation": "topk",
+        "expansion_factor": sae.d_sae // sae.d_in,
+        "normalize_decoder": True,
+        "num_latents": sae.d_sae,
+        "k": sae.k,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": sae.d_in,
+    }
+    _write_json(directory / "cfg.json", config)
+
+
+def _assemble(
+    tensors: Mapping[str, Any],
+    names: tuple[str, str, str, str],
+    config: Mapping[str, Any],
+    where: str,
+) -> TopKSae:
+    """From W_enc [d, F], b_enc, W_dec [F, d] and b_dec under these names."""
+    missing = [name for name in names if not isinstance(tensors.get(name), Tensor)]
+    if missing:
+        raise DataError(f"tensor '{missing[0]}' is missing", where)
+    parts = [tensors[name].float().contiguous() for name in names]
+    if parts[0].dim() != 2:
+        raise DataError(f"tensor '{names[0]}' is no matrix", where)
+    d_in, d_sae = parts[0].shape
+    shapes = [(d_in, d_sae), (d_sae,), (d_sae, d_in), (d_in,)]
+    for name, part, shape in zip(names, parts, shapes, strict=True):
+        if tuple(part.shape) != shape:
+            raise DataError(f"'{name}' has shape {tuple(part.shape)}, expected {shape}", where)
+    k = config.get("k")
+    if not isinstance(k, int) or not 1 <= k <= d_sae:
+        raise DataError(f"k is {k}, expected a number of latents from 1 to {d_sae}", where)
+    sae = TopKSae(d_in, d_sae, k)
+    for name, part in zip(("W_enc", "b_enc", "W_dec", "b_dec"), parts, strict=True):
+        getattr(sae, name).data = part
+    return sae
+
+
+def _tensors(sae: TopKSae) -> dict[str, Tensor]:
+    return {name: value.detach().float().cpu() for name, value in sae.state_dict().items()}
+
+
+def _json(path: Path) -> tuple[dict[str, Any], str]:
+    """The settings, and their name for messages."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise MissingInputError(f"{path} is not there") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"not JSON ({error})", str(path)) from None
+    if not isinstance(value, dict):
+        raise DataError("expected a JSON object", str(path))
+    return value, str(path)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"not a whole safetensors file ({error})", str(path)) from None
+
+
+_READERS: dict[Layout, Callable[[Path], SavedSae]] = {
+    "saelens": _read_saelens,
+    "dictionary_learning": _read_dictionary_learning,
+    "sparsify": _read_sparsify,
+}
+_WRITERS: dict[Layout, Callable[[SavedSae, Path], None]] = {
+    "saelens": _write_saelens,
+    "dictionary_learning": _write_dictionary_learning,
+    "sparsify": _write_sparsify,
+}
