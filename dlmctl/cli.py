@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -90,8 +91,15 @@ def load(name: str) -> Any:
         no_args_is_help=True,
     )
     for full_name, function in functions(name).items():
-        app.command(full_name.split()[-1])(with_exit_codes(function))
+        text = help_text(function)
+        app.command(full_name.split()[-1], help=text)(with_exit_codes(function))
     return typer.main.get_command(app)
+
+
+def help_text(function: Callable[..., None]) -> str:
+    """A function's docstring with a line for each paragraph, so that any terminal can fill it."""
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def functions(name: str) -> dict[str, Callable[..., None]]:
