@@ -16,12 +16,26 @@ from transformers.cache_utils import DynamicCache
 from dlmctl.diffusion.noise import gumbel, key_tensor, subkeys
 from dlmctl.diffusion.sampling import Request, Sample, Sampling
 from dlmctl.models.policy import Policy, cache_argument
+from dlmctl.records.errors import UsageError
 
 
 def sample_autoregressive(
     policy: Policy, requests: Iterable[Request], settings: Sampling, batch_size: int
 ) -> Iterator[Sample]:
-    """Sample a completion for each request, up to and including end-of-sequence, in their order."""
+    """Sample a completion for each request, up to and including end-of-sequence, in their order.
+
+    Raises:
+        UsageError: the settings ask for something that only denoising has.
+    """
+    for option, given in {
+        "--threshold": settings.threshold is not None,
+        "--factor": settings.factor is not None,
+        "--cache": settings.cache != "none",
+        "--cfg-scale": settings.cfg_scale > 0,
+        "--compile": settings.compile,
+    }.items():
+        if given:
+            raise UsageError(f"{option} means nothing to {policy.name}, an autoregressive model")
     source = iter(requests)
     while batch := list(islice(source, batch_size)):
         yield from _batch(policy, batch, settings.gen_length, settings.temperature)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from inspect import signature
 from shutil import which
 from typing import Any, Literal, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +82,7 @@ class Policy:
             [B, T, H] in the dtype of the model.
         """
         body: Any = getattr(self.core, self.core.base_model_prefix)
-        call = compiled_module(body) if compiled else body
+        call = compiled_forward(body) if compiled else body
         extra: dict[str, Any] = {"use_cache": False} if self.core.can_generate() else {}
         mask = None if attention is None else attention.long()
         if cache is not None:
@@ -180,20 +179,18 @@ def cache_argument(model: nn.Module) -> str:
     return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
-_COMPILED: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-
-
-def compiled_module(module: nn.Module) -> Any:
-    """`torch.compile` of a module for all batch sizes and lengths, the same at every call.
+def compiled_forward(module: nn.Module) -> Any:
+    """`torch.compile` of a module's forward pass for all batch sizes and lengths; it stays with it.
 
     Raises:
         UnavailableError: there is no C++ compiler, which torch.compile needs.
     """
-    if module not in _COMPILED:
+    if "compiled_forward" not in module.__dict__:
         if not any(map(which, (os.environ.get("CXX", "g++"), "clang++", "c++", "cl"))):
             raise UnavailableError("--compile needs a C++ compiler: install g++, or set CXX")
-        _COMPILED[module] = torch.compile(module, dynamic=True, backend=COMPILER)
-    return _COMPILED[module]
+        made = torch.compile(module.forward, dynamic=True, backend=COMPILER)
+        module.__dict__["compiled_forward"] = made
+    return module.__dict__["compiled_forward"]
 
 
 class Head(NamedTuple):

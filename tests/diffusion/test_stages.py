@@ -9,7 +9,7 @@ from conftest import tiny_policy
 from dlmctl.diffusion.rollout import Round, rollout
 from dlmctl.diffusion.sampling import Sampling
 from dlmctl.diffusion.scoring import MaskPlan, relative_score, score
-from dlmctl.records.errors import DataError
+from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
 
 SETTINGS = Sampling(gen_length=4, block_length=2, steps=4, temperature=1.0)
@@ -127,3 +127,19 @@ def test_scoring_until_the_end_of_sequence_counts_no_token_after_it(policy):
     [whole] = score([Record(record)], {"a": policy}, MaskPlan(), 1)
     [cut] = score([Record(record)], {"a": policy}, MaskPlan(until_eos=True), 1)
     assert (whole["elbo"]["a"]["tokens"], cut["elbo"]["a"]["tokens"]) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("option", "setting"),
+    [
+        ("--threshold", {"threshold": 0.9}),
+        ("--factor", {"factor": 1.0}),
+        ("--cache", {"cache": "dual"}),
+        ("--cfg-scale", {"cfg_scale": 1.0}),
+        ("--compile", {"compile": True}),
+    ],
+)
+def test_an_autoregressive_model_refuses_what_only_denoising_has(option, setting):
+    settings = Sampling(gen_length=4, block_length=2, steps=4, **setting)
+    with pytest.raises(UsageError, match=f"{option} means nothing to"):
+        list(sampled(tiny_policy("ar"), prompts("12="), settings=settings))
