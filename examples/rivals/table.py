@@ -8,8 +8,10 @@ from pathlib import Path
 
 
 def percent(values: list[float]) -> str:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{100 * statistics.mean(values):.1f} ± {100 * error:.1f}"
+    mean = f"{100 * statistics.mean(values):.1f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {100 * statistics.stdev(values) / math.sqrt(len(values)):.1f}"
 
 
 def main(directory: Path) -> None:
