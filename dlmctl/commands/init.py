@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from dlmctl.commands.options import Seed
-from dlmctl.records.errors import CannotCreateError
+from dlmctl.records.files import check_free
 
 
 def command(
@@ -78,8 +78,7 @@ def command(
     policy = make_policy(
         family, made, hidden_size, layers, heads, intermediate_size, sampling, seed
     )
-    if directory.exists() and any(directory.iterdir()):
-        raise CannotCreateError(f"{directory} is there and not empty: choose another name")
+    check_free(directory)
     save_new(policy, directory, original_naming)
     count = sum(p.numel() for p in policy.model.parameters())
     print(f"dlmctl: {directory}: {family}, {count:,} parameters", file=sys.stderr)

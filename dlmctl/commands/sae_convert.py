@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dlmctl.records.errors import CannotCreateError
+from dlmctl.records.files import check_free
 
 
 def command(
@@ -36,8 +36,7 @@ def command(
     """
     from dlmctl.sae.folders import layout_of, read_sae, write_sae
 
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CannotCreateError(f"{target} is there and not empty: choose another name")
+    check_free(target)
     saved = read_sae(source)
     write_sae(saved, target, layout)
     sae = saved.sae

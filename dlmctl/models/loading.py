@@ -6,7 +6,6 @@ Weights are read from safetensors and nothing that a checkpoint brings is execut
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from dlmctl.records.errors import (
     UsageError,
     missing_package,
 )
+from dlmctl.records.files import read_json
 
 ASSETS = Path(__file__).parent.parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,7 +61,7 @@ def load_policy(name: str, device: str = "auto", dtype: str = "auto") -> Policy:
     config_file = directory / "config.json"
     if not config_file.exists():
         raise MissingInputError(f"{directory} has no config.json: it is not a model")
-    plan = architecture(_read_json(config_file), str(config_file))
+    plan = architecture(read_json(config_file), str(config_file))
     files = weight_files(directory)
     model = _build(plan, files, precision, directory).to(where).eval()
     tokenizer = load_tokenizer(directory, plan)
@@ -140,16 +140,6 @@ def _download(name: str) -> Path:
             f"{name} is no directory here, and the hub does not answer ({reason})"
         ) from None
     return Path(found)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"not JSON ({error})", str(path)) from None
-    if not isinstance(value, dict):
-        raise DataError("expected a JSON object", str(path))
-    return value
 
 
 def _build(plan: Architecture, files: list[Path], dtype: torch.dtype, directory: Path) -> Any:
@@ -278,7 +268,7 @@ def _load_adapter(name: str, directory: Path, device: str, dtype: str) -> Policy
     weights = directory / "adapter_model.safetensors"
     if not weights.exists():
         raise MissingInputError(f"{directory} has no adapter_model.safetensors")
-    settings = _read_json(directory / "adapter_config.json")
+    settings = read_json(directory / "adapter_config.json")
     base_name = settings.get("base_model_name_or_path")
     if not base_name:
         raise DataError("it does not name its base model", str(directory / "adapter_config.json"))

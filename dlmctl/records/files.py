@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from dlmctl.records.errors import CannotCreateError
+from dlmctl.records.errors import CannotCreateError, DataError, MissingInputError
 
 
 def make_directory(directory: Path) -> None:
@@ -57,6 +59,25 @@ def write_file(path: Path, data: bytes) -> None:
         os.replace(beside, path)
     except OSError as error:
         raise CannotCreateError(f"cannot write {path} ({error.strerror})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises MissingInputError and DataError."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise MissingInputError(f"{path} is not there") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"not JSON ({error})", str(path)) from None
+    if not isinstance(value, dict):
+        raise DataError("expected a JSON object", str(path))
+    return value
+
+
+def check_free(directory: Path) -> None:
+    """Raise CannotCreateError where something stands already."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise CannotCreateError(f"{directory} is there and not empty: choose another name")
 
 
 def _sync(directory: Path) -> None:

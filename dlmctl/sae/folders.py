@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from dlmctl.models.weights import read_weights
 from dlmctl.records.errors import DataError, MissingInputError
-from dlmctl.records.files import publish_directory
+from dlmctl.records.files import publish_directory, read_json
 from dlmctl.sae.topk import TopKSae
 from dlmctl.sae.torch_archive import read_torch_archive
 
@@ -71,7 +71,8 @@ def write_sae(saved: SavedSae, directory: Path, layout: Layout = "saelens") -> N
 
 
 def _read_saelens(directory: Path) -> SavedSae:
-    config, where = _json(directory / "cfg.json")
+    file = directory / "cfg.json"
+    config, where = read_json(file), str(file)
     if config.get("architecture") != "topk":
         raise DataError(f"a '{config.get('architecture')}' autoencoder; only topk is known", where)
     scaled = config.get("normalize_activations", "none") or "none"
@@ -117,7 +118,8 @@ def _write_saelens(saved: SavedSae, directory: Path) -> None:
 
 
 def _read_dictionary_learning(directory: Path) -> SavedSae:
-    config, where = _json(directory / "config.json")
+    file = directory / "config.json"
+    config, where = read_json(file), str(file)
     trainer, buffer = config.get("trainer") or {}, config.get("buffer") or {}
     kind = trainer.get("dict_class", "AutoEncoderTopK")
     if kind != "AutoEncoderTopK":
@@ -177,7 +179,8 @@ def _write_dictionary_learning(saved: SavedSae, directory: Path) -> None:
 
 
 def _read_sparsify(directory: Path) -> SavedSae:
-    config, where = _json(directory / "cfg.json")
+    file = directory / "cfg.json"
+    config, where = read_json(file), str(file)
     if config.get("transcode") or config.get("skip_connection"):
         raise DataError("a transcoder, not an autoencoder of one activation", where)
     if config.get("activation", "topk") != "topk":
@@ -244,28 +247,12 @@ def _tensors(sae: TopKSae) -> dict[str, Tensor]:
     return {name: value.detach().float().cpu() for name, value in sae.state_dict().items()}
 
 
-def _json(path: Path) -> tuple[dict[str, Any], str]:
-    """The settings, and their name for messages."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise MissingInputError(f"{path} is not there") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"not JSON ({error})", str(path)) from None
-    if not isinstance(value, dict):
-        raise DataError("expected a JSON object", str(path))
-    return value, str(path)
-
-
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"not a whole safetensors file ({error})", str(path)) from None
+    return read_weights([path], lambda name: name)
 
 
 _READERS: dict[Layout, Callable[[Path], SavedSae]] = {
