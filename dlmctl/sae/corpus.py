@@ -1,0 +1,210 @@
+"""A corpus as batches of token ids under the forward masking process.
+
+Every sequence has a level t ~ U(t_min, t_max), and each of its tokens but the first is hidden with
+probability t; the first stays, as the published recipe has it, and as a model whose logits are
+shifted needs it. A prompt stays too unless it is asked for, since most models never see one hidden.
+The mask is a pure function of the seed and the number of the sequence, not of its neighbours
+(unless the level is drawn for a whole batch, as the published recipe does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dlmctl.diffusion.noise import key_tensor, stream_key, uniform
+from dlmctl.models.policy import Policy
+from dlmctl.records.errors import DataError, UsageError
+from dlmctl.records.jsonl import OnError, Record, each
+
+Positions = Literal["mask", "unmask", "all", "clean"]
+"""Hidden tokens; visible ones; both; tokens of text of which nothing is hidden."""
+
+WINDOW = 16
+"""Batches among which sequences of like length are brought together."""
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """The law of the masks."""
+
+    t_min: float = 0.0
+    t_max: float = 1.0
+    per_batch: bool = False
+    """One level for all sequences of a batch."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.t_min <= self.t_max <= 1:
+            raise UsageError(f"levels from {self.t_min} to {self.t_max} do not lie within 0 and 1")
+
+
+class Document(NamedTuple):
+    """A sequence of at least two tokens."""
+
+    number: int
+    """Counted from 0 in the order of the corpus."""
+    ids: list[int]
+    kept: int
+    """First tokens that are never hidden, at least 1."""
+    record: Record
+    """The record that it was read from; the last one where several are packed into one."""
+
+
+class Batch(NamedTuple):
+    """B sequences, padded on the right."""
+
+    documents: list[Document]
+    ids: Tensor
+    """int64 [B, T], what was written."""
+    seen: Tensor
+    """int64 [B, T], what the model sees: the mask token stands for what is hidden."""
+    hidden: Tensor
+    """bool [B, T]."""
+    there: Tensor
+    """bool [B, T], false for padding."""
+    level: Tensor
+    """float64 [B], t."""
+
+    @property
+    def attention(self) -> Tensor | None:
+        """`there`, or None where nothing is padded."""
+        return None if bool(self.there.all()) else self.there
+
+    def selected(self, positions: Positions) -> Tensor:
+        """bool [B, T], the tokens of a kind; never padding nor the first token."""
+        later = self.there.clone()
+        later[:, 0] = False
+        if positions == "mask":
+            return later & self.hidden
+        return later & ~self.hidden if positions == "unmask" else later
+
+    def clean(self) -> Batch:
+        """The same with nothing hidden."""
+        nothing = torch.zeros_like(self.hidden)
+        return self._replace(seen=self.ids, hidden=nothing, level=torch.zeros_like(self.level))
+
+
+def documents(
+    records: Iterable[Record],
+    policy: Policy,
+    context: int,
+    hide_prompt: bool = False,
+    on_error: OnError = "fail",
+) -> Iterator[Document]:
+    """The documents of records, cut to `context` tokens; those of a single token are left out.
+
+    Args:
+        records: with `tokens`, or `text`, or `prompt` (or `messages`) and `completion`.
+        hide_prompt: tokens of the prompt may be hidden like others.
+    """
+
+    def read(record: Record) -> Record:
+        ready = Record(record)
+        ready.where = record.where
+        prompt, rest = _token_ids(record, policy)
+        ready["tokens"] = {**(record.get("tokens") or {}), "prompt": prompt, "completion": rest}
+        return ready
+
+    number = 0
+    for record in each(records, read, on_error):
+        if "error" in record:
+            continue
+        prompt, rest = record["tokens"]["prompt"], record["tokens"]["completion"]
+        ids = [*prompt, *rest][:context]
+        if len(ids) > 1:
+            yield Document(number, ids, 1 if hide_prompt else max(1, len(prompt)), record)
+            number += 1
+
+
+def packed(stream: Iterable[Document], policy: Policy, context: int) -> Iterator[Document]:
+    """Documents joined by end-of-sequence and cut into pieces of `context` tokens.
+
+    Each piece begins with the beginning-of-sequence token, where the tokenizer has one, else with
+    end-of-sequence; a last piece that is shorter is left out, unless it is the only one.
+    """
+    first = _first_token(policy)
+    end = first if policy.eos_id is None else policy.eos_id
+    number, waiting = 0, []
+    document = None
+    for document in stream:
+        waiting += [*document.ids[document.ids[0] == first :], end]
+        while len(waiting) >= context - 1:
+            yield Document(number, [first, *waiting[: context - 1]], 1, document.record)
+            waiting, number = waiting[context - 1 :], number + 1
+    if document is not None and number == 0:
+        yield Document(0, [first, *waiting], 1, document.record)
+
+
+def corrupted(
+    stream: Iterable[Document], policy: Policy, law: Corruption, batch_size: int
+) -> Iterator[Batch]:
+    """Batches on the device of the policy; sequences of like length share one.
+
+    An autoregressive policy has nothing hidden.
+    """
+    source, number = iter(stream), 0
+    while window := list(islice(source, WINDOW * batch_size)):
+        window.sort(key=lambda document: len(document.ids))
+        for first in range(0, len(window), batch_size):
+            yield _batch(window[first : first + batch_size], policy, law, number)
+            number += 1
+
+
+def _batch(window: list[Document], policy: Policy, law: Corruption, number: int) -> Batch:
+    lengths = torch.tensor([len(document.ids) for document in window])
+    width = int(lengths.max())
+    ids = torch.full((len(window), width), policy.pad_id, dtype=torch.int64)
+    for row, document in zip(ids, window, strict=True):
+        row[: len(document.ids)] = torch.tensor(document.ids)
+    column = torch.arange(width)
+    there = column < lengths[:, None]
+    if policy.mask_id is None:
+        nothing = torch.zeros_like(there)
+        level = torch.zeros(len(window), dtype=torch.float64)
+        return _on(policy, Batch(window, ids, ids, nothing, there, level))
+    keys = key_tensor([stream_key(law.seed, "mask", document.number) for document in window])
+    numbers = uniform(keys[:, None], torch.arange(width + 1)[None])
+    level = numbers[:, 0]
+    if law.per_batch:
+        shared = key_tensor([stream_key(law.seed, "level", number)])
+        level = uniform(shared, torch.zeros(1).long()).expand(len(window))
+    level = law.t_min + (law.t_max - law.t_min) * level
+    kept = torch.tensor([document.kept for document in window])
+    hidden = (numbers[:, 1:] < level[:, None]) & there & (column >= kept[:, None])
+    seen = ids.masked_fill(hidden, policy.mask_id)
+    return _on(policy, Batch(window, ids, seen, hidden, there, level))
+
+
+def _on(policy: Policy, batch: Batch) -> Batch:
+    moved = {name: getattr(batch, name).to(policy.device) for name in Batch._fields[1:]}
+    return batch._replace(**moved)
+
+
+def _token_ids(record: Record, policy: Policy) -> tuple[list[int], list[int]]:
+    """Ids of the prompt, which may be none, and of what follows."""
+    tokens = record.get("tokens") or {}
+    if tokens.get("completion") is not None:
+        return list(tokens.get("prompt") or []), list(tokens["completion"])
+    text = record.get("text")
+    if isinstance(text, str):
+        bos = policy.tokenizer.bos_token_id
+        return [], [*([] if bos is None else [bos]), *policy.encode_text(text)]
+    if "prompt" not in record and "messages" not in record:
+        raise DataError("the record has no 'text', no 'tokens' and no 'prompt'", record.where)
+    completion = record.get("completion", "")
+    if not isinstance(completion, str):
+        raise DataError("field 'completion' is not a text", record.where)
+    return policy.encode(record), policy.tokenizer.encode(completion, add_special_tokens=False)
+
+
+def _first_token(policy: Policy) -> int:
+    bos: Any = policy.tokenizer.bos_token_id
+    if bos is None:
+        bos = policy.pad_id if policy.eos_id is None else policy.eos_id
+    return int(bos)
