@@ -43,6 +43,12 @@ SUBCOMMANDS = {
     "score-elbo": Subcommand("score_elbo", PIPE, "Score completions under models, in nats."),
     "advantage": Subcommand("advantage", PIPE, "Turn the rewards of a group into advantages."),
     "update": Subcommand("update", PIPE, "Train a model on the records and save a checkpoint."),
+    "sae-train": Subcommand(
+        "sae_train", PIPE, "Train Top-K sparse autoencoders on activations of a model."
+    ),
+    "sae-activations": Subcommand(
+        "sae_activations", LOOK, "Store activations of a model over a corpus."
+    ),
     "sae-convert": Subcommand(
         "sae_convert", LOOK, "Turn a sparse autoencoder into another library's folder."
     ),

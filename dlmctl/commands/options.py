@@ -88,3 +88,11 @@ def whole_numbers(option: str, text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UsageError(f"{option} {text} is not a list of whole numbers from 1 on")
     return [int(part) for part in parts]
+
+
+def byte_count(option: str, text: str) -> int:
+    """Bytes of a size like 512M or 2G; raises UsageError where it is none."""
+    number, unit = text.rstrip("KMGkmg"), text[len(text.rstrip("KMGkmg")) :].upper()
+    if not number.isdecimal() or len(unit) > 1:
+        raise UsageError(f"{option} {text} is not a size such as 512M or 2G")
+    return int(number) * 1024 ** ("KMG".index(unit) + 1 if unit else 0)

@@ -1,0 +1,136 @@
+"""Options of the commands that run a model over a corpus under the forward masking process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
+
+import typer
+
+from dlmctl.records.errors import UsageError
+from dlmctl.records.jsonl import OnError, Record, read_records
+
+if TYPE_CHECKING:
+    from dlmctl.models.policy import Policy
+    from dlmctl.sae.corpus import Batch, Corruption
+
+PositionKind = Literal["mask", "unmask", "all", "clean"]
+
+Corpus = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="CORPUS",
+        help="JSONL files of records with 'text', 'tokens', or 'prompt' and 'completion'; none, or "
+        "-, is standard input.",
+    ),
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="L,…",
+        show_default="0, or all that are stored",
+        help="Blocks whose output is taken (the residual stream), counted from 0.",
+    ),
+]
+PositionsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KIND,…",
+        show_default="mask, or all that are stored",
+        help="Tokens whose activations are taken: mask, the hidden ones; unmask, the visible ones; "
+        "all, both; clean, those of text of which nothing is hidden. Never a first token.",
+    ),
+]
+Level = Annotated[
+    str | None,
+    typer.Option(
+        "--t",
+        metavar="T or T-T",
+        show_default="0-1",
+        help="Level of the masks: a token is hidden with probability t, drawn within this range.",
+    ),
+]
+PerBatch = Annotated[
+    bool | None,
+    typer.Option(
+        "--level-per-batch/--level-per-sequence",
+        show_default="per sequence",
+        help="Draw t once for a batch, or for each sequence.",
+    ),
+]
+Context = Annotated[
+    int, typer.Option(min=2, help="Most tokens of a sequence; what is longer is cut.")
+]
+Pack = Annotated[
+    bool | None,
+    typer.Option(
+        "--pack/--no-pack",
+        show_default="no-pack",
+        help="Join documents by end-of-sequence and cut them into sequences of --context tokens.",
+    ),
+]
+HidePrompt = Annotated[
+    bool,
+    typer.Option(
+        "--hide-prompt/--keep-prompt",
+        help="Whether the tokens of a record's 'prompt' may be hidden like others.",
+    ),
+]
+Sequences = Annotated[
+    int,
+    typer.Option("-b", "--batch-size", min=1, help="Sequences per forward pass of the model."),
+]
+
+
+def position_kinds(text: str) -> list[PositionKind]:
+    """The kinds of a list like mask,unmask; raises UsageError for an unknown one."""
+    known, kinds = get_args(PositionKind), list(dict.fromkeys(text.split(",")))
+    for kind in kinds:
+        if kind not in known:
+            raise UsageError(f"--positions {text}: '{kind}' is none of {', '.join(known)}")
+    return kinds  # type: ignore[return-value]
+
+
+def layer_numbers(text: str) -> list[int]:
+    """The numbers of a list like 1,5,10; raises UsageError where one is none."""
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise UsageError(f"--layers {text} is not a list of layers such as 1,5,10")
+    return list(dict.fromkeys(int(part) for part in parts))
+
+
+def level_range(text: str) -> tuple[float, float]:
+    """Least and greatest level of 0.3 or of 0.05-0.5; raises UsageError otherwise."""
+    first, _, last = text.partition("-")
+    try:
+        return float(first), float(last or first)
+    except ValueError:
+        raise UsageError(f"--t {text} is neither a number nor a range such as 0.05-0.5") from None
+
+
+def corpus_batches(
+    files: Sequence[str],
+    policy: Policy,
+    law: Corruption,
+    context: int,
+    pack: bool,
+    hide_prompt: bool,
+    batch_size: int,
+    on_error: OnError = "fail",
+    repeat: bool = False,
+) -> Iterator[Batch]:
+    """Batches of a corpus; with `repeat` again and again, masked anew, unless it is a stream."""
+    from dlmctl.sae.corpus import corrupted, documents, packed
+
+    def records() -> Iterator[Record]:
+        found = False
+        for record in read_records(files, on_error):
+            found = True
+            yield record
+        while found and repeat and files and "-" not in files:
+            yield from read_records(files, on_error)
+
+    stream = documents(records(), policy, context, hide_prompt, on_error)
+    if pack:
+        stream = packed(stream, policy, context)
+    yield from corrupted(stream, policy, law, batch_size)

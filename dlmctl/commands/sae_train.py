@@ -1,0 +1,252 @@
+"""`dlmctl sae-train`: options and wiring."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from dlmctl.commands.corpora import (
+    Context,
+    Corpus,
+    HidePrompt,
+    Layers,
+    Level,
+    Pack,
+    PerBatch,
+    PositionsOption,
+    Sequences,
+    corpus_batches,
+    layer_numbers,
+    level_range,
+    position_kinds,
+)
+from dlmctl.commands.options import Device, Dtype, Model, Quiet, Seed, byte_count, whole_numbers
+from dlmctl.commands.progress import counted
+from dlmctl.records.errors import UsageError
+from dlmctl.records.jsonl import write_records
+
+if TYPE_CHECKING:
+    from dlmctl.sae.corpus import Batch
+    from dlmctl.sae.sources import Source
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "corrected": {"level": "0-1", "per_batch": False, "pack": False, "rectified_aux": False},
+    "paper": {"level": "0.05-0.5", "per_batch": True, "pack": True, "rectified_aux": True},
+}
+
+
+def command(
+    corpus: Corpus = None,
+    directory: Annotated[
+        Path,
+        typer.Option("-o", "--output", metavar="DIRECTORY", help="Where the autoencoders go."),
+    ] = Path("saes"),
+    model: Model = "builtin:puzzles",
+    layers: Layers = None,
+    ks: Annotated[
+        str, typer.Option("-k", metavar="K,…", help="Latents that are active for a token.")
+    ] = "50",
+    positions: PositionsOption = None,
+    profile: Annotated[
+        Literal["corrected", "paper"],
+        typer.Option(
+            help="paper: as DLM-Scope was trained: --t 0.05-0.5 --level-per-batch --pack "
+            "--aux rectified. Options that are given come first."
+        ),
+    ] = "corrected",
+    latents: Annotated[int, typer.Option(min=1, help="Size of a dictionary.")] = 16_384,
+    tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Activations that each autoencoder is trained on. A corpus in files is read again "
+            "until they are had, masked anew.",
+        ),
+    ] = 150_000_000,
+    sae_batch: Annotated[
+        int, typer.Option("--sae-batch-size", min=1, help="Activations in a step.")
+    ] = 2048,
+    rate: Annotated[float, typer.Option("--lr", min=0.0, help="Learning rate of Adam.")] = 3e-4,
+    warmup: Annotated[
+        int, typer.Option(min=0, help="Steps of linear warm-up, at most a tenth of all.")
+    ] = 1000,
+    decay_from: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Share of the steps after which the rate falls to 0."),
+    ] = 0.8,
+    grad_norm: Annotated[
+        float, typer.Option(min=0.0, help="Gradients are clipped to this norm; 0 is off.")
+    ] = 1.0,
+    aux: Annotated[
+        Literal["pre", "rectified"] | None,
+        typer.Option(
+            show_default="pre",
+            help="What dead latents explain the error with: their pre-activations as they are; or "
+            "behind the ReLU, as published, where they get no gradient.",
+        ),
+    ] = None,
+    aux_weight: Annotated[float, typer.Option(min=0.0, help="Weight of that loss; 0 is off.")] = 1
+    / 32,
+    dead_after: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            show_default="a fifteenth of --tokens, 10M of 150M",
+            help="Activations after which a latent that was not active counts as dead.",
+        ),
+    ] = None,
+    k_start: Annotated[
+        int | None,
+        typer.Option(
+            min=1, show_default="off", help="K at the beginning, that falls to -k linearly."
+        ),
+    ] = None,
+    k_anneal: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the steps over which it falls.")
+    ] = 0.1,
+    drop_norms: Annotated[
+        float | None,
+        typer.Option(
+            min=1.0,
+            show_default="off",
+            help="Leave out activations whose norm is above so many times the median.",
+        ),
+    ] = None,
+    level: Level = None,
+    per_batch: PerBatch = None,
+    context: Context = 2048,
+    pack: Pack = None,
+    hide_prompt: HidePrompt = False,
+    batch_size: Sequences = 8,
+    buffer: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Shuffle buffer of each layer and kind of positions, such as 512M or 2G.",
+        ),
+    ] = "256M",
+    log_every: Annotated[
+        int, typer.Option(min=1, help="Steps between the records of an autoencoder.")
+    ] = 100,
+    save_minutes: Annotated[
+        float, typer.Option(min=0.0, help="Minutes between states that a killed run goes on from.")
+    ] = 10.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Train Top-K sparse autoencoders on activations of a model.
+
+    One pass of the model feeds all of them: each layer, kind of positions and K is one, in a folder
+    such as layer5-k50-mask that SAELens loads. In place of a corpus a directory of 'dlmctl
+    sae-activations' may be given. Writes metrics to standard output and DIRECTORY/metrics.jsonl.
+    The same command goes on with a run that was killed.
+
+    Examples:
+
+    dlmctl sae-train corpus.jsonl -m GSAI-ML/LLaDA-8B-Base --layers 1,6,11,16,26,30 -k 50,160
+    --positions mask,unmask -o saes
+
+    dlmctl prompts sudoku -n 20000 --completions | dlmctl sae-train --layers 1,3 -k 8 --latents 512
+    --tokens 200000 -o saes
+    """
+    from dlmctl.sae.run import SaeRun, Stream, folder_name
+    from dlmctl.sae.trainer import Recipe
+
+    preset = PROFILES[profile]
+    numbers = list(dict.fromkeys(whole_numbers("-k", ks)))
+    if max([*numbers, k_start or 1]) > latents:
+        raise UsageError(f"-k {ks} is more than the {latents} --latents")
+    rectified = preset["rectified_aux"] if aux is None else aux == "rectified"
+    recipe = Recipe(
+        latents=latents,
+        batch_size=sae_batch,
+        tokens=tokens,
+        rate=rate,
+        warmup=warmup,
+        decay_from=decay_from,
+        max_norm=grad_norm,
+        aux_weight=aux_weight,
+        dead_after=dead_after or max(1, tokens // 15),
+        rectified_aux=rectified,
+        k_start=k_start,
+        k_anneal=k_anneal,
+        seed=seed,
+    )
+    given = {"level": level, "per_batch": per_batch, "pack": pack}
+    law = {name: preset[name] if value is None else value for name, value in given.items()}
+    source = _source(
+        corpus or [],
+        model,
+        layers,
+        positions,
+        law,
+        context,
+        hide_prompt,
+        batch_size,
+        seed,
+        device,
+        dtype,
+    )
+    settings = {
+        **vars(recipe),
+        **source.settings,
+        "k": numbers,
+        "drop_norms": drop_norms,
+        "buffer": buffer,
+        "keys": [str(key) for key in source.keys],
+    }
+    names = [folder_name(key, k) for key in source.keys for k in numbers]
+    if all((directory / name).exists() for name in names):
+        print(f"dlmctl: {directory} has all of these autoencoders", file=sys.stderr)
+        return
+    size = byte_count("--buffer", buffer)
+    streams = [
+        Stream(key, numbers, recipe, source.width, size, drop_norms, source.device)
+        for key in source.keys
+    ]
+    run = SaeRun(directory, streams, settings, source.metadata, source.device)
+    records = run.train(source.blocks(run.blocks), log_every, 60 * save_minutes)
+    write_records(counted(records, "logged", quiet))
+    for shortfall in run.shortfalls():
+        print(f"dlmctl: {shortfall}", file=sys.stderr)
+    print(f"dlmctl: {len(run.finish())} autoencoders in {directory}", file=sys.stderr)
+
+
+def _source(
+    corpus: list[str],
+    model: str,
+    layers: str | None,
+    positions: str | None,
+    law: Mapping[str, Any],
+    context: int,
+    hide_prompt: bool,
+    batch_size: int,
+    seed: int,
+    device: str,
+    dtype: str,
+) -> Source:
+    """Stored activations where the corpus is a directory, else those of the model."""
+    from dlmctl.models.loading import load_policy, resolve_device
+    from dlmctl.sae.corpus import Corruption
+    from dlmctl.sae.sources import ModelSource, StoredSource
+
+    kinds = position_kinds(positions) if positions else None
+    chosen = layer_numbers(layers) if layers else None
+    if len(corpus) == 1 and Path(corpus[0]).is_dir():
+        return StoredSource(Path(corpus[0]), chosen, kinds, resolve_device(device))
+    masks = Corruption(*level_range(law["level"]), law["per_batch"], seed)
+    policy = load_policy(model, device, dtype)
+
+    def batches() -> Iterator[Batch]:
+        return corpus_batches(
+            corpus, policy, masks, context, law["pack"], hide_prompt, batch_size, repeat=True
+        )
+
+    about = {"context": context, "pack": law["pack"], "hide_prompt": hide_prompt}
+    return ModelSource(policy, batches, chosen or [0], kinds or ["mask"], masks, about)

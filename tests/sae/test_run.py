@@ -1,0 +1,176 @@
+"""Runs of many autoencoders: independent of each other, resumable, the same from disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import read_jsonl, shell, tiny_policy
+
+from dlmctl.models.blocks import block_outputs
+from dlmctl.records.errors import CannotCreateError, DataError, UsageError
+from dlmctl.records.jsonl import Record
+from dlmctl.sae.activations import Key, model_activations, store_activations
+from dlmctl.sae.corpus import Batch, Corruption, corrupted, documents
+from dlmctl.sae.folders import read_sae
+from dlmctl.sae.run import SaeRun, Stream
+from dlmctl.sae.sources import ModelSource, Source, StoredSource
+from dlmctl.sae.trainer import Recipe
+
+POLICY = tiny_policy()
+LAW = Corruption(0.2, 0.8, seed=3)
+RECIPE = Recipe(latents=24, batch_size=32, tokens=32 * 12, rate=1e-3, dead_after=128, seed=5)
+CPU = torch.device("cpu")
+
+
+def _batches() -> Iterator[Batch]:
+    records = [
+        Record(id=n, text="".join("01234="[(n * k) % 6] for k in range(12))) for n in range(150)
+    ]
+    yield from corrupted(documents(records, POLICY, 99), POLICY, LAW, 4)
+
+
+def _source(layers: list[int], positions: list[Any]) -> Source:
+    return ModelSource(POLICY, _batches, layers, positions, LAW, {"context": 99})
+
+
+def _run(directory: Path, source: Source, ks: list[int], **changes: Any) -> SaeRun:
+    streams = [Stream(key, ks, RECIPE, source.width, 8192, None, CPU) for key in source.keys]
+    return SaeRun(directory, streams, {"ks": ks, **changes}, source.metadata, CPU)
+
+
+def _trained(directory: Path, source: Source, ks: list[int]) -> list[dict[str, Any]]:
+    run = _run(directory, source, ks)
+    records = list(run.train(source.blocks(run.blocks), 1, 1e9))
+    run.finish()
+    return records
+
+
+def _weights(directory: Path, name: str) -> dict[str, torch.Tensor]:
+    return read_sae(directory / name).sae.state_dict()
+
+
+def test_an_autoencoder_does_not_depend_on_what_is_trained_beside_it(tmp_path: Path) -> None:
+    _trained(tmp_path / "all", _source([0, 1], ["mask", "unmask"]), [2, 4])
+    _trained(tmp_path / "one", _source([1], ["unmask"]), [4])
+    wanted = _weights(tmp_path / "one", "layer1-k4-unmask")
+    found = _weights(tmp_path / "all", "layer1-k4-unmask")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    other = _weights(tmp_path / "all", "layer1-k4-mask")
+    assert not torch.equal(other["W_dec"], wanted["W_dec"])
+
+
+def test_a_run_that_was_cut_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    source = _source([0], ["mask", "unmask"])
+    wanted = _trained(tmp_path / "whole", source, [2])
+    run = _run(tmp_path / "cut", source, [2])
+    steps = run.train(source.blocks(0), 1, 1e9)
+    while run.blocks < 16:
+        next(steps)
+    run.save()
+    blocks = run.blocks
+    for _ in range(3):
+        next(steps)  # these are lost
+    steps.close()
+    again = _run(tmp_path / "cut", source, [2])
+    assert again.blocks == blocks
+    list(again.train(source.blocks(again.blocks), 1, 1e9))
+    again.finish()
+    for name in ("layer0-k2-mask", "layer0-k2-unmask"):
+        first, second = _weights(tmp_path / "whole", name), _weights(tmp_path / "cut", name)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    assert read_jsonl(tmp_path / "cut" / "metrics.jsonl") == wanted
+    assert not (tmp_path / "cut" / "state").exists()
+
+
+def test_a_run_goes_on_with_its_own_settings_only(tmp_path: Path) -> None:
+    source = _source([0], ["mask"])
+    _run(tmp_path, source, [2], tokens=1).save()
+    with pytest.raises(UsageError, match="another tokens"):
+        _run(tmp_path, source, [2], tokens=2)
+
+
+def test_an_autoencoder_that_is_there_is_not_written_over(tmp_path: Path) -> None:
+    source = _source([0], ["mask"])
+    _trained(tmp_path, source, [2])
+    with pytest.raises(CannotCreateError, match="choose another"):
+        _run(tmp_path, source, [2, 4])
+
+
+def test_stored_activations_train_the_same(tmp_path: Path) -> None:
+    keys: tuple[list[int], list[Any]] = ([0, 1], ["mask", "clean"])
+    _trained(tmp_path / "model", _source(*keys), [2])
+    (tmp_path / "acts").mkdir()
+    about = {"model_name": "tiny"}
+    written = list(store_activations(POLICY, _batches(), *keys, about, tmp_path / "acts"))
+    stored = StoredSource(tmp_path / "acts", None, None, CPU)
+    assert stored.keys == [Key(n, kind) for n in keys[0] for kind in keys[1]]
+    assert (
+        sum(len(b[Key(1, "mask")]) for _, b in zip(written, stored.blocks(0), strict=False))
+        == (written[-1]["mask"])
+    )
+    _trained(tmp_path / "disk", stored, [2])
+    for name in ("layer0-k2-mask", "layer1-k2-clean"):
+        first, second = _weights(tmp_path / "model", name), _weights(tmp_path / "disk", name)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    with pytest.raises(UsageError, match="has layers 0,1, and not 7"):
+        StoredSource(tmp_path / "acts", [7], None, CPU)
+    with pytest.raises(UsageError, match="has positions mask,clean, and not all"):
+        StoredSource(tmp_path / "acts", None, ["all"], CPU)
+
+
+@torch.no_grad()
+def test_one_pass_gives_what_single_passes_give() -> None:
+    for batch, block in zip(
+        _batches(), model_activations(POLICY, _batches(), [1, 0], ["mask", "clean"]), strict=True
+    ):
+        for layer in (0, 1):
+            masked = block_outputs(POLICY, batch.seen, batch.attention, [layer])[layer]
+            assert torch.equal(block[Key(layer, "mask")], masked[batch.hidden])
+            plain = block_outputs(POLICY, batch.ids, batch.attention, [layer])[layer]
+            assert torch.equal(block[Key(layer, "clean")], plain[batch.selected("clean")])
+
+
+def test_massive_activations_are_dropped() -> None:
+    stream = Stream(Key(0, "mask"), [2], RECIPE, 4, 0, 10.0, CPU)
+    rows = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    rows[7] = 1e4
+    stream.add(rows)
+    list(stream.train(0))
+    assert stream.limit is not None
+    assert stream.limit < 100
+    stream.add(torch.full((3, 4), 1e3))
+    assert len(stream.buffer) == 99 % 32
+
+
+def test_too_short_a_corpus_is_an_error(tmp_path: Path) -> None:
+    source = _source([0], ["mask"])
+    run = _run(tmp_path, source, [2])
+    with pytest.raises(DataError, match="fewer than a step of 32"):
+        list(run.train(iter([]), 1, 1e9))
+
+
+def test_the_command_trains_stops_and_says_so(
+    tmp_path: Path, saved_models: Callable[[str], str]
+) -> None:
+    model = saved_models("llada")
+    line = (
+        f"dlmctl sae-train c.jsonl -m {model} --layers 0,1 -k 2,4 --positions mask,unmask "
+        "--latents 32 --tokens 600 --sae-batch-size 64 --t 0.2-0.9 -o saes --log-every 3"
+    )
+    shell("dlmctl prompts sudoku -n 20 --completions -o c.jsonl", tmp_path)
+    first = shell(line, tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "8 autoencoders in saes" in first.stderr
+    saved = read_sae(tmp_path / "saes" / "layer1-k4-unmask")
+    assert saved.metadata["dlm_layer"] == 1
+    assert saved.metadata["hook_name"] == "model.layers.1"
+    assert saved.metadata["dlm_t_min"] == 0.2
+    assert saved.metadata["dlm_tokens"] == 576
+    assert saved.sae.k == 4
+    again = shell(line, tmp_path)
+    assert again.returncode == 0
+    assert "has all of these" in again.stderr

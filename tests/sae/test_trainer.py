@@ -1,0 +1,142 @@
+"""One autoencoder under training: invariants, scale, schedule, resuming."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dlmctl.sae.trainer import Recipe, SaeTrainer, fit, geometric_median, remove_parallel
+
+D = 8
+
+
+def _planted(count: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """Sums of 2 of 12 fixed directions, around a point."""
+    generator = torch.Generator().manual_seed(99)
+    directions = functional.normalize(torch.randn(12, D, generator=generator), dim=1)
+    generator.manual_seed(seed)
+    chosen = torch.rand(count, 12, generator=generator).topk(2, dim=1).indices
+    sizes = 1 + torch.rand(count, 2, generator=generator)
+    return scale * ((sizes[..., None] * directions[chosen]).sum(dim=1) + 3.0)
+
+
+def _trainer(seed: int = 0, **changes: object) -> SaeTrainer:
+    settings: dict[str, object] = {
+        "latents": 32,
+        "batch_size": 64,
+        "tokens": 64 * 200,
+        "rate": 3e-3,
+    }
+    recipe = Recipe(**{**settings, **changes})  # type: ignore[arg-type]
+    trainer = SaeTrainer(recipe, D, 2, seed, "cpu")
+    trainer.begin(_planted(500))
+    return trainer
+
+
+def _run(trainer: SaeTrainer, steps: int, scale: float = 1.0) -> list[dict[str, float]]:
+    first = trainer.step
+    return [trainer.train_step(_planted(64, first + n + 1, scale)) for n in range(steps)]
+
+
+def test_it_explains_what_was_planted() -> None:
+    trainer = _trainer(tokens=64 * 1500)
+    metrics = _run(trainer, 1500)
+    assert metrics[0]["fve"] < 0.7
+    assert metrics[-1]["fve"] > 0.9
+    assert metrics[-1]["l0"] <= 2
+
+
+def test_decoder_rows_keep_norm_one_and_gradients_are_tangent() -> None:
+    trainer = _trainer()
+    _run(trainer, 20)
+    torch.testing.assert_close(trainer.sae.decoder.norm(dim=1), torch.ones(32))
+    trainer.sae.decoder.grad = torch.randn(32, D)
+    remove_parallel(trainer.sae)
+    along = (trainer.sae.decoder.grad * trainer.sae.decoder).sum(dim=1)
+    torch.testing.assert_close(along, torch.zeros(32), atol=1e-6, rtol=0)
+
+
+def test_activations_of_another_scale_give_the_same_autoencoder_at_that_scale() -> None:
+    plain, large = _trainer(), _trainer()
+    large.begin(_planted(500, scale=64.0))
+    _run(plain, 50)
+    _run(large, 50, scale=64.0)
+    x = _planted(10, 777)
+    first, second = plain.saved({}).sae, large.saved({}).sae
+    torch.testing.assert_close(second(64.0 * x), 64.0 * first(x), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        second.encode(64.0 * x).dense(32), 64.0 * first.encode(x).dense(32), rtol=1e-4, atol=1e-3
+    )
+
+
+def test_what_is_saved_is_what_was_trained() -> None:
+    trainer = _trainer()
+    _run(trainer, 30)
+    x = _planted(64, 5)
+    saved = trainer.saved({}).sae
+    loss = ((saved(x) - x) / trainer.scale).square().sum(dim=1).mean()
+    assert loss.item() == pytest.approx(trainer.train_step(x)["l2"], rel=1e-4)
+
+
+def test_resuming_gives_the_same_bits() -> None:
+    whole, part = _trainer(dead_after=128), _trainer(dead_after=128)
+    wanted = _run(whole, 20)
+    _run(part, 11)
+    other = _trainer(dead_after=128, seed=3)
+    other.restore(part.state())
+    assert _run(other, 9) == wanted[11:]
+    for name, tensor in whole.state().items():
+        assert torch.equal(tensor, other.state()[name]), name
+
+
+def test_dead_latents_come_back_by_their_pre_activations() -> None:
+    def share_dead(rectified: bool) -> float:
+        trainer = _trainer(tokens=64 * 600, dead_after=640, rectified_aux=rectified)
+        with torch.no_grad():
+            trainer.sae.bias[8:] = -2.0
+        _run(trainer, 600)
+        return float(trainer.dead.double().mean())
+
+    assert share_dead(rectified=True) > 0.5
+    assert share_dead(rectified=False) < 0.2
+
+
+def test_rate_warms_up_stays_and_falls_to_zero() -> None:
+    recipe = Recipe(tokens=2048 * 100, rate=1.0)
+    rates = [recipe.rate_at(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (n + 1) for n in range(10)])
+    assert rates[10:80] == [1.0] * 70
+    assert rates[80:] == pytest.approx([(100 - n) / 20 for n in range(80, 100)])
+    published = Recipe()
+    assert published.steps == 73_242
+    assert published.rate_at(999) == published.rate_at(1000) == 3e-4
+
+
+def test_k_falls_to_its_own() -> None:
+    recipe = Recipe(tokens=2048 * 100, k_start=50, k_anneal=0.5)
+    ks = [recipe.k_at(step, 10) for step in range(100)]
+    assert ks[0] == 50
+    assert ks[25] == 30
+    assert set(ks[50:]) == {10}
+    assert all(a >= b for a, b in itertools.pairwise(ks))
+
+
+def test_variance_explained_by_both_definitions() -> None:
+    x = torch.tensor([[0.0, 0.0], [2.0, 0.0], [4.0, 6.0]], dtype=torch.float64)
+    shifted = fit(x, torch.ones(3, 2, dtype=torch.float64))  # a constant error
+    assert shifted["fve"] == 1.0
+    assert shifted["fvu"] == pytest.approx(6 / 32)
+    assert shifted["l2"] == 2.0
+    assert fit(x, x.mean(dim=0) - x)["fve"] == pytest.approx(0.0)
+
+
+def test_geometric_median_is_where_unit_pulls_balance() -> None:
+    x = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    x[0] = 1e6  # which a mean would follow
+    median = geometric_median(x, rounds=1000, tolerance=1e-12)
+    pulls = functional.normalize(x - median, dim=1).sum(dim=0)
+    torch.testing.assert_close(pulls, torch.zeros(3, dtype=torch.float64), atol=1e-6, rtol=0)
