@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from dlmctl.sae.steering_scores import Pair, Treatment
 
 COLUMNS = (
-    *("feature", "amplitude", "scope", "n", "failed", "c_before", "c_after", "C"),
-    *("ppl_before", "ppl_after", "P", "P_median", "P_clipped", "S", "S_clipped"),
+    *("feature", "amplitude", "scope", "n", "c_before", "c_after"),
+    *("C", "P", "P_clipped", "S"),
 )
 
 
@@ -136,6 +136,7 @@ def command(
     mean of P clipped to [-1, 1], and S_clipped = C + lambda P_clipped. ppl_before and ppl_after are
     medians. n_C and n_P count the completions that C and P are of; `failed` counts answers of the
     judge without a number, which are left out. `bound` is true where perplexities are upper bounds.
+    A terminal shows some of this, --json all.
 
     Examples:
 

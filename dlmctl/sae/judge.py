@@ -86,10 +86,11 @@ def read_number(answer: str) -> float | None:
     """The number from 0 to 100 that an answer gives, None where it does not give exactly one.
 
     It is the first line where that is a number and no more, else the one number that is called a
-    score, else the one number of the answer. Thoughts before `</think>`, and what names the scale
-    ("/100", "0 to 100", "%"), do not count.
+    score, else the one number of the answer. Thoughts, from `<think>` to `</think>` or the end, and
+    what names the scale ("/100", "0 to 100", "%"), do not count.
     """
-    answer = _SCALE.sub(" ", answer.rpartition("</think>")[2]).strip()
+    answer = answer.rpartition("</think>")[2].partition("<think>")[0]
+    answer = _SCALE.sub(" ", answer).strip()
     first = _ALONE.fullmatch(answer.partition("\n")[0])
     for found in ([first[1]] if first else [], _LABELLED.findall(answer), _ANY.findall(answer)):
         values = set(map(float, found))

@@ -173,7 +173,7 @@ def pairs_of(
     Raises:
         DataError: a record is not steered, is there twice, or has no twin in the baseline.
     """
-    seen: dict[tuple[Key, Treatment], str] = {}
+    seen: dict[Name, str] = {}
 
     def pair(record: Record) -> Pair:
         text = read(record)
@@ -191,9 +191,9 @@ def pairs_of(
                     f"its {name} is not that of its baseline {before.where}: the two are to differ "
                     "by --steer alone"
                 )
-        first = seen.setdefault((text.key, text.treatment), text.where)
-        if first != text.where:
-            raise DataError(f"it is the same sample as {first}, steered alike")
+        if text.name in seen:
+            raise DataError(f"it is the same sample as {seen[text.name]}, steered alike")
+        seen[text.name] = text.where
         return Pair(before, text, text.treatment)
 
     return _sound(records, pair, on_error)

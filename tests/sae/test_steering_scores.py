@@ -163,9 +163,9 @@ def test_samples_that_are_there_twice_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"b:2: it is the same sample as .*b:1"):
         baseline_of(read_records([twice]), text_of)
     other = _completion(0, 0, "b", FIRST._replace(scope="update"))
-    records = read_records([_written(tmp_path / "s", [steered, other, steered])])
-    with pytest.raises(DataError, match=r"s:3: it is the same sample as .*s:1, steered alike"):
-        list(pairs_of(records, baseline_of([plain], text_of), text_of))
+    file = _written(tmp_path / "s", [steered, other])
+    with pytest.raises(DataError, match=r"s:1: it is the same sample as .*s:1, steered alike"):
+        list(pairs_of(read_records([file, file]), baseline_of([plain], text_of), text_of))
 
 
 def test_records_that_are_skipped_leave_the_others(
@@ -210,6 +210,7 @@ def test_what_the_records_say_is_measured() -> None:
         ("The rating is **30**, as 2 of the 5 lines do.", 30),
         ('{"score": 65, "lines": 2}', 65),
         ("<think>maybe 20, no 90</think>\n55", 55),
+        ("<think>it might be 20", None),
         ("a score of 12", 12),
         ("", None),
         ("very strongly", None),
