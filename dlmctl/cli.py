@@ -52,6 +52,9 @@ SUBCOMMANDS = {
     "sae-convert": Subcommand(
         "sae_convert", LOOK, "Turn a sparse autoencoder into another library's folder."
     ),
+    "sae-steering": Subcommand(
+        "sae_steering", LOOK, "Score what steering does to a concept and to fluency."
+    ),
     "stats": Subcommand("stats", LOOK, "Accuracy, pass@k, reward and length per task."),
     "plot": Subcommand("plot", LOOK, "Draw curves from metrics records."),
     "bench": Subcommand("bench", LOOK, "Measure speed, memory and variance beside a baseline."),

@@ -35,6 +35,9 @@ from dlmctl.commands.sampling import (
     GenLength,
     Refresh,
     Remasking,
+    Steer,
+    SteerScope,
+    SteerTime,
     Steps,
     Temperature,
     Threshold,
@@ -62,6 +65,9 @@ def command(
     eos: Eos = "normal",
     early_stop: EarlyStop = False,
     compile_model: Compile = False,
+    steer: Steer = None,
+    steer_scope: SteerScope = None,
+    steer_time: SteerTime = None,
     task: Annotated[
         str | None,
         typer.Option(
@@ -110,6 +116,11 @@ def command(
 
     With no FILE and no piped input, prompts come from --task.
 
+    --steer changes what the model computes: the output of the SAE's layer becomes H + AMPLITUDE m
+    W_dec[FEATURE], m the largest entry of the code of H. Steered are the positions of each pass,
+    with --cache those of the block and what follows it. Leave --steer out, or write =0, for the
+    same completions unsteered: the noise is the same.
+
     Examples:
 
     dlmctl rollout | dlmctl verify | dlmctl update --algo rspo
@@ -117,11 +128,14 @@ def command(
     dlmctl rollout -m GSAI-ML/LLaDA-8B-Instruct --gen-length 256 --steps 128 -n 6 prompts.jsonl
 
     dlmctl rollout --follow runs/a --rounds 200 | dlmctl verify | dlmctl update -o runs/a
+
+    dlmctl rollout -m runs/a --steer saes/layer2:17=2 --steer-scope update prompts.jsonl
     """
     from dlmctl.diffusion.follow import follow_run
     from dlmctl.diffusion.rollout import rollout
     from dlmctl.diffusion.sampling import settings_for
     from dlmctl.models.loading import load_policy
+    from dlmctl.sae.steering import Reach, Steering, parse_steer, parse_time
 
     if files and task is not None:
         raise UsageError("prompts come from FILE or from --task, not from both")
@@ -140,6 +154,15 @@ def command(
         "early_stop": early_stop,
         "compile": compile_model,
     }
+    steering = [parse_steer(text) for text in steer or []]
+    reach = Reach(steer_scope or "all", parse_time(steer_time) if steer_time else None)
+    if not steer and (steer_scope or steer_time):
+        raise UsageError("--steer-scope and --steer-time say how to steer: give --steer too")
+    if follow is not None and steer:
+        raise UsageError(
+            "--steer and --follow do not go together: a steered completion is no sample of the "
+            "weights that are trained; leave one out"
+        )
     if follow is not None:
         source = _prompts(files or [], task, None, seed, on_error, repeat=True)
         records = follow_run(
@@ -162,6 +185,8 @@ def command(
         source = _prompts(files or [], task, prompts, seed, on_error, repeat=False)
         settings = settings_for(policy, **given)
         records = rollout(source, policy, settings, samples, seed, batch_size, on_error)
+        if steering:
+            records = Steering(policy, settings, steering, reach).around(records)
     write_records(counted(records, "sampled", quiet), output)
 
 

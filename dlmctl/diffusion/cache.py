@@ -58,6 +58,11 @@ class SlotCache(Cache):
         """
         self._rows, self._columns, self._length, self._whole = rows, columns, length, whole
 
+    @property
+    def padding(self) -> Tensor:
+        """bool [R, Q], the tokens of the pass aimed at that are none."""
+        return self._columns == self.width
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

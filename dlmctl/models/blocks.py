@@ -17,7 +17,8 @@ from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
 
 Edit = Callable[[Tensor, Tensor], Tensor]
-"""Output of a block [B, T, H] and the ids [B, T] that the model saw to the output in its place."""
+"""Output of a block [B, T, H] and the ids [B, T] that the model saw, -1 for padding, to the output
+in its place."""
 
 _PLACES = ("layers", "encoder.layer", "transformer.layer", "h")
 
@@ -85,7 +86,7 @@ def edited_blocks(policy: Policy, edits: Mapping[int, Edit]) -> Iterator[None]:
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal ids
-        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        ids = _without_padding(kwargs["input_ids"] if "input_ids" in kwargs else args[0], kwargs)
 
     def hook(edit: Edit) -> Callable[[nn.Module, Any, Any], Any]:
         def run(_: nn.Module, __: Any, output: Any) -> Any:
@@ -100,6 +101,16 @@ def edited_blocks(policy: Policy, edits: Mapping[int, Edit]) -> Iterator[None]:
         for layer, edit in edits.items():
             handles.callback(modules[layer].register_forward_hook(hook(edit)).remove)
         yield
+
+
+def _without_padding(ids: Tensor, given: Mapping[str, Any]) -> Tensor:
+    """The ids of a pass, -1 for padding: a cache may know what that is, else the attention says."""
+    caches = (given.get(name) for name in ("past_key_values", "cache"))
+    cache = next((cache for cache in caches if cache is not None), None)
+    padding, attention = getattr(cache, "padding", None), given.get("attention_mask")
+    if padding is None and attention is not None and attention.dim() == 2:
+        padding = attention[:, -ids.shape[1] :] == 0
+    return ids if padding is None else ids.masked_fill(padding, -1)
 
 
 class _EnoughError(Exception):

@@ -56,6 +56,20 @@ def test_an_output_put_in_place_is_what_the_blocks_behind_see() -> None:
         torch.testing.assert_close(policy.hidden(IDS, None), wanted)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llada", "mlm", "ar"])
+def test_an_edit_is_told_what_is_padding(family: Family) -> None:
+    policy, seen = tiny_policy(family), []
+
+    def look(output: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        seen.append(ids)
+        return output
+
+    with edited_blocks(policy, {0: look}):
+        policy.hidden(IDS, THERE)
+    assert torch.equal(seen[0], IDS.where(THERE, -1))
+
+
 def test_names_and_numbers_of_blocks() -> None:
     policy = tiny_policy(layers=3)
     assert block_name(policy, 2) == "model.layers.2"
