@@ -46,6 +46,12 @@ SUBCOMMANDS = {
     "sae-convert": Subcommand(
         "sae_convert", LOOK, "Turn a sparse autoencoder into another library's folder."
     ),
+    "sae-features": Subcommand(
+        "sae_features", LOOK, "Show what the features of a sparse autoencoder respond to."
+    ),
+    "sae-judge": Subcommand(
+        "sae_judge", LOOK, "Have a judge explain features and score how well it does."
+    ),
     "stats": Subcommand("stats", LOOK, "Accuracy, pass@k, reward and length per task."),
     "plot": Subcommand("plot", LOOK, "Draw curves from metrics records."),
     "bench": Subcommand("bench", LOOK, "Measure speed, memory and variance beside a baseline."),
