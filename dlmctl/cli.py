@@ -35,6 +35,7 @@ class Subcommand(NamedTuple):
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 PIPE, LOOK, SETUP = "Stages of the pipe", "Look at results", "Set up"
+SAE = "Sparse autoencoders"
 
 SUBCOMMANDS = {
     "prompts": Subcommand("prompts", PIPE, "Make prompts, or read them from files and datasets."),
@@ -44,16 +45,22 @@ SUBCOMMANDS = {
     "advantage": Subcommand("advantage", PIPE, "Turn the rewards of a group into advantages."),
     "update": Subcommand("update", PIPE, "Train a model on the records and save a checkpoint."),
     "sae-train": Subcommand(
-        "sae_train", PIPE, "Train Top-K sparse autoencoders on activations of a model."
+        "sae_train", SAE, "Train Top-K sparse autoencoders on activations of a model."
     ),
     "sae-activations": Subcommand(
-        "sae_activations", LOOK, "Store activations of a model over a corpus."
+        "sae_activations", SAE, "Store activations of a model over a corpus."
     ),
     "sae-convert": Subcommand(
-        "sae_convert", LOOK, "Turn a sparse autoencoder into another library's folder."
+        "sae_convert", SAE, "Turn a sparse autoencoder into another library's folder."
     ),
     "sae-steering": Subcommand(
-        "sae_steering", LOOK, "Score what steering does to a concept and to fluency."
+        "sae_steering", SAE, "Score what steering does to a concept and to fluency."
+    ),
+    "sae-features": Subcommand(
+        "sae_features", SAE, "Show what the features of a sparse autoencoder respond to."
+    ),
+    "sae-judge": Subcommand(
+        "sae_judge", SAE, "Have a judge explain features and score how well it does."
     ),
     "stats": Subcommand("stats", LOOK, "Accuracy, pass@k, reward and length per task."),
     "plot": Subcommand("plot", LOOK, "Draw curves from metrics records."),

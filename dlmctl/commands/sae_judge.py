@@ -1,0 +1,109 @@
+"""`dlmctl sae-judge`: options and wiring of the stage."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dlmctl.commands.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Files,
+    OnErrorOption,
+    Output,
+    Quiet,
+    Seed,
+)
+from dlmctl.commands.progress import counted
+from dlmctl.records.jsonl import Record, each, read_records, write_records
+
+
+def command(
+    files: Files = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Let this model answer both prompts here, and write scores at once.",
+        ),
+    ] = None,
+    gen_length: Annotated[int, typer.Option(min=1, help="With --judge: tokens of an answer.")] = 64,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the page of 'sae-features --html', with scores."),
+    ] = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 16,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    on_error: OnErrorOption = "keep",
+    quiet: Quiet = False,
+    output: Output = "-",
+) -> None:
+    """Have a judge explain features and score how well it does.
+
+    Reads records of 'dlmctl sae-features' and takes each one a step further: it gets the prompt
+    that asks for an explanation (`prompt`); where that is answered (`completion`), the prompt that
+    asks in which of 14 unmarked windows the feature is active; where that is answered too,
+    `judged`: accuracy and balanced accuracy. Any program that adds a `completion` to a record can
+    be the judge.
+
+    A judge that always answers None has accuracy 0.714 and balanced accuracy 0.5. Features that
+    were never active, and answers that cannot be read, are counted and left out of the means.
+
+    Examples:
+
+    dlmctl sae-judge features.jsonl | dlmctl rollout -m JUDGE -n 1 --temperature 0 > explained.jsonl
+
+    dlmctl sae-judge explained.jsonl | dlmctl rollout -m JUDGE -n 1 | dlmctl sae-judge
+
+    dlmctl sae-judge --judge GSAI-ML/LLaDA-8B-Instruct --html features.html features.jsonl
+    """
+    from dlmctl.sae.feature_page import with_page
+    from dlmctl.sae.judging import advance
+
+    def step(records: Iterable[Record]) -> Iterator[Record]:
+        return each(records, lambda record: advance(record, seed), on_error)
+
+    records = step(read_records(files or [], on_error))
+    if judge is not None:
+        from dlmctl.diffusion.rollout import rollout
+        from dlmctl.diffusion.sampling import settings_for
+        from dlmctl.models.loading import load_policy
+
+        policy = load_policy(judge, device, dtype)
+        settings = settings_for(policy, gen_length=gen_length, temperature=0.0)
+        for _ in range(2):
+            records = step(rollout(records, policy, settings, 1, seed, batch_size, on_error))
+    if html is not None:
+        records = with_page(records, html)
+    write_records(_summed(counted(records, "features", quiet)), output)
+
+
+def _summed(records: Iterable[Record]) -> Iterator[Record]:
+    """The records; behind the last one, a line on how the judge did."""
+    scores: list[tuple[float, float]] = []
+    waiting, failed = 0, 0
+    for record in records:
+        if "error" in record:
+            failed += 1
+        elif "judged" in record:
+            judged = record["judged"]
+            scores.append((judged["accuracy"], judged["balanced_accuracy"]))
+        else:
+            waiting += 1
+        yield record
+    parts = [f"{waiting} to be answered"] if waiting else []
+    if scores:
+        means = [sum(column) / len(scores) for column in zip(*scores, strict=True)]
+        parts.append(
+            f"{len(scores)} judged, accuracy {means[0]:.3f}, balanced accuracy {means[1]:.3f}"
+        )
+    if failed or not parts:
+        parts.append(f"{failed} that could not be judged")
+    print(f"dlmctl: features: {'; '.join(parts)}", file=sys.stderr)

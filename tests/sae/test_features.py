@@ -1,0 +1,277 @@
+"""Features as one pass over batches finds them, beside one document after the other."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_policy
+from small_world import LATENTS, LAYER, Sight, random_sae, small_world
+
+from dlmctl.diffusion.noise import key_tensor, stream_key, uniform
+from dlmctl.models.token_text import TokenTexts
+from dlmctl.records.errors import UsageError
+from dlmctl.sae.active import Active, active_features
+from dlmctl.sae.activity import ALIVE
+from dlmctl.sae.corpus import Corruption, Positions, corrupted
+from dlmctl.sae.feature_records import EFFECTS, feature_records, logit_effects
+from dlmctl.sae.features import Findings, chosen_slots, look, parse_choice
+from dlmctl.sae.windows import LONGEST, Plan, Windows
+
+WORLD = small_world()
+PLAN = Plan(top=5, weighted=4, inactive=6, radius=4, seed=9)
+FACTS = {"sae": "here", "t": [0.1, 0.9]}
+KINDS: list[Positions] = ["mask", "unmask", "all", "clean"]
+
+
+@functools.cache
+def records_of(
+    positions: Positions, batch_size: int, latents: tuple[int, ...] | None = None
+) -> list[dict[str, Any]]:
+    wanted = torch.tensor(range(LATENTS) if latents is None else latents)
+    stream = WORLD.stream(positions, batch_size, latents)
+    findings = look(stream, wanted, PLAN, WORLD.law.t_min, WORLD.law.t_max)
+    slots = list(range(len(wanted)))
+    return list(feature_records(findings, slots, WORLD.policy, WORLD.sae, FACTS))
+
+
+def shown(sight: Sight, position: int, feature: int) -> dict[str, Any]:
+    """A window, cut out of its document."""
+    first, last = max(0, position - PLAN.radius), position + PLAN.radius + 1
+    record = sight.document.record
+    return {
+        **{name: record[name] for name in ("id", "sample") if name in record},
+        "position": position,
+        "middle": position - first,
+        "t": pytest.approx(sight.level, rel=1e-4),
+        "tokens": [WORLD.policy.decode([i]) for i in sight.document.ids[first:last]],
+        "masked": sight.hidden[first:last],
+        "activations": pytest.approx(
+            [code[feature] for code in sight.codes[first:last]], rel=1e-4, abs=1e-12
+        ),
+    }
+
+
+def best_of_documents(sights: list[Sight], score: Any) -> list[tuple[Sight, int]]:
+    """The token of highest score of each document, the best document first."""
+    best = []
+    for sight in sights:
+        scored = [(score(sight, i), i) for i in range(len(sight.codes))]
+        able = [(value, -i) for value, i in scored if value is not None]
+        if able:
+            value, position = max(able)
+            best.append((value, -sight.document.number, sight, -position))
+    return [(sight, position) for _, _, sight, position in sorted(best, key=lambda b: b[:2])[::-1]]
+
+
+@pytest.mark.parametrize("positions", KINDS)
+def test_rates_and_profiles_are_those_of_all_tokens(positions: Positions) -> None:
+    sights = WORLD.sights(positions)
+    found = records_of(positions, 7)
+    tokens = [
+        (s.level, code) for s in sights for code, at in zip(s.codes, s.looked_at, strict=True) if at
+    ]
+    assert found[0]["corpus"]["tokens"] == len(tokens)
+    for feature in (0, 3, 17, 39):
+        values = [(t, code[feature]) for t, code in tokens if code[feature] > 0]
+        record = found[feature]
+        assert record["active"] == len(values)
+        assert record["firing_rate"] == pytest.approx(len(values) / len(tokens), rel=1e-4)
+        assert record["max"] == pytest.approx(max((v for _, v in values), default=0), rel=1e-4)
+        assert sum(record["histogram"]["counts"]) == len(values)
+        edges = record["histogram"]["edges"]
+        for low, high, count in zip(edges, edges[1:], record["histogram"]["counts"], strict=False):
+            assert count == sum(low <= v < high for _, v in values)
+        if positions == "clean":
+            continue
+        profile = record["time_profile"]
+        for i in range(10):
+            low, high = 0.1 + 0.08 * i, 0.1 + 0.08 * (i + 1)
+            assert profile["edges"][i] == pytest.approx(low)
+            inside = [v for t, v in values if low <= t < high]
+            there = sum(low <= t < high for t, _ in tokens)
+            assert profile["tokens"][i] == there
+            assert profile["firing_rate"][i] == pytest.approx(len(inside) / there, rel=1e-4)
+            mean = sum(inside) / len(inside) if inside else None
+            assert profile["mean"][i] == (mean and pytest.approx(mean, rel=1e-4))
+
+
+@pytest.mark.parametrize("positions", KINDS)
+def test_top_windows_are_the_strongest_of_all(positions: Positions) -> None:
+    sights = WORLD.sights(positions)
+    for record in records_of(positions, 7):
+        feature = record["feature"]
+
+        def score(sight: Sight, i: int, feature: int = feature) -> float | None:
+            return sight.codes[i][feature] or None
+
+        expected = best_of_documents(sights, score)[: PLAN.top]
+        assert record["windows"]["top"] == [shown(s, i, feature) for s, i in expected]
+
+
+def test_weighted_windows_are_drawn_by_their_keys_from_the_other_documents() -> None:
+    sights = WORLD.sights("mask")
+    for record in records_of("mask", 7):
+        feature = record["feature"]
+        key = key_tensor([stream_key(PLAN.seed, "weighted", feature)])
+
+        def score(sight: Sight, i: int, feature: int = feature, key: Any = key) -> float | None:
+            value = sight.codes[i][feature]
+            counter = torch.tensor([sight.document.number * LONGEST + i])
+            return float(uniform(key, counter).log()) / value if value > 0 else None
+
+        top = {window["id"] for window in record["windows"]["top"]}
+        others = [
+            (s, i)
+            for s, i in best_of_documents(sights, score)
+            if s.document.record["id"] not in top
+        ]
+        expected = [shown(s, i, feature) for s, i in others[: PLAN.weighted]]
+        assert record["windows"]["weighted"] == expected
+
+
+def test_inactive_windows_are_drawn_among_those_without_an_active_token() -> None:
+    """One window of each document, all of which fit into the pool."""
+    sights = WORLD.sights("mask")
+    pool_key = key_tensor([stream_key(PLAN.seed, "pool")])
+
+    def noise(sight: Sight, i: int) -> float | None:
+        counter = torch.tensor([sight.document.number * LONGEST + i])
+        return float(uniform(pool_key, counter)) if sight.looked_at[i] else None
+
+    pool = best_of_documents(sights, noise)
+    short = 0
+    for record in records_of("mask", 7):
+        feature = record["feature"]
+        key = key_tensor([stream_key(PLAN.seed, "inactive", feature)])
+        quiet = [
+            (float(uniform(key, torch.tensor([sight.document.number]))), sight, position)
+            for sight, position in pool
+            if not any(
+                code[feature]
+                for code in sight.codes[max(0, position - PLAN.radius) : position + PLAN.radius + 1]
+            )
+        ]
+        drawn = sorted(quiet, key=lambda entry: entry[0])[: PLAN.inactive]
+        assert record["windows"]["inactive"] == [shown(s, i, feature) for _, s, i in drawn]
+        short += len(drawn) < PLAN.inactive
+    assert short < LATENTS / 2
+
+
+def test_weighted_windows_are_drawn_in_proportion_to_the_activation() -> None:
+    """A thousand features with activations 3 and 1 on one token of each of two documents."""
+    count = 1000
+    [batch] = corrupted(list(WORLD.documents())[:2], WORLD.policy, WORLD.law, 2)
+    index = torch.full(batch.ids.shape, -1)
+    index[:, 2] = torch.arange(2)
+    slots = torch.arange(count)
+    active = Active(
+        batch,
+        size=count,
+        numbers=torch.tensor([document.number for document in batch.documents]),
+        index=index,
+        row=torch.arange(2),
+        column=torch.tensor([2, 2]),
+        slots=slots.expand(2, count),
+        token=torch.arange(2).repeat_interleave(count),
+        slot=slots.repeat(2),
+        value=torch.tensor([3.0, 1.0]).repeat_interleave(count),
+    )
+    windows = Windows(slots, Plan(top=1, weighted=1, radius=1))
+    windows.add(active)
+    first = windows._weighted.number.view(count, 2)[:, 0]
+    share = float((first == active.numbers[0]).double().mean())
+    assert abs(share - 0.75) < 4 * (0.75 * 0.25 / count) ** 0.5
+
+
+@pytest.mark.parametrize("positions", ["mask", "clean"])
+def test_records_do_not_depend_on_the_batch_size_nor_on_the_features_beside(
+    positions: Positions,
+) -> None:
+    whole = records_of(positions, 60)
+    assert whole == records_of(positions, 1)
+    assert whole == records_of(positions, 13)
+    few = records_of(positions, 13, (31, 2))
+    for record in few:
+        del record["corpus"]
+        expected = {**whole[record["feature"]]}
+        del expected["corpus"]
+        assert record == expected
+    assert [record["feature"] for record in few] == [31, 2]
+
+
+def test_names_of_documents_are_forgotten_when_nothing_of_them_is_kept() -> None:
+    findings = look(WORLD.stream("mask", 5), torch.arange(LATENTS), PLAN, 0.1, 0.9)
+    windows = findings.windows
+    windows._limit = 0
+    before = [windows.of(slot) for slot in range(LATENTS)]
+    windows._forget()
+    assert [windows.of(slot) for slot in range(LATENTS)] == before
+
+
+def _findings() -> Findings:
+    return look(WORLD.stream("mask", 16), torch.arange(LATENTS), PLAN, 0.1, 0.9)
+
+
+def test_features_are_chosen_among_those_alive() -> None:
+    findings = _findings()
+    findings.activity.count = torch.arange(LATENTS).flip(0) * 5 % 37
+    count = findings.activity.count
+    alive = [feature for feature in range(LATENTS) if count[feature] > ALIVE]
+
+    def chosen(text: str, seed: int = 0) -> list[int]:
+        return chosen_slots(findings, parse_choice(text, LATENTS), seed)
+
+    assert chosen("all") == alive
+    by_rate = sorted(alive, key=lambda f: -int(count[f]))
+    assert [int(count[f]) for f in chosen("top:4")] == [int(count[f]) for f in by_rate[:4]]
+    drawn = chosen("random:5")
+    assert drawn == sorted(set(drawn) & set(alive))
+    assert len(drawn) == 5
+    assert drawn == chosen("random:5")
+    assert len({tuple(chosen("random:5", seed)) for seed in range(5)}) > 1
+    assert chosen("random:999") == alive
+
+
+def test_choices_are_read_and_others_refused() -> None:
+    assert parse_choice("0,3,3,1", 4).features == (0, 3, 1)
+    for text in ("top", "top:0", "random:x", "some", "1,", "-1", ""):
+        with pytest.raises(UsageError, match="none of random:N"):
+            parse_choice(text, 4)
+    with pytest.raises(UsageError, match="features 0 to 3"):
+        parse_choice("4", 4)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "mlm", "ar"])
+def test_logit_effects_are_the_rows_through_the_output_matrix(family: Any) -> None:
+    policy = tiny_policy(family)
+    texts = TokenTexts(policy)
+    directions = random_sae().W_dec[:3].detach().double()
+    weight = dict(policy.core.named_parameters()).get("lm_head.weight")
+    if weight is None:  # tied
+        weight = policy.core.get_output_embeddings().weight
+    for row, effect in zip(directions, logit_effects(policy, directions, texts), strict=True):
+        values = {texts(i): float(weight[i].detach() @ row) for i in range(policy.vocab_size)}
+        order = sorted(values, key=lambda text: -values[text])
+        assert [entry["token"] for entry in effect["top"]] == order[:EFFECTS]
+        assert [entry["token"] for entry in effect["bottom"]] == order[::-1][:EFFECTS]
+        for entry in effect["top"]:
+            assert entry["logit"] == pytest.approx(values[entry["token"]], rel=1e-3, abs=1e-5)
+
+
+def test_an_autoencoder_of_another_width_is_refused() -> None:
+    batches = corrupted(WORLD.documents(), WORLD.policy, Corruption(), 4)
+    stream = active_features(
+        batches, WORLD.policy, LAYER, random_sae(width=8), "mask", torch.arange(3)
+    )
+    with pytest.raises(UsageError, match="width 8, and those of"):
+        next(stream)
+
+
+def test_a_corpus_without_documents_has_features_that_are_never_active() -> None:
+    findings = look([], torch.tensor([3]), PLAN, 0.0, 1.0)
+    [record] = feature_records(findings, [0], WORLD.policy, WORLD.sae, FACTS)
+    assert record["active"] == record["firing_rate"] == 0
+    assert record["windows"] == {"top": [], "weighted": [], "inactive": []}
