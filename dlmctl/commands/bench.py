@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dlmctl.commands import bench_elbo, bench_loop, bench_rollout, bench_update
+from dlmctl.commands import bench_elbo, bench_loop, bench_rollout, bench_sae, bench_update
 
 COMMANDS = {
     "elbo": bench_elbo.command,
     "loop": bench_loop.command,
     "rollout": bench_rollout.command,
+    "sae": bench_sae.command,
     "update": bench_update.command,
 }

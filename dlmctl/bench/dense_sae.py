@@ -1,0 +1,63 @@
+"""A training step of a Top-K autoencoder as it is commonly written, for comparison.
+
+Codes are dense, [N, F], and the gradient is left to automatic differentiation. Loss, schedule,
+clipping and norm of the rows are those of `SaeTrainer`.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from dlmctl.sae.trainer import SaeTrainer, remove_parallel
+from dlmctl.training.optimizer import apply_step
+
+
+class DenseTrainer:
+    """Begins where a trainer of this package stands before its first step."""
+
+    def __init__(self, trainer: SaeTrainer) -> None:
+        self.recipe, self.k, self.scale = trainer.recipe, trainer.k, trainer.scale
+        self.sae = copy.deepcopy(trainer.sae)
+        self.optimizer = torch.optim.Adam(self.sae.parameters())
+        self.unused = trainer.unused.clone()
+        self.step = 0
+
+    def train_step(self, x: Tensor) -> float:
+        """One step on activations [N, d]; returns L_rec."""
+        recipe, sae = self.recipe, self.sae
+        x = x.to(sae.centre.dtype) / self.scale
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+            pre = (x - sae.centre) @ sae.encoder.T + sae.bias
+            codes = _largest(pre, recipe.k_at(self.step, self.k)).relu()
+            made = codes @ sae.decoder + sae.centre
+            reconstruction = (made - x).square().sum(dim=1).mean()
+            loss = reconstruction + recipe.aux_weight * self._auxiliary(pre, (x - made).detach())
+        loss.backward()
+        remove_parallel(sae)
+        rate = recipe.rate_at(self.step)
+        apply_step(self.optimizer, sae.parameters(), rate, recipe.max_norm)
+        with torch.no_grad():
+            sae.decoder /= sae.decoder.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        self.unused += len(x)
+        self.unused[(codes > 0).any(dim=0)] = 0
+        self.step += 1
+        return float(reconstruction.detach())
+
+    def _auxiliary(self, pre: Tensor, error: Tensor) -> Tensor:
+        dead = self.unused >= self.recipe.dead_after
+        number = min(max(1, error.shape[1] // 2), int(dead.sum()))
+        if not number:
+            return error.new_zeros(())
+        chosen = _largest(pre.masked_fill(~dead, -torch.inf), number)
+        values = chosen.relu() if self.recipe.rectified_aux else chosen
+        spread = (error - error.mean(dim=0)).square().sum(dim=1).mean()
+        return (values @ self.sae.decoder - error).square().sum(dim=1).mean() / spread
+
+
+def _largest(pre: Tensor, k: int) -> Tensor:
+    """The k largest of each row, 0 elsewhere."""
+    values, places = pre.topk(k, dim=1)
+    return torch.zeros_like(pre).scatter(1, places, values)
