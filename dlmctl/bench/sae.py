@@ -16,6 +16,7 @@ from dlmctl.bench.dense_sae import DenseTrainer
 from dlmctl.bench.memory import Peak, synchronize
 from dlmctl.bench.shapes import random_prompts
 from dlmctl.models.policy import Policy
+from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.sae.activations import Block, Key, StoredActivations, check_keys, model_activations
 from dlmctl.sae.corpus import Corruption, Document, Positions, corrupted
@@ -139,6 +140,9 @@ def compare_pipelines(policy: Policy, pipeline: Pipeline) -> Iterator[dict[str, 
     published, so that there are fewer hidden tokens than visible ones; a pass per positions ends
     when they have had their activations.
 
+    Raises:
+        UsageError: the model has no such layer, or K is more than there are latents.
+
     Yields:
         Dicts with seconds and their ratio; model_seconds and sae_seconds, their parts; model_ratio;
         passes of the model; difference, of all weights to the first row's, relative to their norm.
@@ -147,6 +151,8 @@ def compare_pipelines(policy: Policy, pipeline: Pipeline) -> Iterator[dict[str, 
     keys = [Key(layer, kind) for layer in pipeline.layers for kind in pipeline.positions]
     first = next(_blocks(policy, pipeline, keys[-1:]))  # has everything allocated
     width = first[keys[-1]].shape[1]
+    if max(pipeline.ks) > (latents := pipeline.expansion * width):
+        raise UsageError(f"-k {max(pipeline.ks)} is more than {latents} latents: see --expansion")
     base: dict[str, Any] = {}
     for name, groups in (("per layer", [[key] for key in keys]), ("shared", [keys])):
         streams = {key: _stream(key, pipeline, width, policy.device) for key in keys}

@@ -124,8 +124,6 @@ def command(
     from dlmctl.bench.shapes import bench_policy
 
     policy = bench_policy(model, device, dtype)
-    if max(numbers) > expansion * int(policy.core.config.hidden_size):
-        raise UsageError(f"-k {ks} is more than the latents of the pipeline: see --expansion")
     pipeline = Pipeline(
         layer_numbers(layers),
         position_kinds(positions),
@@ -151,12 +149,12 @@ def _steps(
     seed: int,
     device: str,
 ) -> None:
+    if max(ks) > latents:
+        raise UsageError(f"-k {max(ks)} is more than the {latents} --latents")
     from dlmctl.bench.sae import UNTIMED, compare_steps, planted_activations, stored_activations
     from dlmctl.models.loading import resolve_device
     from dlmctl.sae.activations import StoredActivations
 
-    if max(ks) > latents:
-        raise UsageError(f"-k {max(ks)} is more than the {latents} --latents")
     where, batches = resolve_device(device), steps + UNTIMED
     if activations is None:
         data = planted_activations(width, size, batches, seed, where)

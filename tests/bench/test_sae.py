@@ -21,6 +21,7 @@ from dlmctl.bench.sae import (
     planted_activations,
     stored_activations,
 )
+from dlmctl.records.errors import UsageError
 from dlmctl.sae.activations import StoredActivations
 from dlmctl.sae.trainer import Recipe, SaeTrainer
 
@@ -112,12 +113,21 @@ def test_the_command_writes_both_measurements(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("layers", "ks", "message"), [([0, 7], [2], "no layer 7"), ([0], [33], "see --expansion")]
+)
+def test_a_pipeline_that_cannot_be_is_refused(
+    layers: list[int], ks: list[int], message: str
+) -> None:
+    pipeline = Pipeline(layers, ["mask"], ks, 2, 64, 16, 4, 12, 0)
+    with pytest.raises(UsageError, match=message):
+        list(compare_pipelines(tiny_policy(), pipeline))
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ("--measure steps,speed", "--measure has no 'speed'"),
         ("-k 20 --latents 16", "-k 20 is more than the 16 --latents"),
-        ("--measure pipeline -m random:tiny -k 200 --layers 0", "see --expansion"),
-        ("--measure pipeline -m random:tiny -k 2 --layers 7", "no layer 7"),
     ],
 )
 def test_wrong_options_are_named(tmp_path: Path, options: str, message: str) -> None:

@@ -11,6 +11,7 @@ that none was trained on. What is not installed is left out, and said.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import statistics
 import sys
@@ -60,7 +61,12 @@ class SaeLens:
 
         torch.manual_seed(0)
         config = TopKTrainingSAEConfig(
-            d_in=first.shape[1], d_sae=recipe.latents, k=k, use_sparse_activations=sparse
+            d_in=first.shape[1],
+            d_sae=recipe.latents,
+            k=k,
+            use_sparse_activations=sparse,
+            # By its default it is on, and sparse codes have no backward pass with it on the CPU.
+            rescale_acts_by_decoder_norm=not sparse,
         )
         settings = SAETrainerConfig(
             total_training_samples=recipe.tokens,
@@ -85,7 +91,8 @@ class Sparsify:
     """What its Trainer does with the activations of a batch, with --optimizer adam."""
 
     def __init__(self, recipe: Recipe, k: int, first: Tensor) -> None:
-        from sparsify import SparseCoder, SparseCoderConfig
+        with contextlib.redirect_stdout(sys.stderr):  # it says there what it has not got
+            from sparsify import SparseCoder, SparseCoderConfig
         from transformers import get_linear_schedule_with_warmup
 
         torch.manual_seed(0)
