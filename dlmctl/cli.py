@@ -47,6 +47,16 @@ SUBCOMMANDS = {
     "sae-train": Subcommand(
         "sae_train", SAE, "Train Top-K sparse autoencoders on activations of a model."
     ),
+    "sae-eval": Subcommand(
+        "sae_eval",
+        SAE,
+        "Measure how well sparse autoencoders give activations back, and the loss on insertion.",
+    ),
+    "sae-stability": Subcommand(
+        "sae_stability",
+        SAE,
+        "Measure whether a model's sparse autoencoders still fit it after more training.",
+    ),
     "sae-activations": Subcommand(
         "sae_activations", SAE, "Store activations of a model over a corpus."
     ),
