@@ -11,13 +11,15 @@ from dlmctl.commands.corpora import (
     Context,
     HidePrompt,
     Level,
+    OwnModel,
     Pack,
     PerBatch,
     Sequences,
     corpus_batches,
     level_range,
+    own_model,
 )
-from dlmctl.commands.options import Device, Dtype, Json, Model, OnErrorOption, Seed
+from dlmctl.commands.options import Device, Dtype, Json, OnErrorOption, Seed
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import UsageError
 
@@ -47,7 +49,7 @@ def command(
             "sae-train' takes them: none, or -, is standard input.",
         ),
     ],
-    model: Model = "builtin:puzzles",
+    model: OwnModel = None,
     layer: Annotated[
         int | None,
         typer.Option(min=0, show_default="as its folder says", help="Block that it is for."),
@@ -93,8 +95,9 @@ def command(
     from dlmctl.sae.evaluation import common_levels, evaluate, place, sae_folders
 
     folders, files = split_paths(paths)
-    policy = load_policy(model, device, dtype)
-    saes = [place(folder, policy, layer) for folder in sae_folders(folders)]
+    found = sae_folders(folders)
+    policy = load_policy(own_model(found, model), device, dtype)
+    saes = [place(folder, policy, layer) for folder in found]
     levels = level_range(level) if level else common_levels(saes)
     law = Corruption(*levels, bool(per_batch), seed)
     batches = corpus_batches(

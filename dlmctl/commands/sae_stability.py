@@ -11,13 +11,15 @@ from dlmctl.commands.corpora import (
     Context,
     HidePrompt,
     Level,
+    OwnModel,
     Pack,
     PerBatch,
     Sequences,
     corpus_batches,
     level_range,
+    own_model,
 )
-from dlmctl.commands.options import Device, Dtype, Json, Model, OnErrorOption, Seed
+from dlmctl.commands.options import Device, Dtype, Json, OnErrorOption, Seed
 from dlmctl.commands.sae_eval import Insert, Scope, split_paths
 from dlmctl.commands.tables import write_rows
 
@@ -36,7 +38,7 @@ def command(
     tuned: Annotated[
         str, typer.Option("--tuned", metavar="MODEL", help="The model after more training.")
     ],
-    model: Model = "builtin:puzzles",
+    model: OwnModel = None,
     tuned_saes: Annotated[
         list[Path] | None,
         typer.Option(
@@ -74,8 +76,9 @@ def command(
     from dlmctl.sae.stability import stability
 
     folders, files = split_paths(paths)
-    base, after = load_policy(model, device, dtype), load_policy(tuned, device, dtype)
-    saes = [place(folder, base) for folder in sae_folders(folders)]
+    found = sae_folders(folders)
+    base, after = (load_policy(m, device, dtype) for m in (own_model(found, model), tuned))
+    saes = [place(folder, base) for folder in found]
     others = [place(folder, after) for folder in sae_folders(tuned_saes)] if tuned_saes else None
     law = Corruption(*(level_range(level) if level else common_levels(saes)), bool(per_batch), seed)
     batches = corpus_batches(
