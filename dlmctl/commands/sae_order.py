@@ -71,8 +71,8 @@ def command(
         typer.Option(
             metavar="FIELD",
             show_default="none",
-            help="Field with the one right completion, as text or as token ids, for instance "
-            "solution: asks which signals tell right proposals from wrong ones.",
+            help="Field with the one right completion, for instance solution: asks which signals "
+            "tell right proposals from wrong ones. Text, or token ids with null where any will do.",
         ),
     ] = None,
     samples: Annotated[

@@ -1,7 +1,9 @@
 """The features of completions while they are sampled, and an order of decoding that goes by them.
 
 In every step the codes of all positions of the completion are compared with those of the step
-before, which is all that is kept of it. A pass must go over whole sequences: no cache.
+before, which is all that is kept of it. A pass must go over whole sequences: no cache. The
+activations of a position are those where its token stands, also for a model whose logits stand at
+the token before.
 
 The order `sae` is an experiment of this package, and not in the paper: the confidence of a masked
 position is p(token) * s, s the Jaccard similarity of its active features with those of the step

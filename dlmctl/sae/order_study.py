@@ -83,7 +83,7 @@ class OrderStudy:
         if isinstance(truth, str):
             truth = self.policy.encode_text(truth)
         if truth is not None and not _are_ids(truth):
-            raise DataError(f"field '{self.truth}' is neither text nor a list of token ids")
+            raise DataError(f"field '{self.truth}' is neither text nor a list of token ids or null")
         ready["tokens"] = {**tokens, "truth": truth}
         return ready
 
@@ -170,5 +170,6 @@ class _Means:
 
 def _are_ids(value: Any) -> bool:
     return isinstance(value, list) and all(
-        isinstance(number, int) and not isinstance(number, bool) for number in value
+        number is None or (isinstance(number, int) and not isinstance(number, bool))
+        for number in value
     )

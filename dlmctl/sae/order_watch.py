@@ -32,7 +32,8 @@ SIGNALS = (
 )
 """p of the token that the model finds likeliest; Jaccard similarity with the step before; features
 in common with it; the strongest feature's activation; |x|; |x - xhat| / |x|; and the share of the
-completion that is decided, which is no signal but a clock to compare with."""
+completion that is decided, which is no signal but a clock to compare with. Where all positions have
+K active features, shared and stability rank alike."""
 
 
 class FeatureCounts:
@@ -62,8 +63,9 @@ class FeatureCounts:
 class OrderWatch(FeatureWatch):
     """Records a report of each completion and dictionary, and what is pooled over completions.
 
-    Where the record of a request has `tokens.truth`, the ids of the right completion, each proposal
-    for a masked position is pooled with its signals, from the second step of a completion on.
+    Where the record of a request has `tokens.truth`, the ids of the right completion and None where
+    any will do, each proposal for a masked position of the block under way is pooled with its
+    signals, from the second step of a completion on.
     """
 
     def __init__(self, policy: Policy, dictionaries: Sequence[Dictionary]) -> None:
@@ -89,7 +91,8 @@ class OrderWatch(FeatureWatch):
         record: Mapping[str, Any] = {} if request.record is None else request.record
         truth = ((record.get("tokens") or {}).get("truth") or [])[: self._truth.shape[1]]
         self._truth[slot] = -1
-        self._truth[slot, : len(truth)] = self.canvas.tensor(truth)
+        known = [-1 if token is None else token for token in truth]
+        self._truth[slot, : len(known)] = self.canvas.tensor(known)
 
     def saw(self, number: int, look: Look) -> None:
         self._ledgers[number].add(look.slots, look.change)

@@ -176,7 +176,7 @@ def test_features_are_counted_over_the_steps_of_all_completions() -> None:
         assert row["score"] == pytest.approx(float(expected[row["feature"]]))
 
 
-def _signals(policy: Policy, dictionary: Dictionary, record: Record, truth: list[int]):
+def _signals(policy: Policy, dictionary: Dictionary, record: Record, truth: list[int | None]):
     """(step, right, signals) of each proposal within the block under way, by loops."""
     order, steps = record["rollout"]["order"], _replayed(policy, record)
     for t in range(1, len(steps)):
@@ -187,7 +187,7 @@ def _signals(policy: Policy, dictionary: Dictionary, record: Record, truth: list
         likely[:, policy.mask_id] = -1
         error = x - (code @ dictionary.sae.W_dec + dictionary.sae.b_dec)
         for place in range(first, min(first + 5, len(truth))):
-            if not steps[t].masked[place]:
+            if not steps[t].masked[place] or truth[place] is None:
                 continue
             now, old = (_sets(part[place : place + 1])[0] for part in (code, before))
             token = int(likely[place].argmax())
@@ -209,10 +209,10 @@ def _signals(policy: Policy, dictionary: Dictionary, record: Record, truth: list
 @pytest.mark.parametrize("order", ["random", "entropy"])
 def test_signals_are_those_of_the_replay(order: Any) -> None:
     policy, [dictionary] = tiny_policy(), _dictionaries(1)
-    text = "0123412"
-    truth = policy.encode_text(text)
+    truth: list[int | None] = list(policy.encode_text("0123412"))
+    truth[2] = truth[4] = None
     study = OrderStudy(policy, [dictionary], SETTINGS, [order], "answer")
-    records = list(study.run([*_records(answer=text)[:3], Record(id="none", prompt="1")], 2, 0, 3))
+    records = list(study.run([*_records(answer=truth)[:3], Record(id="none", prompt="1")], 2, 0, 3))
     assert [record["id"] for record in records] == [0, 0, 1, 1, 2, 2, "none", "none"]
     assert "truth" not in records[0]["tokens"]
     found = [entry for r in records[:6] for entry in _signals(policy, dictionary, r, truth)]
