@@ -76,7 +76,9 @@ def read_dictionaries(texts: Sequence[str], policy: Policy) -> list[Dictionary]:
     width = policy.core.config.get_text_config().hidden_size
     found: list[Dictionary] = []
     for text in texts:
-        name, number = re.fullmatch(r"(.*?)(?:@(\d+))?", text, re.DOTALL).groups()  # type: ignore[union-attr]
+        parts = re.fullmatch(r"(.*?)(?:@(\d+))?", text, re.DOTALL)
+        assert parts is not None
+        name, number = parts.groups()
         saved = read_sae(Path(name))
         layer = saved.metadata.get("dlm_layer") if number is None else int(number)
         if not isinstance(layer, int):
