@@ -223,11 +223,11 @@ def test_signals_are_those_of_the_replay(order: Any) -> None:
 def test_records_and_summary_do_not_depend_on_the_batch(family: Family) -> None:
     policy, dictionaries = tiny_policy(family), _dictionaries(0, 1)
     made = []
-    for batch_size in (1, 4, 64):
+    for batch_size in (1, 3):
         settings = Sampling(10, 4, 12, 0.9, threshold=0.4, early_stop=True)
         study = OrderStudy(policy, dictionaries, settings, ["random", "sae"], "answer")
         records = sorted(
-            study.run(_records(answer="01234012"), 2, 3, batch_size),
+            study.run(_records(answer="01234012"), 1, 3, batch_size),
             key=lambda record: (record["rollout"]["remasking"], record["id"], record["sample"]),
         )
         made.append([json.loads(json.dumps(x)) for x in (records, list(study.summary()))])
@@ -248,7 +248,7 @@ def test_a_signal_that_is_constant_leaves_the_order_of_low_confidence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     policy, dictionaries = tiny_policy(), _dictionaries(0, 1)
-    for way in ({}, {"eos": "late"}, {"temperature": 0.0}):
+    for way in ({"eos": "late"}, {"temperature": 0.0}):
         plain, guided = (
             Sampling(
                 **{"gen_length": 9, "block_length": 5, "steps": 8, "temperature": 0.9} | way,

@@ -77,7 +77,7 @@ def test_dictionaries_are_read_and_refused(folder: str, tmp_path: Path) -> None:
             read_dictionaries(texts, policy)
 
 
-def test_records_that_cannot_be_used(folder: str) -> None:
+def test_records_that_cannot_be_used() -> None:
     def run(record: Record, on_error: Any) -> list[Record]:
         study = OrderStudy(
             tiny_policy(),
