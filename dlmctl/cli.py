@@ -72,6 +72,9 @@ SUBCOMMANDS = {
     "sae-judge": Subcommand(
         "sae_judge", SAE, "Have a judge explain features and score how well it does."
     ),
+    "sae-order": Subcommand(
+        "sae_order", SAE, "Follow features while completions are sampled in several orders."
+    ),
     "stats": Subcommand("stats", LOOK, "Accuracy, pass@k, reward and length per task."),
     "plot": Subcommand("plot", LOOK, "Draw curves from metrics records."),
     "bench": Subcommand("bench", LOOK, "Measure speed, memory and variance beside a baseline."),
