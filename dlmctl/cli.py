@@ -46,6 +46,7 @@ SUBCOMMANDS = {
     "sae-convert": Subcommand(
         "sae_convert", LOOK, "Turn a sparse autoencoder into another library's folder."
     ),
+    "sae-probe": Subcommand("sae_probe", LOOK, "How well single features tell known concepts."),
     "stats": Subcommand("stats", LOOK, "Accuracy, pass@k, reward and length per task."),
     "plot": Subcommand("plot", LOOK, "Draw curves from metrics records."),
     "bench": Subcommand("bench", LOOK, "Measure speed, memory and variance beside a baseline."),
