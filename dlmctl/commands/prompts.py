@@ -17,9 +17,9 @@ def command(
     source: Annotated[
         str,
         typer.Argument(
-            help="sudoku, countdown (made on the spot); gsm8k, math (data sets); a JSONL, CSV or "
-            "parquet file; a directory or hub name that 'datasets' loads; - is JSONL on standard "
-            "input."
+            help="sudoku, countdown, concepts (made on the spot); gsm8k, math (data sets); a "
+            "JSONL, CSV or parquet file; a directory or hub name that 'datasets' loads; - is JSONL "
+            "on standard input."
         ),
     ] = "sudoku",
     limit: Annotated[
@@ -28,15 +28,16 @@ def command(
             "-n",
             "--limit",
             min=0,
-            show_default=f"{DEFAULT_PROBLEMS} of sudoku and countdown, else all",
-            help="How many; 0 is no limit: sudoku and countdown go on for ever.",
+            show_default=f"{DEFAULT_PROBLEMS} of what is made on the spot, else all",
+            help="How many; 0 is no limit: what is made on the spot goes on for ever.",
         ),
     ] = None,
     split: Annotated[
         Literal["train", "test"],
         typer.Option(
             help="The splits have no solution grid of Sudoku in common (200 and 88 of the 288), "
-            "Countdowns no problem; of a data set, its split."
+            "Countdowns no problem, sentences of concepts no combination of values; of a data set, "
+            "its split."
         ),
     ] = "train",
     holes: Annotated[
@@ -57,7 +58,8 @@ def command(
         bool,
         typer.Option(
             "--completions/--no-completions",
-            help="Add a right answer as 'completion', for 'dlmctl update --algo sft'.",
+            help="Add a right answer as 'completion', for 'dlmctl update --algo sft'; concepts "
+            "have their text there always.",
         ),
     ] = False,
     origin: Annotated[
@@ -92,11 +94,17 @@ def command(
     Writes a record with `id`, `task`, `prompt` (or `messages`) and the fields that the task's
     verifier needs. Columns of TRL, verl, GSM8K, MATH and the benchmark files of d1 are recognised.
 
+    `concepts` are short texts to study features with: `sentences` holds, for each, `start` and
+    `end` in the completion, and subject, tense, number, sentiment and topic, which vary
+    independently and have many words for each value.
+
     Examples:
 
     dlmctl prompts sudoku -n 512 --holes 6-10 --seed 1
 
     dlmctl prompts gsm8k --style instruct --split test
+
+    dlmctl prompts concepts -n 20000
 
     dlmctl prompts 4x4_test_sudoku.csv
 
