@@ -75,7 +75,7 @@ SUBCOMMANDS = {
     "sae-order": Subcommand(
         "sae_order", SAE, "Follow features while completions are sampled in several orders."
     ),
-    "sae-probe": Subcommand("sae_probe", LOOK, "How well single features tell known concepts."),
+    "sae-probe": Subcommand("sae_probe", SAE, "How well single features tell known concepts."),
     "stats": Subcommand("stats", LOOK, "Accuracy, pass@k, reward and length per task."),
     "plot": Subcommand("plot", LOOK, "Draw curves from metrics records."),
     "bench": Subcommand("bench", LOOK, "Measure speed, memory and variance beside a baseline."),

@@ -92,10 +92,11 @@ def command(
 
     from dlmctl.models.loading import load_policy
     from dlmctl.sae.corpus import Corruption
-    from dlmctl.sae.evaluation import common_levels, evaluate, place, sae_folders
+    from dlmctl.sae.evaluation import common_levels, evaluate, place
+    from dlmctl.sae.folders import find_saes
 
     folders, files = split_paths(paths)
-    found = sae_folders(folders)
+    found = find_saes(folders)
     policy = load_policy(own_model(found, model), device, dtype)
     saes = [place(folder, policy, layer) for folder in found]
     levels = level_range(level) if level else common_levels(saes)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dlmctl.commands.options import (
-    BatchSize,
-    Device,
-    Dtype,
-    Files,
-    Json,
-    Model,
-    OnErrorOption,
-    Quiet,
-    Seed,
+from dlmctl.commands.corpora import (
+    Context,
+    Level,
+    OwnModel,
+    Sequences,
+    level_range,
+    own_model,
 )
+from dlmctl.commands.options import Device, Dtype, Json, OnErrorOption, Quiet, Seed
 from dlmctl.commands.progress import counted
+from dlmctl.commands.sae_eval import split_paths
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.jsonl import each, read_records
 
@@ -26,26 +24,19 @@ COLUMNS = ("sae", "method", "concept", "value", "feature", "auroc", "clear")
 
 
 def command(
-    sae: Annotated[
-        list[Path],
-        typer.Option(
-            "--sae",
-            metavar="DIRECTORY",
-            help="Folder of an autoencoder, or of many; repeatable. Its metadata says which layer "
-            "and which positions it is for.",
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SAE… [CORPUS…]",
+            help="Folders of autoencoders, or directories of such; and JSONL files: none, or -, is "
+            "standard input.",
         ),
     ],
-    files: Files = None,
-    model: Model = "builtin:puzzles",
-    t_min: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Least share of the tokens that is hidden.")
-    ] = 0.05,
-    t_max: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Greatest; each text draws its own.")
-    ] = 0.5,
-    context: Annotated[int, typer.Option(min=2, help="Tokens that a text is cut to.")] = 2048,
+    model: OwnModel = None,
+    level: Level = None,
+    context: Context = 2048,
     seed: Seed = 0,
-    batch_size: BatchSize = 32,
+    batch_size: Sequences = 32,
     device: Device = "auto",
     dtype: Dtype = "auto",
     on_error: OnErrorOption = "fail",
@@ -67,21 +58,22 @@ def command(
 
     Example:
 
-    dlmctl prompts concepts --split test -n 1000 | dlmctl sae-probe --sae saes -m runs/concepts
+    dlmctl prompts concepts --split test -n 1000 | dlmctl sae-probe saes -m runs/concepts
     """
-    from dlmctl.models.blocks import check_layers
     from dlmctl.models.loading import load_policy
     from dlmctl.sae.corpus import Corruption, documents
-    from dlmctl.sae.folders import find_saes, read_sae
-    from dlmctl.sae.probe import place_of, probe
+    from dlmctl.sae.evaluation import common_levels, place
+    from dlmctl.sae.folders import find_saes
+    from dlmctl.sae.probe import probe
     from dlmctl.sae.sentences import collect, labelled
 
-    law = Corruption(t_min, t_max, seed=seed)
-    saes = {str(path): read_sae(path) for path in find_saes(sae)}
-    places = [place_of(saved, name) for name, saved in saes.items()]
-    policy = load_policy(model, device, dtype)
-    check_layers(policy, [layer for layer, _ in places])
-    records = each(read_records(files or [], on_error), labelled, on_error)
+    folders, files = split_paths(paths)
+    folders = find_saes(folders)
+    policy = load_policy(own_model(folders, model), device, dtype)
+    saes = [place(folder, policy) for folder in folders]
+    law = Corruption(*(level_range(level) if level else common_levels(saes)), seed=seed)
+    places = list(dict.fromkeys((placed.layer, placed.positions) for placed in saes))
+    records = each(read_records(files, on_error), labelled, on_error)
     stream = documents(counted(records, "texts", quiet), policy, context, on_error=on_error)
-    found = collect(stream, policy, list(dict.fromkeys(places)), law, batch_size)
-    write_rows(probe(saes, places, found, seed, policy.device), COLUMNS, json)
+    found = collect(stream, policy, places, law, batch_size)
+    write_rows(probe(saes, found, seed, policy.device), COLUMNS, json)

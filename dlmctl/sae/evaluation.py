@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from dlmctl.models.blocks import Edit
 from dlmctl.models.policy import Policy
-from dlmctl.records.errors import DataError, MissingInputError, UsageError
+from dlmctl.records.errors import DataError, UsageError
 from dlmctl.sae.activations import check_keys
 from dlmctl.sae.corpus import Batch, Corruption, Positions
-from dlmctl.sae.folders import SavedSae, layout_of, read_sae
+from dlmctl.sae.folders import SavedSae, read_sae
 from dlmctl.sae.insertion import Losses, Scope, differences, splice
 from dlmctl.sae.measures import Reconstruction
 from dlmctl.sae.topk import Codes, TopKSae
@@ -42,23 +41,6 @@ class Placed(NamedTuple):
         }
 
 
-def sae_folders(paths: Iterable[Path]) -> list[Path]:
-    """The autoencoders among directories and directly under them, in order of layer and K.
-
-    Raises:
-        MissingInputError: a directory holds none.
-    """
-    found: list[Path] = []
-    for path in paths:
-        under = [path] if _is_sae(path) else sorted(filter(_is_sae, path.glob("*")), key=_order)
-        if not under:
-            raise MissingInputError(
-                f"{path} is no autoencoder, and there is none directly under it"
-            )
-        found += under
-    return found
-
-
 def place(folder: Path, policy: Policy, layer: int | None = None) -> Placed:
     """An autoencoder on the device of a policy.
 
@@ -66,16 +48,18 @@ def place(folder: Path, policy: Policy, layer: int | None = None) -> Placed:
         layer: block whose output it is for; None: as its folder says.
 
     Raises:
-        UsageError: it does not say for which layer it is, or the policy has no such layer.
-        DataError: it is for activations of another width.
+        UsageError: the policy has no such layer.
+        DataError: it does not say what it is for, or is for activations of another width.
     """
     saved = read_sae(folder)
     layer = saved.metadata.get("dlm_layer") if layer is None else layer
     if layer is None:
-        raise UsageError(f"{folder} does not say for which layer it is: give --layer")
+        raise DataError("it does not say which layer it is for (dlm_layer)", str(folder))
     positions: Positions = saved.metadata.get("dlm_positions") or (
         "mask" if policy.diffusion else "all"
     )
+    if positions not in get_args(Positions):
+        raise DataError(f"it is for positions '{positions}', a kind not known here", str(folder))
     check_keys(policy, [layer], [positions])
     width = int(policy.core.config.hidden_size)
     if saved.sae.d_in != width:
@@ -179,17 +163,3 @@ def _keep(outputs: dict[int, Tensor], layer: int) -> Edit:
         return output
 
     return look
-
-
-def _is_sae(path: Path) -> bool:
-    try:
-        layout_of(path)
-    except MissingInputError:
-        return False
-    return True
-
-
-def _order(path: Path) -> list[tuple[int, str]]:
-    """layer5-k50 before layer10-k50."""
-    parts = re.split(r"(\d+)", path.name)
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]

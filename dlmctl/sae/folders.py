@@ -11,6 +11,7 @@ that an autoencoder means the same whatever it came from.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,7 @@ def layout_of(directory: Path) -> Layout:
 
 
 def find_saes(directories: Sequence[Path]) -> list[Path]:
-    """The autoencoders among these folders and in the folders under them, by name.
+    """The autoencoders among these folders and in the folders under them, by name and number.
 
     Raises:
         MissingInputError: there is none in one of them.
@@ -72,8 +73,14 @@ def find_saes(directories: Sequence[Path]) -> list[Path]:
         whole = [p for p in under if not any(x[0] == "." for x in p.relative_to(directory).parts)]
         if not whole:
             raise MissingInputError(f"{directory} holds no autoencoder: there is none of {_FILES}")
-        found += sorted(whole)
+        found += sorted(whole, key=_natural_order)
     return found
+
+
+def _natural_order(path: Path) -> list[tuple[int, str]]:
+    """layer5-k50 before layer10-k50."""
+    parts = re.split(r"(\d+)", str(path))
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def read_sae(directory: Path) -> SavedSae:

@@ -14,15 +14,14 @@ rest: the best of 16,384 features looks good on the sentences that it was chosen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dlmctl.records.errors import DataError
 from dlmctl.sae.auroc import auroc
-from dlmctl.sae.corpus import Positions
-from dlmctl.sae.folders import SavedSae
+from dlmctl.sae.evaluation import Placed
 from dlmctl.sae.sentences import Labelled, Place, Tokens
 from dlmctl.sae.topk import Codes, TopKSae
 
@@ -183,8 +182,7 @@ def baseline_methods(first: Half, latents: int, seed: int) -> Iterator[Method]:
 
 
 def probe(
-    saes: Mapping[str, SavedSae],
-    places: Sequence[Place],
+    saes: Sequence[Placed],
     found: Labelled,
     seed: int,
     device: torch.device,
@@ -192,43 +190,24 @@ def probe(
     """A row for each autoencoder, method and value; behind those of a method their summary.
 
     Args:
-        places: layer and positions of each autoencoder.
         seed: of the random directions.
 
     Raises:
-        DataError: an autoencoder has another width than the model, or the labels do not vary.
+        DataError: the labels do not vary.
     """
     made: dict[tuple[Place, int], list[tuple[Method, Found]]] = {}
-    for (name, saved), place in zip(saes.items(), places, strict=True):
-        sae = saved.sae.to(device)
+    for placed in saes:
+        sae, place = placed.sae, (placed.layer, placed.positions)
         tokens = found.tokens[place]
-        if sae.d_in != tokens.states.shape[1]:
-            raise DataError(
-                f"{name} is for activations of width {sae.d_in}, and the model's have "
-                f"{tokens.states.shape[1]}"
-            )
         names, first, second = halves(tokens, found.document, found.values, device)
         own = sae_method(sae)
         kind = (place, sae.d_sae)
         if kind not in made:
             others = baseline_methods(first, sae.d_sae, seed)
             made[kind] = [(method, best_features(method, first, second)) for method in others]
-        of_sae = {"sae": name, "layer": place[0], "k": sae.k, "positions": place[1]}
         for method, best in [(own, best_features(own, first, second)), *made[kind]]:
             for row in result_rows(method, names, best, second):
-                yield {**of_sae, **row}
-
-
-def place_of(saved: SavedSae, name: str) -> Place:
-    """Layer and positions that an autoencoder is for; raises DataError where it does not say."""
-    layer = saved.metadata.get("dlm_layer")
-    positions = saved.metadata.get("dlm_positions", "all")
-    if not isinstance(layer, int) or positions not in get_args(Positions):
-        raise DataError(
-            f"{name} does not say which layer and positions it is for: its metadata has no number "
-            f"dlm_layer, or a dlm_positions that is none of {', '.join(get_args(Positions))}"
-        )
-    return layer, positions
+                yield {**placed.about, **row}
 
 
 def result_rows(

@@ -12,10 +12,10 @@ import torch
 from conftest import invoke, tiny_policy
 
 from dlmctl.models.policy import Policy
-from dlmctl.records.errors import MissingInputError, UsageError
+from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record, parse_record
 from dlmctl.sae.corpus import Batch, Corruption, corrupted, documents
-from dlmctl.sae.evaluation import Evaluation, Placed, common_levels, evaluate, sae_folders
+from dlmctl.sae.evaluation import Evaluation, Placed, common_levels, evaluate
 from dlmctl.sae.folders import SavedSae, write_sae
 from dlmctl.sae.insertion import Losses
 from dlmctl.sae.stability import compare, match_decoders, stability
@@ -160,17 +160,6 @@ def test_decoders_are_matched_whatever_their_order() -> None:
     assert match_decoders(rows, rows.flip(0))["matched"] == pytest.approx(1.0, abs=1e-5)
     found = match_decoders(torch.eye(4), torch.eye(4)[:2])
     assert found == {"matched": 0.5, "matched_above": 0.5}
-
-
-def test_folders_are_found_and_ordered(tmp_path: Path) -> None:
-    for name in ("layer10-k5-mask", "layer2-k50-mask", "layer2-k5-mask"):
-        write_sae(SavedSae(TopKSae(4, 8, 2)), tmp_path / name)
-    (tmp_path / "state").mkdir()
-    names = [path.name for path in sae_folders([tmp_path])]
-    assert names == ["layer2-k5-mask", "layer2-k50-mask", "layer10-k5-mask"]
-    assert sae_folders([tmp_path / names[0]]) == [tmp_path / names[0]]
-    with pytest.raises(MissingInputError, match="no autoencoder"):
-        sae_folders([tmp_path / "state"])
 
 
 def test_levels_must_agree() -> None:

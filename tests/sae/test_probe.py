@@ -254,7 +254,7 @@ def run(line):
 
 
 def test_the_command_writes_a_row_for_each_value_and_method_and_their_summaries(study):
-    done = run("sae-probe --sae saes -m model t.jsonl")
+    done = run("sae-probe saes t.jsonl -m model")
     assert done.exit_code == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == 2 * 4 * (19 + 1)
@@ -269,7 +269,7 @@ def test_the_command_writes_a_row_for_each_value_and_method_and_their_summaries(
             assert summary["clear"] == sum(a > 0.95 for a in aurocs) / 19
             assert len({row["sentences"] for row in values}) == 1
             assert all(0 < row["positives"] < row["sentences"] for row in values)
-    assert run("sae-probe --sae saes -m model t.jsonl").stdout == done.stdout
+    assert run("sae-probe saes t.jsonl -m model").stdout == done.stdout
 
 
 @pytest.mark.parametrize(
@@ -277,15 +277,15 @@ def test_the_command_writes_a_row_for_each_value_and_method_and_their_summaries(
     [
         ({}, 16, 65, "does not say which layer"),
         ({"dlm_layer": 2}, 16, 2, "no layer 2"),
-        ({"dlm_layer": 1}, 8, 65, "width 8, and the model's have 16"),
-        ({"dlm_layer": 1, "dlm_positions": "some"}, 16, 65, "does not say which layer"),
+        ({"dlm_layer": 1}, 8, 65, "activations of width 8, model has 16"),
+        ({"dlm_layer": 1, "dlm_positions": "some"}, 16, 65, "positions 'some'"),
     ],
 )
 def test_autoencoders_that_do_not_fit_the_model_are_refused(study, metadata, width, code, message):
     from pathlib import Path
 
     write_sae(SavedSae(TopKSae(width, 20, 2), metadata), Path("other"))
-    done = run("sae-probe --sae other -m model t.jsonl")
+    done = run("sae-probe other t.jsonl -m model")
     assert done.exit_code == code
     assert message in done.stderr
 
@@ -295,8 +295,8 @@ def test_a_record_without_labels_is_named_or_left_out(study):
 
     lines = Path("t.jsonl").read_text() + '{"prompt":"story:","completion":"the dog"}\n'
     Path("u.jsonl").write_text(lines)
-    done = run("sae-probe --sae saes/mask -m model u.jsonl")
+    done = run("sae-probe saes/mask u.jsonl -m model")
     assert done.exit_code == 65
     assert "u.jsonl:121: field 'sentences' is missing" in done.stderr
-    skipped = run("sae-probe --sae saes/mask -m model u.jsonl --on-error skip")
-    assert skipped.stdout == run("sae-probe --sae saes/mask -m model t.jsonl").stdout
+    skipped = run("sae-probe saes/mask u.jsonl -m model --on-error skip")
+    assert skipped.stdout == run("sae-probe saes/mask t.jsonl -m model").stdout
