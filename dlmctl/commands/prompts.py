@@ -62,6 +62,15 @@ def command(
             "have their text there always.",
         ),
     ] = False,
+    wanted: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--want",
+            metavar="CONCEPT=VALUE",
+            help="Of concepts: what 'dlmctl verify' looks for in a text, as in --want "
+            "sentiment=positive; repeatable.",
+        ),
+    ] = None,
     origin: Annotated[
         str | None,
         typer.Option(
@@ -124,9 +133,10 @@ def command(
         numbers=_range(numbers, "--numbers", 2, 6),
         style=style,
         completions=completions,
+        wanted=dict(_pair("--want", "CONCEPT=VALUE", text) for text in wanted or []),
         origin=origin,
         task=task,
-        renamed=dict(_pair(text) for text in renamed or []),
+        renamed=dict(_pair("--map", "FIELD=COLUMN", text) for text in renamed or []),
         on_error=on_error,
     )
     write_records(records, output)
@@ -143,8 +153,8 @@ def _range(text: str, option: str, least: int, most: int) -> tuple[int, int]:
     return low, high
 
 
-def _pair(text: str) -> tuple[str, str]:
-    name, found, column = text.partition("=")
-    if not found or not name or not column:
-        raise UsageError(f"--map {text} is not FIELD=COLUMN")
-    return name, column
+def _pair(option: str, form: str, text: str) -> tuple[str, str]:
+    name, found, value = text.partition("=")
+    if not found or not name or not value:
+        raise UsageError(f"{option} {text} is not {form}")
+    return name, value

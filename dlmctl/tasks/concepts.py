@@ -46,6 +46,7 @@ CONCEPTS: dict[str, tuple[str, ...]] = {
     "topic": tuple(TOPICS),
 }
 """Concept to its values."""
+_BOTH = ("singular", "plural")
 _WEIGHTS = {"subject": 1, "topic": 1, "tense": 2, "number": 3, "sentiment": 3}
 
 _TEMPLATES = (
@@ -86,6 +87,27 @@ def documents(split: Split = "train", seed: int = 0) -> Iterator[Document]:
             text += " " * bool(text) + _sentence(values, draw)
             sentences.append(Sentence(start, len(text), values))
         yield Document(text, sentences)
+
+
+def expressions(concept: str, value: str) -> frozenset[str]:
+    """Words and phrases that a text says a value with and no other value of the concept."""
+    own = _expressions(concept, value)
+    return own.difference(*(_expressions(concept, v) for v in CONCEPTS[concept] if v != value))
+
+
+def _expressions(concept: str, value: str) -> frozenset[str]:
+    if concept == "sentiment":
+        return frozenset(word for words in SENTIMENTS[value] for word in words)
+    if concept == "subject":
+        kind = SUBJECTS[value]
+        return frozenset([*kind.nouns, *map(plural, kind.nouns), *kind.adjectives])
+    if concept == "topic":
+        topic = TOPICS[value]
+        forms = {
+            verb_form(v, t, n) for v in topic.verbs for t in ("past", "present") for n in _BOTH
+        }
+        return frozenset([*topic.objects, *topic.places, *forms, *map(participle, topic.verbs)])
+    return frozenset(TIMES[value] if concept == "tense" else DETERMINERS[value])
 
 
 def split_of(values: dict[str, str]) -> Split:

@@ -43,6 +43,7 @@ def prompts(
     numbers: tuple[int, int] = (3, 3),
     style: Style = "plain",
     completions: bool = False,
+    wanted: Mapping[str, str] | None = None,
     origin: str | None = None,
     task: str | None = None,
     renamed: Mapping[str, str] | None = None,
@@ -57,6 +58,7 @@ def prompts(
         numbers: fewest and most numbers of a Countdown problem.
         completions: add `completion`, a right answer in the words of `style` plain; concepts
             have theirs always.
+        wanted: concept to value, which `verify` looks for in what is written from concepts.
         origin: where gsm8k or math is read from instead of the hub.
         renamed: record field to column.
     """
@@ -65,7 +67,7 @@ def prompts(
     elif source == "countdown" and origin is None:
         stream = _countdown(split, numbers, seed, style, completions)
     elif source == "concepts" and origin is None:
-        stream = _concepts(split, seed)
+        stream = _concepts(split, seed, wanted or {})
     elif (plugin := _plugin(source)) is not None:
         stream = (Record(record) for record in plugin(seed, split))
     else:
@@ -103,13 +105,14 @@ def _countdown(
         )
 
 
-def _concepts(split: Split, seed: int) -> Iterator[Record]:
+def _concepts(split: Split, seed: int, wanted: Mapping[str, str]) -> Iterator[Record]:
     for document in concepts.documents(split, seed):
         digest = blake2b(document.text.encode(), digest_size=8).hexdigest()
         yield Record(
             id=f"concepts/{digest}",
             task="concepts",
             prompt=concepts.PROMPT,
+            **({"wanted": dict(wanted)} if wanted else {}),
             completion=document.text,
             sentences=[{"start": s.start, "end": s.end, **s.values} for s in document.sentences],
         )
