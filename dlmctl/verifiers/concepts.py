@@ -8,7 +8,7 @@ none gets 0.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -33,18 +33,27 @@ def concepts(record: Mapping[str, Any]) -> Verdict:
     for concept, value in wanted.items():
         if value not in CONCEPTS.get(concept, ()):
             raise DataError(f"there is no value '{value}' of a concept '{concept}'")
-        found[concept] = {name: _count(concept, name, text) for name in CONCEPTS[concept]}
+        # "a week ago" and "these days" say when, not how many.
+        said = text if concept == "tense" else _times().sub("", text)
+        found[concept] = {
+            name: len(_pattern(concept, name).findall(said)) for name in CONCEPTS[concept]
+        }
     shares = [
         counts[wanted[concept]] / max(1, sum(counts.values())) for concept, counts in found.items()
     ]
     return Verdict(sum(shares) / len(shares), {"expressions": found})
 
 
-def _count(concept: str, value: str, text: str) -> int:
-    return len(_pattern(concept, value).findall(text))
+@cache
+def _pattern(concept: str, value: str) -> re.Pattern[str]:
+    return _any_of(expressions(concept, value))
 
 
 @cache
-def _pattern(concept: str, value: str) -> re.Pattern[str]:
-    words = sorted(expressions(concept, value), key=len, reverse=True)
+def _times() -> re.Pattern[str]:
+    return _any_of(phrase for time in CONCEPTS["tense"] for phrase in expressions("tense", time))
+
+
+def _any_of(phrases: Iterable[str]) -> re.Pattern[str]:
+    words = sorted(phrases, key=len, reverse=True)
     return re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b")
