@@ -47,6 +47,16 @@ SUBCOMMANDS = {
     "sae-train": Subcommand(
         "sae_train", SAE, "Train Top-K sparse autoencoders on activations of a model."
     ),
+    "sae-eval": Subcommand(
+        "sae_eval",
+        SAE,
+        "Measure how well sparse autoencoders give activations back, and the loss on insertion.",
+    ),
+    "sae-stability": Subcommand(
+        "sae_stability",
+        SAE,
+        "Measure whether a model's sparse autoencoders still fit it after more training.",
+    ),
     "sae-activations": Subcommand(
         "sae_activations", SAE, "Store activations of a model over a corpus."
     ),
@@ -62,6 +72,10 @@ SUBCOMMANDS = {
     "sae-judge": Subcommand(
         "sae_judge", SAE, "Have a judge explain features and score how well it does."
     ),
+    "sae-order": Subcommand(
+        "sae_order", SAE, "Follow features while completions are sampled in several orders."
+    ),
+    "sae-probe": Subcommand("sae_probe", SAE, "How well single features tell known concepts."),
     "stats": Subcommand("stats", LOOK, "Accuracy, pass@k, reward and length per task."),
     "plot": Subcommand("plot", LOOK, "Draw curves from metrics records."),
     "bench": Subcommand("bench", LOOK, "Measure speed, memory and variance beside a baseline."),

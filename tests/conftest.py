@@ -11,7 +11,9 @@ from pathlib import Path
 import orjson
 import pytest
 import torch
+from typer.testing import CliRunner, Result
 
+from dlmctl.cli import app
 from dlmctl.models.policy import Family, Policy
 from dlmctl.models.small import make_policy
 from dlmctl.models.tokenizers import character_tokenizer
@@ -70,6 +72,11 @@ def saved_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], st
         return made[family]
 
     return get
+
+
+def invoke(name: str, *arguments: str | Path) -> Result:
+    """Run a subcommand in this process, which saves the start of another."""
+    return CliRunner().invoke(app, [name, *map(str, arguments)])
 
 
 def shell(line: str, cwd: Path, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:

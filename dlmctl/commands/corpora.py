@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
@@ -22,6 +23,17 @@ Corpus = Annotated[
         metavar="CORPUS",
         help="JSONL files of records with 'text', 'tokens', or 'prompt' and 'completion'; none, or "
         "-, is standard input.",
+    ),
+]
+OwnModel = Annotated[
+    str | None,
+    typer.Option(
+        "-m",
+        "--model",
+        metavar="MODEL",
+        envvar="DLMCTL_MODEL",
+        show_default="the autoencoder's own",
+        help="Hub name, directory or checkpoint; builtin:puzzles is the model that comes along.",
     ),
 ]
 Layers = Annotated[
@@ -46,7 +58,7 @@ Level = Annotated[
     typer.Option(
         "--t",
         metavar="T or T-T",
-        show_default="0-1",
+        show_default="0-1; the autoencoder's own where there is one",
         help="Level of the masks: a token is hidden with probability t, drawn within this range.",
     ),
 ]
@@ -106,6 +118,13 @@ def level_range(text: str) -> tuple[float, float]:
         return float(first), float(last or first)
     except ValueError:
         raise UsageError(f"--t {text} is neither a number nor a range such as 0.05-0.5") from None
+
+
+def own_model(folders: Sequence[Path], model: str | None) -> str:
+    """The model that is given, else the one that the first autoencoder names."""
+    from dlmctl.sae.folders import read_sae
+
+    return model or str(read_sae(folders[0]).metadata.get("model_name") or "builtin:puzzles")
 
 
 def corpus_batches(

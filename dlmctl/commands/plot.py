@@ -38,7 +38,10 @@ def command(
     ] = None,
     x: Annotated[str, typer.Option("-x", metavar="FIELD", help="What it is drawn over.")] = "step",
     by: Annotated[
-        str, typer.Option(metavar="FIELD", help="A line for each value of this field.")
+        str,
+        typer.Option(
+            metavar="FIELD", help="A line for each value of this field, or of a list of fields."
+        ),
     ] = "run",
     smooth: Annotated[
         int, typer.Option(min=1, help="Mean over so many points, the points faint behind it.")
@@ -49,11 +52,14 @@ def command(
     """Draw curves from metrics records.
 
     Reads what 'dlmctl update' writes (or any JSONL with numbers) and draws a panel for each
-    measure.
+    measure. Several values of a line at one place become their mean and a band of the standard
+    error.
 
-    Example:
+    Examples:
 
     dlmctl plot runs/a/metrics.jsonl runs/b/metrics.jsonl -y reward -y kl --smooth 10 -o curves.png
+
+    dlmctl plot eval.jsonl -x k -y fve -y delta_mask --by layer -o sparsity.png
     """
     from dlmctl.report.plots import collect, draw
 

@@ -17,9 +17,9 @@ def command(
     source: Annotated[
         str,
         typer.Argument(
-            help="sudoku, countdown (made on the spot); gsm8k, math (data sets); a JSONL, CSV or "
-            "parquet file; a directory or hub name that 'datasets' loads; - is JSONL on standard "
-            "input."
+            help="sudoku, countdown, concepts (made on the spot); gsm8k, math (data sets); a "
+            "JSONL, CSV or parquet file; a directory or hub name that 'datasets' loads; - is JSONL "
+            "on standard input."
         ),
     ] = "sudoku",
     limit: Annotated[
@@ -28,15 +28,16 @@ def command(
             "-n",
             "--limit",
             min=0,
-            show_default=f"{DEFAULT_PROBLEMS} of sudoku and countdown, else all",
-            help="How many; 0 is no limit: sudoku and countdown go on for ever.",
+            show_default=f"{DEFAULT_PROBLEMS} of what is made on the spot, else all",
+            help="How many; 0 is no limit: what is made on the spot goes on for ever.",
         ),
     ] = None,
     split: Annotated[
         Literal["train", "test"],
         typer.Option(
             help="The splits have no solution grid of Sudoku in common (200 and 88 of the 288), "
-            "Countdowns no problem; of a data set, its split."
+            "Countdowns no problem, sentences of concepts no combination of values; of a data set, "
+            "its split."
         ),
     ] = "train",
     holes: Annotated[
@@ -57,9 +58,19 @@ def command(
         bool,
         typer.Option(
             "--completions/--no-completions",
-            help="Add a right answer as 'completion', for 'dlmctl update --algo sft'.",
+            help="Add a right answer as 'completion', for 'dlmctl update --algo sft'; concepts "
+            "have their text there always.",
         ),
     ] = False,
+    wanted: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--want",
+            metavar="CONCEPT=VALUE",
+            help="Of concepts: what 'dlmctl verify' looks for in a text, as in --want "
+            "sentiment=positive; repeatable.",
+        ),
+    ] = None,
     origin: Annotated[
         str | None,
         typer.Option(
@@ -92,11 +103,17 @@ def command(
     Writes a record with `id`, `task`, `prompt` (or `messages`) and the fields that the task's
     verifier needs. Columns of TRL, verl, GSM8K, MATH and the benchmark files of d1 are recognised.
 
+    `concepts` are short texts to study features with: `sentences` holds, for each, `start` and
+    `end` in the completion, and subject, tense, number, sentiment and topic, which vary
+    independently and have many words for each value.
+
     Examples:
 
     dlmctl prompts sudoku -n 512 --holes 6-10 --seed 1
 
     dlmctl prompts gsm8k --style instruct --split test
+
+    dlmctl prompts concepts -n 20000
 
     dlmctl prompts 4x4_test_sudoku.csv
 
@@ -116,9 +133,10 @@ def command(
         numbers=_range(numbers, "--numbers", 2, 6),
         style=style,
         completions=completions,
+        wanted=dict(_pair("--want", "CONCEPT=VALUE", text) for text in wanted or []),
         origin=origin,
         task=task,
-        renamed=dict(_pair(text) for text in renamed or []),
+        renamed=dict(_pair("--map", "FIELD=COLUMN", text) for text in renamed or []),
         on_error=on_error,
     )
     write_records(records, output)
@@ -135,8 +153,8 @@ def _range(text: str, option: str, least: int, most: int) -> tuple[int, int]:
     return low, high
 
 
-def _pair(text: str) -> tuple[str, str]:
-    name, found, column = text.partition("=")
-    if not found or not name or not column:
-        raise UsageError(f"--map {text} is not FIELD=COLUMN")
-    return name, column
+def _pair(option: str, form: str, text: str) -> tuple[str, str]:
+    name, found, value = text.partition("=")
+    if not found or not name or not value:
+        raise UsageError(f"{option} {text} is not {form}")
+    return name, value

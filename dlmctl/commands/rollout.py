@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
-import sys
-from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +19,7 @@ from dlmctl.commands.options import (
     Seed,
 )
 from dlmctl.commands.progress import counted
+from dlmctl.commands.prompt_source import Prompts, Task, prompt_records
 from dlmctl.commands.sampling import (
     BlockLength,
     Cache,
@@ -35,6 +31,7 @@ from dlmctl.commands.sampling import (
     GenLength,
     Refresh,
     Remasking,
+    Sae,
     Steer,
     SteerScope,
     SteerTime,
@@ -43,7 +40,7 @@ from dlmctl.commands.sampling import (
     Threshold,
 )
 from dlmctl.records.errors import UsageError
-from dlmctl.records.jsonl import OnError, Record, read_records, write_records
+from dlmctl.records.jsonl import write_records
 
 
 def command(
@@ -58,6 +55,7 @@ def command(
     temperature: Temperature = 0.9,
     cfg_scale: CfgScale = 0.0,
     remasking: Remasking = "low_confidence",
+    sae: Sae = None,
     threshold: Threshold = None,
     factor: Factor = None,
     cache: Cache = "none",
@@ -68,19 +66,8 @@ def command(
     steer: Steer = None,
     steer_scope: SteerScope = None,
     steer_time: SteerTime = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            show_default="sudoku, when there is no FILE and standard input is a terminal or "
-            "/dev/null",
-            help="Take prompts from this task and not from standard input: sudoku, countdown, or "
-            "anything else that 'dlmctl prompts' takes.",
-        ),
-    ] = None,
-    prompts: Annotated[
-        int,
-        typer.Option(min=1, help="Prompts taken from --task, or in each round with --follow."),
-    ] = 32,
+    task: Task = None,
+    prompts: Prompts = 32,
     follow: Annotated[
         Path | None,
         typer.Option(
@@ -116,6 +103,10 @@ def command(
 
     With no FILE and no piped input, prompts come from --task.
 
+    --remasking sae is an experiment of this package: the confidence of a masked position is that of
+    low_confidence times the Jaccard similarity of its active features with those of the step before
+    (in the first step as it is), averaged over --sae.
+
     --steer changes what the model computes: the output of the SAE's layer becomes H + AMPLITUDE m
     W_dec[FEATURE], m the largest entry of the code of H. Steered are the positions of each pass,
     with --cache those of the block and what follows it. Leave --steer out, or write =0, for the
@@ -135,6 +126,7 @@ def command(
     from dlmctl.diffusion.rollout import rollout
     from dlmctl.diffusion.sampling import settings_for
     from dlmctl.models.loading import load_policy
+    from dlmctl.sae.feature_watch import FeatureWatch, check_watchable, read_dictionaries
     from dlmctl.sae.steering import Reach, Steering, parse_steer, parse_time
 
     if files and task is not None:
@@ -163,8 +155,15 @@ def command(
             "--steer and --follow do not go together: a steered completion is no sample of the "
             "weights that are trained; leave one out"
         )
+    if (remasking == "sae") != bool(sae):
+        raise UsageError("--remasking sae and --sae SAE go together: give both, or neither")
+    if follow is not None and sae:
+        raise UsageError(
+            "--sae and --follow do not go together: an autoencoder is of weights that stay as they "
+            "are; leave one out"
+        )
     if follow is not None:
-        source = _prompts(files or [], task, None, seed, on_error, repeat=True)
+        source = prompt_records(files or [], task, None, seed, on_error, repeat=True)
         records = follow_run(
             source,
             follow,
@@ -182,46 +181,17 @@ def command(
         )
     else:
         policy = load_policy(model, device, dtype)
-        source = _prompts(files or [], task, prompts, seed, on_error, repeat=False)
+        source = prompt_records(files or [], task, prompts, seed, on_error, repeat=False)
         settings = settings_for(policy, **given)
-        records = rollout(source, policy, settings, samples, seed, batch_size, on_error)
+        watch = None
+        if sae:
+            check_watchable(policy, settings, "--remasking sae")
+            watch = FeatureWatch(policy, read_dictionaries(sae, policy))
+        records = rollout(
+            source, policy, settings, samples, seed, batch_size, on_error, watch=watch
+        )
+        if watch is not None:
+            records = watch.around(records)
         if steering:
             records = Steering(policy, settings, steering, reach).around(records)
     write_records(counted(records, "sampled", quiet), output)
-
-
-def _prompts(
-    files: list[str],
-    task: str | None,
-    limit: int | None,
-    seed: int,
-    on_error: OnError,
-    repeat: bool,
-) -> Iterator[Record]:
-    """Prompt records from files, from the task, from standard input, or Sudokus, in this order."""
-    if files or (task is None and _has_input()):
-        records = read_records(files, on_error)
-        first = next(records, None)
-        if first is None:
-            print("dlmctl: no prompts came in", file=sys.stderr)
-            return
-        yield first
-        yield from records
-        while repeat and files and "-" not in files:
-            yield from read_records(files, on_error)
-        return
-    from dlmctl.tasks.sources import prompts
-
-    for epoch in count() if repeat else range(1):
-        yield from prompts(task or "sudoku", limit=limit, seed=seed + epoch)
-
-
-def _has_input() -> bool:
-    """Whether standard input is a file or a pipe, not a terminal, /dev/null or closed."""
-    try:
-        status = os.fstat(sys.stdin.fileno())
-    except (OSError, ValueError, AttributeError):
-        return sys.stdin is not None and not sys.stdin.closed
-    if not stat.S_ISCHR(status.st_mode):
-        return True
-    return not sys.stdin.isatty() and status.st_rdev != os.stat(os.devnull).st_rdev

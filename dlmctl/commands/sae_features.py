@@ -10,17 +10,28 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from dlmctl.commands.options import BatchSize, Device, Dtype, Files, Output, Quiet, Seed
+from dlmctl.commands.corpora import (
+    Corpus,
+    HidePrompt,
+    Level,
+    OwnModel,
+    Pack,
+    Sequences,
+    corpus_batches,
+    level_range,
+)
+from dlmctl.commands.options import Device, Dtype, Output, Quiet, Seed
 from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
 from dlmctl.records.files import check_free
-from dlmctl.records.jsonl import read_records, write_records
+from dlmctl.records.jsonl import write_records
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dlmctl.models.policy import Policy
     from dlmctl.sae.active import Active
+    from dlmctl.sae.corpus import Batch
 
 PositionsOption = Literal["mask", "unmask", "all", "clean"]
 
@@ -29,18 +40,8 @@ def command(
     source: Annotated[
         Path, typer.Argument(metavar="SAE", help="Folder that 'dlmctl sae-convert' can read.")
     ],
-    files: Files = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "-m",
-            "--model",
-            metavar="MODEL",
-            envvar="DLMCTL_MODEL",
-            show_default="the autoencoder's own",
-            help="Hub name, directory or checkpoint; builtin:puzzles comes along.",
-        ),
-    ] = None,
+    files: Corpus = None,
+    model: OwnModel = None,
     layer: Annotated[
         int | None,
         typer.Option(
@@ -55,31 +56,15 @@ def command(
             "text of which nothing is masked.",
         ),
     ] = None,
-    t_min: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            max=1.0,
-            show_default="the autoencoder's own, else 0",
-            help="Least level t, the probability that a token is masked.",
-        ),
-    ] = None,
-    t_max: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0, max=1.0, show_default="the autoencoder's own, else 1", help="Largest level t."
-        ),
-    ] = None,
-    hide_prompt: Annotated[
-        bool,
-        typer.Option("--hide-prompt/--show-prompt", help="Mask tokens of the prompt as well."),
-    ] = False,
+    level: Level = None,
+    pack: Pack = None,
+    hide_prompt: HidePrompt = False,
     context: Annotated[
         int | None,
         typer.Option(
             min=2,
             show_default="the autoencoder's own, else 2048",
-            help="Tokens that a document is cut to.",
+            help="Most tokens of a sequence; what is longer is cut.",
         ),
     ] = None,
     features: Annotated[
@@ -113,7 +98,7 @@ def command(
         ),
     ] = None,
     seed: Seed = 0,
-    batch_size: BatchSize = 16,
+    batch_size: Sequences = 16,
     device: Device = "auto",
     dtype: Dtype = "auto",
     on_error: Annotated[
@@ -152,7 +137,7 @@ def command(
     from dlmctl.models.blocks import check_layers
     from dlmctl.models.loading import load_policy
     from dlmctl.sae.active import active_features
-    from dlmctl.sae.corpus import Corruption, corrupted, documents
+    from dlmctl.sae.corpus import Corruption
     from dlmctl.sae.feature_page import with_page
     from dlmctl.sae.feature_records import feature_records
     from dlmctl.sae.features import chosen_slots, look, parse_choice
@@ -165,10 +150,8 @@ def command(
     if delphi is not None:
         check_free(delphi)
     plan = Plan(top, weighted, inactive, radius, seed)
-    law = Corruption(
-        *(_first(t_min, known.get("dlm_t_min"), 0.0), _first(t_max, known.get("dlm_t_max"), 1.0)),
-        seed=seed,
-    )
+    levels = level_range(level) if level else (known.get("dlm_t_min", 0), known.get("dlm_t_max", 1))
+    law = Corruption(float(levels[0]), float(levels[1]), seed=seed)
     context = _first(context, known.get("context_size"), 2048)
     layer = _first(layer, known.get("dlm_layer"))
     if layer is None:
@@ -178,8 +161,10 @@ def command(
     kind = _positions(positions, known, policy)
 
     latents = torch.tensor(choice.features or range(sae.d_sae))
-    texts = documents(read_records(files or [], on_error), policy, context, hide_prompt, on_error)
-    batches = corrupted(counted(texts, "documents", quiet), policy, law, batch_size)
+    batches: Iterator[Batch] = corpus_batches(
+        files or [], policy, law, context, bool(pack), hide_prompt, batch_size, on_error
+    )
+    batches = counted(batches, "batches", quiet)
     stream: Iterable[Active] = active_features(batches, policy, layer, sae, kind, latents)
     with ExitStack() as stack:
         if delphi is not None:
@@ -194,7 +179,7 @@ def command(
         f"{int(activity.alive.sum())} of {len(latents)} features alive",
         file=sys.stderr,
     )
-    levels = kind != "clean" and policy.diffusion and law.t_max > law.t_min
+    timed = kind != "clean" and policy.diffusion and law.t_max > law.t_min
     facts = {
         "sae": str(source),
         "model": policy.name,
@@ -203,7 +188,7 @@ def command(
         "latents": sae.d_sae,
         "k": sae.k,
         "positions": kind,
-        "t": [law.t_min, law.t_max] if levels else None,
+        "t": [law.t_min, law.t_max] if timed else None,
     }
     records = feature_records(findings, chosen_slots(findings, choice, seed), policy, sae, facts)
     write_records(records if html is None else with_page(records, html), output)

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from dlmctl.sae.sources import Source
 
 PROFILES: dict[str, dict[str, Any]] = {
-    "corrected": {"level": "0-1", "per_batch": False, "pack": False, "rectified_aux": False},
-    "paper": {"level": "0.05-0.5", "per_batch": True, "pack": True, "rectified_aux": True},
+    "corrected": {"level": "0-1", "per_batch": False, "pack": False, "aux": "straight"},
+    "paper": {"level": "0.05-0.5", "per_batch": True, "pack": True, "aux": "rectified"},
 }
 
 
@@ -82,11 +82,12 @@ def command(
         float, typer.Option(min=0.0, help="Gradients are clipped to this norm; 0 is off.")
     ] = 1.0,
     aux: Annotated[
-        Literal["pre", "rectified"] | None,
+        Literal["straight", "pre", "rectified"] | None,
         typer.Option(
-            show_default="pre",
-            help="What dead latents explain the error with: their pre-activations as they are; or "
-            "behind the ReLU, as published, where they get no gradient.",
+            show_default="straight",
+            help="How dead latents learn to explain the error: behind the ReLU, with the gradient "
+            "passed straight through it; by their pre-activations as they are (SAELens); or "
+            "rectified, as published, where they get hardly any gradient.",
         ),
     ] = None,
     aux_weight: Annotated[float, typer.Option(min=0.0, help="Weight of that loss; 0 is off.")] = 1
@@ -162,7 +163,6 @@ def command(
     numbers = list(dict.fromkeys(whole_numbers("-k", ks)))
     if max([*numbers, k_start or 1]) > latents:
         raise UsageError(f"-k {ks} is more than the {latents} --latents")
-    rectified = preset["rectified_aux"] if aux is None else aux == "rectified"
     recipe = Recipe(
         latents=latents,
         batch_size=sae_batch,
@@ -173,7 +173,7 @@ def command(
         max_norm=grad_norm,
         aux_weight=aux_weight,
         dead_after=dead_after or max(1, tokens // 15),
-        rectified_aux=rectified,
+        aux=aux or preset["aux"],
         k_start=k_start,
         k_anneal=k_anneal,
         seed=seed,

@@ -33,8 +33,20 @@ CfgScale = Annotated[
     float, typer.Option(min=0.0, help="Classifier-free guidance, two passes a step; 0 is off.")
 ]
 Remasking = Annotated[
-    Literal["low_confidence", "random", "entropy", "margin"],
-    typer.Option(help="Which tokens are masked again: how the confidence is measured."),
+    Literal["low_confidence", "random", "entropy", "margin", "sae"],
+    typer.Option(
+        help="Which tokens are masked again: how the confidence is measured. sae is our own "
+        "experiment: confidence times how little the features of --sae change."
+    ),
+]
+Sae = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SAE[@LAYER]",
+        show_default="none",
+        help="With --remasking sae: folder of an autoencoder, LAYER the block (counted from 0) "
+        "where the folder does not name it; repeatable.",
+    ),
 ]
 Threshold = Annotated[
     float | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Annotated, Any
 
 import typer
@@ -17,8 +18,13 @@ from dlmctl.records.jsonl import read_records, write_records
 def command(
     files: Files = None,
     by: Annotated[
-        str, typer.Option(metavar="FIELD", help="A row for each value: task, model, round, …")
-    ] = "task",
+        str | None,
+        typer.Option(
+            metavar="FIELD",
+            show_default="task; of measures layer, k, positions",
+            help="A row for each value: task, model, round, …; of measures a list of fields too.",
+        ),
+    ] = None,
     ks: Annotated[
         list[int] | None,
         typer.Option("-k", "--pass-at", min=1, show_default="1", help="k of pass@k; repeatable."),
@@ -45,18 +51,29 @@ def command(
     the share of empty Sudoku cells that equal the stored solution, `stored` that of whole grids;
     accuracy goes by the rules, as a puzzle may have other solutions.
 
+    Records of measures, as 'dlmctl sae-eval' writes them, are averaged, with standard errors.
+
     Examples:
 
     dlmctl rollout -n 8 | dlmctl verify | dlmctl stats -k 1 -k 8
 
+    dlmctl stats --by layer,k seed-*/eval.jsonl
+
     dlmctl stats --fail-under accuracy=0.8 verified.jsonl || mail -s "worse" me@example.org
     """
+    from dlmctl.report.measurements import averages, is_measurement, present
     from dlmctl.report.statistics import tally
 
     limits = [_limit(text) for text in fail_under or []]
-    rows = tally(read_records(files or [], on_error), by, ks or [1], confidence)
+    records = read_records(files or [], on_error)
+    first = next(records, None)
+    records = chain([] if first is None else [first], records)
+    if first is not None and is_measurement(first):
+        rows = averages(records, by.split(",") if by else present(first))
+    else:
+        rows = tally(records, by or "task", ks or [1], confidence)
     if output == "-" and sys.stdout.isatty():
-        _table(rows, by)
+        _table(rows, by or "task")
     else:
         write_records(rows, output)
     failed = False
@@ -81,7 +98,10 @@ def _limit(text: str) -> tuple[str, float]:
 
 
 def _table(rows: Sequence[dict[str, Any]], by: str) -> None:
-    names = dict.fromkeys(name for row in rows for name in row if name != "interval")
+    errors = {f"{name}_se" for row in rows for name in row}
+    names = dict.fromkeys(
+        name for row in rows for name in row if name != "interval" and name not in errors
+    )
     print_table(rows, {name: by if name == "task" else name for name in names}, _cell)
 
 
@@ -94,4 +114,6 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
         return f"{value:.1%} ({low:.1%}–{high:.1%})"
     if name.startswith("pass@") or name in ("cells", "stored", "finished"):
         return f"{value:.1%}"
+    if f"{name}_se" in row:
+        return f"{value:.4g} ± {row[f'{name}_se']:.2g}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

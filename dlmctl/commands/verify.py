@@ -21,8 +21,8 @@ def command(
         typer.Option(
             metavar="NAME",
             show_default="by the record's task",
-            help="sudoku, sudoku-units, sudoku-cells, countdown, gsm8k, math, format, choice, "
-            "exact, another of a preset, or your own as module:function; repeatable.",
+            help="sudoku, sudoku-units, sudoku-cells, countdown, concepts, gsm8k, math, format, "
+            "choice, exact, another of a preset, or your own as module:function; repeatable.",
         ),
     ] = None,
     weight: Annotated[

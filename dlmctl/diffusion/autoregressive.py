@@ -33,6 +33,7 @@ def sample_autoregressive(
         "--cache": settings.cache != "none",
         "--cfg-scale": settings.cfg_scale > 0,
         "--compile": settings.compile,
+        "--remasking sae": settings.remasking == "sae",
     }.items():
         if given:
             raise UsageError(f"{option} means nothing to {policy.name}, an autoregressive model")

@@ -60,8 +60,8 @@ class Canvas:
         """Tokens of prompt and completion."""
         return self.starts[slot] + self.settings.gen_length
 
-    def add(self, number: int, request: Request) -> None:
-        """Begin a request in the first free slot."""
+    def add(self, number: int, request: Request) -> int:
+        """Begin a request in the first free slot, and say which that is."""
         slot, start = self.owner.index(None), len(request.prompt)
         length = start + self.settings.gen_length
         if length > self.width:
@@ -74,6 +74,7 @@ class Canvas:
         self.order[slot], self.keys[slot] = 0, request.key
         self.owner[slot], self.starts[slot] = number, start
         self.block[slot] = self.step[slot] = self.nfe[slot] = 0
+        return slot
 
     def window(self, slot: int) -> tuple[int, int]:
         """First position of a row's block, and the one after its last."""

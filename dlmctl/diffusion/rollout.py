@@ -14,6 +14,7 @@ from dlmctl.diffusion.autoregressive import sample_autoregressive
 from dlmctl.diffusion.noise import stream_key
 from dlmctl.diffusion.sampler import sample_stream
 from dlmctl.diffusion.sampling import Request, Sample, Sampling
+from dlmctl.diffusion.watching import Watch
 from dlmctl.models.policy import Policy
 from dlmctl.records.jsonl import OnError, Record, each, field
 
@@ -41,8 +42,13 @@ def rollout(
     batch_size: int,
     on_error: OnError = "fail",
     round_: Round | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[Record]:
-    """Sample `samples` completions for every prompt; a group leaves as neighbours, in order."""
+    """Sample `samples` completions for every prompt; a group leaves as neighbours, in order.
+
+    Raises:
+        UsageError: the settings, or a watch, do not go with the kind of model.
+    """
 
     def prepare(record: Record) -> Record:
         record_id = field(record, "id", (str, int), "'dlmctl prompts' writes it")
@@ -64,10 +70,13 @@ def rollout(
             for index in range(samples):
                 waiting.append((record, index))
                 key = stream_key(seed, round_.number if round_ else 0, record["id"], index)
-                yield Request(record["tokens"]["prompt"], key)
+                yield Request(record["tokens"]["prompt"], key, record)
 
-    make = sample_stream if policy.diffusion else sample_autoregressive
-    for result in make(policy, requests(), settings, batch_size):
+    if policy.diffusion:
+        results = sample_stream(policy, requests(), settings, batch_size, watch)
+    else:
+        results = sample_autoregressive(policy, requests(), settings, batch_size)
+    for result in results:
         while waiting[0][1] < 0:
             yield waiting.popleft()[0]
         record, index = waiting.popleft()

@@ -27,7 +27,9 @@ from dlmctl.diffusion.noise import subkeys
 from dlmctl.diffusion.passes import Passes
 from dlmctl.diffusion.proposals import kept, propose
 from dlmctl.diffusion.sampling import Request, Sample, Sampling
+from dlmctl.diffusion.watching import Watch
 from dlmctl.models.policy import Policy
+from dlmctl.records.errors import UsageError
 
 
 def sample(
@@ -40,25 +42,36 @@ def sample(
 
 @torch.no_grad()
 def sample_stream(
-    policy: Policy, requests: Iterable[Request], settings: Sampling, batch_size: int
+    policy: Policy,
+    requests: Iterable[Request],
+    settings: Sampling,
+    batch_size: int,
+    watch: Watch | None = None,
 ) -> Iterator[Sample]:
     """Sample a completion for each request, in their order, `batch_size` under way at a time.
 
     Requests are taken as places become free. Where taking one raises, those under way are finished
     and given out first.
     """
+    if watch is None:
+        if settings.remasking == "sae":
+            raise UsageError("--remasking sae goes by an autoencoder: give one with --sae")
+        watch = Watch()
     source, canvas = _Source(requests), Canvas(policy, settings, batch_size)
-    passes = Passes(policy, settings, canvas)
+    passes = Passes(policy, settings, canvas, watch)
+    watch.start(canvas)
     done: dict[int, Sample] = {}
     given = 0
     while True:
         # Several at a time, for a pass over one new row costs almost as much as one over a few.
         if len(canvas.free) * 8 >= batch_size:
             for number, request in islice(source, len(canvas.free)):
-                canvas.add(number, request)
+                watch.begin(canvas.add(number, request), request)
         if not canvas.active:
             break
-        done.update(canvas.take(slot) for slot in _denoise(canvas, passes))
+        for slot in _denoise(canvas, passes, watch):
+            watch.end(slot)
+            done.update([canvas.take(slot)])
         while given in done:
             yield done.pop(given)
             given += 1
@@ -86,12 +99,14 @@ class _Source:
             raise StopIteration from None
 
 
-def _denoise(canvas: Canvas, passes: Passes) -> list[int]:
+def _denoise(canvas: Canvas, passes: Passes, watch: Watch) -> list[int]:
     """One step of every row under way; returns the slots whose completion is done."""
     rows, settings = canvas.active, canvas.settings
     masked, steps = canvas.masked(rows), canvas.numbered_steps(rows)
     noise = subkeys(subkeys(canvas.keys[canvas.tensor(rows)], steps)[masked.row], masked.completion)
-    token, sure = propose(canvas.policy, passes.states(rows, masked), noise, settings)
+    states = passes.states(rows, masked)
+    token, sure = propose(canvas.policy, states, noise, settings)
+    sure = watch.weigh(masked, states, sure)
     confidence = torch.full(masked.shape, -torch.inf, dtype=torch.float64, device=canvas.device)
     confidence[masked.row, masked.offset] = sure
     quota = settings.quota()[[canvas.block[s] for s in rows], [canvas.step[s] for s in rows]]

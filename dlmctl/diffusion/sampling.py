@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
+from dlmctl.records.jsonl import Record
 
-Remasking = Literal["low_confidence", "random", "entropy", "margin"]
+Remasking = Literal["low_confidence", "random", "entropy", "margin", "sae"]
 EosRule = Literal["normal", "late", "never"]
 CacheRule = Literal["none", "prefix", "dual"]
 
@@ -102,6 +103,8 @@ class Request(NamedTuple):
     prompt: list[int]
     key: int
     """64-bit key that its noise comes from."""
+    record: Record | None = None
+    """What it was made of; for a Watch alone."""
 
 
 class Sample(NamedTuple):

@@ -43,16 +43,22 @@ def example_of(record: Record, policy: Policy, plan: MaskPlan) -> Example:
     """The ids of a record and its masks; text is tokenized only where ids are missing.
 
     Raises:
-        DataError: the record has neither ids nor text, or an empty completion.
+        DataError: the record has neither ids nor text, an empty completion, or no prompt for an
+            autoregressive model to begin from.
     """
     tokens = record.get("tokens") or {}
     prompt = tokens.get("prompt") or policy.encode(record)
     completion = tokens.get("completion")
     if completion is None:
         text = field(record, "completion", str, "'dlmctl rollout' writes it")
-        completion = policy.tokenizer.encode(text, add_special_tokens=False)
+        completion = policy.encode_text(text)
     if not completion:
         raise DataError("the completion is empty; there is nothing to score", record.where)
+    if not prompt and not policy.diffusion:
+        raise DataError(
+            "the prompt is empty; an autoregressive model predicts the first token from one",
+            record.where,
+        )
     record_id = field(record, "id", (str, int), "'dlmctl prompts' writes it")
     # A prompt that comes again in a later round has masks of its own there.
     keys = (plan.seed, record_id, (record.get("rollout") or {}).get("round", 0), plan.draw)

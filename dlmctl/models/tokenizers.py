@@ -1,6 +1,9 @@
-"""Tokenizers for small models: one token per character of an alphabet, or per byte."""
+"""Tokenizers for small models: one token per character of an alphabet, per byte, or per word."""
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -9,6 +12,8 @@ from transformers import PreTrainedTokenizerFast
 PAD, EOS, MASK = "<pad>", "<eos>", "<mask>"
 SPECIAL = [PAD, EOS, MASK]
 PUZZLE_ALPHABET = "0123456789+-*/(),:="
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""Stands for the space before a word, so that decoding gives back the text as it was."""
 
 
 def character_tokenizer(alphabet: str = PUZZLE_ALPHABET) -> PreTrainedTokenizerFast:
@@ -27,6 +32,29 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    return _wrapped(tokenizer)
+
+
+def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """One token per word or punctuation mark of the texts; the most frequent have the lowest ids.
+
+    A word has the space before it in its token, and the first of a text has one too. Ids 0, 1, 2
+    are padding, end-of-sequence and mask.
+    """
+    splitting = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(SPACE, "always", split=False),
+            pre_tokenizers.Split(
+                tokenizers.Regex(rf"{SPACE}?(\w+|[^\w{SPACE}])|{SPACE}"), "isolated"
+            ),
+        ]
+    )
+    counts = Counter(word for text in texts for word, _ in splitting.pre_tokenize_str(text))
+    words = [word for word, _ in counts.most_common()]
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *words])}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary))
+    tokenizer.pre_tokenizer = splitting
+    tokenizer.decoder = decoders.Metaspace(SPACE, "always")
     return _wrapped(tokenizer)
 
 

@@ -9,8 +9,9 @@ from dlmctl.records.jsonl import Record, field
 
 
 def group_key(record: Record) -> Hashable:
-    """Identity of the group: the prompt's id, and the round where the stream has several."""
-    return field(record, "id", (str, int)), record.get("rollout", {}).get("round")
+    """Identity of the group: the prompt's id, and round and order where there are several."""
+    place = record.get("rollout", {})
+    return field(record, "id", (str, int)), place.get("round"), place.get("remasking")
 
 
 def groups(records: Iterable[Record]) -> Iterator[list[Record]]:

@@ -1,9 +1,15 @@
-"""Curves from metrics records: one panel for each measure, one line for each run."""
+"""Curves from metrics records: one panel for each measure, one line for each run.
+
+Where a line has several values at one place, as runs with several seeds do, it goes through their
+means, with the standard error as a band.
+"""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
+from math import sqrt
+from statistics import fmean, stdev
 from typing import Any
 
 from dlmctl.records.errors import DataError, missing_package
@@ -28,12 +34,23 @@ def collect(records: Iterable[Record], x: str, ys: Sequence[str], by: str) -> di
         for y in ys:
             value, at = record.get(y), record.get(x, number)
             if isinstance(value, (int, float)) and isinstance(at, (int, float)):
-                panels[y].setdefault(str(record.get(by, "")), []).append((at, value))
+                panels[y].setdefault(_label(record, by), []).append((at, value))
     for y, series in panels.items():
         if not series:
             there = ", ".join(names) or "no records"
             raise DataError(f"no record has a number '{y}' over '{x}'; there are: {there}")
     return panels
+
+
+def averaged(points: Iterable[tuple[float, float]]) -> list[tuple[float, float, float]]:
+    """For each x in order the mean of y and its standard error, 0 of a single value."""
+    found: dict[float, list[float]] = {}
+    for at, value in points:
+        found.setdefault(at, []).append(value)
+    return [
+        (at, fmean(values), stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0)
+        for at, values in sorted(found.items())
+    ]
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
@@ -77,14 +94,21 @@ def draw(
     return picture.getvalue()
 
 
+def _label(record: Record, by: str) -> str:
+    return " ".join(str(record.get(name, "")) for name in by.split(","))
+
+
 def _panel(axis: Any, name: str, series: Series, x: str, window: int) -> None:
     for number, (label, points) in enumerate(series.items()):
-        points = sorted(points)
-        at, values = [p[0] for p in points], [p[1] for p in points]
+        at, values, errors = map(list, zip(*averaged(points), strict=True))
         colour = COLOURS[number % len(COLOURS)]
         if window > 1:
             axis.plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
-        marker = "o" if len(points) < 12 else None
+        if any(errors):
+            low = [v - e for v, e in zip(values, errors, strict=True)]
+            high = [v + e for v, e in zip(values, errors, strict=True)]
+            axis.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+        marker = "o" if len(at) < 12 else None
         line = smoothed(values, window)
         axis.plot(at, line, color=colour, linewidth=1.6, marker=marker, markersize=3, label=label)
     axis.set_title(name, fontsize=10, loc="left")

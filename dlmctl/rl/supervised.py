@@ -3,7 +3,8 @@
     L = -(1/N) sum_i (1/L_i) (1/K) sum_k weight_ik S_theta(y_i; M_ik)
 
 an upper bound on the negative log-likelihood per token, in nats (LLaDA, arXiv 2502.09992, equation
-5). Completions may be filled up with end-of-sequence, from which the model learns to end.
+5). Completions may be filled up with end-of-sequence, from which the model learns to end. For an
+autoregressive model it is the cross-entropy of every token.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ def with_completion_ids(record: Record, policy: Policy, fill_to: int | None) -> 
     """The record with its completion's ids, filled with end-of-sequence to `fill_to` tokens.
 
     Raises:
+        DataError: the tokenizer cannot express it.
         UsageError: the completion does not fit, or the model has no end-of-sequence token.
     """
     tokens = dict(record.get("tokens") or {})
     ids = tokens.get("completion")
     if ids is None:
-        ids = policy.tokenizer.encode(str(record.get("completion", "")), add_special_tokens=False)
+        ids = policy.encode_text(str(record.get("completion", "")))
     if fill_to is not None:
         if policy.eos_id is None:
             raise UsageError("--fill-to needs a model with an end-of-sequence token")

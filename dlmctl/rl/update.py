@@ -17,7 +17,7 @@ import torch
 
 from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.records.errors import UsageError
-from dlmctl.records.jsonl import Record, dump
+from dlmctl.records.jsonl import Record, dump, each
 from dlmctl.rl.batches import StepBatch, check_on_policy, step_batches
 from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
 from dlmctl.rl.scores import Objective
@@ -74,10 +74,11 @@ def update_supervised(
     """Supervised fine-tuning: one step for every `records_per_step` completions."""
 
     def gradients(batch: StepBatch) -> Iterator[dict[str, Any]]:
-        rows = [with_completion_ids(r, run.policy, fill_to) for g in batch.groups for r in g]
+        rows = [record for group in batch.groups for record in group]
         yield supervised_gradient(run.policy, rows, plan, run.progress.step, batch_size)
 
-    return _steps(_plain_batches(records, records_per_step), run, gradients, save_every, keep)
+    prepared = each(records, lambda record: with_completion_ids(record, run.policy, fill_to))
+    return _steps(_plain_batches(prepared, records_per_step), run, gradients, save_every, keep)
 
 
 def _rewards(batch: StepBatch) -> dict[str, float]:

@@ -200,7 +200,7 @@ def _token_ids(record: Record, policy: Policy) -> tuple[list[int], list[int]]:
     completion = record.get("completion", "")
     if not isinstance(completion, str):
         raise DataError("field 'completion' is not a text", record.where)
-    return policy.encode(record), policy.tokenizer.encode(completion, add_special_tokens=False)
+    return policy.encode(record), policy.encode_text(completion)
 
 
 def _first_token(policy: Policy) -> int:

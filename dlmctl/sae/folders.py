@@ -11,7 +11,8 @@ that an autoencoder means the same whatever it came from.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,13 @@ from dlmctl.sae.topk import TopKSae
 from dlmctl.sae.torch_archive import read_torch_archive
 
 Layout = Literal["saelens", "dictionary_learning", "sparsify"]
+WEIGHT_FILES: dict[str, Layout] = {
+    "sae_weights.safetensors": "saelens",
+    "ae.pt": "dictionary_learning",
+    "sae.safetensors": "sparsify",
+}
+"""What is in a folder, and whose it is."""
+_FILES = ", ".join(f"{file} ({layout})" for file, layout in WEIGHT_FILES.items())
 
 
 @dataclass(frozen=True)
@@ -43,16 +51,36 @@ class SavedSae:
 
 def layout_of(directory: Path) -> Layout:
     """Which library's folder it is; raises MissingInputError where it is none."""
-    if (directory / "sae_weights.safetensors").exists():
-        return "saelens"
-    if (directory / "ae.pt").exists():
-        return "dictionary_learning"
-    if (directory / "sae.safetensors").exists():
-        return "sparsify"
-    raise MissingInputError(
-        f"{directory} is no autoencoder: it has neither sae_weights.safetensors (SAELens), nor "
-        "ae.pt (dictionary_learning), nor sae.safetensors (sparsify)"
-    )
+    for file, layout in WEIGHT_FILES.items():
+        if (directory / file).exists():
+            return layout
+    raise MissingInputError(f"{directory} is no autoencoder: it has none of {_FILES}")
+
+
+def find_saes(directories: Sequence[Path]) -> list[Path]:
+    """The autoencoders among these folders and in the folders under them, by name and number.
+
+    Raises:
+        MissingInputError: there is none in one of them.
+    """
+    found: list[Path] = []
+    for directory in directories:
+        if any((directory / file).exists() for file in WEIGHT_FILES):
+            found.append(directory)
+            continue
+        under = {path.parent for file in WEIGHT_FILES for path in directory.rglob(file)}
+        # One that is being written has a name with a dot before it.
+        whole = [p for p in under if not any(x[0] == "." for x in p.relative_to(directory).parts)]
+        if not whole:
+            raise MissingInputError(f"{directory} holds no autoencoder: there is none of {_FILES}")
+        found += sorted(whole, key=_natural_order)
+    return found
+
+
+def _natural_order(path: Path) -> list[tuple[int, str]]:
+    """layer5-k50 before layer10-k50."""
+    parts = re.split(r"(\d+)", str(path))
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def read_sae(directory: Path) -> SavedSae:

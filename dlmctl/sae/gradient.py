@@ -4,10 +4,19 @@
     L_aux = mean_n |ehat_n - e_n|^2 / mean_n |e_n - mean e|^2,     e = x - xhat, taken as given
     L     = L_rec + weight L_aux
 
-where ehat = z_aux W_dec, without a bias, is made of the k_aux largest pre-activations of dead
-latents (Gao et al. 2024, arXiv 2406.04093, appendix A.2; DLM-Scope, arXiv 2602.05859). They are
-taken as they are, negative ones too. With `rectified_aux` they pass a ReLU first, as in the
-published code: a dead latent has none above 0, so that L_aux neither changes nor teaches anything.
+where ehat = z_aux W_dec, without a bias, is made of the k_aux dead latents with the largest
+pre-activations (Gao et al. 2024, arXiv 2406.04093, appendix A.2; DLM-Scope, arXiv 2602.05859).
+What z_aux is of them, by `aux`:
+
+    rectified   their ReLU, as published. A dead latent is rarely above 0, so that the loss is a
+                constant and teaches nothing.
+    pre         the pre-activations as they are, negative ones too, as in SAELens. They get
+                gradient, but a latent is trained to explain by its absence, and disturbs the
+                others when it comes back.
+    straight    their ReLU, through which the gradient passes to the encoder as if it were not
+                there: the encoder turns to the tokens whose error points along the decoder, and
+                nothing else changes until the latent is active. The centre, which all latents
+                share, takes no part. (Ours.)
 
 A latent's weights get gradient from the few tokens that chose it. Those sums over tokens are one
 pass of `embedding_bag` with the codes sorted by latent, which costs K/F of a product of matrices.
@@ -15,13 +24,15 @@ pass of `embedding_bag` with the codes sorted by latent, which costs K/F of a pr
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dlmctl.sae.topk import Codes
+
+Aux = Literal["straight", "pre", "rectified"]
 
 
 class Dictionary(nn.Module):
@@ -55,7 +66,7 @@ def add_gradient(
     dead: Tensor,
     k_aux: int,
     weight: float,
-    rectified_aux: bool = False,
+    aux: Aux = "straight",
 ) -> Outcome:
     """Set the gradients of L for a batch.
 
@@ -64,6 +75,7 @@ def add_gradient(
         dead: int64 [D], the dead latents.
         k_aux: how many of them L_aux is made of, at most.
         weight: of L_aux.
+        aux: what it is made of.
     """
     centred = x - sae.centre
     # A product in low precision under autocast; what follows is as wide as the weights.
@@ -78,10 +90,13 @@ def add_gradient(
     sae.decoder.grad = _sums(codes.indices, codes.values, slope, len(sae.bias))
     sae.encoder.grad = _sums(codes.indices, towards, centred, len(sae.bias))
     sae.bias.grad = _counts(codes.indices, towards, len(sae.bias))
+    from_bias = sae.bias.grad
     auxiliary = reconstruction.new_zeros(())
     if len(dead) and weight:
-        auxiliary = _add_auxiliary(sae, centred, pre, -residual, dead, k_aux, weight, rectified_aux)
-    sae.centre.grad = slope.sum(dim=0) - sae.bias.grad @ sae.encoder
+        auxiliary = _add_auxiliary(sae, centred, pre, -residual, dead, k_aux, weight, aux)
+        if aux != "straight":
+            from_bias = sae.bias.grad
+    sae.centre.grad = slope.sum(dim=0) - from_bias @ sae.encoder
     return Outcome(codes, residual, reconstruction, auxiliary)
 
 
@@ -93,12 +108,12 @@ def _add_auxiliary(
     dead: Tensor,
     k_aux: int,
     weight: float,
-    rectified: bool,
+    aux: Aux,
 ) -> Tensor:
-    """Add the gradient of weight L_aux; that of the centre follows from that of the bias."""
+    """Add the gradient of weight L_aux, but not that of the centre."""
     spread = (error - error.mean(dim=0)).square().sum(dim=1).mean()
     values, places = pre[:, dead].topk(min(k_aux, len(dead)), dim=1, sorted=False)
-    codes = Codes(values.relu() if rectified else values, dead[places])
+    codes = Codes(values if aux == "pre" else values.relu(), dead[places])
     made, pull = _combined(codes, sae.decoder)
     missed = made - error
     loss = missed.square().sum(dim=1).mean() / spread
@@ -106,7 +121,7 @@ def _add_auxiliary(
         return torch.zeros_like(loss)
     slope = missed * (2 * weight / (len(missed) * spread))
     towards = pull(slope)
-    if rectified:
+    if aux == "rectified":
         towards = towards * (values > 0)
     for parameter, more in (
         (sae.decoder, _sums(codes.indices, codes.values, slope, len(sae.bias))),
@@ -114,7 +129,7 @@ def _add_auxiliary(
         (sae.bias, _counts(codes.indices, towards, len(sae.bias))),
     ):
         assert parameter.grad is not None
-        parameter.grad += more
+        parameter.grad = parameter.grad + more
     return loss
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dlmctl.sae.folders import SavedSae
-from dlmctl.sae.gradient import Dictionary, Outcome, add_gradient
+from dlmctl.sae.gradient import Aux, Dictionary, Outcome, add_gradient
 from dlmctl.sae.topk import TopKSae
 from dlmctl.training.optimizer import apply_step
 
@@ -45,8 +45,8 @@ class Recipe:
     aux_weight: float = 1 / 32
     dead_after: int = 10_000_000
     """Activations after which a latent that was not active counts as dead."""
-    rectified_aux: bool = False
-    """The auxiliary loss of the published code, which teaches dead latents nothing."""
+    aux: Aux = "straight"
+    """What the auxiliary loss is made of; rectified is the published recipe."""
     k_start: int | None = None
     """K at the beginning, which falls to its own over the first `k_anneal` of the steps."""
     k_anneal: float = 0.1
@@ -135,7 +135,7 @@ class SaeTrainer:
                 dead,
                 max(1, x.shape[1] // 2),
                 recipe.aux_weight,
-                recipe.rectified_aux,
+                recipe.aux,
             )
         remove_parallel(sae)
         rate = recipe.rate_at(self.step)

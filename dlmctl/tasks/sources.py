@@ -7,18 +7,19 @@ that yields records.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from hashlib import blake2b
 from importlib.metadata import entry_points
 from itertools import islice
 from typing import Any
 
 from dlmctl.records.jsonl import OnError, Record, each
-from dlmctl.tasks import countdown, sudoku
+from dlmctl.tasks import concepts, countdown, sudoku
 from dlmctl.tasks.columns import to_record
 from dlmctl.tasks.readers import read_rows
 from dlmctl.tasks.sudoku import Split
 from dlmctl.tasks.wording import Style, countdown_prompt, sudoku_prompt
 
-GENERATORS = ("sudoku", "countdown")
+GENERATORS = ("sudoku", "countdown", "concepts")
 DATASETS: dict[str, dict[str, tuple[str, str | None, str]]] = {
     "gsm8k": {
         "train": ("openai/gsm8k", "main", "train"),
@@ -42,6 +43,7 @@ def prompts(
     numbers: tuple[int, int] = (3, 3),
     style: Style = "plain",
     completions: bool = False,
+    wanted: Mapping[str, str] | None = None,
     origin: str | None = None,
     task: str | None = None,
     renamed: Mapping[str, str] | None = None,
@@ -50,11 +52,13 @@ def prompts(
     """Prompt records.
 
     Args:
-        source: sudoku, countdown, gsm8k, math, a source of a plugin, a file, a data set.
+        source: sudoku, countdown, concepts, gsm8k, math, a source of a plugin, a file, a data set.
         limit: how many; None is all there are, for a generator without end.
         holes: fewest and most empty cells of a Sudoku.
         numbers: fewest and most numbers of a Countdown problem.
-        completions: add `completion`, a right answer in the words of `style` plain.
+        completions: add `completion`, a right answer in the words of `style` plain; concepts
+            have theirs always.
+        wanted: concept to value, which `verify` looks for in what is written from concepts.
         origin: where gsm8k or math is read from instead of the hub.
         renamed: record field to column.
     """
@@ -62,6 +66,8 @@ def prompts(
         stream = _sudoku(split, holes, seed, style, completions)
     elif source == "countdown" and origin is None:
         stream = _countdown(split, numbers, seed, style, completions)
+    elif source == "concepts" and origin is None:
+        stream = _concepts(split, seed, wanted or {})
     elif (plugin := _plugin(source)) is not None:
         stream = (Record(record) for record in plugin(seed, split))
     else:
@@ -96,6 +102,19 @@ def _countdown(
             numbers=problem.numbers,
             target=problem.target,
             **({"completion": problem.solution} if completions else {}),
+        )
+
+
+def _concepts(split: Split, seed: int, wanted: Mapping[str, str]) -> Iterator[Record]:
+    for document in concepts.documents(split, seed):
+        digest = blake2b(document.text.encode(), digest_size=8).hexdigest()
+        yield Record(
+            id=f"concepts/{digest}",
+            task="concepts",
+            prompt=concepts.PROMPT,
+            **({"wanted": dict(wanted)} if wanted else {}),
+            completion=document.text,
+            sentences=[{"start": s.start, "end": s.end, **s.values} for s in document.sentences],
         )
 
 

@@ -27,6 +27,7 @@ VERIFIERS = {
     "sudoku-cells": "dlmctl.verifiers.sudoku:sudoku_cells",
     "countdown": "dlmctl.verifiers.countdown:countdown",
     "countdown-shaped": "dlmctl.verifiers.shaped:countdown_shaped",
+    "concepts": "dlmctl.verifiers.concepts:concepts",
     "gsm8k": "dlmctl.verifiers.numeric:gsm8k",
     "math": "dlmctl.verifiers.mathematics:math",
     "format": "dlmctl.verifiers.texts:tags",

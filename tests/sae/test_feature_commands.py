@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_refused(place: Path, saved_models: Any) -> None:
     assert "no layer 5" in refused("--layer", 5)
     assert "features 0 to 39" in refused("--features", 40)
     assert "is autoregressive" in refused("-m", saved_models("ar"), "--positions", "mask")
-    assert "levels from 0.9" in refused("--t-min", 0.9)
+    assert "levels from 0.9" in refused("--t", "0.9-0.6")
     write_sae(SavedSae(random_sae(), {"model_name": "model"}), Path("sae"))
     assert "give --layer" in refused()
     write_sae(SavedSae(random_sae(), {**KNOWN, "dlm_positions": "odd"}), Path("sae"))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dlmctl.sae.gradient import Dictionary, add_gradient
+from dlmctl.sae.gradient import Aux, Dictionary, add_gradient
 
 D, F, N, K = 6, 20, 9, 3
 
@@ -27,7 +27,7 @@ def _activations(seed: int = 1) -> Tensor:
 
 
 def _dense_loss(
-    sae: Dictionary, x: Tensor, dead: Tensor, k_aux: int, weight: float, rectified: bool
+    sae: Dictionary, x: Tensor, dead: Tensor, k_aux: int, weight: float, aux: Aux
 ) -> Tensor:
     """L as it is defined, with dense codes."""
     pre = (x - sae.centre) @ sae.encoder.T + sae.bias
@@ -39,21 +39,21 @@ def _dense_loss(
         alive = torch.ones(F, dtype=torch.bool).index_fill(0, dead, False)
         places = pre.masked_fill(alive, -torch.inf).topk(k_aux, dim=1).indices
         chosen = torch.zeros_like(pre).scatter(1, places, 1.0)
-        values = pre.relu() if rectified else pre
+        values = pre if aux == "pre" else pre.relu()
         missed = (values * chosen) @ sae.decoder - error
         spread = (error - error.mean(dim=0)).square().sum(dim=1).mean()
         loss = loss + weight * missed.square().sum(dim=1).mean() / spread
     return loss
 
 
-@pytest.mark.parametrize("rectified", [False, True])
+@pytest.mark.parametrize("aux", ["pre", "rectified"])
 @pytest.mark.parametrize("dead", [[], [4], [0, 3, 7, 8, 15]])
-def test_gradient_is_that_of_the_definition(dead: list[int], rectified: bool) -> None:
+def test_gradient_is_that_of_the_definition(dead: list[int], aux: Aux) -> None:
     sae, x, places = _dictionary(), _activations(), torch.tensor(dead, dtype=torch.int64)
     k_aux = min(3, len(dead))
-    loss = _dense_loss(sae, x, places, k_aux, 0.3, rectified)
+    loss = _dense_loss(sae, x, places, k_aux, 0.3, aux)
     wanted = torch.autograd.grad(loss, list(sae.parameters()))
-    outcome = add_gradient(sae, x, K, places, 3, 0.3, rectified)
+    outcome = add_gradient(sae, x, K, places, 3, 0.3, aux)
     torch.testing.assert_close(outcome.reconstruction + 0.3 * outcome.auxiliary, loss.detach())
     for parameter, gradient in zip(sae.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
@@ -66,17 +66,47 @@ def _with_a_dead_latent() -> Dictionary:
     return sae
 
 
-def test_a_dead_latent_gets_gradient_from_its_pre_activation() -> None:
+def test_straight_through_the_rectifier_dead_encoders_turn_to_the_error() -> None:
+    sae, x, dead = _with_a_dead_latent(), _activations(), torch.tensor([5, 7])
+    with torch.no_grad():
+        sae.bias[7] = 50.0  # above 0: here the gradient is that of the rectified loss
+    alone = _gradients(sae, x, torch.empty(0, dtype=torch.int64), "straight")
+    found = _gradients(sae, x, dead, "straight")
+    rectified = _gradients(sae, x, dead, "rectified")
+    outcome = add_gradient(sae, x, K, dead, 3, 0.3, "straight")
+    error = -outcome.residual
+    missed = torch.relu(_pre(sae, x)[:, 7:8]) * sae.decoder[7] - error
+    spread = (error - error.mean(dim=0)).square().sum(dim=1).mean()
+    pull = (2 * 0.3 / (N * spread) * missed) @ sae.decoder[5]
+    expected = (pull[:, None] * (x - sae.centre)).sum(dim=0)
+    torch.testing.assert_close(found["encoder"][5], expected.detach())
+    assert found["decoder"][5].norm() == 0
+    torch.testing.assert_close(found["encoder"][7], rectified["encoder"][7])
+    torch.testing.assert_close(found["decoder"], rectified["decoder"])
+    assert torch.equal(found["centre"], alone["centre"])
+
+
+def _pre(sae: Dictionary, x: Tensor) -> Tensor:
+    return (x - sae.centre) @ sae.encoder.T + sae.bias
+
+
+def _gradients(sae: Dictionary, x: Tensor, dead: Tensor, aux: Aux) -> dict[str, Tensor]:
+    add_gradient(sae, x, K, dead, 3, 0.3, aux)
+    return {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("aux", ["pre", "straight"])
+def test_a_dead_latent_gets_gradient(aux: Aux) -> None:
     sae = _with_a_dead_latent()
-    add_gradient(sae, _activations(), K, torch.tensor([5]), 3, 1 / 32)
-    for parameter in (sae.encoder, sae.decoder, sae.bias):
+    add_gradient(sae, _activations(), K, torch.tensor([5]), 3, 1 / 32, aux)
+    for parameter in (sae.encoder, sae.bias):
         assert parameter.grad is not None
-        assert parameter.grad[5].norm() > 1e-3
+        assert parameter.grad[5].norm() > 1e-5
 
 
 def test_behind_a_rectifier_it_gets_none() -> None:
     sae = _with_a_dead_latent()
-    outcome = add_gradient(sae, _activations(), K, torch.tensor([5]), 3, 1 / 32, True)
+    outcome = add_gradient(sae, _activations(), K, torch.tensor([5]), 3, 1 / 32, "rectified")
     for parameter in (sae.encoder, sae.decoder, sae.bias):
         assert parameter.grad is not None
         assert parameter.grad[5].norm() == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import read_jsonl, shell, tiny_policy
+from conftest import invoke, read_jsonl, tiny_policy
 
 from dlmctl.models.blocks import block_outputs
 from dlmctl.records.errors import CannotCreateError, DataError, UsageError
@@ -157,20 +157,27 @@ def test_the_command_trains_stops_and_says_so(
     tmp_path: Path, saved_models: Callable[[str], str]
 ) -> None:
     model = saved_models("llada")
-    line = (
-        f"dlmctl sae-train c.jsonl -m {model} --layers 0,1 -k 2,4 --positions mask,unmask "
-        "--latents 32 --tokens 600 --sae-batch-size 64 --t 0.2-0.9 -o saes --log-every 3"
-    )
-    shell("dlmctl prompts sudoku -n 20 --completions -o c.jsonl", tmp_path)
-    first = shell(line, tmp_path)
-    assert first.returncode == 0, first.stderr
-    assert "8 autoencoders in saes" in first.stderr
-    saved = read_sae(tmp_path / "saes" / "layer1-k4-unmask")
+    corpus, saes = tmp_path / "c.jsonl", tmp_path / "saes"
+    options = "--layers 0,1 -k 2,4 --positions mask,unmask --latents 32 --tokens 600 --t 0.2-0.9"
+    more = "--sae-batch-size 64 --log-every 3"
+    line = [corpus, "-m", model, *options.split(), *more.split(), "-o", saes]
+    invoke("prompts", "sudoku", "-n", "20", "--completions", "-o", corpus)
+    first = invoke("sae-train", *line)
+    assert first.exit_code == 0, first.stderr
+    assert f"8 autoencoders in {saes}" in first.stderr
+    saved = read_sae(saes / "layer1-k4-unmask")
     assert saved.metadata["dlm_layer"] == 1
     assert saved.metadata["hook_name"] == "model.layers.1"
     assert saved.metadata["dlm_t_min"] == 0.2
     assert saved.metadata["dlm_tokens"] == 576
     assert saved.sae.k == 4
-    again = shell(line, tmp_path)
-    assert again.returncode == 0
+    again = invoke("sae-train", *line)
+    assert again.exit_code == 0
     assert "has all of these" in again.stderr
+    invoke("sae-activations", corpus, "-m", model, "--layers", "0,1", "-o", tmp_path / "acts")
+    stored = invoke("sae-train", tmp_path / "acts", "--latents", "32", "-k", "2", "--tokens", "128",
+                    "--sae-batch-size", "64", "-o", tmp_path / "from-disk")  # fmt: skip
+    assert stored.exit_code == 0, stored.stderr
+    assert {path.name for path in (tmp_path / "from-disk").iterdir()} == {
+        "layer0-k2-mask", "layer1-k2-mask", "metrics.jsonl",
+    }  # fmt: skip

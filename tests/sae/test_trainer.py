@@ -93,16 +93,16 @@ def test_resuming_gives_the_same_bits() -> None:
         assert torch.equal(tensor, other.state()[name]), name
 
 
-def test_dead_latents_come_back_by_their_pre_activations() -> None:
-    def share_dead(rectified: bool) -> float:
-        trainer = _trainer(tokens=64 * 600, dead_after=640, rectified_aux=rectified)
+def test_dead_latents_come_back_where_they_get_gradient() -> None:
+    def share_dead(aux: str) -> float:
+        trainer = _trainer(tokens=64 * 1000, dead_after=640, aux=aux)
         with torch.no_grad():
-            trainer.sae.bias[8:] = -2.0
-        _run(trainer, 600)
+            trainer.sae.bias[8:] = -0.6
+        _run(trainer, 1000)
         return float(trainer.dead.double().mean())
 
-    assert share_dead(rectified=True) > 0.5
-    assert share_dead(rectified=False) < 0.2
+    assert share_dead("rectified") > 0.6
+    assert share_dead("straight") < 0.3
 
 
 def test_rate_warms_up_stays_and_falls_to_zero() -> None:

@@ -221,6 +221,7 @@ def test_supervised_training_learns_its_completions(tmp_path, saved_models):
     )
     assert len(metrics) == 60
     assert metrics[-1]["loss"] < 0.1 * metrics[0]["loss"]
+    assert run.progress.tokens == 480 * 4  # with the end-of-sequence that fills up
     from dlmctl.diffusion.sampler import sample
     from dlmctl.diffusion.sampling import Sampling
 

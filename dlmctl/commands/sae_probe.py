@@ -1,0 +1,79 @@
+"""`dlmctl sae-probe`: options and wiring."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dlmctl.commands.corpora import (
+    Context,
+    Level,
+    OwnModel,
+    Sequences,
+    level_range,
+    own_model,
+)
+from dlmctl.commands.options import Device, Dtype, Json, OnErrorOption, Quiet, Seed
+from dlmctl.commands.progress import counted
+from dlmctl.commands.sae_eval import split_paths
+from dlmctl.commands.tables import write_rows
+from dlmctl.records.jsonl import each, read_records
+
+COLUMNS = ("sae", "method", "concept", "value", "feature", "auroc", "clear")
+
+
+def command(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SAE… [CORPUS…]",
+            help="Folders of autoencoders, or directories of such; and JSONL files: none, or -, is "
+            "standard input.",
+        ),
+    ],
+    model: OwnModel = None,
+    level: Level = None,
+    context: Context = 2048,
+    seed: Seed = 0,
+    batch_size: Sequences = 32,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    on_error: OnErrorOption = "fail",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """How well single features tell known concepts.
+
+    Reads records with a text and its `sentences`: a list of objects with `start` and `end`, offsets
+    in characters of `text` or `completion`, and a value for each concept, as 'dlmctl prompts
+    concepts' writes them.
+
+    A feature's score of a sentence is its largest activation on the tokens of the sentence that the
+    autoencoder is for (hidden ones, visible ones, all). For each value the feature with the highest
+    AUROC against the other values is chosen on every other text, and `auroc` is that of the rest.
+    The same is done with principal directions (pca), coordinates (neurons), each with their
+    opposites, and as many random directions as there are latents. `clear` is the share of the
+    values above 0.95. Writes a table on a terminal, JSON lines in a pipe.
+
+    Example:
+
+    dlmctl prompts concepts --split test -n 1000 | dlmctl sae-probe saes -m runs/concepts
+    """
+    from dlmctl.models.loading import load_policy
+    from dlmctl.sae.corpus import Corruption, documents
+    from dlmctl.sae.evaluation import common_levels, place
+    from dlmctl.sae.folders import find_saes
+    from dlmctl.sae.probe import probe
+    from dlmctl.sae.sentences import collect, labelled
+
+    folders, files = split_paths(paths)
+    folders = find_saes(folders)
+    policy = load_policy(own_model(folders, model), device, dtype)
+    saes = [place(folder, policy) for folder in folders]
+    law = Corruption(*(level_range(level) if level else common_levels(saes)), seed=seed)
+    places = list(dict.fromkeys((placed.layer, placed.positions) for placed in saes))
+    records = each(read_records(files, on_error), labelled, on_error)
+    stream = documents(counted(records, "texts", quiet), policy, context, on_error=on_error)
+    found = collect(stream, policy, places, law, batch_size)
+    write_rows(probe(saes, found, seed, policy.device), COLUMNS, json)

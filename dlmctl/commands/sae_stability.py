@@ -1,0 +1,90 @@
+"""`dlmctl sae-stability`: options and wiring."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dlmctl.commands.corpora import (
+    Context,
+    HidePrompt,
+    Level,
+    OwnModel,
+    Pack,
+    PerBatch,
+    Sequences,
+    corpus_batches,
+    level_range,
+    own_model,
+)
+from dlmctl.commands.options import Device, Dtype, Json, OnErrorOption, Seed
+from dlmctl.commands.sae_eval import Insert, Scope, split_paths
+from dlmctl.commands.tables import write_rows
+
+COLUMNS = ("layer", "k", "positions", "base_fve", "tuned_fve", "jaccard", "code_cosine")
+
+
+def command(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SAE… [CORPUS…]",
+            help="Folders of autoencoders of the base model, or directories of such; and JSONL "
+            "files: none, or -, is standard input.",
+        ),
+    ],
+    tuned: Annotated[
+        str, typer.Option("--tuned", metavar="MODEL", help="The model after more training.")
+    ],
+    model: OwnModel = None,
+    tuned_saes: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIRECTORY",
+            help="Autoencoders trained on the tuned model: decoders are matched with those of like "
+            "layer, K and positions.",
+        ),
+    ] = None,
+    scope: Scope = "all",
+    insert: Insert = True,
+    level: Level = None,
+    per_batch: PerBatch = None,
+    context: Context = 2048,
+    pack: Pack = None,
+    hide_prompt: HidePrompt = False,
+    batch_size: Sequences = 8,
+    seed: Seed = 1,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    on_error: OnErrorOption = "fail",
+    json: Json = False,
+) -> None:
+    """Measure whether a model's sparse autoencoders still fit it after more training.
+
+    Base and tuned model see the same tokens under the same masks. Writes a record for each
+    autoencoder: the measures of 'dlmctl sae-eval' on both, and how alike the codes are.
+
+    Example:
+
+    dlmctl sae-stability saes/ corpus.jsonl -m builtin:puzzles --tuned runs/a
+    """
+    from dlmctl.models.loading import load_policy
+    from dlmctl.sae.corpus import Corruption
+    from dlmctl.sae.evaluation import common_levels, place
+    from dlmctl.sae.folders import find_saes
+    from dlmctl.sae.stability import stability
+
+    folders, files = split_paths(paths)
+    found = find_saes(folders)
+    base, after = (load_policy(m, device, dtype) for m in (own_model(found, model), tuned))
+    saes = [place(folder, base) for folder in found]
+    others = [place(folder, after) for folder in find_saes(tuned_saes)] if tuned_saes else None
+    law = Corruption(*(level_range(level) if level else common_levels(saes)), bool(per_batch), seed)
+    batches = corpus_batches(
+        files, base, law, context, bool(pack), hide_prompt, batch_size, on_error
+    )
+    rows = stability(base, after, batches, saes, scope, insert, law, others)
+    more = ("base_delta_mask", "tuned_delta_mask") if insert else ()
+    write_rows(rows, (*COLUMNS, *more, *(("matched",) if others else ())), json)

@@ -1,0 +1,67 @@
+"""Means of records that hold measures instead of a completion, as those of autoencoders do."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from dlmctl.records.jsonl import Record
+
+NAMES = ("layer", "k", "positions", "method")
+"""Fields that tell such records apart where nothing else is asked for."""
+
+
+def is_measurement(record: Record) -> bool:
+    """Whether a record holds neither a completion nor a reward, but numbers."""
+    sampled = {"completion", "reward", "verdict", "rollout", "prompt", "error"} & set(record)
+    return not sampled and any(_is_number(value) for value in record.values())
+
+
+def averages(records: Iterable[Record], by: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each group of records with like values of `by`, and one for all of several.
+
+    Every number becomes its mean; of several records there is the standard error beside it, with
+    `_se` behind its name.
+    """
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        if "error" not in record:
+            key = tuple(_label(record.get(name)) for name in by)
+            groups.setdefault(key, []).append(record)
+    rows = [
+        {**dict(zip(by, key, strict=True)), **_means(members, by)}
+        for key, members in groups.items()
+    ]
+    if len(rows) > 1:
+        every = [record for members in groups.values() for record in members]
+        rows.append({**dict.fromkeys(by, "all"), **_means(every, by)})
+    return rows
+
+
+def present(record: Record) -> list[str]:
+    """Which of the usual names a record has; `sae` where it has none of them."""
+    return [name for name in NAMES if name in record] or ["sae"]
+
+
+def _means(records: Sequence[Record], by: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, list[float]] = {}
+    for record in records:
+        for name, value in record.items():
+            if name not in by and _is_number(value):
+                found.setdefault(name, []).append(value)
+    row: dict[str, Any] = {"records": len(records)}
+    for name, values in found.items():
+        row[name] = statistics.fmean(values)
+        if len(values) > 1:
+            row[f"{name}_se"] = statistics.stdev(values) / math.sqrt(len(values))
+    return row
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _label(value: Any) -> Any:
+    return value if isinstance(value, (int, float, str)) else "-"

@@ -1,0 +1,86 @@
+"""Whether a signal tells, before a token is decided, that what the model proposes is right.
+
+AUROC: the chance that of a right and a wrong proposal, drawn at random, the right one has the
+higher signal; a tie counts as half. Within strata only pairs of one stratum are drawn, all pairs of
+all strata alike: a signal that is but a clock says nothing within a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+POOL = 1 << 17
+"""Proposals that are kept of a stream."""
+
+
+class Pool:
+    """A random part of a stream of proposals, unit by unit, that fits into `size`.
+
+    Kept are the units of lowest number, which are hashes; so the choice does not depend on the
+    order or the batches in which they come, and a unit is kept whole or not at all.
+    """
+
+    def __init__(self, size: int = POOL) -> None:
+        self.size, self.seen = size, 0
+        self._limit: int | None = None
+        self._parts: list[dict[str, Tensor]] = []
+        self._held = 0
+
+    def offer(self, columns: Mapping[str, Tensor]) -> None:
+        """Take P proposals, those of a unit at once.
+
+        Args:
+            columns: [P] each; `unit` int64.
+        """
+        self.seen += len(columns["unit"])
+        part = {name: column.cpu() for name, column in columns.items()}
+        if self._limit is not None:
+            below = part["unit"] < self._limit
+            part = {name: column[below] for name, column in part.items()}
+        self._parts.append(part)
+        self._held += len(part["unit"])
+        if self._held > 2 * self.size:
+            self._shrink()
+
+    def columns(self) -> dict[str, Tensor]:
+        """What was kept, in the order of the units; nothing where nothing was offered."""
+        self._shrink()
+        return self._parts[0] if self._parts else {}
+
+    def _shrink(self) -> None:
+        if not self._parts:
+            return
+        names = self._parts[0]
+        whole = {name: torch.cat([part[name] for part in self._parts]) for name in names}
+        order = whole["unit"].argsort(stable=True)
+        if len(order) > self.size:
+            self._limit = int(whole["unit"][order[self.size]])
+            order = order[whole["unit"][order] < self._limit]
+        self._parts = [{name: column[order] for name, column in whole.items()}]
+        self._held = len(order)
+
+
+def auroc(signal: Tensor, right: Tensor, stratum: Tensor | None = None) -> float | None:
+    """AUROC of a signal [N] for bool [N]; None where there is no pair of a right and a wrong one.
+
+    Args:
+        stratum: int64 [N]; only pairs within one count. None: all pairs.
+    """
+    if not len(signal):
+        return None
+    if stratum is None:
+        stratum = torch.zeros(len(signal), dtype=torch.int64)
+    values, value = signal.unique(return_inverse=True)
+    stratum = stratum.unique(return_inverse=True)[1]
+    cells, cell = (stratum * len(values) + value).unique(return_inverse=True)
+    wins = torch.bincount(cell, right.double(), minlength=len(cells))
+    losses = torch.bincount(cell, (~right).double(), minlength=len(cells))
+    owner = cells // len(values)
+    all_wins, all_losses = torch.bincount(owner, wins), torch.bincount(owner, losses)
+    earlier = (all_losses.cumsum(0) - all_losses)[owner]
+    below = losses.cumsum(0) - losses - earlier
+    pairs = float((all_wins * all_losses).sum())
+    return float((wins * (below + losses / 2)).sum()) / pairs if pairs else None

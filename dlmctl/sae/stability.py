@@ -1,0 +1,115 @@
+"""Whether the autoencoders of a model still fit it after more training (DLM-Scope, section 5).
+
+For the same tokens under the same masks, the base model and the tuned one are compared: how well
+the activations of each are given back, the loss on insertion in each, and how alike the codes are:
+
+    jaccard      share of the active latents of a token that both have, |A n B| / |A u B|
+    code_cosine  cosine of the codes
+
+With autoencoders trained on the tuned model, `matched` is the mean over latents of the largest
+cosine of their decoder row with a row of the other, and `matched_above` the share above 0.9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlmctl.models.policy import Policy
+from dlmctl.sae.corpus import Batch, Corruption
+from dlmctl.sae.evaluation import Evaluation, Placed
+from dlmctl.sae.insertion import Scope
+from dlmctl.sae.topk import Codes
+
+MATCH = 0.9
+"""Cosine above which two latents count as the same."""
+PAIRS = 2**24
+"""Pairs of places in two codes that are compared at once."""
+ROWS = 1024
+"""Latents that are compared with all others at once."""
+
+
+class Likeness:
+    """How alike pairs of codes are, summed over tokens."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._jaccard = self._cosine = 0.0
+
+    def add(self, first: Codes, second: Codes) -> None:
+        """Codes of the same tokens."""
+        shared, either, cosine = compare(first, second)
+        self._tokens += len(shared)
+        self._jaccard += float((shared / either.clamp(min=1)).sum())
+        self._cosine += float(cosine.sum())
+
+    def row(self) -> dict[str, float]:
+        """The means."""
+        count = max(1, self._tokens)
+        return {"jaccard": self._jaccard / count, "code_cosine": self._cosine / count}
+
+
+def compare(first: Codes, second: Codes) -> tuple[Tensor, Tensor, Tensor]:
+    """Of codes of the same N tokens: latents active in both, in either, cosine; float64 [N]."""
+    rows = max(1, PAIRS // first.indices.shape[1] ** 2)
+    columns = (*first, *second)
+    parts = [_compare(*part) for part in zip(*(c.split(rows) for c in columns), strict=True)]
+    shared, either, cosine = (torch.cat(values) for values in zip(*parts, strict=True))
+    return shared, either, cosine
+
+
+def _compare(
+    first_values: Tensor, first_indices: Tensor, second_values: Tensor, second_indices: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    equal = first_indices[:, :, None] == second_indices[:, None, :]
+    a, b = first_values.double(), second_values.double()
+    both = (equal & (a > 0)[:, :, None] & (b > 0)[:, None, :]).double()
+    shared = both.sum(dim=(1, 2))
+    either = (a > 0).sum(dim=1) + (b > 0).sum(dim=1) - shared
+    product = torch.einsum("nij,ni,nj->n", both, a, b)
+    size = a.norm(dim=1) * b.norm(dim=1)
+    # Two codes without an active latent are the same.
+    cosine = (product / size.clamp(min=1e-30)).where(either > 0, 1.0)
+    return shared.where(either > 0, 1.0), either.double(), cosine
+
+
+def match_decoders(first: Tensor, second: Tensor) -> dict[str, float]:
+    """How well rows [F, d] of norm 1 are found among rows [G, d]."""
+    best = torch.cat([(part @ second.T).amax(dim=1) for part in first.split(ROWS)])
+    return {"matched": float(best.mean()), "matched_above": float((best > MATCH).double().mean())}
+
+
+def stability(
+    base: Policy,
+    tuned: Policy,
+    batches: Iterable[Batch],
+    saes: Sequence[Placed],
+    scope: Scope,
+    insert: bool,
+    law: Corruption,
+    others: Sequence[Placed] | None = None,
+) -> list[dict[str, Any]]:
+    """A record for each autoencoder; `base_` and `tuned_` stand before the measures on each model.
+
+    Args:
+        others: autoencoders of the tuned model; the one of like layer, K and positions is matched.
+    """
+    sides = [Evaluation(policy, saes, scope, insert) for policy in (base, tuned)]
+    likeness = [Likeness() for _ in saes]
+    for batch in batches:
+        for seen, first, second in zip(likeness, *(side.add(batch) for side in sides), strict=True):
+            seen.add(first, second)
+    rows = []
+    for number, placed in enumerate(saes):
+        row = {**placed.about, "model": base.name, "tuned": tuned.name, "t": [law.t_min, law.t_max]}
+        row |= likeness[number].row()
+        for name, side in zip(("base", "tuned"), sides, strict=True):
+            row |= {f"{name}_{key}": value for key, value in side.row(number).items()}
+        for other in others or ():
+            if other.about | {"sae": placed.name} == placed.about:
+                row |= match_decoders(placed.sae.W_dec.detach(), other.sae.W_dec.detach())
+        rows.append(row)
+    return rows

@@ -1,0 +1,163 @@
+"""Short texts with planted concepts: five of them, each known for every sentence.
+
+Topic and sentiment hold for a document; subject, tense and number are drawn anew for each
+sentence. A value is expressed by many words (`lexicon`), and most places of a sentence tell more
+than one concept, as a verb does of topic, tense and number: a hidden word has to be inferred from
+values, not from another word.
+
+A combination of the five values belongs to one split. With the values counted from 0 it is
+
+    (subject + topic + 2 tense + 3 number + 3 sentiment) mod 6 = 0
+
+that makes a test sentence. So any two concepts are independent on either side. Were combinations
+assigned by a digest, a feature of one concept would tell a little of another one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from dlmctl.tasks.lexicon import (
+    COPULAS,
+    DETERMINERS,
+    FUTURES,
+    PREPOSITIONS,
+    SENTIMENTS,
+    SUBJECTS,
+    TIMES,
+    TOPICS,
+    participle,
+    plural,
+    verb_form,
+)
+from dlmctl.tasks.sudoku import Split
+
+PROMPT = "story:"
+"""An autoregressive model needs something to begin from."""
+SENTENCES = (3, 5)
+"""Fewest and most in a document."""
+CONCEPTS: dict[str, tuple[str, ...]] = {
+    "subject": tuple(SUBJECTS),
+    "tense": tuple(TIMES),
+    "number": tuple(DETERMINERS),
+    "sentiment": tuple(SENTIMENTS),
+    "topic": tuple(TOPICS),
+}
+"""Concept to its values."""
+_BOTH = ("singular", "plural")
+_WEIGHTS = {"subject": 1, "topic": 1, "tense": 2, "number": 3, "sentiment": 3}
+
+_TEMPLATES = (
+    "{time}, {actor} {act} the {adjective} {object} {preposition} the {place}.",
+    "{actor} {act} the {adjective} {object} {adverb} {time}.",
+    "{adverb}, {actor} {act} the {object} {preposition} the {place} {time}.",
+    "{time}, {actor} {act} the {object} {adverb} {preposition} the {place}.",
+    "{time}, {actor} {state} {feeling} about the {object} {preposition} the {place}.",
+    "{actor} {state} {feeling} about the {adjective} {object} {time}.",
+)
+
+
+class Sentence(NamedTuple):
+    """A span of a document's text, and the value of each concept there."""
+
+    start: int
+    end: int
+    """Behind the full stop."""
+    values: dict[str, str]
+
+
+class Document(NamedTuple):
+    """A text of some sentences, a space between them."""
+
+    text: str
+    sentences: list[Sentence]
+
+
+def documents(split: Split = "train", seed: int = 0) -> Iterator[Document]:
+    """An endless stream of documents."""
+    draw = random.Random(f"concepts/{split}/{seed}")
+    while True:
+        text, sentences = "", []
+        whole = {name: draw.choice(CONCEPTS[name]) for name in ("sentiment", "topic")}
+        for _ in range(draw.randint(*SENTENCES)):
+            values = _values(whole, split, draw)
+            start = len(text) + bool(text)
+            text += " " * bool(text) + _sentence(values, draw)
+            sentences.append(Sentence(start, len(text), values))
+        yield Document(text, sentences)
+
+
+def expressions(concept: str, value: str) -> frozenset[str]:
+    """Words and phrases that a text says a value with and no other value of the concept."""
+    own = _expressions(concept, value)
+    return own.difference(*(_expressions(concept, v) for v in CONCEPTS[concept] if v != value))
+
+
+def _expressions(concept: str, value: str) -> frozenset[str]:
+    if concept == "sentiment":
+        return frozenset(word for words in SENTIMENTS[value] for word in words)
+    if concept == "subject":
+        kind = SUBJECTS[value]
+        return frozenset([*kind.nouns, *map(plural, kind.nouns), *kind.adjectives])
+    if concept == "topic":
+        topic = TOPICS[value]
+        forms = {
+            verb_form(v, t, n) for v in topic.verbs for t in ("past", "present") for n in _BOTH
+        }
+        return frozenset([*topic.objects, *topic.places, *forms, *map(participle, topic.verbs)])
+    return frozenset(TIMES[value] if concept == "tense" else DETERMINERS[value])
+
+
+def split_of(values: dict[str, str]) -> Split:
+    """The split that sentences with these values belong to."""
+    places = {name: CONCEPTS[name].index(value) for name, value in values.items()}
+    total = sum(_WEIGHTS[name] * place for name, place in places.items())
+    return "test" if total % 6 == 0 else "train"
+
+
+def _values(whole: dict[str, str], split: Split, draw: random.Random) -> dict[str, str]:
+    """One value of each concept, those of the document given."""
+    while True:
+        values = {n: whole[n] if n in whole else draw.choice(v) for n, v in CONCEPTS.items()}
+        if split_of(values) == split:
+            return values
+
+
+def _sentence(values: dict[str, str], draw: random.Random) -> str:
+    tense, number = values["tense"], values["number"]
+    topic, mood = TOPICS[values["topic"]], SENTIMENTS[values["sentiment"]]
+    return draw.choice(_TEMPLATES).format(
+        time=draw.choice(TIMES[tense]),
+        actor=_actor(values["subject"], number, draw),
+        act=_verb(draw.choice(topic.verbs), tense, number, draw),
+        state=_verb(draw.choice(COPULAS), tense, number, draw),
+        adjective=draw.choice(mood.adjectives),
+        adverb=draw.choice(mood.adverbs),
+        feeling=draw.choice(mood.feelings),
+        object=draw.choice(topic.objects),
+        preposition=draw.choice(PREPOSITIONS),
+        place=draw.choice(topic.places),
+    )
+
+
+def _actor(subject: str, number: str, draw: random.Random) -> str:
+    kind = SUBJECTS[subject]
+    noun = draw.choice(kind.nouns)
+    words = [draw.choice(DETERMINERS[number]), draw.choice(kind.adjectives)]
+    return " ".join([*words, plural(noun) if number == "plural" else noun])
+
+
+def _verb(verb: str, tense: str, number: str, draw: random.Random) -> str:
+    """The verb with its auxiliaries; those of state have no progressive form."""
+    if tense == "future":
+        marker = draw.choice(FUTURES)
+        be = "" if marker in ("will", "shall") else verb_form("be", "present", number) + " "
+        return f"{be}{marker} {verb}"
+    kind = draw.choice(("simple", "must") if verb in COPULAS else ("simple", "must", "progressive"))
+    if kind == "must":
+        return f"{verb_form('have', tense, number)} to {verb}"
+    if kind == "progressive":
+        return f"{verb_form('be', tense, number)} {participle(verb)}"
+    return verb_form(verb, tense, number)

@@ -1,0 +1,97 @@
+"""Tokens that are words: texts come back as they were, and unknown words are refused."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from dlmctl.cli import app
+from dlmctl.models.loading import load_policy
+from dlmctl.models.tokenizers import word_tokenizer
+from dlmctl.records.errors import DataError
+
+TEXTS = [
+    "story:",
+    "the dog, the (red) fox - and don't they run?",
+    "well-known: 3.5 à la 数学; the  end\n\tthe.",
+]
+
+
+def test_texts_come_back_as_they_were():
+    tokenizer = word_tokenizer(TEXTS)
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    parts = [i for text in TEXTS[:2] for i in tokenizer.encode(text, add_special_tokens=False)]
+    assert tokenizer.decode(parts) == f"{TEXTS[0]} {TEXTS[1]}"
+
+
+def test_words_and_marks_are_tokens_and_a_word_is_the_same_at_the_beginning():
+    tokenizer = word_tokenizer(["the dog, the dog."])
+    ids = tokenizer.encode("the dog, the dog.", add_special_tokens=False)
+    assert ids == [3, 4, 5, 3, 4, 6]  # the, dog, then what comes once, in its order
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id) == (0, 1, 2)
+    assert len(tokenizer) == 7
+
+
+def test_tokens_know_where_they_stand():
+    text = "the dog, the dog."
+    found = word_tokenizer([text])(text, add_special_tokens=False, return_offsets_mapping=True)
+    assert [text[a:b] for a, b in found["offset_mapping"]] == [
+        "the", " dog", ",", " the", " dog", ".",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    rows = [
+        {"prompt": "story:", "completion": "the dog runs."},
+        {"messages": [{"role": "user", "content": "a cat?"}]},
+        {"text": "plain", "answer": "left out"},
+    ]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(line):
+    return CliRunner().invoke(app, line.split())
+
+
+@pytest.mark.parametrize("family", ["llada", "ar"])
+def test_init_makes_a_model_of_the_words_of_a_corpus(corpus, family):
+    done = run(
+        f"init new --family {family} --tokenizer word --vocabulary c.jsonl "
+        "--hidden-size 8 --heads 2"
+    )
+    assert done.exit_code == 0, done.stderr
+    policy = load_policy("new", "cpu")
+    text = "a plain dog: the cat runs?"
+    assert policy.decode(policy.encode_text(text)) == text
+    assert policy.vocab_size == 3 + 10
+    with pytest.raises(DataError, match="has no tokens for 'left'"):
+        policy.encode_text("left")
+
+
+def test_a_completion_with_an_unknown_word_is_named_by_its_line(corpus):
+    run("init new --tokenizer word --vocabulary c.jsonl --hidden-size 8 --heads 2")
+    (corpus / "d.jsonl").write_text('{"id":1,"prompt":"a","completion":"out"}')
+    done = run("update --algo sft -m new -o run d.jsonl")
+    assert done.exit_code == 65
+    assert "d.jsonl:1: " in done.stderr
+    assert "has no tokens for 'out'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--tokenizer word", "go together"),
+        ("--vocabulary c.jsonl", "go together"),
+        ("--tokenizer word --vocabulary e.jsonl", "e.jsonl has no words"),
+    ],
+)
+def test_a_vocabulary_belongs_to_the_word_tokenizer(corpus, options, message):
+    (corpus / "e.jsonl").write_text('{"answer": "4"}\n')
+    done = run(f"init new {options}")
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert not (corpus / "new").exists()

@@ -1,0 +1,209 @@
+"""The loss on insertion, and the measures on two models."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import invoke, tiny_policy
+
+from dlmctl.models.policy import Policy
+from dlmctl.records.errors import UsageError
+from dlmctl.records.jsonl import Record, parse_record
+from dlmctl.sae.corpus import Batch, Corruption, corrupted, documents
+from dlmctl.sae.evaluation import Evaluation, Placed, common_levels, evaluate
+from dlmctl.sae.folders import SavedSae, write_sae
+from dlmctl.sae.insertion import Losses
+from dlmctl.sae.stability import compare, match_decoders, stability
+from dlmctl.sae.topk import Codes, TopKSae
+
+LAW = Corruption(0.2, 0.8, seed=1)
+
+
+def _batches(policy: Policy, count: int = 20) -> list[Batch]:
+    texts = ["".join("01234="[(n * k * k) % 6] for k in range(5 + n % 7)) for n in range(count)]
+    records = [Record(id=n, text=text) for n, text in enumerate(texts)]
+    return list(corrupted(documents(records, policy, 99), policy, LAW, 6))
+
+
+def _identity(width: int) -> TopKSae:
+    """z = (relu(x), relu(-x)), which gives x back to the last bit."""
+    sae = TopKSae(width, 2 * width, 2 * width)
+    both = torch.cat([torch.eye(width), -torch.eye(width)])
+    sae.W_enc.data, sae.W_dec.data = both.T.contiguous(), both
+    return sae.double()
+
+
+def _random(width: int, seed: int = 0) -> TopKSae:
+    sae, generator = TopKSae(width, 40, 4), torch.Generator().manual_seed(seed)
+    for parameter in sae.parameters():
+        parameter.data.normal_(0, 0.3, generator=generator)
+    return sae.double()
+
+
+def _placed(sae: TopKSae, layer: int, positions: str) -> Placed:
+    return Placed("s", sae, layer, positions, SavedSae(sae))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "ar"])
+@pytest.mark.parametrize("scope", ["all", "matching"])
+def test_an_autoencoder_that_changes_nothing_changes_no_loss(family: str, scope: str) -> None:
+    policy = tiny_policy(family)  # type: ignore[arg-type]
+    kinds = ("mask", "unmask", "clean") if policy.diffusion else ("all",)
+    saes = [_placed(_identity(16), n, kind) for n in (0, 1) for kind in kinds]
+    for row in evaluate(policy, _batches(policy), saes, scope, True, LAW):  # type: ignore[arg-type]
+        deltas = [value for name, value in row.items() if name.startswith("delta_")]
+        assert {value for value in deltas if value is not None} == {0.0}
+        assert row["fve"] == 1.0
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "ar"])
+def test_losses_are_those_of_the_whole_logits(family: str) -> None:
+    policy = tiny_policy(family)  # type: ignore[arg-type]
+    losses, nats, weighted = Losses(), {"mask": [], "unmask": []}, 0.0
+    for batch in _batches(policy):
+        losses.add(policy, batch)
+        with torch.no_grad():
+            logits = policy.core(
+                input_ids=batch.seen, attention_mask=batch.there.long(), use_cache=False
+            ).logits
+        for b, t in itertools.product(*map(range, batch.ids.shape)):
+            if t == 0 or not batch.there[b, t]:
+                continue
+            # Dream's sampler and an autoregressive model read token t from the place before it.
+            place = t - 1 if family in ("dream", "ar") else t
+            value = -float(logits[b, place].log_softmax(-1)[batch.ids[b, t]])
+            nats["mask" if batch.hidden[b, t] else "unmask"].append(value)
+            weighted += value / float(batch.level[b]) if batch.hidden[b, t] else 0.0
+    found = losses.means()
+    for kind, values in nats.items():
+        wanted = sum(values) / len(values) if values else None
+        assert found[kind] == (None if wanted is None else pytest.approx(wanted))
+    if nats["mask"]:
+        assert found["mask_per_t"] == pytest.approx(weighted / len(nats["mask"]))
+        tokens = sum(len(values) for values in nats.values())
+        assert found["nelbo"] == pytest.approx(weighted / tokens)
+
+
+def test_the_wrong_shift_measures_another_token() -> None:
+    policy = tiny_policy("dream")
+    batches = _batches(policy)
+    right, wrong = Losses(), Losses()
+    for batch in batches:
+        right.add(policy, batch)
+        wrong.add(dataclasses.replace(policy, shift=0), batch)
+    assert right.means()["mask"] != pytest.approx(wrong.means()["mask"], rel=1e-3)
+
+
+def test_matching_positions_leave_the_others_as_they_are() -> None:
+    policy = tiny_policy(layers=1)  # what is put in behind the last block stays at its place
+    sae = _random(16)
+    batches = _batches(policy)
+    matching = evaluate(policy, batches, [_placed(sae, 0, "mask")], "matching", True, LAW)[0]
+    assert matching["delta_unmask"] == 0.0
+    assert matching["delta_mask"] != 0.0
+    everywhere = evaluate(policy, batches, [_placed(sae, 0, "mask")], "all", True, LAW)[0]
+    assert everywhere["delta_unmask"] != 0.0
+    assert everywhere["delta_mask"] == pytest.approx(matching["delta_mask"])
+
+
+def test_measures_do_not_depend_on_what_is_evaluated_beside_it() -> None:
+    policy = tiny_policy()
+    batches = _batches(policy)
+    many = [_placed(_random(16, n), n % 2, kind) for n, kind in enumerate(("mask", "clean", "all"))]
+    together = evaluate(policy, batches, many, "all", True, LAW)
+    assert together[1] == evaluate(policy, batches, many[1:2], "all", True, LAW)[0]
+
+
+def test_the_same_model_is_stable() -> None:
+    policy = tiny_policy()
+    saes = [_placed(_random(16), 1, "mask")]
+    [row] = stability(policy, policy, _batches(policy), saes, "all", True, LAW, saes)
+    assert row["jaccard"] == pytest.approx(1.0)
+    assert row["code_cosine"] == pytest.approx(1.0)
+    assert row["base_fve"] == row["tuned_fve"]
+    assert row["base_delta_mask"] == row["tuned_delta_mask"]
+    other = tiny_policy(seed=1)
+    [row] = stability(policy, other, _batches(policy), saes, "all", False, LAW)
+    assert row["jaccard"] < 0.9
+    assert row["base_fve"] != row["tuned_fve"]
+
+
+def test_codes_are_compared_by_their_sets_and_as_vectors() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def codes() -> Codes:
+        indices = torch.rand(30, 7, generator=generator).topk(3, dim=1).indices
+        values = torch.rand(30, 3, generator=generator)
+        return Codes(values * (values > 0.4), indices)
+
+    first, second = codes(), codes()
+    shared, either, cosine = compare(first, second)
+    for n in range(30):
+        a = {int(i) for i, v in zip(first.indices[n], first.values[n], strict=True) if v > 0}
+        b = {int(i) for i, v in zip(second.indices[n], second.values[n], strict=True) if v > 0}
+        if not a | b:
+            assert cosine[n] == 1
+            continue
+        assert shared[n] == len(a & b)
+        assert either[n] == len(a | b)
+        u, v = first.dense(7)[n].double(), second.dense(7)[n].double()
+        assert float(cosine[n]) == pytest.approx(float(u @ v / (u.norm() * v.norm() + 1e-30)))
+
+
+def test_decoders_are_matched_whatever_their_order() -> None:
+    rows = torch.nn.functional.normalize(torch.randn(3000, 8), dim=1)
+    assert match_decoders(rows, rows.flip(0))["matched"] == pytest.approx(1.0, abs=1e-5)
+    found = match_decoders(torch.eye(4), torch.eye(4)[:2])
+    assert found == {"matched": 0.5, "matched_above": 0.5}
+
+
+def test_levels_must_agree() -> None:
+    sae = TopKSae(4, 8, 2)
+
+    def placed(**levels: float) -> Placed:
+        return Placed("s", sae, 0, "mask", SavedSae(sae, levels))
+
+    assert common_levels([placed(dlm_t_min=0.1, dlm_t_max=0.5)]) == (0.1, 0.5)
+    with pytest.raises(UsageError, match="give --t"):
+        common_levels([placed(dlm_t_min=0.1), placed()])
+
+
+def test_evaluation_gives_codes_at_its_own_positions() -> None:
+    policy = tiny_policy()
+    batch = _batches(policy)[0]
+    evaluation = Evaluation(
+        policy, [_placed(_random(16), 0, kind) for kind in ("mask", "all")], "all", False
+    )
+    first, second = evaluation.add(batch)
+    assert len(first.values) == int(batch.hidden.sum())
+    assert len(second.values) == int(batch.selected("all").sum())
+
+
+def test_commands_write_a_record_for_each(
+    tmp_path: Path, saved_models: Callable[[str], str]
+) -> None:
+    model = saved_models("llada")
+    for layer, k in itertools.product((0, 1), (2, 4)):
+        about = {"dlm_layer": layer, "dlm_positions": "mask", "dlm_t_min": 0.3, "dlm_t_max": 0.9}
+        sae = _random(16, layer).float()
+        sae.k = k
+        write_sae(SavedSae(sae, about), tmp_path / f"saes/layer{layer}-k{k}-mask")
+    corpus = tmp_path / "c.jsonl"
+    invoke("prompts", "sudoku", "-n", "8", "--completions", "-o", corpus)
+    done = invoke("sae-eval", tmp_path / "saes", corpus, "-m", model)
+    assert done.exit_code == 0, done.stderr
+    rows = [parse_record(line.encode(), "") for line in done.stdout.splitlines()]
+    assert [(row["layer"], row["k"]) for row in rows] == [(0, 2), (0, 4), (1, 2), (1, 4)]
+    assert {tuple(row["t"]) for row in rows} == {(0.3, 0.9)}
+    sae = tmp_path / "saes/layer1-k4-mask"
+    done = invoke("sae-stability", sae, corpus, "-m", model, "--tuned", model, "--no-insert")
+    assert done.exit_code == 0, done.stderr
+    assert parse_record(done.stdout.encode(), "")["jaccard"] == pytest.approx(1.0)
+    done = invoke("sae-eval", corpus, "-m", model)
+    assert done.exit_code == 2
+    assert "is no folder of an autoencoder" in done.stderr

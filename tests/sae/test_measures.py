@@ -1,0 +1,48 @@
+"""Measures of reconstruction against their definitions on whole tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dlmctl.sae.measures import Reconstruction
+from dlmctl.sae.topk import Codes, TopKSae
+
+
+def _measured(x: Tensor, made: Tensor, codes: Codes, latents: int) -> dict[str, float]:
+    measures = Reconstruction(TopKSae(x.shape[1], latents, 2))
+    for part in range(0, len(x), 7):
+        rows = slice(part, part + 7)
+        measures.add(x[rows], made[rows], Codes(codes.values[rows], codes.indices[rows]))
+    return measures.row()
+
+
+def test_measures_are_those_of_the_definitions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 5, dtype=torch.float64, generator=generator) + 2
+    made = x + 0.3 * torch.randn(40, 5, dtype=torch.float64, generator=generator) + 0.1
+    values = torch.rand(40, 2, generator=generator) * (torch.rand(40, 2, generator=generator) > 0.4)
+    codes = Codes(values, torch.randint(6, (40, 2), generator=generator))
+    row, e = _measured(x, made, codes, 9), made - x
+    spread = (x - x.mean(dim=0)).square()
+    assert row["tokens"] == 40
+    assert row["fve"] == pytest.approx(1 - float(e.square().sum() / spread.sum()))
+    assert row["fve_var"] == pytest.approx(1 - float(e.var(dim=0).sum() / x.var(dim=0).sum()))
+    assert row["fve_dim"] == pytest.approx(1 - float((e.var(dim=0) / x.var(dim=0)).mean()))
+    assert row["nmse"] == pytest.approx(float(e.square().sum() / x.square().sum()))
+    assert row["cos"] == pytest.approx(float(functional.cosine_similarity(x, made).mean()))
+    assert row["l0"] == pytest.approx(float((values > 0).sum(dim=1).double().mean()))
+    used = set(codes.indices[values > 0].tolist())
+    assert row["dead"] == pytest.approx((9 - len(used)) / 9)
+
+
+def test_tokens_of_massive_norm_are_left_out_of_one_figure() -> None:
+    x = torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    made = torch.zeros_like(x)  # explains nothing
+    x[20] = made[20] = 1e4  # but the one token that holds nearly all of the variance
+    row = _measured(x, made, Codes(torch.zeros(50, 2), torch.zeros(50, 2, dtype=torch.int64)), 9)
+    assert row["fve"] > 0.99
+    assert row["fve_normal"] < 0.05
+    assert row["massive"] == 1

@@ -1,0 +1,304 @@
+"""Features followed while sampling, against every canvas passed over again on its own."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_policy
+from small_world import random_sae
+from torch import Tensor
+
+from dlmctl.diffusion.rollout import rollout
+from dlmctl.diffusion.sampling import Sampling
+from dlmctl.models.blocks import block_outputs
+from dlmctl.models.policy import Family, Policy
+from dlmctl.records.jsonl import Record
+from dlmctl.sae.feature_watch import Dictionary, FeatureWatch
+from dlmctl.sae.order_signals import auroc
+from dlmctl.sae.order_study import OrderStudy
+
+PROMPTS = ["012", "34", "0", "01234=0", "4321"]
+SETTINGS = Sampling(9, 5, 8, temperature=0.9)
+
+
+def _dictionaries(*layers: int) -> list[Dictionary]:
+    """Random dictionaries in float64, no two of a layer alike."""
+    made = [
+        Dictionary(f"d{number}", layer, random_sae(latents=40 + number, k=3 + number).double())
+        for number, layer in enumerate(layers)
+    ]
+    for dictionary in made:
+        dictionary.sae.requires_grad_(False)
+    return made
+
+
+def _records(**more: Any) -> list[Record]:
+    return [Record(id=n, prompt=text, **more) for n, text in enumerate(PROMPTS)]
+
+
+class _Step:
+    """One canvas of a completion, passed over on its own."""
+
+    def __init__(self, policy: Policy, tokens: dict[str, list[int]], known: list[bool]) -> None:
+        self.masked = [not there for there in known]
+        completion = [
+            token if there else policy.mask_id
+            for token, there in zip(tokens["completion"], known, strict=True)
+        ]
+        self.ids = torch.tensor([[*tokens["prompt"], *completion]])
+        self.start, self.length = len(tokens["prompt"]), len(completion)
+        self.policy = policy
+
+    @torch.no_grad()
+    def codes(self, dictionary: Dictionary) -> tuple[Tensor, Tensor]:
+        """Activations [G, d] and dense codes [G, F], written out."""
+        layer, sae = dictionary.layer, dictionary.sae
+        x = block_outputs(self.policy, self.ids, None, [layer])[layer][0, self.start :]
+        pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+        return x, pre.relu() * (pre >= pre.topk(sae.k).values[:, -1:])
+
+    @torch.no_grad()
+    def probabilities(self) -> Tensor:
+        """[G, V], with the mask token's."""
+        positions = self.start + torch.arange(self.length)
+        rows = torch.zeros(self.length, dtype=torch.int64)
+        return self.policy.predict(self.ids, None, rows, positions).softmax(-1)
+
+
+def _replayed(policy: Policy, record: Record) -> list[_Step]:
+    """The canvases that a completion went through, told by the order of its tokens."""
+    order = record["rollout"]["order"]
+    return [
+        _Step(policy, record["tokens"], [decided < step for decided in order])
+        for step in sorted(set(order))
+    ]
+
+
+def _sets(code: Tensor) -> list[set[int]]:
+    return [set(row.nonzero()[:, 0].tolist()) for row in code]
+
+
+def _similar(now: set[int], before: set[int]) -> float:
+    return len(now & before) / len(now | before) if now | before else 1.0
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _written_out(steps: list[_Step], dictionary: Dictionary) -> dict[str, Any]:
+    """The numbers of a report from the canvases, by loops."""
+    codes = [step.codes(dictionary)[1] for step in steps]
+    sets, tops = [_sets(code) for code in codes], [code.argmax(dim=1).tolist() for code in codes]
+    found: dict[str, list[float]] = {name: [] for name in ("s_pre", "s_pre_last5", "lock_ratio")}
+    found |= {name: [] for name in ("jump", "d_post", "flips_post")}
+    for place in range(steps[0].length):
+        pre, lock, post, flips = [], [], [], []
+        for t in range(1, len(steps)):
+            similarity = _similar(sets[t][place], sets[t - 1][place])
+            same = tops[t][place] == tops[t - 1][place]
+            if steps[t].masked[place]:
+                pre.append(similarity)
+                lock.append(same)
+            elif steps[t - 1].masked[place]:
+                found["jump"].append(1 - similarity)
+            else:
+                post.append(1 - similarity)
+                flips.append(not same)
+        if pre:
+            found["s_pre"].append(sum(pre) / len(pre))
+            found["s_pre_last5"].append(sum(pre[-5:]) / len(pre[-5:]))
+            found["lock_ratio"].append(sum(lock) / len(lock))
+        if post:
+            found["d_post"].append(sum(post) / len(post))
+            found["flips_post"].append(sum(flips))
+    return {name: _mean(values) for name, values in found.items()}
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "mlm"])
+@pytest.mark.parametrize("way", [{}, {"cfg_scale": 1.0}, {"remasking": "random"}])
+def test_what_is_recorded_is_what_a_replay_sees(family: Family, way: dict[str, Any]) -> None:
+    policy, dictionaries = tiny_policy(family), _dictionaries(0, 1, 1)
+    settings = Sampling(9, 5, 8, temperature=0.9, **way)
+    order = settings.remasking
+    study = OrderStudy(policy, dictionaries, settings, [order])
+    [record] = study.run(_records()[:1], 1, 0, 4)
+    steps = _replayed(policy, record)
+    assert len(steps) == 8
+    for dictionary, report in zip(dictionaries, record["features"], strict=True):
+        assert (report["sae"], report["layer"]) == dictionary[:2]
+        expected = _written_out(steps, dictionary)
+        assert {name: report[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+    [plain] = rollout(_records()[:1], policy, study.settings[order], 1, 0, 4)
+    assert plain["tokens"] == record["tokens"]
+
+
+def test_features_are_counted_over_the_steps_of_all_completions() -> None:
+    policy, dictionaries = tiny_policy(), _dictionaries(1)
+    study = OrderStudy(policy, dictionaries, SETTINGS, ["low_confidence", "random"])
+    records = list(study.run(_records(), 2, 0, 3))
+    means = []
+    for order in ("low_confidence", "random"):
+        counts, seen = torch.zeros(20, 40, dtype=torch.float64), torch.zeros(20, 1)
+        for record in records:
+            if record["rollout"]["remasking"] == order:
+                for step in _replayed(policy, record):
+                    part = 20 * (9 - sum(step.masked)) // 9
+                    counts[part] += (step.codes(dictionaries[0])[1] > 0).sum(dim=0)
+                    seen[part] += 1
+        means.append(counts / seen)
+    both = ~(means[0] + means[1]).isnan().any(dim=1)
+    expected = (means[0] - means[1])[both].abs().sum(dim=0)
+    rows = [row for row in study.summary() if row["row"] == "feature"]
+    assert len(rows) == 20
+    assert {(row["order"], row["reference"]) for row in rows} == {("random", "low_confidence")}
+    assert [row["score"] for row in rows] == pytest.approx(
+        expected.sort().values.flip(0)[:20].tolist()
+    )
+    for row in rows:
+        assert row["score"] == pytest.approx(float(expected[row["feature"]]))
+
+
+def _signals(policy: Policy, dictionary: Dictionary, record: Record, truth: list[int | None]):
+    """(step, right, signals) of each proposal within the block under way, by loops."""
+    order, steps = record["rollout"]["order"], _replayed(policy, record)
+    for t in range(1, len(steps)):
+        first = steps[t].masked.index(True) // 5 * 5
+        p = steps[t].probabilities()
+        (x, code), before = steps[t].codes(dictionary), steps[t - 1].codes(dictionary)[1]
+        likely = p.clone()
+        likely[:, policy.mask_id] = -1
+        error = x - (code @ dictionary.sae.W_dec + dictionary.sae.b_dec)
+        for place in range(first, min(first + 5, len(truth))):
+            if not steps[t].masked[place] or truth[place] is None:
+                continue
+            now, old = (_sets(part[place : place + 1])[0] for part in (code, before))
+            token = int(likely[place].argmax())
+            yield (
+                sorted(set(order))[t],
+                token == truth[place],
+                {
+                    "confidence": float(p[place, token]),
+                    "stability": _similar(now, old),
+                    "shared": len(now & old),
+                    "top_activation": float(code[place].max()),
+                    "activation_norm": float(x[place].norm()),
+                    "reconstruction_error": float(error[place].norm() / x[place].norm()),
+                    "progress": steps[t].masked.count(False) / 9,
+                },
+            )
+
+
+@pytest.mark.parametrize("order", ["random", "entropy"])
+def test_signals_are_those_of_the_replay(order: Any) -> None:
+    policy, [dictionary] = tiny_policy(), _dictionaries(1)
+    truth: list[int | None] = list(policy.encode_text("0123412"))
+    truth[2] = truth[4] = None
+    study = OrderStudy(policy, [dictionary], SETTINGS, [order], "answer")
+    records = list(study.run([*_records(answer=truth)[:3], Record(id="none", prompt="1")], 2, 0, 3))
+    assert [record["id"] for record in records] == [0, 0, 1, 1, 2, 2, "none", "none"]
+    assert "truth" not in records[0]["tokens"]
+    found = [entry for r in records[:6] for entry in _signals(policy, dictionary, r, truth)]
+    pool = study.watches[order].pools[0].columns()
+    assert pool["right"].sum() not in (0, len(found))
+    for name in found[0][2]:
+        expected = sorted((step, right, signals[name]) for step, right, signals in found)
+        columns = (pool["step"].tolist(), pool["right"].tolist(), pool[name].tolist())
+        for ours, theirs in zip(sorted(zip(*columns, strict=True)), expected, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-9)
+    rows = {row["signal"]: row for row in study.summary() if row["row"] == "signal"}
+    right = torch.tensor([entry[1] for entry in found])
+    step = torch.tensor([entry[0] for entry in found])
+    values = torch.tensor([entry[2]["confidence"] for entry in found])
+    assert rows["confidence"]["auroc"] == pytest.approx(auroc(values, right))
+    assert rows["confidence"]["auroc_step"] == pytest.approx(auroc(values, right, step))
+    assert rows["progress"]["auroc_choice"] == 0.5
+    assert rows["confidence"]["proposals"] == rows["confidence"]["used"] == len(found)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_records_and_summary_do_not_depend_on_the_batch(family: Family) -> None:
+    policy, dictionaries = tiny_policy(family), _dictionaries(0, 1)
+    made = []
+    for batch_size in (1, 3):
+        settings = Sampling(10, 4, 12, 0.9, threshold=0.4, early_stop=True)
+        study = OrderStudy(policy, dictionaries, settings, ["random", "sae"], "answer")
+        records = sorted(
+            study.run(_records(answer="01234012"), 1, 3, batch_size),
+            key=lambda record: (record["rollout"]["remasking"], record["id"], record["sample"]),
+        )
+        made.append([json.loads(json.dumps(x)) for x in (records, list(study.summary()))])
+    for records, summary in made[1:]:
+        assert records == made[0][0]
+        for ours, theirs in zip(summary, made[0][1], strict=True):
+            assert ours.keys() == theirs.keys()
+            for name, value in ours.items():
+                assert value == pytest.approx(theirs[name], nan_ok=True, abs=1e-12)
+
+
+def _guided(policy: Policy, settings: Sampling, watch: FeatureWatch, batch_size: int = 4):
+    made = rollout(_records(), policy, settings, 2, 7, batch_size, watch=watch)
+    return [(r["tokens"]["completion"], r["rollout"]["order"]) for r in watch.around(made)]
+
+
+def test_a_signal_that_is_constant_leaves_the_order_of_low_confidence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy, dictionaries = tiny_policy(), _dictionaries(0, 1)
+    for way in ({"eos": "late"}, {"temperature": 0.0}):
+        plain, guided = (
+            Sampling(
+                **{"gen_length": 9, "block_length": 5, "steps": 8, "temperature": 0.9} | way,
+                remasking=remasking,
+            )
+            for remasking in ("low_confidence", "sae")
+        )
+        watch = FeatureWatch(policy, dictionaries)
+        usual = _guided(policy, plain, watch)
+        free = [
+            (r["tokens"]["completion"], r["rollout"]["order"])
+            for r in rollout(_records(), policy, plain, 2, 7, 4)
+        ]
+        assert usual == free
+        assert _guided(policy, guided, watch) != usual
+        with monkeypatch.context() as patch:
+            patch.setattr(FeatureWatch, "signal", lambda self, masked: torch.ones(len(masked.row)))
+            assert _guided(policy, guided, watch) == usual
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_the_order_that_goes_by_features_written_out(family: Family) -> None:
+    policy, dictionaries = tiny_policy(family), _dictionaries(0, 1)
+    settings = Sampling(8, 8, 8, remasking="sae")
+    watch = FeatureWatch(policy, dictionaries)
+    [made] = watch.around(rollout(_records()[:1], policy, settings, 1, 0, 1, watch=watch))
+    tokens = {"prompt": made["tokens"]["prompt"], "completion": [policy.mask_id] * 8}
+    order, before = [-1] * 8, None
+    for number in range(8):
+        step = _Step(policy, tokens, [decided >= 0 for decided in order])
+        p = step.probabilities()
+        p[:, policy.mask_id] = -1
+        sets = [_sets(step.codes(dictionary)[1]) for dictionary in dictionaries]
+        sure = p.amax(dim=1)
+        if before is not None:
+            for place in range(8):
+                pairs = [(n[place], b[place]) for n, b in zip(sets, before, strict=True)]
+                sure[place] *= sum(_similar(*pair) for pair in pairs) / 2
+        sure[[decided >= 0 for decided in order]] = -1
+        place, before = int(sure.argmax()), sets
+        tokens["completion"][place], order[place] = int(p[place].argmax()), number
+    assert (made["tokens"], made["rollout"]["order"]) == (tokens, order)
+    assert made["rollout"]["remasking"] == "sae"
+    assert made["rollout"]["sae"] == [{"sae": "d0", "layer": 0}, {"sae": "d1", "layer": 1}]
+
+
+def test_completions_by_features_do_not_depend_on_their_neighbours() -> None:
+    policy = tiny_policy()
+    watch = FeatureWatch(policy, _dictionaries(1))
+    settings = Sampling(10, 4, 12, 0.9, threshold=0.4, remasking="sae")
+    alone = _guided(policy, settings, watch, 1)
+    assert _guided(policy, settings, watch, 4) == alone
+    assert _guided(policy, settings, watch, 64) == alone
