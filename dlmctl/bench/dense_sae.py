@@ -34,7 +34,8 @@ class DenseTrainer:
             codes = _largest(pre, recipe.k_at(self.step, self.k)).relu()
             made = codes @ sae.decoder + sae.centre
             reconstruction = (made - x).square().sum(dim=1).mean()
-            loss = reconstruction + recipe.aux_weight * self._auxiliary(pre, (x - made).detach())
+            auxiliary = self._auxiliary(x, pre, (x - made).detach())
+            loss = reconstruction + recipe.aux_weight * auxiliary
         loss.backward()
         remove_parallel(sae)
         rate = recipe.rate_at(self.step)
@@ -46,15 +47,21 @@ class DenseTrainer:
         self.step += 1
         return float(reconstruction.detach())
 
-    def _auxiliary(self, pre: Tensor, error: Tensor) -> Tensor:
+    def _auxiliary(self, x: Tensor, pre: Tensor, error: Tensor) -> Tensor:
+        sae, aux = self.sae, self.recipe.aux
         dead = self.unused >= self.recipe.dead_after
-        number = min(max(1, error.shape[1] // 2), int(dead.sum()))
+        number = min(max(1, x.shape[1] // 2), int(dead.sum()))
         if not number:
             return error.new_zeros(())
-        chosen = _largest(pre.masked_fill(~dead, -torch.inf), number)
-        values = chosen.relu() if self.recipe.rectified_aux else chosen
+        if aux == "straight":
+            pre = (x - sae.centre.detach()) @ sae.encoder.T + sae.bias
+        values = _largest(pre.masked_fill(~dead, -torch.inf), number)
+        if aux == "rectified":
+            values = values.relu()
+        elif aux == "straight":
+            values = values + (values.relu() - values).detach()
         spread = (error - error.mean(dim=0)).square().sum(dim=1).mean()
-        return (values @ self.sae.decoder - error).square().sum(dim=1).mean() / spread
+        return (values @ sae.decoder - error).square().sum(dim=1).mean() / spread
 
 
 def _largest(pre: Tensor, k: int) -> Tensor:

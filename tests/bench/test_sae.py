@@ -23,15 +23,16 @@ from dlmctl.bench.sae import (
 )
 from dlmctl.records.errors import UsageError
 from dlmctl.sae.activations import StoredActivations
+from dlmctl.sae.gradient import Aux
 from dlmctl.sae.trainer import Recipe, SaeTrainer
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("rectified", [False, True])
-def test_the_dense_steps_are_those_of_sae_train(rectified: bool) -> None:
+@pytest.mark.parametrize("aux", ["straight", "pre", "rectified"])
+def test_the_dense_steps_are_those_of_sae_train(aux: Aux) -> None:
     data = [x.double() for x in planted_activations(8, 32, 12, 3, CPU)]
-    recipe = Recipe(24, 32, 32 * 12, 3e-3, dead_after=64, rectified_aux=rectified)
+    recipe = Recipe(24, 32, 32 * 12, 3e-3, dead_after=64, aux=aux)
     ours = SaeTrainer(recipe, 8, 2, 0, "cpu")
     ours.sae.double()
     ours.begin(data[0])
