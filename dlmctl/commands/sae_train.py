@@ -34,8 +34,20 @@ if TYPE_CHECKING:
     from dlmctl.sae.sources import Source
 
 PROFILES: dict[str, dict[str, Any]] = {
-    "corrected": {"level": "0-1", "per_batch": False, "pack": False, "aux": "straight"},
-    "paper": {"level": "0.05-0.5", "per_batch": True, "pack": True, "aux": "rectified"},
+    "corrected": {
+        "level": "0-1",
+        "per_batch": False,
+        "pack": False,
+        "aux": "straight",
+        "fitted_encoder": True,
+    },
+    "paper": {
+        "level": "0.05-0.5",
+        "per_batch": True,
+        "pack": True,
+        "aux": "rectified",
+        "fitted_encoder": False,
+    },
 }
 
 
@@ -55,7 +67,8 @@ def command(
         Literal["corrected", "paper"],
         typer.Option(
             help="paper: as DLM-Scope was trained: --t 0.05-0.5 --level-per-batch --pack "
-            "--aux rectified. Options that are given come first."
+            "--aux rectified, and the encoder at the decoder's length first. Options that are "
+            "given come first."
         ),
     ] = "corrected",
     latents: Annotated[int, typer.Option(min=1, help="Size of a dictionary.")] = 16_384,
@@ -174,6 +187,7 @@ def command(
         aux_weight=aux_weight,
         dead_after=dead_after or max(1, tokens // 15),
         aux=aux or preset["aux"],
+        fitted_encoder=preset["fitted_encoder"],
         k_start=k_start,
         k_anneal=k_anneal,
         seed=seed,

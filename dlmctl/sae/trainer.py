@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from dlmctl.sae.folders import SavedSae
 from dlmctl.sae.gradient import Aux, Dictionary, Outcome, add_gradient
-from dlmctl.sae.topk import TopKSae
+from dlmctl.sae.topk import Codes, TopKSae, combine
 from dlmctl.training.optimizer import apply_step
 
 MEDIAN_SAMPLE = 32_768
@@ -47,6 +47,8 @@ class Recipe:
     """Activations after which a latent that was not active counts as dead."""
     aux: Aux = "straight"
     """What the auxiliary loss is made of; rectified is the published recipe."""
+    fitted_encoder: bool = True
+    """Begin with an encoder of the length that explains most, and not of the decoder's."""
     k_start: int | None = None
     """K at the beginning, which falls to its own over the first `k_anneal` of the steps."""
     k_anneal: float = 0.1
@@ -111,7 +113,10 @@ class SaeTrainer:
     def begin(self, x: Tensor) -> None:
         """First weights, from a sample of the activations [N, d].
 
-        The centre is their geometric median, the decoder random directions, the encoder the same.
+        The centre is their geometric median, the decoder random directions, the encoder the same
+        but for its length: directions are not orthogonal, so that of K codes of full length each
+        counts what the others have counted (Gao et al. 2024, appendix A.1). The published code
+        leaves it at that.
         """
         x = x.to(self.sae.centre.dtype)
         self.scale = max(float(x.square().sum(dim=1).mean().sqrt()), 1e-12)
@@ -120,6 +125,9 @@ class SaeTrainer:
         self.sae.decoder.copy_(functional.normalize(directions, dim=1))
         self.sae.encoder.copy_(self.sae.decoder)
         self.sae.centre.copy_(geometric_median(x[:MEDIAN_SAMPLE] / self.scale))
+        if self.recipe.fitted_encoder:
+            centred = x[: self.recipe.batch_size] / self.scale - self.sae.centre
+            self.sae.encoder *= best_length(self.sae, centred, self.recipe.k_at(0, self.k))
 
     def train_step(self, x: Tensor) -> dict[str, Any]:
         """One step on activations [N, d]; returns its metrics."""
@@ -201,6 +209,15 @@ class SaeTrainer:
         self.active.copy_(state["active"])
         self.scale, step, counted = state["numbers"].tolist()
         self.step, self.counted = int(step), int(counted)
+
+
+@torch.no_grad()
+def best_length(sae: Dictionary, centred: Tensor, k: int) -> float:
+    """Factor of the encoder with which the first codes explain most, by least squares."""
+    values, indices = (centred @ sae.encoder.T).topk(k, dim=1, sorted=False)
+    made = combine(Codes(values.relu(), indices), sae.decoder)
+    factor = float((made * centred).sum() / made.square().sum().clamp(min=1e-30))
+    return factor if factor > 0 else 1.0
 
 
 @torch.no_grad()

@@ -82,6 +82,25 @@ def test_what_is_saved_is_what_was_trained() -> None:
     assert loss.item() == pytest.approx(trainer.train_step(x)["l2"], rel=1e-4)
 
 
+def test_the_first_encoder_has_the_length_that_explains_most() -> None:
+    x = _planted(500)
+
+    def unexplained(factor: float, fitted: bool = True) -> float:
+        trainer = _trainer(fitted_encoder=fitted)
+        with torch.no_grad():
+            trainer.sae.encoder *= factor
+        with torch.no_grad():
+            return fit(x, trainer.saved({}).sae(x) - x)["l2"]
+
+    lengths = _trainer().sae.encoder.norm(dim=1)
+    torch.testing.assert_close(lengths, lengths[:1].expand(32))
+    best = unexplained(1.0)
+    assert best < min(unexplained(0.7), unexplained(1.4))
+    assert best < 0.9 * unexplained(1.0, fitted=False)
+    plain = _trainer(fitted_encoder=False).sae
+    assert torch.equal(plain.encoder, plain.decoder)
+
+
 def test_resuming_gives_the_same_bits() -> None:
     whole, part = _trainer(dead_after=128), _trainer(dead_after=128)
     wanted = _run(whole, 20)
