@@ -21,6 +21,7 @@ from dlmctl.records.jsonl import Record
 from dlmctl.sae.activations import Block, Key, StoredActivations, check_keys, model_activations
 from dlmctl.sae.corpus import Corruption, Document, Positions, corrupted
 from dlmctl.sae.run import Stream
+from dlmctl.sae.topk import Codes, combine
 from dlmctl.sae.trainer import Recipe, SaeTrainer
 
 UNTIMED = 2
@@ -37,7 +38,7 @@ def planted_activations(
     for _ in range(batches):
         chosen = torch.randint(8 * width, (batch_size, 16), generator=generator)
         sizes = torch.rand(batch_size, 16, generator=generator)
-        sums = functional.embedding_bag(chosen, directions, mode="sum", per_sample_weights=sizes)
+        sums = combine(Codes(sizes, chosen), directions)
         noise = torch.randn(batch_size, width, generator=generator) / width**0.5
         made.append((sums + 0.1 * noise).to(device))
     return made

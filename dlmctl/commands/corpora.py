@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
@@ -14,6 +13,7 @@ from dlmctl.records.jsonl import OnError, Record, read_records
 if TYPE_CHECKING:
     from dlmctl.models.policy import Policy
     from dlmctl.sae.corpus import Batch, Corruption
+    from dlmctl.sae.folders import SavedSae
 
 PositionKind = Literal["mask", "unmask", "all", "clean"]
 
@@ -120,11 +120,10 @@ def level_range(text: str) -> tuple[float, float]:
         raise UsageError(f"--t {text} is neither a number nor a range such as 0.05-0.5") from None
 
 
-def own_model(folders: Sequence[Path], model: str | None) -> str:
+def own_model(saved: Mapping[str, SavedSae], model: str | None) -> str:
     """The model that is given, else the one that the first autoencoder names."""
-    from dlmctl.sae.folders import read_sae
-
-    return model or str(read_sae(folders[0]).metadata.get("model_name") or "builtin:puzzles")
+    first = next(iter(saved.values()))
+    return model or str(first.metadata.get("model_name") or "builtin:puzzles")
 
 
 def corpus_batches(

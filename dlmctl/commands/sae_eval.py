@@ -93,12 +93,12 @@ def command(
     from dlmctl.models.loading import load_policy
     from dlmctl.sae.corpus import Corruption
     from dlmctl.sae.evaluation import common_levels, evaluate, place
-    from dlmctl.sae.folders import find_saes
+    from dlmctl.sae.folders import read_saes
 
     folders, files = split_paths(paths)
-    found = find_saes(folders)
+    found = read_saes(folders)
     policy = load_policy(own_model(found, model), device, dtype)
-    saes = [place(folder, policy, layer) for folder in found]
+    saes = [place(name, saved, policy, layer) for name, saved in found.items()]
     levels = level_range(level) if level else common_levels(saes)
     law = Corruption(*levels, bool(per_batch), seed)
     batches = corpus_batches(

@@ -63,14 +63,14 @@ def command(
     from dlmctl.models.loading import load_policy
     from dlmctl.sae.corpus import Corruption, documents
     from dlmctl.sae.evaluation import common_levels, place
-    from dlmctl.sae.folders import find_saes
+    from dlmctl.sae.folders import read_saes
     from dlmctl.sae.probe import probe
     from dlmctl.sae.sentences import collect, labelled
 
     folders, files = split_paths(paths)
-    folders = find_saes(folders)
-    policy = load_policy(own_model(folders, model), device, dtype)
-    saes = [place(folder, policy) for folder in folders]
+    found_saes = read_saes(folders)
+    policy = load_policy(own_model(found_saes, model), device, dtype)
+    saes = [place(name, saved, policy) for name, saved in found_saes.items()]
     law = Corruption(*(level_range(level) if level else common_levels(saes)), seed=seed)
     places = list(dict.fromkeys((placed.layer, placed.positions) for placed in saes))
     records = each(read_records(files, on_error), labelled, on_error)

@@ -73,14 +73,15 @@ def command(
     from dlmctl.models.loading import load_policy
     from dlmctl.sae.corpus import Corruption
     from dlmctl.sae.evaluation import common_levels, place
-    from dlmctl.sae.folders import find_saes
+    from dlmctl.sae.folders import read_saes
     from dlmctl.sae.stability import stability
 
     folders, files = split_paths(paths)
-    found = find_saes(folders)
+    found = read_saes(folders)
     base, after = (load_policy(m, device, dtype) for m in (own_model(found, model), tuned))
-    saes = [place(folder, base) for folder in found]
-    others = [place(folder, after) for folder in find_saes(tuned_saes)] if tuned_saes else None
+    saes = [place(name, saved, base) for name, saved in found.items()]
+    tuned_found = read_saes(tuned_saes) if tuned_saes else {}
+    others = [place(name, saved, after) for name, saved in tuned_found.items()]
     law = Corruption(*(level_range(level) if level else common_levels(saes)), bool(per_batch), seed)
     batches = corpus_batches(
         files, base, law, context, bool(pack), hide_prompt, batch_size, on_error

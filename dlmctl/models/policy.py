@@ -56,6 +56,11 @@ class Policy:
         return next(self.model.parameters()).device
 
     @property
+    def width(self) -> int:
+        """Of the residual stream."""
+        return int(self.core.config.get_text_config().hidden_size)
+
+    @property
     def core(self) -> nn.Module:
         """The Hugging Face model itself, its adapter's layers in place."""
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model

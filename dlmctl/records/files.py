@@ -50,6 +50,15 @@ def publish_link(link: Path, target: str) -> None:
     os.replace(beside, link)
 
 
+def remove_partials(directory: Path) -> None:
+    """Remove what killed processes left of files, links and directories in the making."""
+    for partial in directory.glob(".*.partial-*"):
+        if partial.is_symlink() or not partial.is_dir():
+            partial.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a whole file by write-then-rename."""
     beside = path.with_name(f".{path.name}.partial-{os.getpid()}")

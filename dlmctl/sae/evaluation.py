@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -14,7 +13,7 @@ from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.sae.activations import check_keys
 from dlmctl.sae.corpus import Batch, Corruption, Positions
-from dlmctl.sae.folders import SavedSae, read_sae
+from dlmctl.sae.folders import SavedSae
 from dlmctl.sae.insertion import Losses, Scope, differences, splice
 from dlmctl.sae.measures import Reconstruction
 from dlmctl.sae.topk import Codes, TopKSae
@@ -41,7 +40,7 @@ class Placed(NamedTuple):
         }
 
 
-def place(folder: Path, policy: Policy, layer: int | None = None) -> Placed:
+def place(name: str, saved: SavedSae, policy: Policy, layer: int | None = None) -> Placed:
     """An autoencoder on the device of a policy.
 
     Args:
@@ -51,23 +50,21 @@ def place(folder: Path, policy: Policy, layer: int | None = None) -> Placed:
         UsageError: the policy has no such layer.
         DataError: it does not say what it is for, or is for activations of another width.
     """
-    saved = read_sae(folder)
     layer = saved.metadata.get("dlm_layer") if layer is None else layer
     if layer is None:
-        raise DataError("it does not say which layer it is for (dlm_layer)", str(folder))
+        raise DataError("it does not say which layer it is for (dlm_layer)", name)
     positions: Positions = saved.metadata.get("dlm_positions") or (
         "mask" if policy.diffusion else "all"
     )
     if positions not in get_args(Positions):
-        raise DataError(f"it is for positions '{positions}', a kind not known here", str(folder))
+        raise DataError(f"it is for positions '{positions}', a kind not known here", name)
     check_keys(policy, [layer], [positions])
-    width = int(policy.core.config.hidden_size)
-    if saved.sae.d_in != width:
+    if saved.sae.d_in != policy.width:
         raise DataError(
-            f"it is for activations of width {saved.sae.d_in}, {policy.name} has {width}",
-            str(folder),
+            f"it is for activations of width {saved.sae.d_in}, {policy.name} has {policy.width}",
+            name,
         )
-    return Placed(str(folder), saved.sae.to(policy.device), int(layer), positions, saved)
+    return Placed(name, saved.sae.to(policy.device), int(layer), positions, saved)
 
 
 def common_levels(saes: Sequence[Placed]) -> tuple[float, float]:

@@ -28,6 +28,7 @@ from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.sae.feature_change import Change, jaccard
+from dlmctl.sae.fitting import check_width, computing_dtype
 from dlmctl.sae.folders import read_sae
 from dlmctl.sae.topk import Codes, TopKSae
 
@@ -72,8 +73,6 @@ def read_dictionaries(texts: Sequence[str], policy: Policy) -> list[Dictionary]:
         MissingInputError, DataError: one cannot be read.
         UsageError: it does not fit the policy, or does not say which layer it is of.
     """
-    wide = next(policy.model.parameters()).dtype == torch.float64
-    width = policy.core.config.get_text_config().hidden_size
     found: list[Dictionary] = []
     for text in texts:
         parts = re.fullmatch(r"(.*?)(?:@(\d+))?", text, re.DOTALL)
@@ -86,12 +85,9 @@ def read_dictionaries(texts: Sequence[str], policy: Policy) -> list[Dictionary]:
                 f"{name} does not say which layer it is of (dlm_layer): write --sae {name}@LAYER"
             )
         check_layers(policy, [layer])
-        if saved.sae.d_in != width:
-            raise UsageError(
-                f"{name} is for activations of width {saved.sae.d_in}, the model's have {width}"
-            )
+        check_width(name, saved.sae, policy)
         sae = saved.sae.requires_grad_(False)
-        sae = sae.to(policy.device, torch.float64 if wide else torch.float32)
+        sae = sae.to(policy.device, computing_dtype(policy))
         found.append(Dictionary(name, layer, sae))
     if len({(one.name, one.layer) for one in found}) < len(found):
         raise UsageError("--sae names an autoencoder twice")

@@ -77,6 +77,11 @@ def find_saes(directories: Sequence[Path]) -> list[Path]:
     return found
 
 
+def read_saes(directories: Sequence[Path]) -> dict[str, SavedSae]:
+    """All of `find_saes`, by their folders' names."""
+    return {str(folder): read_sae(folder) for folder in find_saes(directories)}
+
+
 def _natural_order(path: Path) -> list[tuple[int, str]]:
     """layer5-k50 before layer10-k50."""
     parts = re.split(r"(\d+)", str(path))

@@ -26,7 +26,13 @@ from torch import Tensor
 
 from dlmctl.diffusion.noise import stream_key
 from dlmctl.records.errors import CannotCreateError, CannotWriteError, DataError, UsageError
-from dlmctl.records.files import make_directory, publish_directory, publish_link, read_json
+from dlmctl.records.files import (
+    make_directory,
+    publish_directory,
+    publish_link,
+    read_json,
+    remove_partials,
+)
 from dlmctl.records.jsonl import dump
 from dlmctl.sae.activations import Block, Key
 from dlmctl.sae.buffer import ShuffleBuffer
@@ -73,8 +79,11 @@ class Stream:
             rows = rows[rows.float().norm(dim=1) <= self.limit]
         self.buffer.add(rows[: self.wanted])
 
-    def train(self, reserve: int) -> Iterator[dict[str, Any]]:
-        """Train while more than `reserve` activations are left; yields the metrics of each step."""
+    def train(self, reserve: int, log_every: int = 1) -> Iterator[dict[str, Any]]:
+        """Train while more than `reserve` activations are left.
+
+        Yields the metrics of the first step of each autoencoder and of every `log_every`-th.
+        """
         size = self.recipe.batch_size
         while not self.finished and len(self.buffer) >= reserve + size:
             if not self.began:
@@ -82,9 +91,11 @@ class Stream:
                 continue
             x = self.buffer.draw(size)
             for k, trainer in self.trainers.items():
-                yield {"layer": self.key.layer, "k": k, "positions": self.key.positions} | (
-                    trainer.train_step(x)
-                )
+                measured = trainer.step == 0 or (trainer.step + 1) % log_every == 0
+                metrics = trainer.train_step(x, measured)
+                if measured:
+                    about = {"layer": self.key.layer, "k": k, "positions": self.key.positions}
+                    yield about | metrics
 
     def _begin(self) -> None:
         if self.drop_norms is not None:
@@ -177,15 +188,14 @@ class SaeRun:
 
             def logged(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 for record in records:
-                    if record["step"] % log_every == 0 or record["step"] == 1:
-                        log.write(dump(record))
-                        log.flush()
-                        yield record
+                    log.write(dump(record))
+                    log.flush()
+                    yield record
 
             for block in source:
                 for stream in self.streams:
                     stream.add(block[stream.key])
-                    yield from logged(stream.train(stream.buffer.capacity // 2))
+                    yield from logged(stream.train(stream.buffer.capacity // 2, log_every))
                 self.blocks += 1
                 if not any(stream.wanted for stream in self.streams):
                     break
@@ -193,7 +203,7 @@ class SaeRun:
                     self.save()
                     saved = time.monotonic()
             for stream in self.streams:
-                yield from logged(stream.train(0))
+                yield from logged(stream.train(0, log_every))
                 if not stream.began:
                     raise DataError(
                         f"only {len(stream.buffer)} activations of layer {stream.key.layer} at "
@@ -261,11 +271,8 @@ class SaeRun:
         if log.exists():
             with log.open("r+b") as file:  # what was logged after the state will be again
                 file.truncate(about["log"])
-        for partial in (*self.directory.glob(".*.partial-*"), *state.parent.glob(".*.partial-*")):
-            if partial.is_dir() and not partial.is_symlink():
-                shutil.rmtree(partial, ignore_errors=True)
-            else:
-                partial.unlink(missing_ok=True)
+        remove_partials(self.directory)
+        remove_partials(state.parent)
 
 
 def folder_name(key: Key, k: int) -> str:

@@ -63,7 +63,7 @@ class ModelSource:
         self._layers, self._positions, self._about = layers, positions, about
         self._model = source_metadata(policy, law)
         self.keys: Sequence[Key] = [Key(layer, kind) for layer in layers for kind in positions]
-        self.width = int(policy.core.config.hidden_size)
+        self.width = policy.width
         self.device = policy.device
         self.settings: Mapping[str, Any] = {**self._model, **about, "seed": law.seed}
 

@@ -26,8 +26,6 @@ from dlmctl.sae.topk import Codes
 
 MATCH = 0.9
 """Cosine above which two latents count as the same."""
-PAIRS = 2**24
-"""Pairs of places in two codes that are compared at once."""
 ROWS = 1024
 """Latents that are compared with all others at once."""
 
@@ -54,26 +52,18 @@ class Likeness:
 
 def compare(first: Codes, second: Codes) -> tuple[Tensor, Tensor, Tensor]:
     """Of codes of the same N tokens: latents active in both, in either, cosine; float64 [N]."""
-    rows = max(1, PAIRS // first.indices.shape[1] ** 2)
-    columns = (*first, *second)
-    parts = [_compare(*part) for part in zip(*(c.split(rows) for c in columns), strict=True)]
-    shared, either, cosine = (torch.cat(values) for values in zip(*parts, strict=True))
-    return shared, either, cosine
-
-
-def _compare(
-    first_values: Tensor, first_indices: Tensor, second_values: Tensor, second_indices: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    equal = first_indices[:, :, None] == second_indices[:, None, :]
-    a, b = first_values.double(), second_values.double()
-    both = (equal & (a > 0)[:, :, None] & (b > 0)[:, None, :]).double()
-    shared = both.sum(dim=(1, 2))
-    either = (a > 0).sum(dim=1) + (b > 0).sum(dim=1) - shared
-    product = torch.einsum("nij,ni,nj->n", both, a, b)
-    size = a.norm(dim=1) * b.norm(dim=1)
+    indices = torch.cat([first.indices, second.indices], dim=1)
+    values = torch.cat([first.values, second.values], dim=1).double()
+    indices, order = indices.sort(dim=1)
+    values = values.gather(1, order)
+    # A latent stands in each code once, so that a pair of neighbours is all that can be alike.
+    both = (indices[:, 1:] == indices[:, :-1]) * values[:, 1:] * values[:, :-1]
+    shared = (both > 0).sum(dim=1).double()
+    either = (values > 0).sum(dim=1) - shared
+    size = first.values.double().norm(dim=1) * second.values.double().norm(dim=1)
     # Two codes without an active latent are the same.
-    cosine = (product / size.clamp(min=1e-30)).where(either > 0, 1.0)
-    return shared.where(either > 0, 1.0), either.double(), cosine
+    cosine = (both.sum(dim=1) / size.clamp(min=1e-30)).where(either > 0, 1.0)
+    return shared.where(either > 0, 1.0), either, cosine
 
 
 def match_decoders(first: Tensor, second: Tensor) -> dict[str, float]:
@@ -90,7 +80,7 @@ def stability(
     scope: Scope,
     insert: bool,
     law: Corruption,
-    others: Sequence[Placed] | None = None,
+    others: Sequence[Placed] = (),
 ) -> list[dict[str, Any]]:
     """A record for each autoencoder; `base_` and `tuned_` stand before the measures on each model.
 
@@ -108,7 +98,7 @@ def stability(
         row |= likeness[number].row()
         for name, side in zip(("base", "tuned"), sides, strict=True):
             row |= {f"{name}_{key}": value for key, value in side.row(number).items()}
-        for other in others or ():
+        for other in others:
             if other.about | {"sae": placed.name} == placed.about:
                 row |= match_decoders(placed.sae.W_dec.detach(), other.sae.W_dec.detach())
         rows.append(row)

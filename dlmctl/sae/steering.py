@@ -28,6 +28,7 @@ from dlmctl.models.blocks import Edit, check_layers, edited_blocks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
+from dlmctl.sae.fitting import check_width, computing_dtype
 from dlmctl.sae.folders import read_sae
 from dlmctl.sae.topk import TopKSae
 
@@ -108,12 +109,11 @@ class Steering:
         check_layers(policy, [steer.layer for steer in steers if steer.layer is not None])
         if len({steer[:3] for steer in steers}) < len(steers):
             raise UsageError("--steer names a feature twice")
-        wide = next(policy.model.parameters()).dtype == torch.float64
-        self.dtype = torch.float64 if wide else torch.float32
-        width = policy.core.config.get_text_config().hidden_size
+        self.dtype = computing_dtype(policy)
         self.pushes: dict[int, list[_Push]] = {}
         for (name, layer), group in _grouped(steers).items():
-            _check_fit(name, saved[name].sae, width, group)
+            check_width(name, saved[name].sae, policy)
+            _check_features(name, saved[name].sae, group)
             sae = saved[name].sae.to(policy.device, self.dtype)
             self.pushes.setdefault(layer, []).append(_Push(sae, group, reach.scope))
         time = None if reach.time is None else list(reach.time)
@@ -246,9 +246,7 @@ def _grouped(steers: Sequence[Steer]) -> dict[tuple[str, int], list[Steer]]:
     return groups
 
 
-def _check_fit(name: str, sae: TopKSae, width: int, steers: Sequence[Steer]) -> None:
-    if sae.d_in != width:
-        raise UsageError(f"{name} is for activations of width {sae.d_in}, the model's have {width}")
+def _check_features(name: str, sae: TopKSae, steers: Sequence[Steer]) -> None:
     for steer in steers:
         if steer.feature >= sae.d_sae:
             raise UsageError(f"{name} has latents 0 to {sae.d_sae - 1}, and no {steer.feature}")

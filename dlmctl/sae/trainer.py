@@ -129,8 +129,8 @@ class SaeTrainer:
             centred = x[: self.recipe.batch_size] / self.scale - self.sae.centre
             self.sae.encoder *= best_length(self.sae, centred, self.recipe.k_at(0, self.k))
 
-    def train_step(self, x: Tensor) -> dict[str, Any]:
-        """One step on activations [N, d]; returns its metrics."""
+    def train_step(self, x: Tensor, measured: bool = True) -> dict[str, Any]:
+        """One step on activations [N, d]; returns its metrics, or nothing where not `measured`."""
         recipe, sae = self.recipe, self.sae
         x = x.to(sae.centre.dtype) / self.scale
         dead = self.dead.nonzero().flatten()
@@ -152,6 +152,8 @@ class SaeTrainer:
             sae.decoder /= sae.decoder.norm(dim=1, keepdim=True).clamp(min=1e-12)
         self._count(outcome, len(x))
         self.step += 1
+        if not measured:
+            return {}
         return {
             "step": self.step,
             "tokens": self.tokens,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dlmctl.models.policy import Policy
 from dlmctl.models.saving import save_policy
 from dlmctl.records.errors import CannotWriteError, DataError
-from dlmctl.records.files import publish_directory, publish_link, write_file
+from dlmctl.records.files import publish_directory, publish_link, remove_partials, write_file
 
 
 @dataclass
@@ -121,11 +121,7 @@ def forget_steps(run: Path, step: int) -> None:
 
     The steps behind the newest checkpoint are lost with the process and will be taken again.
     """
-    for partial in run.glob(".*.partial-*"):
-        if partial.is_symlink() or not partial.is_dir():
-            partial.unlink(missing_ok=True)
-        else:
-            shutil.rmtree(partial, ignore_errors=True)
+    remove_partials(run)
     log = run / "metrics.jsonl"
     if not log.exists():
         return
