@@ -11,7 +11,7 @@ from typing import Any
 from dlmctl.bench.memory import Peak, synchronize
 from dlmctl.bench.reference import plain_sample
 from dlmctl.diffusion.sampler import sample_stream
-from dlmctl.diffusion.sampling import Request, Sample, Sampling
+from dlmctl.diffusion.sampling import CacheRule, Request, Sample, Sampling
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 
@@ -20,23 +20,26 @@ Judge = Callable[[Sequence[list[int]]], float]
 
 
 def ways(
-    settings: Sampling, threshold: float, factor: float, refresh: int | None
+    settings: Sampling, threshold: float, factor: float, refresh: int | None, refresh_below: float
 ) -> dict[str, Sampling]:
     """The sampler's paths by name; `exact` is the one that the others approximate."""
 
     def way(**changes: Any) -> Sampling:
         return dataclasses.replace(settings, **changes)
 
+    def cached(cache: CacheRule, **changes: Any) -> Sampling:
+        return way(cache=cache, refresh=refresh, refresh_below=refresh_below, **changes)
+
     return {
         "exact": settings,
         "compiled": way(compile=True),
         "threshold": way(threshold=threshold),
         "factor": way(factor=factor),
-        "prefix": way(cache="prefix", refresh=refresh),
-        "dual": way(cache="dual", refresh=refresh),
-        "prefix+threshold": way(cache="prefix", refresh=refresh, threshold=threshold),
-        "dual+threshold": way(cache="dual", refresh=refresh, threshold=threshold),
-        "dual+factor": way(cache="dual", refresh=refresh, factor=factor),
+        "prefix": cached("prefix"),
+        "dual": cached("dual"),
+        "prefix+threshold": cached("prefix", threshold=threshold),
+        "dual+threshold": cached("dual", threshold=threshold),
+        "dual+factor": cached("dual", factor=factor),
     }
 
 

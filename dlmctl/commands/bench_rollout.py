@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dlmctl.commands.options import BatchSize, Device, Dtype, Json, Seed
-from dlmctl.commands.sampling import BlockLength, GenLength, Refresh, Steps, Temperature
+from dlmctl.commands.sampling import (
+    BlockLength,
+    GenLength,
+    Refresh,
+    RefreshBelow,
+    Steps,
+    Temperature,
+)
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record, read_records
@@ -58,6 +65,7 @@ def command(
     threshold: Annotated[float, typer.Option(help="Of the paths that name it.")] = 0.9,
     factor: Annotated[float, typer.Option(help="Of the paths that name it.")] = 1.0,
     refresh: Refresh = None,
+    refresh_below: RefreshBelow = 0.0,
     json: Json = False,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
@@ -84,7 +92,7 @@ def command(
     policy = bench_policy(model, device, dtype)
     given = {"gen_length": gen_length, "block_length": block_length, "steps": steps}
     settings = settings_for(policy, **given, temperature=temperature)
-    known = ways(settings, threshold, factor, refresh)
+    known = ways(settings, threshold, factor, refresh, refresh_below)
     for name in paths.split(","):
         if name not in known:
             raise UsageError(f"--paths has no '{name}'; there are: {', '.join(known)}")

@@ -80,6 +80,16 @@ Refresh = Annotated[
         help="With --cache: steps after which a pass over the whole sequence renews it.",
     ),
 ]
+RefreshBelow = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        show_default="0, which is off",
+        help="With --cache: where the surest token of a step is less sure than this, renew it and "
+        "take the step again.",
+    ),
+]
 Eos = Annotated[
     Literal["normal", "late", "never"],
     typer.Option(

@@ -107,12 +107,18 @@ class Canvas:
         self.ids[slot, masked.position[stays]] = token[stays]
         self.order[slot, masked.completion[stays]] = steps[masked.row[stays]]
 
-    def advance(self, rows: Sequence[int], passes: int, blocks_done: Sequence[bool]) -> list[int]:
-        """To the next step, or block; returns the slots whose completion is done."""
+    def advance(
+        self, rows: Sequence[int], passes: int, blocks_done: Sequence[bool], again: Sequence[bool]
+    ) -> list[int]:
+        """To the next step, or block, but for rows that take the same step again.
+
+        Returns:
+            The slots whose completion is done.
+        """
         done = []
-        for slot, block_done in zip(rows, blocks_done, strict=True):
+        for slot, block_done, repeats in zip(rows, blocks_done, again, strict=True):
             self.nfe[slot] += passes
-            self.step[slot] += 1
+            self.step[slot] += not repeats
             if not block_done:
                 continue
             stopped = self.settings.early_stop and self._stop_at_eos(slot)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class Passes:
             check_cache(policy)
             self.cache = SlotCache(len(canvas.owner))
         self.per_step = 2 if settings.cfg_scale > 0 else 1
+        self._outdated: set[int] = set()
+        """Slots that have to pass over their whole sequence next."""
 
     def states(self, rows: Sequence[int], masked: Masked) -> list[Tensor]:
         """Hidden states [N, H] in which the logits of the masked positions stand.
@@ -72,7 +75,19 @@ class Passes:
     def _renews(self, slot: int) -> bool:
         """Whether this step of the row passes over its whole sequence."""
         interval = self.settings.refresh or self.settings.steps_per_block
-        return self.cache is None or self.canvas.step[slot] % interval == 0
+        due = self.canvas.step[slot] % interval == 0
+        return self.cache is None or due or slot in self._outdated
+
+    def outdated(self, rows: Sequence[int], surest: Tensor) -> Tensor:
+        """bool [R]: rows too unsure of this step, float64 [R], for keys and values that are old.
+
+        They renew them with the next pass.
+        """
+        old = torch.tensor([not self._renews(slot) for slot in rows], device=surest.device)
+        again = old & (surest < self.settings.refresh_below)
+        self._outdated -= set(rows)
+        self._outdated.update(compress(rows, again.tolist()))
+        return again
 
     def _whole(self, rows: Sequence[int], masked: Masked) -> tuple[Tensor, list[Tensor]]:
         """Of the masked positions which these rows have: their numbers and hidden states."""

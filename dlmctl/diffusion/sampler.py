@@ -114,6 +114,8 @@ def _denoise(canvas: Canvas, passes: Passes, watch: Watch) -> list[int]:
     stays = kept(
         confidence, quota.to(canvas.device), torch.tensor(last, device=canvas.device), settings
     )
+    again = passes.outdated(rows, confidence.amax(dim=1))
+    stays &= ~again[:, None]
     canvas.decide(masked, stays[masked.row, masked.offset], token, steps)
     left = ((confidence > -torch.inf) & ~stays).any(dim=1)
-    return canvas.advance(rows, passes.per_step, (~left).tolist())
+    return canvas.advance(rows, passes.per_step, (~left).tolist(), again.tolist())

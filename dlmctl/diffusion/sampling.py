@@ -40,6 +40,9 @@ class Sampling:
     block (prefix), or of all tokens outside the block (dual)."""
     refresh: int | None = None
     """Steps from one pass over the whole sequence to the next; None: at each block's start only."""
+    refresh_below: float = 0.0
+    """With a cache: where the surest token of a step is less sure than this, nothing is decided and
+    the row passes over its whole sequence, in the same step."""
     eos: EosRule = "normal"
     """late: end-of-sequence is decided last in its block; never: it is not sampled at all."""
     early_stop: bool = False
@@ -59,6 +62,13 @@ class Sampling:
             raise UsageError("--threshold and --factor are two rules for one thing: give one")
         if self.refresh is not None and self.cache == "none":
             raise UsageError("--refresh says how long a cache is used: give --cache too")
+        if self.refresh_below > 0 and self.cache == "none":
+            raise UsageError("--refresh-below says when a cache is too old: give --cache too")
+        if self.refresh_below > 0 and self.remasking not in ("low_confidence", "margin"):
+            raise UsageError(
+                f"--refresh-below goes by a confidence between 0 and 1, which --remasking "
+                f"{self.remasking} has not: take low_confidence or margin"
+            )
         if self.compile and self.cache != "none":
             raise UsageError("--compile and --cache do not go together: leave one out")
         if self.cfg_scale > 0 and self.cache != "none":

@@ -27,7 +27,7 @@ def test_rows_are_of_the_paths_asked_for_beside_the_reference():
     policy = bench_policy("random:tiny", "cpu", "float32")
     requests = [Request(p, n) for n, p in enumerate(random_prompts(policy, 6, 4, 20))]
     exact = Sampling(16, 8, 16)
-    paths = {name: ways(exact, 0.0, 1.0, None)[name] for name in ("exact", "threshold")}
+    paths = {name: ways(exact, 0.0, 1.0, None, 0.0)[name] for name in ("exact", "threshold")}
     rows = list(compare_samplers(policy, requests, exact, paths, 4, 3, lambda tokens: 0.25))
     assert [row["path"] for row in rows] == ["reference", "exact", "threshold"]
     assert [row["completions"] for row in rows] == [3, 6, 6]

@@ -66,6 +66,35 @@ def test_a_cache_that_is_renewed_in_each_step_changes_nothing(family, cache):
 
 @pytest.mark.parametrize("family", DECODERS)
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_step_that_is_never_sure_enough_is_taken_again_exactly(family, cache):
+    """A random model is never sure, so every step but a block's first takes two passes."""
+    policy = tiny_policy(family)
+    exact = Sampling(12, 4, 12, temperature=0.7)
+    careful = Sampling(12, 4, 12, temperature=0.7, cache=cache, refresh_below=1.0)
+    keys = list(range(5))
+    ours, theirs = sample(policy, PROMPTS, keys, careful), sample(policy, PROMPTS, keys, exact)
+    assert [(x.tokens, x.order) for x in ours] == [(x.tokens, x.order) for x in theirs]
+    assert {x.nfe for x in ours} == {12 + 9}
+
+
+def test_only_rows_that_are_unsure_pass_over_their_whole_sequence_again():
+    policy = tiny_policy(layers=3, seed=5)
+    between = [
+        {x.nfe for x in sample(policy, PROMPTS, list(range(5)), settings)}
+        for settings in (
+            Sampling(12, 4, 12, cache="dual", refresh_below=bound) for bound in (0.0, 0.05, 1.0)
+        )
+    ]
+    assert between[0] == {12} and between[2] == {21}
+    assert all(12 <= nfe <= 21 for nfe in between[1])
+    alone = Sampling(12, 4, 12, cache="dual", refresh_below=0.05)
+    for number, key in enumerate(range(5)):
+        together = sample(policy, PROMPTS, list(range(5)), alone)[number]
+        assert sample(policy, [PROMPTS[number]], [key], alone) == [together]
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_with_one_layer_keys_of_other_tokens_do_not_change_and_a_cache_is_exact(family, cache):
     """In the first layer they come from embeddings, and only the block's own tokens change."""
     policy = tiny_policy(family, layers=1)
@@ -132,6 +161,10 @@ def test_a_cache_wants_a_decoder_and_no_guidance():
         Sampling(4, 4, 4, cache="dual", cfg_scale=1.0)
     with pytest.raises(UsageError, match="--refresh"):
         Sampling(4, 4, 4, refresh=2)
+    with pytest.raises(UsageError, match="--refresh-below says"):
+        Sampling(4, 4, 4, refresh_below=0.9)
+    with pytest.raises(UsageError, match="--remasking entropy"):
+        Sampling(4, 4, 4, cache="dual", refresh_below=0.9, remasking="entropy")
     with pytest.raises(UsageError, match="--threshold and --factor"):
         Sampling(4, 4, 4, threshold=0.9, factor=1.0)
 
