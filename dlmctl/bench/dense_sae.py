@@ -34,7 +34,8 @@ class DenseTrainer:
             codes = _largest(pre, recipe.k_at(self.step, self.k)).relu()
             made = codes @ sae.decoder + sae.centre
             reconstruction = (made - x).square().sum(dim=1).mean()
-            auxiliary = self._auxiliary(x, pre, (x - made).detach())
+            target = x - sae.centre if recipe.aux == "input" else x - made
+            auxiliary = self._auxiliary(x, pre, target.detach())
             loss = reconstruction + recipe.aux_weight * auxiliary
         loss.backward()
         remove_parallel(sae)
@@ -47,21 +48,22 @@ class DenseTrainer:
         self.step += 1
         return float(reconstruction.detach())
 
-    def _auxiliary(self, x: Tensor, pre: Tensor, error: Tensor) -> Tensor:
+    def _auxiliary(self, x: Tensor, pre: Tensor, target: Tensor) -> Tensor:
         sae, aux = self.sae, self.recipe.aux
         dead = self.unused >= self.recipe.dead_after
-        number = min(max(1, x.shape[1] // 2), int(dead.sum()))
+        most = self.recipe.k_at(self.step, self.k) if aux == "input" else max(1, x.shape[1] // 2)
+        number = min(most, int(dead.sum()))
         if not number:
-            return error.new_zeros(())
-        if aux == "straight":
+            return target.new_zeros(())
+        if aux in ("straight", "input"):
             pre = (x - sae.centre.detach()) @ sae.encoder.T + sae.bias
         values = _largest(pre.masked_fill(~dead, -torch.inf), number)
         if aux == "rectified":
             values = values.relu()
-        elif aux == "straight":
+        elif aux != "pre":
             values = values + (values.relu() - values).detach()
-        spread = (error - error.mean(dim=0)).square().sum(dim=1).mean()
-        return (values @ sae.decoder - error).square().sum(dim=1).mean() / spread
+        spread = (target - target.mean(dim=0)).square().sum(dim=1).mean()
+        return (values @ sae.decoder - target).square().sum(dim=1).mean() / spread
 
 
 def _largest(pre: Tensor, k: int) -> Tensor:

@@ -62,6 +62,15 @@ def command(
             "have their text there always.",
         ),
     ] = False,
+    words: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=8,
+            help="Of concepts: words that each part of a sentence can say a value with; of fewer, "
+            "a small model learns sooner which belong together.",
+        ),
+    ] = 8,
     wanted: Annotated[
         list[str] | None,
         typer.Option(
@@ -133,6 +142,7 @@ def command(
         numbers=_range(numbers, "--numbers", 2, 6),
         style=style,
         completions=completions,
+        words=words,
         wanted=dict(_pair("--want", "CONCEPT=VALUE", text) for text in wanted or []),
         origin=origin,
         task=task,

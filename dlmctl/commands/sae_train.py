@@ -95,12 +95,13 @@ def command(
         float, typer.Option(min=0.0, help="Gradients are clipped to this norm; 0 is off.")
     ] = 1.0,
     aux: Annotated[
-        Literal["straight", "pre", "rectified"] | None,
+        Literal["straight", "input", "pre", "rectified"] | None,
         typer.Option(
             show_default="straight",
             help="How dead latents learn to explain the error: behind the ReLU, with the gradient "
-            "passed straight through it; by their pre-activations as they are (SAELens); or "
-            "rectified, as published, where they get hardly any gradient.",
+            "passed straight through it; input: the same, but of the input, where a run is too "
+            "short to bring them back by the error; by their pre-activations as they are "
+            "(SAELens); or rectified, as published, where they get hardly any gradient.",
         ),
     ] = None,
     aux_weight: Annotated[float, typer.Option(min=0.0, help="Weight of that loss; 0 is off.")] = 1

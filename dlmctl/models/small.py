@@ -81,6 +81,8 @@ def _model(
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": None,
         "tie_word_embeddings": False,
+        # transformers' 0.02 suits widths near 2,500; in a narrow model it starves the blocks.
+        "initializer_range": hidden_size**-0.5,
     }
     if family == "mlm":
         without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

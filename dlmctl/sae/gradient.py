@@ -17,6 +17,10 @@ What z_aux is of them, by `aux`:
                 there: the encoder turns to the tokens whose error points along the decoder, and
                 nothing else changes until the latent is active. The centre, which all latents
                 share, takes no part. (Ours.)
+    input       as straight, but K of the dead latents reconstruct x - centre, as if there were no
+                others: e is x - centre in L_aux. What the living leave is little and varied, and
+                few latents learn from it to outdo a living one; of the input there is always
+                enough. (Ours.)
 
 A latent's weights get gradient from the few tokens that chose it. Those sums over tokens are one
 pass of `embedding_bag` with the codes sorted by latent, which costs K/F of a product of matrices.
@@ -32,7 +36,7 @@ from torch.nn import functional
 
 from dlmctl.sae.topk import Codes
 
-Aux = Literal["straight", "pre", "rectified"]
+Aux = Literal["straight", "pre", "rectified", "input"]
 
 
 class Dictionary(nn.Module):
@@ -73,7 +77,7 @@ def add_gradient(
     Args:
         x: activations [N, d].
         dead: int64 [D], the dead latents.
-        k_aux: how many of them L_aux is made of, at most.
+        k_aux: how many of them L_aux is made of, at most; `input` takes K.
         weight: of L_aux.
         aux: what it is made of.
     """
@@ -93,8 +97,9 @@ def add_gradient(
     from_bias = sae.bias.grad
     auxiliary = reconstruction.new_zeros(())
     if len(dead) and weight:
-        auxiliary = _add_auxiliary(sae, centred, pre, -residual, dead, k_aux, weight, aux)
-        if aux != "straight":
+        target, count = (centred, k) if aux == "input" else (-residual, k_aux)
+        auxiliary = _add_auxiliary(sae, centred, pre, target, dead, count, weight, aux)
+        if aux in ("pre", "rectified"):
             from_bias = sae.bias.grad
     sae.centre.grad = slope.sum(dim=0) - from_bias @ sae.encoder
     return Outcome(codes, residual, reconstruction, auxiliary)
@@ -104,18 +109,18 @@ def _add_auxiliary(
     sae: Dictionary,
     centred: Tensor,
     pre: Tensor,
-    error: Tensor,
+    target: Tensor,
     dead: Tensor,
-    k_aux: int,
+    count: int,
     weight: float,
     aux: Aux,
 ) -> Tensor:
     """Add the gradient of weight L_aux, but not that of the centre."""
-    spread = (error - error.mean(dim=0)).square().sum(dim=1).mean()
-    values, places = pre[:, dead].topk(min(k_aux, len(dead)), dim=1, sorted=False)
+    spread = (target - target.mean(dim=0)).square().sum(dim=1).mean()
+    values, places = pre[:, dead].topk(min(count, len(dead)), dim=1, sorted=False)
     codes = Codes(values if aux == "pre" else values.relu(), dead[places])
     made, pull = _combined(codes, sae.decoder)
-    missed = made - error
+    missed = made - target
     loss = missed.square().sum(dim=1).mean() / spread
     if not bool(loss.isfinite()):  # a batch without spread teaches nothing
         return torch.zeros_like(loss)

@@ -16,7 +16,7 @@ assigned by a digest, a feature of one concept would tell a little of another on
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from dlmctl.tasks.lexicon import (
@@ -46,6 +46,8 @@ CONCEPTS: dict[str, tuple[str, ...]] = {
     "topic": tuple(TOPICS),
 }
 """Concept to its values."""
+WORDS = 8
+"""Words that each part of a sentence can say a value with, at most."""
 _BOTH = ("singular", "plural")
 _WEIGHTS = {"subject": 1, "topic": 1, "tense": 2, "number": 3, "sentiment": 3}
 
@@ -75,16 +77,23 @@ class Document(NamedTuple):
     sentences: list[Sentence]
 
 
-def documents(split: Split = "train", seed: int = 0) -> Iterator[Document]:
-    """An endless stream of documents."""
+_Pick = Callable[[Sequence[str]], str]
+
+
+def documents(split: Split = "train", seed: int = 0, words: int = WORDS) -> Iterator[Document]:
+    """An endless stream of documents; a part of a sentence says a value with one of `words`."""
     draw = random.Random(f"concepts/{split}/{seed}")
+
+    def pick(choices: Sequence[str]) -> str:
+        return draw.choice(choices[:words])
+
     while True:
         text, sentences = "", []
         whole = {name: draw.choice(CONCEPTS[name]) for name in ("sentiment", "topic")}
         for _ in range(draw.randint(*SENTENCES)):
             values = _values(whole, split, draw)
             start = len(text) + bool(text)
-            text += " " * bool(text) + _sentence(values, draw)
+            text += " " * bool(text) + _sentence(values, pick, draw)
             sentences.append(Sentence(start, len(text), values))
         yield Document(text, sentences)
 
@@ -125,27 +134,27 @@ def _values(whole: dict[str, str], split: Split, draw: random.Random) -> dict[st
             return values
 
 
-def _sentence(values: dict[str, str], draw: random.Random) -> str:
+def _sentence(values: dict[str, str], pick: _Pick, draw: random.Random) -> str:
     tense, number = values["tense"], values["number"]
     topic, mood = TOPICS[values["topic"]], SENTIMENTS[values["sentiment"]]
     return draw.choice(_TEMPLATES).format(
-        time=draw.choice(TIMES[tense]),
-        actor=_actor(values["subject"], number, draw),
-        act=_verb(draw.choice(topic.verbs), tense, number, draw),
+        time=pick(TIMES[tense]),
+        actor=_actor(values["subject"], number, pick),
+        act=_verb(pick(topic.verbs), tense, number, draw),
         state=_verb(draw.choice(COPULAS), tense, number, draw),
-        adjective=draw.choice(mood.adjectives),
-        adverb=draw.choice(mood.adverbs),
-        feeling=draw.choice(mood.feelings),
-        object=draw.choice(topic.objects),
+        adjective=pick(mood.adjectives),
+        adverb=pick(mood.adverbs),
+        feeling=pick(mood.feelings),
+        object=pick(topic.objects),
         preposition=draw.choice(PREPOSITIONS),
-        place=draw.choice(topic.places),
+        place=pick(topic.places),
     )
 
 
-def _actor(subject: str, number: str, draw: random.Random) -> str:
+def _actor(subject: str, number: str, pick: _Pick) -> str:
     kind = SUBJECTS[subject]
-    noun = draw.choice(kind.nouns)
-    words = [draw.choice(DETERMINERS[number]), draw.choice(kind.adjectives)]
+    noun = pick(kind.nouns)
+    words = [pick(DETERMINERS[number]), pick(kind.adjectives)]
     return " ".join([*words, plural(noun) if number == "plural" else noun])
 
 

@@ -43,6 +43,7 @@ def prompts(
     numbers: tuple[int, int] = (3, 3),
     style: Style = "plain",
     completions: bool = False,
+    words: int = concepts.WORDS,
     wanted: Mapping[str, str] | None = None,
     origin: str | None = None,
     task: str | None = None,
@@ -58,6 +59,7 @@ def prompts(
         numbers: fewest and most numbers of a Countdown problem.
         completions: add `completion`, a right answer in the words of `style` plain; concepts
             have theirs always.
+        words: words that a part of a sentence of concepts can say a value with.
         wanted: concept to value, which `verify` looks for in what is written from concepts.
         origin: where gsm8k or math is read from instead of the hub.
         renamed: record field to column.
@@ -67,7 +69,7 @@ def prompts(
     elif source == "countdown" and origin is None:
         stream = _countdown(split, numbers, seed, style, completions)
     elif source == "concepts" and origin is None:
-        stream = _concepts(split, seed, wanted or {})
+        stream = _concepts(split, seed, words, wanted or {})
     elif (plugin := _plugin(source)) is not None:
         stream = (Record(record) for record in plugin(seed, split))
     else:
@@ -105,8 +107,8 @@ def _countdown(
         )
 
 
-def _concepts(split: Split, seed: int, wanted: Mapping[str, str]) -> Iterator[Record]:
-    for document in concepts.documents(split, seed):
+def _concepts(split: Split, seed: int, words: int, wanted: Mapping[str, str]) -> Iterator[Record]:
+    for document in concepts.documents(split, seed, words):
         digest = blake2b(document.text.encode(), digest_size=8).hexdigest()
         yield Record(
             id=f"concepts/{digest}",

@@ -85,7 +85,8 @@ def test_only_rows_that_are_unsure_pass_over_their_whole_sequence_again():
             Sampling(12, 4, 12, cache="dual", refresh_below=bound) for bound in (0.0, 0.05, 1.0)
         )
     ]
-    assert between[0] == {12} and between[2] == {21}
+    assert between[0] == {12}
+    assert between[2] == {21}
     assert all(12 <= nfe <= 21 for nfe in between[1])
     alone = Sampling(12, 4, 12, cache="dual", refresh_below=0.05)
     for number, key in enumerate(range(5)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor
@@ -35,18 +37,23 @@ def _dense_loss(
     made = (pre.relu() * kept) @ sae.decoder + sae.centre
     loss = (made - x).square().sum(dim=1).mean()
     if len(dead):
-        error = (x - made).detach()
+        target = (x - (sae.centre if aux == "input" else made)).detach()
+        if aux in ("straight", "input"):  # the centre takes no part
+            pre = (x - sae.centre.detach()) @ sae.encoder.T + sae.bias
         alive = torch.ones(F, dtype=torch.bool).index_fill(0, dead, False)
-        places = pre.masked_fill(alive, -torch.inf).topk(k_aux, dim=1).indices
+        count = min(K, len(dead)) if aux == "input" else k_aux
+        places = pre.masked_fill(alive, -torch.inf).topk(count, dim=1).indices
         chosen = torch.zeros_like(pre).scatter(1, places, 1.0)
         values = pre if aux == "pre" else pre.relu()
-        missed = (values * chosen) @ sae.decoder - error
-        spread = (error - error.mean(dim=0)).square().sum(dim=1).mean()
+        if aux in ("straight", "input"):
+            values = pre + (values - pre).detach()
+        missed = (values * chosen) @ sae.decoder - target
+        spread = (target - target.mean(dim=0)).square().sum(dim=1).mean()
         loss = loss + weight * missed.square().sum(dim=1).mean() / spread
     return loss
 
 
-@pytest.mark.parametrize("aux", ["pre", "rectified"])
+@pytest.mark.parametrize("aux", get_args(Aux))
 @pytest.mark.parametrize("dead", [[], [4], [0, 3, 7, 8, 15]])
 def test_gradient_is_that_of_the_definition(dead: list[int], aux: Aux) -> None:
     sae, x, places = _dictionary(), _activations(), torch.tensor(dead, dtype=torch.int64)
@@ -95,7 +102,7 @@ def _gradients(sae: Dictionary, x: Tensor, dead: Tensor, aux: Aux) -> dict[str, 
     return {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("aux", ["pre", "straight"])
+@pytest.mark.parametrize("aux", ["pre", "straight", "input"])
 def test_a_dead_latent_gets_gradient(aux: Aux) -> None:
     sae = _with_a_dead_latent()
     add_gradient(sae, _activations(), K, torch.tensor([5]), 3, 1 / 32, aux)

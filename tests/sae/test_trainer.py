@@ -122,6 +122,7 @@ def test_dead_latents_come_back_where_they_get_gradient() -> None:
 
     assert share_dead("rectified") > 0.6
     assert share_dead("straight") < 0.3
+    assert share_dead("input") < 0.3
 
 
 def test_rate_warms_up_stays_and_falls_to_zero() -> None:

@@ -7,7 +7,7 @@ from itertools import combinations, islice, product
 import pytest
 
 from dlmctl.tasks.concepts import CONCEPTS, documents, split_of
-from dlmctl.tasks.lexicon import FUTURES, participle, plural, verb_form
+from dlmctl.tasks.lexicon import FUTURES, TOPICS, participle, plural, verb_form
 from dlmctl.tasks.sources import prompts
 
 
@@ -154,3 +154,11 @@ def test_the_same_seed_makes_the_same_records_with_text_and_labels():
     label = first[0]["sentences"][0]
     assert list(label) == ["start", "end", *CONCEPTS]
     assert first[0]["completion"][label["start"] : label["end"]].endswith(".")
+
+
+def test_fewer_words_are_the_first_ones_of_each_value():
+    texts = list(islice(documents("train", seed=2, words=2), 400))
+    objects = {word for topic in TOPICS.values() for word in topic.objects}
+    kept = {word for topic in TOPICS.values() for word in topic.objects[:2]}
+    assert {w for d in texts for w in re.findall(r"\w+", d.text)} & objects == kept
+    assert next(documents("train", seed=2, words=8)) == next(documents("train", seed=2))
