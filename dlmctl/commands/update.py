@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from dlmctl.commands.corpora import level_range
 from dlmctl.commands.options import (
     Algorithm,
     BatchSize,
@@ -187,6 +188,17 @@ def command(
             rich_help_panel=MASKS,
         ),
     ] = None,
+    level: Annotated[
+        str | None,
+        typer.Option(
+            "--t",
+            metavar="T or T-T",
+            show_default="0-1",
+            help="For sft: range of the share of hidden tokens; the masks are independent, or "
+            "--masks quadrature.",
+            rich_help_panel=MASKS,
+        ),
+    ] = None,
     samples: Annotated[
         int | None,
         typer.Option(
@@ -336,6 +348,11 @@ def command(
 
     if schedule == "cosine" and total_steps is None:
         raise UsageError("--schedule cosine needs --total-steps")
+    levels = level_range(level) if level else (0.0, 1.0)
+    if level and algo != "sft":
+        raise UsageError("--t is for --algo sft: other objectives need the whole bound")
+    if not 0 <= levels[0] <= levels[1] <= 1 or not levels[1]:
+        raise UsageError(f"--t {level} is not a range of shares between 0 and 1")
     own = {
         "strength": strength,
         "score_norm": score_norm,
@@ -363,12 +380,13 @@ def command(
         seed,
     )
     plan = MaskPlan(
-        masks or recipe.law,
+        masks or ("independent" if level else recipe.law),
         samples or recipe.samples,
         seed,
         recipe.until_eos if until_eos is None else until_eos,
         recipe.prompt_mask if prompt_mask is None else prompt_mask,
         mask_block,
+        levels=levels,
     )
     if objective is None:
         metrics = update_supervised(

@@ -23,6 +23,10 @@ arXiv 2512.03759.) And these have another one, for the algorithms that are made 
                    is a mean over the hidden tokens (SPG, arXiv 2510.09541)
     full           everything is hidden: the mean-field score of d1 (arXiv 2504.12216)
 
+With a range [a, b] of levels t is U(a, b), or the nodes lie there, with the same weights 1/t: the
+part of the bound between two noise levels, divided by b - a. Training on it has less variance (the
+clipped schedules of BD3-LM, arXiv 2503.09573).
+
 Under `block` and `full` tokens that are not scored are hidden too. Prompt tokens are hidden on
 request. Masks are a pure function of the names that identify a completion, so that two processes
 score the same ones.
@@ -47,6 +51,9 @@ LAWS: tuple[str, ...] = get_args(Law)
 UNBIASED: tuple[Law, ...] = ("independent", "uniform", "complementary", "stratified")
 PAIRED = frozenset({"complementary", "stratified"})
 """Laws whose masks come as a mask and its complement."""
+
+LEVELLED: tuple[Law, ...] = ("independent", "quadrature")
+"""Laws that draw a level t."""
 
 GOLDEN_RATIO = 0.6180339887498949
 
@@ -77,6 +84,7 @@ class _Draw(NamedTuple):
     keys: tuple[str | int, ...]
     sample: int
     block_length: int
+    levels: tuple[float, float]
 
     @property
     def length(self) -> int:
@@ -86,6 +94,11 @@ class _Draw(NamedTuple):
         """Uniform numbers [draws, width]; draw k has them from a key of its own."""
         keys = key_tensor([stream_key(*self.keys, self.sample, k) for k in range(draws)])
         return uniform(keys[:, None], torch.arange(width)[None])
+
+    def between(self, share: Tensor) -> Tensor:
+        """Levels at these shares, in [0, 1], of the range."""
+        least, greatest = self.levels
+        return least + (greatest - least) * share
 
     def spread(self, hidden: Tensor) -> Tensor:
         """Masks [K, L] over the scored tokens as masks [K, G] over all of them."""
@@ -103,6 +116,7 @@ def draw_masks(
     block_length: int = 32,
     prompt_length: int = 0,
     prompt_mask: float = 0.0,
+    levels: tuple[float, float] = (0.0, 1.0),
 ) -> MaskSet:
     """Draw `samples` masks over one completion.
 
@@ -113,15 +127,19 @@ def draw_masks(
         block_length: length of a block, for `block`.
         prompt_length: P, tokens of the prompt.
         prompt_mask: probability that a prompt token is hidden.
+        levels: range of t, for the laws that draw one.
 
     Raises:
-        UsageError: an unknown law, or an odd number of samples for complementary pairs.
+        UsageError: an unknown law, a range for one that draws no t, or an odd number of samples for
+            complementary pairs.
     """
     if law not in LAWS:
         raise UsageError(f"unknown mask law '{law}'; there are {', '.join(LAWS)}")
     if law in PAIRED and samples % 2:
         raise UsageError(f"{law} masks come in pairs; {samples} samples is odd")
-    draw = _Draw(samples, scored, tuple(keys), sample, block_length)
+    if levels != (0.0, 1.0) and law not in LEVELLED:
+        raise UsageError(f"--t goes with --masks {' or '.join(LEVELLED)}, not with {law}")
+    draw = _Draw(samples, scored, tuple(keys), sample, block_length, levels)
     hidden, weights = _LAWS[law](draw)
     weights = torch.where((hidden & scored).any(dim=1), weights, torch.zeros_like(weights))
     prompt_hidden = None
@@ -134,7 +152,7 @@ def draw_masks(
 
 def _independent(draw: _Draw) -> tuple[Tensor, Tensor]:
     numbers = draw.numbers(draw.samples, draw.length + 1)
-    level, order = numbers[:, 0], numbers[:, 1:]
+    level, order = draw.between(numbers[:, 0]), numbers[:, 1:]
     return draw.spread(order < level[:, None]), 1 / level
 
 
@@ -162,7 +180,7 @@ def _stratified(draw: _Draw) -> tuple[Tensor, Tensor]:
 
 def _quadrature(draw: _Draw) -> tuple[Tensor, Tensor]:
     nodes, weights = (torch.from_numpy(values) for values in leggauss(draw.samples))
-    level, share = (nodes + 1) / 2, weights / 2
+    level, share = draw.between((nodes + 1) / 2), weights / 2
     order = draw.numbers(draw.samples, draw.length + 1)[:, 1:]
     return draw.spread(order < level[:, None]), draw.samples * share / level
 

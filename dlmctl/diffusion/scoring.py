@@ -37,6 +37,8 @@ class MaskPlan:
     """Of the law `block`; None is the model's own."""
     draw: int = 0
     """Independent draws of the masks of the same records have numbers of their own."""
+    levels: tuple[float, float] = (0.0, 1.0)
+    """Range of t, for the laws independent and quadrature."""
 
 
 def example_of(record: Record, policy: Policy, plan: MaskPlan) -> Example:
@@ -82,7 +84,15 @@ def completion_masks(
         return MaskSet(scored[None], torch.ones(1, dtype=torch.float64), scored)
     block_length = plan.block_length or policy.sampling.get("block_length", 32)
     return draw_masks(
-        plan.law, plan.samples, scored, keys, sample, block_length, prompt_length, plan.prompt_mask
+        plan.law,
+        plan.samples,
+        scored,
+        keys,
+        sample,
+        block_length,
+        prompt_length,
+        plan.prompt_mask,
+        plan.levels,
     )
 
 

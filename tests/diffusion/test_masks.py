@@ -108,6 +108,28 @@ def test_quadrature_integrates_polynomials_in_t_exactly():
         assert float(estimate) == pytest.approx(1 / power)
 
 
+@pytest.mark.parametrize("law", ["independent", "quadrature"])
+def test_levels_in_a_range_estimate_the_mean_of_the_bound_there(law):
+    """Where every token scores t^2, the mean of S/t is L times the mean of t^2 over the range."""
+    low, high, length, count = 0.2, 0.5, 60, 4000 if law == "independent" else 2
+    masks = draw_masks(law, count, all_scored(length), (0, "a"), 0, levels=(low, high))
+    nodes = torch.tensor([-1, 1]) / 3**0.5 * (high - low) / 2 + (high + low) / 2
+    level = nodes.double() if law == "quadrature" else 1 / masks.weights
+    assert float(level.min()) >= low
+    assert float(level.max()) <= high
+    mean = (high**3 - low**3) / (3 * (high - low))
+    estimate = float((masks.weights * level * level**2).mean())
+    assert estimate == pytest.approx(mean, rel=0.02 if law == "independent" else 1e-6)
+    if law == "independent":
+        hidden = masks.hidden.sum(dim=1) * masks.weights
+        assert float(hidden.mean()) == pytest.approx(length, rel=0.02)
+
+
+def test_a_law_that_draws_no_level_takes_no_range():
+    with pytest.raises(UsageError, match="--t goes with --masks independent or quadrature"):
+        draw_masks("stratified", 2, all_scored(4), (0, "a"), 0, levels=(0.1, 0.5))
+
+
 def test_a_block_mask_leaves_what_is_before_it_and_hides_what_is_behind():
     scored = torch.tensor([True] * 10 + [False] * 6)
     masks = draw_masks("block", 300, scored, (0, "a"), 0, block_length=4)

@@ -1,0 +1,25 @@
+"""Rows of `dlmctl stats` or `sae-order --summary` as a table in Markdown:
+
+    python3 table.py FILE COLUMN…
+
+A column that is a mean has its standard error behind it where the row has one.
+"""
+
+import json
+import sys
+
+file, *columns = sys.argv[1:]
+
+
+def cell(row: dict, column: str) -> str:
+    value = row.get(column, "")
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    error = row.get(f"{column}_se")
+    return f"{value:.3g}" if error is None else f"{value:.3f} ± {error:.3f}"
+
+
+print("|", " | ".join(columns), "|")
+print("|", " | ".join("---" for _ in columns), "|")
+for line in open(file):
+    print("|", " | ".join(cell(json.loads(line), column) for column in columns), "|")
