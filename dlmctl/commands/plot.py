@@ -33,7 +33,8 @@ def command(
             "-y",
             metavar="MEASURE",
             show_default=", ".join(DEFAULT_YS),
-            help="What is drawn, one panel each: a field of the records; repeatable.",
+            help="What is drawn, one panel each: a field of the records, rollout.order is one "
+            "within a field; repeatable.",
         ),
     ] = None,
     x: Annotated[str, typer.Option("-x", metavar="FIELD", help="What it is drawn over.")] = "step",
@@ -53,13 +54,16 @@ def command(
 
     Reads what 'dlmctl update' writes (or any JSONL with numbers) and draws a panel for each
     measure. Several values of a line at one place become their mean and a band of the standard
-    error.
+    error. A measure that is a list of numbers becomes a heat map: a row for each value of --by, a
+    column for each place of the list, and means where there are several lists.
 
     Examples:
 
     dlmctl plot runs/a/metrics.jsonl runs/b/metrics.jsonl -y reward -y kl --smooth 10 -o curves.png
 
     dlmctl plot eval.jsonl -x k -y fve -y delta_mask --by layer -o sparsity.png
+
+    dlmctl plot ordered.jsonl -y rollout.order --by rollout.remasking -o orders.png
     """
     from dlmctl.report.plots import collect, draw
 

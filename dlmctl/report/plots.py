@@ -1,5 +1,7 @@
 """Curves from metrics records: one panel for each measure, one line for each run.
 
+A measure that is a list of numbers becomes a heat map, with a row where others have a line.
+
 Where a line has several values at one place, as runs with several seeds do, it goes through their
 means, with the standard error as a band.
 """
@@ -14,6 +16,7 @@ from typing import Any
 
 from dlmctl.records.errors import DataError, missing_package
 from dlmctl.records.jsonl import Record
+from dlmctl.report.heatmaps import Grid, heat_panel, is_curve, mean_rows
 
 Series = dict[str, list[tuple[float, float]]]
 """Label of a line: its points, x and y."""
@@ -21,25 +24,46 @@ Series = dict[str, list[tuple[float, float]]]
 COLOURS = ("#1b6ca8", "#d1495b", "#3c887e", "#edae49", "#66508f", "#7a7a7a")
 
 
-def collect(records: Iterable[Record], x: str, ys: Sequence[str], by: str) -> dict[str, Series]:
-    """The points of every measure and line; records that lack x or y are passed over.
+def collect(
+    records: Iterable[Record], x: str, ys: Sequence[str], by: str
+) -> dict[str, tuple[Series, Grid]]:
+    """The points of every measure and line, and its lists; what lacks x or y is passed over.
+
+    A name with dots is that of a field within fields, as `rollout.order`.
 
     Raises:
-        DataError: no record has a measure at all.
+        DataError: no record has a measure at all, or one is a number here and a list there.
     """
-    panels: dict[str, Series] = {y: {} for y in ys}
+    points: dict[str, Series] = {y: {} for y in ys}
+    curves: dict[str, dict[str, list[list[float | None]]]] = {y: {} for y in ys}
     names: dict[str, None] = {}
     for number, record in enumerate(records):
         names.update(dict.fromkeys(record))
+        at = _value(record, x)
+        at = number if at is None else at
         for y in ys:
-            value, at = record.get(y), record.get(x, number)
-            if isinstance(value, (int, float)) and isinstance(at, (int, float)):
-                panels[y].setdefault(_label(record, by), []).append((at, value))
-    for y, series in panels.items():
-        if not series:
+            value = _value(record, y)
+            if is_curve(value):
+                curves[y].setdefault(_label(record, by), []).append(value)
+            elif isinstance(value, (int, float)) and isinstance(at, (int, float)):
+                points[y].setdefault(_label(record, by), []).append((at, value))
+    for y in ys:
+        if not points[y] and not curves[y]:
             there = ", ".join(names) or "no records"
             raise DataError(f"no record has a number '{y}' over '{x}'; there are: {there}")
-    return panels
+        if points[y] and curves[y]:
+            raise DataError(f"'{y}' is a number in one record and a list in another")
+    return {y: (points[y], mean_rows(y, curves[y])) for y in ys}
+
+
+def _value(record: Record, name: str) -> Any:
+    """A field, or one within fields."""
+    if name in record:
+        return record[name]
+    value: Any = record
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def averaged(points: Iterable[tuple[float, float]]) -> list[tuple[float, float, float]]:
@@ -63,7 +87,12 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
 
 
 def draw(
-    panels: dict[str, Series], x: str, title: str, window: int, kind: str, columns: int = 3
+    panels: dict[str, tuple[Series, Grid]],
+    x: str,
+    title: str,
+    window: int,
+    kind: str,
+    columns: int = 3,
 ) -> bytes:
     """A picture, PNG or SVG.
 
@@ -80,12 +109,16 @@ def draw(
     figure = Figure(figsize=(4.2 * wide, 2.9 * high + 0.3), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(high, wide, squeeze=False).flatten()
-    for axis, (name, series) in zip(axes, panels.items(), strict=False):
-        _panel(axis, name, series, x, window)
+    for axis, (name, (series, grid)) in zip(axes, panels.items(), strict=False):
+        if grid:
+            heat_panel(figure, axis, name, grid)
+        else:
+            _panel(axis, name, series, x, window)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    if len(next(iter(panels.values()))) > 1:
-        handles, labels = axes[0].get_legend_handles_labels()
+    lines = [axis for axis, (series, _) in zip(axes, panels.values(), strict=False) if series]
+    if lines and len(lines[0].get_lines()) > 1:
+        handles, labels = lines[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     if title:
         figure.suptitle(title, fontsize=11)
@@ -95,7 +128,8 @@ def draw(
 
 
 def _label(record: Record, by: str) -> str:
-    return " ".join(str(record.get(name, "")) for name in by.split(","))
+    found = (_value(record, name) for name in by.split(","))
+    return " ".join("" if value is None else str(value) for value in found)
 
 
 def _panel(axis: Any, name: str, series: Series, x: str, window: int) -> None:

@@ -21,5 +21,6 @@ def cell(row: dict, column: str) -> str:
 
 print("|", " | ".join(columns), "|")
 print("|", " | ".join("---" for _ in columns), "|")
-for line in open(file):
-    print("|", " | ".join(cell(json.loads(line), column) for column in columns), "|")
+with open(file) as lines:
+    for line in lines:
+        print("|", " | ".join(cell(json.loads(line), column) for column in columns), "|")

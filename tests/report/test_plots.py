@@ -1,5 +1,6 @@
 """Pictures: what is drawn, and that they are pictures."""
 
+import math
 import struct
 
 import pytest
@@ -26,13 +27,45 @@ def metrics(tmp_path):
 def test_points_are_collected_by_measure_and_line():
     records = [Record(run=r, step=s, reward=s * 2) for r in "ab" for s in range(2)]
     assert collect(records, "step", ["reward"], "run") == {
-        "reward": {"a": [(0, 0), (1, 2)], "b": [(0, 0), (1, 2)]}
+        "reward": ({"a": [(0, 0), (1, 2)], "b": [(0, 0), (1, 2)]}, {})
     }
 
 
 def test_a_measure_that_is_not_there_is_named_with_those_that_are():
     with pytest.raises(DataError, match=r"'rewrd'.*there are: run, reward"):
         collect([Record(run="a", reward=1)], "step", ["rewrd"], "run")
+
+
+def test_lists_become_rows_of_a_heat_map_and_null_counts_for_nothing():
+    records = [
+        Record(rollout={"order": [0, 1, None], "remasking": "random"}),
+        Record(rollout={"order": [2, 3, None], "remasking": "random"}),
+        Record(rollout={"order": [5, None, 4], "remasking": "margin"}),
+    ]
+    [(points, grid)] = collect(records, "step", ["rollout.order"], "rollout.remasking").values()
+    assert points == {}
+    assert list(grid) == ["random", "margin"]
+    assert grid["random"] == pytest.approx([1, 2, math.nan], nan_ok=True)
+    assert grid["margin"] == pytest.approx([5, math.nan, 4], nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [(([1, 2], [1, 2, 3]), "a list of 2 numbers .* of 3"), ((1, [1, 2]), "a number .* a list")],
+)
+def test_lists_that_do_not_go_together_are_refused(values, message):
+    with pytest.raises(DataError, match=message):
+        collect([Record(curve=value) for value in values], "step", ["curve"], "run")
+
+
+def test_a_heat_map_shows_its_rows_beside_curves(tmp_path):
+    records = [Record(run=r, step=n, curve=[n, 2, None], reward=n) for r in "ab" for n in range(3)]
+    source, picture = tmp_path / "r.jsonl", tmp_path / "p.svg"
+    source.write_bytes(b"".join(map(dump, records)))
+    options = ["-y", "curve", "-y", "reward", "-o", str(picture)]
+    result = CliRunner().invoke(app, ["plot", str(source), *options])
+    assert result.exit_code == 0, result.output
+    assert "<image" in picture.read_text()
 
 
 def test_smoothing_is_the_mean_of_the_last_points():
