@@ -63,7 +63,8 @@ def _ids(policy: Policy, text: Text) -> list[int]:
     if text.prompt is None:
         raise DataError("there is no 'prompt' and no 'messages' to read before it", text.where)
     try:
-        return policy.encode_text(text.prompt + text.completion)
+        # By themselves, as in training: a tokenizer of words would join the last and the first.
+        return policy.encode_text(text.prompt) + policy.encode_text(text.completion)
     except DataError as error:
         error.where = error.where or text.where
         raise

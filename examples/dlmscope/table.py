@@ -2,7 +2,8 @@
 
     python3 table.py FILE COLUMN…
 
-A column that is a mean has its standard error behind it where the row has one.
+A column that is a mean has its standard error behind it where the row has one; rows over everything
+are left out.
 """
 
 import json
@@ -22,5 +23,6 @@ def cell(row: dict, column: str) -> str:
 print("|", " | ".join(columns), "|")
 print("|", " | ".join("---" for _ in columns), "|")
 with open(file) as lines:
-    for line in lines:
-        print("|", " | ".join(cell(json.loads(line), column) for column in columns), "|")
+    for row in map(json.loads, lines):
+        if row.get(columns[0]) != "all":
+            print("|", " | ".join(cell(row, column) for column in columns), "|")

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from dlmctl.cli import app
 from dlmctl.diffusion.scoring import MaskPlan
-from dlmctl.models.policy import Family
+from dlmctl.models.policy import Family, Policy
 from dlmctl.models.saving import save_policy
 from dlmctl.models.small import make_policy
 from dlmctl.models.tokenizers import byte_tokenizer
@@ -335,6 +335,19 @@ def test_a_diffusion_model_gives_the_bound_of_its_elbo(family: Family) -> None:
     right = log_p([a, m, m], 2, c) + log_p([a, m, c], 1, b)
     found = perplexities(policy, long, 8, MaskPlan(samples=4000), 512)
     assert math.log(found[long[0].name] or 0) == pytest.approx(-(left + right) / 4, rel=0.03)
+
+
+def test_prompt_and_completion_are_tokenized_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    encode = Policy.encode_text
+
+    def watched(policy: Policy, text: str) -> list[int]:
+        seen.append(text)
+        return encode(policy, text)
+
+    monkeypatch.setattr(Policy, "encode_text", watched)
+    perplexities(tiny_policy("ar"), _texts("2340="), 8, MaskPlan(), 2)
+    assert seen == ["01", "2340="]
 
 
 def test_a_text_that_the_model_cannot_read_is_named() -> None:
