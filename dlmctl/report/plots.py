@@ -145,6 +145,8 @@ def _panel(axis: Any, name: str, series: Series, x: str, window: int) -> None:
         marker = "o" if len(at) < 12 else None
         line = smoothed(values, window)
         axis.plot(at, line, color=colour, linewidth=1.6, marker=marker, markersize=3, label=label)
+    if all(float(at).is_integer() for points in series.values() for at, _ in points):
+        axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_title(name, fontsize=10, loc="left")
     axis.set_xlabel(x, fontsize=9)
     axis.tick_params(labelsize=8)
