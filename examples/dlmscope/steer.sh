@@ -8,7 +8,7 @@
 set -euo pipefail
 model=$1 fluency=$2 directory=$3 values=$4 amplitudes=$5
 # A text that begins with a mark has no words for it: those of the corpus begin with a word.
-words='jq -c .completion|=sub("^[.,\\s]+";"")'
+words='jq -c .completion|=sub("^[^a-z]+";"")'
 sample="-q -m $model -n 1 --temperature 0.7 -b 64 --seed 5"
 work=$directory/steering
 mkdir -p "$work"
