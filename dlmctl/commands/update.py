@@ -11,13 +11,20 @@ from typing import Annotated, Literal
 import typer
 
 from dlmctl.commands.corpora import level_range
+from dlmctl.commands.mask_options import (
+    FillTo,
+    Level,
+    Masks,
+    MasksPerSample,
+    PromptMask,
+    UntilEos,
+)
 from dlmctl.commands.options import (
     Algorithm,
     BatchSize,
     Device,
     Dtype,
     Files,
-    Law,
     MaskBlock,
     OnErrorOption,
     Quiet,
@@ -27,7 +34,7 @@ from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record, read_records, write_records
 
-OBJECTIVE, MASKS, OPTIMIZER, ADAPTER = "Objective", "Masks", "Optimizer", "Adapter and memory"
+OBJECTIVE, OPTIMIZER, ADAPTER = "Objective", "Optimizer", "Adapter and memory"
 
 
 def command(
@@ -179,66 +186,13 @@ def command(
             rich_help_panel=OPTIMIZER,
         ),
     ] = 32,
-    masks: Annotated[
-        Law | None,
-        typer.Option(
-            show_default="diffu-grpo and wd1 full, spg block, espo and gdsd complementary, "
-            "vrpo uniform, others stratified",
-            help="Mask law, as in 'dlmctl score-elbo'.",
-            rich_help_panel=MASKS,
-        ),
-    ] = None,
-    level: Annotated[
-        str | None,
-        typer.Option(
-            "--t",
-            metavar="T or T-T",
-            show_default="0-1",
-            help="For sft: range of the share of hidden tokens; the masks are independent, or "
-            "--masks quadrature.",
-            rich_help_panel=MASKS,
-        ),
-    ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            "-k",
-            "--masks-per-sample",
-            min=1,
-            show_default="diffu-grpo and wd1 1, spg and sft 2, vrpo 8, others 4",
-            help="Masks for each completion.",
-            rich_help_panel=MASKS,
-        ),
-    ] = None,
-    prompt_mask: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            max=1.0,
-            show_default="diffu-grpo and wd1 0.15, others 0",
-            help="Probability that a token of the prompt is hidden as well.",
-            rich_help_panel=MASKS,
-        ),
-    ] = None,
+    masks: Masks = None,
+    level: Level = None,
+    samples: MasksPerSample = None,
+    prompt_mask: PromptMask = None,
     mask_block: MaskBlock = None,
-    until_eos: Annotated[
-        bool | None,
-        typer.Option(
-            "--until-eos/--all-tokens",
-            show_default="diffu-grpo, wd1 and spg until-eos, others all-tokens",
-            help="Score tokens up to the first end-of-sequence, or the whole completion.",
-            rich_help_panel=MASKS,
-        ),
-    ] = None,
-    fill_to: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            show_default="off",
-            help="For sft: fill completions with end-of-sequence to so many tokens.",
-            rich_help_panel=MASKS,
-        ),
-    ] = None,
+    until_eos: UntilEos = None,
+    fill_to: FillTo = None,
     rate: Annotated[
         float, typer.Option("--lr", min=0.0, help="Learning rate.", rich_help_panel=OPTIMIZER)
     ] = 3e-6,

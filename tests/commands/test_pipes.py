@@ -40,8 +40,8 @@ def test_the_line_of_the_readme_works_with_no_input_at_all(tmp_path):
 def test_the_short_pipe_and_the_long_pipe_make_the_same_step(tmp_path, saved_models):
     model = saved_models("llada")
     made = shell(
-        f"dlmctl prompts sudoku -n 4 | dlmctl rollout -m {model} -n 3 --gen-length 16 | "
-        "dlmctl verify --verifier sudoku-cells -o v.jsonl",
+        f"dlmctl prompts sudoku -n 4 | dlmctl rollout -m {model} -n 3 --gen-length 16 "
+        "--temperature 3 | dlmctl verify --verifier sudoku-cells -o v.jsonl",
         tmp_path,
     )
     assert made.returncode == 0, made.stderr
