@@ -83,6 +83,8 @@ class Passes:
 
         They renew them with the next pass.
         """
+        if not self.settings.refresh_below:
+            return torch.zeros_like(surest, dtype=torch.bool)
         old = torch.tensor([not self._renews(slot) for slot in rows], device=surest.device)
         again = old & (surest < self.settings.refresh_below)
         self._outdated -= set(rows)
