@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 
@@ -38,8 +39,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """One token per word or punctuation mark of the texts; the most frequent have the lowest ids.
 
-    A word has the space before it in its token, and the first of a text has one too. Ids 0, 1, 2
-    are padding, end-of-sequence and mask.
+    A word has the space before it in its token, and the first of a text has one too. A punctuation
+    mark is there with the space and without, since a text can begin with any. Ids 0, 1, 2 are
+    padding, end-of-sequence and mask.
     """
     splitting = pre_tokenizers.Sequence(
         [
@@ -51,7 +53,9 @@ def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
     counts = Counter(word for text in texts for word, _ in splitting.pre_tokenize_str(text))
     words = [word for word, _ in counts.most_common()]
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *words])}
+    marks = dict.fromkeys(w[-1] for w in words if w != SPACE and not re.search(r"\w", w))
+    both = [form for mark in marks for form in (mark, SPACE + mark)]
+    vocabulary = {t: i for i, t in enumerate(dict.fromkeys([*SPECIAL, *words, *both]))}
     tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = splitting
     tokenizer.decoder = decoders.Metaspace(SPACE, "always")

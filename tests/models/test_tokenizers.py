@@ -30,7 +30,13 @@ def test_words_and_marks_are_tokens_and_a_word_is_the_same_at_the_beginning():
     ids = tokenizer.encode("the dog, the dog.", add_special_tokens=False)
     assert ids == [3, 4, 5, 3, 4, 6]  # the, dog, then what comes once, in its order
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id) == (0, 1, 2)
-    assert len(tokenizer) == 7
+    assert len(tokenizer) == 7 + 2  # both marks are there with a space before them, too
+
+
+@pytest.mark.parametrize("text", [", the dog", "the dog ,the", ".", "(the", "the.dog", "\n the"])
+def test_marks_are_read_with_a_space_before_them_and_without(text):
+    tokenizer = word_tokenizer(["the dog, dog. (the) .dog", "the\ndog"])
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
 def test_tokens_know_where_they_stand():
@@ -67,7 +73,7 @@ def test_init_makes_a_model_of_the_words_of_a_corpus(corpus, family):
     policy = load_policy("new", "cpu")
     text = "a plain dog: the cat runs?"
     assert policy.decode(policy.encode_text(text)) == text
-    assert policy.vocab_size == 3 + 10
+    assert policy.vocab_size == 3 + 10 + 3  # the marks : . ? with a space before them
     with pytest.raises(DataError, match="has no tokens for 'left'"):
         policy.encode_text("left")
 
