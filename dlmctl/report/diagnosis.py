@@ -16,6 +16,7 @@ OPTIONAL = {
     "peft": ("peft", "lora", "update --lora-rank"),
     "math_verify": ("math-verify", "math", "verify: math"),
     "matplotlib": ("matplotlib", "plot", "plot"),
+    "PIL": ("pillow", "vision", "images: prompts shapes"),
 }
 """Module: package, extra, what needs it."""
 

@@ -5,6 +5,7 @@
     Puzzle, Solution                        Sudoku, 16 digits                (d1's benchmark file)
     input "30,100,93", output "23"          Countdown                        (d1's benchmark file)
     nums or numbers, target                 Countdown                        (Jiayi-Pan, TinyZero)
+    problem or question, images or image    EasyR1, Geometry3K, ViRL39K, VQA: task vqa
     question, answer with "####"            GSM8K
     problem, answer or solution             MATH
     question                                anything else
@@ -21,6 +22,9 @@ from typing import Any
 
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record
+from dlmctl.tasks.boxes import last_boxed
+from dlmctl.tasks.image_columns import with_images
+from dlmctl.tasks.images import image_sources
 from dlmctl.tasks.wording import Style, countdown_prompt, question_prompt, sudoku_prompt
 
 
@@ -40,9 +44,13 @@ def to_record(row: Record, renamed: Mapping[str, str], task: str | None, style: 
         if column not in row:
             raise DataError(_no_column(column, row), row.where)
         record[name] = record.pop(column)
-    for recognise in (_ready, _sudoku, _countdown, _gsm8k, _math, _question):
+    seen = image_sources(record)
+    recognisers = (_ready, _vision) if seen else (_ready, _sudoku, _countdown, _gsm8k, _math)
+    for recognise in (*recognisers, _question):
         found = recognise(record, style)
         if found is not None:
+            if seen:
+                found = with_images(found, seen, row.where)
             return _ordered(found, record, task)
     raise DataError(
         f"no column holds a prompt; there are {', '.join(row)}: name it with --map prompt=COLUMN",
@@ -59,11 +67,13 @@ def _ordered(found: dict[str, Any], rest: Record, task: str | None) -> Record:
     record = Record()
     record.where = rest.where
     name = task or found.pop("task", None) or rest.get("task")
+    name = name or ("vqa" if "images" in found else None)
     key = rest.get("id", found.pop("id", None))
     found.pop("task", None)
     found.pop("id", None)
     if key is None:
         text = repr(found.get("prompt") or found.get("messages"))
+        text += "".join(found.get("images", ()))  # many ask the same of another image
         key = f"{name or 'prompt'}/{blake2b(text.encode(), digest_size=6).hexdigest()}"
     record["id"] = key if isinstance(key, (str, int)) else str(key)
     if name:
@@ -128,6 +138,16 @@ def _countdown(row: Record, style: Style) -> dict[str, Any] | None:
     }
 
 
+def _vision(row: Record, style: Style) -> dict[str, Any] | None:
+    text = row.get("problem", row.get("question"))
+    if not isinstance(text, str):
+        return None
+    return {
+        "prompt": question_prompt("vqa", text, style),
+        "drop": ("problem", "question"),
+    }
+
+
 def _gsm8k(row: Record, style: Style) -> dict[str, Any] | None:
     answer = row.get("answer")
     if "question" not in row or not isinstance(answer, str) or "####" not in answer:
@@ -157,14 +177,3 @@ def _question(row: Record, style: Style) -> dict[str, Any] | None:
     if not isinstance(row.get("question"), str):
         return None
     return {"prompt": question_prompt("", row["question"], style), "drop": ("question",)}
-
-
-def last_boxed(text: str) -> str | None:
-    r"""What the last \boxed{...} or \fbox{...} of a text holds, braces balanced; None without."""
-    for found in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))):
-        depth = 1
-        for end in range(found.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[found.end() : end]
-    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,5 +102,27 @@ def _dataset_rows(name: str, split: str, config: str | None) -> Iterator[Record]
     except OSError as error:
         reason = str(error).split("\n")[0]
         raise TryAgainError(f"{name} is not here, and the hub does not answer ({reason})") from None
-    for number, values in enumerate(rows, start=1):
+    for number, values in enumerate(_undecoded(rows), start=1):
         yield _row(dict(values), f"{name}[{split}]:{number}")
+
+
+def _undecoded(rows: Any) -> Iterator[dict[str, Any]]:
+    """Rows with images as the bytes and path that are stored; decoding waits for who needs it."""
+    import datasets
+
+    if not _has_images(rows.features, datasets.Image):
+        yield from rows
+        return
+    for table in rows.with_format("arrow"):
+        yield from table.to_pylist()
+
+
+def _has_images(feature: Any, kind: type) -> bool:
+    """Whether a feature of `datasets` is, or holds, one of images; None, not known, is none."""
+    if feature is None:
+        return False
+    if isinstance(feature, Mapping):
+        return any(_has_images(inner, kind) for inner in feature.values())
+    if isinstance(feature, list):
+        return any(_has_images(inner, kind) for inner in feature)
+    return isinstance(feature, kind) or _has_images(getattr(feature, "feature", None), kind)

@@ -15,6 +15,10 @@ TAGS = (
     "Think step by step between <reasoning> and </reasoning>, then give {what} between <answer> "
     "and </answer>."
 )
+LAYOUT = (
+    "Say what the image shows between <description> and </description>{how}, think step by step "
+    "between <think> and </think>, then give the answer as \\boxed{{...}}."
+)
 SUDOKU = (
     "Solve this 4x4 Sudoku. Every row, column and 2x2 box holds the digits 1 to 4 once. "
     "The grid is written row by row as 16 digits, 0 for an empty cell:\n{puzzle}\n"
@@ -45,8 +49,21 @@ def question_prompt(task: str, question: str, style: Style) -> str:
     """Plain: the question as it is."""
     if style == "plain":
         return question
+    if task == "vqa":
+        return f"{question}\n" + LAYOUT.format(how="")
     what = r"the result as \boxed{...}" if task in ("math", "math500") else "the result"
     return f"{question}\n" + TAGS.format(what=what)
+
+
+def shapes_prompt(question: str, style: Style) -> str:
+    """Plain: `<image> how many red?`."""
+    if style == "plain":
+        return f"<image> {question}"
+    how = (
+        ", each thing by colour, shape, row and column, as in 'red circle top left , blue star "
+        "middle center'"
+    )
+    return f"<image> {question}\n" + LAYOUT.format(how=how)
 
 
 def worded(record: Mapping[str, Any], task: str, style: Style) -> str | None:

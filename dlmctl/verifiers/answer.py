@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from dlmctl.records.errors import DataError
-from dlmctl.tasks.columns import last_boxed
+from dlmctl.tasks.boxes import last_boxed
 
 END_OF_TEXT = re.compile(r"<\|(?:eot_id|endoftext|im_end|end_of_text|eos)\|>|</s>|<eos>")
 ANSWER_TAG = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)

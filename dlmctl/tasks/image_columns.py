@@ -1,0 +1,85 @@
+"""Images of a row as they travel in a record: paths and data URIs, one mark each in the prompt.
+
+Bytes become a data URI as they are; nothing is decoded here, so that Pillow is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dlmctl.records.errors import DataError
+from dlmctl.tasks.images import as_data_uri, image_path, record_folder
+
+MARK = "<image>"
+"""Stands in a prompt where an image does; in a message also a part of type image."""
+Message = dict[str, Any]
+
+
+def with_images(found: Mapping[str, Any], sources: Sequence[Any], where: str) -> dict[str, Any]:
+    """The fields `found` with `images`, and with a mark for each of them in the prompt.
+
+    Marks that are missing come first in the prompt.
+
+    Args:
+        found: holds `prompt` or `messages`.
+        sources: what the column of images holds.
+        where: the `file:line` of the row; a path that is right only from there is completed.
+
+    Raises:
+        DataError: the prompt has more marks than there are images, or one of them is of no kind
+            that can be written down.
+    """
+    name = "messages" if "messages" in found else "prompt"
+    prompt = found[name]
+    if not isinstance(prompt, (str, list)):
+        raise DataError(f"field '{name}' is {type(prompt).__name__}, expected text", where)
+    marks = prompt.count(MARK) if isinstance(prompt, str) else sum(map(_marks, prompt))
+    if marks > len(sources):
+        raise DataError(f"the prompt has {marks} marks {MARK} for {len(sources)} images", where)
+    missing = len(sources) - marks
+    return {
+        **found,
+        name: _marked(prompt, missing),
+        "images": [_portable(source, where) for source in sources],
+        "drop": (*found.get("drop", ()), "image"),
+    }
+
+
+def _portable(source: Any, where: str) -> str:
+    if isinstance(source, Mapping):
+        held = source.get("bytes")
+        source = source.get("path") if held is None else held
+    if isinstance(source, str):
+        if source[:5].lower() == "data:" or "://" in source:
+            return source
+        return str(image_path(source, record_folder(where)))
+    if isinstance(source, bytes) or hasattr(source, "getbands"):
+        return as_data_uri(source)
+    raise DataError(f"an image is a path, a data: URI or bytes, not {type(source).__name__}", where)
+
+
+def _marks(message: Message) -> int:
+    content = message.get("content")
+    if isinstance(content, str):
+        return content.count(MARK)
+    return sum(
+        part.get("type") == "image" or str(part.get("text", "")).count(MARK)
+        for part in content or ()
+    )
+
+
+def _marked(prompt: Any, missing: int) -> Any:
+    """The prompt, text or messages, with so many marks more at its begin."""
+    if not missing:
+        return prompt
+    if isinstance(prompt, str):
+        return f"{MARK} " * missing + prompt
+    first = next((n for n, m in enumerate(prompt) if m.get("role") == "user"), 0)
+    message = dict(prompt[first])
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        message["content"] = f"{MARK} " * missing + content
+    else:
+        message["content"] = [{"type": "image"}] * missing + list(content)
+    return [*prompt[:first], message, *prompt[first + 1 :]]

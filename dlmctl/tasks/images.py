@@ -1,0 +1,209 @@
+"""Images of records: paths, data URIs, the undecoded column of `datasets`, images of Pillow.
+
+A file or URI that somebody else wrote is taken with care: formats of pixels alone, a limit for
+its bytes, and one for its pixels that is looked at in the header, before anything is decoded.
+Every image becomes RGB, turned as its EXIF says, on white where it is transparent.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+import warnings
+from collections.abc import Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dlmctl.records.errors import DataError, missing_package
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""Those that Pillow may try; of one with several frames the first is taken."""
+MOST_PIXELS = 64_000_000
+MOST_BYTES = 64 * 2**20
+"""Of a file, or of the text of a data URI."""
+_BEGINNINGS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"BM": "bmp"}
+
+
+def load_image(source: Any, base: str = "") -> Image:
+    """An image in RGB.
+
+    Args:
+        source: a path, a `data:` URI, `{"bytes": ..., "path": ...}`, bytes, or an image of Pillow.
+        base: folder that a relative path is looked for in, after the current one.
+
+    Raises:
+        DataError: it is not there, or no image that is taken.
+        UnavailableError: Pillow is not installed.
+    """
+    _pillow()
+    if isinstance(source, Mapping):
+        return load_image(_of_column(source), base)
+    if isinstance(source, bytes):
+        return _decoded(source, "the image")
+    if isinstance(source, str):
+        if source[:5].lower() == "data:":
+            return _decoded(data_uri_bytes(source), "the image of the data URI")
+        path = image_path(source, base)
+        return _decoded(_file_bytes(path), str(path))
+    if hasattr(source, "getbands"):
+        _check_size(source, "the image")
+        return _rgb(source)
+    raise DataError(f"an image is a path, a data: URI or bytes, not {type(source).__name__}")
+
+
+def record_images(record: Mapping[str, Any]) -> list[Image]:
+    """The images of a record, from `images` or `image`; relative paths also beside its file.
+
+    Raises:
+        DataError: one of them cannot be read; it says which.
+    """
+    where = getattr(record, "where", "")
+    listed = image_sources(record)
+    images = []
+    for number, source in enumerate(listed, start=1):
+        try:
+            images.append(load_image(source, record_folder(where)))
+        except DataError as error:
+            which = f"image {number} of {len(listed)}: " if len(listed) > 1 else ""
+            raise DataError(which + error.message, where) from None
+    return images
+
+
+def image_sources(record: Mapping[str, Any]) -> list[Any]:
+    """What `images` (a list, or one) or `image` of a record holds; nothing where both are empty."""
+    held = record.get("images")
+    held = record.get("image") if held is None else held
+    if held is None:
+        return []
+    return list(held) if isinstance(held, (list, tuple)) else [held]
+
+
+def record_folder(where: str) -> str:
+    """The folder of the file that a record was read from, by its `file:line`."""
+    return str(Path(where.rpartition(":")[0]).parent)
+
+
+def image_path(name: str, base: str = "") -> Path:
+    """The file of a path: from the current folder, else from `base`, else as it is.
+
+    Raises:
+        DataError: it is an address of the network.
+    """
+    if "://" in name:
+        raise DataError(
+            f"{name[:80]} is an address: images are not fetched from the network; "
+            "download it and give its path"
+        )
+    path = Path(name)
+    beside = Path(base) / path
+    return beside if not os.path.exists(path) and os.path.exists(beside) else path
+
+
+def image_hash(image: Image) -> str:
+    """Digest of mode, size and pixels."""
+    head = f"{image.mode} {image.width}x{image.height} ".encode()
+    return blake2b(head + image.tobytes(), digest_size=16).hexdigest()
+
+
+def as_data_uri(source: bytes | Image) -> str:
+    """A `data:` URI of a file's bytes as they are, or of an image as PNG."""
+    if not isinstance(source, bytes):
+        stream = io.BytesIO()
+        source.save(stream, "PNG")
+        source = stream.getvalue()
+    return f"data:image/{_media_type(source)};base64,{base64.b64encode(source).decode()}"
+
+
+def data_uri_bytes(uri: str) -> bytes:
+    """The bytes of a data URI in base64; raises DataError where it is none, or too long."""
+    if len(uri) > MOST_BYTES:
+        raise DataError(f"the data URI has {len(uri)} characters, more than {MOST_BYTES}")
+    head, comma, data = uri.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise DataError(f"the data URI {uri[:40]} is not data:image/...;base64,...")
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(f"the data URI is not base64 ({error})") from None
+
+
+def _of_column(held: Mapping[str, Any]) -> Any:
+    """Bytes, else path, of what `datasets` has in a column of images."""
+    for name in ("bytes", "path"):
+        if held.get(name) is not None:
+            return held[name]
+    raise DataError("an image with neither 'bytes' nor 'path'")
+
+
+def _file_bytes(path: Path) -> bytes:
+    try:
+        if not path.is_file():
+            raise DataError(f"there is no image file {path}")
+        if path.stat().st_size > MOST_BYTES:
+            raise DataError(f"{path} has more than {MOST_BYTES} bytes")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read the image {str(path)[:80]!r} ({reason})") from None
+
+
+def _decoded(data: bytes, name: str) -> Image:
+    """The first frame of an encoded image; `name` is what complaints call it."""
+    pillow = _pillow()
+    kinds = ", ".join(FORMATS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's own limits are above ours
+        try:
+            image = pillow.open(io.BytesIO(data), formats=FORMATS)
+        except pillow.DecompressionBombError:
+            raise DataError(f"{name} has more than {MOST_PIXELS} pixels") from None
+        except pillow.UnidentifiedImageError:
+            raise DataError(f"{name} is not an image in one of the formats {kinds}") from None
+        except Exception as error:  # a broken header fails in many ways
+            raise DataError(f"{name} cannot be decoded ({error})") from None
+        _check_size(image, name)
+        try:
+            return _rgb(image)
+        except Exception as error:  # decoders raise whatever the broken bytes lead them to
+            raise DataError(f"{name} cannot be decoded ({error})") from None
+
+
+def _check_size(image: Image, name: str) -> None:
+    if image.width * image.height > MOST_PIXELS:
+        size = f"{image.width} x {image.height}"
+        raise DataError(f"{name} has {size} pixels, more than {MOST_PIXELS} in all")
+    if image.width * image.height == 0:
+        raise DataError(f"{name} has no pixels")
+
+
+def _rgb(image: Any) -> Any:
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of grey
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _media_type(data: bytes) -> str:
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return next((kind for start, kind in _BEGINNINGS.items() if data.startswith(start)), "png")
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise missing_package("pillow", "vision", "reading images") from None
+    return Image
