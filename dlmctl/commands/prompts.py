@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from dlmctl.commands.options import OnErrorOption, Output, Seed
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
+
+if TYPE_CHECKING:
+    from dlmctl.tasks.shapes import Kind
 
 DEFAULT_PROBLEMS = 32
 
@@ -17,9 +20,9 @@ def command(
     source: Annotated[
         str,
         typer.Argument(
-            help="sudoku, countdown, concepts (made on the spot); gsm8k, math (data sets); a "
-            "JSONL, CSV or parquet file; a directory or hub name that 'datasets' loads; - is JSONL "
-            "on standard input."
+            help="sudoku, countdown, concepts, shapes (made on the spot); gsm8k, math (data sets); "
+            "a JSONL, CSV or parquet file; a directory or hub name that 'datasets' loads; - is "
+            "JSONL on standard input."
         ),
     ] = "sudoku",
     limit: Annotated[
@@ -36,8 +39,8 @@ def command(
         Literal["train", "test"],
         typer.Option(
             help="The splits have no solution grid of Sudoku in common (200 and 88 of the 288), "
-            "Countdowns no problem, sentences of concepts no combination of values; of a data set, "
-            "its split."
+            "Countdowns no problem, sentences of concepts no combination of values, scenes of "
+            "shapes no composition of colours and shapes; of a data set, its split."
         ),
     ] = "train",
     holes: Annotated[
@@ -80,6 +83,22 @@ def command(
             "sentiment=positive; repeatable.",
         ),
     ] = None,
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kind",
+            metavar="KIND",
+            show_default="all",
+            help="Of shapes: what is asked about an image: count, colour, position or sum; "
+            "repeatable.",
+        ),
+    ] = None,
+    cell: Annotated[
+        int,
+        typer.Option(
+            min=14, max=336, help="Of shapes: pixels of a cell's side; an image has three by three."
+        ),
+    ] = 28,
     origin: Annotated[
         str | None,
         typer.Option(
@@ -110,11 +129,16 @@ def command(
     """Make prompts, or read them from files and datasets.
 
     Writes a record with `id`, `task`, `prompt` (or `messages`) and the fields that the task's
-    verifier needs. Columns of TRL, verl, GSM8K, MATH and the benchmark files of d1 are recognised.
+    verifier needs. Columns of TRL, verl, GSM8K, MATH and the benchmark files of d1 are recognised,
+    and those with images of EasyR1, Geometry3K and ViRL39K.
 
     `concepts` are short texts to study features with: `sentences` holds, for each, `start` and
     `end` in the completion, and subject, tense, number, sentiment and topic, which vary
     independently and have many words for each value.
+
+    `shapes` are images of two to five drawn things, with questions whose wording tells nothing of
+    the answer; `scene` holds what is to be seen. `images` are paths or data: URIs, and the prompt
+    has a mark <image> for each.
 
     Examples:
 
@@ -124,10 +148,15 @@ def command(
 
     dlmctl prompts concepts -n 20000
 
+    dlmctl prompts shapes --kind count --kind sum --completions
+
+    dlmctl prompts hiyouga/geometry3k --style instruct
+
     dlmctl prompts 4x4_test_sudoku.csv
 
     dlmctl prompts mine.parquet --map prompt=question --task exact
     """
+    from dlmctl.tasks.shapes import KINDS
     from dlmctl.tasks.sources import GENERATORS, prompts
     from dlmctl.tasks.sudoku import MOST_HOLES
 
@@ -144,6 +173,8 @@ def command(
         completions=completions,
         words=words,
         wanted=dict(_pair("--want", "CONCEPT=VALUE", text) for text in wanted or []),
+        kinds=_kinds(kinds) if kinds else KINDS,
+        cell=cell,
         origin=origin,
         task=task,
         renamed=dict(_pair("--map", "FIELD=COLUMN", text) for text in renamed or []),
@@ -161,6 +192,15 @@ def _range(text: str, option: str, least: int, most: int) -> tuple[int, int]:
     if not least <= low <= high <= most:
         raise UsageError(f"{option} {text} is not within {least} and {most}")
     return low, high
+
+
+def _kinds(names: list[str]) -> list[Kind]:
+    from dlmctl.tasks.shapes import KINDS
+
+    for name in names:
+        if name not in KINDS:
+            raise UsageError(f"--kind {name}: there is no such kind; there are {', '.join(KINDS)}")
+    return [kind for kind in KINDS if kind in names]
 
 
 def _pair(option: str, form: str, text: str) -> tuple[str, str]:

@@ -6,20 +6,22 @@ that yields records.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from importlib.metadata import entry_points
 from itertools import islice
 from typing import Any
 
 from dlmctl.records.jsonl import OnError, Record, each
-from dlmctl.tasks import concepts, countdown, sudoku
+from dlmctl.tasks import concepts, countdown, shapes, sudoku
 from dlmctl.tasks.columns import to_record
+from dlmctl.tasks.drawing import draw_scene
+from dlmctl.tasks.images import as_data_uri
 from dlmctl.tasks.readers import read_rows
 from dlmctl.tasks.sudoku import Split
-from dlmctl.tasks.wording import Style, countdown_prompt, sudoku_prompt
+from dlmctl.tasks.wording import Style, countdown_prompt, shapes_prompt, sudoku_prompt
 
-GENERATORS = ("sudoku", "countdown", "concepts")
+GENERATORS = ("sudoku", "countdown", "concepts", "shapes")
 DATASETS: dict[str, dict[str, tuple[str, str | None, str]]] = {
     "gsm8k": {
         "train": ("openai/gsm8k", "main", "train"),
@@ -45,6 +47,8 @@ def prompts(
     completions: bool = False,
     words: int = concepts.WORDS,
     wanted: Mapping[str, str] | None = None,
+    kinds: Sequence[shapes.Kind] = shapes.KINDS,
+    cell: int = shapes.CELL,
     origin: str | None = None,
     task: str | None = None,
     renamed: Mapping[str, str] | None = None,
@@ -53,7 +57,8 @@ def prompts(
     """Prompt records.
 
     Args:
-        source: sudoku, countdown, concepts, gsm8k, math, a source of a plugin, a file, a data set.
+        source: sudoku, countdown, concepts, shapes, gsm8k, math, a source of a plugin, a file, a
+            data set.
         limit: how many; None is all there are, for a generator without end.
         holes: fewest and most empty cells of a Sudoku.
         numbers: fewest and most numbers of a Countdown problem.
@@ -61,6 +66,8 @@ def prompts(
             have theirs always.
         words: words that a part of a sentence of concepts can say a value with.
         wanted: concept to value, which `verify` looks for in what is written from concepts.
+        kinds: of the questions about shapes.
+        cell: pixels of the side of a cell of shapes.
         origin: where gsm8k or math is read from instead of the hub.
         renamed: record field to column.
     """
@@ -70,6 +77,8 @@ def prompts(
         stream = _countdown(split, numbers, seed, style, completions)
     elif source == "concepts" and origin is None:
         stream = _concepts(split, seed, words, wanted or {})
+    elif source == "shapes" and origin is None:
+        stream = _shapes(split, seed, kinds, cell, style, completions)
     elif (plugin := _plugin(source)) is not None:
         stream = (Record(record) for record in plugin(seed, split))
     else:
@@ -117,6 +126,27 @@ def _concepts(split: Split, seed: int, words: int, wanted: Mapping[str, str]) ->
             **({"wanted": dict(wanted)} if wanted else {}),
             completion=document.text,
             sentences=[{"start": s.start, "end": s.end, **s.values} for s in document.sentences],
+        )
+
+
+def _shapes(
+    split: Split,
+    seed: int,
+    kinds: Sequence[shapes.Kind],
+    cell: int,
+    style: Style,
+    completions: bool,
+) -> Iterator[Record]:
+    for problem in shapes.problems(split, seed, kinds):
+        yield Record(
+            id=f"shapes/{problem.digest}",
+            task="shapes",
+            kind=problem.kind,
+            images=[as_data_uri(draw_scene(problem.scene, problem.looks, cell))],
+            prompt=shapes_prompt(problem.question, style),
+            scene=[thing._asdict() for thing in problem.scene],
+            answer=problem.answer,
+            **({"completion": problem.completion} if completions else {}),
         )
 
 

@@ -1,0 +1,56 @@
+"""What can be answered without a look at the image: the most frequent answer for a prompt.
+
+It is taken from training records and scored on test records. A model that does no better has not
+used the images.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from dlmctl.records.jsonl import Record
+
+IMAGE_FREE = "image_free"
+"""Field of a record: 1 where that answer is right."""
+
+
+def frequent_answers(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Prompt to its most frequent answer; the empty prompt to that of all records."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for record in records:
+        for key in (_prompt(record), ""):
+            counts[key][_answer(record)] += 1
+    return {key: count.most_common(1)[0][0] for key, count in counts.items()}
+
+
+def with_image_free(records: Iterable[Record], answers: Mapping[str, str]) -> Iterator[Record]:
+    """Records with the field IMAGE_FREE; a prompt that is not known gets the answer of all."""
+    for record in records:
+        guess = answers.get(_prompt(record), answers.get(""))
+        record[IMAGE_FREE] = float(guess == _answer(record))
+        yield record
+
+
+def image_free_accuracy(
+    train: Iterable[Mapping[str, Any]], test: Iterable[Record], by: str = "kind"
+) -> dict[str, float]:
+    """The accuracy on test records for each value of a field."""
+    right: dict[str, list[float]] = defaultdict(list)
+    for record in with_image_free(test, frequent_answers(train)):
+        right[str(record.get(by))].append(record[IMAGE_FREE])
+    return {name: sum(each) / len(each) for name, each in right.items()}
+
+
+def _prompt(record: Mapping[str, Any]) -> str:
+    return str(record.get("prompt") or record.get("messages"))
+
+
+def _answer(record: Mapping[str, Any]) -> str:
+    """The answer, or the most frequent of several references."""
+    answers = record.get("answers")
+    if not isinstance(answers, list) or not answers:
+        return str(record.get("answer"))
+    texts = [str(a.get("answer")) if isinstance(a, dict) else str(a) for a in answers]
+    return Counter(texts).most_common(1)[0][0]
