@@ -8,6 +8,7 @@ import typer
 
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import OnError
+from dlmctl.tasks.layout import Tags
 
 Files = Annotated[
     list[str] | None,
@@ -79,7 +80,33 @@ MaskBlock = Annotated[
         help="Length of a block, for --masks block.",
     ),
 ]
+PerceptionTag = Annotated[
+    str,
+    typer.Option(
+        metavar="TAG",
+        envvar="DLMCTL_PERCEPTION_TAG",
+        help="Name of the tags around what a response says it sees.",
+    ),
+]
+ReasoningTag = Annotated[
+    str,
+    typer.Option(
+        metavar="TAG",
+        envvar="DLMCTL_REASONING_TAG",
+        help="Name of the tags around what a response makes of it.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON on a terminal too, as in a pipe.")]
+
+
+def tag_names(perception: str, reasoning: str) -> Tags:
+    """The names of both tags; raises UsageError where one is none, or they are the same."""
+    for option, name in (("--perception-tag", perception), ("--reasoning-tag", reasoning)):
+        if not name.replace("-", "_").isidentifier():
+            raise UsageError(f"{option} {name} is not a name: give it without < and >")
+    if perception == reasoning:
+        raise UsageError(f"--perception-tag and --reasoning-tag are both {perception}")
+    return Tags(perception, reasoning)
 
 
 def whole_numbers(option: str, text: str) -> list[int]:

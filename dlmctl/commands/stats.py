@@ -32,6 +32,15 @@ def command(
     confidence: Annotated[
         float, typer.Option(min=0.5, max=0.9999, help="Level of the accuracy's interval.")
     ] = 0.95,
+    image_free: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            show_default="off",
+            help="Add `image_free`: the accuracy of the answer that is most frequent for a prompt "
+            "in these records, given without a look at the image.",
+        ),
+    ] = None,
     fail_under: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,7 +58,8 @@ def command(
     Reads verified records and writes a table on a terminal, JSON lines in a pipe or file. The
     accuracy's interval is Wilson's, widened for the samples of one prompt being alike; `cells` is
     the share of empty Sudoku cells that equal the stored solution, `stored` that of whole grids;
-    accuracy goes by the rules, as a puzzle may have other solutions.
+    accuracy goes by the rules, as a puzzle may have other solutions. Where several verifiers
+    judged, there is a column for each: `rewards.grounding` is that of descriptions.
 
     Records of measures, as 'dlmctl sae-eval' writes them, are averaged, with standard errors.
 
@@ -59,8 +69,11 @@ def command(
 
     dlmctl stats --by layer,k seed-*/eval.jsonl
 
+    dlmctl stats --by kind --image-free train.jsonl verified.jsonl
+
     dlmctl stats --fail-under accuracy=0.8 verified.jsonl || mail -s "worse" me@example.org
     """
+    from dlmctl.report.image_free import frequent_answers, with_image_free
     from dlmctl.report.measurements import averages, is_measurement, present
     from dlmctl.report.statistics import tally
 
@@ -71,6 +84,8 @@ def command(
     if first is not None and is_measurement(first):
         rows = averages(records, by.split(",") if by else present(first))
     else:
+        if image_free:
+            records = with_image_free(records, frequent_answers(read_records([image_free])))
         rows = tally(records, by or "task", ks or [1], confidence)
     if output == "-" and sys.stdout.isatty():
         _table(rows, by or "task")
@@ -112,7 +127,7 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
     if name == "accuracy":
         low, high = row["interval"]
         return f"{value:.1%} ({low:.1%}–{high:.1%})"
-    if name.startswith("pass@") or name in ("cells", "stored", "finished"):
+    if name.startswith("pass@") or name in ("cells", "stored", "finished", "image_free"):
         return f"{value:.1%}"
     if f"{name}_se" in row:
         return f"{value:.4g} ± {row[f'{name}_se']:.2g}"

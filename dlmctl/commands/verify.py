@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from typing import Annotated, Literal
 
 import typer
 
-from dlmctl.commands.options import Files, OnErrorOption, Output, Quiet
+from dlmctl.commands.options import (
+    Files,
+    OnErrorOption,
+    Output,
+    PerceptionTag,
+    Quiet,
+    ReasoningTag,
+    tag_names,
+)
 from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import read_records, write_records
+from dlmctl.tasks.layout import TAGS
 
 
 def command(
@@ -21,8 +31,9 @@ def command(
         typer.Option(
             metavar="NAME",
             show_default="by the record's task",
-            help="sudoku, sudoku-units, sudoku-cells, countdown, concepts, gsm8k, math, format, "
-            "choice, exact, another of a preset, or your own as module:function; repeatable.",
+            help="sudoku, sudoku-units, sudoku-cells, countdown, concepts, vqa, layout, grounding, "
+            "gsm8k, math, format, choice, exact, another of a preset, or your own as "
+            "module:function; repeatable.",
         ),
     ] = None,
     weight: Annotated[
@@ -50,6 +61,8 @@ def command(
     time_limit: Annotated[
         float, typer.Option(min=0.1, help="Seconds that --exec may take for one record.")
     ] = 10.0,
+    perception_tag: PerceptionTag = TAGS.perception,
+    reasoning_tag: ReasoningTag = TAGS.reasoning,
     on_error: OnErrorOption = "fail",
     quiet: Quiet = False,
     output: Output = "-",
@@ -63,6 +76,11 @@ def command(
     sudoku: 1 if the grid is right by the rules. sudoku-units: share of rows, columns and boxes that
     are right. sudoku-cells: share of the empty cells that equal the stored solution.
 
+    vqa: 1 if a short answer about an image matches one of `answers`, or `answer`. layout: 1 if the
+    completion is <description>...</description> <think>...</think> and a box. grounding: F1 of the
+    things in the description against `scene`. Records of shapes get 0.9 vqa + 0.1 layout, and
+    grounding without weight.
+
     Examples:
 
     dlmctl rollout | dlmctl verify | dlmctl stats
@@ -73,6 +91,7 @@ def command(
 
     dlmctl verify --exec ./check samples.jsonl
     """
+    from dlmctl.verifiers import perception
     from dlmctl.verifiers.program import Program
     from dlmctl.verifiers.registry import verify
 
@@ -82,9 +101,14 @@ def command(
     sys.path.insert(0, os.getcwd())
     judge = Program(program, time_limit) if program else None
     extra = {"exec": judge} if judge else {}
+    tags = tag_names(perception_tag, reasoning_tag)
+    adapted = {
+        "layout": partial(perception.layout, tags=tags),
+        "grounding": partial(perception.grounding, tags=tags),
+    }
     weights = dict(_weight(text) for text in weight or [])
     records = read_records(files or [], on_error)
-    verified = verify(records, verifier, weights, preset, extra, on_error)
+    verified = verify(records, verifier, weights, preset, extra, adapted, on_error)
     try:
         write_records(counted(verified, "verified", quiet), output)
     finally:

@@ -16,6 +16,7 @@ from typing import Any
 
 from dlmctl.records.groups import groups
 from dlmctl.records.jsonl import Record
+from dlmctl.report.image_free import IMAGE_FREE
 
 
 def is_correct(record: Record) -> bool:
@@ -140,6 +141,15 @@ def _measures(record: Record) -> dict[str, tuple[float, float]]:
             made["stored"] = (whole, 1)
     if isinstance(record.get("reward"), (int, float)):
         made["reward"] = (record["reward"], 1)
+    rewards = record.get("rewards") or {}
+    if len(rewards) > 1:
+        made |= {
+            f"rewards.{name}": (value, 1)
+            for name, value in rewards.items()
+            if isinstance(value, (int, float))
+        }
+    if IMAGE_FREE in record:
+        made[IMAGE_FREE] = (record[IMAGE_FREE], 1)
     place = record.get("rollout") or {}
     length = place.get("length") or len((record.get("tokens") or {}).get("completion") or [])
     if length:

@@ -28,6 +28,9 @@ VERIFIERS = {
     "countdown": "dlmctl.verifiers.countdown:countdown",
     "countdown-shaped": "dlmctl.verifiers.shaped:countdown_shaped",
     "concepts": "dlmctl.verifiers.concepts:concepts",
+    "vqa": "dlmctl.verifiers.vqa:vqa",
+    "layout": "dlmctl.verifiers.perception:layout",
+    "grounding": "dlmctl.verifiers.perception:grounding",
     "gsm8k": "dlmctl.verifiers.numeric:gsm8k",
     "math": "dlmctl.verifiers.mathematics:math",
     "format": "dlmctl.verifiers.texts:tags",
@@ -39,7 +42,17 @@ VERIFIERS = {
     "boxed-tags": "dlmctl.verifiers.shaped:boxed_tags",
     "integer": "dlmctl.verifiers.shaped:integer",
 }
-SAME_TASK = {"math500": "math", "math-500": "math", "hendrycks_math": "math", "math_dapo": "math"}
+SAME_TASK = {
+    "math500": "math",
+    "math-500": "math",
+    "hendrycks_math": "math",
+    "math_dapo": "math",
+    "geometry3k": "vqa",
+    "virl39k": "vqa",
+}
+TASKS = {"shapes": {"vqa": 0.9, "layout": 0.1, "grounding": 0.0}}
+"""Tasks that are judged by more than the verifier of their name, with the weights; 0 is measured
+and not rewarded."""
 
 
 def verify(
@@ -48,6 +61,7 @@ def verify(
     weights: Mapping[str, float] | None = None,
     preset: str | None = None,
     extra: Mapping[str, Verifier] | None = None,
+    adapted: Mapping[str, Verifier] | None = None,
     on_error: OnError = "fail",
 ) -> Iterator[Record]:
     """Add `rewards`, `reward` and `verdict` to every record.
@@ -57,11 +71,13 @@ def verify(
         weights: factors of the rewards in their sum, 1 where not named.
         preset: name of a table of verifiers and weights for each task.
         extra: further verifiers, applied to every record under these names.
+        adapted: verifiers to be used instead of those of these names.
 
     Raises:
         UsageError: a verifier or preset that does not exist, a weight of one that is not used.
     """
     weights, extra = dict(weights or {}), dict(extra or {})
+    own = {**(adapted or {}), **extra}
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"no preset '{preset}'; there is {', '.join(PRESETS)}")
     for name in verifiers or []:
@@ -81,7 +97,7 @@ def verify(
             # Two rows of d1's GSM8K files; its evaluation counts them as wrong, too.
             nothing = judged(False, "the file has no ground truth for it")
             return _judged(record, dict.fromkeys(chosen, nothing), chosen)
-        verdicts = {name: _ask(extra.get(name) or find_verifier(name), record) for name in chosen}
+        verdicts = {name: _ask(own.get(name) or find_verifier(name), record) for name in chosen}
         return _judged(record, verdicts, chosen)
 
     yield from each(records, judge, on_error)
@@ -106,6 +122,8 @@ def _for_task(record: Record, preset: str | None) -> dict[str, float]:
         if task not in PRESETS[preset]:
             raise DataError(f"preset {preset} has nothing for task '{task}'", record.where)
         return PRESETS[preset][task]
+    if task in TASKS:
+        return TASKS[task]
     try:
         find_verifier(task)
     except UsageError:
