@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
-from itertools import groupby
 
 from dlmctl.records.jsonl import Record, field
 
@@ -15,10 +14,24 @@ def group_key(record: Record) -> Hashable:
 
 
 def groups(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Lists of neighbouring records that share `id` (and round); records with `error` left out."""
-    sound = (record for record in records if "error" not in record)
-    for _, members in groupby(sound, key=group_key):
-        yield list(members)
+    """Lists of neighbouring records that share `id` (and round); records with `error` left out.
+
+    A group leaves as soon as it has as many samples as `rollout` says: in a training loop the next
+    record comes only after this group has been trained on.
+    """
+    group: list[Record] = []
+    for record in records:
+        if "error" in record:
+            continue
+        if group and group_key(group[0]) != group_key(record):
+            yield group
+            group = []
+        group.append(record)
+        if len(group) == group_size(record):
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def group_size(record: Record) -> int | None:
