@@ -8,15 +8,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import orjson
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from dlmctl.cli import app
 from dlmctl.models.policy import Family, Policy
 from dlmctl.models.small import make_policy
+from dlmctl.models.small_vision import VisionKind, make_vision_policy
 from dlmctl.models.tokenizers import character_tokenizer
+from dlmctl.tasks.images import as_data_uri
 
 torch.set_num_threads(1)
 
@@ -48,6 +52,27 @@ def tiny_policy(
                 parameter.normal_(0.0, 0.4, generator=generator)
     policy.model.double()
     return policy
+
+
+def tiny_vision_policy(
+    kind: VisionKind = "qwen2.5-vl", alphabet: str = "01234=?<>/descriptonhk ", seed: int = 0
+) -> Policy:
+    """A vision-language model in float64, whose weights are large enough to have opinions."""
+    tokenizer = character_tokenizer(alphabet)
+    policy = make_vision_policy(kind, tokenizer, 16, 2, 2, sampling={"gen_length": 6}, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.3, generator=generator)
+    policy.model.double()
+    return policy
+
+
+def noise_image(seed: int, width: int = 84, height: int = 84) -> str:
+    """An image of random pixels as a data URI."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return as_data_uri(Image.fromarray(pixels))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -20,10 +20,11 @@ def command(
         Path, typer.Argument(metavar="DIRECTORY", help="Where the model is written.")
     ],
     family: Annotated[
-        Literal["llada", "dream", "a2d", "mlm", "ar"],
+        Literal["llada", "dream", "a2d", "mlm", "ar", "qwen2.5-vl", "qwen3-vl", "llava"],
         typer.Option(
             help="llada: bidirectional Llama; dream: bidirectional Qwen2, logits shifted; a2d: "
-            "bidirectional Qwen3; mlm: BERT; ar: Llama, left to right."
+            "bidirectional Qwen3; mlm: BERT; ar: Llama, left to right; qwen2.5-vl, qwen3-vl, "
+            "llava: vision-language models, left to right, both halves of the given sizes."
         ),
     ] = "llada",
     tokenizer: Annotated[
@@ -92,9 +93,13 @@ def command(
     made = _tokenizer(tokenizer, alphabet, vocabulary)
     given = {"gen_length": gen_length, "block_length": block_length, "steps": steps}
     sampling = {name: value for name, value in given.items() if value is not None}
-    policy = make_policy(
-        family, made, hidden_size, layers, heads, intermediate_size, sampling, seed
-    )
+    sizes = (hidden_size, layers, heads, intermediate_size, sampling, seed)
+    if family in ("qwen2.5-vl", "qwen3-vl", "llava"):
+        from dlmctl.models.small_vision import make_vision_policy
+
+        policy = make_vision_policy(family, made, *sizes)
+    else:
+        policy = make_policy(cast(Any, family), made, *sizes)
     save_new(policy, directory, original_naming)
     count = sum(p.numel() for p in policy.model.parameters())
     print(f"dlmctl: {directory}: {family}, {count:,} parameters", file=sys.stderr)

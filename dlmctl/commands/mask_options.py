@@ -65,7 +65,8 @@ FillTo = Annotated[
     typer.Option(
         min=1,
         show_default="off",
-        help="For sft: fill completions with end-of-sequence to so many tokens.",
+        help="For sft: fill completions with end-of-sequence to so many tokens; those of an "
+        "autoregressive model, which may have so many, end with one.",
         rich_help_panel=MASKS,
     ),
 ]

@@ -56,10 +56,16 @@ def _batch(
     ids, attention = ids.to(device), attention.to(device)
     noise_keys = key_tensor([request.key for request in requests], device)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    pictures = [policy.pictures(request.record or {}) for request in requests]
+    places, extra = None, {}
+    if policy.vision is not None:
+        places = policy.vision.places(policy.core, ids, attention, pictures)
+        extra = policy.vision.inputs(pictures, device)
+    if places is None:
+        places = (attention.cumsum(1) - 1).clamp(min=0)
     tokens: list[Tensor] = []
     cache_name, cache = cache_argument(policy.core), DynamicCache()
     for step in range(gen_length):
-        places = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = policy.model(
             input_ids=ids,
             attention_mask=attention,
@@ -67,8 +73,11 @@ def _batch(
             use_cache=True,
             logits_to_keep=1,
             **{cache_name: cache},
+            **extra,
         )
         scores = output.logits[:, -1].double()
+        if policy.vision is not None:
+            scores[:, list(policy.vision.banned)] = -torch.inf
         if temperature > 0:
             vocabulary = torch.arange(scores.shape[1], device=device)
             where = subkeys(noise_keys, torch.tensor(step, device=device))
@@ -78,7 +87,9 @@ def _batch(
         finished |= token == (policy.eos_id if policy.eos_id is not None else -1)
         if bool(finished.all()):
             break
-        ids = token[:, None]
+        ids, extra = token[:, None], {}
+        # The next place is one after the largest in any of the dimensions.
+        places = (places.movedim(-2, 0).flatten(1).amax(1) + 1)[:, None]
         attention = torch.cat([attention, attention.new_ones(len(prompts), 1)], dim=1)
     return [_finish(row, policy.eos_id) for row in torch.stack(tokens, dim=1).tolist()]
 

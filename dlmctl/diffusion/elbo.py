@@ -19,6 +19,7 @@ from torch import Tensor
 from dlmctl.diffusion.masks import MaskSet
 from dlmctl.diffusion.projection import target_log_probs
 from dlmctl.models.policy import Policy
+from dlmctl.models.vision import Picture
 
 
 class Example(NamedTuple):
@@ -27,6 +28,8 @@ class Example(NamedTuple):
     prompt: Sequence[int]
     completion: Sequence[int]
     masks: MaskSet
+    pictures: Sequence[Picture] = ()
+    """Of the prompt, for a policy that takes images."""
 
     def visible_prompt(self, k: int, mask_id: int | None) -> Sequence[int]:
         """The prompt as mask k leaves it."""
@@ -74,6 +77,7 @@ def scored_states(
     completions: Sequence[Sequence[int]],
     hidden: Sequence[Tensor],
     targets: Sequence[Tensor] | None = None,
+    pictures: Sequence[Sequence[Picture]] = (),
 ) -> Scored:
     """A pass over a batch of rows, up to the last hidden states; differentiable.
 
@@ -81,6 +85,7 @@ def scored_states(
         prompts, completions: B sequences of token ids.
         hidden: B bool tensors [G_b], the tokens that the mask token stands for.
         targets: B bool tensors [G_b], the tokens that are scored, where these are not the same.
+        pictures: images of the B prompts.
     """
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     ids = torch.full((len(lengths), max(lengths)), policy.pad_id, dtype=torch.int64)
@@ -99,7 +104,7 @@ def scored_states(
     attention = None
     if min(lengths) < max(lengths):
         attention = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(device)
-    states = policy.hidden(ids.to(device), attention)
+    states = policy.hidden(ids.to(device), attention, pictures=pictures)
     starts = torch.tensor([len(prompt) for prompt in prompts])
     columns = (positions - starts[rows]).to(device)
     rows = rows.to(device)
@@ -114,13 +119,14 @@ def token_log_probs(
     completions: Sequence[Sequence[int]],
     hidden: Sequence[Tensor],
     targets: Sequence[Tensor] | None = None,
+    pictures: Sequence[Sequence[Picture]] = (),
 ) -> Tensor:
     """Log-probability of every target token of a batch of rows, as `scored_states` takes them.
 
     Returns:
         float32 (or wider) [B, max G_b], in nats; 0 where nothing is scored.
     """
-    scored = scored_states(policy, prompts, completions, hidden, targets)
+    scored = scored_states(policy, prompts, completions, hidden, targets, pictures)
     values = target_log_probs(policy, scored.states, scored.targets)
     table = values.new_zeros(len(prompts), max(len(c) for c in completions))
     return table.index_put((scored.rows, scored.columns), values)
@@ -136,15 +142,26 @@ def micro_batches(
         yield pairs[start : start + batch_size]
 
 
+class MaskedRows(NamedTuple):
+    """A micro-batch."""
+
+    prompts: list[Sequence[int]]
+    completions: list[Sequence[int]]
+    hidden: list[Tensor]
+    targets: list[Tensor]
+    pictures: list[Sequence[Picture]]
+
+
 def masked_rows(
     policy: Policy, examples: Sequence[Example], pairs: Sequence[tuple[int, int]]
-) -> tuple[list[Sequence[int]], list[Sequence[int]], list[Tensor], list[Tensor]]:
-    """Prompts, completions, hidden and target tokens of these (example, mask) pairs."""
-    return (
+) -> MaskedRows:
+    """What `scored_states` is given for these (example, mask) pairs."""
+    return MaskedRows(
         [examples[n].visible_prompt(k, policy.mask_id) for n, k in pairs],
         [examples[n].completion for n, _ in pairs],
         [examples[n].masks.hidden[k] for n, k in pairs],
         [examples[n].masks.targets[k] for n, k in pairs],
+        [examples[n].pictures for n, _ in pairs],
     )
 
 

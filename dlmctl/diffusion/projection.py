@@ -42,6 +42,23 @@ def target_log_probs(policy: Policy, states: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(parts) if parts else states.new_zeros(0)
 
 
+@torch.no_grad()
+def divergence(policy: Policy, first: Tensor, second: Tensor) -> Tensor:
+    """KL(p || q) of the predicted distributions, float32 (or wider) [N] in nats.
+
+    Args:
+        first, second: hidden states [N, H] that predict p and q.
+    """
+    head = policy.head
+    rows = max(1, rows_per_chunk(policy.vocab_size) // 2)
+    parts = []
+    for one, two in zip(first.split(rows), second.split(rows), strict=True):
+        p = _wide(head.projection(head.transform(one))).log_softmax(-1)
+        q = _wide(head.projection(head.transform(two))).log_softmax(-1)
+        parts.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(parts) if parts else first.new_zeros(0)
+
+
 def weighted_log_prob(
     policy: Policy, states: Tensor, targets: Tensor, coefficients: Tensor
 ) -> Tensor:

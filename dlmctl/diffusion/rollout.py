@@ -99,6 +99,7 @@ def _completed(
     done["sample"] = index
     done["completion"] = policy.decode(result.tokens)
     done["tokens"] = {"prompt": record["tokens"]["prompt"], "completion": result.tokens}
+    pictures = policy.pictures(record)
     done["rollout"] = {
         "model": policy.name,
         "revision": policy.revision,
@@ -106,6 +107,7 @@ def _completed(
         "seed": seed,
         "samples": samples,
         "temperature": settings.temperature,
+        **({"images": [picture.digest for picture in pictures]} if pictures else {}),
         "nfe": result.nfe,
         "order": result.order,
         "length": _length(result.tokens, policy.eos_id),

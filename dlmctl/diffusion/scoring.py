@@ -65,9 +65,8 @@ def example_of(record: Record, policy: Policy, plan: MaskPlan) -> Example:
     # A prompt that comes again in a later round has masks of its own there.
     keys = (plan.seed, record_id, (record.get("rollout") or {}).get("round", 0), plan.draw)
     sample = record.get("sample", 0)
-    return Example(
-        prompt, completion, completion_masks(policy, len(prompt), completion, plan, keys, sample)
-    )
+    masks = completion_masks(policy, len(prompt), completion, plan, keys, sample)
+    return Example(prompt, completion, masks, policy.pictures(record))
 
 
 def completion_masks(

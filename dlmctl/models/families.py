@@ -4,6 +4,7 @@
     dream   Qwen2ForCausalLM made bidirectional, logits shifted by one      (arXiv 2508.15487)
     a2d     any decoder made bidirectional: `a2d-*`, or is_causal = false
     mlm     BERT, RoBERTa, ModernBERT, DistilBERT: denoisers already
+    vlm     Qwen2.5-VL, Qwen3-VL, LLaVA: images beside the text, left to right
     ar      everything else: AutoModelForCausalLM, left to right
 
 A config with `is_causal = False` makes a stock decoder of transformers attend in both directions,
@@ -18,7 +19,8 @@ from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from dlmctl.models.policy import Family
+from dlmctl.models.policy import LEFT_TO_RIGHT, Family
+from dlmctl.models.vision import KINDS
 from dlmctl.models.weights import from_llada
 from dlmctl.records.errors import DataError
 
@@ -68,7 +70,7 @@ def architecture(raw: dict[str, Any], where: str) -> Architecture:
         return Architecture("a2d", config, mask_id=mask_id, sampling=sampling)
     config = _stock(raw, where)
     family = marker.get("family") or _stock_family(raw)
-    shift = marker.get("shift", 1 if family in ("ar", "dream") else 0)
+    shift = marker.get("shift", 1 if family in (*LEFT_TO_RIGHT, "dream") else 0)
     return Architecture(family, config, mask_id=mask_id, shift=shift, sampling=sampling)
 
 
@@ -84,16 +86,20 @@ def _stock(raw: dict[str, Any], where: str) -> PretrainedConfig:
             where,
         ) from None
     config.architectures = raw.get("architectures")
-    for name in vars(config):
-        if name.endswith(("dropout", "dropout_prob", "_pdrop")) and getattr(config, name):
-            # A score and its gradient must be those of one and the same function.
-            setattr(config, name, 0.0)
+    parts = [getattr(config, name, None) for name in ("text_config", "vision_config")]
+    for part in (config, *(part for part in parts if isinstance(part, PretrainedConfig))):
+        for name in vars(part):
+            if name.endswith(("dropout", "dropout_prob", "_pdrop")) and getattr(part, name):
+                # A score and its gradient must be those of one and the same function.
+                setattr(part, name, 0.0)
     return config
 
 
 def _stock_family(raw: dict[str, Any]) -> Family:
     if any(str(name).endswith("ForMaskedLM") for name in raw.get("architectures") or []):
         return "mlm"
+    if raw.get("model_type") in KINDS:
+        return "vlm"
     return "a2d" if raw.get("is_causal") is False else "ar"
 
 

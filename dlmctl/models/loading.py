@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoImageProcessor,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoTokenizer,
     PreTrainedTokenizerFast,
@@ -20,7 +22,8 @@ from transformers import (
 
 from dlmctl.models.allocator import keep_freed_memory
 from dlmctl.models.families import Architecture, architecture
-from dlmctl.models.policy import Policy
+from dlmctl.models.policy import LEFT_TO_RIGHT, Policy
+from dlmctl.models.vision import Vision, vision_of
 from dlmctl.models.weights import read_weights, weight_files, weights_hash
 from dlmctl.records.errors import (
     DataError,
@@ -65,7 +68,10 @@ def load_policy(name: str, device: str = "auto", dtype: str = "auto") -> Policy:
     files = weight_files(directory)
     model = _build(plan, files, precision, directory).to(where).eval()
     tokenizer = load_tokenizer(directory, plan)
-    return _policy(name, plan, model, tokenizer, weights_hash(files))
+    policy = _policy(name, plan, model, tokenizer, weights_hash(files))
+    if plan.family == "vlm":
+        policy = dataclasses.replace(policy, vision=_load_vision(directory, plan, tokenizer))
+    return policy
 
 
 def resolve_device(device: str) -> torch.device:
@@ -144,7 +150,8 @@ def _download(name: str) -> Path:
 
 def _build(plan: Architecture, files: list[Path], dtype: torch.dtype, directory: Path) -> Any:
     """The model with its weights; every weight must be there, and no other."""
-    auto = AutoModelForMaskedLM if plan.family == "mlm" else AutoModelForCausalLM
+    kinds = {"mlm": AutoModelForMaskedLM, "vlm": AutoModelForImageTextToText}
+    auto = kinds.get(plan.family, AutoModelForCausalLM)
     tensors = read_weights(files, plan.rename)
     try:
         # The class that `auto` maps to, so that from_pretrained takes tensors instead of a path.
@@ -186,10 +193,20 @@ def load_tokenizer(directory: Path, plan: Architecture) -> Any:
         raise DataError(f"{directory}: its tokenizer cannot be loaded ({reason})") from None
 
 
+def _load_vision(directory: Path, plan: Architecture, tokenizer: Any) -> Vision:
+    """How the model takes images; the processor is torchvision's where that is installed."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # of many kinds
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(f"{directory}: its image processor cannot be loaded ({reason})") from None
+    return vision_of(plan.config.model_type, plan.config, tokenizer, processor)
+
+
 def _policy(name: str, plan: Architecture, model: Any, tokenizer: Any, revision: str) -> Policy:
     config = plan.config
     mask_id = plan.mask_id if plan.mask_id is not None else tokenizer.mask_token_id
-    if plan.family == "ar":
+    if plan.family in LEFT_TO_RIGHT:
         mask_id = None
     elif mask_id is None:
         raise DataError(

@@ -17,12 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dlmctl.models.vision import IMAGE_MARK, Picture, Vision, image_parts, with_marks
 from dlmctl.records.errors import DataError, UnavailableError
+from dlmctl.tasks.images import image_sources
 
 COMPILER = "inductor"
 """Backend of torch.compile."""
 
-Family = Literal["llada", "dream", "a2d", "mlm", "ar"]
+Family = Literal["llada", "dream", "a2d", "mlm", "ar", "vlm"]
+LEFT_TO_RIGHT = ("ar", "vlm")
+"""Families that predict the next token; the others denoise."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,13 @@ class Policy:
     """Hash of the weights."""
     sampling: Mapping[str, int] = field(default_factory=dict)
     """The model's own gen_length, block_length and steps, where it has any."""
+    vision: Vision | None = None
+    """How it takes images, if it does."""
 
     @property
     def diffusion(self) -> bool:
         """Whether it denoises; otherwise it is autoregressive."""
-        return self.family != "ar"
+        return self.family not in LEFT_TO_RIGHT
 
     @property
     def device(self) -> torch.device:
@@ -72,6 +78,7 @@ class Policy:
         positions: Tensor | None = None,
         cache: Any = None,
         compiled: bool = False,
+        pictures: Sequence[Sequence[Picture]] = (),
     ) -> Tensor:
         """Last hidden states.
 
@@ -79,9 +86,11 @@ class Policy:
             ids: int64 [B, T], padding on the right.
             attention: bool [B, T], true for tokens that are there; None without padding. With a
                 cache [B, S] for the S tokens that it gives.
-            positions: int64 [B, T], where the tokens stand; None: from 0 on.
+            positions: int64 [B, T], or [3, B, T] in three dimensions, where the tokens stand; None:
+                from 0 on, or as the pictures have it.
             cache: a transformers Cache that gives keys and values of other tokens.
             compiled: by torch.compile, made at the first call.
+            pictures: the images of each row, for a model that takes any.
 
         Returns:
             [B, T, H] in the dtype of the model.
@@ -94,6 +103,10 @@ class Policy:
             extra |= {cache_argument(body): cache}
             if attention is not None:  # as it is to be: the model would derive it from the cache
                 mask = attention[:, None, None].expand(-1, 1, ids.shape[1], -1)
+        if self.vision is not None and any(pictures):
+            extra |= self.vision.inputs(pictures, ids.device)
+            if positions is None:
+                positions = self.vision.places(self.core, ids, attention, pictures)
         if positions is not None:
             extra |= {"position_ids": positions}
         return call(input_ids=ids, attention_mask=mask, **extra).last_hidden_state
@@ -132,24 +145,50 @@ class Policy:
             if min(ids) < 0 or max(ids) >= self.vocab_size:
                 raise DataError(f"tokens.prompt holds ids beyond the vocabulary of {self.name}")
             return list(ids)
+        pictures = self.pictures(record)
+        ids = self.encode_text(self._prompt_text(record, len(pictures)))
+        return self.vision.expand(ids, pictures) if self.vision else ids
+
+    def pictures(self, record: Mapping[str, Any]) -> list[Picture]:
+        """The images of a record.
+
+        Raises:
+            DataError: the model takes none, or they are not those that it was sampled with.
+        """
+        if not image_sources(record):
+            return []
+        if self.vision is None:
+            raise DataError(f"the record has images, and {self.name} takes none")
+        pictures = self.vision.pictures(record)
+        sampled = (record.get("rollout") or {}).get("images")
+        if sampled is not None and sampled != [picture.digest for picture in pictures]:
+            raise DataError("its images are not those that the completion was sampled with")
+        return pictures
+
+    def _prompt_text(self, record: Mapping[str, Any], images: int) -> str:
         messages = record.get("messages")
         if messages is None:
             messages = record.get("prompt")
+        chat = self.tokenizer.chat_template is not None
         if isinstance(messages, str):
-            if self.tokenizer.chat_template is None:
-                return self.encode_text(messages)
             messages = [{"role": "user", "content": messages}]
         if not isinstance(messages, list) or not messages:
             raise DataError("the record has no 'prompt' and no 'messages'; nothing to complete")
-        if self.tokenizer.chat_template is None:
-            return self.encode_text(_only_content(messages, self.name))
+        if images:
+            messages = _with_images(messages, images)
+        if not chat:
+            text = _only_content(messages, self.name)
+            return text.replace(IMAGE_MARK, self.vision.mark) if self.vision else text
+        if images:
+            messages = [{**m, "content": image_parts(m["content"])} for m in messages]
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True
+                )
             )
         except Exception as error:  # the template is a program of the model's author
             raise DataError(f"the chat template of {self.name} refuses it: {error}") from None
-        return self.encode_text(text)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of a text, nothing added; raises DataError where a character has no token."""
@@ -168,6 +207,32 @@ class Policy:
         if self.eos_id is not None and self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id)]
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _with_images(messages: list[Any], images: int) -> list[dict[str, Any]]:
+    """Messages whose contents are texts with as many image marks as there are images, at least.
+
+    Raises:
+        DataError: a message is no object with a content.
+    """
+    texts = [_text_of(message) for message in messages]
+    first = next((i for i, m in enumerate(messages) if m.get("role") == "user"), 0)
+    if not any(IMAGE_MARK in text for text in texts):
+        texts[first] = with_marks(texts[first], images)
+    return [{**m, "content": text} for m, text in zip(messages, texts, strict=True)]
+
+
+def _text_of(message: Any) -> str:
+    """The content of a message, its image parts as marks."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise DataError("a message has no 'content' that is a text or a list of parts")
+    return "".join(
+        IMAGE_MARK if str(part.get("type", "")).startswith("image") else str(part.get("text", ""))
+        for part in content
+    )
 
 
 def _only_content(messages: list[Any], name: str) -> str:

@@ -25,3 +25,5 @@ def save_policy(policy: Policy, directory: Path) -> None:
     }
     model.save_pretrained(directory)
     policy.tokenizer.save_pretrained(directory)
+    if policy.vision is not None:
+        policy.vision.processor.save_pretrained(directory)

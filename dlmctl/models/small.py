@@ -23,7 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from dlmctl.models.policy import Family, Policy
+from dlmctl.models.policy import LEFT_TO_RIGHT, Family, Policy
 from dlmctl.models.saving import save_policy
 from dlmctl.models.weights import to_llada
 from dlmctl.records.errors import UsageError
@@ -55,10 +55,10 @@ def make_policy(
         model=model.eval(),
         tokenizer=tokenizer,
         family=family,
-        mask_id=None if family == "ar" else tokenizer.mask_token_id,
+        mask_id=None if family in LEFT_TO_RIGHT else tokenizer.mask_token_id,
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
-        shift=1 if family in ("ar", "dream") else 0,
+        shift=1 if family in (*LEFT_TO_RIGHT, "dream") else 0,
         vocab_size=len(tokenizer),
         name=f"new {family}",
         revision="new",

@@ -36,6 +36,8 @@ def supervised_gradient(
 def with_completion_ids(record: Record, policy: Policy, fill_to: int | None) -> Record:
     """The record with its completion's ids, filled with end-of-sequence to `fill_to` tokens.
 
+    For an autoregressive model, which learns to end from the first of them, with one.
+
     Raises:
         DataError: the tokenizer cannot express it.
         UsageError: the completion does not fit, or the model has no end-of-sequence token.
@@ -51,7 +53,9 @@ def with_completion_ids(record: Record, policy: Policy, fill_to: int | None) -> 
             raise UsageError(
                 f"{record.where}: the completion has {len(ids)} tokens, --fill-to is {fill_to}"
             )
-        ids = [*ids, *[policy.eos_id] * (fill_to - len(ids))]
+        # One is enough for a model that stops there.
+        room = fill_to - len(ids)
+        ids = [*ids, *[policy.eos_id] * (room if policy.diffusion else min(room, 1))]
     done = Record(record)
     done.where = record.where
     done["tokens"] = {"prompt": tokens.get("prompt") or policy.encode(record), "completion": ids}

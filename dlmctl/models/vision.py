@@ -1,0 +1,195 @@
+"""Images as a vision-language model takes them: placeholder tokens, pixels, positions.
+
+A prompt has the text `<image>` where an image goes. The model's own marks take its place, and the
+placeholder among them is repeated as often as the image has tokens. The pixels are sliced for each
+sequence, so that a batch may hold any images in any order.
+
+    qwen2_vl, qwen2_5_vl, qwen3_vl   rows of 14-pixel patches (16 in Qwen3-VL), 2 x 2 of them one
+                                     token; places in three dimensions (M-RoPE)
+    llava                            one square of pixels per image, one token per patch
+
+The image processor is the one that the checkpoint names: torchvision's where that is installed,
+Pillow's otherwise. The processors that join it with a tokenizer are not needed, and those of Qwen
+cannot even be imported without torchvision.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dlmctl.records.errors import DataError
+from dlmctl.tasks.images import image_hash, image_sources, load_image, record_folder
+
+IMAGE_MARK = "<image>"
+"""Stands in a prompt where an image goes."""
+QWEN_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+KINDS = (*QWEN, "llava")
+"""Values of `model_type` that are read as vision-language models."""
+REMEMBERED = 64
+"""Images that are kept as pixels, so that the samples of a prompt share one decoding."""
+
+
+class Picture(NamedTuple):
+    """One image as a model takes it."""
+
+    pixels: Tensor
+    """float32: [rows, features] for Qwen, [1, 3, H, W] otherwise."""
+    grid: tuple[int, int, int] | None
+    """Patches in time, height and width, for Qwen."""
+    tokens: int
+    """Placeholders that it takes in a sequence."""
+    digest: str
+    """Hash of the image itself."""
+
+
+@dataclass(frozen=True)
+class Vision:
+    """What a policy knows of images."""
+
+    processor: Any
+    """Of images, from transformers."""
+    kind: str
+    """The `model_type`."""
+    image_id: int
+    """The placeholder token."""
+    mark: str
+    """Text of an image in a prompt that goes through no chat template."""
+    banned: tuple[int, ...]
+    """Placeholders of images and videos, which must not be sampled: the next pass would look for
+    features that are not there."""
+    merge: int = 1
+    """Patches that one token stands for, along one side."""
+    patch: int = 14
+    """Pixels of a patch, along one side."""
+    extra: int = 0
+    """Tokens that an image has beside those of its patches."""
+    _seen: OrderedDict[bytes, Picture] = field(default_factory=OrderedDict, repr=False)
+
+    @property
+    def cell(self) -> int:
+        """Pixels that one token stands for, along one side."""
+        return self.patch * self.merge
+
+    def pictures(self, record: Mapping[str, Any]) -> list[Picture]:
+        """The images of a record, in order; raises DataError where one cannot be used."""
+        folder = record_folder(getattr(record, "where", ""))
+        return [self._remembered(source, folder) for source in image_sources(record)]
+
+    def _remembered(self, source: Any, folder: str) -> Picture:
+        if not isinstance(source, str):
+            return self.picture(load_image(source, folder))
+        key = blake2b(f"{folder}\0{source}".encode(), digest_size=16).digest()
+        if key not in self._seen:
+            self._seen[key] = self.picture(load_image(source, folder))
+            if len(self._seen) > REMEMBERED:
+                self._seen.popitem(last=False)
+        self._seen.move_to_end(key)
+        return self._seen[key]
+
+    def picture(self, image: Any) -> Picture:
+        """A Pillow image, resized and normalized as the model was trained with."""
+        try:
+            made = self.processor(images=[image], return_tensors="pt")
+        except ValueError as error:  # an aspect ratio that Qwen refuses
+            raise DataError(f"the image cannot be used ({str(error).splitlines()[0]})") from None
+        pixels = made["pixel_values"].float()
+        digest = image_hash(image)
+        if self.kind in QWEN:
+            time, height, width = made["image_grid_thw"][0].tolist()
+            return Picture(
+                pixels, (time, height, width), time * height * width // self.merge**2, digest
+            )
+        height, width = (side // self.patch for side in pixels.shape[-2:])
+        return Picture(pixels, None, height * width + self.extra, digest)
+
+    def expand(self, ids: Sequence[int], pictures: Sequence[Picture]) -> list[int]:
+        """Ids with each placeholder repeated for its image; raises DataError on a wrong number."""
+        found = sum(i == self.image_id for i in ids)
+        if found != len(pictures):
+            raise DataError(
+                f"the prompt has {found} places for images, and the record {len(pictures)} images"
+            )
+        counts = iter([picture.tokens for picture in pictures])
+        return [token for i in ids for token in ([i] * next(counts) if i == self.image_id else [i])]
+
+    def inputs(self, pictures: Sequence[Sequence[Picture]], device: torch.device) -> dict[str, Any]:
+        """What the model is given beside the ids, for the pictures of each row."""
+        flat = [picture for row in pictures for picture in row]
+        if not flat:
+            return {}
+        given: dict[str, Any] = {"pixel_values": torch.cat([p.pixels for p in flat]).to(device)}
+        if self.kind in QWEN:
+            given["image_grid_thw"] = torch.tensor([p.grid for p in flat], device=device)
+        return given
+
+    def places(
+        self,
+        core: Any,
+        ids: Tensor,
+        attention: Tensor | None,
+        pictures: Sequence[Sequence[Picture]],
+    ) -> Tensor | None:
+        """Where tokens stand: int64 [3, B, T] in time, height and width; None where they count on.
+
+        Tokens that attention leaves out take up no place, as if they were not there.
+
+        Args:
+            ids: int64 [B, T].
+            attention: bool or int64 [B, T], or None.
+        """
+        if self.kind not in QWEN or not any(pictures):
+            return None
+        places, _ = core.model.get_rope_index(
+            ids,
+            mm_token_type_ids=(ids == self.image_id).int(),
+            image_grid_thw=torch.tensor([p.grid for row in pictures for p in row]),
+            attention_mask=None if attention is None else attention.long(),
+        )
+        return places
+
+
+def vision_of(kind: str, config: Any, tokenizer: Any, processor: Any) -> Vision:
+    """What a model of this kind does with images.
+
+    Args:
+        config: of transformers.
+        processor: of images, from transformers.
+
+    Raises:
+        DataError: the tokenizer lacks the placeholder that config.json names.
+    """
+    image_id = int(config.image_token_id)
+    if image_id >= len(tokenizer):
+        raise DataError(f"image_token_id {image_id} of config.json is no token of its tokenizer")
+    if kind in QWEN:
+        banned = (image_id, int(config.video_token_id))
+        merge, patch = config.vision_config.spatial_merge_size, config.vision_config.patch_size
+        return Vision(processor, kind, image_id, QWEN_MARK, banned, merge, patch)
+    mark = str(tokenizer.convert_ids_to_tokens(image_id))
+    extra = int(config.vision_feature_select_strategy == "full")
+    patch = config.vision_config.patch_size
+    return Vision(processor, kind, image_id, mark, (image_id,), 1, patch, extra)
+
+
+def image_parts(text: str) -> list[dict[str, str]]:
+    """A text with image marks as the parts of a chat message."""
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(text.split(IMAGE_MARK)):
+        if number:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def with_marks(text: str, images: int) -> str:
+    """The text with an image mark for each image, put first where it has none at all."""
+    return text if IMAGE_MARK in text else IMAGE_MARK * images + text

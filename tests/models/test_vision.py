@@ -1,0 +1,190 @@
+"""Vision-language policies: loading, placeholders, slices of pixels, sampling and scoring."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import noise_image, tiny_vision_policy
+from safetensors.torch import load_file, save_file
+
+from dlmctl.diffusion.elbo import log_probs
+from dlmctl.diffusion.rollout import rollout
+from dlmctl.diffusion.sampling import settings_for
+from dlmctl.diffusion.scoring import MaskPlan, example_of
+from dlmctl.models.loading import load_policy
+from dlmctl.models.policy import Policy
+from dlmctl.models.saving import save_policy
+from dlmctl.records.errors import DataError
+from dlmctl.records.jsonl import Record
+
+KINDS = ["qwen2.5-vl", "qwen3-vl", "llava"]
+RECORDS = [
+    {"id": "one", "prompt": "<image>12?", "images": [noise_image(1)]},
+    {
+        "id": "two",
+        "prompt": "3<image>4<image>?",
+        "images": [noise_image(2), noise_image(3, 112, 56)],
+    },
+    {"id": "none", "prompt": "12=1=2?"},
+    {"id": "unmarked", "prompt": "1?", "images": [noise_image(4, 56, 84)]},
+]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def policy(request) -> Policy:
+    return tiny_vision_policy(request.param)
+
+
+def records() -> list[Record]:
+    return [Record(record) for record in RECORDS]
+
+
+def sampled(policy: Policy, batch_size: int, temperature: float = 1.0) -> list[Record]:
+    settings = settings_for(policy, temperature=temperature)
+    return list(rollout(records(), policy, settings, 2, 0, batch_size))
+
+
+def test_a_saved_model_is_loaded_and_is_the_same(policy, tmp_path):
+    save_policy(policy, tmp_path)
+    loaded = load_policy(str(tmp_path))
+    loaded.model.double()
+    assert (loaded.family, loaded.vision.kind) == ("vlm", policy.vision.kind)
+    examples = [example_of(record, policy, MaskPlan()) for record in sampled(policy, 8)]
+    again = [example_of(record, loaded, MaskPlan()) for record in sampled(loaded, 8)]
+    assert [e.completion for e in examples] == [e.completion for e in again]
+    # Weights went through float32.
+    assert torch.allclose(log_probs(policy, examples, 8), log_probs(loaded, again, 8), atol=1e-4)
+
+
+def test_names_of_the_hub_are_loaded(tmp_path):
+    """Released checkpoints of Qwen2.5-VL and LLaVA have other names than the modules have now."""
+    policy = tiny_vision_policy("llava")
+    save_policy(policy, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    now = {
+        name.replace("language_model.model.", "model.language_model.")
+        .replace("language_model.lm_head", "lm_head"): tensor
+        for name, tensor in weights.items()
+    }  # fmt: skip
+    assert now.keys() != weights.keys()
+    save_file(now, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = load_policy(str(tmp_path))
+    for name, tensor in policy.model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], tensor.float()), name
+
+
+def test_each_image_has_its_placeholders(policy):
+    for record in records():
+        ids, pictures = policy.encode(record), policy.pictures(record)
+        count = sum(i == policy.vision.image_id for i in ids)
+        assert count == sum(picture.tokens for picture in pictures)
+    text = policy.tokenizer.decode(policy.encode(RECORDS[1]))
+    assert text.index("3") < text.index(policy.tokenizer.decode([policy.vision.image_id]))
+
+
+def test_a_sample_depends_on_its_image_and_on_no_neighbour(policy):
+    together = sampled(policy, 8)
+    assert [r["tokens"] for r in together] == [r["tokens"] for r in sampled(policy, 1)]
+    other = Record(RECORDS[0], images=[noise_image(9)])
+    settings = settings_for(policy, temperature=1.0)
+    changed = list(rollout([other], policy, settings, 2, 0, 8))
+    assert [r["tokens"] for r in changed] != [r["tokens"] for r in together[:2]]
+    assert changed[0]["rollout"]["images"] != together[0]["rollout"]["images"]
+    assert "images" not in together[4]["rollout"]
+
+
+def test_greedy_sampling_with_a_cache_is_the_argmax_of_the_whole_sequence(policy):
+    banned = list(policy.vision.banned)
+    for record in sampled(policy, 3, temperature=0.0)[::2]:
+        prompt, completion = record["tokens"]["prompt"], record["tokens"]["completion"]
+        ids = torch.tensor([[*prompt, *completion]])
+        with torch.no_grad():
+            states = policy.hidden(ids, None, pictures=[policy.pictures(record)])[0]
+            scores = policy.logits(states[len(prompt) - 1 : -1])
+        scores[:, banned] = -torch.inf
+        assert scores.argmax(1).tolist() == completion
+
+
+def test_scores_depend_on_no_neighbour(policy):
+    examples = [example_of(record, policy, MaskPlan()) for record in sampled(policy, 8)]
+    together = log_probs(policy, examples, 8)
+    for n, example in enumerate(examples):
+        alone = log_probs(policy, [example], 1)[0]
+        assert torch.allclose(together[n, :, : alone.shape[1]], alone, atol=1e-9)
+
+
+def test_placeholders_are_never_sampled(policy):
+    """A head that wants nothing else must still not get one."""
+    weight = policy.model.get_output_embeddings().weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        for banned in policy.vision.banned:
+            weight[banned] = 50 * kept.abs().mean() * torch.sign(kept[banned])
+    try:
+        tokens = {t for record in sampled(policy, 8) for t in record["tokens"]["completion"]}
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+    assert not tokens & set(policy.vision.banned)
+
+
+def test_what_does_not_fit_is_refused(policy):
+    with pytest.raises(DataError, match="1 places for images, and the record 2 images"):
+        policy.encode({**RECORDS[1], "prompt": "<image>?"})
+    with pytest.raises(DataError, match="2 places for images, and the record 1 images"):
+        policy.encode({**RECORDS[0], "prompt": "<image><image>?"})
+    changed = {**sampled(policy, 8)[0], "images": [noise_image(8)]}
+    with pytest.raises(DataError, match="not those that the completion was sampled with"):
+        example_of(Record(changed), policy, MaskPlan())
+
+
+def test_a_model_of_text_takes_no_images(saved_models):
+    policy = load_policy(saved_models("ar"))
+    with pytest.raises(DataError, match="takes none"):
+        policy.encode({"prompt": "12", "images": [noise_image(1)]})
+
+
+def test_an_aspect_ratio_that_the_model_refuses_is_one_line():
+    policy = tiny_vision_policy("qwen2.5-vl")
+    with pytest.raises(DataError, match="aspect ratio"):
+        policy.encode({"prompt": "<image>1", "images": [noise_image(1, 900, 4)]})
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{% if p.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        {"prompt": "1<image>2"},
+        {"messages": [{"role": "user", "content": "1<image>2"}]},
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "1"},
+                        {"type": "image"},
+                        {"type": "text", "text": "2"},
+                    ],
+                }
+            ]
+        },
+    ],
+)
+def test_a_chat_template_gets_parts(prompt):
+    policy = tiny_vision_policy("qwen2.5-vl", alphabet="12<>user")
+    policy.tokenizer.chat_template = TEMPLATE
+    ids = policy.encode({**prompt, "images": [noise_image(1)]})
+    pads = "<|image_pad|>" * 9
+    assert policy.tokenizer.decode(ids) == f"<user>1<|vision_start|>{pads}<|vision_end|>2"
+
+
+def test_images_without_marks_come_first():
+    policy = tiny_vision_policy("llava", alphabet="12")
+    ids = policy.encode({"prompt": "12", "images": [noise_image(1)]})
+    assert ids == [policy.vision.image_id] * 36 + policy.encode_text("12")
