@@ -42,7 +42,9 @@ SUBCOMMANDS = {
     "rollout": Subcommand("rollout", PIPE, "Sample completions from a model."),
     "verify": Subcommand("verify", PIPE, "Give each completion its rewards."),
     "score-elbo": Subcommand("score_elbo", PIPE, "Score completions under models, in nats."),
-    "advantage": Subcommand("advantage", PIPE, "Turn the rewards of a group into advantages."),
+    "advantage": Subcommand(
+        "advantage", PIPE, "Turn the rewards of a group into advantages, on request token by token."
+    ),
     "update": Subcommand("update", PIPE, "Train a model on the records and save a checkpoint."),
     "sae-train": Subcommand(
         "sae_train", SAE, "Train Top-K sparse autoencoders on activations of a model."

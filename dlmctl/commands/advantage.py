@@ -6,13 +6,48 @@ from typing import Annotated, Literal
 
 import typer
 
-from dlmctl.commands.options import Files, OnErrorOption, Output, Quiet
+from dlmctl.commands.credit_options import (
+    Corrupt,
+    CorruptProb,
+    CorruptScope,
+    CorruptSeed,
+    CreditBaseline,
+    ReasonContrast,
+    ReasonSignal,
+    SignAware,
+    VisualSignal,
+    WeightClip,
+    WeightLambda,
+    WeightMap,
+    WeightNorm,
+    WeightTau,
+    bounds,
+)
+from dlmctl.commands.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Files,
+    OnErrorOption,
+    Output,
+    PerceptionTag,
+    Quiet,
+    ReasoningTag,
+)
 from dlmctl.commands.progress import counted
 from dlmctl.records.jsonl import read_records, write_records
 
 
 def command(
     files: Files = None,
+    algo: Annotated[
+        Literal["grpo", "srpo"],
+        typer.Option(
+            help="grpo: one advantage for a completion; srpo: a weight for each of its tokens "
+            "beside it, by its role. srpo implements the mechanism described in the abstract of "
+            "arXiv 2605.07274; form and constants are ours."
+        ),
+    ] = "grpo",
     baseline: Annotated[
         Literal["mean", "loo", "none"],
         typer.Option(
@@ -21,25 +56,106 @@ def command(
         ),
     ] = "mean",
     scale: Annotated[
-        Literal["none", "group", "batch"],
+        Literal["none", "group", "batch"] | None,
         typer.Option(
+            show_default="srpo group, grpo none",
             help="Divide by the standard deviation of the group, or of the whole input (which is "
-            "then held in memory)."
+            "then held in memory).",
         ),
-    ] = "none",
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "-m",
+            "--model",
+            metavar="MODEL",
+            show_default="the model that the records were sampled from",
+            help="Policy that the signals are taken from, for --algo srpo.",
+        ),
+    ] = None,
+    any_policy: Annotated[
+        bool,
+        typer.Option(
+            "--any-policy/--own-policy",
+            help="Take the signals from the weights of --model, whatever weights the records were "
+            "sampled from, instead of refusing them.",
+        ),
+    ] = False,
+    perception_tag: PerceptionTag = "description",
+    reasoning_tag: ReasoningTag = "think",
+    visual_signal: VisualSignal = "logratio",
+    reason_signal: ReasonSignal = "logratio",
+    reason_contrast: ReasonContrast = "drop",
+    corrupt: Corrupt = "patch",
+    corrupt_prob: CorruptProb = 0.6,
+    corrupt_scope: CorruptScope = "prompt",
+    corrupt_seed: CorruptSeed = 0,
+    credit_baseline: CreditBaseline = "traj-mean",
+    weight_map: WeightMap = "exp",
+    weight_clip: WeightClip = "0.8,1.2",
+    weight_tau: WeightTau = 1.0,
+    weight_lambda: WeightLambda = 1.0,
+    weight_norm: WeightNorm = "none",
+    sign_aware: SignAware = False,
+    batch_size: BatchSize = 32,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     on_error: OnErrorOption = "fail",
     quiet: Quiet = False,
     output: Output = "-",
 ) -> None:
-    """Turn the rewards of a group into advantages.
+    """Turn the rewards of a group into advantages, on request token by token.
 
     Reads records with `reward`, where the samples of a prompt are neighbours, and writes them with
     `advantage`: how much better the sample is than the others of its group. A group of one, and a
-    group with equal rewards, has advantage 0.
+    group with equal rewards, has advantage 0. 'dlmctl update' computes the same by itself where
+    records lack it.
 
-    `dlmctl update` computes the same by itself where records lack it.
+    --algo srpo adds `weights`, one positive number for each token of the completion: tokens that
+    perceive count more where they depend on the image, tokens that reason where they depend on what
+    was perceived. `roles` (1 perceives, 2 reasons) and `signal`, in nats, say why. A completion
+    without the layout has weights 1.
+
+    Example:
+
+    dlmctl rollout --follow runs/vlm --task shapes | dlmctl verify | dlmctl advantage --algo srpo |
+    dlmctl update --algo srpo -o runs/vlm
     """
     from dlmctl.rl.advantage_stage import advantage
 
-    records = advantage(read_records(files or [], on_error), baseline, scale)
+    records = advantage(
+        read_records(files or [], on_error),
+        baseline,
+        scale or ("group" if algo == "srpo" else "none"),
+    )
+    if algo == "srpo":
+        from dlmctl.rl.contrast import Contrast
+        from dlmctl.rl.credit import Credit
+        from dlmctl.rl.credit_stage import Sampler, credited
+        from dlmctl.tasks.layout import Tags
+
+        records = credited(
+            records,
+            Sampler(model, device, dtype, any_policy),
+            Contrast(
+                visual_signal,
+                reason_signal,
+                reason_contrast,
+                corrupt,
+                corrupt_prob,
+                corrupt_scope,
+                corrupt_seed,
+            ),
+            Credit(
+                credit_baseline,
+                weight_map,
+                bounds(weight_clip),
+                weight_tau,
+                weight_lambda,
+                weight_norm == "mean",
+                sign_aware,
+            ),
+            Tags(perception_tag, reasoning_tag),
+            batch_size,
+        )
     write_records(counted(records, "records", quiet), output)

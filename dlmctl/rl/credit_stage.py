@@ -1,0 +1,153 @@
+"""The second half of `advantage --algo srpo`: a weight for every token of every completion.
+
+Weights are made here rather than in `update`, so that they depend on no batch of a trainer, and can
+be looked at. They are those of the policy that sampled the completion; in a training loop its
+checkpoint is loaded again whenever the records come from a newer one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from dlmctl.models.loading import load_policy, reload_policy
+from dlmctl.models.policy import Policy
+from dlmctl.models.token_text import TokenTexts
+from dlmctl.records.errors import DataError
+from dlmctl.records.groups import groups
+from dlmctl.records.jsonl import Record, field
+from dlmctl.rl.contrast import Contrast, Response, signals
+from dlmctl.rl.credit import Credit, token_weights
+from dlmctl.rl.roles import OTHER, PERCEPTION, REASONING, token_roles
+from dlmctl.tasks.layout import Tags
+
+
+class Sampler:
+    """The policy that sampled the records, whichever round they are of."""
+
+    def __init__(self, model: str | None, device: str, dtype: str, any_policy: bool) -> None:
+        self._model, self._device, self._dtype = model, device, dtype
+        self._any_policy = any_policy
+        self._policy: Policy | None = None
+        self._texts: TokenTexts | None = None
+
+    def of(self, record: Record) -> Policy:
+        """The policy of a record.
+
+        Raises:
+            DataError: the record does not say what it was sampled from, or the model has other
+                weights by now.
+        """
+        place = record.get("rollout") or {}
+        name, wanted = self._model or place.get("model"), place.get("revision")
+        if name is None:
+            raise DataError(
+                "the record does not say which model it was sampled from ('rollout.model'): "
+                "give --model",
+                record.where,
+            )
+        if self._policy is None:
+            self._policy = load_policy(name, self._device, self._dtype)
+        elif not self._any_policy and wanted != self._policy.revision:
+            self._policy = reload_policy(self._policy, name, self._device, self._dtype)
+        if not self._any_policy and wanted is not None and wanted != self._policy.revision:
+            raise DataError(
+                f"sampled from weights {wanted}, and {name} now has {self._policy.revision}: a "
+                "weight is to be that of the policy that sampled (--any-policy takes it all the "
+                "same)",
+                record.where,
+            )
+        return self._policy
+
+    def texts(self, policy: Policy) -> TokenTexts:
+        """What the policy's tokens spell; the tokenizer does not change from round to round."""
+        if self._texts is None:
+            self._texts = TokenTexts(policy)
+        return self._texts
+
+
+def credited(
+    records: Iterable[Record],
+    sampler: Sampler,
+    contrast: Contrast,
+    credit: Credit,
+    tags: Tags,
+    batch_size: int,
+) -> Iterator[Record]:
+    """Add `roles`, `signal`, `weights` and `credit` to records that bear an `advantage`.
+
+    One group is in memory at a time. A malformed response has weights 1 and no roles. Where the
+    advantage is 0 the weights change nothing, and are 1 without any forward pass.
+    """
+    for group in groups(records):
+        policy = sampler.of(group[0])
+        texts = sampler.texts(policy)
+        ready = [(record, _response(record, policy, texts, tags)) for record in group]
+        scored = [
+            (record, response)
+            for record, response in ready
+            if response is not None and field(record, "advantage", (int, float)) != 0
+        ]
+        made = signals(policy, [r for _, r in scored], contrast, batch_size) if scored else []
+        signal = {id(record): s for (record, _), s in zip(scored, made, strict=True)}
+        for record, response in ready:
+            yield _weighted(record, response, signal.get(id(record)), credit)
+
+
+def _response(record: Record, policy: Policy, texts: TokenTexts, tags: Tags) -> Response | None:
+    """The record as a response whose tokens have roles; None where it is malformed."""
+    ids = (record.get("tokens") or {}).get("completion")
+    if not ids:
+        raise DataError(
+            "the record has no ids of its completion ('tokens.completion'), and text is not "
+            "tokenized again; 'dlmctl rollout' writes them",
+            record.where,
+        )
+    roles = token_roles(texts.row(ids), tags)
+    if roles is None:
+        return None
+    return Response(
+        policy.encode(record),
+        ids,
+        policy.pictures(record),
+        torch.tensor(roles),
+        field(record, "id", (str, int)),
+        record.get("sample", 0),
+    )
+
+
+def _weighted(
+    record: Record, response: Response | None, signal: torch.Tensor | None, credit: Credit
+) -> Record:
+    done = Record(record)
+    done.where = record.where
+    length = len(record["tokens"]["completion"])
+    roles = torch.full((length,), OTHER) if response is None else response.roles
+    done["roles"] = roles.tolist()
+    values = torch.zeros(length, dtype=torch.float64) if signal is None else signal
+    seen = roles if signal is not None else torch.full((length,), OTHER)
+    weighted = token_weights(values, seen, float(record["advantage"]), credit)
+    done["signal"] = values.tolist()
+    done["weights"] = weighted.weights.tolist()
+    done["credit"] = {
+        "format_ok": response is not None,
+        "scored": signal is not None,
+        "perception": _means(roles == PERCEPTION, values, weighted.weights),
+        "reasoning": _means(roles == REASONING, values, weighted.weights),
+        "baseline": weighted.baseline,
+        "clipped_low": weighted.clipped_low,
+        "clipped_high": weighted.clipped_high,
+    }
+    return done
+
+
+def _means(chosen: torch.Tensor, signal: torch.Tensor, weights: torch.Tensor) -> dict[str, Any]:
+    if not chosen.any():
+        return {"tokens": 0, "signal": None, "weight": None}
+    return {
+        "tokens": int(chosen.sum()),
+        "signal": float(signal[chosen].mean()),
+        "weight": float(weights[chosen].mean()),
+    }
