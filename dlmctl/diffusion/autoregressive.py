@@ -1,7 +1,8 @@
 """Sampling from an autoregressive model, left to right with a key-value cache.
 
 Prompts are left-padded so that all rows write the same column. The noise of a token depends on the
-key of its row and its place alone, as in the diffusion sampler.
+key of its row and its place alone, as in the diffusion sampler. Log-probabilities are those of the
+model itself, whatever the temperature: what `update` scores a completion with.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def _batch(
     noise_keys = key_tensor([request.key for request in requests], device)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     tokens: list[Tensor] = []
+    log_probs: list[Tensor] = []
     cache_name, cache = cache_argument(policy.core), DynamicCache()
     for step in range(gen_length):
         places = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
@@ -68,22 +70,27 @@ def _batch(
             logits_to_keep=1,
             **{cache_name: cache},
         )
-        scores = output.logits[:, -1].double()
+        scores = logits = output.logits[:, -1].double()
         if temperature > 0:
             vocabulary = torch.arange(scores.shape[1], device=device)
             where = subkeys(noise_keys, torch.tensor(step, device=device))
             scores = scores + temperature * gumbel(where[:, None], vocabulary[None])
         token = scores.argmax(dim=1).masked_fill(finished, policy.pad_id)
         tokens.append(token)
+        log_probs.append(logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(dim=1))
         finished |= token == (policy.eos_id if policy.eos_id is not None else -1)
         if bool(finished.all()):
             break
         ids = token[:, None]
         attention = torch.cat([attention, attention.new_ones(len(prompts), 1)], dim=1)
-    return [_finish(row, policy.eos_id) for row in torch.stack(tokens, dim=1).tolist()]
+    rows = zip(
+        torch.stack(tokens, dim=1).tolist(), torch.stack(log_probs, dim=1).tolist(), strict=True
+    )
+    return [_finish(*row, policy.eos_id) for row in rows]
 
 
-def _finish(tokens: list[int], eos_id: int | None) -> Sample:
+def _finish(tokens: list[int], log_probs: list[float], eos_id: int | None) -> Sample:
     if eos_id is not None and eos_id in tokens:
         tokens = tokens[: tokens.index(eos_id) + 1]
-    return Sample(tokens, list(range(len(tokens))), len(tokens))
+    length = len(tokens)
+    return Sample(tokens, list(range(length)), length, log_probs[:length])

@@ -108,6 +108,7 @@ def _completed(
         "temperature": settings.temperature,
         "nfe": result.nfe,
         "order": result.order,
+        **({} if result.log_probs is None else {"log_probs": result.log_probs}),
         "length": _length(result.tokens, policy.eos_id),
         "finish": "eos" if policy.eos_id in result.tokens else "length",
     }
