@@ -55,7 +55,7 @@ UntilEos = Annotated[
     bool | None,
     typer.Option(
         "--until-eos/--all-tokens",
-        show_default="diffu-grpo, wd1 and spg until-eos, others all-tokens",
+        show_default="diffu-grpo, wd1, spg, grpo and srpo until-eos, others all-tokens",
         help="Score tokens up to the first end-of-sequence, or the whole completion.",
         rich_help_panel=MASKS,
     ),

@@ -68,7 +68,9 @@ BatchSize = Annotated[
 Quiet = Annotated[
     bool, typer.Option("-q", "--quiet", envvar="DLMCTL_QUIET", help="No progress on stderr.")
 ]
-Algorithm = Literal["rspo", "reinforce", "diffu-grpo", "wd1", "espo", "spg", "gdsd", "vrpo", "sft"]
+Algorithm = Literal[
+    "rspo", "reinforce", "diffu-grpo", "wd1", "espo", "spg", "gdsd", "vrpo", "grpo", "srpo", "sft"
+]
 Law = Literal[
     "independent", "uniform", "complementary", "stratified", "quadrature", "block", "full"
 ]

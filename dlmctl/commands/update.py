@@ -19,8 +19,26 @@ from dlmctl.commands.mask_options import (
     PromptMask,
     UntilEos,
 )
+from dlmctl.commands.objective_options import (
+    Algo,
+    Baseline,
+    Beta,
+    Center,
+    Clip,
+    ClipHigh,
+    DropZeroAdvantage,
+    DualClip,
+    Inner,
+    LossType,
+    MaxLength,
+    Omega,
+    Psi,
+    ResidualMasks,
+    Scale,
+    ScoreNorm,
+    Strength,
+)
 from dlmctl.commands.options import (
-    Algorithm,
     BatchSize,
     Device,
     Dtype,
@@ -34,20 +52,12 @@ from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record, read_records, write_records
 
-OBJECTIVE, OPTIMIZER, ADAPTER = "Objective", "Optimizer", "Adapter and memory"
+OPTIMIZER, ADAPTER = "Optimizer", "Adapter and memory"
 
 
 def command(
     files: Files = None,
-    algo: Annotated[
-        Algorithm,
-        typer.Option(
-            help="rspo: residual feedback towards a target log-ratio; reinforce: the same with "
-            "lambda 0; diffu-grpo (d1), wd1, espo, spg, gdsd, vrpo: its rivals, each with the "
-            "constants it was published with; sft: masked cross-entropy on the given completions.",
-            rich_help_panel=OBJECTIVE,
-        ),
-    ] = "rspo",
+    algo: Algo = "rspo",
     model: Annotated[
         str | None,
         typer.Option(
@@ -70,114 +80,22 @@ def command(
             help="Directory of the run: checkpoints, the link 'latest', metrics.jsonl.",
         ),
     ] = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(
-            "--lambda",
-            min=0.0,
-            show_default="rspo 0.01",
-            help="Feedback coefficient of RSPO; the target of the log-ratio is advantage/lambda.",
-            rich_help_panel=OBJECTIVE,
-        ),
-    ] = None,
-    score_norm: Annotated[
-        Literal["sequence", "token"] | None,
-        typer.Option(
-            show_default="rspo sequence",
-            help="Score of a completion: its ELBO, or the ELBO per token. One lambda of `token` "
-            "is length times one of `sequence`. The paper could not be read on this; the default "
-            "is ours.",
-            rich_help_panel=OBJECTIVE,
-        ),
-    ] = None,
-    center: Annotated[
-        Literal["batch", "prompt"] | None,
-        typer.Option(
-            show_default="rspo batch",
-            help="Where the mean of the log-ratios is taken.",
-            rich_help_panel=OBJECTIVE,
-        ),
-    ] = None,
-    residual_masks: Annotated[
-        Literal["shared", "independent"] | None,
-        typer.Option(
-            show_default="rspo shared",
-            help="Masks that the log-ratio is measured under: those of the gradient, or a second "
-            "draw, which makes the gradient unbiased for twice the forward passes.",
-            rich_help_panel=OBJECTIVE,
-        ),
-    ] = None,
-    clip: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            show_default="diffu-grpo 0.5, espo 0.2, gdsd 0.0004",
-            help="Half-width of the interval that ratios (gdsd: log-ratios) are clipped to.",
-            rich_help_panel=OBJECTIVE,
-        ),
-    ] = None,
-    beta: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            show_default="diffu-grpo 0.04, espo 0.001, gdsd 0.001, spg 1.5, vrpo 0.1",
-            help="Coefficient of the KL penalty; for spg the exponent of the upper bound, for vrpo "
-            "the temperature of the preference.",
-            rich_help_panel=OBJECTIVE,
-        ),
-    ] = None,
-    psi: Annotated[
-        float | None,
-        typer.Option(
-            show_default="gdsd 1.0",
-            help="Scale of the advantage as a target.",
-            rich_help_panel=OBJECTIVE,
-        ),
-    ] = None,
-    omega: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            max=1.0,
-            show_default="spg 0.5",
-            help="Share of the upper bound in the score of bad completions; 1 is the bound alone.",
-            rich_help_panel=OBJECTIVE,
-        ),
-    ] = None,
-    inner: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            show_default="diffu-grpo 12, wd1, espo and gdsd 8, spg 4, others 1",
-            help="Optimizer steps on a batch, each with masks of its own.",
-            rich_help_panel=OBJECTIVE,
-        ),
-    ] = None,
-    baseline: Annotated[
-        Literal["mean", "loo", "none"] | None,
-        typer.Option(
-            show_default="espo loo, others mean",
-            help="Advantages of records that bear none: as in 'dlmctl advantage'.",
-            rich_help_panel=OBJECTIVE,
-        ),
-    ] = None,
-    scale: Annotated[
-        Literal["none", "group", "batch"] | None,
-        typer.Option(
-            show_default="none",
-            help="Standard deviation that those advantages are divided by.",
-            rich_help_panel=OBJECTIVE,
-        ),
-    ] = None,
-    drop_zero_adv: Annotated[
-        bool,
-        typer.Option(
-            "--drop-zero-adv/--keep-zero-adv",
-            help="Leave out completions with advantage 0. RSPO learns from them: they pull back "
-            "to the reference.",
-            rich_help_panel=OBJECTIVE,
-        ),
-    ] = False,
+    strength: Strength = None,
+    score_norm: ScoreNorm = None,
+    center: Center = None,
+    residual_masks: ResidualMasks = None,
+    loss_type: LossType = None,
+    clip: Clip = None,
+    clip_high: ClipHigh = None,
+    dual_clip: DualClip = None,
+    beta: Beta = None,
+    psi: Psi = None,
+    omega: Omega = None,
+    max_length: MaxLength = None,
+    inner: Inner = None,
+    baseline: Baseline = None,
+    scale: Scale = None,
+    drop_zero_adv: DropZeroAdvantage = False,
     prompts_per_step: Annotated[
         int,
         typer.Option(
@@ -286,12 +204,16 @@ def command(
     every --model takes. The same command goes on where the run was.
 
     What the records lack is computed: advantages from rewards, scores of policy and reference.
+    grpo and srpo take the log-probabilities that 'dlmctl rollout' recorded of an autoregressive
+    model as those of the policy before the step.
 
     Examples:
 
     dlmctl rollout | dlmctl verify | dlmctl update --algo rspo -o runs/a
 
     dlmctl prompts sudoku -n 100000 --completions | dlmctl update --algo sft -m new -o runs/base
+
+    dlmctl update --algo grpo --loss-type dr_grpo --max-length 512 --clip-high 0.28 verified.jsonl
     """
     from dlmctl.diffusion.scoring import MaskPlan
     from dlmctl.rl.algorithms import make_objective
@@ -312,10 +234,14 @@ def command(
         "score_norm": score_norm,
         "center": center,
         "residual_masks": residual_masks,
+        "loss_type": loss_type,
         "clip": clip,
+        "clip_high": clip_high,
+        "dual_clip": dual_clip,
         "beta": beta,
         "psi": psi,
         "omega": omega,
+        "max_length": max_length,
     }
     objective = None if algo == "sft" else make_objective(algo, **own)
     recipe = objective.recipe if objective else Recipe(samples=2)

@@ -110,6 +110,7 @@ def _completed(
         **({"images": [picture.digest for picture in pictures]} if pictures else {}),
         "nfe": result.nfe,
         "order": result.order,
+        **({} if result.log_probs is None else {"log_probs": result.log_probs}),
         "length": _length(result.tokens, policy.eos_id),
         "finish": "eos" if policy.eos_id in result.tokens else "length",
     }

@@ -126,3 +126,5 @@ class Sample(NamedTuple):
     """Step, counted from 0 over all blocks, at which each token was decided."""
     nfe: int
     """Forward passes that the row took part in."""
+    log_probs: list[float] | None = None
+    """Of each token in nats, at temperature 1, where the sampler has them exactly."""

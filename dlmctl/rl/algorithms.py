@@ -9,6 +9,7 @@ from dlmctl.records.errors import UsageError
 from dlmctl.rl.diffu_grpo import DiffuGrpo
 from dlmctl.rl.espo import Espo
 from dlmctl.rl.gdsd import Gdsd
+from dlmctl.rl.grpo import Grpo, Srpo
 from dlmctl.rl.rspo import Rspo
 from dlmctl.rl.scores import Objective
 from dlmctl.rl.spg import Spg
@@ -24,6 +25,8 @@ ALGORITHMS: dict[str, type[Any]] = {
     "spg": Spg,
     "gdsd": Gdsd,
     "vrpo": Vrpo,
+    "grpo": Grpo,
+    "srpo": Srpo,
 }
 
 FIXED: dict[str, dict[str, Any]] = {"reinforce": {"strength": 0.0, "residual_masks": "shared"}}
@@ -34,10 +37,14 @@ OPTIONS = {
     "score_norm": "--score-norm",
     "center": "--center",
     "residual_masks": "--residual-masks",
+    "loss_type": "--loss-type",
     "clip": "--clip",
+    "clip_high": "--clip-high",
+    "dual_clip": "--dual-clip",
     "beta": "--beta",
     "psi": "--psi",
     "omega": "--omega",
+    "max_length": "--max-length",
 }
 
 

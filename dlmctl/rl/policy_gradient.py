@@ -22,6 +22,7 @@ from dlmctl.records.jsonl import Record
 from dlmctl.records.jsonl import field as record_field
 from dlmctl.rl.advantages import Baseline, Scale, advantages
 from dlmctl.rl.gradient import accumulate_gradient
+from dlmctl.rl.per_token import sampled_log_probs, token_weights
 from dlmctl.rl.scores import Objective, Scores
 
 
@@ -62,7 +63,8 @@ def policy_gradients(
         Metrics of the batch: loss, advantage, KL estimate, mask variance, and the objective's own.
 
     Raises:
-        DataError: a record lacks its completion, or both reward and advantage.
+        DataError: a record lacks its completion, or both reward and advantage, or the weights that
+            the objective asks for.
     """
     advantage = batch_advantages(groups, batching)
     kept = advantage != 0 if batching.drop_zero_advantage else torch.ones_like(advantage).bool()
@@ -74,10 +76,16 @@ def policy_gradients(
     records = [record for record, keep in zip(rows, kept.tolist(), strict=True) if keep]
     batch = _Batch(policy, reference, records, advantage[kept], prompt, batching, batch_size)
     draws = [batch.examples(2 * step) for step in range(batching.inner)]
-    # Before the first step policy and old policy are the same.
-    old = [batch.log_probs(e) for e in draws] if objective.needs == "log_probs" else []
+    sampled = batch.sampled(draws[0]) if objective.recipe.sampled_old else None
+    old: list[Tensor] = []
+    if sampled is not None:
+        old = [sampled] * len(draws)
+    elif objective.needs == "log_probs":
+        old = [batch.log_probs(examples) for examples in draws]
     for step, examples in enumerate(draws):
-        scores = batch.scores(examples, objective, old[step] if old else None, step)
+        # Before the first step policy and old policy are the same, where sampling was not recorded.
+        moved = step > 0 or sampled is not None
+        scores = batch.scores(examples, objective, old[step] if old else None, step, moved)
         loss = objective.loss(scores)
         (coefficients,) = torch.autograd.grad(loss, scores.current)
         value = accumulate_gradient(policy, examples, coefficients, batch_size)
@@ -111,16 +119,29 @@ class _Batch:
         """Under the policy as it is now."""
         return log_probs(self.policy, examples, self.batch_size)
 
+    def sampled(self, examples: Sequence[Example]) -> Tensor | None:
+        """Under the policy that the completions were sampled from, where the records tell."""
+        return None if self.policy.diffusion else sampled_log_probs(self.records, examples)
+
     def scores(
-        self, examples: list[Example], objective: Objective, old: Tensor | None, step: int
+        self,
+        examples: list[Example],
+        objective: Objective,
+        old: Tensor | None,
+        step: int,
+        moved: bool,
     ) -> Scores:
-        """What the objective needs and no more; the rest is zeros."""
+        """What the objective needs and no more; the rest is zeros.
+
+        Args:
+            moved: the policy may be another one than the old.
+        """
         weights = mask_weights(examples)
         width = max(len(example.completion) for example in examples)
         nothing = torch.zeros(*weights.shape, width, dtype=torch.float64)
         current = reference = nothing
         if old is not None:
-            current = self.log_probs(examples) if step else old
+            current = self.log_probs(examples) if moved else old
             reference = self.reference.log_probs(examples) if objective.needs_reference else nothing
         return Scores(
             current.clone().requires_grad_(),
@@ -132,7 +153,15 @@ class _Batch:
             self.advantage,
             self.prompt,
             self.relative(examples, step) if objective.needs == "relative" else None,
+            self.token_weights(examples, objective),
         )
+
+    def token_weights(self, examples: Sequence[Example], objective: Objective) -> Tensor:
+        """[N, G]; 1 where the algorithm has none."""
+        if objective.recipe.token_weights:
+            return token_weights(self.records, examples)
+        width = max(len(example.completion) for example in examples)
+        return torch.ones(len(examples), width, dtype=torch.float64)
 
     def relative(self, examples: list[Example], step: int) -> Tensor:
         """d of every record, one value for each mask: float64 [N, K], in nats.

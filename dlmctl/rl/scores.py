@@ -7,7 +7,7 @@ needs (rl/gradient), so that no objective deals with micro-batches, masks or mem
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -45,6 +45,8 @@ class Scores:
     """int64 [N], which group a completion belongs to: 0, 1, …"""
     relative: Tensor | None = None
     """[N, K], ELBO difference of current and reference, where the weights come from it."""
+    token_weights: Tensor = field(default_factory=lambda: torch.ones(1, 1, dtype=torch.float64))
+    """[N, G], w > 0 of each token of a completion; 1 where the algorithm has none."""
 
     def elbo(self, log_probs: Tensor) -> Tensor:
         """The ELBO [N] of log-probabilities [N, K, G]."""
@@ -70,6 +72,10 @@ class Recipe:
     scale: Scale = "none"
     until_eos: bool = False
     prompt_mask: float = 0.0
+    token_weights: bool = False
+    """The records bear a weight for each token."""
+    sampled_old: bool = False
+    """The old policy of an autoregressive model is what `rollout` recorded of it, where it did."""
 
 
 class Objective(Protocol):
