@@ -1,34 +1,30 @@
-"""Records of features as one page of HTML that needs nothing else: to be browsed, sent, kept.
-
-Tokens are text of unknown origin. Everything that is not ours is escaped, characters that cannot be
-seen or that would turn the line around are written as their numbers, and the page forbids itself
-all loading by its Content-Security-Policy.
-"""
+"""Records of features as one page of HTML, to be browsed, sent, kept."""
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from dlmctl.records.errors import DataError
 from dlmctl.records.files import write_file
 from dlmctl.records.jsonl import Record
+from dlmctl.report.page import escaped, page, token
 from dlmctl.sae.activity import ALIVE
 from dlmctl.sae.charts import bars
 
-ASSETS = Path(__file__).parent.parent / "assets" / "feature_page"
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 KINDS = {
     "top": "Strongest",
     "weighted": "Drawn in proportion to the activation",
     "inactive": "Not active",
 }
-SIGNS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
-UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-"""Categories of Unicode: control, format, surrogate, private, unassigned, line, paragraph."""
+CONTROLS = (
+    '<input id="search" type="search" placeholder="Search" '
+    'title="A number, a word, an explanation" aria-label="Search">'
+    '<select id="sort" aria-label="Sort by"><option value="feature">Number</option>'
+    '<option value="rate">Firing rate</option><option value="max">Largest activation</option>'
+    '<option value="score">Balanced accuracy</option></select>'
+)
 
 
 def with_page(records: Iterable[Record], path: Path) -> Iterator[Record]:
@@ -51,44 +47,8 @@ def with_page(records: Iterable[Record], path: Path) -> Iterator[Record]:
                 message = f"not a whole record of 'dlmctl sae-features' ({error})"
                 raise DataError(message, record.where) from None
         yield record
-    write_file(path, _page(facts, rows, cards).encode())
-
-
-def shown(text: str) -> str:
-    """A token so that it can be read, not yet escaped."""
-    made = "".join(
-        SIGNS.get(c) or (f"\\u{ord(c):04x}" if unicodedata.category(c) in UNSEEN else c)
-        for c in text
-    )
-    # A mark on its own would sit on the token before.
-    return "◌" + made if made and unicodedata.category(made[0]).startswith("M") else made
-
-
-def _text(value: Any) -> str:
-    return escape(shown(str(value)))
-
-
-def _page(facts: Mapping[str, Any], rows: Sequence[str], cards: Sequence[str]) -> str:
-    style, script = ((ASSETS / name).read_text() for name in ("style.css", "script.js"))
-    title = f"Features of {_text(facts.get('autoencoder', 'no autoencoder'))}"
-    terms = "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in facts.items())
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f"<header><h1>{title}</h1><dl>{terms}</dl></header>\n"
-        '<nav><div class="controls"><input id="search" type="search" '
-        'placeholder="Search" title="A number, a word, an explanation" aria-label="Search">'
-        '<select id="sort" aria-label="Sort by"><option value="feature">Number</option>'
-        '<option value="rate">Firing rate</option><option value="max">Largest activation</option>'
-        '<option value="score">Balanced accuracy</option></select>'
-        f'<output id="count">{len(rows)}</output></div>\n'
-        f'<ol id="index">\n{"".join(rows)}</ol></nav>\n'
-        f'<main id="features">\n{"".join(cards)}</main>\n'
-        f"<script>\n{script}</script>\n</body>\n</html>\n"
-    )
+    title = f"Features of {facts.get('autoencoder', 'no autoencoder')}"
+    write_file(path, page("features", title, facts, CONTROLS, rows, cards).encode())
 
 
 def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +81,7 @@ def _row(record: Mapping[str, Any], anchor: str) -> str:
         f'<li data-feature="{feature}" data-rate="{float(record["firing_rate"])}" '
         f'data-max="{float(record["max"])}" data-score="{-1 if score is None else score}">'
         f'<a href="#{anchor}"><b>{feature}</b> <i>{record["firing_rate"]:.2%}</i> '
-        f"<span>{_text(words)}</span></a></li>\n"
+        f"<span>{escaped(words)}</span></a></li>\n"
     )
 
 
@@ -135,7 +95,7 @@ def _card(record: Mapping[str, Any], anchor: str) -> str:
         numbers.append(f"mean where active {record['mean']:g}")
     return (
         f'<section id="{anchor}"><h2><a href="#{anchor}">Feature {feature}</a></h2>'
-        f'<p class="numbers">{_text(" · ".join(numbers))}</p>{_judgement(record)}'
+        f'<p class="numbers">{escaped(" · ".join(numbers))}</p>{_judgement(record)}'
         f'<div class="charts">{_charts(record)}</div>{_effects(record["logits"])}'
         f"{''.join(_windows(kind, record) for kind in KINDS)}</section>\n"
     )
@@ -149,15 +109,15 @@ def _score(record: Mapping[str, Any]) -> float | None:
 def _judgement(record: Mapping[str, Any]) -> str:
     parts = []
     if record.get("explanation"):
-        parts.append(f"<q>{_text(record['explanation'])}</q>")
+        parts.append(f"<q>{escaped(record['explanation'])}</q>")
     if record.get("judged"):
         judged = record["judged"]
         parts.append(
-            f"told apart by {_text(judged['judge'] or 'a judge')} with accuracy "
+            f"told apart by {escaped(judged['judge'] or 'a judge')} with accuracy "
             f"{judged['accuracy']:.2f}, balanced {judged['balanced_accuracy']:.2f}"
         )
     if isinstance(record.get("error"), dict):
-        parts.append(f"not judged: {_text(record['error'].get('message'))}")
+        parts.append(f"not judged: {escaped(record['error'].get('message'))}")
     return f'<p class="judgement">{" — ".join(parts)}</p>' if parts else ""
 
 
@@ -189,7 +149,7 @@ def _charts(record: Mapping[str, Any]) -> str:
 def _effects(logits: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     def tokens(side: str) -> str:
         return "".join(
-            f'<code title="{float(entry["logit"]):+g}">{_text(entry["token"])}</code>'
+            f'<code title="{float(entry["logit"]):+g}">{escaped(entry["token"])}</code>'
             for entry in logits[side]
         )
 
@@ -220,21 +180,20 @@ def _where(window: Mapping[str, Any]) -> str:
     sample = f" sample {window['sample']}" if "sample" in window else ""
     place = f"{name}{sample}, token {window['position']}, t {window['t']:g}"
     value = window["activations"][window["middle"]]
-    return f'<abbr title="{_text(place)}">{value:.3g}</abbr>'
+    return f'<abbr title="{escaped(place)}">{value:.3g}</abbr>'
 
 
 def _line(window: Mapping[str, Any], largest: float) -> str:
     """The tokens; what is plain text stays outside of any element."""
     made = ""
     entries = zip(window["tokens"], window["masked"], window["activations"], strict=True)
-    for number, (token, masked, value) in enumerate(entries):
+    for number, (text, masked, value) in enumerate(entries):
         names = ["m"] * bool(masked) + ["c"] * (number == window["middle"])
         if not names and value <= 0:
-            made += _text(token)
+            made += escaped(text)
             continue
         title = f"{value:g}" if value > 0 else "not active"
         title += ", masked: the model did not see it" if masked else ""
-        kind = f' class="{" ".join(names)}"' if names else ""
-        shade = f' style="--a:{min(1.0, value / largest):.2f}"' if value > 0 else ""
-        made += f'<b{kind}{shade} title="{title}">{_text(token) or "·"}</b>'
+        shade = min(1.0, value / largest) if value > 0 else None
+        made += token(escaped(text), title, shade, names)
     return f'<span class="text">{made}</span>'

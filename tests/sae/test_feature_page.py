@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from html_page import EVIL, Page
 from small_world import LATENTS, small_world
 
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record
-from dlmctl.sae.feature_page import shown, with_page
+from dlmctl.sae.feature_page import with_page
 from dlmctl.sae.feature_records import feature_records
 from dlmctl.sae.features import look
 from dlmctl.sae.windows import Plan
@@ -27,41 +27,6 @@ FACTS = {
     "positions": "mask",
     "t": [0.1, 0.9],
 }
-VOID = {"meta", "input"}
-EVIL = ["<script>alert(1)</script>", '" onmouseover="x', "&lt;", "\u202eab", "\u0301", "\u200b\x00"]
-
-
-class Page(HTMLParser):
-    """Tags must nest; texts are gathered by the tags that they stand in."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[tuple[str, str]] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(("/".join(self.open), data))
-
-    def attributes(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-    def text(self, end: str) -> str:
-        return "".join(data for path, data in self.texts if path.endswith(end))
 
 
 def _records(count: int = 5) -> list[Record]:
@@ -125,14 +90,6 @@ def test_tokens_names_and_answers_are_text_whatever_they_hold(tmp_path: Path) ->
     assert "&lt;" in everything
     assert not {"\u202e", "\x00", "\u200b"} & set(everything)
     assert "\\u202eab" in everything
-
-
-def test_what_cannot_be_seen_is_written_as_its_number() -> None:
-    assert shown("a\n\tb") == "a↵⇥b"
-    assert shown("\u202e\u0000") == "\\u202e\\u0000"
-    assert shown("\u0301x") == "◌\u0301x"
-    assert shown("ä 漢 😀") == "ä 漢 😀"
-    assert shown("\U000e0001\ud800") == "\\ue0001\\ud800"
 
 
 def test_scores_are_shown_where_there_are_any(tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
 "use strict";
 // The page is whole without this: it only hides and reorders what is there.
 const index = document.getElementById("index");
-const features = document.getElementById("features");
+const cards = document.getElementById("cards");
 const search = document.getElementById("search");
 const sort = document.getElementById("sort");
 const count = document.getElementById("count");
 const entries = [...index.children].map((row, place) => {
-  return { row, card: features.children[place], text: null };
+  return { row, card: cards.children[place], text: null };
 });
 if (entries.every((entry) => entry.row.dataset.score === "-1")) {
   sort.querySelector("[value=score]").remove();
@@ -31,7 +31,7 @@ function reorder() {
   const sign = key === "feature" ? 1 : -1;
   entries.sort((a, b) => sign * (a.row.dataset[key] - b.row.dataset[key]));
   index.append(...entries.map((entry) => entry.row));
-  features.append(...entries.map((entry) => entry.card));
+  cards.append(...entries.map((entry) => entry.card));
 }
 
 search.addEventListener("input", filter);
