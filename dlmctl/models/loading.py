@@ -37,7 +37,8 @@ from dlmctl.records.files import read_json
 
 ASSETS = Path(__file__).parent.parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+HUB_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 
 
 def load_policy(name: str, device: str = "auto", dtype: str = "auto") -> Policy:
@@ -105,8 +106,8 @@ def fixed_name(name: str) -> str:
     return str(model_directory(name).resolve()) if Path(name).expanduser().is_dir() else name
 
 
-def model_directory(name: str) -> Path:
-    """The directory that holds a model, downloaded if it is a hub name."""
+def model_directory(name: str, files: list[str] = HUB_FILES) -> Path:
+    """The directory that holds a model; of a hub name, these files are downloaded."""
     if name.startswith("builtin:"):
         directory = ASSETS / name.removeprefix("builtin:")
         if not directory.is_dir():
@@ -119,10 +120,10 @@ def model_directory(name: str) -> Path:
         return latest.resolve() if latest.exists() else path
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise MissingInputError(f"no model at {name}: it is no directory, and not a hub name")
-    return _download(name)
+    return _download(name, files)
 
 
-def _download(name: str) -> Path:
+def _download(name: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -133,7 +134,7 @@ def _download(name: str) -> Path:
 
     repository, _, revision = name.partition("@")
     try:
-        found = snapshot_download(repository, revision=revision or None, allow_patterns=HUB_FILES)
+        found = snapshot_download(repository, revision=revision or None, allow_patterns=files)
     except GatedRepoError:
         raise MissingInputError(
             f"{name} is gated: accept its terms on the hub, then  hf auth login"

@@ -4,24 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
-from dlmctl.models.policy import Policy
+from dlmctl.models.families import architecture
+from dlmctl.models.loading import TOKENIZER_FILES, load_tokenizer, model_directory
+from dlmctl.records.errors import DataError, MissingInputError
+from dlmctl.records.files import read_json
 
 PART = "\ufffd"
 """What a decoder writes for part of a character."""
 
 
+def texts_of_model(name: str) -> TokenTexts:
+    """The texts of the tokens of a model, by its name; its weights are neither read nor fetched.
+
+    Raises:
+        MissingInputError: there is no such model.
+        DataError: it has no tokenizer that can be used.
+        TryAgainError: the hub does not answer.
+    """
+    directory = model_directory(name, TOKENIZER_FILES)
+    adapter, config = directory / "adapter_config.json", directory / "config.json"
+    if adapter.exists():  # its tokenizer is its base model's
+        base = read_json(adapter).get("base_model_name_or_path")
+        if not base:
+            raise DataError("it does not name its base model", str(adapter))
+        return texts_of_model(str(base))
+    if not config.exists():
+        raise MissingInputError(f"{directory} has no config.json: it is not a model")
+    return TokenTexts(load_tokenizer(directory, architecture(read_json(config), str(config))))
+
+
 class TokenTexts:
-    """The text of each token of a policy's vocabulary.
+    """The text of each token of a tokenizer's vocabulary.
 
     A token is decoded behind another, which keeps the space before a word where the tokenizer has
     it in the token (SentencePiece) or between tokens (WordPiece).
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self._tokenizer = policy.tokenizer
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._size = 1 + max(tokenizer.get_vocab().values())
         self._known: dict[int, str] = {}
-        plain = (i for i in range(policy.vocab_size) if self._alone(i).strip().isalnum())
+        plain = (i for i in range(self._size) if self._alone(i).strip().isalnum())
         self._anchor = next(plain, None)
 
     def __call__(self, token: int) -> str:
@@ -47,6 +72,8 @@ class TokenTexts:
         return texts
 
     def _text(self, token: int) -> str:
+        if token >= self._size:
+            return ""
         if self._anchor is not None:
             before = self._alone(self._anchor)
             both = str(self._tokenizer.decode([self._anchor, token]))

@@ -30,7 +30,7 @@ def feature_records(
     facts: Mapping[str, Any],
 ) -> Iterator[Record]:
     """A record for each of these features; `facts` stand in all, `sae` and `t` among them."""
-    texts, activity = TokenTexts(policy), findings.activity
+    texts, activity = TokenTexts(policy.tokenizer), findings.activity
     corpus = {
         "documents": activity.documents,
         "tokens": activity.tokens,

@@ -9,8 +9,6 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dlmctl.models.policy import Policy
-from dlmctl.models.small import make_policy
 from dlmctl.models.token_text import TokenTexts
 from dlmctl.models.tokenizers import byte_tokenizer, character_tokenizer
 
@@ -37,10 +35,6 @@ def sentence_pieces() -> PreTrainedTokenizerFast:
     return made(model, pre_tokenizers.Metaspace(), decoders.Metaspace())
 
 
-def policy_of(tokenizer: PreTrainedTokenizerFast) -> Policy:
-    return make_policy("llada", tokenizer, 16, 1, 2, seed=0)
-
-
 @pytest.mark.parametrize(
     ("tokenizer", "text"),
     [
@@ -53,7 +47,7 @@ def policy_of(tokenizer: PreTrainedTokenizerFast) -> Policy:
 def test_tokens_put_in_a_row_read_as_the_text(
     tokenizer: PreTrainedTokenizerFast, text: str
 ) -> None:
-    texts = TokenTexts(policy_of(tokenizer))
+    texts = TokenTexts(tokenizer)
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert "".join(map(texts, ids)) == text
     assert texts.row(ids) == [texts(i) for i in ids]
@@ -61,7 +55,7 @@ def test_tokens_put_in_a_row_read_as_the_text(
 
 def test_a_character_of_several_tokens_is_the_last_ones() -> None:
     tokenizer = byte_tokenizer()
-    texts = TokenTexts(policy_of(tokenizer))
+    texts = TokenTexts(tokenizer)
     ids = tokenizer.encode("aé漢😀b", add_special_tokens=False)
     assert texts.row(ids) == ["a", "", "é", "", "", "漢", "", "", "", "😀", "b"]
     assert set("".join(texts.row(ids[2:5]))) == {"\ufffd"}  # no whole one among them

@@ -247,7 +247,7 @@ def test_choices_are_read_and_others_refused() -> None:
 @pytest.mark.parametrize("family", ["llada", "dream", "mlm", "ar"])
 def test_logit_effects_are_the_rows_through_the_output_matrix(family: Any) -> None:
     policy = tiny_policy(family)
-    texts = TokenTexts(policy)
+    texts = TokenTexts(policy.tokenizer)
     directions = random_sae().W_dec[:3].detach().double()
     weight = dict(policy.core.named_parameters()).get("lm_head.weight")
     if weight is None:  # tied
