@@ -108,6 +108,16 @@ def field(record: Record, name: str, kind: type | tuple[type, ...], hint: str = 
     raise DataError(f"field '{name}' {found}, expected {wanted}{advice}", record.where)
 
 
+def nested(record: Record, name: str) -> Any:
+    """A field, or with dots one within fields, as `rollout.order`; None where there is none."""
+    if name in record:
+        return record[name]
+    value: Any = record
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
 def dump(record: Any) -> bytes:
     """One line of JSON, numpy numbers included, keys in their order."""
     return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)

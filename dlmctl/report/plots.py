@@ -15,7 +15,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from dlmctl.records.errors import DataError, missing_package
-from dlmctl.records.jsonl import Record
+from dlmctl.records.jsonl import Record, nested
 from dlmctl.report.heatmaps import Grid, heat_panel, is_curve, mean_rows
 
 Series = dict[str, list[tuple[float, float]]]
@@ -39,10 +39,10 @@ def collect(
     names: dict[str, None] = {}
     for number, record in enumerate(records):
         names.update(dict.fromkeys(record))
-        at = _value(record, x)
+        at = nested(record, x)
         at = number if at is None else at
         for y in ys:
-            value = _value(record, y)
+            value = nested(record, y)
             if is_curve(value):
                 curves[y].setdefault(_label(record, by), []).append(value)
             elif isinstance(value, (int, float)) and isinstance(at, (int, float)):
@@ -54,16 +54,6 @@ def collect(
         if points[y] and curves[y]:
             raise DataError(f"'{y}' is a number in one record and a list in another")
     return {y: (points[y], mean_rows(y, curves[y])) for y in ys}
-
-
-def _value(record: Record, name: str) -> Any:
-    """A field, or one within fields."""
-    if name in record:
-        return record[name]
-    value: Any = record
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
 
 
 def averaged(points: Iterable[tuple[float, float]]) -> list[tuple[float, float, float]]:
@@ -128,7 +118,7 @@ def draw(
 
 
 def _label(record: Record, by: str) -> str:
-    found = (_value(record, name) for name in by.split(","))
+    found = (nested(record, name) for name in by.split(","))
     return " ".join("" if value is None else str(value) for value in found)
 
 
