@@ -79,6 +79,7 @@ SUBCOMMANDS = {
     ),
     "sae-probe": Subcommand("sae_probe", SAE, "How well single features tell known concepts."),
     "stats": Subcommand("stats", LOOK, "Accuracy, pass@k, reward and length per task."),
+    "view": Subcommand("view", LOOK, "Show completions token by token, shaded by numbers."),
     "plot": Subcommand("plot", LOOK, "Draw curves from metrics records."),
     "bench": Subcommand("bench", LOOK, "Measure speed, memory and variance beside a baseline."),
     "init": Subcommand("init", SETUP, "Make a small new model of any family."),

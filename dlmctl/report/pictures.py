@@ -1,0 +1,84 @@
+"""Images of records as data: URIs for a page that is sent along.
+
+What a record names is of unknown origin, and the page leaves this machine: only files that are
+images by their first bytes, and that lie in or below the folder of the records or the current one,
+are put into it, and nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dlmctl.records.jsonl import Record
+
+LARGEST = 4 * 2**20
+"""Bytes of a file; a page is to be opened by a browser."""
+NO_FILE = "no such file"
+EMBEDDED = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/]+={0,2}")
+MAGIC = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif"}
+
+
+class Picture(NamedTuple):
+    """An image of a record."""
+
+    name: str
+    uri: str
+    """A data: URI; empty where it cannot be shown."""
+    why: str = ""
+    """Why it cannot."""
+
+
+def pictures(record: Record) -> tuple[Picture, ...]:
+    """The images of a record, in order."""
+    images = record.get("images") or []
+    return tuple(map(_reader(record), images if isinstance(images, list) else [images]))
+
+
+def _reader(record: Record) -> Any:
+    file = record.where.rpartition(":")[0]
+    folders = [Path.cwd()] if file in ("", "<stdin>") else [Path.cwd(), Path(file).parent]
+
+    def read(source: Any) -> Picture:
+        if isinstance(source, dict):
+            source = source.get("path") or source.get("url")
+        if not isinstance(source, str) or not source:
+            return Picture("image", "", "neither a path nor a data: URI")
+        if source.startswith("data:"):
+            sound = EMBEDDED.fullmatch(source) is not None
+            return Picture("image", source if sound else "", "" if sound else "not a known kind")
+        if "://" in source:
+            return Picture(source, "", "not fetched")
+        if Path(source).is_absolute():
+            return Picture(source, "", "only relative paths are read")
+        tried = [_embedded(source, folder) for folder in folders]
+        # The one that was found, or else what there was instead.
+        return min(tried, key=lambda picture: (not picture.uri, picture.why == NO_FILE))
+
+    return read
+
+
+def _embedded(source: str, folder: Path) -> Picture:
+    try:
+        path = (folder / source).resolve()
+        if not path.is_relative_to(folder.resolve()):
+            return Picture(source, "", "outside of the records' folder")
+        if not path.is_file():
+            return Picture(source, "", NO_FILE)
+        if path.stat().st_size > LARGEST:
+            return Picture(source, "", f"larger than {LARGEST // 2**20} MiB")
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        return Picture(source, "", f"cannot be read ({error})")
+    kind = _kind(data)
+    if not kind:
+        return Picture(source, "", "not PNG, JPEG, GIF or WebP")
+    return Picture(source, f"data:image/{kind};base64,{base64.b64encode(data).decode()}")
+
+
+def _kind(data: bytes) -> str:
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return next((kind for magic, kind in MAGIC.items() if data.startswith(magic)), "")
