@@ -35,6 +35,12 @@ def shown_lines(text: str) -> str:
     return "↵\n".join(map(shown, text.split("\n")))
 
 
+def shortened(text: str, limit: int) -> str:
+    """The beginning of a text in one line; words are cut where the limit falls into one."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else f"{line[:limit].rstrip()} …"
+
+
 def escaped(value: Any) -> str:
     """What a value says, shown as above and as part of a page."""
     return escape(shown(str(value)))

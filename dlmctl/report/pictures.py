@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ class Picture(NamedTuple):
 
     name: str
     uri: str
-    """A data: URI; empty where it cannot be shown."""
+    """A data: URI of nothing but base64; empty where it cannot be shown."""
     why: str = ""
     """Why it cannot."""
 
@@ -37,7 +38,8 @@ def pictures(record: Record) -> tuple[Picture, ...]:
     return tuple(map(_reader(record), images if isinstance(images, list) else [images]))
 
 
-def _reader(record: Record) -> Any:
+def _reader(record: Record) -> Callable[[Any], Picture]:
+    """What makes a picture of an entry of `images`."""
     file = record.where.rpartition(":")[0]
     folders = [Path.cwd()] if file in ("", "<stdin>") else [Path.cwd(), Path(file).parent]
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from textwrap import shorten
 
 from rich.console import Console
 from rich.text import Text
 
 from dlmctl.report.completions import Completion, facts, title
-from dlmctl.report.page import shown, shown_lines
+from dlmctl.report.page import shortened, shown, shown_lines
 from dlmctl.report.token_scale import Scale, fitted
 
 LEVELS = (0.2, 0.5, 0.8)
@@ -46,7 +45,7 @@ def completion_lines(items: Iterable[Completion], console: Console) -> Iterator[
                 console.print(Text(shown(item.error)))
             else:
                 if item.prompt != before:
-                    short = shorten(shown(item.prompt).replace("↵", "↵ "), PROMPT, placeholder=" …")
+                    short = shortened(shown_lines(item.prompt), PROMPT)
                     console.print(Text(f"prompt: {short}", style="italic"))
                 before = item.prompt
                 for text in _body(item, coloured):

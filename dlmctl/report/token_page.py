@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count, groupby
 from pathlib import Path
-from textwrap import shorten
 
 from dlmctl.records.files import write_file
 from dlmctl.report.completions import Completion, facts, reward, title
-from dlmctl.report.page import escaped, escaped_lines, page, token
+from dlmctl.report.page import escaped, escaped_lines, page, shortened, token
 from dlmctl.report.pictures import Picture, pictures
 from dlmctl.report.token_scale import Scale, fitted
 
@@ -83,13 +82,13 @@ def _prompt(prompt: str) -> str:
     whole = f'<div class="prompt">{escaped_lines(prompt)}</div>'
     if len(prompt) <= SHORT:
         return whole
-    first = escaped(shorten(prompt, SHORT, placeholder=" …"))
+    first = escaped(shortened(prompt, SHORT))
     return f"<details><summary><span>{first}</span></summary>{whole}</details>"
 
 
 def _images(images: Sequence[Picture]) -> str:
     drawn = "".join(
-        f'<img src="{escaped(image.uri)}" alt="{escaped(image.name)}" '
+        f'<img src="{image.uri}" alt="{escaped(image.name)}" '
         f'title="{escaped(image.name)}" tabindex="0">'
         if image.uri
         else f"<span>{escaped(image.name)}: {escaped(image.why)}</span>"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html_page import EVIL, Page
 
-from dlmctl.report.page import escaped, page, shown, shown_lines, token
+from dlmctl.report.page import escaped, page, shortened, shown, shown_lines, token
 
 
 def test_what_cannot_be_seen_is_written_as_its_number() -> None:
@@ -18,6 +18,12 @@ def test_what_cannot_be_seen_is_written_as_its_number() -> None:
 def test_new_lines_stay_where_they_are_asked_for() -> None:
     assert shown_lines("a\n\n\u0301b") == "a↵\n↵\n◌\u0301b"
     assert shown_lines("a\x1b[31m") == "a\\u001b[31m"
+
+
+def test_a_long_text_is_cut_even_where_it_has_no_words() -> None:
+    assert shortened("a  b\nc", 5) == "a b c"
+    assert shortened("a  b\nc", 4) == "a b …"
+    assert shortened("0" * 300, 10) == "0" * 10 + " …"
 
 
 def test_a_page_of_hostile_texts_has_no_elements_but_its_own() -> None:
