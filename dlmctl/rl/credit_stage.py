@@ -64,7 +64,7 @@ class Sampler:
     def texts(self, policy: Policy) -> TokenTexts:
         """What the policy's tokens spell; the tokenizer does not change from round to round."""
         if self._texts is None:
-            self._texts = TokenTexts(policy)
+            self._texts = TokenTexts(policy.tokenizer)
         return self._texts
 
 
