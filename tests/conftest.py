@@ -13,6 +13,7 @@ import orjson
 import pytest
 import torch
 from PIL import Image
+from preload import parent
 from typer.testing import CliRunner, Result
 
 from dlmctl.cli import app
@@ -104,10 +105,17 @@ def invoke(name: str, *arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [name, *map(str, arguments)])
 
 
-def shell(line: str, cwd: Path, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
-    """Run a line of shell as a user types it, standard input empty."""
+def shell(
+    line: str, cwd: Path, timeout: float = 120.0, fresh: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run a line of shell as a user types it, standard input empty.
+
+    `fresh` starts each `dlmctl` from nothing, which takes seconds where it needs torch.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    if not fresh:
+        environment["PATH"] = f"{Path(parent()).parent}:{environment['PATH']}"
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", line],
         cwd=cwd,

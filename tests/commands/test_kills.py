@@ -3,14 +3,14 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import orjson
 import pytest
 from conftest import read_jsonl
+from preload import parent
+from preloaded import Command
 
 from dlmctl.models.loading import load_policy
 from dlmctl.training.checkpoint import latest_checkpoint, read_progress
@@ -18,29 +18,26 @@ from dlmctl.training.checkpoint import latest_checkpoint, read_progress
 KILLS = int(os.environ.get("DLMCTL_TEST_KILLS", "4"))
 
 
-def start_loop(run: Path, model: str, rounds: int) -> list[subprocess.Popen]:
-    """rollout | verify | update, each a process of ours."""
+def start_loop(run: Path, model: str, rounds: int) -> list[Command]:
+    """rollout | verify | update, each a process of ours; what they say is in RUN.err."""
     lines = [
         f"rollout -q --follow {run} -m {model} --rounds {rounds} --task countdown --prompts 2 -n 4 "
         "--gen-length 4 --block-length 4 --steps 2",
         "verify -q --verifier checks:place",
         f"update -q --lr 1e-3 --prompts-per-step 1 --inner 2 -o {run}",
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(run.parent)}
-    stages: list[subprocess.Popen] = []
-    source = subprocess.DEVNULL
+    errors = os.open(f"{run}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    source = os.open(os.devnull, os.O_RDONLY)
+    stages: list[Command] = []
     for line in lines:
-        stage = subprocess.Popen(
-            [sys.executable, "-m", "dlmctl", *line.split()],
-            stdin=source,
-            stdout=subprocess.DEVNULL if line is lines[-1] else subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment,
-        )
-        if stages:
-            stages[-1].stdout.close()
-        source = stage.stdout
-        stages.append(stage)
+        last = line is lines[-1]
+        following, output = (-1, os.open(os.devnull, os.O_WRONLY)) if last else os.pipe()
+        stages.append(Command(parent(), line.split(), [source, output, errors], run.parent))
+        # Ours are closed, so that the end of a stage is seen by those beside it.
+        os.close(source)
+        os.close(output)
+        source = following
+    os.close(errors)
     return stages
 
 
@@ -58,7 +55,7 @@ def test_killed_at_random_moments_a_loop_goes_on_at_the_next_round(tmp_path, sav
         # From the first new round on, as before it there is nothing to lose.
         deadline = time.monotonic() + 60
         while (now := progress_of(run)) is None or now.round <= rounds:
-            assert time.monotonic() < deadline, stages[2].stderr.read()
+            assert time.monotonic() < deadline, Path(f"{run}.err").read_text()
             time.sleep(0.01)
         time.sleep(dice.random() * 0.3)
         victim = kill % 3
@@ -66,7 +63,7 @@ def test_killed_at_random_moments_a_loop_goes_on_at_the_next_round(tmp_path, sav
         for name, stage in zip(stage_names, stages, strict=True):
             try:
                 stage.wait(timeout=10)
-            except subprocess.TimeoutExpired:
+            except TimeoutError:
                 pytest.fail(f"{name} goes on 10 seconds after {stage_names[victim]} was killed")
 
         # The newest checkpoint is whole, and every round of it was trained on once.

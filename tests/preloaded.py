@@ -1,0 +1,77 @@
+"""A command whose process is forked from a parent that has its imports: see preload.py.
+
+    python preloaded.py SOCKET ARGUMENTS    what stands for `dlmctl ARGUMENTS` in a line of shell
+
+Each line starts it anew, so that it imports little.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+
+
+class Command:
+    """A command that runs; its process is `pid`.
+
+    Args:
+        address: socket of the parent.
+        arguments: of `dlmctl`.
+        descriptors: its standard input, output and error; the caller closes its own.
+        directory, environment: None are the caller's.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        arguments: Sequence[str],
+        descriptors: Sequence[int],
+        directory: str | os.PathLike[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.returncode: int | None = None
+        self._parent = socket.socket(socket.AF_UNIX)
+        self._parent.connect(address)
+        socket.send_fds(self._parent, [b"\n"], list(descriptors))
+        request = [
+            list(arguments),
+            os.fspath(directory or os.getcwd()),
+            dict(environment or os.environ),
+        ]
+        self._parent.sendall(json.dumps(request).encode())
+        self._parent.shutdown(socket.SHUT_WR)
+        self._answers = self._parent.makefile()
+        self.pid = int(self._answers.readline())
+
+    def send_signal(self, number: int) -> None:
+        """To the process itself."""
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code, or minus the signal that ended it; raises TimeoutError."""
+        if self.returncode is None:
+            self._parent.settimeout(timeout)
+            self.returncode = int(self._answers.readline())
+            self._parent.close()
+        return self.returncode
+
+
+def main(address: str, arguments: list[str]) -> None:
+    """Run the command on our own descriptors, and end as it ends."""
+    command = Command(address, arguments, [0, 1, 2])
+    # The command has them now: a pipe is to end with it, whatever becomes of this process.
+    os.close(0)
+    os.close(1)
+    code = command.wait()
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
