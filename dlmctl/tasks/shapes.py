@@ -7,8 +7,9 @@ r"""Questions about drawn scenes, each with the answer, which is chosen before t
 
 A question and its answer are drawn uniformly, and then a scene that fits them, so that the question
 alone tells nothing: the answer most frequent for it among 8000 train problems is right in 21 % of
-4000 test problems (count 21, sum 14, colour 24, position 25). A right response, of few words, describes the scene first and then says again
-what matters:
+4000 test problems (count 21, sum 14, colour 24, position 25).
+
+A right response, of few words, describes the scene first and then says again what matters:
 
     <description> red circle top left , blue square top right </description>
     <think> red circle : 1 </think> \boxed{1}
