@@ -32,8 +32,8 @@ def with_images(found: Mapping[str, Any], sources: Sequence[Any], where: str) ->
     """
     name = "messages" if "messages" in found else "prompt"
     prompt = found[name]
-    if not isinstance(prompt, (str, list)):
-        raise DataError(f"field '{name}' is {type(prompt).__name__}, expected text", where)
+    if not isinstance(prompt, str) and not _are_messages(prompt):
+        raise DataError(f"field '{name}' is neither text nor a list of messages", where)
     marks = prompt.count(MARK) if isinstance(prompt, str) else sum(map(_marks, prompt))
     if marks > len(sources):
         raise DataError(f"the prompt has {marks} marks {MARK} for {len(sources)} images", where)
@@ -57,6 +57,22 @@ def _portable(source: Any, where: str) -> str:
     if isinstance(source, bytes) or hasattr(source, "getbands"):
         return as_data_uri(source)
     raise DataError(f"an image is a path, a data: URI or bytes, not {type(source).__name__}", where)
+
+
+def _are_messages(prompt: Any) -> bool:
+    """Whether it is objects whose content is text, a list of parts that are objects, or nothing."""
+    return (
+        isinstance(prompt, list)
+        and bool(prompt)
+        and all(
+            isinstance(message, dict)
+            and (
+                isinstance(content := message.get("content") or "", str)
+                or (isinstance(content, list) and all(isinstance(part, dict) for part in content))
+            )
+            for message in prompt
+        )
+    )
 
 
 def _marks(message: Message) -> int:

@@ -6,8 +6,10 @@ r"""Questions about drawn scenes, each with the answer, which is chosen before t
     position   where is the blue square from the red star?  left, right, above, below
 
 A question and its answer are drawn uniformly, and then a scene that fits them, so that the question
-alone tells nothing. A right response, of few words, describes the scene first and then says again
-what matters:
+alone tells nothing: the answer most frequent for it among 8000 train problems is right in 21 % of
+4000 test problems (count 21, sum 14, colour 24, position 25).
+
+A right response, of few words, describes the scene first and then says again what matters:
 
     <description> red circle top left , blue square top right </description>
     <think> red circle : 1 </think> \boxed{1}
@@ -92,7 +94,7 @@ class _Ask(NamedTuple):
 def problems(
     split: Split = "train", seed: int = 0, kinds: Sequence[Kind] = KINDS
 ) -> Iterator[Problem]:
-    """An endless stream of problems of these kinds, as many of each."""
+    """An endless stream of problems of these kinds, each as likely."""
     draw = random.Random(f"shapes/{split}/{seed}")
     while True:
         kind = draw.choice(kinds)

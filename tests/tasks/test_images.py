@@ -289,6 +289,14 @@ def test_each_image_has_a_mark():
     assert asked[1]["content"] == "q"  # the row itself is left alone
 
 
+@pytest.mark.parametrize(
+    "messages", [3, ["q"], [{"content": 3}], [{"content": ["q"]}], [{"content": [None]}]]
+)
+def test_messages_that_are_none_are_refused(messages):
+    with pytest.raises(DataError, match="neither text nor a list of messages"):
+        one({"messages": messages, "images": ["a"]})
+
+
 def test_the_task_comes_from_the_data_and_identity_from_the_images_too():
     first = one({"problem": "Find x.", "images": ["a.png"], "answer": "1"})
     second = one({"problem": "Find x.", "images": ["b.png"], "answer": "1"})
