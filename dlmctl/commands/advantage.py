@@ -33,9 +33,11 @@ from dlmctl.commands.options import (
     PerceptionTag,
     Quiet,
     ReasoningTag,
+    tag_names,
 )
 from dlmctl.commands.progress import counted
 from dlmctl.records.jsonl import read_records, write_records
+from dlmctl.tasks.layout import Tags
 
 
 def command(
@@ -81,8 +83,8 @@ def command(
             "sampled from, instead of refusing them.",
         ),
     ] = False,
-    perception_tag: PerceptionTag = "description",
-    reasoning_tag: ReasoningTag = "think",
+    perception_tag: PerceptionTag = Tags().perception,
+    reasoning_tag: ReasoningTag = Tags().reasoning,
     visual_signal: VisualSignal = "logratio",
     reason_signal: ReasonSignal = "logratio",
     reason_contrast: ReasonContrast = "drop",
@@ -132,7 +134,6 @@ def command(
         from dlmctl.rl.contrast import Contrast
         from dlmctl.rl.credit import Credit
         from dlmctl.rl.credit_stage import Sampler, credited
-        from dlmctl.tasks.layout import Tags
 
         records = credited(
             records,
@@ -155,7 +156,7 @@ def command(
                 weight_norm == "mean",
                 sign_aware,
             ),
-            Tags(perception_tag, reasoning_tag),
+            tag_names(perception_tag, reasoning_tag),
             batch_size,
         )
     write_records(counted(records, "records", quiet), output)
