@@ -37,7 +37,7 @@ from dlmctl.commands.options import (
 )
 from dlmctl.commands.progress import counted
 from dlmctl.records.jsonl import read_records, write_records
-from dlmctl.tasks.layout import Tags
+from dlmctl.tasks.layout import TAGS
 
 
 def command(
@@ -83,8 +83,8 @@ def command(
             "sampled from, instead of refusing them.",
         ),
     ] = False,
-    perception_tag: PerceptionTag = Tags().perception,
-    reasoning_tag: ReasoningTag = Tags().reasoning,
+    perception_tag: PerceptionTag = TAGS.perception,
+    reasoning_tag: ReasoningTag = TAGS.reasoning,
     visual_signal: VisualSignal = "logratio",
     reason_signal: ReasonSignal = "logratio",
     reason_contrast: ReasonContrast = "drop",
