@@ -118,6 +118,10 @@ def command(
     was perceived. `roles` (1 perceives, 2 reasons) and `signal`, in nats, say why. A completion
     without the layout has weights 1.
 
+    The layout is <description>…</description> <think>…</think> \\boxed{…}; an image, or for a
+    diffusion model the text that the record names as `evidence` (else its whole prompt), is what is
+    perceived. Credit of diffusion models is ours, beyond the paper.
+
     Example:
 
     dlmctl rollout --follow runs/vlm --task shapes | dlmctl verify | dlmctl advantage --algo srpo |

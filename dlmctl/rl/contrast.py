@@ -66,6 +66,8 @@ class Response(NamedTuple):
     key: str | int
     """Of its prompt."""
     sample: int
+    evidence: Tensor
+    """bool [P], the tokens of the prompt that a diffusion policy perceives from."""
 
     def example(
         self, chosen: Tensor, dropped: Tensor | None = None, pictures: Sequence[Picture] = ()

@@ -20,6 +20,7 @@ from dlmctl.records.groups import groups
 from dlmctl.records.jsonl import Record, field
 from dlmctl.rl.contrast import Contrast, Response, signals
 from dlmctl.rl.credit import Credit, token_weights
+from dlmctl.rl.evidence import diffusion_signals, evidence_tokens
 from dlmctl.rl.roles import OTHER, PERCEPTION, REASONING, token_roles
 from dlmctl.tasks.layout import Tags
 
@@ -90,7 +91,8 @@ def credited(
             for record, response in ready
             if response is not None and field(record, "advantage", (int, float)) != 0
         ]
-        made = signals(policy, [r for _, r in scored], contrast, batch_size) if scored else []
+        score = diffusion_signals if policy.diffusion else signals
+        made = score(policy, [r for _, r in scored], contrast, batch_size) if scored else []
         signal = {id(record): s for (record, _), s in zip(scored, made, strict=True)}
         for record, response in ready:
             yield _weighted(record, response, signal.get(id(record)), credit)
@@ -108,13 +110,15 @@ def _response(record: Record, policy: Policy, texts: TokenTexts, tags: Tags) -> 
     roles = token_roles(texts.row(ids), tags)
     if roles is None:
         return None
+    prompt = policy.encode(record)
     return Response(
-        policy.encode(record),
+        prompt,
         ids,
         policy.pictures(record),
         torch.tensor(roles),
         field(record, "id", (str, int)),
         record.get("sample", 0),
+        evidence_tokens(texts.row(prompt), record.get("evidence")),
     )
 
 

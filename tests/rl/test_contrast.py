@@ -27,7 +27,8 @@ def response(
     completion = torch.randint(low, high, (len(roles),), generator=generator).tolist()
     record = {"prompt": "<image>12?", "images": [noise_image(image)]}
     prompt, pictures = policy.encode(record), policy.pictures(record)
-    return Response(prompt, completion, pictures, torch.tensor(roles), key, sample)
+    nothing = torch.zeros(len(prompt), dtype=torch.bool)
+    return Response(prompt, completion, pictures, torch.tensor(roles), key, sample, nothing)
 
 
 @torch.no_grad()
