@@ -25,6 +25,8 @@ from dlmctl.commands.sampling import (
     Cache,
     CfgScale,
     Compile,
+    Corrupt,
+    CorruptProb,
     EarlyStop,
     Eos,
     Factor,
@@ -89,6 +91,8 @@ def command(
             "1 samples a round while the one before is trained on.",
         ),
     ] = 0,
+    corrupt: Corrupt = None,
+    corrupt_prob: CorruptProb = 0.6,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
     device: Device = "auto",
@@ -124,6 +128,7 @@ def command(
 
     dlmctl rollout -m runs/a --steer saes/layer2:17=2 --steer-scope update prompts.jsonl
     """
+    from dlmctl.diffusion.corrupted import with_corrupted_images
     from dlmctl.diffusion.follow import follow_run
     from dlmctl.diffusion.rollout import rollout
     from dlmctl.diffusion.sampling import settings_for
@@ -158,6 +163,11 @@ def command(
             "--steer and --follow do not go together: a steered completion is no sample of the "
             "weights that are trained; leave one out"
         )
+    if follow is not None and corrupt is not None:
+        raise UsageError(
+            "--corrupt and --follow do not go together: the run is trained with its images; leave "
+            "one out"
+        )
     if (remasking == "sae") != bool(sae):
         raise UsageError("--remasking sae and --sae SAE go together: give both, or neither")
     if follow is not None and sae:
@@ -184,6 +194,8 @@ def command(
         )
     else:
         policy = load_policy(model, device, dtype)
+        if corrupt is not None:
+            policy = with_corrupted_images(policy, corrupt, corrupt_prob, seed)
         source = prompt_records(files or [], task, prompts, seed, on_error, repeat=False)
         settings = settings_for(policy, **given)
         watch = None

@@ -138,3 +138,16 @@ SteerTime = Annotated[
         "HI: 0.5-1 is the first half of the tokens.",
     ),
 ]
+Corrupt = Annotated[
+    Literal["patch", "blank", "blur", "noise", "shuffle"] | None,
+    typer.Option(
+        "--corrupt",
+        show_default="off",
+        help="Show a vision-language model corrupted images, to see what it answers without them: "
+        "as in 'dlmctl advantage --corrupt'.",
+    ),
+]
+CorruptProb = Annotated[
+    float,
+    typer.Option(min=0.0, max=1.0, help="Share of the squares that --corrupt patch blackens."),
+]

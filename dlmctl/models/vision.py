@@ -16,7 +16,7 @@ cannot even be imported without torchvision.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -71,6 +71,8 @@ class Vision:
     """Pixels of a patch, along one side."""
     extra: int = 0
     """Tokens that an image has beside those of its patches."""
+    alter: Callable[[Mapping[str, Any], int, Picture], Picture] | None = None
+    """What is done to the pictures of a record, by record and number."""
     _seen: OrderedDict[bytes, Picture] = field(default_factory=OrderedDict, repr=False)
 
     @property
@@ -81,7 +83,10 @@ class Vision:
     def pictures(self, record: Mapping[str, Any]) -> list[Picture]:
         """The images of a record, in order; raises DataError where one cannot be used."""
         folder = record_folder(getattr(record, "where", ""))
-        return [self._remembered(source, folder) for source in image_sources(record)]
+        made = [self._remembered(source, folder) for source in image_sources(record)]
+        if self.alter is None:
+            return made
+        return [self.alter(record, number, picture) for number, picture in enumerate(made)]
 
     def _remembered(self, source: Any, folder: str) -> Picture:
         if not isinstance(source, str):

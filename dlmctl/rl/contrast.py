@@ -32,9 +32,9 @@ from dlmctl.diffusion.elbo import Example, log_probs, masked_rows, micro_batches
 from dlmctl.diffusion.masks import MaskSet
 from dlmctl.diffusion.noise import stream_key
 from dlmctl.diffusion.projection import divergence
+from dlmctl.models.corruption import Corruption, corrupt
 from dlmctl.models.policy import Policy
 from dlmctl.models.vision import Picture
-from dlmctl.rl.corruption import Corruption, corrupt
 from dlmctl.rl.roles import OTHER, PERCEPTION, REASONING
 
 Signal = Literal["logratio", "k3", "abs-logratio", "full-kl"]

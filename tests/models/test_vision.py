@@ -7,6 +7,7 @@ import torch
 from conftest import noise_image, tiny_vision_policy
 from safetensors.torch import load_file, save_file
 
+from dlmctl.diffusion.corrupted import with_corrupted_images
 from dlmctl.diffusion.elbo import log_probs
 from dlmctl.diffusion.rollout import rollout
 from dlmctl.diffusion.sampling import settings_for
@@ -14,7 +15,7 @@ from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.loading import load_policy
 from dlmctl.models.policy import Policy
 from dlmctl.models.saving import save_policy
-from dlmctl.records.errors import DataError
+from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
 
 KINDS = ["qwen2.5-vl", "qwen3-vl", "llava"]
@@ -138,10 +139,31 @@ def test_what_does_not_fit_is_refused(policy):
         example_of(Record(changed), policy, MaskPlan())
 
 
+def test_what_was_sampled_with_corrupted_images_is_not_trained_on_with_whole_ones(policy):
+    blind = with_corrupted_images(policy, "blank", 0.6, 0)
+    made = sampled(blind, 8)
+    assert [r["tokens"] for r in made[:4]] != [r["tokens"] for r in sampled(policy, 8)[:4]]
+    same = rollout(
+        [Record(RECORDS[0], images=[noise_image(9)])],
+        blind,
+        settings_for(blind, temperature=1.0),
+        2,
+        0,
+        8,
+    )
+    # Nothing is to be seen, so that another image gives the same.
+    assert [r["tokens"] for r in same] == [r["tokens"] for r in made[:2]]
+    example_of(made[0], blind, MaskPlan())
+    with pytest.raises(DataError, match="not those that the completion was sampled with"):
+        example_of(made[0], policy, MaskPlan())
+
+
 def test_a_model_of_text_takes_no_images(saved_models):
     policy = load_policy(saved_models("ar"))
     with pytest.raises(DataError, match="takes none"):
         policy.encode({"prompt": "12", "images": [noise_image(1)]})
+    with pytest.raises(UsageError, match="takes none"):
+        with_corrupted_images(policy, "blank", 0.6, 0)
 
 
 def test_an_aspect_ratio_that_the_model_refuses_is_one_line():

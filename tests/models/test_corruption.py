@@ -10,8 +10,8 @@ import torch
 from conftest import tiny_vision_policy
 from PIL import Image
 
+from dlmctl.models.corruption import Corruption, corrupt, to_image, to_pixels
 from dlmctl.models.policy import Policy
-from dlmctl.rl.corruption import Corruption, corrupt, to_image, to_pixels
 
 WIDTH, HEIGHT = 112, 84
 
