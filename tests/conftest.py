@@ -12,7 +12,6 @@ import numpy as np
 import orjson
 import pytest
 import torch
-from PIL import Image
 from preload import parent
 from typer.testing import CliRunner, Result
 
@@ -72,6 +71,8 @@ def tiny_vision_policy(
 
 def noise_image(seed: int, width: int = 84, height: int = 84) -> str:
     """An image of random pixels as a data URI."""
+    from PIL import Image
+
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return as_data_uri(Image.fromarray(pixels))
 
