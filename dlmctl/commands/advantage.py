@@ -162,5 +162,6 @@ def command(
             ),
             tag_names(perception_tag, reasoning_tag),
             batch_size,
+            on_error,
         )
     write_records(counted(records, "records", quiet), output)

@@ -17,7 +17,7 @@ from dlmctl.models.policy import Policy
 from dlmctl.models.token_text import TokenTexts
 from dlmctl.records.errors import DataError
 from dlmctl.records.groups import groups
-from dlmctl.records.jsonl import Record, field
+from dlmctl.records.jsonl import OnError, Record, faulty, field
 from dlmctl.rl.contrast import Contrast, Response, signals
 from dlmctl.rl.credit import Credit, token_weights
 from dlmctl.rl.evidence import diffusion_signals, evidence_tokens
@@ -76,6 +76,7 @@ def credited(
     credit: Credit,
     tags: Tags,
     batch_size: int,
+    on_error: OnError = "fail",
 ) -> Iterator[Record]:
     """Add `roles`, `signal`, `weights` and `credit` to records that bear an `advantage`.
 
@@ -85,7 +86,13 @@ def credited(
     for group in groups(records):
         policy = sampler.of(group[0])
         texts = sampler.texts(policy)
-        ready = [(record, _response(record, policy, texts, tags)) for record in group]
+        ready: list[tuple[Record, Response | None]] = []
+        for record in group:
+            try:
+                ready.append((record, _response(record, policy, texts, tags)))
+            except DataError as error:
+                error.where = error.where or record.where
+                yield from faulty(record, error, on_error)
         scored = [
             (record, response)
             for record, response in ready

@@ -10,6 +10,7 @@ from dlmctl.diffusion.rollout import rollout
 from dlmctl.diffusion.sampling import settings_for
 from dlmctl.models.loading import load_policy
 from dlmctl.models.saving import save_policy
+from dlmctl.models.small import make_policy
 from dlmctl.models.small_vision import make_vision_policy
 from dlmctl.models.tokenizers import character_tokenizer
 from dlmctl.records.jsonl import Record
@@ -140,3 +141,29 @@ def test_update_srpo_goes_by_the_weights_and_grpo_does_not(tmp_path, verified, m
         weights[run.name] = load_policy(str(run)).revision
     assert weights["grpo-heavy"] == weights["grpo-plain"] == weights["srpo-plain"]
     assert weights["srpo-heavy"] != weights["srpo-plain"]
+
+
+def test_a_diffusion_model_perceives_the_evidence_of_its_prompt(tmp_path):
+    policy = make_policy("llada", character_tokenizer("0123456789=<>/descriptonhkbx\\{} ?a"), 16)
+    save_policy(policy, tmp_path / "llada")
+    rows = []
+    for sample, (text, reward) in enumerate([(GOOD, 1.0), (OTHER, 0.0), (MALFORMED, 0.0)]):
+        tokens = {"prompt": policy.encode_text("12 3?"), "completion": policy.encode_text(text)}
+        place = {"model": str(tmp_path / "llada"), "samples": 3}
+        rows.append(
+            {"id": "p", "sample": sample, "completion": text, "tokens": tokens, "reward": reward}
+            | {"evidence": "12 3", "rollout": place}
+        )
+    made = credited(tmp_path, rows)
+    assert set(made[2]["weights"]) == {1.0}
+    for record in made[:2]:
+        scored = [s for s, role in zip(record["signal"], record["roles"], strict=True) if role]
+        assert all(scored)
+        assert len(set(record["weights"])) > 1
+    weighted = written(tmp_path / "weighted.jsonl", made)
+    result = invoke("update", "-q", "--algo", "srpo", weighted, "-o", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    wrong = [{**row, "evidence": "elsewhere"} for row in rows]
+    result = invoke("advantage", "--algo", "srpo", written(tmp_path / "in.jsonl", wrong))
+    assert result.exit_code == 65
+    assert "in.jsonl:1" in result.output
