@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dlmctl.diffusion.autoregressive import sample_autoregressive
 from dlmctl.diffusion.noise import stream_key
@@ -110,11 +110,19 @@ def _completed(
         **({"images": [picture.digest for picture in pictures]} if pictures else {}),
         "nfe": result.nfe,
         "order": result.order,
-        **({} if result.log_probs is None else {"log_probs": result.log_probs}),
+        **_recorded(result, policy),
         "length": _length(result.tokens, policy.eos_id),
         "finish": "eos" if policy.eos_id in result.tokens else "length",
     }
     return done
+
+
+def _recorded(result: Sample, policy: Policy) -> dict[str, Any]:
+    """Log-probabilities that sampling gave, and the precision of the model that gave them."""
+    if result.log_probs is None:
+        return {}
+    dtype = str(next(policy.model.parameters()).dtype).removeprefix("torch.")
+    return {"log_probs": result.log_probs, "dtype": dtype}
 
 
 def _length(tokens: list[int], eos_id: int | None) -> int:

@@ -16,7 +16,7 @@ distributions. What SRPO itself takes could not be read; `drop` and the differen
 
 Both sides of the visual contrast are scored in batches of one shape, so that equal images give
 exactly 0. Tokens are deleted from the sequence rather than hidden from attention, which is the same
-and shorter.
+and shorter, and a sequence ends with the last token that is scored.
 """
 
 from __future__ import annotations
@@ -68,12 +68,17 @@ class Response(NamedTuple):
     sample: int
     evidence: Tensor
     """bool [P], the tokens of the prompt that a diffusion policy perceives from."""
+    log_probs: Tensor | None = None
+    """float64 [G] in nats, where sampling recorded them exactly enough to be one side of a
+    difference: they save a pass."""
 
     def example(
         self, chosen: Tensor, dropped: Tensor | None = None, pictures: Sequence[Picture] = ()
     ) -> Example:
         """To score the tokens `chosen` (bool [G]), those `dropped` being left out."""
-        keep = torch.ones_like(chosen) if dropped is None else ~dropped
+        keep = torch.arange(len(chosen)) <= int(chosen.nonzero()[-1])
+        if dropped is not None:
+            keep &= ~dropped
         pairs = zip(self.completion, keep.tolist(), strict=True)
         tokens = [token for token, there in pairs if there]
         return _example(self.prompt, tokens, chosen[keep], pictures or self.pictures)
@@ -92,37 +97,52 @@ def signals(
     perceive = [response.roles == PERCEPTION for response in responses]
     reason = [response.roles == REASONING for response in responses]
     both = [response.roles != OTHER for response in responses]
+    width = max(len(response.completion) for response in responses)
 
-    def score(examples: Sequence[Example]) -> Tensor:
-        return log_probs(policy, examples, batch_size)[:, 0]
+    def score(examples: Sequence[Example], places: Sequence[Tensor]) -> Tensor:
+        return _aligned(log_probs(policy, examples, batch_size)[:, 0], examples, places, width)
 
-    sight = [response.example(chosen) for response, chosen in zip(responses, both, strict=True)]
+    blinded = contrast.reason_contrast in ("blind", "blind-drop")
+    chosen = both if blinded else perceive
+    sight = [response.example(places) for response, places in zip(responses, chosen, strict=True)]
     blind = [
-        response.example(chosen, pictures=pictures)
-        for response, chosen, pictures in zip(responses, both, unseen, strict=True)
+        response.example(places, pictures=pictures)
+        for response, places, pictures in zip(responses, chosen, unseen, strict=True)
     ]
-    with_image, without_image = score(sight), score(blind)
+    with_image, without_image = score(sight, chosen), score(blind, chosen)
+    visual = ESTIMATORS.get(contrast.visual_signal, torch.abs)(with_image - without_image)
     if contrast.visual_signal == "full-kl":
-        visual = _divergences(policy, sight, blind, batch_size)
-    else:
-        visual = ESTIMATORS[contrast.visual_signal](with_image - without_image)
-    width = with_image.shape[1]
+        divergences = _divergences(policy, sight, blind, batch_size)
+        visual = _aligned(divergences, sight, chosen, width)
     if contrast.reason_contrast == "blind":
         away = without_image - with_image
     else:
+        kept = without_image if blinded else _recorded(responses, width)
+        if kept is None:
+            whole = [r.example(where) for r, where in zip(responses, reason, strict=True)]
+            kept = score(whole, reason)
         ablated = [
             _ablated(response, responses, contrast, pictures)
             for response, pictures in zip(responses, unseen, strict=True)
         ]
-        kept = without_image if contrast.reason_contrast == "blind-drop" else with_image
-        away = kept - _aligned(score(ablated), ablated, reason, width)
+        away = kept - score(ablated, reason)
     reasoned = ESTIMATORS[contrast.reason_signal](away)
-    made = torch.zeros_like(with_image)
+    made = []
     for n, response in enumerate(responses):
         length = len(response.completion)
-        made[n, :length] = torch.where(perceive[n], visual[n, :length], made[n, :length])
-        made[n, :length] = torch.where(reason[n], reasoned[n, :length], made[n, :length])
-    return [row[: len(r.completion)] for row, r in zip(made, responses, strict=True)]
+        row = torch.where(perceive[n], visual[n, :length], reasoned[n, :length])
+        made.append(row.masked_fill(~both[n], 0.0))
+    return made
+
+
+def _recorded(responses: Sequence[Response], width: int) -> Tensor | None:
+    """The log-probabilities of sampling, float64 [N, width]; None where one lacks them."""
+    made = torch.zeros(len(responses), width, dtype=torch.float64)
+    for n, response in enumerate(responses):
+        if response.log_probs is None:
+            return None
+        made[n, : len(response.log_probs)] = response.log_probs
+    return made
 
 
 def corrupted(policy: Policy, response: Response, contrast: Contrast) -> list[Picture]:
@@ -155,9 +175,9 @@ def _ablated(
         pictures = unseen if contrast.reason_contrast == "blind-drop" else response.pictures
         return response.example(reason, perceive, pictures)
     start = int(perceive.nonzero()[0])
-    behind = start + int(perceive.sum())
-    tokens = [*response.completion[:start], *other, *response.completion[behind:]]
-    chosen = torch.cat([reason[:start], torch.zeros(len(other)).bool(), reason[behind:]])
+    behind, end = start + int(perceive.sum()), int(reason.nonzero()[-1]) + 1
+    tokens = [*response.completion[:start], *other, *response.completion[behind:end]]
+    chosen = torch.cat([reason[:start], torch.zeros(len(other)).bool(), reason[behind:end]])
     return _example(response.prompt, tokens, chosen, response.pictures)
 
 
@@ -180,7 +200,7 @@ def _example(
 def _aligned(
     values: Tensor, examples: Sequence[Example], wanted: Sequence[Tensor], width: int
 ) -> Tensor:
-    """Scores of shortened sequences at the places [N, width] of the whole ones."""
+    """Scores of sequences at the places [N, width] of the whole completions."""
     made = values.new_zeros(len(examples), width)
     for n, (example, places) in enumerate(zip(examples, wanted, strict=True)):
         scored = example.masks.scored

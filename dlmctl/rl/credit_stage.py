@@ -21,6 +21,7 @@ from dlmctl.records.jsonl import OnError, Record, faulty, field
 from dlmctl.rl.contrast import Contrast, Response, signals
 from dlmctl.rl.credit import Credit, token_weights
 from dlmctl.rl.evidence import diffusion_signals, evidence_tokens
+from dlmctl.rl.per_token import number_list
 from dlmctl.rl.roles import OTHER, PERCEPTION, REASONING, token_roles
 from dlmctl.tasks.layout import Tags
 
@@ -126,7 +127,20 @@ def _response(record: Record, policy: Policy, texts: TokenTexts, tags: Tags) -> 
         field(record, "id", (str, int)),
         record.get("sample", 0),
         evidence_tokens(texts.row(prompt), record.get("evidence")),
+        _recorded(record, policy, len(ids)),
     )
+
+
+def _recorded(record: Record, policy: Policy, length: int) -> torch.Tensor | None:
+    """Log-probabilities of sampling, if they are of these weights and good for a difference.
+
+    In half precision the noise between sampling with a cache and scoring would pass for a signal.
+    """
+    place = record.get("rollout") or {}
+    exact = place.get("dtype") in ("float32", "float64")
+    if not exact or place.get("revision") != policy.revision:
+        return None
+    return number_list(place.get("log_probs"), length)
 
 
 def _weighted(

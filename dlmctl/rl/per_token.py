@@ -23,7 +23,7 @@ def token_weights(records: Sequence[Record], examples: Sequence[Example]) -> Ten
     table = table.double()
     for n, (record, example) in enumerate(zip(records, examples, strict=True)):
         count = len(example.completion)
-        numbers = _numbers(record.get("weights"), count)
+        numbers = number_list(record.get("weights"), count)
         if numbers is None or not bool((numbers > 0).all()):
             found = "is missing" if record.get("weights") is None else "is something else"
             raise DataError(
@@ -44,14 +44,14 @@ def sampled_log_probs(records: Sequence[Record], examples: Sequence[Example]) ->
     table = table.double()
     for n, (record, example) in enumerate(zip(records, examples, strict=True)):
         count = len(example.completion)
-        numbers = _numbers((record.get("rollout") or {}).get("log_probs"), count)
+        numbers = number_list((record.get("rollout") or {}).get("log_probs"), count)
         if numbers is None:
             return None
         table[n, 0, :count] = numbers * example.masks.scored
     return table
 
 
-def _numbers(values: Any, count: int) -> Tensor | None:
+def number_list(values: Any, count: int) -> Tensor | None:
     """float64 [count]; None where it is not a list of so many finite numbers."""
     if not isinstance(values, list) or len(values) != count:
         return None

@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import noise_image, tiny_vision_policy
 
+import dlmctl.rl.contrast as contrast_module
+from dlmctl.diffusion.elbo import log_probs
 from dlmctl.models.policy import Policy
 from dlmctl.models.vision import Picture
 from dlmctl.rl.contrast import Contrast, Response, corrupted, signals
@@ -75,6 +77,28 @@ def test_signals_are_those_of_whole_and_of_really_shortened_sequences(policy, co
         expected = torch.where(think, left, expected)
         assert made[n].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
         assert made[n].abs().max() > 0.01
+
+
+def test_recorded_log_probabilities_save_a_pass_and_change_nothing(policy, monkeypatch):
+    group = [response(policy), response(policy, 1, [1, 1, 0, 2, 2, 2, 0])]
+    expected = signals(policy, group, Contrast(), 2)
+    recorded = [
+        own._replace(
+            log_probs=next_log_probs(policy, own.prompt, list(own.completion), own.pictures)
+        )
+        for own in group
+    ]
+    passes = []
+    monkeypatch.setattr(
+        contrast_module, "log_probs", lambda *given: passes.append(given) or log_probs(*given)
+    )
+    made = signals(policy, recorded, Contrast(), 2)
+    assert len(passes) == 3
+    for row, wanted in zip(made, expected, strict=True):
+        assert row.tolist() == pytest.approx(wanted.tolist(), abs=1e-5)
+    # Where one has none, all are scored.
+    signals(policy, [recorded[0], group[1]], Contrast(), 2)
+    assert len(passes) == 7
 
 
 def test_a_hole_in_attention_is_a_shorter_sequence(policy):
