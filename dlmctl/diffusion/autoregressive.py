@@ -55,7 +55,7 @@ def _batch(
     places, extra = None, {}
     if policy.vision is not None:
         places = policy.vision.places(policy.core, ids, attention, pictures)
-        extra = policy.vision.inputs(pictures, device)
+        extra = policy.vision.inputs(policy.core, pictures, device)
     if places is None:
         places = (attention.cumsum(1) - 1).clamp(min=0)
     tokens: list[Tensor] = []

@@ -104,7 +104,7 @@ class Policy:
             if attention is not None:  # as it is to be: the model would derive it from the cache
                 mask = attention[:, None, None].expand(-1, 1, ids.shape[1], -1)
         if self.vision is not None and any(pictures):
-            extra |= self.vision.inputs(pictures, ids.device)
+            extra |= self.vision.inputs(self.core, pictures, ids.device)
             if positions is None:
                 positions = self.vision.places(self.core, ids, attention, pictures)
         if positions is not None:

@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -125,14 +126,33 @@ class Vision:
         counts = iter([picture.tokens for picture in pictures])
         return [token for i in ids for token in ([i] * next(counts) if i == self.image_id else [i])]
 
-    def inputs(self, pictures: Sequence[Sequence[Picture]], device: torch.device) -> dict[str, Any]:
-        """What the model is given beside the ids, for the pictures of each row."""
+    def inputs(
+        self, core: Any, pictures: Sequence[Sequence[Picture]], device: torch.device
+    ) -> dict[str, Any]:
+        """What the model is given beside the ids, for the pictures of each row.
+
+        A picture that several rows share, as the samples of a prompt do, is looked at once.
+        """
         flat = [picture for row in pictures for picture in row]
         if not flat:
             return {}
-        given: dict[str, Any] = {"pixel_values": torch.cat([p.pixels for p in flat]).to(device)}
+        numbers: dict[int, int] = {}
+        order = [numbers.setdefault(id(picture.pixels), len(numbers)) for picture in flat]
+        if len(numbers) == len(flat) or not _takes_features(core):
+            return self._pixels(flat, device)
+        once = [flat[order.index(number)] for number in range(len(numbers))]
+        seen = core.model.get_image_features(**self._pixels(once, device), return_dict=True)
+        seen.pooler_output = [seen.pooler_output[number] for number in order]
+        if getattr(seen, "deepstack_features", None) is not None:
+            seen.deepstack_features = [
+                [layer[number] for number in order] for layer in seen.deepstack_features
+            ]
+        return {"mm_encoder_outputs": {"image": seen}}
+
+    def _pixels(self, pictures: Sequence[Picture], device: torch.device) -> dict[str, Any]:
+        given = {"pixel_values": torch.cat([p.pixels for p in pictures]).to(device)}
         if self.kind in QWEN:
-            given["image_grid_thw"] = torch.tensor([p.grid for p in flat], device=device)
+            given["image_grid_thw"] = torch.tensor([p.grid for p in pictures], device=device)
         return given
 
     def places(
@@ -159,6 +179,11 @@ class Vision:
             attention_mask=None if attention is None else attention.long(),
         )
         return places
+
+
+def _takes_features(core: Any) -> bool:
+    """Whether this version of transformers lets us look at images ourselves."""
+    return "mm_encoder_outputs" in signature(core.model.forward).parameters
 
 
 def vision_of(kind: str, config: Any, tokenizer: Any, processor: Any) -> Vision:

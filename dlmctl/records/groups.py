@@ -34,6 +34,28 @@ def groups(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield group
 
 
+def group_batches(records: Iterable[Record], size: int) -> Iterator[list[list[Record]]]:
+    """Groups of at least `size` records together, at most to the end of a round of a training loop.
+
+    Within a round nothing waits for what comes behind it.
+    """
+    batch: list[Record] = []
+    seen = 0
+    for record in records:
+        if "error" not in record:
+            if len(batch) >= size and group_key(batch[-1]) != group_key(record):
+                yield list(groups(batch))
+                batch = []
+            batch.append(record)
+        seen += 1
+        whole_round = (record.get("rollout") or {}).get("round_size")
+        if whole_round is not None and seen >= whole_round:
+            yield list(groups(batch))
+            batch, seen = [], 0
+    if batch:
+        yield list(groups(batch))
+
+
 def group_size(record: Record) -> int | None:
     """How many samples the group of this record has, where `rollout` wrote it."""
     return record.get("rollout", {}).get("samples")

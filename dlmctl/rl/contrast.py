@@ -91,9 +91,9 @@ def signals(
 
     Args:
         policy: autoregressive.
-        responses: of one prompt, for `swap`.
+        responses: all those of a prompt, for `swap`; of any number of prompts.
     """
-    unseen = [corrupted(policy, response, contrast) for response in responses]
+    unseen = _all_corrupted(policy, responses, contrast)
     perceive = [response.roles == PERCEPTION for response in responses]
     reason = [response.roles == REASONING for response in responses]
     both = [response.roles != OTHER for response in responses]
@@ -162,6 +162,18 @@ def corrupted(policy: Policy, response: Response, contrast: Contrast) -> list[Pi
     ]
 
 
+def _all_corrupted(
+    policy: Policy, responses: Sequence[Response], contrast: Contrast
+) -> list[list[Picture]]:
+    """Those of each response; where they are the same, one object, so that it is looked at once."""
+    if contrast.scope == "rollout":
+        return [corrupted(policy, response, contrast) for response in responses]
+    keys = [(r.key, tuple(id(picture.pixels) for picture in r.pictures)) for r in responses]
+    first = dict(zip(reversed(keys), reversed(responses), strict=True))
+    made = {key: corrupted(policy, response, contrast) for key, response in first.items()}
+    return [made[key] for key in keys]
+
+
 def _ablated(
     response: Response,
     group: Sequence[Response],
@@ -185,6 +197,8 @@ def _other_perception(response: Response, group: Sequence[Response]) -> list[int
     """What the next sample of the prompt perceived; None where there is no other."""
     place = next(n for n, other in enumerate(group) if other is response)
     for other in (*group[place + 1 :], *group[:place]):
+        if other.key != response.key:
+            continue
         mine = (other.roles == PERCEPTION).tolist()
         return [token for token, chosen in zip(other.completion, mine, strict=True) if chosen]
     return None

@@ -8,6 +8,7 @@ checkpoint is loaded again whenever the records come from a newer one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from dlmctl.models.loading import load_policy, reload_policy
 from dlmctl.models.policy import Policy
 from dlmctl.models.token_text import TokenTexts
 from dlmctl.records.errors import DataError
-from dlmctl.records.groups import groups
+from dlmctl.records.groups import group_batches
 from dlmctl.records.jsonl import OnError, Record, faulty, field
 from dlmctl.rl.contrast import Contrast, Response, signals
 from dlmctl.rl.credit import Credit, token_weights
@@ -81,14 +82,16 @@ def credited(
 ) -> Iterator[Record]:
     """Add `roles`, `signal`, `weights` and `credit` to records that bear an `advantage`.
 
-    One group is in memory at a time. A malformed response has weights 1 and no roles. Where the
-    advantage is 0 the weights change nothing, and are 1 without any forward pass.
+    Groups of about `batch_size` completions are in memory at a time. A malformed response has no
+    roles and weights 1. Where the advantage is 0 the weights change nothing: they are 1, unscored.
     """
-    for group in groups(records):
-        policy = sampler.of(group[0])
+    for batch in group_batches(records, batch_size):
+        if not batch:
+            continue
+        policy = sampler.of(batch[0][0])
         texts = sampler.texts(policy)
         ready: list[tuple[Record, Response | None]] = []
-        for record in group:
+        for record in chain.from_iterable(batch):
             try:
                 ready.append((record, _response(record, policy, texts, tags)))
             except DataError as error:

@@ -114,6 +114,40 @@ def test_scores_depend_on_no_neighbour(policy):
         assert torch.allclose(together[n, :, : alone.shape[1]], alone, atol=1e-9)
 
 
+def test_an_image_that_rows_share_is_looked_at_once_with_the_same_result(policy, monkeypatch):
+    shared, other = policy.pictures(RECORDS[1]), policy.pictures(RECORDS[0])
+    rows = [shared, other, shared]
+    ids = policy.encode(RECORDS[1]), policy.encode(RECORDS[0]), policy.encode(RECORDS[1])
+    width = max(map(len, ids))
+    batch = torch.tensor([row + [policy.pad_id] * (width - len(row)) for row in ids])
+    attention = torch.arange(width) < torch.tensor([[len(row)] for row in ids])
+    looked = []
+    features = policy.core.model.get_image_features
+
+    def counted(*given, **named):
+        looked.append(len(named["pixel_values"]))
+        return features(*given, **named)
+
+    def states(pictures):
+        policy.model.zero_grad()
+        found = policy.hidden(batch, attention, pictures=pictures)[attention]
+        found.square().sum().backward()
+        gradients = [p.grad.clone() for p in policy.model.parameters() if p.grad is not None]
+        return found.detach(), gradients
+
+    monkeypatch.setattr(policy.core.model, "get_image_features", counted)
+    once, gradients = states(rows)
+    seen_once = looked.copy()
+    monkeypatch.setattr(policy.core.model, "get_image_features", features)
+    copies = [[p._replace(pixels=p.pixels.clone()) for p in row] for row in rows]
+    apart, expected = states(copies)
+    total = sum(len(p.pixels) for row in rows for p in row)
+    assert seen_once == [total - sum(len(p.pixels) for p in shared)]
+    assert torch.allclose(once, apart, atol=1e-9)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        assert torch.allclose(gradient, wanted, atol=1e-7)
+
+
 def test_placeholders_are_never_sampled(policy):
     """A head that wants nothing else must still not get one."""
     weight = policy.model.get_output_embeddings().weight

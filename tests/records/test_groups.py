@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dlmctl.records.groups import groups
+from dlmctl.records.groups import group_batches, groups
 from dlmctl.records.jsonl import Record
 
 
@@ -40,3 +40,26 @@ def test_a_prompt_that_comes_again_is_another_group():
 def test_groups_that_lack_samples_and_records_with_an_error():
     stream = [*samples("a", 1, of=3), Record(id="a", error={}), *samples("b", 3, of=3)]
     assert sizes(stream) == [("a", 1), ("b", 3)]
+
+
+def test_batches_have_whole_groups_and_end_with_the_round():
+    stream = samples("a", 2, 2, round=0, round_size=6) + samples("b", 2, 2, round=0, round_size=6)
+    stream += samples("c", 2, 2, round=0, round_size=6) + samples("d", 2, 2, round=1, round_size=2)
+    made = [[(g[0]["id"], len(g)) for g in batch] for batch in group_batches(stream, 3)]
+    assert made == [[("a", 2), ("b", 2)], [("c", 2)], [("d", 2)]]
+    read: list[Record] = []
+
+    def watched():
+        for record in stream:
+            read.append(record)
+            yield record
+
+    assert len(next(group_batches(watched(), 100))) == 3
+    assert len(read) == 6
+
+
+def test_batches_of_a_plain_stream_and_records_with_an_error():
+    error = Record(id="a", error={}, rollout={"round": 0, "round_size": 3})
+    stream = [error, *samples("a", 2, 2, round=0, round_size=3), *samples("b", 1)]
+    assert [len(batch) for batch in group_batches(stream, 9)] == [1, 1]
+    assert [len(batch) for batch in group_batches(samples("a", 2) + samples("b", 2), 9)] == [2]

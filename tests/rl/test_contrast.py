@@ -39,7 +39,7 @@ def distributions(
 ) -> torch.Tensor:
     """Log-probabilities at every place of a completion, by the whole model: [G, V]."""
     ids = torch.tensor([[*prompt, *tokens]])
-    extra = policy.vision.inputs([pictures], torch.device("cpu"))
+    extra = policy.vision.inputs(policy.core, [pictures], torch.device("cpu"))
     if "image_grid_thw" in extra:
         extra["mm_token_type_ids"] = (ids == policy.vision.image_id).int()
     logits = policy.model(input_ids=ids, use_cache=False, **extra).logits[0]
