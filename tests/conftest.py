@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 import pytest
 import torch
-from preload import parent
+from preload import dlmctl_script
 from typer.testing import CliRunner, Result
 
 from dlmctl.cli import app
@@ -25,7 +25,13 @@ from dlmctl.tasks.images import as_data_uri
 torch.set_num_threads(1)
 
 
+LONGEST = ("test_kills.py", "test_pipes.py", "test_loop.py")
+"""Files that begin first: at the end, one worker would be busy with them and the others with
+nothing."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if not torch.cuda.is_available():
         for item in items:
             if "cuda" in item.keywords:
@@ -116,7 +122,7 @@ def shell(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     if not fresh:
-        environment["PATH"] = f"{Path(parent()).parent}:{environment['PATH']}"
+        environment["PATH"] = f"{dlmctl_script().parent}:{environment['PATH']}"
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", line],
         cwd=cwd,

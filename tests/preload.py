@@ -46,7 +46,7 @@ def parent() -> str:
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
-    script = Path(directory.name) / "dlmctl"
+    script = Path(address).with_name("dlmctl")
     script.write_text(f'#!/bin/sh\nexec {sys.executable} -SE {CLIENT} {address} "$@"\n')
     script.chmod(0o755)
 
@@ -56,6 +56,11 @@ def parent() -> str:
         directory.cleanup()
 
     return address
+
+
+def dlmctl_script() -> Path:
+    """What stands for `dlmctl` on the PATH; killing it does not kill the command."""
+    return Path(parent()).with_name("dlmctl")
 
 
 def _serve(address: str) -> None:

@@ -27,6 +27,9 @@ from dlmctl.training.checkpoint import latest_checkpoint
 from dlmctl.training.run import Adapter, Optimization, Run, open_run
 from dlmctl.verifiers.registry import verify
 
+DLMCTL = (sys.executable, "-m", "dlmctl")
+"""What a stage is started by."""
+
 
 @dataclass(frozen=True)
 class Loop:
@@ -117,7 +120,7 @@ def as_pipe(loop: Loop, directory: Path, max_lag: int) -> Iterator[bytes]:
     ]
     running: list[subprocess.Popen[bytes]] = []
     for stage in stages:
-        line = [sys.executable, "-m", "dlmctl", *map(str, stage)]
+        line = [*DLMCTL, *map(str, stage)]
         source = running[-1].stdout if running else subprocess.DEVNULL
         running.append(subprocess.Popen(line, stdin=source, stdout=subprocess.PIPE))
         if len(running) > 1:

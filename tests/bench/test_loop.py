@@ -2,16 +2,19 @@
 
 import orjson
 import pytest
-from conftest import shell
+from conftest import invoke
+from preload import dlmctl_script
 
+from dlmctl.bench import loop
 from dlmctl.bench.loop import Loop, as_pipe
 from dlmctl.records.errors import CannotWriteError
 
 
-def test_at_lag_zero_the_pipe_trains_the_weights_of_one_process(tmp_path):
-    line = "dlmctl bench loop --rounds 3 --prompts 4 -n 4 --seed 5 --device cpu --json"
-    done = shell(line, tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_at_lag_zero_the_pipe_trains_the_weights_of_one_process(monkeypatch):
+    monkeypatch.setattr(loop, "DLMCTL", (str(dlmctl_script()),))
+    line = "loop --rounds 3 --prompts 4 -n 4 --seed 5 --device cpu --json"
+    done = invoke("bench", *line.split())
+    assert done.exit_code == 0, done.stderr
     rows = [orjson.loads(text) for text in done.stdout.splitlines()]
     assert [row["loop"] for row in rows] == ["one process", "pipe, lag 0", "pipe, lag 1"]
     assert [row["rounds"] for row in rows] == [3, 3, 3]
@@ -21,6 +24,6 @@ def test_at_lag_zero_the_pipe_trains_the_weights_of_one_process(tmp_path):
 
 
 def test_a_stage_that_fails_ends_the_benchmark(tmp_path):
-    loop = Loop("builtin:puzzles", "no-such-task", 3, 4, 4, 16, 5, "cpu", "float32")
+    wrong = Loop("builtin:puzzles", "no-such-task", 3, 4, 4, 16, 5, "cpu", "float32")
     with pytest.raises(CannotWriteError, match="a stage of the pipe failed"):
-        list(as_pipe(loop, tmp_path / "run", 0))
+        list(as_pipe(wrong, tmp_path / "run", 0))

@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import read_jsonl, shell
+from preload import dlmctl_script
 from typer.testing import CliRunner
 
 from dlmctl.cli import app
@@ -25,7 +25,9 @@ def same(a, b):
 
 def test_the_line_of_the_readme_works_with_no_input_at_all(tmp_path):
     done = shell(
-        "dlmctl rollout --prompts 4 -n 2 | dlmctl verify | dlmctl update --algo rspo", tmp_path
+        "dlmctl rollout --prompts 4 -n 2 | dlmctl verify | dlmctl update --algo rspo",
+        tmp_path,
+        fresh=True,
     )
     assert done.returncode == 0, done.stderr
     assert "writing runs/rspo-1" in done.stderr
@@ -56,6 +58,7 @@ def test_the_short_pipe_and_the_long_pipe_make_the_same_step(tmp_path, saved_mod
             f"dlmctl score-elbo -m policy={policy} -m reference={model} -k 4 | "
             f"dlmctl advantage | tee scored-{half}.jsonl | dlmctl update {options} -o long",
             tmp_path,
+            fresh=half == "first",
         )
         assert long.returncode == 0, long.stderr
     assert (
@@ -139,7 +142,7 @@ def test_the_end_of_the_last_stage_ends_all_that_wait(tmp_path, saved_models):
 
 
 def test_rollout_writes_its_first_record_before_its_last_input_arrives(tmp_path, saved_models):
-    command = [sys.executable, "-m", "dlmctl", "rollout", "-m", saved_models("llada")]
+    command = [dlmctl_script(), "rollout", "-m", saved_models("llada")]
     process = subprocess.Popen(
         [*command, "-n", "2", "--batch-size", "2", *SMALL.split()],
         stdin=subprocess.PIPE,
@@ -162,6 +165,7 @@ def test_the_same_seed_gives_the_same_bytes_whatever_the_batch(tmp_path, saved_m
             "dlmctl prompts countdown -n 4 --seed 3 | dlmctl rollout --temperature 1 -n 3 "
             f"-m {saved_models('llada')} --batch-size {size}",
             tmp_path,
+            fresh=size == 1,
         )
         outputs.append(done.stdout)
     assert outputs[0] == outputs[1] == outputs[2]

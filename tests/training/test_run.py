@@ -3,13 +3,14 @@
 import json
 import math
 import os
-import subprocess
-import sys
+import signal
 import time
 
 import pytest
 import torch
 from conftest import read_jsonl
+from preload import parent
+from preloaded import Command
 
 from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.loading import load_policy
@@ -256,16 +257,21 @@ def test_killing_a_run_leaves_the_newest_checkpoint_whole(tmp_path, saved_models
     with records.open("w") as stream:
         for record in verified(400):
             stream.write(json.dumps(record) + "\n")
-    command = [sys.executable, "-m", "dlmctl", "update", "-m", saved_models("llada")]
-    command += ["-o", str(tmp_path / "run"), "--prompts-per-step", "2", "--save-every", "1"]
-    process = subprocess.Popen(
-        [*command, str(records)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    for _ in range(5):
-        process.stdout.readline()
-    time.sleep(0.05)
-    process.kill()
-    process.wait()
+    line = f"update -m {saved_models('llada')} -o run --prompts-per-step 2 --save-every 1"
+    reader, writer = os.pipe()
+    with open(os.devnull, "r+b") as nothing, open(reader, "rb") as metrics_lines:
+        process = Command(
+            parent(),
+            [*line.split(), str(records)],
+            [nothing.fileno(), writer, nothing.fileno()],
+            tmp_path,
+        )
+        os.close(writer)
+        for _ in range(5):
+            assert metrics_lines.readline()
+        time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(timeout=10) == -signal.SIGKILL
     checkpoint = latest_checkpoint(tmp_path / "run")
     step = read_progress(checkpoint).step
     assert step >= 3
