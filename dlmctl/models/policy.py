@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dlmctl.models.vision import IMAGE_MARK, Picture, Vision, image_parts, with_marks
+from dlmctl.models.vision import Picture, Vision, image_parts, with_marks
 from dlmctl.records.errors import DataError, UnavailableError
+from dlmctl.tasks.image_columns import MARK as IMAGE_MARK
 from dlmctl.tasks.images import image_sources
 
 COMPILER = "inductor"

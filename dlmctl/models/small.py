@@ -69,7 +69,24 @@ def make_policy(
 def _model(
     family: Family, tokenizer: Any, hidden_size: int, layers: int, heads: int, inner: int | None
 ) -> Any:
-    sizes: dict[str, Any] = {
+    sizes = text_sizes(tokenizer, hidden_size, layers, heads, inner)
+    if family == "mlm":
+        without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        return BertForMaskedLM(BertConfig(**{**sizes, "tie_word_embeddings": True}, **without))
+    sizes |= {"num_key_value_heads": heads}
+    if family == "dream":
+        return Qwen2ForCausalLM(Qwen2Config(**sizes, is_causal=False))
+    if family == "a2d":
+        head_dim = hidden_size // heads
+        return Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=head_dim, is_causal=False))
+    return LlamaForCausalLM(LlamaConfig(**sizes, is_causal=family == "ar"))
+
+
+def text_sizes(
+    tokenizer: Any, hidden_size: int, layers: int, heads: int, inner: int | None
+) -> dict[str, Any]:
+    """Fields of a configuration that every small language model has, by transformers' names."""
+    return {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden_size,
         # Two thirds of the usual four, as SwiGLU has three matrices; a multiple of 8.
@@ -84,16 +101,6 @@ def _model(
         # transformers' 0.02 suits widths near 2,500; in a narrow model it starves the blocks.
         "initializer_range": hidden_size**-0.5,
     }
-    if family == "mlm":
-        without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        return BertForMaskedLM(BertConfig(**{**sizes, "tie_word_embeddings": True}, **without))
-    sizes |= {"num_key_value_heads": heads}
-    if family == "dream":
-        return Qwen2ForCausalLM(Qwen2Config(**sizes, is_causal=False))
-    if family == "a2d":
-        head_dim = hidden_size // heads
-        return Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=head_dim, is_causal=False))
-    return LlamaForCausalLM(LlamaConfig(**sizes, is_causal=family == "ar"))
 
 
 def save_original(policy: Policy, directory: Path) -> None:

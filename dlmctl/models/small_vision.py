@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from dlmctl.models.policy import Policy
+from dlmctl.models.small import text_sizes
 from dlmctl.models.vision import vision_of
 from dlmctl.records.errors import UsageError
 
@@ -52,26 +53,11 @@ def make_vision_policy(
             "of two dimensions need heads of such a size"
         )
     torch.manual_seed(seed)
-    sizes: dict[str, Any] = {
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size or -(-hidden_size * 8 // 3 // 8) * 8,
-        # transformers' 0.02 suits widths near 2,500; in a narrow model it starves the blocks.
-        "initializer_range": hidden_size**-0.5,
-    }
     marks = ["<image>"] if kind == "llava" else QWEN_TOKENS
     tokenizer.add_special_tokens({"extra_special_tokens": marks})
-    text = {
-        **sizes,
-        "vocab_size": len(tokenizer),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads,
-        "max_position_embeddings": 4096,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": None,
-        "tie_word_embeddings": False,
-    }
+    text = text_sizes(tokenizer, hidden_size, layers, heads, intermediate_size)
+    text |= {"num_key_value_heads": heads}
+    sizes = {name: text[name] for name in ("hidden_size", "intermediate_size", "initializer_range")}
     model: Any
     if kind == "llava":
         model, processor = _llava(text, sizes, layers, heads, tokenizer, image_size)

@@ -26,10 +26,9 @@ import torch
 from torch import Tensor
 
 from dlmctl.records.errors import DataError
+from dlmctl.tasks.image_columns import MARK as IMAGE_MARK
 from dlmctl.tasks.images import image_hash, image_sources, load_image, record_folder
 
-IMAGE_MARK = "<image>"
-"""Stands in a prompt where an image goes."""
 QWEN_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 KINDS = (*QWEN, "llava")

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dlmctl.records.jsonl import Record
+from dlmctl.tasks.images import image_kind
 
 LARGEST = 4 * 2**20
 """Bytes of a file; a page is to be opened by a browser."""
 NO_FILE = "no such file"
 EMBEDDED = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/]+={0,2}")
-MAGIC = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif"}
+SHOWN = ("png", "jpeg", "gif", "webp")
+"""What every browser shows."""
 
 
 class Picture(NamedTuple):
@@ -74,13 +76,7 @@ def _embedded(source: str, folder: Path) -> Picture:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
         return Picture(source, "", f"cannot be read ({error})")
-    kind = _kind(data)
-    if not kind:
+    kind = image_kind(data)
+    if kind not in SHOWN:
         return Picture(source, "", "not PNG, JPEG, GIF or WebP")
     return Picture(source, f"data:image/{kind};base64,{base64.b64encode(data).decode()}")
-
-
-def _kind(data: bytes) -> str:
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    return next((kind for magic, kind in MAGIC.items() if data.startswith(magic)), "")

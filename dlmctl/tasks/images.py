@@ -27,7 +27,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MOST_PIXELS = 64_000_000
 MOST_BYTES = 64 * 2**20
 """Of a file, or of the text of a data URI."""
-_BEGINNINGS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"BM": "bmp"}
+_BEGINNINGS = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"BM": "bmp"}
 
 
 def load_image(source: Any, base: str = "") -> Image:
@@ -117,7 +117,7 @@ def as_data_uri(source: bytes | Image) -> str:
         stream = io.BytesIO()
         source.save(stream, "PNG")
         source = stream.getvalue()
-    return f"data:image/{_media_type(source)};base64,{base64.b64encode(source).decode()}"
+    return f"data:image/{image_kind(source) or 'png'};base64,{base64.b64encode(source).decode()}"
 
 
 def data_uri_bytes(uri: str) -> bytes:
@@ -195,10 +195,11 @@ def _rgb(image: Any) -> Any:
     return image.convert("RGB")
 
 
-def _media_type(data: bytes) -> str:
+def image_kind(data: bytes) -> str:
+    """Media type of a file by its first bytes, without `image/`; empty where it is none of ours."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
-    return next((kind for start, kind in _BEGINNINGS.items() if data.startswith(start)), "png")
+    return next((kind for start, kind in _BEGINNINGS.items() if data.startswith(start)), "")
 
 
 def _pillow() -> Any:
