@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from dlmctl.commands import bench_elbo, bench_loop, bench_rollout, bench_sae, bench_update
+from dlmctl.commands import (
+    bench_credit,
+    bench_elbo,
+    bench_loop,
+    bench_rollout,
+    bench_sae,
+    bench_update,
+)
 
 COMMANDS = {
+    "credit": bench_credit.command,
     "elbo": bench_elbo.command,
     "loop": bench_loop.command,
     "rollout": bench_rollout.command,

@@ -36,11 +36,11 @@ ReasonContrast = Annotated[
     ),
 ]
 Corrupt = Annotated[
-    Literal["patch", "blank", "blur", "noise", "shuffle"],
+    Literal["patch", "blank", "blur", "noise", "shuffle", "no-image"],
     typer.Option(
         "--corrupt",
         help="Corrupted image: squares of single tokens black (ours), all black, Gaussian blur of "
-        "6 pixels, noise of deviation 189/255, or the squares in another order.",
+        "6 pixels, noise of deviation 189/255, the squares in another order, or no image at all.",
         rich_help_panel=CONTRAST,
     ),
 ]

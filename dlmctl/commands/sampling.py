@@ -139,7 +139,7 @@ SteerTime = Annotated[
     ),
 ]
 Corrupt = Annotated[
-    Literal["patch", "blank", "blur", "noise", "shuffle"] | None,
+    Literal["patch", "blank", "blur", "noise", "shuffle", "no-image"] | None,
     typer.Option(
         "--corrupt",
         show_default="off",

@@ -11,16 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from dlmctl.diffusion.noise import stream_key
-from dlmctl.models.corruption import Corruption, corrupt
+from dlmctl.models.corruption import NO_IMAGE, Unseen, corrupt
 from dlmctl.models.policy import Policy
 from dlmctl.models.vision import Picture
 from dlmctl.records.errors import UsageError
 
 
-def with_corrupted_images(
-    policy: Policy, kind: Corruption, probability: float, seed: int
-) -> Policy:
-    """The policy, seeing every image of a record corrupted.
+def with_corrupted_images(policy: Policy, kind: Unseen, probability: float, seed: int) -> Policy:
+    """The policy, seeing every image of a record corrupted, or none.
 
     Args:
         probability: of `patch`.
@@ -31,6 +29,9 @@ def with_corrupted_images(
     vision = policy.vision
     if vision is None:
         raise UsageError(f"--corrupt is of images, and {policy.name} takes none")
+
+    if kind == NO_IMAGE:
+        return dataclasses.replace(policy, vision=dataclasses.replace(vision, hidden=True))
 
     def alter(record: Mapping[str, Any], number: int, picture: Picture) -> Picture:
         key = stream_key(seed, record.get("id", ""), -1, number)

@@ -17,6 +17,7 @@ from dlmctl.diffusion.sampling import Request, Sample, Sampling
 from dlmctl.diffusion.watching import Watch
 from dlmctl.models.policy import Policy
 from dlmctl.records.jsonl import OnError, Record, each, field
+from dlmctl.tasks.images import image_sources
 
 
 class Round(NamedTuple):
@@ -107,7 +108,7 @@ def _completed(
         "seed": seed,
         "samples": samples,
         "temperature": settings.temperature,
-        **({"images": [picture.digest for picture in pictures]} if pictures else {}),
+        **({"images": [p.digest for p in pictures]} if image_sources(record) else {}),
         "nfe": result.nfe,
         "order": result.order,
         **_recorded(result, policy),

@@ -11,6 +11,9 @@ them.
     noise     Gaussian noise of standard deviation 189 of 255           (VPPO)
     shuffle   the squares of the tokens in another order
 
+Beside them stands `no-image`, where the prompt loses its images, marks and all; nothing is left to
+corrupt, and what follows moves up.
+
 Normalized pixels are not zeroed: that would paint grey. The strengths are those of the peers'
 code; which of these SRPO uses could not be read.
 """
@@ -27,6 +30,9 @@ from torch.nn import functional
 from dlmctl.models.vision import Picture, Vision
 
 Corruption = Literal["patch", "blank", "blur", "noise", "shuffle"]
+NO_IMAGE: Literal["no-image"] = "no-image"
+Unseen = Corruption | Literal["no-image"]
+"""What an option --corrupt names."""
 
 BLUR_PIXELS = 6.0
 NOISE = 189 / 255

@@ -145,7 +145,8 @@ class Policy:
         if ids:
             if min(ids) < 0 or max(ids) >= self.vocab_size:
                 raise DataError(f"tokens.prompt holds ids beyond the vocabulary of {self.name}")
-            return list(ids)
+            hidden = self.vision is not None and self.vision.hidden
+            return self.vision.without_images(ids) if self.vision and hidden else list(ids)
         pictures = self.pictures(record)
         ids = self.encode_text(self._prompt_text(record, len(pictures)))
         return self.vision.expand(ids, pictures) if self.vision else ids

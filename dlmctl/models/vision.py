@@ -71,8 +71,12 @@ class Vision:
     """Pixels of a patch, along one side."""
     extra: int = 0
     """Tokens that an image has beside those of its patches."""
+    marks: frozenset[int] = frozenset()
+    """The tokens of `mark`, which stand in a prompt only where an image does."""
     alter: Callable[[Mapping[str, Any], int, Picture], Picture] | None = None
     """What is done to the pictures of a record, by record and number."""
+    hidden: bool = False
+    """Images are left out of prompts, marks and all."""
     _seen: OrderedDict[bytes, Picture] = field(default_factory=OrderedDict, repr=False)
 
     @property
@@ -82,6 +86,8 @@ class Vision:
 
     def pictures(self, record: Mapping[str, Any]) -> list[Picture]:
         """The images of a record, in order; raises DataError where one cannot be used."""
+        if self.hidden:
+            return []
         folder = record_folder(getattr(record, "where", ""))
         made = [self._remembered(source, folder) for source in image_sources(record)]
         if self.alter is None:
@@ -117,6 +123,8 @@ class Vision:
 
     def expand(self, ids: Sequence[int], pictures: Sequence[Picture]) -> list[int]:
         """Ids with each placeholder repeated for its image; raises DataError on a wrong number."""
+        if self.hidden:
+            return self.without_images(ids)
         found = sum(i == self.image_id for i in ids)
         if found != len(pictures):
             raise DataError(
@@ -124,6 +132,10 @@ class Vision:
             )
         counts = iter([picture.tokens for picture in pictures])
         return [token for i in ids for token in ([i] * next(counts) if i == self.image_id else [i])]
+
+    def without_images(self, ids: Sequence[int]) -> list[int]:
+        """A prompt as it is where there is no image in it."""
+        return [token for token in ids if token not in self.marks]
 
     def inputs(
         self, core: Any, pictures: Sequence[Sequence[Picture]], device: torch.device
@@ -201,11 +213,13 @@ def vision_of(kind: str, config: Any, tokenizer: Any, processor: Any) -> Vision:
     if kind in QWEN:
         banned = (image_id, int(config.video_token_id))
         merge, patch = config.vision_config.spatial_merge_size, config.vision_config.patch_size
-        return Vision(processor, kind, image_id, QWEN_MARK, banned, merge, patch)
+        marks = frozenset(tokenizer.encode(QWEN_MARK, add_special_tokens=False))
+        return Vision(processor, kind, image_id, QWEN_MARK, banned, merge, patch, marks=marks)
     mark = str(tokenizer.convert_ids_to_tokens(image_id))
     extra = int(config.vision_feature_select_strategy == "full")
     patch = config.vision_config.patch_size
-    return Vision(processor, kind, image_id, mark, (image_id,), 1, patch, extra)
+    only = frozenset([image_id])
+    return Vision(processor, kind, image_id, mark, (image_id,), 1, patch, extra, only)
 
 
 def image_parts(text: str) -> list[dict[str, str]]:

@@ -20,9 +20,14 @@ class StepBatch(NamedTuple):
     """The round that is complete with this batch."""
 
     @property
+    def rows(self) -> list[Record]:
+        """The records, group by group."""
+        return [record for group in self.groups for record in group]
+
+    @property
     def in_round(self) -> bool:
         """Whether it is part of a round of a training loop."""
-        return any("round" in (record.get("rollout") or {}) for g in self.groups for record in g)
+        return any("round" in (record.get("rollout") or {}) for record in self.rows)
 
 
 class CutRoundError(TryAgainError):
@@ -86,7 +91,7 @@ def check_on_policy(batch: StepBatch, revisions: Sequence[str], trained_rounds: 
     Raises:
         DataError: the round is not the next one, or its weights are more than `max_lag` rounds old.
     """
-    for record in (record for group in batch.groups for record in group):
+    for record in batch.rows:
         place = record.get("rollout") or {}
         if "round" not in place:
             continue

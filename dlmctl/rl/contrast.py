@@ -14,9 +14,10 @@ mutual information of the token and the perception. Instead of the difference d:
 (VPPO's), its absolute value, or, for the visual contrast, the divergence of the whole
 distributions. What SRPO itself takes could not be read; `drop` and the difference are ours.
 
-Both sides of the visual contrast are scored in batches of one shape, so that equal images give
-exactly 0. Tokens are deleted from the sequence rather than hidden from attention, which is the same
-and shorter, and a sequence ends with the last token that is scored.
+With the whole image and all of the perception a completion is scored once, or not at all where its
+sampling recorded it; the two contrasts take a pass each. An image that its corruption left as it
+was gives exactly 0. Tokens are deleted from the sequence rather than hidden from attention, which
+is the same and shorter, and a sequence ends with the last token that is scored.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from dlmctl.diffusion.elbo import Example, log_probs, masked_rows, micro_batches
 from dlmctl.diffusion.masks import MaskSet
 from dlmctl.diffusion.noise import stream_key
 from dlmctl.diffusion.projection import divergence
-from dlmctl.models.corruption import Corruption, corrupt
+from dlmctl.models.corruption import NO_IMAGE, Unseen, corrupt
 from dlmctl.models.policy import Policy
 from dlmctl.models.vision import Picture
 from dlmctl.rl.roles import OTHER, PERCEPTION, REASONING
@@ -48,7 +49,7 @@ class Contrast:
     visual_signal: Signal = "logratio"
     reason_signal: Signal = "logratio"
     reason_contrast: ReasonContrast = "drop"
-    corruption: Corruption = "patch"
+    corruption: Unseen = "patch"
     probability: float = 0.6
     scope: Literal["prompt", "rollout"] = "prompt"
     """Whether all samples of a prompt see one corruption."""
@@ -68,20 +69,31 @@ class Response(NamedTuple):
     sample: int
     evidence: Tensor
     """bool [P], the tokens of the prompt that a diffusion policy perceives from."""
+    bare: Sequence[int] = ()
+    """The prompt without the marks of its images; asked for by `no-image` only."""
     log_probs: Tensor | None = None
     """float64 [G] in nats, where sampling recorded them exactly enough to be one side of a
     difference: they save a pass."""
 
     def example(
-        self, chosen: Tensor, dropped: Tensor | None = None, pictures: Sequence[Picture] = ()
+        self,
+        chosen: Tensor,
+        dropped: Tensor | None = None,
+        pictures: Sequence[Picture] | None = None,
     ) -> Example:
-        """To score the tokens `chosen` (bool [G]), those `dropped` being left out."""
+        """To score the tokens `chosen` (bool [G]), those `dropped` being left out.
+
+        Args:
+            pictures: instead of its own; without any, the prompt has no marks for them either.
+        """
         keep = torch.arange(len(chosen)) <= int(chosen.nonzero()[-1])
         if dropped is not None:
             keep &= ~dropped
         pairs = zip(self.completion, keep.tolist(), strict=True)
         tokens = [token for token, there in pairs if there]
-        return _example(self.prompt, tokens, chosen[keep], pictures or self.pictures)
+        seen = self.pictures if pictures is None else pictures
+        prompt = self.prompt if seen or not self.pictures else self.bare
+        return _example(prompt, tokens, chosen[keep], seen)
 
 
 def signals(
@@ -104,23 +116,24 @@ def signals(
 
     blinded = contrast.reason_contrast in ("blind", "blind-drop")
     chosen = both if blinded else perceive
-    sight = [response.example(places) for response, places in zip(responses, chosen, strict=True)]
     blind = [
         response.example(places, pictures=pictures)
         for response, places, pictures in zip(responses, chosen, unseen, strict=True)
     ]
-    with_image, without_image = score(sight, chosen), score(blind, chosen)
+    with_image, without_image = _seen(responses, both, width, score), score(blind, chosen)
+    same = torch.tensor([_same(r.pictures, u) for r, u in zip(responses, unseen, strict=True)])
+    without_image = torch.where(same[:, None], with_image, without_image)
     visual = ESTIMATORS.get(contrast.visual_signal, torch.abs)(with_image - without_image)
     if contrast.visual_signal == "full-kl":
+        sight = [
+            response.example(places) for response, places in zip(responses, chosen, strict=True)
+        ]
         divergences = _divergences(policy, sight, blind, batch_size)
         visual = _aligned(divergences, sight, chosen, width)
     if contrast.reason_contrast == "blind":
         away = without_image - with_image
     else:
-        kept = without_image if blinded else _recorded(responses, width)
-        if kept is None:
-            whole = [r.example(where) for r, where in zip(responses, reason, strict=True)]
-            kept = score(whole, reason)
+        kept = without_image if blinded else with_image
         ablated = [
             _ablated(response, responses, contrast, pictures)
             for response, pictures in zip(responses, unseen, strict=True)
@@ -135,19 +148,31 @@ def signals(
     return made
 
 
-def _recorded(responses: Sequence[Response], width: int) -> Tensor | None:
-    """The log-probabilities of sampling, float64 [N, width]; None where one lacks them."""
+def _seen(
+    responses: Sequence[Response],
+    places: Sequence[Tensor],
+    width: int,
+    score: Callable[[Sequence[Example], Sequence[Tensor]], Tensor],
+) -> Tensor:
+    """Log-probabilities with image and perception, float64 [N, width]: of sampling, if known."""
     made = torch.zeros(len(responses), width, dtype=torch.float64)
     for n, response in enumerate(responses):
         if response.log_probs is None:
-            return None
+            return score([r.example(p) for r, p in zip(responses, places, strict=True)], places)
         made[n, : len(response.log_probs)] = response.log_probs
     return made
 
 
+def _same(pictures: Sequence[Picture], others: Sequence[Picture]) -> bool:
+    """Whether the corruption left everything as it was."""
+    if len(pictures) != len(others):
+        return False
+    return all(torch.equal(a.pixels, b.pixels) for a, b in zip(pictures, others, strict=True))
+
+
 def corrupted(policy: Policy, response: Response, contrast: Contrast) -> list[Picture]:
     """The pictures of a response as the visual contrast shows them."""
-    if policy.vision is None:
+    if policy.vision is None or contrast.corruption == NO_IMAGE:
         return []
     whose = response.sample if contrast.scope == "rollout" else -1
     return [

@@ -33,7 +33,8 @@ class Sampler:
     def __init__(self, model: str | None, device: str, dtype: str, any_policy: bool) -> None:
         self._model, self._device, self._dtype = model, device, dtype
         self._any_policy = any_policy
-        self._policy: Policy | None = None
+        self.policy: Policy | None = None
+        """Loaded at the first record, and anew whenever the weights that sampled are others."""
         self._texts: TokenTexts | None = None
 
     def of(self, record: Record) -> Policy:
@@ -51,18 +52,18 @@ class Sampler:
                 "give --model",
                 record.where,
             )
-        if self._policy is None:
-            self._policy = load_policy(name, self._device, self._dtype)
-        elif not self._any_policy and wanted != self._policy.revision:
-            self._policy = reload_policy(self._policy, name, self._device, self._dtype)
-        if not self._any_policy and wanted is not None and wanted != self._policy.revision:
+        if self.policy is None:
+            self.policy = load_policy(name, self._device, self._dtype)
+        elif not self._any_policy and wanted != self.policy.revision:
+            self.policy = reload_policy(self.policy, name, self._device, self._dtype)
+        if not self._any_policy and wanted is not None and wanted != self.policy.revision:
             raise DataError(
-                f"sampled from weights {wanted}, and {name} now has {self._policy.revision}: a "
+                f"sampled from weights {wanted}, and {name} now has {self.policy.revision}: a "
                 "weight is to be that of the policy that sampled (--any-policy takes it all the "
                 "same)",
                 record.where,
             )
-        return self._policy
+        return self.policy
 
     def texts(self, policy: Policy) -> TokenTexts:
         """What the policy's tokens spell; the tokenizer does not change from round to round."""
@@ -130,6 +131,7 @@ def _response(record: Record, policy: Policy, texts: TokenTexts, tags: Tags) -> 
         field(record, "id", (str, int)),
         record.get("sample", 0),
         evidence_tokens(texts.row(prompt), record.get("evidence")),
+        policy.vision.without_images(prompt) if policy.vision else prompt,
         _recorded(record, policy, len(ids)),
     )
 

@@ -19,6 +19,7 @@ from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record, dump, each
 from dlmctl.rl.batches import StepBatch, check_on_policy, step_batches
+from dlmctl.rl.credit_metrics import credit_metrics
 from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
 from dlmctl.rl.scores import Objective
 from dlmctl.rl.supervised import supervised_gradient, with_completion_ids
@@ -56,7 +57,8 @@ def update_policy(
         for metrics in policy_gradients(
             run.policy, reference, batch.groups, objective, batching, batch_size
         ):
-            yield {**_rewards(batch), **metrics}
+            credit = credit_metrics(batch.rows) if objective.recipe.token_weights else {}
+            yield {**_rewards(batch), **metrics, **credit}
 
     return _steps(step_batches(records, prompts_per_step), run, gradients, save_every, keep)
 
@@ -74,15 +76,14 @@ def update_supervised(
     """Supervised fine-tuning: one step for every `records_per_step` completions."""
 
     def gradients(batch: StepBatch) -> Iterator[dict[str, Any]]:
-        rows = [record for group in batch.groups for record in group]
-        yield supervised_gradient(run.policy, rows, plan, run.progress.step, batch_size)
+        yield supervised_gradient(run.policy, batch.rows, plan, run.progress.step, batch_size)
 
     prepared = each(records, lambda record: with_completion_ids(record, run.policy, fill_to))
     return _steps(_plain_batches(prepared, records_per_step), run, gradients, save_every, keep)
 
 
 def _rewards(batch: StepBatch) -> dict[str, float]:
-    rewards = [float(r.get("reward", 0.0)) for group in batch.groups for r in group]
+    rewards = [float(record.get("reward", 0.0)) for record in batch.rows]
     return {
         "reward": sum(rewards) / len(rewards),
         "accuracy": sum(reward >= 1.0 for reward in rewards) / len(rewards),
@@ -129,7 +130,7 @@ def _steps(
 
 def _batch_steps(batch: StepBatch, run: Run, gradients: Gradients) -> Iterator[dict[str, Any]]:
     """The steps on a batch, each with its metrics record."""
-    rows = [record for group in batch.groups for record in group]
+    rows = batch.rows
     tokens = sum(_tokens(record) for record in rows)
     run.progress.completions += len(rows)
     run.progress.tokens += tokens

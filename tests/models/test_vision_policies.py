@@ -192,6 +192,21 @@ def test_what_was_sampled_with_corrupted_images_is_not_trained_on_with_whole_one
         example_of(made[0], policy, MaskPlan())
 
 
+def test_without_images_prompts_are_those_of_text_alone(policy):
+    hidden = with_corrupted_images(policy, "no-image", 0.6, 0)
+    made = sampled(hidden, 8)
+    plain = [{**r, "prompt": str(r["prompt"]).replace("<image>", ""), "images": []} for r in RECORDS]
+    assert [r["tokens"]["prompt"] for r in made[::2]] == [policy.encode(r) for r in plain]
+    texts = rollout(
+        [Record(record) for record in plain], policy, settings_for(policy, temperature=1.0), 2, 0, 8
+    )
+    assert [r["tokens"] for r in made] == [r["tokens"] for r in texts]
+    # What rollout wrote can be read again, and is not taken for what was seen.
+    assert hidden.encode(sampled(policy, 8)[0]) == policy.encode(plain[0])
+    with pytest.raises(DataError, match="not those that the completion was sampled with"):
+        example_of(made[0], policy, MaskPlan())
+
+
 def test_a_model_of_text_takes_no_images(saved_models):
     policy = load_policy(saved_models("ar"))
     with pytest.raises(DataError, match="takes none"):

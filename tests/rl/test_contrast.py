@@ -30,7 +30,8 @@ def response(
     record = {"prompt": "<image>12?", "images": [noise_image(image)]}
     prompt, pictures = policy.encode(record), policy.pictures(record)
     nothing = torch.zeros(len(prompt), dtype=torch.bool)
-    return Response(prompt, completion, pictures, torch.tensor(roles), key, sample, nothing)
+    bare = policy.encode({"prompt": "12?"})
+    return Response(prompt, completion, pictures, torch.tensor(roles), key, sample, nothing, bare)
 
 
 @torch.no_grad()
@@ -79,6 +80,25 @@ def test_signals_are_those_of_whole_and_of_really_shortened_sequences(policy, co
         assert made[n].abs().max() > 0.01
 
 
+@pytest.mark.parametrize("contrast", ["drop", "blind-drop"])
+def test_no_image_is_the_prompt_without_one(policy, contrast):
+    own = response(policy)
+    settings = Contrast(corruption="no-image", reason_contrast=contrast)
+    [made] = signals(policy, [own], settings, 1)
+    tokens, bare = list(own.completion), policy.encode_text("12?")
+    see, think = own.roles == PERCEPTION, own.roles == REASONING
+    full = next_log_probs(policy, own.prompt, tokens, own.pictures)
+    blind = next_log_probs(policy, bare, tokens, [])
+    assert made[see].tolist() == pytest.approx((full - blind)[see].tolist(), abs=1e-5)
+    kept = [token for token, there in zip(tokens, ~see, strict=True) if there]
+    if contrast == "drop":
+        short = next_log_probs(policy, own.prompt, kept, own.pictures)
+    else:
+        full, short = blind, next_log_probs(policy, bare, kept, [])
+    away = full[think] - short[think[~see]]
+    assert made[think].tolist() == pytest.approx(away.tolist(), abs=1e-5)
+
+
 def test_recorded_log_probabilities_save_a_pass_and_change_nothing(policy, monkeypatch):
     group = [response(policy), response(policy, 1, [1, 1, 0, 2, 2, 2, 0])]
     expected = signals(policy, group, Contrast(), 2)
@@ -93,12 +113,12 @@ def test_recorded_log_probabilities_save_a_pass_and_change_nothing(policy, monke
         contrast_module, "log_probs", lambda *given: passes.append(given) or log_probs(*given)
     )
     made = signals(policy, recorded, Contrast(), 2)
-    assert len(passes) == 3
+    assert len(passes) == 2
     for row, wanted in zip(made, expected, strict=True):
         assert row.tolist() == pytest.approx(wanted.tolist(), abs=1e-5)
     # Where one has none, all are scored.
     signals(policy, [recorded[0], group[1]], Contrast(), 2)
-    assert len(passes) == 7
+    assert len(passes) == 5
 
 
 def test_a_hole_in_attention_is_a_shorter_sequence(policy):
