@@ -247,7 +247,7 @@ def reload_policy(policy: Policy, name: str, device: str, dtype: str) -> Policy:
     """The policy with the weights of a newer checkpoint of the same run.
 
     They are copied into the tensors that are there, so that nothing is allocated or built again.
-    A checkpoint with other names or shapes, as the first adapter after its base, is loaded afresh.
+    One with other weights or shapes, as the first adapter after its base, is loaded afresh.
     """
     directory = model_directory(name)
     adapter = directory / "adapter_model.safetensors"
@@ -266,6 +266,7 @@ def reload_policy(policy: Policy, name: str, device: str, dtype: str) -> Policy:
         base = policy.revision.split(".")[0]
     else:
         tied = getattr(policy.model, "all_tied_weights_keys", None) or {}
+        here = _as_on_disk(policy.model, here)
         wanted, base = here.keys() - set(tied), policy.revision
     if not wanted <= tensors.keys() <= here.keys() or any(
         here[key].shape != tensor.shape for key, tensor in tensors.items()
@@ -275,6 +276,19 @@ def reload_policy(policy: Policy, name: str, device: str, dtype: str) -> Policy:
         for key, tensor in tensors.items():
             here[key].copy_(tensor)
     return dataclasses.replace(policy, name=name, revision=checkpoint_revision(directory, base))
+
+
+def _as_on_disk(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a model by their names in its checkpoints, where transformers has others.
+
+    The same tensors, or none are renamed: where a checkpoint holds them joined or divided, what
+    came out would be copies.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    renamed: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(tensors))
+    own = {id(tensor) for tensor in tensors.values()}
+    return renamed if all(id(tensor) in own for tensor in renamed.values()) else tensors
 
 
 def _load_adapter(name: str, directory: Path, device: str, dtype: str) -> Policy:

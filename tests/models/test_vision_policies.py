@@ -12,7 +12,7 @@ from dlmctl.diffusion.elbo import log_probs
 from dlmctl.diffusion.rollout import rollout
 from dlmctl.diffusion.sampling import settings_for
 from dlmctl.diffusion.scoring import MaskPlan, example_of
-from dlmctl.models.loading import load_policy
+from dlmctl.models.loading import load_policy, reload_policy
 from dlmctl.models.policy import Policy
 from dlmctl.models.saving import save_policy
 from dlmctl.records.errors import DataError, UsageError
@@ -55,6 +55,21 @@ def test_a_saved_model_is_loaded_and_is_the_same(policy, tmp_path):
     assert [e.completion for e in examples] == [e.completion for e in again]
     # Weights went through float32.
     assert torch.allclose(log_probs(policy, examples, 8), log_probs(loaded, again, 8), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_newer_weights_are_copied_into_the_tensors_that_are_there(kind, tmp_path):
+    """Whatever their names on disk, which for two of the three are others than in the model."""
+    save_policy(tiny_vision_policy(kind, seed=1), tmp_path / "old")
+    save_policy(tiny_vision_policy(kind, seed=2), tmp_path / "new")
+    loaded = load_policy(str(tmp_path / "old"))
+    places = {name: p.data_ptr() for name, p in loaded.model.named_parameters()}
+    newer = reload_policy(loaded, str(tmp_path / "new"), "cpu", "auto")
+    fresh = load_policy(str(tmp_path / "new"))
+    assert newer.revision == fresh.revision != loaded.revision
+    wanted = fresh.model.state_dict()
+    assert all(torch.equal(t, wanted[name]) for name, t in newer.model.state_dict().items())
+    assert {name: p.data_ptr() for name, p in newer.model.named_parameters()} == places
 
 
 def test_names_of_the_hub_are_loaded(tmp_path):
@@ -195,12 +210,13 @@ def test_what_was_sampled_with_corrupted_images_is_not_trained_on_with_whole_one
 def test_without_images_prompts_are_those_of_text_alone(policy):
     hidden = with_corrupted_images(policy, "no-image", 0.6, 0)
     made = sampled(hidden, 8)
-    plain = [{**r, "prompt": str(r["prompt"]).replace("<image>", ""), "images": []} for r in RECORDS]
+    plain = [
+        {**r, "prompt": str(r["prompt"]).replace("<image>", ""), "images": []} for r in RECORDS
+    ]
     assert [r["tokens"]["prompt"] for r in made[::2]] == [policy.encode(r) for r in plain]
-    texts = rollout(
-        [Record(record) for record in plain], policy, settings_for(policy, temperature=1.0), 2, 0, 8
-    )
-    assert [r["tokens"] for r in made] == [r["tokens"] for r in texts]
+    settings = settings_for(policy, temperature=1.0)
+    blind = rollout([Record(record) for record in plain], policy, settings, 2, 0, 8)
+    assert [r["tokens"] for r in made] == [r["tokens"] for r in blind]
     # What rollout wrote can be read again, and is not taken for what was seen.
     assert hidden.encode(sampled(policy, 8)[0]) == policy.encode(plain[0])
     with pytest.raises(DataError, match="not those that the completion was sampled with"):
