@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dlmctl.models.vision import Picture, Vision, image_parts, with_marks
+from dlmctl.models.vision import Picture, Vision, image_parts
 from dlmctl.records.errors import DataError, UnavailableError
 from dlmctl.tasks.image_columns import MARK as IMAGE_MARK
 from dlmctl.tasks.images import image_sources
@@ -214,13 +214,15 @@ class Policy:
 def _with_images(messages: list[Any], images: int) -> list[dict[str, Any]]:
     """Messages whose contents are texts with as many image marks as there are images, at least.
 
+    Marks that are missing come first.
+
     Raises:
         DataError: a message is no object with a content.
     """
     texts = [_text_of(message) for message in messages]
     first = next((i for i, m in enumerate(messages) if m.get("role") == "user"), 0)
-    if not any(IMAGE_MARK in text for text in texts):
-        texts[first] = with_marks(texts[first], images)
+    missing = images - sum(text.count(IMAGE_MARK) for text in texts)
+    texts[first] = IMAGE_MARK * missing + texts[first]  # as `prompts` puts them
     return [{**m, "content": text} for m, text in zip(messages, texts, strict=True)]
 
 

@@ -231,8 +231,3 @@ def image_parts(text: str) -> list[dict[str, str]]:
         if piece:
             parts.append({"type": "text", "text": piece})
     return parts
-
-
-def with_marks(text: str, images: int) -> str:
-    """The text with an image mark for each image, put first where it has none at all."""
-    return text if IMAGE_MARK in text else IMAGE_MARK * images + text

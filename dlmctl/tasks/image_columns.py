@@ -90,12 +90,12 @@ def _marked(prompt: Any, missing: int) -> Any:
     if not missing:
         return prompt
     if isinstance(prompt, str):
-        return f"{MARK} " * missing + prompt
+        return MARK * missing + prompt
     first = next((n for n, m in enumerate(prompt) if m.get("role") == "user"), 0)
     message = dict(prompt[first])
     content = message.get("content") or ""
     if isinstance(content, str):
-        message["content"] = f"{MARK} " * missing + content
+        message["content"] = MARK * missing + content
     else:
         message["content"] = [{"type": "image"}] * missing + list(content)
     return [*prompt[:first], message, *prompt[first + 1 :]]

@@ -262,7 +262,7 @@ def test_paths_are_completed_from_the_folder_of_the_file(tmp_path, monkeypatch):
     assert invoke("prompts", "data/x.jsonl", "-o", "out.jsonl").exit_code == 0
     [record] = read_jsonl(tmp_path / "out.jsonl")
     assert record["images"] == ["data/a.png"]
-    assert record["prompt"] == "<image> what?"
+    assert record["prompt"] == "<image>what?"
     assert "image" not in record
     assert record_images(record)[0].size == (5, 3)
 
@@ -275,14 +275,14 @@ def one(row, **options):
 
 def test_each_image_has_a_mark():
     two = ["a.png", "b.png"]
-    assert one({"prompt": "p <image> q", "images": two})["prompt"] == "<image> p <image> q"
-    assert one({"prompt": "p", "images": two})["prompt"] == "<image> <image> p"
+    assert one({"prompt": "p <image> q", "images": two})["prompt"] == "<image>p <image> q"
+    assert one({"prompt": "p", "images": two})["prompt"] == "<image><image>p"
     assert one({"prompt": "<image><image>p", "images": two})["prompt"] == "<image><image>p"
     with pytest.raises(DataError, match="has 3 marks <image> for 2 images"):
         one({"prompt": "<image>" * 3, "images": two})
     asked = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     messages = one({"messages": asked, "images": ["a.png"]})["messages"]
-    assert messages == [asked[0], {"role": "user", "content": "<image> q"}]
+    assert messages == [asked[0], {"role": "user", "content": "<image>q"}]
     parts = [{"type": "image"}, {"type": "text", "text": "q"}]
     messages = one({"messages": [{"role": "user", "content": parts}], "images": two})["messages"]
     assert messages[0]["content"] == [{"type": "image"}, *parts]
