@@ -27,7 +27,7 @@ class Subcommand(NamedTuple):
 
     module: str
     """Module under `dlmctl.commands`: its function `command` is the subcommand, or its dict
-    `COMMANDS` has those under it."""
+    `COMMANDS` has those under it; `DEFAULT` names the one that options alone are for."""
     panel: str
     """Heading in `dlmctl --help`."""
     summary: str
@@ -119,6 +119,7 @@ def with_exit_codes(function: Callable[..., None]) -> Callable[..., None]:
 def load(name: str) -> Any:
     """The click command behind a subcommand, its module imported."""
     app = typer.Typer(
+        cls=_group(getattr(_module(name), "DEFAULT", None)),
         add_completion=False,
         context_settings=HELP_OPTIONS,
         help=SUBCOMMANDS[name].summary,
@@ -138,10 +139,27 @@ def help_text(function: Callable[..., None]) -> str:
 
 def functions(name: str) -> dict[str, Callable[..., None]]:
     """The functions behind a subcommand by their full names: itself, or those under it."""
-    module = importlib.import_module(f"dlmctl.commands.{SUBCOMMANDS[name].module}")
+    module = _module(name)
     if hasattr(module, "COMMANDS"):
         return {f"{name} {under}": function for under, function in module.COMMANDS.items()}
     return {name: module.command}
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"dlmctl.commands.{SUBCOMMANDS[name].module}")
+
+
+def _group(default: str | None) -> type[TyperGroup]:
+    """A group that takes options without a subcommand as those of `default`."""
+
+    class Group(TyperGroup):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            asks = args and args[0] not in HELP_OPTIONS["help_option_names"]
+            if default and asks and args[0].startswith("-"):
+                args = [default, *args]
+            return super().parse_args(ctx, args)
+
+    return Group
 
 
 class LazyGroup(TyperGroup):

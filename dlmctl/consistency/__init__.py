@@ -1,0 +1,1 @@
+"""Continuous diffusion: teachers, consistency distillation, memorization and its theory."""
