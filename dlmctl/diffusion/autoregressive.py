@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,53 +48,96 @@ def sample_autoregressive(
 def _batch(
     policy: Policy, requests: Sequence[Request], gen_length: int, temperature: float
 ) -> list[Sample]:
-    device = policy.device
-    ids, attention = _left_padded([request.prompt for request in requests], policy.pad_id, device)
-    noise_keys = key_tensor([request.key for request in requests], device)
-    finished = torch.zeros(len(requests), dtype=torch.bool, device=device)
-    pictures = [policy.pictures(request.record or {}) for request in requests]
-    places, extra = None, {}
-    if policy.vision is not None:
-        places = policy.vision.places(policy.core, ids, attention, pictures)
-        extra = policy.vision.inputs(policy.core, pictures, device)
-    if places is None:
-        places = (attention.cumsum(1) - 1).clamp(min=0)
-    tokens: list[Tensor] = []
-    log_probs: list[Tensor] = []
-    cache_name, cache = cache_argument(policy.core), DynamicCache()
+    rows = _Rows(policy, requests)
+    made = torch.full((len(requests), gen_length), policy.pad_id)
+    log_probs = torch.zeros(len(requests), gen_length, dtype=torch.float64)
     for step in range(gen_length):
-        output = policy.model(
-            input_ids=ids,
-            attention_mask=attention,
-            position_ids=places,
+        logits = rows.next_logits()
+        token = _chosen(policy, logits, rows.noise_keys, step, temperature)
+        scored = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(dim=1)
+        where = rows.numbers.cpu()
+        made[where, step], log_probs[where, step] = token.cpu(), scored.cpu()
+        if not rows.go_on(token):
+            break
+    return [
+        _finish(*row, policy.eos_id) for row in zip(made.tolist(), log_probs.tolist(), strict=True)
+    ]
+
+
+def _chosen(
+    policy: Policy, logits: Tensor, noise_keys: Tensor, step: int, temperature: float
+) -> Tensor:
+    """The next token of each row, int64 [B]."""
+    if policy.vision is not None:
+        banned = torch.tensor(policy.vision.banned, device=logits.device)
+        logits = logits.index_fill(1, banned, -torch.inf)
+    if temperature > 0:
+        vocabulary = torch.arange(logits.shape[1], device=logits.device)
+        where = subkeys(noise_keys, torch.tensor(step, device=logits.device))
+        logits = logits + temperature * gumbel(where[:, None], vocabulary[None])
+    return logits.argmax(dim=1)
+
+
+class _Rows:
+    """The completions that go on, and the cache of what they have so far.
+
+    Those that have ended are computed along until they are a quarter of the rows; then they are
+    left out, and the cache is cut to the others: each time would copy it too often.
+    """
+
+    def __init__(self, policy: Policy, requests: Sequence[Request]) -> None:
+        device = policy.device
+        self.policy = policy
+        self.ids, self.attention = _left_padded(
+            [request.prompt for request in requests], policy.pad_id, device
+        )
+        self.noise_keys = key_tensor([request.key for request in requests], device)
+        self.numbers = torch.arange(len(requests), device=device)
+        """Which requests the rows are of."""
+        self.ended = torch.zeros(len(requests), dtype=torch.bool, device=device)
+        self.extra: dict[str, Any] = {}
+        places = None
+        if policy.vision is not None:
+            pictures = [policy.pictures(request.record or {}) for request in requests]
+            places = policy.vision.places(policy.core, self.ids, self.attention, pictures)
+            self.extra = policy.vision.inputs(policy.core, pictures, device)
+        if places is None:
+            places = (self.attention.cumsum(1) - 1).clamp(min=0)
+        self.places = places
+        self.cache = DynamicCache()
+
+    def next_logits(self) -> Tensor:
+        """float64 [B, V]."""
+        output = self.policy.model(
+            input_ids=self.ids,
+            attention_mask=self.attention,
+            position_ids=self.places,
             use_cache=True,
             logits_to_keep=1,
-            **{cache_name: cache},
-            **extra,
+            **{cache_argument(self.policy.core): self.cache},
+            **self.extra,
         )
-        scores = logits = output.logits[:, -1].double()
-        if policy.vision is not None:
-            scores = scores.index_fill(
-                1, torch.tensor(policy.vision.banned, device=device), -torch.inf
-            )
-        if temperature > 0:
-            vocabulary = torch.arange(scores.shape[1], device=device)
-            where = subkeys(noise_keys, torch.tensor(step, device=device))
-            scores = scores + temperature * gumbel(where[:, None], vocabulary[None])
-        token = scores.argmax(dim=1).masked_fill(finished, policy.pad_id)
-        tokens.append(token)
-        log_probs.append(logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(dim=1))
-        finished |= token == (policy.eos_id if policy.eos_id is not None else -1)
-        if bool(finished.all()):
-            break
-        ids, extra = token[:, None], {}
+        self.extra = {}
+        logits: Tensor = output.logits[:, -1].double()
+        return logits
+
+    def go_on(self, token: Tensor) -> bool:
+        """Append a token to each row, int64 [B]; whether any of them goes on."""
+        eos_id = self.policy.eos_id
+        self.ended |= token == (eos_id if eos_id is not None else -1)
+        going = int((~self.ended).sum())
         # The next place is one after the largest in any of the dimensions.
-        places = (places.movedim(-2, 0).flatten(1).amax(1) + 1)[:, None]
-        attention = torch.cat([attention, attention.new_ones(len(requests), 1)], dim=1)
-    rows = zip(
-        torch.stack(tokens, dim=1).tolist(), torch.stack(log_probs, dim=1).tolist(), strict=True
-    )
-    return [_finish(*row, policy.eos_id) for row in rows]
+        places = self.places.movedim(-2, 0).flatten(1).amax(1) + 1
+        self.ids, self.places = token[:, None], places[:, None]
+        self.attention = torch.cat([self.attention, torch.ones_like(self.ids)], dim=1)
+        if 0 < going <= len(token) * 3 // 4:
+            self._keep((~self.ended).nonzero()[:, 0])
+        return going > 0
+
+    def _keep(self, rows: Tensor) -> None:
+        self.cache.batch_select_indices(rows)
+        for name in ("ids", "places", "attention", "noise_keys", "numbers", "ended"):
+            setattr(self, name, getattr(self, name)[rows])
 
 
 def _left_padded(
