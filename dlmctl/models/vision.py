@@ -183,13 +183,37 @@ class Vision:
         """
         if self.kind not in QWEN or not any(pictures):
             return None
+        there = torch.ones_like(ids) if attention is None else attention.long()
+        made = (there.cumsum(1) - 1).clamp(min=0).expand(3, -1, -1).clone()
+        rows = torch.tensor([n for n, row in enumerate(pictures) if row], device=ids.device)
+        seen = [pictures[n] for n in rows.tolist()]
+        end = int((ids[rows] == self.image_id).any(0).nonzero()[-1]) + 1
+        begin = self._places_up_to(core, ids[rows, :end], there[rows, :end], seen)
+        behind = begin.amax(dim=(0, 2))[:, None] + there[rows, end:].cumsum(1)
+        made[:, rows] = torch.cat([begin, behind.expand(3, -1, -1)], dim=2)
+        return made
+
+    def _places_up_to(
+        self, core: Any, ids: Tensor, there: Tensor, pictures: Sequence[Sequence[Picture]]
+    ) -> Tensor:
+        """int64 [3, B, T] as transformers has them, which takes a while for each row.
+
+        The samples of a prompt are the same up to their last image, and are asked about once.
+        """
+        keys = [
+            (*given, *(picture.grid for picture in row))
+            for given, row in zip(torch.cat([ids, there], 1).tolist(), pictures, strict=True)
+        ]
+        first = {key: n for n, key in reversed(list(enumerate(keys)))}
+        one = list(first.values())
         places, _ = core.model.get_rope_index(
-            ids,
-            mm_token_type_ids=(ids == self.image_id).int(),
-            image_grid_thw=torch.tensor([p.grid for row in pictures for p in row]),
-            attention_mask=None if attention is None else attention.long(),
+            ids[one],
+            mm_token_type_ids=(ids[one] == self.image_id).int(),
+            image_grid_thw=torch.tensor([p.grid for n in one for p in pictures[n]]),
+            attention_mask=there[one],
         )
-        return places
+        numbers = {key: number for number, key in enumerate(first)}
+        return places[:, [numbers[key] for key in keys]]
 
 
 def _takes_features(core: Any) -> bool:

@@ -72,6 +72,40 @@ def test_newer_weights_are_copied_into_the_tensors_that_are_there(kind, tmp_path
     assert {name: p.data_ptr() for name, p in newer.model.named_parameters()} == places
 
 
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("kind", ["qwen2.5-vl", "qwen3-vl"])
+def test_places_are_those_of_transformers_for_each_row(kind, left):
+    """With padding on either side, a hole, rows alike, grids turned over, and rows of text."""
+    policy = tiny_vision_policy(kind)
+    twin = {"prompt": "<image>12?", "images": [noise_image(1)]}
+    turned = [noise_image(2, 112, 56), noise_image(3, 56, 112)]
+    rows = [*RECORDS, twin, *({"prompt": "<image>1?", "images": [image]} for image in turned)]
+    prompts, pictures = [policy.encode(r) for r in rows], [policy.pictures(r) for r in rows]
+    width = max(map(len, prompts)) + 3
+    ids = torch.full((len(rows), width), policy.pad_id)
+    there = torch.zeros_like(ids)
+    for n, prompt in enumerate(prompts):
+        begin = width - len(prompt) if left else 0
+        ids[n, begin : begin + len(prompt)] = torch.tensor(prompt)
+        there[n, begin : begin + len(prompt)] = 1
+        there[n, begin + len(prompt) - 2] = 0
+    wanted, _ = policy.core.model.get_rope_index(
+        ids,
+        mm_token_type_ids=(ids == policy.vision.image_id).int(),
+        image_grid_thw=torch.tensor([p.grid for row in pictures for p in row]),
+        attention_mask=there,
+    )
+    asked = []
+    rope_index = policy.core.model.get_rope_index
+    policy.core.model.get_rope_index = lambda given, **more: (
+        asked.append(len(given)) or rope_index(given, **more)
+    )
+    made = policy.vision.places(policy.core, ids, there, pictures)
+    assert torch.equal(made[:, there.bool()], wanted[:, there.bool()])
+    # One row of text is not asked about, and two are alike.
+    assert asked == [len(rows) - 2]
+
+
 def test_names_of_the_hub_are_loaded(tmp_path):
     """Released checkpoints of Qwen2.5-VL and LLaVA have other names than the modules have now."""
     policy = tiny_vision_policy("llava")
