@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -38,6 +38,21 @@ from dlmctl.commands.objective_options import (
     ScoreNorm,
     Strength,
 )
+from dlmctl.commands.optimizer_options import (
+    OPTIMIZER,
+    Beta1,
+    Beta2,
+    GradientCheckpointing,
+    LoraAlpha,
+    LoraDropout,
+    LoraRank,
+    MaxNorm,
+    Rate,
+    ScheduleOption,
+    TotalSteps,
+    Warmup,
+    WeightDecay,
+)
 from dlmctl.commands.options import (
     BatchSize,
     Device,
@@ -51,8 +66,6 @@ from dlmctl.commands.options import (
 from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record, read_records, write_records
-
-OPTIMIZER, ADAPTER = "Optimizer", "Adapter and memory"
 
 
 def command(
@@ -111,73 +124,18 @@ def command(
     mask_block: MaskBlock = None,
     until_eos: UntilEos = None,
     fill_to: FillTo = None,
-    rate: Annotated[
-        float, typer.Option("--lr", min=0.0, help="Learning rate.", rich_help_panel=OPTIMIZER)
-    ] = 3e-6,
-    warmup: Annotated[
-        int, typer.Option(min=0, help="Steps of linear warm-up.", rich_help_panel=OPTIMIZER)
-    ] = 0,
-    schedule: Annotated[
-        Literal["constant", "cosine"],
-        typer.Option(
-            help="Learning rate after warm-up; cosine needs --total-steps.",
-            rich_help_panel=OPTIMIZER,
-        ),
-    ] = "constant",
-    total_steps: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            show_default="off",
-            help="Where the cosine ends.",
-            rich_help_panel=OPTIMIZER,
-        ),
-    ] = None,
-    beta1: Annotated[
-        float,
-        typer.Option(min=0.0, max=1.0, help="AdamW's first decay.", rich_help_panel=OPTIMIZER),
-    ] = 0.9,
-    beta2: Annotated[
-        float,
-        typer.Option(min=0.0, max=1.0, help="AdamW's second decay.", rich_help_panel=OPTIMIZER),
-    ] = 0.99,
-    weight_decay: Annotated[
-        float,
-        typer.Option(min=0.0, help="Decoupled, on matrices.", rich_help_panel=OPTIMIZER),
-    ] = 0.1,
-    max_norm: Annotated[
-        float,
-        typer.Option(
-            "--grad-norm",
-            min=0.0,
-            help="Clip the gradient to this norm; 0 does not.",
-            rich_help_panel=OPTIMIZER,
-        ),
-    ] = 0.2,
-    lora_rank: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Train a LoRA adapter of this rank (128 in the literature); 0 trains all weights.",
-            rich_help_panel=ADAPTER,
-        ),
-    ] = 0,
-    lora_alpha: Annotated[
-        float, typer.Option(min=0.0, help="Scale of the adapter.", rich_help_panel=ADAPTER)
-    ] = 64.0,
-    lora_dropout: Annotated[
-        float,
-        typer.Option(min=0.0, max=1.0, help="Dropout in the adapter.", rich_help_panel=ADAPTER),
-    ] = 0.0,
-    gradient_checkpointing: Annotated[
-        bool,
-        typer.Option(
-            "--gradient-checkpointing",
-            help="Recompute activations in the backward pass from the start: less memory, a third "
-            "more time. Without it, from when a micro-batch does not fit.",
-            rich_help_panel=ADAPTER,
-        ),
-    ] = False,
+    rate: Rate = 3e-6,
+    warmup: Warmup = 0,
+    schedule: ScheduleOption = "constant",
+    total_steps: TotalSteps = None,
+    beta1: Beta1 = 0.9,
+    beta2: Beta2 = 0.99,
+    weight_decay: WeightDecay = 0.1,
+    max_norm: MaxNorm = 0.2,
+    lora_rank: LoraRank = 0,
+    lora_alpha: LoraAlpha = 64.0,
+    lora_dropout: LoraDropout = 0.0,
+    gradient_checkpointing: GradientCheckpointing = False,
     any_policy: Annotated[
         bool,
         typer.Option(

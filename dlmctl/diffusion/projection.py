@@ -36,7 +36,7 @@ def target_log_probs(policy: Policy, states: Tensor, targets: Tensor) -> Tensor:
     rows = rows_per_chunk(policy.vocab_size)
     states = head.transform(states)
     parts = [
-        _chosen_and_total_(_wide(head.projection(part)), target)[0]
+        _chosen_and_total_(wide(head.projection(part)), target)[0]
         for part, target in zip(states.split(rows), targets.split(rows), strict=True)
     ]
     return torch.cat(parts) if parts else states.new_zeros(0)
@@ -53,8 +53,8 @@ def divergence(policy: Policy, first: Tensor, second: Tensor) -> Tensor:
     rows = max(1, rows_per_chunk(policy.vocab_size) // 2)
     parts = []
     for one, two in zip(first.split(rows), second.split(rows), strict=True):
-        p = _wide(head.projection(head.transform(one))).log_softmax(-1)
-        q = _wide(head.projection(head.transform(two))).log_softmax(-1)
+        p = wide(head.projection(head.transform(one))).log_softmax(-1)
+        q = wide(head.projection(head.transform(two))).log_softmax(-1)
         parts.append((p.exp() * (p - q)).sum(-1))
     return torch.cat(parts) if parts else first.new_zeros(0)
 
@@ -104,7 +104,7 @@ class _WeightedLogProb(torch.autograd.Function):
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             rows, target = states[part].to(compute), targets[part]
-            logits = _wide(functional.linear(rows, matrix, None if bias is None else bias.to(rows)))
+            logits = wide(functional.linear(rows, matrix, None if bias is None else bias.to(rows)))
             factor = coefficients[part].to(logits)
             log_prob, total = _chosen_and_total_(logits, target)
             value += (factor * log_prob).sum()
@@ -120,7 +120,7 @@ class _WeightedLogProb(torch.autograd.Function):
             elif d_weight is not None:
                 d_weight += away.T @ rows
         ctx.save_for_backward(d_states, d_weight, d_bias)
-        return value.to(_wide(states).dtype)
+        return value.to(wide(states).dtype)
 
     @staticmethod
     @once_differentiable
@@ -138,7 +138,8 @@ def _chosen_and_total_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     return chosen - total.log(), total
 
 
-def _wide(values: Tensor) -> Tensor:
+def wide(values: Tensor) -> Tensor:
+    """In float32 at least."""
     return values if values.dtype == torch.float64 else values.float()
 
 

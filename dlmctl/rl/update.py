@@ -60,7 +60,7 @@ def update_policy(
             credit = credit_metrics(batch.rows) if objective.recipe.token_weights else {}
             yield {**_rewards(batch), **metrics, **credit}
 
-    return _steps(step_batches(records, prompts_per_step), run, gradients, save_every, keep)
+    return take_steps(step_batches(records, prompts_per_step), run, gradients, save_every, keep)
 
 
 def update_supervised(
@@ -79,7 +79,7 @@ def update_supervised(
         yield supervised_gradient(run.policy, batch.rows, plan, run.progress.step, batch_size)
 
     prepared = each(records, lambda record: with_completion_ids(record, run.policy, fill_to))
-    return _steps(_plain_batches(prepared, records_per_step), run, gradients, save_every, keep)
+    return take_steps(plain_batches(prepared, records_per_step), run, gradients, save_every, keep)
 
 
 def _rewards(batch: StepBatch) -> dict[str, float]:
@@ -90,7 +90,8 @@ def _rewards(batch: StepBatch) -> dict[str, float]:
     }
 
 
-def _plain_batches(records: Iterable[Record], size: int) -> Iterator[StepBatch]:
+def plain_batches(records: Iterable[Record], size: int) -> Iterator[StepBatch]:
+    """Batches of records that are no groups, each a group of its own."""
     rows: list[list[Record]] = []
     for number, record in enumerate(records):
         if "error" not in record:
@@ -103,9 +104,14 @@ def _plain_batches(records: Iterable[Record], size: int) -> Iterator[StepBatch]:
         yield StepBatch(rows, 0, None)
 
 
-def _steps(
+def take_steps(
     batches: Iterator[StepBatch], run: Run, gradients: Gradients, save_every: int, keep: int
 ) -> Iterator[dict[str, Any]]:
+    """The steps on all batches, each with its metrics; checkpoints on the way and at the end.
+
+    Raises:
+        UsageError: there was no batch.
+    """
     taken, within_round = 0, False
     try:
         for batch in batches:

@@ -1,0 +1,104 @@
+"""Divergence of the predictions of two models, with gradient by one of them.
+
+As in `diffusion.projection`, the logits of a few positions are in memory at a time, and the
+gradient of a chunk is made while they are there. With p of the target, q of the student, z the
+student's logits and c a factor for each position:
+
+    kl-fwd    c KL(p || q) = c sum_v p (log p - log q)      by z   c (q - p)
+    kl-bwd    c KL(q || p) = c sum_v q (log q - log p)      by z   c q (log q - log p - KL(q || p))
+
+(SDTT, arXiv 2410.21035, has both, and the second as its default.)
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from dlmctl.diffusion.projection import rows_per_chunk, wide
+from dlmctl.models.policy import Policy
+
+Divergence = Literal["kl-fwd", "kl-bwd"]
+
+
+def weighted_divergence(
+    student: Policy,
+    states: Tensor,
+    target: Policy,
+    goals: Tensor,
+    coefficients: Tensor,
+    kind: Divergence,
+) -> Tensor:
+    """sum_n c_n D_n, a scalar in nats, with gradient by the student's states and weights.
+
+    Args:
+        states: the student's hidden states [N, H].
+        goals: the target's [N, H'] for the same tokens; the vocabularies are the same.
+        coefficients: float [N], c; taken as constants.
+    """
+    head, other = student.head, target.head
+    value: Tensor = _WeightedDivergence.apply(
+        head.transform(states),
+        head.projection.weight,
+        head.projection.bias,
+        other.transform(goals).detach(),
+        other.projection,
+        coefficients,
+        kind,
+    )
+    return value
+
+
+class _WeightedDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        goals: Tensor,
+        projection: Any,
+        coefficients: Tensor,
+        kind: Divergence,
+    ) -> Tensor:
+        by_states, by_weight, by_bias = ctx.needs_input_grad[:3]
+        d_states = torch.zeros_like(states) if by_states else None
+        d_weight = torch.zeros_like(weight) if by_weight else None
+        d_bias = torch.zeros_like(bias) if bias is not None and by_bias else None
+        value = states.new_zeros((), dtype=torch.float64)
+        size = max(1, rows_per_chunk(len(weight)) // 3)
+        for start in range(0, len(states), size):
+            part = slice(start, start + size)
+            rows = states[part]
+            log_q = wide(functional.linear(rows, weight, bias)).log_softmax(-1)
+            log_p = wide(projection(goals[part])).log_softmax(-1)
+            factor = coefficients[part].to(log_q)
+            if kind == "kl-fwd":
+                p = log_p.exp()
+                value += (factor * (p * (log_p - log_q)).sum(-1)).sum()
+                away = (log_q.exp() - p) * factor[:, None]
+            else:
+                q, apart = log_q.exp(), log_q - log_p
+                distance = (q * apart).sum(-1, keepdim=True)
+                value += (factor * distance[:, 0]).sum()
+                away = q * (apart - distance) * factor[:, None]
+            if d_bias is not None:
+                d_bias += away.sum(0).to(d_bias)
+            away = away.to(rows)
+            if d_states is not None:
+                d_states[part] = away @ weight.to(rows)
+            if d_weight is not None:
+                d_weight += (away.T @ rows).to(d_weight)
+        ctx.save_for_backward(d_states, d_weight, d_bias)
+        return value.to(wide(states).dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        scale = float(upstream)
+        made = [d if d is None or scale == 1 else d * scale for d in ctx.saved_tensors]
+        return *made, None, None, None, None
