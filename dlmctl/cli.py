@@ -81,6 +81,7 @@ SUBCOMMANDS = {
     ),
     "sae-probe": Subcommand("sae_probe", SAE, "How well single features tell known concepts."),
     "distill": Subcommand("distill", MEMORY, "Distil a diffusion model into one of few steps."),
+    "memo-eval": Subcommand("memo_eval", MEMORY, "Measure what a generative model memorized."),
     "stats": Subcommand("stats", LOOK, "Accuracy, pass@k, reward and length per task."),
     "view": Subcommand("view", LOOK, "Show completions token by token, shaded by numbers."),
     "plot": Subcommand("plot", LOOK, "Draw curves from metrics records."),

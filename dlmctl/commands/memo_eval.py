@@ -1,0 +1,7 @@
+"""`dlmctl memo-eval`: what a model memorized."""
+
+from __future__ import annotations
+
+from dlmctl.commands import memo_eval_text
+
+COMMANDS = {"text": memo_eval_text.command}
