@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from dlmctl.commands import memo_eval_text
+from dlmctl.commands import memo_eval_text, memo_eval_theory
 
-COMMANDS = {"text": memo_eval_text.command}
+COMMANDS = {"text": memo_eval_text.command, "theory": memo_eval_theory.command}

@@ -47,6 +47,10 @@ def command(
     smooth: Annotated[
         int, typer.Option(min=1, help="Mean over so many points, the points faint behind it.")
     ] = 1,
+    log_x: Annotated[
+        bool,
+        typer.Option("--log-x", help="-x on a logarithmic axis; 0 is left out."),
+    ] = False,
     title: Annotated[str, typer.Option(help="Title of the picture.")] = "",
     on_error: OnErrorOption = "fail",
 ) -> None:
@@ -73,7 +77,7 @@ def command(
     if kind not in ("png", "svg"):
         raise UsageError(f"-o {output} ends neither in .png nor in .svg")
     panels = collect(read_records(files or [], on_error), x, ys or DEFAULT_YS, by)
-    picture = draw(panels, x, title, smooth, kind)
+    picture = draw(panels, x, title, smooth, kind, log_x=log_x)
     if output == "-":
         sys.stdout.buffer.write(picture)
         sys.stdout.buffer.flush()

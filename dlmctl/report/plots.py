@@ -83,6 +83,7 @@ def draw(
     window: int,
     kind: str,
     columns: int = 3,
+    log_x: bool = False,
 ) -> bytes:
     """A picture, PNG or SVG.
 
@@ -103,7 +104,7 @@ def draw(
         if grid:
             heat_panel(figure, axis, name, grid)
         else:
-            _panel(axis, name, series, x, window)
+            _panel(axis, name, series, x, window, log_x)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     lines = [axis for axis, (series, _) in zip(axes, panels.values(), strict=False) if series]
@@ -122,7 +123,7 @@ def _label(record: Record, by: str) -> str:
     return " ".join("" if value is None else str(value) for value in found)
 
 
-def _panel(axis: Any, name: str, series: Series, x: str, window: int) -> None:
+def _panel(axis: Any, name: str, series: Series, x: str, window: int, log_x: bool) -> None:
     for number, (label, points) in enumerate(series.items()):
         at, values, errors = map(list, zip(*averaged(points), strict=True))
         colour = COLOURS[number % len(COLOURS)]
@@ -135,7 +136,9 @@ def _panel(axis: Any, name: str, series: Series, x: str, window: int) -> None:
         marker = "o" if len(at) < 12 else None
         line = smoothed(values, window)
         axis.plot(at, line, color=colour, linewidth=1.6, marker=marker, markersize=3, label=label)
-    if all(float(at).is_integer() for points in series.values() for at, _ in points):
+    if log_x:
+        axis.set_xscale("log", nonpositive="mask")
+    elif all(float(at).is_integer() for points in series.values() for at, _ in points):
         axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_title(name, fontsize=10, loc="left")
     axis.set_xlabel(x, fontsize=9)

@@ -68,6 +68,17 @@ def test_a_heat_map_shows_its_rows_beside_curves(tmp_path):
     assert "<image" in picture.read_text()
 
 
+def test_a_logarithmic_axis_has_a_place_for_each_decade(tmp_path):
+    source, picture = tmp_path / "r.jsonl", tmp_path / "p.svg"
+    records = [Record(run="a", tau=10.0**n, loss=n) for n in range(5)]
+    source.write_bytes(b"".join(map(dump, [Record(run="a", tau=0, loss=9), *records])))
+    line = ["plot", str(source), "-x", "tau", "-y", "loss", "-o", str(picture)]
+    for option, wanted in ((["--log-x"], True), ([], False)):
+        result = CliRunner().invoke(app, [*line, *option])
+        assert result.exit_code == 0, result.output
+        assert ("mathdefault{10^{2}}" in picture.read_text()) == wanted
+
+
 def test_smoothing_is_the_mean_of_the_last_points():
     assert smoothed([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
 

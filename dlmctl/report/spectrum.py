@@ -1,0 +1,124 @@
+"""A picture of the random-feature model: its spectrum, and the losses over training time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dlmctl.records.errors import missing_package
+
+BULK_COLOURS = {"gen": "#3c887e", "mem": "#d1495b", "null": "#7a7a7a"}
+BULK_NAMES = {"gen": "generalization", "mem": "memorization", "null": "null"}
+LINE_COLOURS = ("#1b6ca8", "#d98200", "#66508f", "#8a5a2b", "#2f2f2f")
+"""Of the teacher and of its students; none that a bulk has."""
+BINS_PER_DECADE = 12
+WIDE, HIGH = 13.5, 4.0
+
+
+def draw_theory(
+    header: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    eigenvalues: Sequence[float],
+    limit: tuple[Sequence[float], Sequence[float]],
+    kind: str,
+) -> bytes:
+    """A picture, PNG or SVG, of what `dlmctl memo-eval theory` writes.
+
+    Args:
+        header: its first record; rows: the others.
+        eigenvalues: by falling size.
+        limit: eigenvalues, and their density in the limit of many dimensions.
+
+    Raises:
+        UnavailableError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise missing_package("matplotlib", "plot", "--plot") from None
+    figure = Figure(figsize=(WIDE, HIGH), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    spectrum, loss, error = figure.subplots(1, 3)
+    _spectrum(spectrum, header["bulks"], eigenvalues, limit)
+    lines = _lines(rows)
+    for axis, (solid, dashed), title in (
+        (loss, ("test", "train"), "loss: fresh data (solid), training set (dashed)"),
+        (error, ("score_err", None), "error of the score"),
+    ):
+        _times(axis, header["bulks"])
+        _curves(axis, lines, solid, dashed)
+        _dress(axis, title, "training time")
+    error.set_yscale("log")
+    handles, labels = loss.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return picture.getvalue()
+
+
+def _spectrum(
+    axis: Any,
+    bulks: Mapping[str, Mapping[str, Any]],
+    eigenvalues: Sequence[float],
+    limit: tuple[Sequence[float], Sequence[float]],
+) -> None:
+    """Shares per decade, so that all bulks are to be seen on a logarithmic axis."""
+    from numpy import asarray, histogram, log, log10, logspace
+
+    values, (at, rho) = asarray(eigenvalues), map(asarray, limit)
+    low, high = log10(values.min()) - 0.2, log10(values.max()) + 0.2
+    edges = logspace(low, high, round((high - low) * BINS_PER_DECADE) + 1)
+    decades = log10(edges[1] / edges[0])
+    begin = 0
+    for name, bulk in bulks.items():
+        part = values[begin : begin + bulk["count"]]
+        begin += bulk["count"]
+        counts, _ = histogram(part, edges)
+        label = f"{BULK_NAMES[name]}: {bulk['count']}"
+        shares = counts / len(values) / decades
+        axis.stairs(shares, edges, fill=True, alpha=0.35, color=BULK_COLOURS[name], label=label)
+    shown = at * rho * log(10)
+    axis.plot(at, shown, color="black", linewidth=1.1, label="limit of many dimensions")
+    atom = bulks["null"]["expected"][0]
+    axis.axvline(atom, color="black", linewidth=1.1, linestyle=":", label="its atom")
+    axis.set_yscale("log")
+    axis.set_ylim(bottom=3e-3)
+    axis.set_xlim(edges[0], edges[-1])
+    _dress(axis, "eigenvalues of U: share per decade", "eigenvalue")
+    axis.legend(fontsize=8, frameon=False, loc="upper right")
+
+
+def _times(axis: Any, bulks: Mapping[str, Mapping[str, Any]]) -> None:
+    """The teacher's training times of both bulks, as shades."""
+    for name in ("gen", "mem"):
+        label = f"teacher learns the {BULK_NAMES[name]} bulk"
+        axis.axvspan(*bulks[name]["tau"], color=BULK_COLOURS[name], alpha=0.12, lw=0, label=label)
+
+
+def _curves(axis: Any, lines: Mapping[str, Any], solid: str, dashed: str | None) -> None:
+    for number, (label, rows) in enumerate(lines.items()):
+        colour, taus = LINE_COLOURS[number % len(LINE_COLOURS)], [row["tau"] for row in rows]
+        style = {"color": colour, "linewidth": 1.6}
+        axis.plot(taus, [row[solid] for row in rows], label=label, **style)
+        if dashed:
+            axis.plot(taus, [row[dashed] for row in rows], linestyle="--", **style)
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        of = f" of the teacher at {row['teacher_tau']:,.7g}" if "teacher_tau" in row else ""
+        lines.setdefault(f"{row['role']}{of}", []).append(row)
+    return lines
+
+
+def _dress(axis: Any, title: str, x: str) -> None:
+    axis.set_xscale("log", nonpositive="mask")
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.set_xlabel(x, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(visible=True, alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(x=0.02)

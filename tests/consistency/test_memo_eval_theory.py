@@ -1,0 +1,163 @@
+"""`memo-eval theory`: the published numbers at full size, and the command at a small one."""
+
+from __future__ import annotations
+
+import orjson
+import pytest
+import torch
+from conftest import invoke
+from safetensors.torch import load_file
+
+from dlmctl.consistency.random_feature_study import Plan, Study, study
+from dlmctl.consistency.random_features import Setting
+
+OPTIONS = "theory -d 6 --psi-n 3 --psi-p 10 --taus 1:1e6:13"
+MEASURES = ["train", "test", "score_err", "gap", "norm_gen", "norm_mem", "norm_null"]
+
+
+def rows(*options: str) -> list[dict]:
+    done = invoke("memo-eval", *OPTIONS.split(), *options)
+    assert done.exit_code == 0, done.output
+    return [orjson.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def full() -> Study:
+    """d = 50, p = 1200, with a tenth of the draws of the noise."""
+    times = [10, 30, 100, 1e3, 1e4, 1e5]
+    return study(Setting(6, 24, 50, 0.05), Plan(times, [1e4], 0.02, draws=8))
+
+
+def test_the_teacher_learns_to_generalize_and_then_to_memorize(full):
+    """Values that draws of the noise had given, to the accuracy of those."""
+    wanted = {
+        10: (0.933, 0.933),
+        30: (0.897, 0.913),
+        100: (0.889, 0.931),
+        1e3: (0.812, 0.983),
+        1e4: (0.593, 1.919),
+        1e5: (0.550, 3.15),
+    }
+    found = {row["tau"]: row for row in full.rows() if row["role"] == "teacher"}
+    for tau, (train, test) in wanted.items():
+        assert found[tau]["train"] == pytest.approx(train, rel=0.05)
+        assert found[tau]["test"] == pytest.approx(test, rel=0.05)
+    assert found[1e4]["score_err"] == pytest.approx(10.9, rel=0.05)
+    assert min(found, key=lambda tau: found[tau]["score_err"]) == 30
+
+
+def test_the_student_keeps_less_of_the_training_set(full):
+    [end] = full.header()["students"]
+    before, after = end["teacher"], end["converged"]
+    assert after["train"] == pytest.approx(0.743, rel=0.05)
+    assert after["test"] == pytest.approx(1.02, rel=0.05)
+    assert after["score_err"] == pytest.approx(1.26, rel=0.05)
+    assert before["gap"] > 4 * after["gap"] > 0
+    assert after["norm_mem"] == pytest.approx(before["norm_mem"] / 2, rel=0.15)
+    kappa = end["kappa"]
+    assert [kappa[name] for name in ("gen", "mem", "null")] == pytest.approx(
+        [0.0010, 0.00165, 0.0096], rel=0.1
+    )
+
+
+def test_the_bulks_and_their_times_are_those_that_are_known(full):
+    bulks = full.header()["bulks"]
+    assert [bulk["count"] for bulk in bulks.values()] == [50, 250, 900]
+    assert bulks["gen"]["high"] == pytest.approx(bulks["gen"]["expected"][1], rel=0.1)
+    assert bulks["gen"]["tau"] == pytest.approx([7.3, 37], rel=0.1)
+    assert bulks["mem"]["tau"] == pytest.approx([690, 4600], rel=0.2)
+
+
+def test_records_are_a_header_and_a_row_for_each_role_and_time():
+    header, *found = rows("--teacher-tau", "1e4,1e5", "--teacher-tau", "10")
+    assert header["role"] == "theory"
+    assert (header["samples"], header["features"]) == (18, 60)
+    assert [end["teacher_tau"] for end in header["students"]] == [1e4, 1e5, 10]
+    roles = [(row["role"], row.get("teacher_tau")) for row in found]
+    assert roles == [
+        (role, tau)
+        for role, tau in [("teacher", None), *(("student", tau) for tau in (1e4, 1e5, 10))]
+        for _ in range(13)
+    ]
+    for row in found:
+        assert row["gap"] == pytest.approx(row["test"] - row["train"])
+        assert all(isinstance(row[name], float) for name in MEASURES)
+    ended = next(row for row in found if row["role"] == "student")
+    at = next(row for row in found if row["tau"] == pytest.approx(1e4))
+    assert ended["test"] > at["gap"] - 1  # it starts there
+    assert header["students"][0]["teacher"]["test"] == pytest.approx(at["test"])
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not():
+    assert rows("--seed", "3") == rows("--seed", "3") != rows("--seed", "4")
+
+
+def test_a_student_may_start_from_nothing():
+    found = rows("--student-init", "zero", "--taus", "0,1e9")
+    first, last = (row for row in found if row["role"] == "student")
+    assert (first["train"], first["norm_gen"]) == pytest.approx((1, 0), abs=1e-9)
+    whole = rows("--taus", "0,1e9")[-1]
+    assert [last[name] for name in MEASURES] == pytest.approx(
+        [whole[name] for name in MEASURES], rel=1e-6
+    )
+
+
+def test_descent_of_small_steps_is_the_flow():
+    flow, descent = (
+        [r for r in rows(*o) if r["role"] == "teacher"] for o in ((), ("--lr", "0.01"))
+    )
+    assert descent[4]["step"] == round(descent[4]["tau"] * 6 / (10 * 0.01))
+    for one, other in zip(flow[4:], descent[4:], strict=True):
+        assert one["test"] == pytest.approx(other["test"], rel=1e-3)
+
+
+def test_the_networks_are_saved_for_the_features_themselves(tmp_path):
+    path = tmp_path / "new" / "t.safetensors"
+    header, *_ = rows("--teacher-tau", "1e4", "-o", str(path))
+    saved = load_file(path)
+    assert saved["lambda"].shape == (60,)
+    assert bool((saved["lambda"].diff() <= 0).all())
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(6, 200_000, generator=generator).double()
+    for name, measured in (("B.0", "teacher"), ("S.0", "converged")):
+        left = saved[name] @ torch.tanh(saved["W"] @ y / 6**0.5) + y
+        wanted = header["students"][0][measured]["score_err"]
+        assert float((left**2).sum(0).mean()) / 6 == pytest.approx(wanted, rel=0.02)
+    assert saved["density.lambda"].shape == saved["density.rho"].shape
+
+
+def test_pictures_are_drawn_by_the_command_and_from_its_records(tmp_path):
+    picture, records = tmp_path / "theory.svg", tmp_path / "theory.jsonl"
+    found = rows("--plot", str(picture))
+    text = picture.read_text()
+    for label in ("generalization: 6", "memorization: 12", "student of the teacher at 10,000"):
+        assert label in text
+    records.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in found))
+    drawn = tmp_path / "curves.svg"
+    options = ["-x", "tau", "--log-x", "-y", "train", "-y", "test", "--by", "role,teacher_tau"]
+    done = invoke("plot", records, *options, "-o", drawn)
+    assert done.exit_code == 0, done.output
+    assert drawn.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--psi-n 0.5", "--psi-n 0.5"),
+        ("--delta 0.05", "--delta 0.05 is not between"),
+        ("--taus 3:1:4", "--taus 3:1:4 is neither"),
+        ("--taus=-1,2", "are times"),
+        ("--teacher-tau soon", "--teacher-tau soon"),
+        ("--taus 1,nan", "--taus 1,nan is neither"),
+        ("--time nan", "--time nan is not"),
+        ("--lr 1e6", "--lr 1e+06 diverges"),
+        ("--lr 0", "--lr 0 is not above 0"),
+        ("--variances 1,0", "--variances"),
+        ("--plot a.jpg", "ends neither in .png"),
+    ],
+)
+def test_what_makes_no_sense_is_said_in_one_line(options, message):
+    done = invoke("memo-eval", *OPTIONS.split(), *options.split())
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert done.stdout == ""
