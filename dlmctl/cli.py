@@ -133,8 +133,6 @@ def load(name: str) -> Any:
     for full_name, function in functions(name).items():
         text = help_text(function)
         app.command(full_name.split()[-1], help=text)(with_exit_codes(function))
-    if hasattr(_module(name), "COMMANDS"):
-        app.callback()(lambda: None)  # a group, be it of one
     return typer.main.get_command(app)
 
 
