@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
-from dlmctl.commands import memo_eval_text, memo_eval_theory
+from dlmctl.commands import memo_eval_membership, memo_eval_text, memo_eval_theory
 
-COMMANDS = {"text": memo_eval_text.command, "theory": memo_eval_theory.command}
+COMMANDS = {
+    "text": memo_eval_text.command,
+    "membership": memo_eval_membership.command,
+    "theory": memo_eval_theory.command,
+}

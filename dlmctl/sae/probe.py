@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dlmctl.records.errors import DataError
-from dlmctl.sae.auroc import auroc
+from dlmctl.report.auroc import auroc
 from dlmctl.sae.evaluation import Placed
 from dlmctl.sae.sentences import Labelled, Place, Tokens
 from dlmctl.sae.topk import Codes, TopKSae

@@ -14,7 +14,7 @@ from dlmctl.models.small import make_policy
 from dlmctl.models.tokenizers import word_tokenizer
 from dlmctl.records.errors import DataError, MissingInputError
 from dlmctl.records.jsonl import Record, dump
-from dlmctl.sae.auroc import auroc, average_ranks
+from dlmctl.report.auroc import auroc, average_ranks
 from dlmctl.sae.corpus import Corruption, corrupted, documents
 from dlmctl.sae.folders import SavedSae, find_saes, write_sae
 from dlmctl.sae.probe import (

@@ -1,0 +1,140 @@
+"""`dlmctl memo-eval membership`: options and wiring."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+
+from dlmctl.commands.options import BatchSize, Device, Dtype, Json, Model, OnErrorOption, Seed
+from dlmctl.commands.tables import write_rows
+from dlmctl.records.errors import UsageError
+from dlmctl.records.jsonl import Record, read_records
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dlmctl.models.policy import Policy
+
+COLUMNS = ("method", "members", "others", "auc", "tpr_at_0.1", "tpr_at_0.01", "tpr_at_0.001")
+
+
+def command(
+    members: Annotated[
+        Path, typer.Option(metavar="FILE", help="Texts that the model was trained on.")
+    ],
+    others: Annotated[
+        Path, typer.Option(metavar="FILE", help="Texts of the same kind that it was not.")
+    ],
+    model: Model = "builtin:puzzles",
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            show_default="none",
+            help="A model that has seen neither: the one that training began with, or one trained "
+            "without the members. ratio and sama need it.",
+        ),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            metavar="METHODS",
+            show_default="loss,zlib; with a reference ratio and sama too",
+            help="loss, ratio (to the reference), zlib (by compressed length), sama (hidden tokens "
+            "of growing masks against the reference); several with commas.",
+        ),
+    ] = None,
+    samples: Annotated[
+        int,
+        typer.Option("-k", "--masks-per-sample", min=2, help="Masks of an ELBO; an even number."),
+    ] = 8,
+    sama_steps: Annotated[int, typer.Option(min=1, help="Masks of sama.")] = 4,
+    sama_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a subset of sama.")] = 8,
+    resamples: Annotated[
+        int, typer.Option("--bootstrap", min=1, help="Resamples for the interval.")
+    ] = 1000,
+    json: Json = False,
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    on_error: OnErrorOption = "fail",
+) -> None:
+    """How well it can be told which texts a language model was trained on.
+
+    Scores texts of both files and writes a row for each method: the area under the ROC curve with a
+    bootstrap interval of 95 %, and the share of members found at false positive rates of 10, 1 and
+    0.1 %. Compare a student and its teacher with the same reference.
+
+    Examples:
+
+    dlmctl memo-eval membership -m runs/a --reference new --members seen.jsonl --others unseen.jsonl
+    """
+    from dlmctl.consistency.membership import NEED_REFERENCE, Method, separation
+    from dlmctl.models.loading import load_policy
+
+    known = get_args(Method)
+    chosen = (methods or ("loss,ratio,zlib,sama" if reference else "loss,zlib")).split(",")
+    if unknown := [name for name in chosen if name not in known]:
+        raise UsageError(f"--method {unknown[0]} is not one of {', '.join(known)}")
+    if reference is None and (needs := [name for name in chosen if name in NEED_REFERENCE]):
+        raise UsageError(f"--method {needs[0]} needs a --reference")
+    records = [list(read_records([str(path)], on_error)) for path in (members, others)]
+    for path, rows in zip((members, others), records, strict=True):
+        if not rows:
+            raise UsageError(f"{path} holds no texts")
+    policy = load_policy(model, device, dtype)
+    beside = load_policy(reference, device, dtype) if reference else None
+    every = [*records[0], *records[1]]
+    count = len(records[0])
+    scores = _scores(
+        chosen, policy, beside, every, samples, sama_steps, sama_tokens, seed, batch_size
+    )
+
+    def row(name: str, found: Tensor) -> dict[str, Any]:
+        about: dict[str, Any] = {"method": name, "model": policy.name}
+        about |= {"revision": policy.revision}
+        about |= {"reference": reference if name in NEED_REFERENCE else None}
+        sizes = {"members": count, "others": len(every) - count}
+        return {**about, **sizes, **separation(found[:count], found[count:], resamples, seed)}
+
+    write_rows((row(name, found) for name, found in scores.items()), COLUMNS, json)
+
+
+def _scores(
+    methods: list[str],
+    policy: Policy,
+    reference: Policy | None,
+    records: list[Record],
+    samples: int,
+    steps: int,
+    tokens: int,
+    seed: int,
+    batch_size: int,
+) -> dict[str, Tensor]:
+    """The scores of all texts by method, float64 [N] each."""
+    import torch
+
+    from dlmctl.consistency.membership import Sama, compressed_size, likelihoods, sama_scores
+    from dlmctl.diffusion.scoring import MaskPlan, example_of
+
+    plan = MaskPlan(samples=samples, seed=seed)
+    completions = [example_of(record, policy, plan).completion for record in records]
+    lengths = torch.tensor([len(ids) for ids in completions], dtype=torch.float64)
+    own = likelihoods(policy, records, plan, batch_size)
+    made: dict[str, Tensor] = {}
+    for name in methods:
+        if name == "loss":
+            made[name] = own / lengths
+        elif name == "zlib":
+            sizes = [compressed_size(policy.decode(ids)) for ids in completions]
+            made[name] = own / torch.tensor(sizes, dtype=torch.float64)
+        elif name == "ratio" and reference is not None:
+            made[name] = (own - likelihoods(reference, records, plan, batch_size)) / lengths
+        elif reference is not None:
+            own_plan = Sama(steps, tokens=tokens, seed=seed)
+            made[name] = sama_scores(policy, reference, records, own_plan, batch_size)
+    return made
