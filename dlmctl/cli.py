@@ -127,6 +127,8 @@ def load(name: str) -> Any:
         help=SUBCOMMANDS[name].summary,
         no_args_is_help=True,
     )
+    if hasattr(_module(name), "COMMANDS"):
+        app.callback()(lambda: None)  # a group, of one command too
     for full_name, function in functions(name).items():
         text = help_text(function)
         app.command(full_name.split()[-1], help=text)(with_exit_codes(function))

@@ -110,7 +110,7 @@ def _draw(rows: Sequence[Shown], samples: Part, headings: list[str], title: str)
 def _row(figure: Any, row: Shown, samples: Part, left: float, top: float) -> None:
     images = [(samples, row.sample, f"#{row.sample}   ratio {row.ratio:.2f}")]
     images += [
-        (part, place, f"#{int(part.places[place])}   d {far:.3g}")
+        (part, place, f"#{int(part.places[place])}   d {far:#.3g}")
         for part, place, far in row.neighbours
     ]
     width, height = figure.get_size_inches()
