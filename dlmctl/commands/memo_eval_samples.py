@@ -61,7 +61,12 @@ def command(
     ] = False,
     dedup_within: Annotated[
         float,
-        typer.Option(min=0, metavar="L2", help="With --dedup: images so near are duplicates."),
+        typer.Option(
+            min=0,
+            metavar="L2",
+            help="With --dedup: images as near as this are duplicates, too. Near duplicates hide "
+            "copies as well.",
+        ),
     ] = 0.0,
     extractor: Annotated[
         Path | None,

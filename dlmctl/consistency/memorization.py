@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from dlmctl.consistency.neighbours import MEMORY, Neighbours, nearest
+from dlmctl.records.errors import DataError
 
 THRESHOLD = 1 / 3
 _PART = 2**22
 """Draws of the bootstrap at once."""
-_CHUNK = 256
+_CHUNK = 512
 """References that are compared with each other at once."""
 
 
@@ -53,7 +54,12 @@ def similarities(
     Args:
         samples: float32 [N, F].
         references: float32 [M, F].
+
+    Raises:
+        DataError: the features of one are all 0.
     """
+    if not all(bool(each.any(1).all()) for each in (samples, references)):
+        raise DataError("features that are all 0 have no cosine")
     units = [functional.normalize(each, dim=1) for each in (samples, references)]
     distances = nearest(units[0], units[1], 1, memory, device).distances[:, 0]
     return 1 - distances.square() / 2
@@ -82,7 +88,8 @@ def distinct(references: Tensor, tolerance: float = 0.0, memory: int = MEMORY) -
         free = torch.ones(len(part), dtype=torch.bool)
         if stays:
             free = nearest(new, references[stays], 1, memory).distances[:, 0] > tolerance
-        near = torch.cdist(new.double(), new.double()).cpu() <= tolerance
+        exact = "donot_use_mm_for_euclid_dist"
+        near = torch.cdist(new.double(), new.double(), compute_mode=exact).cpu() <= tolerance
         for number in range(len(part)):
             if free[number]:
                 free[number + 1 :] &= ~near[number, number + 1 :]

@@ -20,6 +20,10 @@ SINGULAR = 1e-10
 """Smallest variance along any direction, relative to the largest, of a covariance that is taken."""
 TIE = 1e-9
 """Of the squared norms: distances closer than that are equal, as those of a copy and its ball."""
+WHOLE = 512
+"""Rows or columns of a matrix whose principal components come from all of its eigenvectors."""
+KRYLOV = 6
+"""Steps of the Krylov space for larger ones."""
 MEDIAN_OF = 1000
 """Vectors whose distances the kernel's width is taken from."""
 
@@ -48,13 +52,32 @@ def principal_components(vectors: Tensor, k: int) -> Projection:
         raise DataError(f"{len(vectors)} vectors of {vectors.shape[1]} numbers have {most} axes")
     mean = vectors.double().mean(0)
     centred = vectors.double() - mean
-    if len(centred) < centred.shape[1]:
-        values, left = torch.linalg.eigh(centred @ centred.T)
-        axes = centred.T @ left[:, -k:].flip(1)
-        axes = axes / values[-k:].flip(0).clamp_min(1e-300).sqrt()
-    else:
-        axes = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -k:].flip(1)
-    return Projection(mean, axes)
+    basis = _krylov(centred, k)
+    within = centred @ basis
+    inner = torch.linalg.eigh(within.T @ within).eigenvectors
+    return Projection(mean, basis @ inner[:, -k:].flip(1))
+
+
+def _krylov(centred: Tensor, k: int) -> Tensor:
+    """Orthonormal columns that hold the leading k right singular vectors of [N, D].
+
+    Of a small matrix all of its rows or columns; of others a block Krylov space (Musco and Musco
+    2015, arXiv 1504.05477), which the order of the rows does not change.
+    """
+    rows, width = centred.shape
+    if width <= WHOLE:
+        return torch.eye(width, dtype=centred.dtype, device=centred.device)
+    if rows <= WHOLE:
+        return torch.linalg.qr(centred.T).Q
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(width, k + 16, generator=generator, dtype=torch.float64)
+    found = [torch.linalg.qr(start.to(centred.device)).Q]
+    for _ in range(KRYLOV):
+        new = centred.T @ (centred @ found[-1])
+        before = torch.cat(found, dim=1)
+        found.append(torch.linalg.qr(new - before @ (before.T @ new)).Q)
+    # Once more: rounding, or a matrix of low rank, leaves the blocks a little askew.
+    return torch.linalg.qr(torch.cat(found, dim=1)).Q
 
 
 class Gaussian(NamedTuple):

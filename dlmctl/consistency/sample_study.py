@@ -286,6 +286,12 @@ def _quality(found: Parts, study: Study) -> tuple[list[Figure], dict[str, Any]]:
     name, (x, *references) = _space(found, study)
     boot, memory = study.bootstrap, study.memory
     titles = ["--samples", "--train", "--heldout"]
+    for each, title in zip((x, *references), titles, strict=False):
+        if len(each) <= study.k:
+            raise DataError(
+                f"{title} has {len(each)} images, and quality with -k {study.k} needs more than "
+                f"{study.k}: give more, or --no-quality"
+            )
     normals = [
         gaussian(each, title, study.ridge)
         for each, title in zip((x, *references), titles, strict=False)

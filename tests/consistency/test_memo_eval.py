@@ -338,6 +338,30 @@ def test_what_makes_no_sense_is_refused(code, arguments, message):
     assert message in refused(code, "--samples", HELDOUT, "--train", TRAIN, *arguments)
 
 
+def test_too_few_samples_for_quality_are_refused(sets):
+    message = refused(65, "--samples", f"{sets[0]}#:5", "--train", TRAIN)
+    assert "--samples has 5 images, and quality with -k 5 needs more than 5" in message
+    row = evaluate("--samples", f"{sets[0]}#:1", "--train", TRAIN, "--no-quality")
+    assert (row["samples"], row["f_mem"]) == (1, 1)
+
+
+def test_a_terminal_gets_a_table(sets, capsys, monkeypatch):
+    from dlmctl.commands.memo_eval_samples import _table
+    from dlmctl.consistency.sample_study import Study, parts, study_samples
+
+    monkeypatch.setenv("COLUMNS", "100")
+    study = Study()
+    found = parts(*map(read_images, (sets[0], TRAIN, HELDOUT)), study)
+    result = study_samples(found, study)
+    _table(found, result)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["figure", "train", "heldout"]
+    [line] = [line for line in lines if line.startswith("f_mem ")]
+    assert line.split()[1] == f"{result.figures[0].values[0]:.4g}"
+    assert "0 (0 – 0)" in line
+    assert any(line.startswith("mmd2_gap_p") for line in lines)
+
+
 def test_images_of_two_sizes_are_refused(tmp_path):
     other = save(tmp_path / "a.safetensors", torch.rand(9, 3, 8, 8))
     message = refused(65, "--samples", other, "--train", TRAIN)

@@ -15,6 +15,7 @@ from dlmctl.consistency.memorization import (
     similarities,
 )
 from dlmctl.consistency.neighbours import nearest
+from dlmctl.records.errors import DataError
 
 
 def normal(rows: int, width: int, seed: int) -> Tensor:
@@ -65,13 +66,13 @@ def test_duplicates_go_and_the_first_stays():
 
 
 def test_duplicates_within_a_tolerance_are_those_of_a_plain_loop():
-    rows = torch.rand(700, 2, generator=torch.Generator().manual_seed(6))
+    rows = torch.rand(1300, 2, generator=torch.Generator().manual_seed(6))
     kept: list[int] = []
     for number, row in enumerate(rows.double()):
-        if not bool(((rows[kept].double() - row).norm(dim=1) <= 0.03).any()):
+        if not bool(((rows[kept].double() - row).norm(dim=1) <= 0.02).any()):
             kept.append(number)
-    assert 300 < len(kept) < 600
-    assert distinct(rows, 0.03).tolist() == kept
+    assert 600 < len(kept) < 1200
+    assert distinct(rows, 0.02).tolist() == kept
 
 
 def test_shared_counts_what_is_in_both():
@@ -84,6 +85,8 @@ def test_cosines_are_the_largest():
     cosines = torch.nn.functional.cosine_similarity(x[:, None].double(), y[None].double(), dim=2)
     torch.testing.assert_close(similarities(x, y), cosines.amax(1), rtol=0, atol=1e-6)
     torch.testing.assert_close(similarities(y * 2, y), torch.ones(50).double(), rtol=0, atol=1e-6)
+    with pytest.raises(DataError, match="have no cosine"):
+        similarities(x, torch.zeros(2, 8))
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95])

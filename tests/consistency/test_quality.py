@@ -77,6 +77,19 @@ def test_principal_components_hold_the_variance_of_the_svd(rows, width):
         principal_components(x, 200)
 
 
+@pytest.mark.parametrize("rank", [600, 25])
+def test_principal_components_of_a_large_matrix_are_those_of_the_svd(rank):
+    sizes = torch.linspace(2, 0, rank).double().exp()
+    x = normal(700, rank, 22) * sizes @ normal(rank, 600, 23)
+    project = principal_components(x, 20)
+    torch.testing.assert_close(project.axes.T @ project.axes, torch.eye(20).double())
+    found, wanted = project(x).norm(dim=0), torch.linalg.svdvals(x - x.mean(0))[:20]
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+    order = torch.randperm(700, generator=torch.Generator().manual_seed(0))
+    again = principal_components(x[order], 20)(x)
+    torch.testing.assert_close(again.abs(), project(x).abs(), rtol=1e-6, atol=1e-6)
+
+
 def plain_manifolds(x: Tensor, y: Tensor, k: int) -> dict[str, float]:
     """As the papers define them, by loops."""
 
