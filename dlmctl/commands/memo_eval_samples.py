@@ -215,6 +215,10 @@ def command(
     found = parts(sets[0], sets[1], read_images(heldout, gray) if heldout else None, study)
     for note in found.notes:
         print(f"dlmctl: {note}", file=sys.stderr)
+    if gallery:
+        from dlmctl.consistency.gallery import check_drawable, picture
+
+        check_drawable(found.samples.images)  # before anything takes long
     if extractor:
         found = with_features(found, _extracted(extractor, where))
     elif features:
@@ -224,8 +228,6 @@ def command(
     if rows:
         write_records(counted(sample_rows(found, result, study), "samples", quiet), rows)
     if gallery:
-        from dlmctl.consistency.gallery import picture
-
         write_file(gallery, picture(found, result, study.threshold, gallery_rows, gallery_spread))
     if json or output != "-" or not sys.stdout.isatty():
         write_records([row], output)

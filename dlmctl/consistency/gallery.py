@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -41,12 +42,9 @@ def picture(found: Parts, result: Result, threshold: float, count: int, spread: 
         spread: of all ratios, not those of the lowest.
 
     Raises:
-        UsageError: what is compared is no images of 1 or 3 channels.
-        UnavailableError: matplotlib is not installed.
+        UsageError, UnavailableError: as `check_drawable`.
     """
-    shape = found.samples.images.shape
-    if len(shape) != 4 or shape[1] not in (1, 3):
-        raise UsageError("--gallery draws images of 1 or 3 channels, and these are others")
+    check_drawable(found.samples.images)
     tests = ratios(result.neighbours[0])
     rows = []
     for sample in chosen(tests, count, spread):
@@ -73,6 +71,14 @@ def picture(found: Parts, result: Result, threshold: float, count: int, spread: 
     return _draw(rows, found.samples, headings, title)
 
 
+def check_drawable(images: Tensor) -> None:
+    """Raise UsageError unless images have 1 or 3 channels, UnavailableError without matplotlib."""
+    if images.dim() != 4 or images.shape[1] not in (1, 3):
+        raise UsageError("--gallery draws images of 1 or 3 channels, and these are others")
+    if find_spec("matplotlib") is None:
+        raise missing_package("matplotlib", "plot", "--gallery")
+
+
 def chosen(tests: Tensor, count: int, spread: bool) -> list[int]:
     """Samples to show, by ratio: the lowest, or of all at even steps."""
     order = tests.argsort(stable=True)
@@ -83,10 +89,8 @@ def chosen(tests: Tensor, count: int, spread: bool) -> list[int]:
 
 def _draw(rows: Sequence[Shown], samples: Part, headings: list[str], title: str) -> bytes:
     """The rows in as many columns as make the picture about as wide as high."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise missing_package("matplotlib", "plot", "--gallery") from None
+    from matplotlib.figure import Figure
+
     wide = ACROSS * len(headings) + GAP
     columns = max(1, min(len(rows), round(math.sqrt(len(rows) * DOWN / wide))))
     lines = math.ceil(len(rows) / columns)

@@ -95,8 +95,8 @@ class _Search:
         return Neighbours(distances, indices), sure
 
     def _block(self, count: int, dtype: torch.dtype) -> tuple[int, int]:
-        """Samples and references of a block: scores and centred copies take half the memory."""
-        numbers = self.memory // (2 * dtype.itemsize)
+        """Samples and references of a block: scores and centred copies take a third of the memory."""
+        numbers = self.memory // (3 * dtype.itemsize)
         width = self.references.shape[1]
         side = int((width**2 + numbers) ** 0.5) - width
         size = max(1, min(count, side))
@@ -109,7 +109,7 @@ class _Search:
         """Distances, indices, and whether they are certain, of one block of samples."""
         centred = (x - self.mean).to(dtype)
         scores, chosen = self._candidates(centred, rows, columns)
-        norms = centred.square().sum(1, dtype=torch.float64)
+        norms = torch.linalg.vector_norm(centred, dim=1).double().square()
         squares = 2 * scores.double() + norms[:, None]
         distances, indices = self._sorted(x, chosen[:, : self.k])
         if self.candidates > self.k:
@@ -142,7 +142,8 @@ class _Search:
         kept: list[tuple[Tensor, Tensor]] = []
         for begin in range(0, len(self.references), columns):
             y = (self.references[begin : begin + columns] - self.mean).to(centred.dtype)
-            scores = torch.addmm(y.square().sum(1)[None] / 2, centred, y.T, alpha=-1)
+            halves = torch.linalg.vector_norm(y, dim=1).square() / 2  # without a copy of y
+            scores = torch.addmm(halves[None], centred, y.T, alpha=-1)
             if self.own:
                 within = (rows >= begin) & (rows < begin + len(y))
                 scores[within, rows[within] - begin] = torch.inf
