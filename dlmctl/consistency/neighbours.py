@@ -95,7 +95,7 @@ class _Search:
         return Neighbours(distances, indices), sure
 
     def _block(self, count: int, dtype: torch.dtype) -> tuple[int, int]:
-        """Samples and references of a block: scores and centred copies take a third of the memory."""
+        """Samples and references of a block: scores and centred copies take a third."""
         numbers = self.memory // (3 * dtype.itemsize)
         width = self.references.shape[1]
         side = int((width**2 + numbers) ** 0.5) - width
