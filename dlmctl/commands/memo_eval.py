@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from dlmctl.commands import memo_eval_membership, memo_eval_text, memo_eval_theory
+from dlmctl.commands import (
+    memo_eval_membership,
+    memo_eval_samples,
+    memo_eval_text,
+    memo_eval_theory,
+)
 
 COMMANDS = {
+    "samples": memo_eval_samples.command,
     "text": memo_eval_text.command,
     "membership": memo_eval_membership.command,
     "theory": memo_eval_theory.command,
 }
+DEFAULT = "samples"

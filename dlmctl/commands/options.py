@@ -65,6 +65,15 @@ BatchSize = Annotated[
         help="Sequences per forward pass; changes speed and memory, not results.",
     ),
 ]
+Memory = Annotated[
+    str,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        envvar="DLMCTL_MEMORY",
+        help="Memory for blocks of distances, as 512M or 4G; changes speed, not results.",
+    ),
+]
 Quiet = Annotated[
     bool, typer.Option("-q", "--quiet", envvar="DLMCTL_QUIET", help="No progress on stderr.")
 ]

@@ -1,0 +1,104 @@
+"""Features of images from a model in a directory: config.json and safetensors, no code of theirs.
+
+Images are resized to the size that the model takes, gray ones get three channels, and the mean and
+standard deviation of preprocessor_config.json are applied where there are such. That resizing is by
+torch (bicubic, antialiased, no cropping) is ours.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dlmctl.models.weights import weight_files
+from dlmctl.records.errors import DataError, MissingInputError, UsageError
+from dlmctl.records.files import read_json
+
+_SIZE = 224
+
+
+class Extractor:
+    """A model of images behind one method."""
+
+    def __init__(self, directory: Path, device: torch.device) -> None:
+        """Load it.
+
+        Raises:
+            MissingInputError: there is no model in the directory.
+            DataError: it cannot be loaded, or its weights are pickled.
+        """
+        from transformers import AutoModel
+
+        if not (directory / "config.json").exists():
+            raise MissingInputError(f"{directory} has no config.json: it is not a model")
+        weight_files(directory)
+        try:
+            model = AutoModel.from_pretrained(
+                directory, trust_remote_code=False, use_safetensors=True, local_files_only=True
+            )
+        except Exception as error:  # of many kinds
+            reason = str(error).strip().split("\n")[0]
+            raise DataError(f"{directory} cannot be loaded as a model ({reason})") from None
+        self.model = model.to(device).float().eval()
+        self.name, self.device = str(directory), device
+        held = directory / "preprocessor_config.json"
+        about = read_json(held) if held.exists() else {}
+        self.size = _size(model.config, about)
+        self.mean, self.std = (
+            torch.tensor(about.get(name) or [0.5] * 3, device=device).view(1, 3, 1, 1)
+            for name in ("image_mean", "image_std")
+        )
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, batch_size: int = 64) -> Tensor:
+        """float32 [N, F] on the CPU, of images [N, C, H, W] in [-1, 1].
+
+        Raises:
+            UsageError: vectors, or channels other than one or three.
+            DataError: the model takes no images, or gives no features.
+        """
+        if images.dim() != 4 or images.shape[1] not in (1, 3):
+            raise UsageError(f"--extractor takes images of 1 or 3 channels, not {images.shape[1:]}")
+        made = []
+        for part in images.split(batch_size):
+            pixels = part.to(self.device).expand(-1, 3, -1, -1)
+            pixels = functional.interpolate(
+                pixels, self.size, mode="bicubic", antialias=True, align_corners=False
+            ).clamp(-1, 1)
+            pixels = ((pixels + 1) / 2 - self.mean) / self.std
+            made.append(self._features(pixels).float().cpu())
+        return torch.cat(made)
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        try:
+            if hasattr(self.model, "get_image_features"):
+                found = self.model.get_image_features(pixel_values=pixels)
+            else:
+                found = self.model(pixel_values=pixels)
+        except (TypeError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise DataError(f"{self.name} does not take images ({reason})") from None
+        if isinstance(found, Tensor):
+            return found.flatten(1)
+        pooled = getattr(found, "pooler_output", None)
+        if pooled is not None:
+            return pooled.flatten(1)
+        states = getattr(found, "last_hidden_state", None)
+        if states is None:
+            raise DataError(f"{self.name} gives neither pooler_output nor last_hidden_state")
+        return states.mean(1) if states.dim() == 3 else states.flatten(2).mean(2)
+
+
+def _size(config: Any, about: dict[str, Any]) -> tuple[int, int]:
+    """Height and width that the model takes."""
+    inner = getattr(config, "vision_config", None)
+    held: Any = getattr(config, "image_size", None) or getattr(inner, "image_size", None)
+    held = held or about.get("crop_size") or about.get("size") or _SIZE
+    if isinstance(held, dict):
+        edge = held.get("shortest_edge", _SIZE)
+        held = (held.get("height", edge), held.get("width", edge))
+    return (held, held) if isinstance(held, int) else (int(held[0]), int(held[1]))
