@@ -37,6 +37,7 @@ class Subcommand(NamedTuple):
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 PIPE, LOOK, SETUP = "Stages of the pipe", "Look at results", "Set up"
 SAE = "Sparse autoencoders"
+MEMORY = "Distillation and memorization"
 
 SUBCOMMANDS = {
     "prompts": Subcommand("prompts", PIPE, "Make prompts, or read them from files and datasets."),
@@ -79,6 +80,7 @@ SUBCOMMANDS = {
         "sae_order", SAE, "Follow features while completions are sampled in several orders."
     ),
     "sae-probe": Subcommand("sae_probe", SAE, "How well single features tell known concepts."),
+    "distill": Subcommand("distill", MEMORY, "Distil a diffusion model into one of few steps."),
     "stats": Subcommand("stats", LOOK, "Accuracy, pass@k, reward and length per task."),
     "view": Subcommand("view", LOOK, "Show completions token by token, shaded by numbers."),
     "plot": Subcommand("plot", LOOK, "Draw curves from metrics records."),
