@@ -40,7 +40,7 @@ Kind = Annotated[
     Literal["unet", "mlp"] | None,
     typer.Option(
         "--network",
-        show_default="unet for images, mlp for vectors",
+        show_default="unet for images from 16x16 on, else mlp",
         help="A U-Net, or a residual MLP on the flat input.",
         rich_help_panel=NETWORK,
     ),
@@ -49,7 +49,7 @@ Width = Annotated[
     int | None,
     typer.Option(
         min=4,
-        show_default="16, of an mlp 256",
+        show_default="32, of an mlp 192",
         help="Channels of the finest level; hidden units of an mlp.",
         rich_help_panel=NETWORK,
     ),
@@ -58,7 +58,7 @@ Multipliers = Annotated[
     str | None,
     typer.Option(
         metavar="M,…",
-        show_default="1,2",
+        show_default="1,2,2",
         help="Channels of each level by the width; each level halves the resolution.",
         rich_help_panel=NETWORK,
     ),
@@ -67,7 +67,7 @@ Blocks = Annotated[
     int | None,
     typer.Option(
         min=1,
-        show_default="1, of an mlp 3",
+        show_default="2",
         help="Residual blocks of a level and direction; of an mlp, all.",
         rich_help_panel=NETWORK,
     ),
@@ -151,18 +151,18 @@ def network_config(
     """The network of these options; raises UsageError where they do not go together."""
     from dlmctl.consistency.network import NetworkConfig
 
-    kind = kind or ("unet" if len(shape) == 3 else "mlp")
+    kind = kind or ("unet" if len(shape) == 3 and min(shape[1:]) >= 16 else "mlp")
     if kind == "mlp":
         if multipliers or attention:
             raise UsageError("--multipliers and --attention are for --network unet")
-        return NetworkConfig("mlp", shape, width or 256, (), blocks or 3)
+        return NetworkConfig("mlp", shape, width or 192, (), blocks or 2)
     levels = whole_numbers("--attention", attention) if attention else []
     return NetworkConfig(
         "unet",
         shape,
-        width or 16,
-        tuple(whole_numbers("--multipliers", multipliers or "1,2")),
-        blocks or 1,
+        width or 32,
+        tuple(whole_numbers("--multipliers", multipliers or "1,2,2")),
+        blocks or 2,
         tuple(level - 1 for level in levels),
     )
 

@@ -119,9 +119,11 @@ class TrainingRun:
             if decay:
                 average = copy.deepcopy(self.network).eval().requires_grad_(False)
                 self.averages[name] = (average, decay)
-        kinds = {"adam": torch.optim.Adam, "radam": torch.optim.RAdam}
-        self.optimizer: torch.optim.Optimizer = kinds[recipe.optimizer](
-            self.network.parameters(), lr=0.0
+        parameters = list(self.network.parameters())
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.Adam(parameters, lr=0.0, fused=True)
+            if recipe.optimizer == "adam"
+            else torch.optim.RAdam(parameters, lr=0.0)
         )
         self.about = {**about, "images_hash": images_hash(images), **asdict(recipe)}
         self.settings = json.loads(json.dumps({**self.about, "config": asdict(config)}))
@@ -284,9 +286,10 @@ class TrainingRun:
             for kind, network in networks.items():
                 for name, parameter in network.named_parameters():
                     parameter.copy_(tensors[f"{kind}.{name}"])
+        fused = self.recipe.optimizer == "adam"
         for name, parameter in self.network.named_parameters():
             kept = {
-                key: tensors[full].to("cpu" if key == "step" else parameter.device)
+                key: tensors[full].to(parameter.device if fused or key != "step" else "cpu")
                 for key in ("step", "exp_avg", "exp_avg_sq")
                 if (full := f"optimizer.{key}.{name}") in tensors
             }

@@ -135,7 +135,7 @@ def test_the_same_command_goes_on_or_says_that_all_is_done(folder):
         ("teacher SET -o new --sigma-min 90", 2, "--sigma-min 90 and --sigma-max 80"),
         ("teacher SET -o new --sigma-data 0", 2, "--sigma-data is above 0"),
         ("teacher SET -o new --network mlp --multipliers 1,2", 2, "for --network unet"),
-        ("teacher SET -o new --multipliers 1,1,1,1", 2, "cannot be halved 3 times"),
+        ("teacher SET -o new --network unet --multipliers 1,1,1,1", 2, "cannot be halved 3 times"),
         ("teacher nothing.safetensors -o new", 66, "nothing.safetensors"),
         ("teacher SET -o teacher --steps 6 --lr 1", 2, "another"),
         ("cd SET -o new", 2, "--objective cd needs --teacher"),

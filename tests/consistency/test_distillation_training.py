@@ -201,13 +201,13 @@ def test_loading_is_strict(tmp_path):
 
 def test_a_teacher_and_its_student_learn_the_three_points_there_are(tmp_path):
     """The teacher's samples are the points; the student's, from the same noise, the same ones."""
-    sizes = NetworkConfig("mlp", (2,), 64, (), 2)
-    settings = Recipe(900, 64, 3e-3, schedule="cosine", ema=0.99, checkpoints=1)
+    sizes = NetworkConfig("mlp", (2,), 32, (), 1)
+    settings = Recipe(250, 64, 1e-2, schedule="cosine", ema=0.99, checkpoints=1)
     config = ModelConfig("edm", sizes)
     train(teacher_run(tmp_path / "t", config, NoiseLaw(), DATA, settings, {}), log_every=100)
     made = load_model(str(tmp_path / "t"))
     plan = Distillation("cd", scales=12, target_ema=0.5)
-    settings = Recipe(900, 64, 2e-3, "radam", schedule="cosine", ema=0.99, checkpoints=1)
+    settings = Recipe(150, 64, 5e-3, "radam", schedule="cosine", ema=0.99, checkpoints=1)
     student = ModelConfig("consistency", sizes)
     run = student_run(tmp_path / "s", student, plan, made, True, DATA, settings, {})
     train(run, log_every=100)
