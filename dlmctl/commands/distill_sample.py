@@ -9,7 +9,7 @@ import typer
 
 from dlmctl.commands.options import Device, Json, Seed
 from dlmctl.commands.tables import write_rows
-from dlmctl.records.errors import UsageError
+from dlmctl.records.errors import CannotCreateError, UsageError
 
 
 def command(
@@ -77,6 +77,8 @@ def command(
 
     dlmctl distill sample runs/student -n 1000 --steps 2 --at 800 -o student.safetensors
     """
+    from safetensors import SafetensorError
+
     from dlmctl.consistency.images import write_images
     from dlmctl.consistency.models import load_model
     from dlmctl.consistency.sampling import draw, evaluations
@@ -101,6 +103,9 @@ def command(
         "evaluations": evaluations(found, taken, solver or "heun"),
     }
     about = {name: str(value) for name, value in row.items() if name != "samples"}
-    publish_file(output, lambda path: write_images(path, samples, about))
+    try:
+        publish_file(output, lambda path: write_images(path, samples, about))
+    except SafetensorError as error:
+        raise CannotCreateError(f"cannot write {output} ({error})") from None
     columns = ("samples", "count", "kind", "step", "seed", "steps", "evaluations")
     write_rows([row], columns, json)

@@ -129,9 +129,11 @@ def find_checkpoint(directory: Path, at: int | None = None) -> Path:
             there = ", ".join(map(str, steps)) if steps else "none"
             raise MissingInputError(f"{directory} has no checkpoint at {at}; there are: {there}")
         return chosen
-    for chosen in (directory / "latest", directory):
+    link = directory / "latest"
+    newest = directory / link.readlink() if link.is_symlink() else link
+    for chosen in (newest, directory):
         if (chosen / CONFIG).exists() and (chosen / WEIGHTS).exists():
-            return chosen.resolve() if chosen.name == "latest" else chosen
+            return chosen
     raise MissingInputError(
         f"{directory} holds no model: it needs {CONFIG} and {WEIGHTS}, or a run's 'latest'"
     )

@@ -48,6 +48,7 @@ def test_checkpoints_are_models_with_their_story(folder):
     student = load_model(str(folder / "student"))
     assert student.kind == "consistency"
     assert student.training["teacher_revision"] == load_model(str(folder / "teacher")).revision
+    assert student.training["teacher"] == f"{folder}/teacher/step-000006"
     assert student.config.network == found.config.network
 
 
@@ -151,6 +152,8 @@ def test_the_same_command_goes_on_or_says_that_all_is_done(folder):
         ("sample student -o x --solver heun", 2, "--solver is for denoisers"),
         ("sample teacher -o x --at 5", 66, "there are: 2, 3, 6"),
         ("sample optimal:SET -o x --at 5", 2, "no checkpoints"),
+        ("sample student -n 1 --device cpu -o teacher", 73, "cannot write teacher"),
+        ("sample student -n 1 --device cpu -o /proc/x/y", 73, "cannot write /proc/x/y"),
         ("sample nowhere -o x", 66, "holds no model"),
     ],
 )
