@@ -49,7 +49,7 @@ Width = Annotated[
     int | None,
     typer.Option(
         min=4,
-        show_default="32, of an mlp 192",
+        show_default="32, of an mlp 256",
         help="Channels of the finest level; hidden units of an mlp.",
         rich_help_panel=NETWORK,
     ),
@@ -155,7 +155,7 @@ def network_config(
     if kind == "mlp":
         if multipliers or attention:
             raise UsageError("--multipliers and --attention are for --network unet")
-        return NetworkConfig("mlp", shape, width or 192, (), blocks or 2)
+        return NetworkConfig("mlp", shape, width or 256, (), blocks or 2)
     levels = whole_numbers("--attention", attention) if attention else []
     return NetworkConfig(
         "unet",

@@ -68,7 +68,7 @@ def command(
     ] = 1.2,
     steps: Steps = 6000,
     batch_size: Batch = 128,
-    rate: Rate = 1e-3,
+    rate: Rate = 2e-3,
     warmup: Warmup = 100,
     schedule: ScheduleOption = "constant",
     grad_norm: GradNorm = 1.0,
