@@ -1,7 +1,12 @@
-"""`dlmctl distill`: students of few steps."""
+"""`dlmctl distill`: teachers, and students of few steps."""
 
 from __future__ import annotations
 
-from dlmctl.commands import distill_masked
+from dlmctl.commands import distill_cd, distill_masked, distill_sample, distill_teacher
 
-COMMANDS = {"masked": distill_masked.command}
+COMMANDS = {
+    "teacher": distill_teacher.command,
+    "cd": distill_cd.command,
+    "sample": distill_sample.command,
+    "masked": distill_masked.command,
+}

@@ -83,6 +83,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def publish_file(target: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` make a file beside `target`, then rename it.
+
+    Raises:
+        CannotCreateError: the file cannot be made.
+    """
+    beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(beside)
+        os.replace(beside, target)
+    except OSError as error:
+        raise CannotCreateError(f"cannot write {target} ({error.strerror})") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def check_free(directory: Path) -> None:
     """Raise CannotCreateError where something stands already."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):

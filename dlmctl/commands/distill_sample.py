@@ -1,0 +1,111 @@
+"""`dlmctl distill sample`: options and wiring."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dlmctl.commands.options import Device, Json, Seed
+from dlmctl.commands.tables import write_rows
+from dlmctl.records.errors import CannotCreateError, UsageError
+
+
+def command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A run of 'dlmctl distill', one of its checkpoints, or optimal:IMAGES, the exact "
+            "denoiser of a set.",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="The samples, a safetensors file that every IMAGES takes.",
+        ),
+    ],
+    count: Annotated[int, typer.Option("-n", "--samples", min=1, help="Samples.")] = 1000,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            show_default="18 of a denoiser, 1 of a student",
+            help="Steps of the sampler. A student of several adds noise again in between.",
+        ),
+    ] = None,
+    solver: Annotated[
+        Literal["heun", "euler"] | None,
+        typer.Option(
+            show_default="heun",
+            help="Of a denoiser's ODE: heun evaluates it twice in a step, but in the last.",
+        ),
+    ] = None,
+    at: Annotated[
+        int | None,
+        typer.Option(min=1, show_default="the newest", help="Step of a run's checkpoint."),
+    ] = None,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            "-b",
+            "--batch-size",
+            min=1,
+            envvar="DLMCTL_BATCH_SIZE",
+            help="Samples made at once; changes speed and memory, not results.",
+        ),
+    ] = 256,
+    seed: Seed = 0,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Sample images or vectors from a teacher or a student.
+
+    A denoiser follows the ODE of EDM from sigma_max to 0; a student maps noise to an image in one
+    step. With the same seed sample i begins at the same noise in all of them, whatever the number
+    of samples and steps. Writes a record with the file, the model, and its evaluations for each
+    sample.
+
+    Examples:
+
+    dlmctl distill sample runs/teacher -n 1000 -o teacher.safetensors
+
+    dlmctl distill sample runs/student -n 1000 --steps 2 --at 800 -o student.safetensors
+    """
+    from safetensors import SafetensorError
+
+    from dlmctl.consistency.images import write_images
+    from dlmctl.consistency.models import load_model
+    from dlmctl.consistency.sampling import draw, evaluations
+    from dlmctl.models.loading import resolve_device
+    from dlmctl.records.files import publish_file
+
+    found = load_model(model, resolve_device(device), at)
+    if found.kind == "consistency" and solver:
+        raise UsageError(f"--solver is for denoisers, and {model} is a student without an ODE")
+    taken = steps or (1 if found.kind == "consistency" else 18)
+    samples = draw(found, count, seed, taken, solver or "heun", batch_size)
+    trained = (found.training or {}).get("step")
+    row = {
+        "samples": str(output),
+        "count": count,
+        "model": model,
+        "kind": found.kind,
+        "step": trained,
+        "revision": found.revision,
+        "seed": seed,
+        "steps": taken,
+        "evaluations": evaluations(found, taken, solver or "heun"),
+    }
+    about = {name: str(value) for name, value in row.items() if name != "samples"}
+    try:
+        publish_file(output, lambda path: write_images(path, samples, about))
+    except SafetensorError as error:
+        raise CannotCreateError(f"cannot write {output} ({error})") from None
+    columns = ("samples", "count", "kind", "step", "seed", "steps", "evaluations")
+    write_rows([row], columns, json)
