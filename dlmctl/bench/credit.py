@@ -5,12 +5,12 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from dlmctl.bench.loop import Loop
 from dlmctl.diffusion.rollout import rollout
 from dlmctl.diffusion.sampling import settings_for
 from dlmctl.diffusion.scoring import MaskPlan
@@ -31,22 +31,7 @@ CREDIT = "advantage --algo srpo"
 """The stage that a round of GRPO does not have."""
 
 
-@dataclass(frozen=True)
-class CreditRounds:
-    """What a round consists of."""
-
-    model: str
-    task: str
-    rounds: int
-    prompts: int
-    samples: int
-    batch_size: int
-    seed: int
-    device: str
-    dtype: str
-
-
-def credit_cost(plan: CreditRounds, contrast: Contrast) -> Iterator[dict[str, Any]]:
+def credit_cost(plan: Loop, contrast: Contrast) -> Iterator[dict[str, Any]]:
     """A row for each stage of a round, for the round of GRPO, and for that of SRPO.
 
     Yields:
@@ -69,7 +54,7 @@ def credit_cost(plan: CreditRounds, contrast: Contrast) -> Iterator[dict[str, An
 
 
 def _rounds(
-    plan: CreditRounds, contrast: Contrast, run: Run, seconds: dict[str, list[float]]
+    plan: Loop, contrast: Contrast, run: Run, seconds: dict[str, list[float]]
 ) -> Iterator[float]:
     """The share of scored completions of each round; adds what each stage took to `seconds`."""
 

@@ -43,8 +43,9 @@ def command(
 
     dlmctl bench credit -m runs/shapes/base
     """
-    from dlmctl.bench.credit import CreditRounds, credit_cost
+    from dlmctl.bench.credit import credit_cost
+    from dlmctl.bench.loop import Loop
     from dlmctl.rl.contrast import Contrast
 
-    plan = CreditRounds(model, task, rounds, prompts, samples, batch_size, seed, device, dtype)
+    plan = Loop(model, task, rounds, prompts, samples, batch_size, seed, device, dtype)
     write_rows(credit_cost(plan, Contrast()), ["stage", "seconds", "ratio", "scored"], json)

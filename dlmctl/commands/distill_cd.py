@@ -13,22 +13,20 @@ from dlmctl.commands.distill_options import (
     Checkpoints,
     Ema,
     First,
-    GradNorm,
     Gray,
     Images,
     Kind,
     LogEvery,
     Multipliers,
-    Rate,
     Run,
     SaveMinutes,
     ScheduleOption,
     Steps,
-    Warmup,
     Width,
     network_config,
     train,
 )
+from dlmctl.commands.optimizer_options import MaxNorm, Rate, Warmup
 from dlmctl.commands.options import Device, Quiet, Seed
 from dlmctl.records.errors import UsageError
 
@@ -118,7 +116,7 @@ def command(
     rate: Rate = 2e-3,
     warmup: Warmup = 0,
     schedule: ScheduleOption = "cosine",
-    grad_norm: GradNorm = 1.0,
+    grad_norm: MaxNorm = 1.0,
     ema: Ema = 0.999,
     checkpoints: Checkpoints = 8,
     first_checkpoint: First = 100,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from dlmctl.commands.optimizer_options import OPTIMIZER
 from dlmctl.commands.options import whole_numbers
 from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from dlmctl.consistency.network import NetworkConfig
     from dlmctl.consistency.training import TrainingRun
 
-NETWORK, OPTIMIZER = "Network", "Optimization"
+NETWORK = "Network"
 Images = Annotated[
     str,
     typer.Argument(
@@ -92,26 +93,11 @@ Batch = Annotated[
         rich_help_panel=OPTIMIZER,
     ),
 ]
-Rate = Annotated[
-    float, typer.Option("--lr", min=0.0, help="Learning rate.", rich_help_panel=OPTIMIZER)
-]
-Warmup = Annotated[
-    int, typer.Option(min=0, help="Steps of linear warm-up.", rich_help_panel=OPTIMIZER)
-]
 ScheduleOption = Annotated[
     Literal["constant", "cosine"],
     typer.Option(
         "--schedule",
         help="Learning rate after warm-up; cosine falls to 0 at the last step.",
-        rich_help_panel=OPTIMIZER,
-    ),
-]
-GradNorm = Annotated[
-    float,
-    typer.Option(
-        "--grad-norm",
-        min=0.0,
-        help="Clip the gradient to this norm; 0 does not.",
         rich_help_panel=OPTIMIZER,
     ),
 ]

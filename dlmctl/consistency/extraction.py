@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from dlmctl.diffusion.elbo import scored_states
-from dlmctl.diffusion.noise import key_tensor, stream_key, uniform
+from dlmctl.diffusion.noise import stream_uniform
 from dlmctl.diffusion.projection import rows_per_chunk, wide
 from dlmctl.diffusion.sampling import tokens_per_step
 from dlmctl.models.policy import Policy
@@ -73,8 +73,7 @@ def asked_tokens(length: int, mode: Mode, given: float, keys: Sequence[str | int
     if mode == "edge":
         first = (count + 1) // 2
         return (place >= first) & (place < length - (count - first))
-    numbers = uniform(key_tensor([stream_key(*keys)])[:, None], place[None])[0]
-    return numbers.argsort().argsort() >= count
+    return stream_uniform(keys, length).argsort().argsort() >= count
 
 
 def random_order_log_probs(
@@ -113,8 +112,7 @@ def random_order_log_probs(
 def _shuffled(asked: Tensor, keys: Sequence[str | int]) -> Tensor:
     """int64 [y]: the places asked for, in a random order."""
     places = asked.nonzero()[:, 0]
-    numbers = uniform(key_tensor([stream_key(*keys)])[:, None], torch.arange(len(places))[None])[0]
-    return places[numbers.argsort()]
+    return places[stream_uniform(keys, len(places)).argsort()]
 
 
 @torch.no_grad()
@@ -129,8 +127,8 @@ def _along(policy: Policy, texts: Sequence[Text], orders: Sequence[Tensor], step
         chosen: list[Tensor] = []
         for n in going:
             end = done[n] + plans[n][step]
-            hidden.append(_mask(texts[n], orders[n][done[n] :]))
-            chosen.append(_mask(texts[n], orders[n][done[n] : end]))
+            hidden.append(mask_of(orders[n][done[n] :], len(texts[n].tokens)))
+            chosen.append(mask_of(orders[n][done[n] : end], len(texts[n].tokens)))
             done[n] = end
         scored = scored_states(
             policy,
@@ -144,8 +142,9 @@ def _along(policy: Policy, texts: Sequence[Text], orders: Sequence[Tensor], step
     return total
 
 
-def _mask(text: Text, places: Tensor) -> Tensor:
-    mask = torch.zeros(len(text.tokens), dtype=torch.bool)
+def mask_of(places: Tensor, length: int) -> Tensor:
+    """bool [length], true at these places."""
+    mask = torch.zeros(length, dtype=torch.bool)
     mask[places] = True
     return mask
 

@@ -27,8 +27,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dlmctl.consistency.extraction import mask_of
 from dlmctl.diffusion.elbo import elbo_samples, token_log_probs
-from dlmctl.diffusion.noise import key_tensor, stream_key, uniform
+from dlmctl.diffusion.noise import key_tensor, stream_key, stream_uniform, uniform
 from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
@@ -86,7 +87,10 @@ def sama_scores(
             raise UsageError(f"{model.name} is autoregressive, and sama hides tokens")
     rows = [example_of(record, policy, MaskPlan(samples=2)) for record in records]
     keys = [(plan.seed, str(record.get("id", n))) for n, record in enumerate(records)]
-    orders = [_order(len(row.completion), key) for row, key in zip(rows, keys, strict=True)]
+    orders = [
+        stream_uniform((*key, "order"), len(row.completion)).argsort()
+        for row, key in zip(rows, keys, strict=True)
+    ]
     losses = [torch.zeros(2, len(row.completion), dtype=torch.float64) for row in rows]
     total = torch.zeros(len(rows), dtype=torch.float64)
     before = [0] * len(rows)
@@ -95,8 +99,8 @@ def sama_scores(
         counts = [max(1, round(share * len(order))) for order in orders]
         for start in range(0, len(rows), batch_size):
             part = range(start, min(start + batch_size, len(rows)))
-            hidden = [_places(orders[n][: counts[n]], len(orders[n])) for n in part]
-            new = [_places(orders[n][before[n] : counts[n]], len(orders[n])) for n in part]
+            hidden = [mask_of(orders[n][: counts[n]], len(orders[n])) for n in part]
+            new = [mask_of(orders[n][before[n] : counts[n]], len(orders[n])) for n in part]
             prompts = [rows[n].prompt for n in part]
             completions = [rows[n].completion for n in part]
             for place, model in enumerate((policy, reference)):
@@ -108,17 +112,6 @@ def sama_scores(
             total[n] += weights[k] * _wins(found, plan, (*keys[n], k))
         before = counts
     return total / sum(weights)
-
-
-def _order(length: int, key: Sequence[str | int]) -> Tensor:
-    numbers = uniform(key_tensor([stream_key(*key, "order")])[:, None], torch.arange(length)[None])
-    return numbers[0].argsort()
-
-
-def _places(chosen: Tensor, length: int) -> Tensor:
-    mask = torch.zeros(length, dtype=torch.bool)
-    mask[chosen] = True
-    return mask
 
 
 def _wins(losses: Tensor, plan: Sama, key: Sequence[str | int]) -> float:

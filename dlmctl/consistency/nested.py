@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dlmctl.diffusion.elbo import scored_tokens
-from dlmctl.diffusion.noise import key_tensor, stream_key, uniform
+from dlmctl.diffusion.noise import stream_uniform
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record
 
@@ -76,7 +76,7 @@ def draw_nested(
     """
     scored = scored_tokens(completion, eos_id, until_eos)
     length = int(scored.sum())
-    numbers = uniform(key_tensor([stream_key(*keys)])[:, None], torch.arange(length + 1)[None])[0]
+    numbers = stream_uniform(keys, length + 1)
     hidden = 1 + int(numbers[0] * length)
     late = numbers[1:]
     if order == "trajectory":

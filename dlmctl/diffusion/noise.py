@@ -10,6 +10,7 @@ mix(k + (n + 1) * golden ratio), in 64-bit wrap-around arithmetic, which int64 t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import blake2b
 
 import torch
@@ -61,3 +62,8 @@ def subkeys(keys: Tensor, counters: Tensor) -> Tensor:
 def key_tensor(keys: list[int], device: torch.device | str = "cpu") -> Tensor:
     """Keys as an int64 tensor [N]."""
     return torch.tensor(keys, dtype=torch.int64, device=device)
+
+
+def stream_uniform(parts: Sequence[str | int], count: int) -> Tensor:
+    """The first uniform numbers of the stream that these parts name: float64 [count]."""
+    return uniform(key_tensor([stream_key(*parts)])[:, None], torch.arange(count)[None])[0]
