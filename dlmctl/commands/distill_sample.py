@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dlmctl.commands.options import Device, Json, Seed
+from dlmctl.commands.options import Device, Json, Seed, whole_numbers
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import CannotCreateError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def command(
@@ -27,7 +30,8 @@ def command(
             "-o",
             "--output",
             metavar="FILE",
-            help="The samples, a safetensors file that every IMAGES takes.",
+            help="The samples, a safetensors file that every IMAGES takes; {step} in its name is "
+            "the step of the checkpoint.",
         ),
     ],
     count: Annotated[int, typer.Option("-n", "--samples", min=1, help="Samples.")] = 1000,
@@ -47,8 +51,12 @@ def command(
         ),
     ] = None,
     at: Annotated[
-        int | None,
-        typer.Option(min=1, show_default="the newest", help="Step of a run's checkpoint."),
+        str | None,
+        typer.Option(
+            metavar="STEPS",
+            show_default="the newest",
+            help="Steps of a run's checkpoints, several with commas, or all.",
+        ),
     ] = None,
     batch_size: Annotated[
         int,
@@ -68,7 +76,7 @@ def command(
 
     A denoiser follows the ODE of EDM from sigma_max to 0; a student maps noise to an image in one
     step. With the same seed sample i begins at the same noise in all of them, whatever the number
-    of samples and steps. Writes a record with the file, the model, and its evaluations for each
+    of samples and steps. Writes a record for each file, with the model and its evaluations for each
     sample.
 
     Examples:
@@ -76,36 +84,66 @@ def command(
     dlmctl distill sample runs/teacher -n 1000 -o teacher.safetensors
 
     dlmctl distill sample runs/student -n 1000 --steps 2 --at 800 -o student.safetensors
-    """
-    from safetensors import SafetensorError
 
-    from dlmctl.consistency.images import write_images
+    dlmctl distill sample runs/student --at all -o student-{step}.safetensors
+    """
     from dlmctl.consistency.models import load_model
     from dlmctl.consistency.sampling import draw, evaluations
     from dlmctl.models.loading import resolve_device
+
+    place = resolve_device(device)
+    rows = []
+    for point in _checkpoints(model, at, output):
+        found = load_model(model, place, point)
+        if found.kind == "consistency" and solver:
+            raise UsageError(f"--solver is for denoisers, and {model} is a student without an ODE")
+        taken = steps or (1 if found.kind == "consistency" else 18)
+        samples = draw(found, count, seed, taken, solver or "heun", batch_size)
+        trained = (found.training or {}).get("step")
+        file = Path(str(output).replace("{step}", str(trained)))
+        row = {
+            "samples": str(file),
+            "count": count,
+            "model": model,
+            "kind": found.kind,
+            "step": trained,
+            "revision": found.revision,
+            "seed": seed,
+            "steps": taken,
+            "evaluations": evaluations(found, taken, solver or "heun"),
+        }
+        _write(file, samples, row)
+        rows.append(row)
+    columns = ("samples", "count", "kind", "step", "seed", "steps", "evaluations")
+    write_rows(rows, columns, json)
+
+
+def _checkpoints(model: str, at: str | None, output: Path) -> list[int | None]:
+    """The steps that --at names; None is the newest."""
+    from dlmctl.consistency.models import checkpoint_steps
+
+    if at is None:
+        return [None]
+    steps: list[int | None] = []
+    if at == "all":
+        steps += checkpoint_steps(Path(model))
+        if not steps:
+            raise UsageError(f"--at all: {model} is no run with checkpoints")
+    else:
+        steps += whole_numbers("--at", at)
+    if len(steps) > 1 and "{step}" not in output.name:
+        raise UsageError(f"--at {at}: write {{step}} into the name of -o, for a file each")
+    return steps
+
+
+def _write(file: Path, samples: Tensor, row: dict[str, Any]) -> None:
+    from safetensors import SafetensorError
+
+    from dlmctl.consistency.images import write_images
     from dlmctl.records.files import publish_file
 
-    found = load_model(model, resolve_device(device), at)
-    if found.kind == "consistency" and solver:
-        raise UsageError(f"--solver is for denoisers, and {model} is a student without an ODE")
-    taken = steps or (1 if found.kind == "consistency" else 18)
-    samples = draw(found, count, seed, taken, solver or "heun", batch_size)
-    trained = (found.training or {}).get("step")
-    row = {
-        "samples": str(output),
-        "count": count,
-        "model": model,
-        "kind": found.kind,
-        "step": trained,
-        "revision": found.revision,
-        "seed": seed,
-        "steps": taken,
-        "evaluations": evaluations(found, taken, solver or "heun"),
-    }
     about = {name: str(value) for name, value in row.items() if name != "samples"}
     try:
-        publish_file(output, lambda path: write_images(path, samples, about))
+        publish_file(file, lambda path: write_images(path, samples, about))
     except SafetensorError as error:
-        raise CannotCreateError(f"cannot write {output} ({error})") from None
-    columns = ("samples", "count", "kind", "step", "seed", "steps", "evaluations")
-    write_rows([row], columns, json)
+        raise CannotCreateError(f"cannot write {file} ({error})") from None

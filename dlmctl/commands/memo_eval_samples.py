@@ -22,12 +22,19 @@ if TYPE_CHECKING:
 
     from dlmctl.consistency.sample_study import Part, Parts, Result
 
+OF_SAMPLER = ("model", "step", "steps", "evaluations")
+"""What 'distill sample' says of itself in a file, as the record of 'memo-eval' has it."""
 SOURCE = "builtin:digits, FILE.safetensors, a directory of images, JSONL, a data set; #A:B cuts it"
 
 
 def command(
     samples: Annotated[
-        str, typer.Option("--samples", metavar="SET", help=f"What was generated: {SOURCE}.")
+        list[str],
+        typer.Option(
+            "--samples",
+            metavar="SET",
+            help=f"What was generated: {SOURCE}. Repeatable: a record for each.",
+        ),
     ],
     train: Annotated[
         str, typer.Option("--train", metavar="SET", help="What the model was trained on.")
@@ -38,7 +45,7 @@ def command(
             metavar="SET",
             show_default="none",
             help="As many images of the same kind that it was not trained on: every figure is "
-            "taken against them, too. More are cut, fewer are refused.",
+            "taken against them, too. More are cut; of fewer there is a warning.",
         ),
     ] = None,
     gray: Annotated[bool, typer.Option("--gray", help="Image files by their luminance.")] = False,
@@ -171,11 +178,12 @@ def command(
     recall, density, coverage and MMD come beside it. Everything is taken against the held-out set,
     too: what samples have in common with images that the model never saw is no memory.
 
-    Writes one record: f_mem is the share that is memorized, f_mem_interval a bootstrap interval,
-    heldout_f_mem the same of the held-out set, f_mem_excess the difference; ratio and d1 are means;
-    sim, sim_p95, sim_max are of cosines; mmd2_gap is MMD to the training set less MMD to held-out
-    images, with p of one side by exchanging them. A share of exactly 0 or 1 has an interval without
-    width: it may be wrong by up to 3 / N.
+    Writes a record for each set: f_mem is the share that is memorized, f_mem_interval a bootstrap
+    interval, heldout_f_mem the same of the held-out set, f_mem_excess the difference; ratio and d1
+    are means; sim, sim_p95, sim_max are of cosines; mmd2_gap is MMD to the training set less MMD to
+    held-out images, with p of one side by exchanging them. A share of exactly 0 or 1 has an
+    interval without width: it may be wrong by up to 3 / N. Of files by 'distill sample' model, step
+    (of training), steps (of the sampler) and evaluations are written, too.
 
     Examples:
 
@@ -194,7 +202,7 @@ def command(
         raise UsageError("--extractor and --features are two ways to the same: give one")
     if gallery and gallery.suffix.lower() != ".png":
         raise UsageError(f"--gallery {gallery} does not end in .png")
-    from dlmctl.consistency.images import read_images
+    from dlmctl.consistency.images import read_about, read_images
     from dlmctl.consistency.memorization import Bootstrap
     from dlmctl.consistency.sample_study import (
         Study,
@@ -206,25 +214,40 @@ def command(
     )
     from dlmctl.models.loading import resolve_device
 
+    if gallery:
+        from dlmctl.consistency.gallery import check_drawable, picture
+
     where = resolve_device(device)
     study = Study(
         threshold, distance, thresholds, dedup, dedup_within, quality, space, ridge, k,
         Bootstrap(resamples, confidence, seed), byte_count("--memory", memory), where,
     )  # fmt: skip
-    sets = [read_images(name, gray) for name in (samples, train)]
-    found = parts(sets[0], sets[1], read_images(heldout, gray) if heldout else None, study)
-    for note in found.notes:
-        print(f"dlmctl: {note}", file=sys.stderr)
-    if gallery:
-        from dlmctl.consistency.gallery import check_drawable, picture
+    if len(samples) > 1 and (rows or gallery or features):
+        raise UsageError("--rows, --gallery and --features are for one --samples")
+    known = read_images(train, gray)
+    fresh = read_images(heldout, gray) if heldout else None
+    said: set[str] = set()
 
-        check_drawable(found.samples.images)  # before anything takes long
-    if extractor:
-        found = with_features(found, _extracted(extractor, where))
-    elif features:
-        found = with_features(found, _read_features(features, heldout is not None))
-    result = study_samples(found, study)
-    row = {**fields, **_without(fields, summary(found, result, study))}
+    def studied(name: str) -> tuple[dict[str, Any], Parts, Result]:
+        found = parts(read_images(name, gray), known, fresh, study)
+        for note in found.notes:
+            if note not in said:
+                print(f"dlmctl: {note}", file=sys.stderr)
+        said.update(found.notes)
+        if gallery:
+            check_drawable(found.samples.images)  # before anything takes long
+        if extractor:
+            found = with_features(found, _extracted(extractor, where))
+        elif features:
+            found = with_features(found, _read_features(features, heldout is not None))
+        result = study_samples(found, study)
+        about = {**_about(read_about(name)), **fields}
+        return {**about, **_without(about, summary(found, result, study))}, found, result
+
+    if len(samples) > 1:
+        write_records((studied(name)[0] for name in samples), output)
+        return
+    row, found, result = studied(samples[0])
     if rows:
         write_records(counted(sample_rows(found, result, study), "samples", quiet), rows)
     if gallery:
@@ -233,6 +256,11 @@ def command(
         write_records([row], output)
     else:
         _table(found, result)
+
+
+def _about(written: dict[str, str]) -> dict[str, Any]:
+    """What a record says of the sampler that made a file."""
+    return {name: _number(written[name]) for name in OF_SAMPLER if name in written}
 
 
 def label_fields(labels: Sequence[str]) -> dict[str, Any]:

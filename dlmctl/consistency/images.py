@@ -12,7 +12,9 @@ of one source are disjoint: `builtin:digits#0:128`, `builtin:digits#128:256`.
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +49,7 @@ def read_images(source: str, gray: bool = False) -> Tensor:
         UsageError: the part asked for is empty.
         UnavailableError: a package is missing.
     """
-    cut = _CUT.fullmatch(source)
-    name, begin, end = cut.groups() if cut else (source, "", "")
+    name, begin, end = _parts(source)
     found = _read(name, gray)
     part = found[int(begin or 0) : int(end) if end else None]
     if not len(part):
@@ -59,6 +60,27 @@ def read_images(source: str, gray: bool = False) -> Tensor:
 def write_images(path: Path, images: Tensor, about: dict[str, str] | None = None) -> None:
     """Images, or vectors, as the safetensors file that `read_images` reads."""
     save_file({NAME: images.contiguous().cpu()}, path, metadata=about)
+
+
+def read_about(source: str) -> dict[str, str]:
+    """What `write_images` was told about a set; empty for one of another kind.
+
+    Raises:
+        MissingInputError: there is no such file.
+        DataError: it is no safetensors file.
+    """
+    path = Path(_parts(source)[0])
+    if path.suffix != ".safetensors":
+        return {}
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+def _parts(source: str) -> tuple[str, str, str]:
+    """Name, first image and the one behind the last."""
+    cut = _CUT.fullmatch(source)
+    name, begin, end = cut.groups() if cut else (source, "", "")
+    return name, begin, end
 
 
 def _read(name: str, gray: bool) -> Tensor:
@@ -85,17 +107,23 @@ def _digits(name: str) -> Tensor:
     return pixels[order][:, None]
 
 
-def _of_file(path: Path) -> Tensor:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            if NAME not in names and len(names) != 1:
-                raise DataError(f"{path} has no tensor '{NAME}', and {len(names)} others")
-            tensor: Tensor = file.get_tensor(NAME if NAME in names else names[0])
+            yield file
     except FileNotFoundError:
         raise MissingInputError(f"no file {path}") from None
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} cannot be read as safetensors ({error})") from None
+
+
+def _of_file(path: Path) -> Tensor:
+    with _opened(path) as file:
+        names = list(file.keys())
+        if NAME not in names and len(names) != 1:
+            raise DataError(f"{path} has no tensor '{NAME}', and {len(names)} others")
+        tensor: Tensor = file.get_tensor(NAME if NAME in names else names[0])
     if tensor.dim() not in (2, 4):
         raise DataError(
             f"{path}: images are [N, C, H, W] and vectors [N, D], not {list(tensor.shape)}"

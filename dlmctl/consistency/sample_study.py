@@ -1,7 +1,7 @@
 """Samples of a generative model beside its training set and a held-out set of equal size.
 
 Every figure is taken twice, in the same way, against either set. How near the second nearest image
-is depends on how many there are, so that the sets have to be of one size.
+is depends on how many there are, so that the sets should be of one size.
 """
 
 from __future__ import annotations
@@ -115,7 +115,6 @@ def parts(samples: Tensor, train: Tensor, heldout: Tensor | None, study: Study) 
 
     Raises:
         DataError: images of two sizes, or fewer than two of training.
-        UsageError: fewer held-out images than training images.
     """
     named = {"--samples": samples, "--train": train}
     named.update({} if heldout is None else {"--heldout": heldout})
@@ -136,9 +135,9 @@ def parts(samples: Tensor, train: Tensor, heldout: Tensor | None, study: Study) 
     _say_duplicates(notes, "--heldout", fresh, study)
     count = len(known.images)
     if len(fresh.images) < count:
-        raise UsageError(
-            f"--heldout has {len(fresh.images)} images and --train {count}, so that distances to "
-            f"them do not compare: give {count} held-out ones, or cut the training set"
+        notes.append(
+            f"--heldout has {len(fresh.images)} images and --train {count}: fewer lie further away "
+            "for that alone, so that figures of the two do not quite compare"
         )
     if len(fresh.images) > count:
         notes.append(f"--heldout is cut from {len(fresh.images)} to {count} images, as --train has")

@@ -102,6 +102,20 @@ def test_a_checkpoint_is_chosen_by_its_step(folder):
     assert not torch.equal(early, late)
 
 
+def test_several_checkpoints_give_a_file_each(folder, tmp_path):
+    line = f"sample {folder}/teacher -n 3 --device cpu -o {tmp_path}/s-{{step}}.safetensors --at"
+    rows = run(*line.split(), "all")
+    assert [row["step"] for row in rows] == [2, 3, 6]
+    for row in rows:
+        assert row["samples"] == f"{tmp_path}/s-{row['step']}.safetensors"
+        alone, _ = sampled(folder, "teacher", "-n", "3", "--at", str(row["step"]))
+        assert torch.equal(read_images(row["samples"]), alone)
+    assert [row["step"] for row in run(*line.split(), "2,6")] == [2, 6]
+    done = invoke("distill", "sample", f"{folder}/teacher", "--at", "2,6", "-o", tmp_path / "s")
+    assert done.exit_code == 2
+    assert "{step}" in done.stderr
+
+
 def test_the_exact_denoiser_is_a_model_and_a_teacher(folder, tmp_path):
     name = f"optimal:{folder}/set.safetensors"
     out = tmp_path / "o.safetensors"

@@ -146,7 +146,7 @@ def test_duplicates_hide_copies_until_they_are_left_out(tmp_path):
     assert [each["nn"] for each in read_jsonl(rows)] == [*range(50), *range(100, 150)]
 
 
-def test_a_longer_held_out_set_is_cut_and_a_shorter_one_refused(sets):
+def test_a_longer_held_out_set_is_cut_and_of_a_shorter_one_there_is_a_warning(sets):
     given = ("--samples", sets[0], "--train", TRAIN, "--no-quality", "--heldout")
     row = evaluate(*given, "builtin:digits#100:333")
     assert row["heldout"] == 100
@@ -154,8 +154,9 @@ def test_a_longer_held_out_set_is_cut_and_a_shorter_one_refused(sets):
     same = evaluate(*given, HELDOUT)
     assert same.pop("stderr") == ""
     assert row == same
-    message = refused(2, *given, "builtin:digits#100:150")
-    assert "--heldout has 50 images and --train 100" in message
+    row = evaluate(*given, "builtin:digits#100:150")
+    assert row["heldout"] == 50
+    assert "--heldout has 50 images and --train 100" in row["stderr"]
     row = evaluate(*given, "builtin:digits#90:190")
     assert "10 of the held-out images are in --train, too" in row["stderr"]
 
@@ -178,6 +179,28 @@ def test_labels_join_rows_that_stats_and_plot_read(sets, tmp_path):
     assert rows["student"]["f_mem"] < 0.03
     done = invoke("plot", file, "-x", "n", "-y", "f_mem", "--by", "role", "-o", tmp_path / "a.svg")
     assert done.exit_code == 0, done.stderr
+
+
+def test_several_sets_give_a_record_each(sets, tmp_path):
+    written = tmp_path / "by-a-sampler.safetensors"
+    about = {"model": "runs/a", "step": "800", "steps": "1", "evaluations": "1", "seed": "3"}
+    write_images(written, read_images(sets[0]), about)
+    given = ("--train", TRAIN, "--heldout", HELDOUT, "--no-quality", "--bootstrap", "20")
+    done = invoke(
+        "memo-eval", "--samples", written, "--samples", f"{sets[0]}#:50", *given, "--set", "steps=9"
+    )
+    first, second = map(orjson.loads, done.stdout.splitlines())
+    assert {name: first[name] for name in ("model", "step", "steps", "evaluations")} == {
+        "model": "runs/a", "step": 800, "steps": 9, "evaluations": 1,
+    }  # fmt: skip
+    assert "seed" not in first
+    assert "step" not in second
+    for row, name in ((first, written), (second, f"{sets[0]}#:50")):
+        alone = evaluate("--samples", name, *given, "--set", "steps=9")
+        alone.pop("stderr")
+        assert row == alone
+    message = refused(2, "--samples", written, "--samples", sets[0], *given, "--rows", "r.jsonl")
+    assert "are for one --samples" in message
 
 
 def test_features_of_files_are_compared_by_cosine(tmp_path):
