@@ -20,9 +20,9 @@ def command(
     source: Annotated[
         str,
         typer.Argument(
-            help="sudoku, countdown, concepts, shapes (made on the spot); gsm8k, math (data sets); "
-            "a JSONL, CSV or parquet file; a directory or hub name that 'datasets' loads; - is "
-            "JSONL on standard input."
+            help="sudoku, countdown, concepts, shapes, canaries (made on the spot); gsm8k, math (data "
+            "sets); a JSONL, CSV or parquet file; a directory or hub name that 'datasets' loads; - "
+            "is JSONL on standard input."
         ),
     ] = "sudoku",
     limit: Annotated[
@@ -40,7 +40,8 @@ def command(
         typer.Option(
             help="The splits have no solution grid of Sudoku in common (200 and 88 of the 288), "
             "Countdowns no problem, sentences of concepts no combination of values, scenes of "
-            "shapes no composition of colours and shapes; of a data set, its split."
+            "shapes no composition of colours and shapes, canaries no key; of a data set, its "
+            "split."
         ),
     ] = "train",
     holes: Annotated[
@@ -62,7 +63,7 @@ def command(
         typer.Option(
             "--completions/--no-completions",
             help="Add a right answer as 'completion', for 'dlmctl update --algo sft'; concepts "
-            "have their text there always.",
+            "and canaries have their text there always.",
         ),
     ] = False,
     words: Annotated[
@@ -139,6 +140,9 @@ def command(
     `shapes` are images of two to five drawn things, with questions whose wording tells nothing of
     the answer; `scene` holds what is to be seen. `images` are paths or data: URIs, and the prompt
     has a mark <image> for each.
+
+    `canaries` are secrets to plant in training data: after a key of eight random digits stand
+    sixteen that nothing tells but having seen them. 'dlmctl memo-eval text' asks for them.
 
     Examples:
 

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any
 
 from dlmctl.records.jsonl import OnError, Record, each
-from dlmctl.tasks import concepts, countdown, shapes, sudoku
+from dlmctl.tasks import canaries, concepts, countdown, shapes, sudoku
 from dlmctl.tasks.columns import to_record
 from dlmctl.tasks.drawing import draw_scene
 from dlmctl.tasks.images import as_data_uri
@@ -21,7 +21,7 @@ from dlmctl.tasks.readers import read_rows
 from dlmctl.tasks.sudoku import Split
 from dlmctl.tasks.wording import Style, countdown_prompt, shapes_prompt, sudoku_prompt
 
-GENERATORS = ("sudoku", "countdown", "concepts", "shapes")
+GENERATORS = ("sudoku", "countdown", "concepts", "shapes", "canaries")
 DATASETS: dict[str, dict[str, tuple[str, str | None, str]]] = {
     "gsm8k": {
         "train": ("openai/gsm8k", "main", "train"),
@@ -57,13 +57,13 @@ def prompts(
     """Prompt records.
 
     Args:
-        source: sudoku, countdown, concepts, shapes, gsm8k, math, a source of a plugin, a file, a
-            data set.
+        source: sudoku, countdown, concepts, shapes, canaries, gsm8k, math, a source of a plugin, a
+            file, a data set.
         limit: how many; None is all there are, for a generator without end.
         holes: fewest and most empty cells of a Sudoku.
         numbers: fewest and most numbers of a Countdown problem.
         completions: add `completion`, a right answer in the words of `style` plain; concepts
-            have theirs always.
+            and canaries have theirs always.
         words: words that a part of a sentence of concepts can say a value with.
         wanted: concept to value, which `verify` looks for in what is written from concepts.
         kinds: of the questions about shapes.
@@ -79,6 +79,8 @@ def prompts(
         stream = _concepts(split, seed, words, wanted or {})
     elif source == "shapes" and origin is None:
         stream = _shapes(split, seed, kinds, cell, style, completions)
+    elif source == "canaries" and origin is None:
+        stream = _canaries(split, seed)
     elif (plugin := _plugin(source)) is not None:
         stream = (Record(record) for record in plugin(seed, split))
     else:
@@ -147,6 +149,17 @@ def _shapes(
             scene=[thing._asdict() for thing in problem.scene],
             answer=problem.answer,
             **({"completion": problem.completion} if completions else {}),
+        )
+
+
+def _canaries(split: Split, seed: int) -> Iterator[Record]:
+    for key, secret in canaries.canaries(split, seed):
+        yield Record(
+            id=f"canaries/{key}",
+            task="canaries",
+            prompt=f"{key}=",
+            answer=secret,
+            completion=secret,
         )
 
 

@@ -47,6 +47,7 @@ SAME_TASK = {
     "math-500": "math",
     "hendrycks_math": "math",
     "math_dapo": "math",
+    "canaries": "exact",
     "geometry3k": "vqa",
     "virl39k": "vqa",
 }
