@@ -16,18 +16,20 @@ from dlmctl.consistency.extraction import (
     Text,
     asked_tokens,
     chance_in,
-    edit_distance,
     greedy,
     mean_probability,
     random_order_log_probs,
     samples_needed,
 )
+from dlmctl.consistency.verbatim import bleu, common_run, edit_distance
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
 
 NEAR = 0.1
 """Edit distance per token asked for, up to which a text counts as given back nearly."""
+NEAR_BLEU = 0.75
+"""BLEU from which it does by that measure (Ippolito et al. 2022, arXiv 2210.17546)."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def _rows(
         asked = text.asked.tolist()
         wanted = [t for t, a in zip(text.tokens, asked, strict=True) if a]
         found = [t for t, a in zip(best.tokens, asked, strict=True) if a]
-        away = edit_distance(found, wanted) / len(wanted)
+        away, alike = edit_distance(found, wanted) / len(wanted), bleu(found, wanted)
         made.append(
             {
                 "id": k.record.get("id", n),
@@ -160,6 +162,9 @@ def _rows(
                 "exact": found == wanted,
                 "near": away <= NEAR,
                 "edit_distance": away,
+                "near_bleu": alike >= NEAR_BLEU,
+                "bleu": alike,
+                "common_run": common_run(found, wanted),
                 "right_tokens": fmean(a == b for a, b in zip(found, wanted, strict=True)),
             }
         )
@@ -167,12 +172,9 @@ def _rows(
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Means over texts: shares, and log p_y per token asked for."""
+    """Means over texts: shares, tokens of the longest common run, log p_y per token asked for."""
+    names = ("extractable", "exact", "near", "edit_distance", "near_bleu", "bleu", "common_run")
     return {
-        "extractable": fmean(row["extractable"] for row in rows),
-        "exact": fmean(row["exact"] for row in rows),
-        "near": fmean(row["near"] for row in rows),
-        "edit_distance": fmean(row["edit_distance"] for row in rows),
-        "right_tokens": fmean(row["right_tokens"] for row in rows),
+        **{name: fmean(row[name] for row in rows) for name in (*names, "right_tokens")},
         "log_prob_per_token": fmean(row["log_prob"] / row["asked"] for row in rows),
     }
