@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from dlmctl.consistency.copies import text_of
 from dlmctl.consistency.extraction import (
     Mode,
     Text,
@@ -111,10 +112,7 @@ def _known(record: Record, policy: Policy) -> _Known:
         prompt = policy.encode(record) if record.get("prompt") or record.get("messages") else []
     ids = tokens.get("completion")
     if ids is None:
-        text = record.get("completion", record.get("text"))
-        if not isinstance(text, str):
-            raise DataError("the record has no text: 'completion', or 'text'", record.where)
-        ids = policy.encode_text(text)
+        ids = policy.encode_text(text_of(record))
     if len(ids) < 2:
         raise DataError(
             "a text of two tokens or more is needed: one given, one asked for", record.where
