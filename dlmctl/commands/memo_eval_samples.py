@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dlmctl.commands.labels import Labels, label_fields, labelled, number_or_text
 from dlmctl.commands.options import Device, Json, Memory, Quiet, Seed, byte_count
 from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import print_table
@@ -152,15 +152,7 @@ def command(
         bool,
         typer.Option("--gallery-spread", help="Samples of all ratios, not those of the lowest."),
     ] = False,
-    labels: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            show_default="none",
-            help="A field of the summary, as role=teacher; repeatable.",
-        ),
-    ] = None,
+    labels: Labels = None,
     output: Annotated[
         str,
         typer.Option("-o", "--output", metavar="FILE", help="Where the summary goes."),
@@ -194,7 +186,7 @@ def command(
 
     dlmctl memo-eval --samples s.safetensors --train d.safetensors --set role=teacher --set n=128
     """
-    fields = label_fields(labels or [])
+    fields = label_fields(labels)
     thresholds = _thresholds(copy_thresholds)
     if dedup_within and not dedup:
         raise UsageError("--dedup-within is for --dedup")
@@ -242,7 +234,7 @@ def command(
             found = with_features(found, _read_features(features, heldout is not None))
         result = study_samples(found, study)
         about = {**_about(read_about(name)), **fields}
-        return {**about, **_without(about, summary(found, result, study))}, found, result
+        return labelled(about, summary(found, result, study)), found, result
 
     if len(samples) > 1:
         write_records((studied(name)[0] for name in samples), output)
@@ -260,40 +252,11 @@ def command(
 
 def _about(written: dict[str, str]) -> dict[str, Any]:
     """What a record says of the sampler that made a file."""
-    return {name: _number(written[name]) for name in OF_SAMPLER if name in written}
-
-
-def label_fields(labels: Sequence[str]) -> dict[str, Any]:
-    """Fields of NAME=VALUE, numbers as such; raises UsageError."""
-    made: dict[str, Any] = {}
-    for label in labels:
-        name, equals, value = label.partition("=")
-        if not name or not equals:
-            raise UsageError(f"--set {label} is not NAME=VALUE")
-        made[name] = _number(value)
-    return made
-
-
-def _number(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            number: int | float = kind(text)
-        except ValueError:
-            continue
-        return number if math.isfinite(number) else text
-    return text
-
-
-def _without(fields: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    """The row, which must have none of the fields."""
-    for name in fields:
-        if name in row:
-            raise UsageError(f"--set {name}=…: the summary has a field of that name")
-    return row
+    return {name: number_or_text(written[name]) for name in OF_SAMPLER if name in written}
 
 
 def _thresholds(text: str) -> tuple[float, ...]:
-    found = [_number(part) for part in text.split(",")]
+    found = [number_or_text(part) for part in text.split(",")]
     if not all(isinstance(each, (int, float)) and -1 <= each <= 1 for each in found):
         raise UsageError(f"--copy-threshold {text} is not a list of cosines")
     return tuple(float(each) for each in found)

@@ -22,7 +22,16 @@ from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import read_records, write_records
 
-COLUMNS = ("mode", "steps", "texts", "extractable", "exact", "near", "log_prob_per_token")
+COLUMNS = (
+    "mode",
+    "steps",
+    "texts",
+    "extractable",
+    "exact",
+    "near",
+    "near_bleu",
+    "log_prob_per_token",
+)
 
 
 def command(
@@ -88,8 +97,10 @@ def command(
     Reads records with a completion, or a text, such as those that a model was trained on. Writes a
     row for each mode and number of steps: the share that is extractable, that comes up at least
     once in -n samples with a chance of -p; the share that the most likely tokens give back exactly
-    and nearly (a tenth of the tokens edited at most); and the log-probability per token. A model of
-    few steps extracts less for that alone: compare at equal steps.
+    and nearly, by edits (near: a tenth of the tokens at most) and by sentence BLEU-4 (near_bleu:
+    0.75 or more); common_run, the tokens that they give back in a row; and the log-probability per
+    token. A model of few steps extracts less for that alone: compare at equal steps. With --mode
+    random what is asked for is taken as one row of tokens, whatever is given between them.
 
     Examples:
 

@@ -20,9 +20,9 @@ def command(
     source: Annotated[
         str,
         typer.Argument(
-            help="sudoku, countdown, concepts, shapes, canaries (made on the spot); gsm8k, math (data "
-            "sets); a JSONL, CSV or parquet file; a directory or hub name that 'datasets' loads; - "
-            "is JSONL on standard input."
+            help="sudoku, countdown, concepts, shapes, canaries (made on the spot); gsm8k, math "
+            "(data sets); a JSONL, CSV or parquet file; a directory or hub name that 'datasets' "
+            "loads; - is JSONL on standard input."
         ),
     ] = "sudoku",
     limit: Annotated[

@@ -240,13 +240,3 @@ def chance_in(log_prob: float, n: float) -> float:
     if log_prob >= 0:
         return 1.0
     return -math.expm1(n * math.log1p(-math.exp(log_prob)))
-
-
-def edit_distance(one: Sequence[int], other: Sequence[int]) -> int:
-    """Levenshtein's: insertions, deletions and substitutions of tokens."""
-    row = list(range(len(other) + 1))
-    for i, a in enumerate(one, 1):
-        above, row[0] = row[0], i
-        for j, b in enumerate(other, 1):
-            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (a != b))
-    return row[-1]

@@ -11,23 +11,26 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from dlmctl.consistency.copies import text_of
 from dlmctl.consistency.extraction import (
     Mode,
     Text,
     asked_tokens,
     chance_in,
-    edit_distance,
     greedy,
     mean_probability,
     random_order_log_probs,
     samples_needed,
 )
+from dlmctl.consistency.verbatim import bleu, common_run, edit_distance
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
 
 NEAR = 0.1
 """Edit distance per token asked for, up to which a text counts as given back nearly."""
+NEAR_BLEU = 0.75
+"""BLEU from which it does by that measure (Ippolito et al. 2022, arXiv 2210.17546)."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +112,7 @@ def _known(record: Record, policy: Policy) -> _Known:
         prompt = policy.encode(record) if record.get("prompt") or record.get("messages") else []
     ids = tokens.get("completion")
     if ids is None:
-        text = record.get("completion", record.get("text"))
-        if not isinstance(text, str):
-            raise DataError("the record has no text: 'completion', or 'text'", record.where)
-        ids = policy.encode_text(text)
+        ids = policy.encode_text(text_of(record))
     if len(ids) < 2:
         raise DataError(
             "a text of two tokens or more is needed: one given, one asked for", record.where
@@ -146,7 +146,7 @@ def _rows(
         asked = text.asked.tolist()
         wanted = [t for t, a in zip(text.tokens, asked, strict=True) if a]
         found = [t for t, a in zip(best.tokens, asked, strict=True) if a]
-        away = edit_distance(found, wanted) / len(wanted)
+        away, alike = edit_distance(found, wanted) / len(wanted), bleu(found, wanted)
         made.append(
             {
                 "id": k.record.get("id", n),
@@ -160,6 +160,9 @@ def _rows(
                 "exact": found == wanted,
                 "near": away <= NEAR,
                 "edit_distance": away,
+                "near_bleu": alike >= NEAR_BLEU,
+                "bleu": alike,
+                "common_run": common_run(found, wanted),
                 "right_tokens": fmean(a == b for a, b in zip(found, wanted, strict=True)),
             }
         )
@@ -167,12 +170,9 @@ def _rows(
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Means over texts: shares, and log p_y per token asked for."""
+    """Means over texts: shares, tokens of the longest common run, log p_y per token asked for."""
+    names = ("extractable", "exact", "near", "edit_distance", "near_bleu", "bleu", "common_run")
     return {
-        "extractable": fmean(row["extractable"] for row in rows),
-        "exact": fmean(row["exact"] for row in rows),
-        "near": fmean(row["near"] for row in rows),
-        "edit_distance": fmean(row["edit_distance"] for row in rows),
-        "right_tokens": fmean(row["right_tokens"] for row in rows),
+        **{name: fmean(row[name] for row in rows) for name in (*names, "right_tokens")},
         "log_prob_per_token": fmean(row["log_prob"] / row["asked"] for row in rows),
     }

@@ -194,14 +194,7 @@ class Policy:
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of a text, nothing added; raises DataError where a character has no token."""
-        try:
-            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        except Exception as error:  # tokenizers raises bare Exceptions
-            raise DataError(f"{self.name} has no tokens for {text!r} ({error})") from None
-        unknown = self.tokenizer.unk_token_id
-        if unknown is not None and unknown in ids and not self.tokenizer.chat_template:
-            raise DataError(f"{self.name} has no tokens for some characters of {text!r}")
-        return ids
+        return text_ids(self.tokenizer, text, self.name)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text up to the first end-of-sequence, special tokens left out."""
@@ -209,6 +202,22 @@ class Policy:
         if self.eos_id is not None and self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id)]
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def text_ids(tokenizer: Any, text: str, name: str) -> list[int]:
+    """Ids of a text by the tokenizer of the model `name`, nothing added.
+
+    Raises:
+        DataError: a character has no token.
+    """
+    try:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise DataError(f"{name} has no tokens for {text!r} ({error})") from None
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and unknown in ids and not tokenizer.chat_template:
+        raise DataError(f"{name} has no tokens for some characters of {text!r}")
+    return ids
 
 
 def _with_images(messages: list[Any], images: int) -> list[dict[str, Any]]:

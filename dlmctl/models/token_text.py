@@ -15,8 +15,8 @@ PART = "\ufffd"
 """What a decoder writes for part of a character."""
 
 
-def texts_of_model(name: str) -> TokenTexts:
-    """The texts of the tokens of a model, by its name; its weights are neither read nor fetched.
+def tokenizer_of_model(name: str) -> Any:
+    """The tokenizer of a model, by its name; its weights are neither read nor fetched.
 
     Raises:
         MissingInputError: there is no such model.
@@ -29,10 +29,15 @@ def texts_of_model(name: str) -> TokenTexts:
         base = read_json(adapter).get("base_model_name_or_path")
         if not base:
             raise DataError("it does not name its base model", str(adapter))
-        return texts_of_model(str(base))
+        return tokenizer_of_model(str(base))
     if not config.exists():
         raise MissingInputError(f"{directory} has no config.json: it is not a model")
-    return TokenTexts(load_tokenizer(directory, architecture(read_json(config), str(config))))
+    return load_tokenizer(directory, architecture(read_json(config), str(config)))
+
+
+def texts_of_model(name: str) -> TokenTexts:
+    """The texts of the tokens of a model, by its name; raises what `tokenizer_of_model` does."""
+    return TokenTexts(tokenizer_of_model(name))
 
 
 class TokenTexts:

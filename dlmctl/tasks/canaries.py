@@ -1,8 +1,8 @@
 """Canaries: secrets to plant in training data, so as to see whether a model gives them back.
 
 A key of eight random digits stands before a secret of sixteen. Nothing tells the secret but having
-seen it, so that whatever a model knows of it beyond 16 ln 10 nats is memory. (The idea of Carlini et
-al., arXiv 1802.08232; the form is ours.) How often a canary is planted is up to who plants it.
+seen it, so that whatever a model knows of it beyond 16 ln 10 nats is memory. (The idea of Carlini
+et al., arXiv 1802.08232; the form is ours.) How often a canary is planted is up to who plants it.
 """
 
 from __future__ import annotations

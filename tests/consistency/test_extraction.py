@@ -14,7 +14,6 @@ from dlmctl.consistency.extraction import (
     Text,
     asked_tokens,
     chance_in,
-    edit_distance,
     greedy,
     mean_probability,
     random_order_log_probs,
@@ -184,10 +183,3 @@ def test_how_many_samples_it_takes():
         assert chance_in(log_prob, samples_needed(log_prob, 0.5)) == pytest.approx(0.5)
     assert samples_needed(-1e4, 0.5) == math.inf
     assert samples_needed(0.0, 0.9) == 1
-
-
-def test_edit_distance_by_hand():
-    assert edit_distance("kitten", "sitting") == 3
-    assert edit_distance("", "abc") == edit_distance("abc", "") == 3
-    assert edit_distance([1, 2, 3], [1, 2, 3]) == 0
-    assert edit_distance([1, 2, 3, 4], [2, 3, 4, 5]) == 2

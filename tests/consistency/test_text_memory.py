@@ -56,6 +56,9 @@ def test_what_was_taught_is_given_back_and_what_was_not_is_not(parrot, tmp_path)
         assert row["exact"] == row["extractable"] == row["right_tokens"] == 1
         assert row["heldout_exact"] == 0
         assert row["edit_distance"] == 0 < row["heldout_edit_distance"]
+        assert row["near_bleu"] == row["bleu"] == 1 > row["heldout_bleu"]
+        assert row["heldout_near_bleu"] == 0
+        assert row["common_run"] == 5 > row["heldout_common_run"]
         assert row["log_prob_per_token"] > row["heldout_log_prob_per_token"] + 1
 
 
@@ -66,12 +69,15 @@ def test_a_row_for_each_text_adds_up_to_the_summary(parrot, tmp_path):
     rows = read_jsonl(target)
     assert [row["id"] for row in rows] == [f"t{n}" for n in range(6)]
     assert summary["texts"] == len(rows) == 6
-    for name in ("extractable", "exact", "near", "edit_distance", "right_tokens"):
+    shares = ("extractable", "exact", "near", "near_bleu", "right_tokens")
+    for name in (*shares, "edit_distance", "bleu", "common_run"):
         assert summary[name] == pytest.approx(sum(row[name] for row in rows) / 6)
     for row in rows:
         chance = 1 - (1 - math.exp(row["log_prob"])) ** 100
         assert row["extractable"] == (chance >= 0.9) == ((row["samples_needed"] or 1e9) <= 100)
         assert row["asked"] == 5
+        assert row["near_bleu"] == (row["bleu"] >= 0.75)
+        assert row["exact"] == (row["bleu"] == 1) == (row["common_run"] == 5)
 
 
 def test_the_order_of_confidence_is_one_path(parrot, tmp_path):
