@@ -103,9 +103,12 @@ def normalised(text: str) -> str:
 
 def number(text: str) -> Fraction | None:
     """The value of an answer that is a number and nothing else but a sign of currency or unit."""
-    text = _UNIT.sub("", text.strip().strip("$").strip().rstrip("."))
+    text = text.strip()
+    if len(text) > LONGEST_LATEX:
+        return None
+    text = _UNIT.sub("", text.strip("$").strip().rstrip("."))
     text = _DIGITS.get(text.lower(), text)
-    if not re.search(r"\d", text) or len(text) > LONGEST_LATEX or not _NUMBER.fullmatch(text):
+    if not re.search(r"\d", text) or not _NUMBER.fullmatch(text):
         return None
     top, _, bottom = text.replace(",", "").replace(" ", "").partition("/")
     if not top or (bottom and int(bottom) == 0):
