@@ -34,6 +34,7 @@ VERIFIERS = {
     "grounding": "dlmctl.verifiers.perception:grounding",
     "gsm8k": "dlmctl.verifiers.numeric:gsm8k",
     "math": "dlmctl.verifiers.mathematics:math",
+    "code": "dlmctl.verifiers.code:code",
     "format": "dlmctl.verifiers.texts:tags",
     "choice": "dlmctl.verifiers.texts:choice",
     "exact": "dlmctl.verifiers.texts:exact",
@@ -48,6 +49,9 @@ SAME_TASK = {
     "math-500": "math",
     "hendrycks_math": "math",
     "math_dapo": "math",
+    "humaneval": "code",
+    "openai_humaneval": "code",
+    "mbpp": "code",
     "geometry3k": "vqa",
     "virl39k": "vqa",
 }
