@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -30,30 +30,39 @@ START_LIMIT = 600.0
 
 
 class TookTooLongError(Exception):
-    """The alarm of `alarm` went off."""
+    """The alarm went off."""
 
 
-@contextlib.contextmanager
-def alarm(seconds: float | None) -> Iterator[None]:
-    """Raise TookTooLongError in what runs under it after so many seconds.
+class Alarm:
+    """Raises TookTooLongError in what runs under it (`with alarm:`) after so many seconds.
 
     Only the main thread has signals; elsewhere, and with None, there is no limit. Regular
-    expressions look for signals as they go, a single operation on huge numbers does not.
+    expressions look for signals as they go, a single operation on huge numbers does not. The
+    handler is there until `close`: setting it for each record would double what one costs.
     """
-    if seconds is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
-    def stop(signum: int, frame: Any) -> None:
-        raise TookTooLongError
+    def __init__(self, seconds: float | None) -> None:
+        main = threading.current_thread() is threading.main_thread()
+        self._seconds = seconds if main else None
+        if self._seconds is not None:
+            self._before = signal.signal(signal.SIGALRM, _stop)
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(signal.SIGALRM, before)
+    def __enter__(self) -> None:
+        if self._seconds is not None:
+            signal.setitimer(signal.ITIMER_REAL, self._seconds)
+
+    def __exit__(self, *error: object) -> None:
+        if self._seconds is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+    def close(self) -> None:
+        """Put the handler back that was there."""
+        if self._seconds is not None:
+            signal.signal(signal.SIGALRM, self._before)
+
+
+def _stop(signum: int, frame: Any) -> None:
+    raise TookTooLongError
 
 
 def overrun(seconds: float) -> Verdict:

@@ -17,7 +17,7 @@ from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import OnError, Record, each
 from dlmctl.verifiers.answer import Verdict, judged
 from dlmctl.verifiers.evaluations import from_evaluation
-from dlmctl.verifiers.limits import TookTooLongError, Worker, alarm, overrun
+from dlmctl.verifiers.limits import Alarm, TookTooLongError, Worker, overrun
 from dlmctl.verifiers.shaped import PRESETS
 
 Verifier = Callable[[Mapping[str, Any]], Any]
@@ -90,13 +90,14 @@ def verify(
         raise UsageError(f"no preset '{preset}'; there is {', '.join(PRESETS)}")
     used: set[str] = set()
     workers: dict[str, Worker] = {}
+    alarm = Alarm(time_limit)
 
     def asked(name: str, record: Record) -> Verdict:
         if name in own:
             return ask(own[name], record)
         if name in VERIFIERS or time_limit is None:
             try:
-                with alarm(time_limit):
+                with alarm:
                     return ask(find_verifier(name), record)
             except TookTooLongError:
                 return overrun(time_limit or 0.0)
@@ -128,6 +129,7 @@ def verify(
                 workers[name] = Worker(name, time_limit)
         yield from each(records, judge, on_error)
     finally:
+        alarm.close()
         for worker in workers.values():
             worker.close()
     if unused := set(weights) - used:

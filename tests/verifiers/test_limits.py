@@ -180,8 +180,13 @@ def test_an_alarm_leaves_the_handler_that_was_there():
     import signal
 
     before = signal.getsignal(signal.SIGALRM)
-    with pytest.raises(limits.TookTooLongError), limits.alarm(0.05):
+    alarm = limits.Alarm(0.05)
+    with pytest.raises(limits.TookTooLongError), alarm:
         time.sleep(5)
+    with alarm:
+        pass
+    time.sleep(0.1)
+    alarm.close()
     assert signal.getsignal(signal.SIGALRM) == before
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
