@@ -37,6 +37,7 @@ from dlmctl.records.files import (
     remove_partials,
 )
 from dlmctl.records.jsonl import dump
+from dlmctl.records.locks import hold_run
 from dlmctl.training.optimizer import Schedule, apply_step, learning_rate
 
 Loss = Callable[[nn.Module, nn.Module, Tensor, int, torch.Generator], Tensor]
@@ -110,7 +111,10 @@ class TrainingRun:
         Raises:
             UsageError: the run there was begun with other settings.
             CannotCreateError: there are checkpoints, and no state to go on from.
+            TryAgainError: another process trains in the directory.
         """
+        make_directory(directory)
+        self.lock = hold_run(directory)
         self.directory, self.config, self.recipe = directory, config, recipe
         self.loss, self.images = loss, images.to(device)
         self.network = network.to(device).train().requires_grad_(True)
@@ -252,7 +256,6 @@ class TrainingRun:
         return {name: value.detach().cpu().contiguous() for name, value in made.items()}
 
     def _open(self) -> None:
-        make_directory(self.directory)
         latest = self.state / "latest"
         if (latest / "run.json").exists():
             counters = read_json(latest / "run.json")

@@ -21,6 +21,7 @@ from dlmctl.records.errors import (
     DataError,
     MissingInputError,
 )
+from dlmctl.records.locks import hold
 from dlmctl.records.stdin import stdin_lines
 
 OnError = Literal["fail", "skip", "keep"]
@@ -160,7 +161,9 @@ def _sink(output: str) -> Iterator[IO[bytes]]:
     partial = Path(f"{output}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        stream = partial.open("wb")
+        lock = hold(partial, output)
+        stream = partial.open("r+b")
+        stream.truncate(0)
     except OSError as error:
         raise CannotCreateError(f"cannot create {output} ({error.strerror})") from None
     try:
@@ -170,6 +173,7 @@ def _sink(output: str) -> Iterator[IO[bytes]]:
         print(f"dlmctl: what was produced so far is in {partial}", file=sys.stderr)
         raise
     os.replace(partial, output)
+    lock.release()
 
 
 def _open(name: str) -> contextlib.AbstractContextManager[Iterable[bytes]]:

@@ -34,6 +34,7 @@ from dlmctl.records.files import (
     remove_partials,
 )
 from dlmctl.records.jsonl import dump
+from dlmctl.records.locks import hold_run
 from dlmctl.sae.activations import Block, Key
 from dlmctl.sae.buffer import ShuffleBuffer
 from dlmctl.sae.folders import write_sae
@@ -148,7 +149,10 @@ class SaeRun:
         Raises:
             UsageError: the run there was begun with other settings.
             CannotCreateError: there is an autoencoder, and no state to go on from.
+            TryAgainError: another process trains in the directory.
         """
+        make_directory(directory)
+        self.lock = hold_run(directory)
         self.directory, self.streams = directory, streams
         self.settings, self.metadata = settings, metadata
         self.blocks = 0
