@@ -16,11 +16,13 @@ from dlmctl.commands.options import (
     PerceptionTag,
     Quiet,
     ReasoningTag,
+    ResumeOption,
     tag_names,
 )
 from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
-from dlmctl.records.jsonl import read_records, write_records
+from dlmctl.records.jsonl import each, read_records, write_records
+from dlmctl.records.resume import Resume, Rule
 from dlmctl.tasks.layout import TAGS
 
 
@@ -66,6 +68,7 @@ def command(
     on_error: OnErrorOption = "fail",
     quiet: Quiet = False,
     output: Output = "-",
+    resume: ResumeOption = False,
 ) -> None:
     """Give each completion its rewards.
 
@@ -92,11 +95,15 @@ def command(
     dlmctl verify --exec ./check samples.jsonl
     """
     from dlmctl.verifiers import perception
+    from dlmctl.verifiers.evaluations import from_evaluation
     from dlmctl.verifiers.program import Program
     from dlmctl.verifiers.registry import verify
 
     if preset and (verifier or program):
         raise UsageError("--preset chooses the verifiers: leave out --verifier and --exec")
+    going = Resume(output, resume)
+    if going.done:
+        return
     # Where `python -m` would look too: module:function next to the data.
     sys.path.insert(0, os.getcwd())
     judge = Program(program, time_limit) if program else None
@@ -107,10 +114,15 @@ def command(
         "grounding": partial(perception.grounding, tags=tags),
     }
     weights = dict(_weight(text) for text in weight or [])
-    records = read_records(files or [], on_error)
-    verified = verify(records, verifier, weights, preset, extra, adapted, on_error)
+    used: set[str] = set()
+    records = going.rest(
+        each(read_records(files or [], on_error), from_evaluation, on_error),
+        Rule(frozenset({"rewards", "reward", "verdict"}), skips=on_error == "skip"),
+        note=lambda line: used.update(line.get("rewards") or {}),
+    )
+    verified = verify(records, verifier, weights, preset, extra, adapted, on_error, used)
     try:
-        write_records(counted(verified, "verified", quiet), output)
+        write_records(counted(verified, "verified", quiet), output, going)
     finally:
         if judge:
             judge.close()

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import orjson
 
@@ -23,6 +23,9 @@ from dlmctl.records.errors import (
 )
 from dlmctl.records.locks import hold
 from dlmctl.records.stdin import stdin_lines
+
+if TYPE_CHECKING:
+    from dlmctl.records.resume import Resume
 
 OnError = Literal["fail", "skip", "keep"]
 
@@ -124,19 +127,23 @@ def dump(record: Any) -> bytes:
     return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
 
 
-def write_records(records: Iterable[Any], output: str = "-") -> int:
+def write_records(records: Iterable[Any], output: str = "-", going: Resume | None = None) -> int:
     """Write records to `output` (`-`: standard output) and return how many.
 
     A file grows as `OUTPUT.partial` and takes its name when the stream ends; after a failure the
-    records that were made stay in the partial file.
+    records that were made stay in the partial file. One process at a time writes it.
+
+    Args:
+        going: what of the partial file stays, of a stage that can go on with it.
 
     Raises:
         CannotCreateError: the file cannot be made.
         CannotWriteError: writing failed, for example on a full disk.
+        TryAgainError: another process writes the file.
         BrokenPipeError: the reader of standard output went away.
     """
     count = 0
-    with _sink(output) as stream:
+    with _sink(output, going) as stream:
         for record in records:
             line = dump(record)
             try:
@@ -154,7 +161,7 @@ def write_records(records: Iterable[Any], output: str = "-") -> int:
 
 
 @contextlib.contextmanager
-def _sink(output: str) -> Iterator[IO[bytes]]:
+def _sink(output: str, going: Resume | None) -> Iterator[IO[bytes]]:
     if output == "-":
         yield sys.stdout.buffer
         return
@@ -163,14 +170,16 @@ def _sink(output: str) -> Iterator[IO[bytes]]:
         partial.parent.mkdir(parents=True, exist_ok=True)
         lock = hold(partial, output)
         stream = partial.open("r+b")
-        stream.truncate(0)
+        stream.truncate(going.size if going else 0)
+        stream.seek(0, os.SEEK_END)
     except OSError as error:
         raise CannotCreateError(f"cannot create {output} ({error.strerror})") from None
     try:
         with stream:
             yield stream
     except BaseException:
-        print(f"dlmctl: what was produced so far is in {partial}", file=sys.stderr)
+        how = "; the same command with --resume goes on with it" if going else ""
+        print(f"dlmctl: what was produced so far is in {partial}{how}", file=sys.stderr)
         raise
     os.replace(partial, output)
     lock.release()
