@@ -246,7 +246,7 @@ def command(
             records, run, objective, batching, prompts_per_step, batch_size, save_every, keep,
             any_policy,
         )  # fmt: skip
-    write_records(counted(metrics, "steps", quiet))
+    write_records(counted(metrics, "steps", quiet), standing=run.standing)
 
 
 def _first_model(records: Iterator[Record]) -> tuple[Iterator[Record], str | None]:

@@ -36,6 +36,7 @@ from dlmctl.records.files import (
     read_json,
     remove_partials,
 )
+from dlmctl.records.interrupts import standing
 from dlmctl.records.jsonl import dump
 from dlmctl.records.locks import hold_run
 from dlmctl.training.optimizer import Schedule, apply_step, learning_rate
@@ -150,6 +151,10 @@ class TrainingRun:
     def saved_network(self) -> nn.Module:
         """The weights that checkpoints have."""
         return self.averages["ema"][0] if "ema" in self.averages else self.network
+
+    def standing(self) -> str:
+        """Where the run is, for those who interrupt it."""
+        return standing(self.directory, self.state / "latest", self.step)
 
     def train(self, log_every: int, save_seconds: float) -> Iterator[dict[str, Any]]:
         """Take the steps that are left.

@@ -21,6 +21,7 @@ from dlmctl.records.errors import (
     DataError,
     MissingInputError,
 )
+from dlmctl.records.interrupts import Interrupted, describe
 from dlmctl.records.locks import hold
 from dlmctl.records.stdin import stdin_lines
 
@@ -127,7 +128,12 @@ def dump(record: Any) -> bytes:
     return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
 
 
-def write_records(records: Iterable[Any], output: str = "-", going: Resume | None = None) -> int:
+def write_records(
+    records: Iterable[Any],
+    output: str = "-",
+    going: Resume | None = None,
+    standing: Callable[[], str] | None = None,
+) -> int:
     """Write records to `output` (`-`: standard output) and return how many.
 
     A file grows as `OUTPUT.partial` and takes its name when the stream ends; after a failure the
@@ -135,6 +141,8 @@ def write_records(records: Iterable[Any], output: str = "-", going: Resume | Non
 
     Args:
         going: what of the partial file stays, of a stage that can go on with it.
+        standing: what is said where the command is interrupted; None says how many records there
+            are, and where.
 
     Raises:
         CannotCreateError: the file cannot be made.
@@ -143,6 +151,14 @@ def write_records(records: Iterable[Any], output: str = "-", going: Resume | Non
         BrokenPipeError: the reader of standard output went away.
     """
     count = 0
+
+    def stands() -> str:
+        if output == "-":
+            return f"{count} records were written"
+        lines = count + (going.lines if going else 0)
+        return f"{lines} records are in {output}.partial{_how(going)}"
+
+    describe(standing or stands)
     with _sink(output, going) as stream:
         for record in records:
             line = dump(record)
@@ -158,6 +174,10 @@ def write_records(records: Iterable[Any], output: str = "-", going: Resume | Non
                 ) from None
             count += 1
     return count
+
+
+def _how(going: Resume | None) -> str:
+    return "; the same command with --resume goes on with it" if going else ""
 
 
 @contextlib.contextmanager
@@ -177,9 +197,10 @@ def _sink(output: str, going: Resume | None) -> Iterator[IO[bytes]]:
     try:
         with stream:
             yield stream
+    except Interrupted:
+        raise  # `describe` says it
     except BaseException:
-        how = "; the same command with --resume goes on with it" if going else ""
-        print(f"dlmctl: what was produced so far is in {partial}{how}", file=sys.stderr)
+        print(f"dlmctl: what was produced so far is in {partial}{_how(going)}", file=sys.stderr)
         raise
     os.replace(partial, output)
     lock.release()

@@ -33,6 +33,7 @@ from dlmctl.records.files import (
     read_json,
     remove_partials,
 )
+from dlmctl.records.interrupts import standing
 from dlmctl.records.jsonl import dump
 from dlmctl.records.locks import hold_run
 from dlmctl.sae.activations import Block, Key
@@ -214,6 +215,10 @@ class SaeRun:
                         f"positions {stream.key.positions}, fewer than a step of "
                         f"{stream.recipe.batch_size}: give a longer corpus"
                     )
+
+    def standing(self) -> str:
+        """Where the run is, for those who interrupt it."""
+        return standing(self.directory, self.directory / "state" / "latest", self.blocks, "block")
 
     def save(self) -> None:
         """Publish the state as the newest one.

@@ -23,6 +23,7 @@ from dlmctl.models.loading import checkpoint_revision, fixed_name, load_policy
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.files import make_directory
+from dlmctl.records.interrupts import standing
 from dlmctl.records.locks import Lock, hold_run
 from dlmctl.training.activations import checkpoint_activations
 from dlmctl.training.checkpoint import (
@@ -138,6 +139,10 @@ class Run:
             revision = f"{base}+{self.progress.step}"
             self.policy = dataclasses.replace(self.policy, revision=revision)
         return {"grad_norm": norm, "lr": rate, "applied": applied}
+
+    def standing(self) -> str:
+        """Where the run is, for those who interrupt it."""
+        return standing(self.directory, self.directory / "latest", self.progress.step)
 
     def save(self, keep: int) -> Path:
         """Publish the newest checkpoint."""

@@ -91,10 +91,10 @@ def test_a_file_of_another_input_is_refused_with_the_line():
         rest_of(whole, len(whole), records[1:], rule)
     with pytest.raises(DataError, match=r"out.partial:3: the input has no record for it"):
         rest_of(whole, len(whole), records[:2], rule)
-    with pytest.raises(DataError, match="out.partial:2"):
+    with pytest.raises(DataError, match=r"out\.partial:2"):
         rest_of(whole, len(whole), [records[0], records[2]], Rule(frozenset({"made"}), skips=True))
     changed = [Record(record, text=5) for record in records]
-    with pytest.raises(DataError, match="out.partial:1"):
+    with pytest.raises(DataError, match=r"out\.partial:1"):
         rest_of(whole, len(whole), changed, rule)
     with pytest.raises(DataError, match=r"out.partial:1: not JSON"):
         rest_of(b"{}}\n" + whole, len(whole), records, rule)
@@ -114,7 +114,7 @@ def test_lines_of_another_model_are_refused():
     rule = Rule(frozenset({"rollout"}), made_by={"rollout": {"revision": "a"}})
     assert rest_of(whole, len(whole), records, rule)[1] == []
     other = Rule(frozenset({"rollout"}), made_by={"rollout": {"revision": "b"}})
-    with pytest.raises(DataError, match="out.partial:1: it was made by another model"):
+    with pytest.raises(DataError, match=r"out\.partial:1: it was made by another model"):
         rest_of(whole, len(whole), records, other)
 
 
