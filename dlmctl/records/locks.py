@@ -14,6 +14,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import sys
 import weakref
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def hold(path: Path, what: str, signed: bool = False) -> Lock:
 
     Raises:
         TryAgainError: another process has it.
-        CannotCreateError: the file cannot be made, or its file system has no locks.
+        CannotCreateError: the file cannot be made. Where its file system has no locks, a line says
+            so on standard error.
     """
     while True:
         try:
@@ -69,14 +71,18 @@ def hold(path: Path, what: str, signed: bool = False) -> Lock:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            owner = _owner(identity[1]) or (_signature(descriptor) if signed else None)
-            os.close(descriptor)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                owner = _owner(identity[1]) or (_signature(descriptor) if signed else None)
+                os.close(descriptor)
                 who = f"process {owner}" if owner else "another process"
                 raise TryAgainError(
                     f"{who} is writing {what}: try again when it has ended"
                 ) from None
-            raise CannotCreateError(f"cannot lock {path} ({error.strerror})") from None
+            print(
+                f"dlmctl: no lock on {path} ({error.strerror}): see to it that nothing else "
+                f"writes {what}",
+                file=sys.stderr,
+            )
         with contextlib.suppress(FileNotFoundError):
             if _identity(os.stat(path)) == identity:
                 lock = _held[identity] = Lock(descriptor)

@@ -1,6 +1,7 @@
 """One process at a time trains in a directory, and a dead one keeps nobody out."""
 
 import contextlib
+import errno
 import gc
 import os
 import signal
@@ -175,3 +176,13 @@ def test_a_second_command_does_not_cut_what_the_first_has_written(tmp_path):
     os.close(end)
     assert first.wait(timeout=20) == 0
     assert (tmp_path / "out.jsonl").read_bytes().count(b"\n") == 1
+
+
+def test_a_file_system_without_locks_is_written_with_a_word_about_it(tmp_path, monkeypatch, capsys):
+    def none(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    assert write_records([{"n": 1}], str(tmp_path / "out")) == 1
+    assert "no lock on" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["out"]
