@@ -22,7 +22,10 @@ class Running:
     def __init__(self, line, directory):
         source, self.input = os.pipe()
         self.errors, self.output = directory / "err", directory / "out"
-        files = [os.open(path, os.O_WRONLY | os.O_CREAT) for path in (self.output, self.errors)]
+        files = [
+            os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for path in (self.output, self.errors)
+        ]
         self.command = Command(parent(), line.split(), [source, *files], directory)
         for number in (source, *files):
             os.close(number)
