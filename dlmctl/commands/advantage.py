@@ -33,10 +33,13 @@ from dlmctl.commands.options import (
     PerceptionTag,
     Quiet,
     ReasoningTag,
+    ResumeOption,
     tag_names,
 )
 from dlmctl.commands.progress import counted
+from dlmctl.records.groups import BatchEnds
 from dlmctl.records.jsonl import read_records, write_records
+from dlmctl.records.resume import Resume, Rule
 from dlmctl.tasks.layout import TAGS
 
 
@@ -105,6 +108,7 @@ def command(
     on_error: OnErrorOption = "fail",
     quiet: Quiet = False,
     output: Output = "-",
+    resume: ResumeOption = False,
 ) -> None:
     """Turn the rewards of a group into advantages, on request token by token.
 
@@ -129,11 +133,24 @@ def command(
     """
     from dlmctl.rl.advantage_stage import advantage
 
+    going = Resume(output, resume)
+    if going.done:
+        return
     records = advantage(
         read_records(files or [], on_error),
         baseline,
         scale or ("group" if algo == "srpo" else "none"),
     )
+    # Advantages are quick to make again, of the whole input if need be; not so the weights.
+    rule = Rule(frozenset())
+    if algo == "srpo":
+        ends = BatchEnds(batch_size)
+        rule = Rule(
+            frozenset({"roles", "signal", "weights", "credit"}),
+            skips=on_error == "skip",
+            begins=lambda record, _: ends.begins(record),
+        )
+    records = going.rest(records, rule)
     if algo == "srpo":
         from dlmctl.rl.contrast import Contrast
         from dlmctl.rl.credit import Credit
@@ -164,4 +181,4 @@ def command(
             batch_size,
             on_error,
         )
-    write_records(counted(records, "records", quiet), output)
+    write_records(counted(records, "records", quiet), output, going)

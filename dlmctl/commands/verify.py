@@ -16,12 +16,14 @@ from dlmctl.commands.options import (
     PerceptionTag,
     Quiet,
     ReasoningTag,
+    ResumeOption,
     byte_count,
     tag_names,
 )
 from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
-from dlmctl.records.jsonl import read_records, write_records
+from dlmctl.records.jsonl import each, read_records, write_records
+from dlmctl.records.resume import Resume, Rule
 from dlmctl.tasks.layout import TAGS
 
 
@@ -88,6 +90,7 @@ def command(
     on_error: OnErrorOption = "fail",
     quiet: Quiet = False,
     output: Output = "-",
+    resume: ResumeOption = False,
 ) -> None:
     """Give each completion its rewards.
 
@@ -122,6 +125,7 @@ def command(
     """
     from dlmctl.verifiers import perception
     from dlmctl.verifiers.code import MEMORY_LIMIT, code
+    from dlmctl.verifiers.evaluations import from_evaluation
     from dlmctl.verifiers.mathematics import math
     from dlmctl.verifiers.program import Program
     from dlmctl.verifiers.registry import verify
@@ -129,6 +133,9 @@ def command(
 
     if preset and (verifier or program):
         raise UsageError("--preset chooses the verifiers: leave out --verifier and --exec")
+    going = Resume(output, resume)
+    if going.done:
+        return
     # Where `python -m` would look too: module:function next to the data.
     sys.path.insert(0, os.getcwd())
     memory = byte_count("--memory-limit", memory_limit) if memory_limit else None
@@ -148,10 +155,17 @@ def command(
         "vqa": partial(vqa, time_limit=time_limit),
     }
     weights = dict(_weight(text) for text in weight or [])
-    records = read_records(files or [], on_error)
-    verified = verify(records, verifier, weights, preset, extra, adapted, on_error, time_limit)
+    used: set[str] = set()
+    records = going.rest(
+        each(read_records(files or [], on_error), from_evaluation, on_error),
+        Rule(frozenset({"rewards", "reward", "verdict"}), skips=on_error == "skip"),
+        note=lambda line: used.update(line.get("rewards") or {}),
+    )
+    verified = verify(
+        records, verifier, weights, preset, extra, adapted, on_error, time_limit, used
+    )
     try:
-        write_records(counted(verified, "verified", quiet), output)
+        write_records(counted(verified, "verified", quiet), output, going)
     finally:
         if judge:
             judge.close()

@@ -70,6 +70,7 @@ def verify(
     adapted: Mapping[str, Verifier] | None = None,
     on_error: OnError = "fail",
     time_limit: float | None = None,
+    used: set[str] | None = None,
 ) -> Iterator[Record]:
     """Add `rewards`, `reward` and `verdict` to every record.
 
@@ -81,6 +82,7 @@ def verify(
         adapted: verifiers to be used instead of those of these names; they limit their own time.
         time_limit: seconds for one verdict, after which it is 0, and functions that are not of
             this package run in a process of their own. None: no limit.
+        used: verifiers that have judged records before; those that judge are added.
 
     Raises:
         UsageError: a verifier or preset that does not exist, a weight of one that is not used.
@@ -89,7 +91,7 @@ def verify(
     own = {**(adapted or {}), **extra}
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"no preset '{preset}'; there is {', '.join(PRESETS)}")
-    used: set[str] = set()
+    used = set() if used is None else used
     workers: dict[str, Worker] = {}
     alarm = Alarm(time_limit)
 
