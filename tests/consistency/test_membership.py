@@ -211,9 +211,7 @@ def test_curves_go_to_a_file_that_plot_draws(models, tmp_path):
         assert {p["revision"] for p in own} == {row["revision"]}
     line = ["-x", "fpr", "--log-x", "-y", "tpr", "--log-y", "--by", "method", "-o", picture]
     assert invoke("plot", curve, *line).exit_code == 0
-    text = picture.read_text()
-    assert "<!-- zlib -->" in text
-    assert text.count("mathdefault{10^{-1}}") == 2  # a decade on each axis
+    assert "<!-- zlib -->" in picture.read_text()
 
 
 @pytest.mark.parametrize(
