@@ -21,6 +21,10 @@ from dlmctl.report.heatmaps import Grid, heat_panel, is_curve, mean_rows
 Series = dict[str, list[tuple[float, float]]]
 """Label of a line: its points, x and y."""
 
+FEW = 8
+"""So many places of a logarithmic axis are named themselves, in place of powers of ten."""
+STYLES = ("-", "--", ":", "-.")
+"""Of lines, one for each round through the colours."""
 COLOURS = ("#1b6ca8", "#d1495b", "#3c887e", "#edae49", "#66508f", "#7a7a7a")
 
 
@@ -129,7 +133,8 @@ def _panel(
 ) -> None:
     for number, (label, points) in enumerate(series.items()):
         at, values, errors = map(list, zip(*averaged(points), strict=True))
-        colour = COLOURS[number % len(COLOURS)]
+        again, which = divmod(number, len(COLOURS))
+        colour, style = COLOURS[which], STYLES[again % len(STYLES)]
         if window > 1:
             axis.plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
         if any(errors):
@@ -138,12 +143,18 @@ def _panel(
             axis.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
         marker = "o" if len(at) < 12 else None
         line = smoothed(values, window)
-        axis.plot(at, line, color=colour, linewidth=1.6, marker=marker, markersize=3, label=label)
+        axis.plot(
+            at, line, style, color=colour, linewidth=1.6, marker=marker, markersize=3, label=label
+        )
     log_x, log_y = logarithmic
     if log_y:
         axis.set_yscale("log", nonpositive="mask")
     if log_x:
         axis.set_xscale("log", nonpositive="mask")
+        places = sorted({at for points in series.values() for at, _ in points if at > 0})
+        if len(places) <= FEW:
+            axis.set_xticks(places, [f"{place:g}" for place in places])
+            axis.set_xticks([], minor=True)
     elif all(float(at).is_integer() for points in series.values() for at, _ in points):
         axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_title(name, fontsize=10, loc="left")
