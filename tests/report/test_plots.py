@@ -1,6 +1,7 @@
 """Pictures: what is drawn, and that they are pictures."""
 
 import math
+import re
 import struct
 
 import pytest
@@ -70,7 +71,7 @@ def test_a_heat_map_shows_its_rows_beside_curves(tmp_path):
 
 def test_a_logarithmic_axis_has_a_place_for_each_decade(tmp_path):
     source, picture = tmp_path / "r.jsonl", tmp_path / "p.svg"
-    records = [Record(run="a", tau=10.0**n, loss=n) for n in range(5)]
+    records = [Record(run="a", tau=10.0 ** (n / 2), loss=n) for n in range(9)]
     source.write_bytes(b"".join(map(dump, [Record(run="a", tau=0, loss=9), *records])))
     line = ["plot", str(source), "-x", "tau", "-y", "loss", "-o", str(picture)]
     turned = ["plot", str(source), "-x", "loss", "-y", "tau", "-o", str(picture)]
@@ -79,6 +80,26 @@ def test_a_logarithmic_axis_has_a_place_for_each_decade(tmp_path):
             result = CliRunner().invoke(app, [*command, *options])
             assert result.exit_code == 0, result.output
             assert ("mathdefault{10^{2}}" in picture.read_text()) == wanted
+
+
+def test_a_logarithmic_axis_names_its_places_where_they_are_few(tmp_path):
+    source, picture = tmp_path / "r.jsonl", tmp_path / "p.svg"
+    source.write_bytes(b"".join(dump(Record(run="a", n=n, loss=n)) for n in (32, 64, 1024)))
+    line = ["plot", str(source), "-x", "n", "-y", "loss", "--log-x", "-o", str(picture)]
+    assert CliRunner().invoke(app, line).exit_code == 0
+    places = re.findall(r"<!-- (\S+) -->", picture.read_text())
+    assert {"32", "64", "1024"} <= set(places)
+
+
+def test_more_lines_than_colours_are_dashed(tmp_path):
+    source, picture = tmp_path / "r.jsonl", tmp_path / "p.svg"
+    records = [Record(run=str(r), step=s, loss=r + s) for r in range(7) for s in range(3)]
+    source.write_bytes(b"".join(map(dump, records)))
+    line = ["plot", str(source), "-y", "loss", "-o", str(picture)]
+    for kept, dashed in ((records, True), (records[:18], False)):
+        source.write_bytes(b"".join(map(dump, kept)))
+        assert CliRunner().invoke(app, line).exit_code == 0
+        assert ("stroke-dasharray" in picture.read_text()) == dashed
 
 
 def test_smoothing_is_the_mean_of_the_last_points():
