@@ -18,6 +18,17 @@ Output = Annotated[
     str,
     typer.Option("-o", "--output", metavar="FILE", help="Where records go; - is standard output."),
 ]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        show_default="the whole input",
+        help="Work on the I-th of N parts of the input, 1/N to N/N, as N processes on as many "
+        "machines do. Parts are contiguous, groups whole: the outputs of all, one after another, "
+        "are that of a single run.",
+    ),
+]
 OnErrorOption = Annotated[
     OnError,
     typer.Option(

@@ -17,10 +17,12 @@ from dlmctl.commands.options import (
     Output,
     Quiet,
     Seed,
+    ShardOption,
 )
 from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
-from dlmctl.records.jsonl import read_records, write_records
+from dlmctl.records.jsonl import write_records
+from dlmctl.records.shards import parse_shard, read_shard
 
 
 def command(
@@ -62,6 +64,7 @@ def command(
             help="Score tokens up to the first end-of-sequence, or the whole completion.",
         ),
     ] = False,
+    shard: ShardOption = None,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     device: Device = "auto",
@@ -86,9 +89,10 @@ def command(
     named = dict(_labelled(text) for text in model or ["builtin:puzzles"])
     if len(named) < len(model or [""]):
         raise UsageError("two models have the same label: write --model LABEL=MODEL")
+    source = read_shard(files or [], parse_shard(shard), on_error)
     policies = {label: load_policy(name, device, dtype) for label, name in named.items()}
     plan = MaskPlan(masks, samples, seed, until_eos, prompt_mask, mask_block)
-    records = score(read_records(files or [], on_error), policies, plan, batch_size, on_error)
+    records = score(source, policies, plan, batch_size, on_error)
     write_records(counted(records, "scored", quiet), output)
 
 

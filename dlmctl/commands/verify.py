@@ -16,11 +16,13 @@ from dlmctl.commands.options import (
     PerceptionTag,
     Quiet,
     ReasoningTag,
+    ShardOption,
     tag_names,
 )
 from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
-from dlmctl.records.jsonl import read_records, write_records
+from dlmctl.records.jsonl import write_records
+from dlmctl.records.shards import parse_shard, read_shard
 from dlmctl.tasks.layout import TAGS
 
 
@@ -63,6 +65,7 @@ def command(
     ] = 10.0,
     perception_tag: PerceptionTag = TAGS.perception,
     reasoning_tag: ReasoningTag = TAGS.reasoning,
+    shard: ShardOption = None,
     on_error: OnErrorOption = "fail",
     quiet: Quiet = False,
     output: Output = "-",
@@ -93,7 +96,7 @@ def command(
     """
     from dlmctl.verifiers import perception
     from dlmctl.verifiers.program import Program
-    from dlmctl.verifiers.registry import verify
+    from dlmctl.verifiers.registry import find_verifier, verify
 
     if preset and (verifier or program):
         raise UsageError("--preset chooses the verifiers: leave out --verifier and --exec")
@@ -107,8 +110,14 @@ def command(
         "grounding": partial(perception.grounding, tags=tags),
     }
     weights = dict(_weight(text) for text in weight or [])
-    records = read_records(files or [], on_error)
-    verified = verify(records, verifier, weights, preset, extra, adapted, on_error)
+    part = parse_shard(shard)
+    records = read_shard(files or [], part, on_error)
+    used: set[str] = set()
+    if part is not None:  # what a weight is of may be in another one
+        for name in weights.keys() - extra.keys():
+            find_verifier(name)
+        used.update(weights)
+    verified = verify(records, verifier, weights, preset, extra, adapted, on_error, used)
     try:
         write_records(counted(verified, "verified", quiet), output)
     finally:

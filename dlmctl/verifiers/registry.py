@@ -64,6 +64,7 @@ def verify(
     extra: Mapping[str, Verifier] | None = None,
     adapted: Mapping[str, Verifier] | None = None,
     on_error: OnError = "fail",
+    used: set[str] | None = None,
 ) -> Iterator[Record]:
     """Add `rewards`, `reward` and `verdict` to every record.
 
@@ -73,6 +74,7 @@ def verify(
         preset: name of a table of verifiers and weights for each task.
         extra: further verifiers, applied to every record under these names.
         adapted: verifiers to be used instead of those of these names.
+        used: verifiers that have judged records before; those that judge are added.
 
     Raises:
         UsageError: a verifier or preset that does not exist, a weight of one that is not used.
@@ -83,7 +85,7 @@ def verify(
         raise UsageError(f"no preset '{preset}'; there is {', '.join(PRESETS)}")
     for name in verifiers or []:
         find_verifier(name)
-    used: set[str] = set()
+    used = set() if used is None else used
 
     def judge(row: Record) -> Record:
         record = from_evaluation(row)
