@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from dlmctl import __version__
+from dlmctl.records import interrupts
 from dlmctl.records.errors import UserFacingError
 
 
@@ -222,4 +223,13 @@ def main() -> None:
     # What the imports make stays, and the default of 700 has it all walked over again and again: a
     # tenth of the start of `rollout`. No tensor is in a cycle, so that no memory waits for this.
     gc.set_threshold(10_000)
-    app(prog_name="dlmctl")
+    uninstall = interrupts.install(next((a for a in sys.argv[1:] if a in SUBCOMMANDS), "dlmctl"))
+    try:
+        app(prog_name="dlmctl")
+    except BaseException:
+        if not interrupts.stopping():
+            uninstall()
+            raise
+    # Behind the block, for what was under way is closed when the exception is gone.
+    if interrupts.stopping():
+        interrupts.end()

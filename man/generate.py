@@ -27,8 +27,9 @@ EXIT_CODES = {
     "the device has not enough memory.",
     "73": "An output cannot be created.",
     "74": "Writing failed, for example on a full disk.",
-    "75": "Something that may pass, as a hub that does not answer.",
-    "130": "Interrupted.",
+    "75": "Something that may pass, as a hub that does not answer, or another process that writes "
+    "the same file or trains in the same directory.",
+    "130": "Ended by Ctrl-C, as a shell sees it; 143 by SIGTERM.",
 }
 
 

@@ -33,12 +33,15 @@ from dlmctl.commands.options import (
     PerceptionTag,
     Quiet,
     ReasoningTag,
+    ResumeOption,
     ShardOption,
     tag_names,
 )
 from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
+from dlmctl.records.groups import BatchEnds
 from dlmctl.records.jsonl import write_records
+from dlmctl.records.resume import Resume, Rule
 from dlmctl.records.shards import parse_shard, read_shard
 from dlmctl.tasks.layout import TAGS
 
@@ -109,6 +112,7 @@ def command(
     on_error: OnErrorOption = "fail",
     quiet: Quiet = False,
     output: Output = "-",
+    resume: ResumeOption = False,
 ) -> None:
     """Turn the rewards of a group into advantages, on request token by token.
 
@@ -138,11 +142,24 @@ def command(
             "--scale batch divides by the deviation of the whole input, and a shard is a part of "
             "it: leave one out"
         )
+    going = Resume(output, resume)
+    if going.done:
+        return
     records = advantage(
         read_shard(files or [], parse_shard(shard), on_error),
         baseline,
         scale or ("group" if algo == "srpo" else "none"),
     )
+    # Advantages are quick to make again, of the whole input if need be; not so the weights.
+    rule = Rule(frozenset())
+    if algo == "srpo":
+        ends = BatchEnds(batch_size)
+        rule = Rule(
+            frozenset({"roles", "signal", "weights", "credit"}),
+            skips=on_error == "skip",
+            begins=lambda record, _: ends.begins(record),
+        )
+    records = going.rest(records, rule)
     if algo == "srpo":
         from dlmctl.rl.contrast import Contrast
         from dlmctl.rl.credit import Credit
@@ -173,4 +190,4 @@ def command(
             batch_size,
             on_error,
         )
-    write_records(counted(records, "records", quiet), output)
+    write_records(counted(records, "records", quiet), output, going)

@@ -132,7 +132,8 @@ def command(
     A consistency model (Song et al. 2023) in the frame of EDM, trained by RAdam; the network is the
     teacher's, unless --init scratch and its options say another. IMAGES are what noise is added to:
     those of the teacher, or others. The published losses are perceptual distances; l2 and huber on
-    pixels, and ct with a fixed number of scales, are what small images need (ours).
+    pixels are what small images need (ours). The published ct lets --scales and --target-ema grow
+    over training; here both stay as they are given (ours).
 
     Examples:
 

@@ -146,4 +146,4 @@ def command(
     )
     plan = MaskedConsistency(order, divergence, decided, rounds, steps_per_round, until_eos, seed)
     metrics = distill_masked(records, run, plan, records_per_step, batch_size, fill_to, keep)
-    write_records(counted(metrics, "steps", quiet))
+    write_records(counted(metrics, "steps", quiet), standing=run.standing)

@@ -10,7 +10,7 @@ import typer
 from dlmctl.commands.options import BatchSize, Device, Dtype, Json, Model, OnErrorOption, Seed
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import UsageError
-from dlmctl.records.jsonl import Record, read_records
+from dlmctl.records.jsonl import Record, read_records, write_records
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +56,15 @@ def command(
     resamples: Annotated[
         int, typer.Option("--bootstrap", min=1, help="Resamples for the interval.")
     ] = 1000,
+    curve: Annotated[
+        Path | None,
+        typer.Option(
+            "--curve",
+            metavar="FILE",
+            show_default="off",
+            help="The ROC curves, too: records of method, fpr, tpr and threshold.",
+        ),
+    ] = None,
     json: Json = False,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
@@ -72,8 +81,12 @@ def command(
     Examples:
 
     dlmctl memo-eval membership -m runs/a --reference new --members seen.jsonl --others unseen.jsonl
+
+    dlmctl memo-eval membership -m runs/a --members seen.jsonl --others unseen.jsonl --curve c.jsonl
+
+    dlmctl plot c.jsonl -x fpr --log-x -y tpr --log-y --by method -o roc.png
     """
-    from dlmctl.consistency.membership import NEED_REFERENCE, Method, separation
+    from dlmctl.consistency.membership import NEED_REFERENCE, Method, roc_curve, separation
     from dlmctl.models.loading import load_policy
 
     known = get_args(Method)
@@ -93,6 +106,14 @@ def command(
     scores = _scores(
         chosen, policy, beside, every, samples, sama_steps, sama_tokens, seed, batch_size
     )
+    if curve is not None:
+        source = {"model": policy.name, "revision": policy.revision}
+        points = (
+            {"method": name, **source, **point}
+            for name, found in scores.items()
+            for point in roc_curve(found[:count], found[count:])
+        )
+        write_records(points, str(curve))
 
     def row(name: str, found: Tensor) -> dict[str, Any]:
         about: dict[str, Any] = {"method": name, "model": policy.name}

@@ -62,12 +62,21 @@ def command(
             "to its steps.",
         ),
     ] = None,
+    draws: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Learn from this many draws of the noise for each sample, always the same; "
+            "0 is from all noise, exactly. Losses are under all noise.",
+        ),
+    ] = 0,
     noise_draws: Annotated[
         int | None,
         typer.Option(
             min=1,
             show_default="20 p/n",
-            help="Draws of the noise for each sample, for the student; the rest is exact.",
+            help="Draws of the noise for each sample, for the student; the rest is exact. Not "
+            "with --draws, which the student has too.",
         ),
     ] = None,
     seed: Seed = 0,
@@ -97,9 +106,14 @@ def command(
     and training time: loss on the training set and on fresh data, error of the score, norms within
     the bulks.
 
+    With --draws, as simulations have it, networks learn the draws of the noise too, and the error
+    of the score is larger, in proportion to 1 / --draws.
+
     Examples:
 
     dlmctl memo-eval theory --teacher-tau 1e4,1e6 --plot theory.png > theory.jsonl
+
+    dlmctl memo-eval theory --draws 100 --taus 10,30,100 > drawn.jsonl
 
     dlmctl plot theory.jsonl -x tau --log-x -y train -y test --by role,teacher_tau -o curves.png
     """
@@ -113,7 +127,9 @@ def command(
     setting = Setting(psi_n, psi_p, dimension, time, tuple(own_variances))
     found = study(
         setting,
-        Plan(times, [*chain(*ends)], delta, student_init == "teacher", noise_draws, seed, lr),
+        Plan(
+            times, [*chain(*ends)], delta, student_init == "teacher", noise_draws, draws, seed, lr
+        ),
     )
     if output:
         from safetensors.torch import save

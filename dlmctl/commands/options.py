@@ -18,6 +18,14 @@ Output = Annotated[
     str,
     typer.Option("-o", "--output", metavar="FILE", help="Where records go; - is standard output."),
 ]
+ResumeOption = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with FILE.partial, which the same command left when it was stopped: what is "
+        "done is not done again. Where -o FILE is there, do nothing.",
+    ),
+]
 ShardOption = Annotated[
     str | None,
     typer.Option(

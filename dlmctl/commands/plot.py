@@ -51,6 +51,10 @@ def command(
         bool,
         typer.Option("--log-x", help="-x on a logarithmic axis; 0 is left out."),
     ] = False,
+    log_y: Annotated[
+        bool,
+        typer.Option("--log-y", help="Measures on logarithmic axes; 0 is left out."),
+    ] = False,
     title: Annotated[str, typer.Option(help="Title of the picture.")] = "",
     on_error: OnErrorOption = "fail",
 ) -> None:
@@ -77,7 +81,7 @@ def command(
     if kind not in ("png", "svg"):
         raise UsageError(f"-o {output} ends neither in .png nor in .svg")
     panels = collect(read_records(files or [], on_error), x, ys or DEFAULT_YS, by)
-    picture = draw(panels, x, title, smooth, kind, log_x=log_x)
+    picture = draw(panels, x, title, smooth, kind, log_x=log_x, log_y=log_y)
     if output == "-":
         sys.stdout.buffer.write(picture)
         sys.stdout.buffer.flush()

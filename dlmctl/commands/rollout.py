@@ -16,6 +16,7 @@ from dlmctl.commands.options import (
     OnErrorOption,
     Output,
     Quiet,
+    ResumeOption,
     Seed,
     ShardOption,
 )
@@ -45,6 +46,7 @@ from dlmctl.commands.sampling import (
 )
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
+from dlmctl.records.resume import Resume, Rule
 
 
 def command(
@@ -102,6 +104,7 @@ def command(
     on_error: OnErrorOption = "fail",
     quiet: Quiet = False,
     output: Output = "-",
+    resume: ResumeOption = False,
 ) -> None:
     """Sample completions from a model.
 
@@ -134,7 +137,7 @@ def command(
     """
     from dlmctl.diffusion.corrupted import with_corrupted_images
     from dlmctl.diffusion.follow import follow_run
-    from dlmctl.diffusion.rollout import rollout
+    from dlmctl.diffusion.rollout import batch_begins, made_by, rollout
     from dlmctl.diffusion.sampling import settings_for
     from dlmctl.models.loading import load_policy
     from dlmctl.sae.feature_watch import FeatureWatch, check_watchable, read_dictionaries
@@ -185,6 +188,11 @@ def command(
             "--sae and --follow do not go together: an autoencoder is of weights that stay as they "
             "are; leave one out"
         )
+    if follow is not None and resume:
+        raise UsageError("--follow goes on with its run by itself: leave --resume out")
+    going = Resume(output, resume)
+    if going.done:
+        return
     if follow is not None:
         source = prompt_records(files or [], task, None, seed, on_error, repeat=True)
         records = follow_run(
@@ -208,6 +216,14 @@ def command(
             policy = with_corrupted_images(policy, corrupt, corrupt_prob, seed)
         source = prompt_records(files or [], task, prompts, seed, on_error, False, part)
         settings = settings_for(policy, **given)
+        rule = Rule(
+            frozenset({"sample", "completion", "tokens", "rollout"}),
+            samples,
+            skips=on_error == "skip",
+            begins=batch_begins(policy, settings, batch_size),
+            made_by={"rollout": made_by(policy, settings, samples, seed)},
+        )
+        source = going.rest(source, rule)
         watch = None
         if sae:
             check_watchable(policy, settings, "--remasking sae")
@@ -219,4 +235,4 @@ def command(
             records = watch.around(records)
         if steering:
             records = Steering(policy, settings, steering, reach).around(records)
-    write_records(counted(records, "sampled", quiet), output)
+    write_records(counted(records, "sampled", quiet), output, None if follow else going)

@@ -28,6 +28,7 @@ from dlmctl.commands.options import Device, Dtype, Model, Quiet, Seed, byte_coun
 from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
+from dlmctl.records.locks import hold_run
 
 if TYPE_CHECKING:
     from dlmctl.sae.corpus import Batch
@@ -195,6 +196,8 @@ def command(
     )
     given = {"level": level, "per_batch": per_batch, "pack": pack}
     law = {name: preset[name] if value is None else value for name, value in given.items()}
+    # Refused before the model is loaded; kept until the run has it too.
+    _lock = hold_run(directory) if directory.is_dir() else None
     source = _source(
         corpus or [],
         model,
@@ -227,7 +230,7 @@ def command(
     ]
     run = SaeRun(directory, streams, settings, source.metadata, source.device)
     records = run.train(source.blocks(run.blocks), log_every, 60 * save_minutes)
-    write_records(counted(records, "logged", quiet))
+    write_records(counted(records, "logged", quiet), standing=run.standing)
     for shortfall in run.shortfalls():
         print(f"dlmctl: {shortfall}", file=sys.stderr)
     print(f"dlmctl: {len(run.finish())} autoencoders in {directory}", file=sys.stderr)

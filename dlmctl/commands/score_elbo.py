@@ -16,12 +16,14 @@ from dlmctl.commands.options import (
     OnErrorOption,
     Output,
     Quiet,
+    ResumeOption,
     Seed,
     ShardOption,
 )
 from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
+from dlmctl.records.resume import Resume, Rule
 from dlmctl.records.shards import parse_shard, read_shard
 
 
@@ -72,6 +74,7 @@ def command(
     on_error: OnErrorOption = "fail",
     quiet: Quiet = False,
     output: Output = "-",
+    resume: ResumeOption = False,
 ) -> None:
     """Score completions under models, in nats.
 
@@ -83,17 +86,27 @@ def command(
 
     dlmctl score-elbo -m policy=runs/a -m reference=builtin:puzzles -k 8 verified.jsonl
     """
-    from dlmctl.diffusion.scoring import MaskPlan, score
+    from dlmctl.diffusion.scoring import MaskPlan, made_by, score
     from dlmctl.models.loading import load_policy
 
     named = dict(_labelled(text) for text in model or ["builtin:puzzles"])
     if len(named) < len(model or [""]):
         raise UsageError("two models have the same label: write --model LABEL=MODEL")
     source = read_shard(files or [], parse_shard(shard), on_error)
+    going = Resume(output, resume)
+    if going.done:
+        return
     policies = {label: load_policy(name, device, dtype) for label, name in named.items()}
     plan = MaskPlan(masks, samples, seed, until_eos, prompt_mask, mask_block)
-    records = score(source, policies, plan, batch_size, on_error)
-    write_records(counted(records, "scored", quiet), output)
+    rule = Rule(
+        frozenset({"elbo"}),
+        skips=on_error == "skip",
+        begins=lambda _, made: made.lines % batch_size == 0,
+        made_by={"elbo": {label: made_by(policy, plan) for label, policy in policies.items()}},
+    )
+    rest = going.rest(source, rule)
+    records = score(rest, policies, plan, batch_size, on_error)
+    write_records(counted(records, "scored", quiet), output, going)
 
 
 def _labelled(text: str) -> tuple[str, str]:

@@ -66,6 +66,7 @@ from dlmctl.commands.options import (
 from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record, read_records, write_records
+from dlmctl.records.locks import hold_run
 
 
 def command(
@@ -203,8 +204,10 @@ def command(
     }
     objective = None if algo == "sft" else make_objective(algo, **own)
     recipe = objective.recipe if objective else Recipe(samples=2)
-    records, sampled_from = _first_model(read_records(files or [], on_error))
     directory = output or next_run(algo)
+    # Refused before the first record, which may be long in coming; kept until the run has it too.
+    _lock = hold_run(directory) if directory.is_dir() else None
+    records, sampled_from = _first_model(read_records(files or [], on_error))
     print(f"dlmctl: writing {directory}", file=sys.stderr)
     run = open_run(
         directory,
@@ -243,7 +246,7 @@ def command(
             records, run, objective, batching, prompts_per_step, batch_size, save_every, keep,
             any_policy,
         )  # fmt: skip
-    write_records(counted(metrics, "steps", quiet))
+    write_records(counted(metrics, "steps", quiet), standing=run.standing)
 
 
 def _first_model(records: Iterator[Record]) -> tuple[Iterator[Record], str | None]:

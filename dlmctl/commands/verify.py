@@ -16,12 +16,15 @@ from dlmctl.commands.options import (
     PerceptionTag,
     Quiet,
     ReasoningTag,
+    ResumeOption,
     ShardOption,
+    byte_count,
     tag_names,
 )
 from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
-from dlmctl.records.jsonl import write_records
+from dlmctl.records.jsonl import each, write_records
+from dlmctl.records.resume import Resume, Rule
 from dlmctl.records.shards import parse_shard, read_shard
 from dlmctl.tasks.layout import TAGS
 
@@ -34,7 +37,7 @@ def command(
             metavar="NAME",
             show_default="by the record's task",
             help="sudoku, sudoku-units, sudoku-cells, countdown, concepts, vqa, layout, grounding, "
-            "gsm8k, math, format, choice, exact, another of a preset, or your own as "
+            "gsm8k, math, code, format, choice, exact, another of a preset, or your own as "
             "module:function; repeatable.",
         ),
     ] = None,
@@ -61,14 +64,36 @@ def command(
         ),
     ] = None,
     time_limit: Annotated[
-        float, typer.Option(min=0.1, help="Seconds that --exec may take for one record.")
+        float,
+        typer.Option(
+            min=0.1,
+            help="Seconds that a verifier may take for one record; one that takes longer gives 0, "
+            "and --exec fails.",
+        ),
     ] = 10.0,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            show_default="none for --exec, 1G for code",
+            help="Address space of each process of --exec and code, as 512M or 4G.",
+        ),
+    ] = None,
+    allow_unconfined: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unconfined",
+            help="Run what code tests also where the kernel cannot keep it from files, network and "
+            "processes.",
+        ),
+    ] = False,
     perception_tag: PerceptionTag = TAGS.perception,
     reasoning_tag: ReasoningTag = TAGS.reasoning,
     shard: ShardOption = None,
     on_error: OnErrorOption = "fail",
     quiet: Quiet = False,
     output: Output = "-",
+    resume: ResumeOption = False,
 ) -> None:
     """Give each completion its rewards.
 
@@ -84,6 +109,13 @@ def command(
     things in the description against `scene`. Records of shapes get 0.9 vqa + 0.1 layout, and
     grounding without weight.
 
+    code: 1 if Python passes its unit tests: `tests` (a list of assertions, or Python), or the
+    fields of HumanEval and MBPP. It runs in a process of its own with limits on time and memory;
+    on Linux the kernel lets it read the standard library alone, write no file, and keeps it from
+    network and other processes, and where it cannot, code is not run without --allow-unconfined.
+    This does not protect from faults of the kernel, nor from code that means to deceive its tests,
+    which run in the same interpreter.
+
     Examples:
 
     dlmctl rollout | dlmctl verify | dlmctl stats
@@ -95,31 +127,54 @@ def command(
     dlmctl verify --exec ./check samples.jsonl
     """
     from dlmctl.verifiers import perception
+    from dlmctl.verifiers.code import MEMORY_LIMIT, code
+    from dlmctl.verifiers.evaluations import from_evaluation
+    from dlmctl.verifiers.mathematics import math
     from dlmctl.verifiers.program import Program
     from dlmctl.verifiers.registry import find_verifier, verify
+    from dlmctl.verifiers.vqa import vqa
 
     if preset and (verifier or program):
         raise UsageError("--preset chooses the verifiers: leave out --verifier and --exec")
+    part = parse_shard(shard)
+    source = read_shard(files or [], part, on_error)
+    going = Resume(output, resume)
+    if going.done:
+        return
     # Where `python -m` would look too: module:function next to the data.
     sys.path.insert(0, os.getcwd())
-    judge = Program(program, time_limit) if program else None
+    memory = byte_count("--memory-limit", memory_limit) if memory_limit else None
+    judge = Program(program, time_limit, memory) if program else None
     extra = {"exec": judge} if judge else {}
     tags = tag_names(perception_tag, reasoning_tag)
     adapted = {
         "layout": partial(perception.layout, tags=tags),
         "grounding": partial(perception.grounding, tags=tags),
+        "code": partial(
+            code,
+            time_limit=time_limit,
+            memory=MEMORY_LIMIT if memory is None else memory,
+            unconfined=allow_unconfined,
+        ),
+        "math": partial(math, time_limit=time_limit),
+        "vqa": partial(vqa, time_limit=time_limit),
     }
     weights = dict(_weight(text) for text in weight or [])
-    part = parse_shard(shard)
-    records = read_shard(files or [], part, on_error)
     used: set[str] = set()
     if part is not None:  # what a weight is of may be in another one
         for name in weights.keys() - extra.keys():
             find_verifier(name)
         used.update(weights)
-    verified = verify(records, verifier, weights, preset, extra, adapted, on_error, used)
+    records = going.rest(
+        each(source, from_evaluation, on_error),
+        Rule(frozenset({"rewards", "reward", "verdict"}), skips=on_error == "skip"),
+        note=lambda line: used.update(line.get("rewards") or {}),
+    )
+    verified = verify(
+        records, verifier, weights, preset, extra, adapted, on_error, time_limit, used
+    )
     try:
-        write_records(counted(verified, "verified", quiet), output)
+        write_records(counted(verified, "verified", quiet), output, going)
     finally:
         if judge:
             judge.close()

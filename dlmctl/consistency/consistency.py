@@ -12,6 +12,11 @@ For two neighbours t > s of the grid, x_t = y + t z, and a target f' that takes 
     cd    |f(x_t, t) - f'(x_s, s)|, x_s from x_t by one step of the ODE of a frozen teacher
     ct    |f(x_t, t) - f'(y + s z, s)|, which needs no teacher
     ect   the same at s = r(t), that nears t in stages (Geng et al., arXiv 2406.14548), by 1 / (t-s)
+
+Both grid and mu, the decay of the target, are fixed for ct too (ours). The published ct lets
+N(k) = ceil(sqrt(k/K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1 grow over its K steps, with
+mu(k) = exp(s0 ln(mu0) / N(k)); that schedule is not here. The clamp of ect's levels to
+[2 sigma_min, sigma_max] is ours: its published law is not bounded.
 """
 
 from __future__ import annotations
@@ -153,6 +158,7 @@ class Distillation:
         if self.objective == "ect":
             normal = torch.randn(count, generator=generator, dtype=torch.float64)
             sigma = (ECT_LAW.mean + ECT_LAW.std * normal).exp()
+            # Ours: the published law has no bounds, and f is of levels from eps on.
             sigma = sigma.clamp(2 * noise_range.sigma_min, noise_range.sigma_max).to(device)
             to = ect_level(sigma, step // self.stage_steps)
         else:

@@ -148,6 +148,31 @@ def separation(members: Tensor, others: Tensor, resamples: int, seed: int) -> di
     return made
 
 
+def roc_curve(members: Tensor, others: Tensor) -> list[dict[str, float | None]]:
+    """The ROC curve of scores of members [N] and others [M]: a point for each false positive rate.
+
+    Whoever scores above the threshold, strictly, is taken for a member. Of all thresholds with one
+    false positive rate the point has the least, which finds most members.
+
+    Returns:
+        Dicts with fpr, tpr and threshold, by rising fpr; the last, of rate 1, has no threshold.
+    """
+    thresholds = others.unique().flip(0)
+    below = [
+        torch.searchsorted(scores.sort().values, thresholds, right=True)
+        for scores in (others, members)
+    ]
+    false, true = (
+        ((len(scores) - counts).double() / len(scores)).tolist()
+        for scores, counts in zip((others, members), below, strict=True)
+    )
+    made: list[dict[str, float | None]] = [
+        {"fpr": fpr, "tpr": tpr, "threshold": threshold}
+        for fpr, tpr, threshold in zip(false, true, thresholds.tolist(), strict=True)
+    ]
+    return [*made, {"fpr": 1.0, "tpr": 1.0, "threshold": None}]
+
+
 def _auc(members: Tensor, others: Tensor) -> float:
     present = torch.zeros(1, len(members) + len(others), dtype=torch.bool)
     present[0, : len(members)] = True

@@ -19,7 +19,8 @@ R = E[(e^t x_t - e^s y_s) phi(x_t)^T] the flow is
     dS/dtau = -(2 alpha / psi_p) (S M + R),   S(tau) = S* + (S_0 - S*) exp(-(2 alpha/psi_p) M tau)
 
 with S* = -R M^-1. The score that f_S implies is S phi, so that S has the losses of B. R is exact;
-of C only the mean of (phi(y_s) - phi(x_t)) phi(x_t)^T is drawn, the rest is U.
+of C only the mean of (phi(y_s) - phi(x_t)) phi(x_t)^T is drawn, the rest is U. A teacher that
+learned from draws of the noise has a student that learns from the same.
 """
 
 from __future__ import annotations
@@ -30,11 +31,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dlmctl.consistency.random_features import Problem, noise_variance
+from dlmctl.consistency.random_features import BATCH, Problem, noise_variance, noisy_samples
 from dlmctl.records.errors import UsageError
 
-BATCH = 2048
-"""Noisy samples at once."""
 KAPPA_SAMPLES = 4096
 """Noisy samples that are enough for kappa, of which the mean over a bulk is looked at."""
 
@@ -103,7 +102,8 @@ def distill(
         network: the teacher's B in the eigenvectors of U, float64 [d, p].
         delta: from t to s, below t.
         start: S_0, likewise; None is 0.
-        draws: of the noise for each sample, for C.
+        draws: of the noise for each sample, for C; passed over where the problem has its own.
+        seed: of these draws.
 
     Raises:
         UsageError: delta is not between 0 and t; or there are so few draws that S* is no end of
@@ -115,6 +115,7 @@ def distill(
     alpha = math.exp(setting.time) * setting.noise
     grown = math.exp(setting.time - delta)
     beta = grown * noise_variance(setting.time - delta)
+    draws, seed = (problem.draws, problem.noise_seed) if problem.draws else (draws, seed)
     change, kappa = _change(problem, network, delta, draws, seed)
     drift = torch.diag((alpha - beta) * problem.values) - beta * change
     target = (math.exp(setting.time) - grown * (1 + delta)) * problem.input_product.T
@@ -137,20 +138,17 @@ def _change(
     Features are float32, whose rounding is far below the error of the draws.
     """
     setting = problem.setting
-    generator = torch.Generator().manual_seed(seed)
     rows = (problem.weights / math.sqrt(setting.dimension)).float()
     plain, vectors = (network @ problem.vectors.T).float(), problem.vectors.float()
-    shrunk = (math.exp(-setting.time) * problem.data).float()
     change = torch.zeros_like(problem.vectors)
-    moved, enough = torch.zeros_like(problem.values), min(draws, KAPPA_SAMPLES // len(shrunk) + 1)
-    for number in range(draws):
-        for part in shrunk.split(BATCH):
-            noise = torch.randn(part.shape, generator=generator)
-            y = (part + math.sqrt(setting.noise) * noise).T
-            phi = torch.tanh(rows @ y)
-            away = torch.tanh(rows @ (y + delta * (y + plain @ phi))) - phi
-            change += away @ phi.T
-            if number < enough:
-                moved += ((vectors.T @ away) ** 2).sum(1)
-    change = problem.vectors.T @ (change / (draws * len(shrunk))) @ problem.vectors
-    return change, moved / (enough * len(shrunk)) / problem.values
+    count = len(problem.data)
+    moved, enough = torch.zeros_like(problem.values), min(draws, KAPPA_SAMPLES // count + 1)
+    parts = noisy_samples(setting, problem.data, draws, seed)
+    for number, (_, y, _) in enumerate(parts):
+        phi = torch.tanh(rows @ y)
+        away = torch.tanh(rows @ (y + delta * (y + plain @ phi))) - phi
+        change += away @ phi.T
+        if number < enough * -(-count // BATCH):
+            moved += ((vectors.T @ away) ** 2).sum(1)
+    change = problem.vectors.T @ (change / (draws * count)) @ problem.vectors
+    return change, moved / (enough * count) / problem.values

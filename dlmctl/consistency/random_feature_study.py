@@ -37,7 +37,10 @@ class Plan:
     from_teacher: bool = True
     """Whether a student starts as its teacher or as 0."""
     draws: int | None = None
-    """Of the noise for each sample; enough for `DRAWS_PER_FEATURE` by default."""
+    """Of the noise for each sample, for students of all noise; enough for `DRAWS_PER_FEATURE` by
+    default."""
+    fixed_draws: int = 0
+    """Of the noise for each sample, from which teachers and students learn; 0 is all noise."""
     seed: int = 0
     learning_rate: float | None = None
     """Of gradient descent; gradient flow without one."""
@@ -47,6 +50,8 @@ class Plan:
             raise UsageError("--taus and --teacher-tau are times, which are not below 0")
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise UsageError(f"--lr {self.learning_rate:g} is not above 0")
+        if self.draws and self.fixed_draws:
+            raise UsageError("--noise-draws are for students of all noise: not with --draws")
 
 
 class Study(NamedTuple):
@@ -71,6 +76,7 @@ class Study(NamedTuple):
             "time": setting.time,
             "variances": list(setting.variances),
             "delta": self.plan.delta,
+            "draws": self.plan.fixed_draws,
             "seed": self.plan.seed,
             "constants": {**constants(setting)._asdict(), "D": setting.noise},
             "bulks": self._bulks(),
@@ -145,7 +151,7 @@ def study(setting: Setting, plan: Plan) -> Study:
     """
     if not 0 < plan.delta < setting.time:
         raise UsageError(f"--delta {plan.delta:g} is not between 0 and --time {setting.time:g}")
-    problem = draw_problem(setting, plan.seed)
+    problem = draw_problem(setting, plan.seed, plan.fixed_draws)
     descent = None if plan.learning_rate is None else Descent(plan.learning_rate)
     teachers = [teacher(problem, tau, descent) for tau in plan.teacher_taus]
     draws = plan.draws or math.ceil(DRAWS_PER_FEATURE * setting.features / setting.samples)

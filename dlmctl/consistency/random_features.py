@@ -10,11 +10,16 @@ n samples under ever fresh noise:
 The sizes are psi_n = n/d and psi_p = p/d. All expectations over the noise, and over the population
 of the test loss, are exact (`gaussian_features`); the published script draws them. Everything is in
 the basis of the eigenvectors of U = E[phi phi^T] over the training set, where the flow is diagonal.
+
+The noise may also be M draws for each sample that stay the same, so that U and E[phi xi^T] are
+means over n M points. Losses are under all noise and data then, too. The score error is above that
+of ever fresh noise by 1 / M, of the order of k / (n M D) where k directions are learned.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,6 +32,10 @@ from dlmctl.records.errors import UsageError
 BULKS = ("gen", "mem", "null")
 """Groups of eigen-directions, by falling eigenvalue: d that generalize, n - d that memorize, and
 p - n that change neither loss."""
+BATCH = 2048
+"""Noisy samples at once."""
+LEAST_DRAWN = 2
+"""Noisy samples for each feature, without which U of drawn noise is nearly singular."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,12 @@ class Problem(NamedTuple):
     """float64 [p, p], E[phi phi^T] over fresh data."""
     slope: Tensor
     """float64 [p, d], E[phi y^T] Gamma^-1 over fresh y ~ N(0, Gamma)."""
+    draws: int = 0
+    """Of the noise for each sample, over which U and the two products are means; 0 is all noise."""
+    noise_seed: int = 0
+    """Of the draws."""
+    all_noise: tuple[Tensor, Tensor] | None = None
+    """Of draws: E[phi phi^T], float64 [p, p], and E[phi xi^T], [p, d], under all noise."""
 
 
 class Losses(NamedTuple):
@@ -150,26 +165,38 @@ def constants(setting: Setting) -> Constants:
     return Constants(a, math.sqrt(noise) * a, v2, s2)
 
 
-def draw_problem(setting: Setting, seed: int) -> Problem:
-    """Random features and a training set, with the moments of both."""
+def draw_problem(setting: Setting, seed: int, draws: int = 0) -> Problem:
+    """Random features and a training set, with the moments of both.
+
+    Raises:
+        UsageError: there are fewer than two noisy samples for each feature.
+    """
     generator = torch.Generator().manual_seed(seed)
     p, n, d = setting.features, setting.samples, setting.dimension
     weights = torch.randn(p, d, dtype=torch.float64, generator=generator)
     data = torch.randn(n, d, dtype=torch.float64, generator=generator) * setting.spectrum().sqrt()
-    return make_problem(setting, weights, data)
+    return make_problem(setting, weights, data, draws, seed + 1)
 
 
-def make_problem(setting: Setting, weights: Tensor, data: Tensor) -> Problem:
+def make_problem(
+    setting: Setting, weights: Tensor, data: Tensor, draws: int = 0, noise_seed: int = 0
+) -> Problem:
     """The same of given features [p, d] and data [n, d], float64."""
+    least = math.ceil(LEAST_DRAWN * setting.features / len(data))
+    if 0 < draws < least:
+        raise UsageError(f"--draws {draws} are too few: at least {least}, or 0 for all noise")
     rows = weights / math.sqrt(setting.dimension)
     shrink, noise = math.exp(-setting.time), setting.noise
     loadings = math.sqrt(noise) * rows
     seen = feature_moments(shrink * rows @ data.T, loadings)
-    noise_product = seen.slope.mean(1, keepdim=True) * loadings
-    input_product = shrink * seen.level @ data / len(data) + math.sqrt(noise) * noise_product
+    whole = seen.second, seen.slope.mean(1, keepdim=True) * loadings
+    second, noise_product, level = *whole, seen.level
+    if draws:
+        second, noise_product, level = _drawn_moments(setting, rows, data, draws, noise_seed)
+    input_product = shrink * level @ data / len(data) + math.sqrt(noise) * noise_product
     spread = (shrink**2 * setting.spectrum() + noise).sqrt()
     fresh = feature_moments(torch.zeros_like(rows[:, :1]), rows * spread)
-    values, vectors = torch.linalg.eigh(seen.second)
+    values, vectors = torch.linalg.eigh(second)
     vectors = vectors.flip(1).contiguous()
     return Problem(
         setting,
@@ -181,15 +208,58 @@ def make_problem(setting: Setting, weights: Tensor, data: Tensor) -> Problem:
         vectors.T @ input_product,
         vectors.T @ fresh.second @ vectors,
         vectors.T @ (fresh.slope * rows),
+        draws,
+        noise_seed,
+        (vectors.T @ whole[0] @ vectors, vectors.T @ whole[1]) if draws else None,
     )
+
+
+def noisy_samples(
+    setting: Setting, data: Tensor, draws: int, seed: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """x_t and xi of every sample under each draw of the noise, in parts.
+
+    Yields:
+        Which samples, and x_t and xi as columns, float32 [d, b]. All parts of a draw come before
+        those of the next.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shrunk = (math.exp(-setting.time) * data).float()
+    for _ in range(draws):
+        for begin in range(0, len(data), BATCH):
+            part = slice(begin, begin + BATCH)
+            noise = torch.randn(shrunk[part].shape, generator=generator).T
+            yield part, shrunk[part].T + math.sqrt(setting.noise) * noise, noise
+
+
+def _drawn_moments(
+    setting: Setting, rows: Tensor, data: Tensor, draws: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """E[phi phi^T], E[phi xi^T], and E[phi] of each sample, [p, n], over draws of the noise.
+
+    Features are float32, whose rounding is far below the least eigenvalue.
+    """
+    p, n, d = setting.features, len(data), setting.dimension
+    second, product, level = (torch.zeros(p, size, dtype=torch.float64) for size in (p, d, n))
+    for part, y, noise in noisy_samples(setting, data, draws, seed):
+        phi = torch.tanh(rows.float() @ y)
+        second += phi @ phi.T
+        product += phi @ noise.T
+        level[:, part] += phi
+    return second / (draws * n), product / (draws * n), level / draws
 
 
 def losses(problem: Problem, network: Tensor) -> Losses:
     """Of the score s(y) = B phi(y); network is B in the eigenvectors of U, float64 [d, p]."""
     setting = problem.setting
     noise, d = setting.noise, setting.dimension
-    train = noise * float((network**2 @ problem.values).sum())
-    train += 2 * math.sqrt(noise) * float((network.T * problem.noise_product).sum())
+    product = problem.noise_product
+    if problem.all_noise is None:
+        train = noise * float((network**2 @ problem.values).sum())
+    else:
+        second, product = problem.all_noise
+        train = noise * float(((network @ second) * network).sum())
+    train += 2 * math.sqrt(noise) * float((network.T * product).sum())
     error = float(((network @ problem.population) * network).sum())
     error += 2 * float((network.T * problem.slope).sum())
     fisher = float((1 / (math.exp(-2 * setting.time) * setting.spectrum() + noise)).sum()) / d

@@ -36,7 +36,9 @@ from dlmctl.records.files import (
     read_json,
     remove_partials,
 )
+from dlmctl.records.interrupts import standing
 from dlmctl.records.jsonl import dump
+from dlmctl.records.locks import hold_run
 from dlmctl.training.optimizer import Schedule, apply_step, learning_rate
 
 Loss = Callable[[nn.Module, nn.Module, Tensor, int, torch.Generator], Tensor]
@@ -110,7 +112,10 @@ class TrainingRun:
         Raises:
             UsageError: the run there was begun with other settings.
             CannotCreateError: there are checkpoints, and no state to go on from.
+            TryAgainError: another process trains in the directory.
         """
+        make_directory(directory)
+        self.lock = hold_run(directory)
         self.directory, self.config, self.recipe = directory, config, recipe
         self.loss, self.images = loss, images.to(device)
         self.network = network.to(device).train().requires_grad_(True)
@@ -146,6 +151,10 @@ class TrainingRun:
     def saved_network(self) -> nn.Module:
         """The weights that checkpoints have."""
         return self.averages["ema"][0] if "ema" in self.averages else self.network
+
+    def standing(self) -> str:
+        """Where the run is, for those who interrupt it."""
+        return standing(self.directory, self.state / "latest", self.step)
 
     def train(self, log_every: int, save_seconds: float) -> Iterator[dict[str, Any]]:
         """Take the steps that are left.
@@ -252,7 +261,6 @@ class TrainingRun:
         return {name: value.detach().cpu().contiguous() for name, value in made.items()}
 
     def _open(self) -> None:
-        make_directory(self.directory)
         latest = self.state / "latest"
         if (latest / "run.json").exists():
             counters = read_json(latest / "run.json")

@@ -17,6 +17,7 @@ from dlmctl.diffusion.sampling import Request, Sample, Sampling
 from dlmctl.diffusion.watching import Watch
 from dlmctl.models.policy import Policy
 from dlmctl.records.jsonl import OnError, Record, each, field
+from dlmctl.records.resume import Begins, always
 from dlmctl.tasks.images import image_sources
 
 
@@ -83,6 +84,35 @@ def rollout(
         record, index = waiting.popleft()
         yield _completed(record, index, result, policy, settings, samples, seed, round_)
     yield from (record for record, _ in waiting)
+
+
+def made_by(policy: Policy, settings: Sampling, samples: int, seed: int) -> dict[str, Any]:
+    """What of a completion's `rollout` is the same for all that a command samples."""
+    return {
+        "model": policy.name,
+        "revision": policy.revision,
+        "seed": seed,
+        "samples": samples,
+        "temperature": settings.temperature,
+    }
+
+
+def batch_begins(policy: Policy, settings: Sampling, batch_size: int) -> Begins:
+    """Where a batch that nothing earlier is part of begins, for `records.resume`.
+
+    Rows that take the same number of steps come and go together. Where a row may be done early,
+    there is no such place: a completion is then made again among others, and is the same but for
+    floating-point noise, which can tip a choice only where two tokens are all but equally sure.
+    """
+    early = (
+        settings.threshold is not None
+        or settings.factor is not None
+        or settings.early_stop
+        or settings.refresh_below > 0
+    )
+    if policy.diffusion and early:
+        return always
+    return lambda _, made: (made.lines - made.errors) % batch_size == 0
 
 
 def _completed(

@@ -134,6 +134,13 @@ def score_entry(
         "stderr": result.stderr,
         "samples": result.samples.tolist(),
         "tokens": int(example.masks.scored.sum()),
+        **made_by(policy, plan),
+    }
+
+
+def made_by(policy: Policy, plan: MaskPlan) -> dict[str, Any]:
+    """What a score depends on beside the record."""
+    return {
         "masks": asdict(plan) if policy.diffusion else "exact",
         "model": policy.name,
         "revision": policy.revision,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -59,15 +60,31 @@ def remove_partials(directory: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a whole file by write-then-rename."""
-    beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+def publish_file(target: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` make a file beside `target`, then rename it; nothing is left where it fails.
+
+    Raises:
+        CannotCreateError: the file cannot be made.
+    """
+    beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(data)
-        os.replace(beside, path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(beside)
+        os.replace(beside, target)
     except OSError as error:
-        raise CannotCreateError(f"cannot write {path} ({error.strerror})") from None
+        raise CannotCreateError(f"cannot write {target} ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Publish a file that holds these bytes; raises CannotCreateError."""
+
+    def write(beside: Path) -> None:
+        beside.write_bytes(data)
+
+    publish_file(path, write)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -81,23 +98,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError("expected a JSON object", str(path))
     return value
-
-
-def publish_file(target: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` make a file beside `target`, then rename it.
-
-    Raises:
-        CannotCreateError: the file cannot be made.
-    """
-    beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write(beside)
-        os.replace(beside, target)
-    except OSError as error:
-        raise CannotCreateError(f"cannot write {target} ({error.strerror})") from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def check_free(directory: Path) -> None:

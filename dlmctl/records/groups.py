@@ -34,24 +34,48 @@ def groups(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield group
 
 
+class BatchEnds:
+    """Where the batches of `group_batches` begin and end; told of each record in order."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._count, self._seen = size, 0, 0
+        self._last: Record | None = None
+        self.round_done = False
+        """Whether the last record was that of a whole round of a training loop."""
+
+    def begins(self, record: Record) -> bool:
+        """Whether a batch begins with this record, the next one."""
+        begins = self._last is None and not self._seen
+        if self._last is not None and "error" not in record and self._count >= self._size:
+            begins = group_key(self._last) != group_key(record)
+        if begins:
+            self._count = 0
+        if "error" not in record:
+            self._count, self._last = self._count + 1, record
+        self._seen += 1
+        whole_round = (record.get("rollout") or {}).get("round_size")
+        self.round_done = whole_round is not None and self._seen >= whole_round
+        if self.round_done:
+            self._count, self._seen, self._last = 0, 0, None
+        return begins
+
+
 def group_batches(records: Iterable[Record], size: int) -> Iterator[list[list[Record]]]:
     """Groups of at least `size` records together, at most to the end of a round of a training loop.
 
     Within a round nothing waits for what comes behind it.
     """
     batch: list[Record] = []
-    seen = 0
+    ends = BatchEnds(size)
     for record in records:
-        if "error" not in record:
-            if len(batch) >= size and group_key(batch[-1]) != group_key(record):
-                yield list(groups(batch))
-                batch = []
-            batch.append(record)
-        seen += 1
-        whole_round = (record.get("rollout") or {}).get("round_size")
-        if whole_round is not None and seen >= whole_round:
+        if ends.begins(record) and batch:
             yield list(groups(batch))
-            batch, seen = [], 0
+            batch = []
+        if "error" not in record:
+            batch.append(record)
+        if ends.round_done:
+            yield list(groups(batch))
+            batch = []
     if batch:
         yield list(groups(batch))
 

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import orjson
 
@@ -21,7 +21,12 @@ from dlmctl.records.errors import (
     DataError,
     MissingInputError,
 )
+from dlmctl.records.interrupts import Interrupted, describe
+from dlmctl.records.locks import hold
 from dlmctl.records.stdin import stdin_lines
+
+if TYPE_CHECKING:
+    from dlmctl.records.resume import Resume
 
 OnError = Literal["fail", "skip", "keep"]
 
@@ -136,19 +141,39 @@ def dump(record: Any) -> bytes:
     return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
 
 
-def write_records(records: Iterable[Any], output: str = "-") -> int:
+def write_records(
+    records: Iterable[Any],
+    output: str = "-",
+    going: Resume | None = None,
+    standing: Callable[[], str] | None = None,
+) -> int:
     """Write records to `output` (`-`: standard output) and return how many.
 
     A file grows as `OUTPUT.partial` and takes its name when the stream ends; after a failure the
-    records that were made stay in the partial file.
+    records that were made stay in the partial file. One process at a time writes it. What is no
+    file, as /dev/stderr or a named pipe, is written as it is.
+
+    Args:
+        going: what of the partial file stays, of a stage that can go on with it.
+        standing: what is said where the command is interrupted; None says how many records there
+            are, and where.
 
     Raises:
         CannotCreateError: the file cannot be made.
         CannotWriteError: writing failed, for example on a full disk.
+        TryAgainError: another process writes the file.
         BrokenPipeError: the reader of standard output went away.
     """
     count = 0
-    with _sink(output) as stream:
+
+    def stands() -> str:
+        if output == "-" or _in_place(output):
+            return f"{count} records were written"
+        lines = count + (going.lines if going else 0)
+        return f"{lines} records are in {output}.partial{_how(going)}"
+
+    describe(standing or stands)
+    with _sink(output, going) as stream:
         for record in records:
             line = dump(record)
             try:
@@ -165,24 +190,50 @@ def write_records(records: Iterable[Any], output: str = "-") -> int:
     return count
 
 
+def _how(going: Resume | None) -> str:
+    return "; the same command with --resume goes on with it" if going else ""
+
+
 @contextlib.contextmanager
-def _sink(output: str) -> Iterator[IO[bytes]]:
+def _sink(output: str, going: Resume | None) -> Iterator[IO[bytes]]:
     if output == "-":
         yield sys.stdout.buffer
+        return
+    if _in_place(output):
+        with _opened(output) as stream:
+            yield stream
         return
     partial = Path(f"{output}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        stream = partial.open("wb")
+        lock = hold(partial, output)
+        stream = partial.open("r+b")
+        stream.truncate(going.size if going else 0)
+        stream.seek(0, os.SEEK_END)
     except OSError as error:
         raise CannotCreateError(f"cannot create {output} ({error.strerror})") from None
     try:
         with stream:
             yield stream
+    except Interrupted:
+        raise  # `describe` says it
     except BaseException:
-        print(f"dlmctl: what was produced so far is in {partial}", file=sys.stderr)
+        print(f"dlmctl: what was produced so far is in {partial}{_how(going)}", file=sys.stderr)
         raise
     os.replace(partial, output)
+    lock.release()
+
+
+def _in_place(output: str) -> bool:
+    """Whether a name is of a device, a pipe or the like, which no file may take the place of."""
+    return os.path.exists(output) and not os.path.isfile(output)
+
+
+def _opened(output: str) -> IO[bytes]:
+    try:
+        return open(output, "wb")
+    except OSError as error:
+        raise CannotCreateError(f"cannot create {output} ({error.strerror})") from None
 
 
 def _open(name: str) -> contextlib.AbstractContextManager[Iterable[bytes]]:

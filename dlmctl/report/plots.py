@@ -84,6 +84,7 @@ def draw(
     kind: str,
     columns: int = 3,
     log_x: bool = False,
+    log_y: bool = False,
 ) -> bytes:
     """A picture, PNG or SVG.
 
@@ -104,7 +105,7 @@ def draw(
         if grid:
             heat_panel(figure, axis, name, grid)
         else:
-            _panel(axis, name, series, x, window, log_x)
+            _panel(axis, name, series, x, window, (log_x, log_y))
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     lines = [axis for axis, (series, _) in zip(axes, panels.values(), strict=False) if series]
@@ -123,7 +124,9 @@ def _label(record: Record, by: str) -> str:
     return " ".join("" if value is None else str(value) for value in found)
 
 
-def _panel(axis: Any, name: str, series: Series, x: str, window: int, log_x: bool) -> None:
+def _panel(
+    axis: Any, name: str, series: Series, x: str, window: int, logarithmic: tuple[bool, bool]
+) -> None:
     for number, (label, points) in enumerate(series.items()):
         at, values, errors = map(list, zip(*averaged(points), strict=True))
         colour = COLOURS[number % len(COLOURS)]
@@ -136,6 +139,9 @@ def _panel(axis: Any, name: str, series: Series, x: str, window: int, log_x: boo
         marker = "o" if len(at) < 12 else None
         line = smoothed(values, window)
         axis.plot(at, line, color=colour, linewidth=1.6, marker=marker, markersize=3, label=label)
+    log_x, log_y = logarithmic
+    if log_y:
+        axis.set_yscale("log", nonpositive="mask")
     if log_x:
         axis.set_xscale("log", nonpositive="mask")
     elif all(float(at).is_integer() for points in series.values() for at, _ in points):

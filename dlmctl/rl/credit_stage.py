@@ -97,7 +97,7 @@ def credited(
                 ready.append((record, _response(record, policy, texts, tags)))
             except DataError as error:
                 error.where = error.where or record.where
-                yield from faulty(record, error, on_error)
+                ready += [(marked, None) for marked in faulty(record, error, on_error)]
         scored = [
             (record, response)
             for record, response in ready
@@ -107,7 +107,8 @@ def credited(
         made = score(policy, [r for _, r in scored], contrast, batch_size) if scored else []
         signal = {id(record): s for (record, _), s in zip(scored, made, strict=True)}
         for record, response in ready:
-            yield _weighted(record, response, signal.get(id(record)), credit)
+            marked = "error" in record
+            yield record if marked else _weighted(record, response, signal.get(id(record)), credit)
 
 
 def _response(record: Record, policy: Policy, texts: TokenTexts, tags: Tags) -> Response | None:

@@ -2,7 +2,7 @@
 
 A step is taken for every batch of prompts. In a training loop a checkpoint is published at the end
 of each round; a round that was cut leaves none. Elsewhere, every so many steps and at the end, also
-when the stream fails, so that no step is lost.
+when the stream fails, so that no step is lost; not when the command is interrupted.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.records.errors import UsageError
+from dlmctl.records.interrupts import stopping
 from dlmctl.records.jsonl import Record, dump, each
 from dlmctl.rl.batches import StepBatch, check_on_policy, step_batches
 from dlmctl.rl.credit_metrics import credit_metrics
@@ -127,8 +128,10 @@ def take_steps(
             elif not within_round and run.progress.step - run.saved_step >= save_every:
                 run.save(keep)
     finally:
-        # A round that was cut is done again, from the checkpoint of the one before.
-        if run.progress.step != run.saved_step and not within_round:
+        # A round that was cut is done again, from the checkpoint of the one before; and who is
+        # interrupted has no time: what counts is the newest checkpoint.
+        unsaved = run.progress.step != run.saved_step and not within_round
+        if unsaved and not stopping():
             run.save(keep)
     if not taken:
         raise UsageError("no records came in; nothing was trained")

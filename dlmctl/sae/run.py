@@ -33,7 +33,9 @@ from dlmctl.records.files import (
     read_json,
     remove_partials,
 )
+from dlmctl.records.interrupts import standing
 from dlmctl.records.jsonl import dump
+from dlmctl.records.locks import hold_run
 from dlmctl.sae.activations import Block, Key
 from dlmctl.sae.buffer import ShuffleBuffer
 from dlmctl.sae.folders import write_sae
@@ -148,7 +150,10 @@ class SaeRun:
         Raises:
             UsageError: the run there was begun with other settings.
             CannotCreateError: there is an autoencoder, and no state to go on from.
+            TryAgainError: another process trains in the directory.
         """
+        make_directory(directory)
+        self.lock = hold_run(directory)
         self.directory, self.streams = directory, streams
         self.settings, self.metadata = settings, metadata
         self.blocks = 0
@@ -210,6 +215,10 @@ class SaeRun:
                         f"positions {stream.key.positions}, fewer than a step of "
                         f"{stream.recipe.batch_size}: give a longer corpus"
                     )
+
+    def standing(self) -> str:
+        """Where the run is, for those who interrupt it."""
+        return standing(self.directory, self.directory / "state" / "latest", self.blocks, "block")
 
     def save(self) -> None:
         """Publish the state as the newest one.

@@ -23,6 +23,8 @@ from dlmctl.models.loading import checkpoint_revision, fixed_name, load_policy
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.files import make_directory
+from dlmctl.records.interrupts import standing
+from dlmctl.records.locks import Lock, hold_run
 from dlmctl.training.activations import checkpoint_activations
 from dlmctl.training.checkpoint import (
     Progress,
@@ -74,8 +76,11 @@ class Run:
         progress: Progress,
         optimization: Optimization,
         compute_dtype: torch.dtype,
+        lock: Lock | None = None,
     ) -> None:
         self.directory = directory
+        self.lock = lock
+        """Of the directory, let go of with the run."""
         self.policy = policy
         self.progress = progress
         self.optimization = optimization
@@ -135,6 +140,10 @@ class Run:
             self.policy = dataclasses.replace(self.policy, revision=revision)
         return {"grad_norm": norm, "lr": rate, "applied": applied}
 
+    def standing(self) -> str:
+        """Where the run is, for those who interrupt it."""
+        return standing(self.directory, self.directory / "latest", self.progress.step)
+
     def save(self, keep: int) -> Path:
         """Publish the newest checkpoint."""
         self.saved_step = self.progress.step
@@ -168,8 +177,10 @@ def open_run(
     Raises:
         UsageError: the run in the directory trains by another algorithm.
         MissingInputError: the model is not there.
+        TryAgainError: another process trains in the directory.
     """
     make_directory(directory)
+    lock = hold_run(directory)
     torch.manual_seed(seed)  # the first values of an adapter, and its dropout
     checkpoint = latest_checkpoint(directory)
     compute = torch.float32
@@ -195,7 +206,7 @@ def open_run(
         compute = torch.bfloat16
     if gradient_checkpointing:
         checkpoint_activations(policy.core)
-    run = Run(directory, policy, progress, optimization, compute)
+    run = Run(directory, policy, progress, optimization, compute, lock)
     if checkpoint is not None:
         restore_training(checkpoint, run.optimizer, run.parameters)
     forget_steps(directory, progress.step)

@@ -50,7 +50,7 @@ def countdown(record: Mapping[str, Any]) -> Verdict:
     try:
         value, used = evaluate(expression)
     except NotAnExpressionError as error:
-        return judged(False, str(error), expression=expression)
+        return judged(False, str(error), expression=expression[:LONGEST])
     if sorted(used) != numbers:
         return judged(False, f"uses {sorted(used)}, given {numbers}", expression=expression)
     if value != target:
@@ -65,8 +65,11 @@ def find_expression(text: str) -> str | None:
     """
     for pattern, plain in LATEX:
         text = re.sub(pattern, plain, text)
-    while (opened := FRACTION.sub(r"((\1)/(\2))", text)) != text:
-        text = opened
+    # One pass opens the innermost; more levels than this make more than LONGEST characters.
+    for _ in range(LONGEST // len("((1)/(1))") + 1):
+        text, opened = FRACTION.subn(r"((\1)/(\2))", text)
+        if not opened:
+            break
     sides = [side.strip() for line in text.splitlines() for side in line.split("=")]
     whole = [side for side in sides if EXPRESSION.fullmatch(side)]
     in_prose = [found.strip(" .\n") for side in sides for found in EXPRESSION.findall(side)]

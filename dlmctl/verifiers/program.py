@@ -3,15 +3,20 @@
     {"reward": 0.5, "why": "..."}      or just      0.5
 
 It is started once and asked record by record, so that nothing is read ahead; one that does not
-answer in time is killed, and started again for the next record.
+answer in time is killed with what it started, and started again for the next record. What it says
+is read while it is asked and no further than a line, so that a flood stays in its own pipe.
 """
 
 from __future__ import annotations
 
-import queue
+import contextlib
+import os
+import selectors
 import shlex
+import shutil
+import signal
 import subprocess
-import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,15 +26,32 @@ from dlmctl.records.errors import DataError, MissingInputError
 from dlmctl.records.jsonl import dump
 from dlmctl.verifiers.answer import Verdict
 
+LONGEST_LINE = 1 << 20
+"""Bytes of a verdict."""
+CHUNK = 1 << 16
+
+
+class OverrunError(DataError):
+    """No verdict came within the time limit."""
+
 
 class Program:
-    """A running judge; stops with `close`, or with this process."""
+    """A running judge; stops with `close`.
 
-    def __init__(self, command: str | Sequence[str], time_limit: float) -> None:
+    Args:
+        command: a line that is split as a shell does, or its words.
+        time_limit: seconds for one record.
+        memory_limit: bytes of address space for each of its processes (RLIMIT_AS), or None.
+    """
+
+    def __init__(
+        self, command: str | Sequence[str], time_limit: float, memory_limit: int | None = None
+    ) -> None:
         self.command = shlex.split(command) if isinstance(command, str) else list(command)
         self.time_limit = time_limit
+        self.memory_limit = memory_limit
         self._process: subprocess.Popen[bytes] | None = None
-        self._lines: queue.Queue[bytes] = queue.Queue()
+        self._said = bytearray()
 
     def __call__(self, record: Mapping[str, Any]) -> Verdict:
         """Its verdict; raises DataError if it gives none, MissingInputError if it is not there."""
@@ -39,64 +61,136 @@ class Program:
             return Verdict(float(answer["reward"]), detail)
         if isinstance(answer, (int, float)) and not isinstance(answer, bool):
             return Verdict(float(answer), {})
-        raise DataError(f"{self.command[0]} gave no verdict but {answer!r}; expected a number")
+        shown = repr(answer)[:80]
+        raise DataError(f"{self.command[0]} gave no verdict but {shown}; expected a number")
 
     def ask(self, line: bytes) -> Any:
-        """Send one line and wait for the one that answers it."""
+        """Send one line and wait for the one that answers it.
+
+        Raises:
+            OverrunError: it took longer than the time limit.
+            DataError: it ended, or what it said is too long or no JSON.
+        """
         process = self._running()
-        assert process.stdin is not None
         try:
-            process.stdin.write(line)
-            process.stdin.flush()
-            reply = self._lines.get(timeout=self.time_limit)
-        except (BrokenPipeError, queue.Empty) as error:
+            reply = self._exchange(process, line)
+        except BaseException:
             self.close()
-            if isinstance(error, queue.Empty):
-                raise DataError(
-                    f"{self.command[0]} gave no verdict within {self.time_limit:g} s "
-                    "(does it flush its output after every line?)"
-                ) from None
-            reply = b""
+            raise
         if not reply:
-            code = self._ended()
-            raise DataError(f"{self.command[0]} ended (exit {code}) instead of giving a verdict")
+            raise DataError(self._ended())
         try:
             return orjson.loads(reply)
         except orjson.JSONDecodeError:
             raise DataError(f"{self.command[0]} said {reply[:80]!r}, which is not JSON") from None
 
-    def close(self) -> None:
-        """Stop the program."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+    @property
+    def running(self) -> bool:
+        """Whether it is started and was not stopped."""
+        return self._process is not None
 
-    def _ended(self) -> int | None:
+    def close(self) -> None:
+        """Stop the program and what it started in its session."""
         if self._process is None:
-            return None
-        code = self._process.wait()
-        self._process = None
-        return code
+            return
+        process, self._process = self._process, None
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+    def _exchange(self, process: subprocess.Popen[bytes], line: bytes) -> bytes:
+        """The line that answers `line`; empty where the program ends instead."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        end = time.monotonic() + self.time_limit
+        left, searched = memoryview(line), 0
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdin, selectors.EVENT_WRITE)
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while True:
+                found = self._said.find(b"\n", searched)
+                # A verdict that is there before its record was sent waits for it.
+                if found >= 0 and not left:
+                    reply = bytes(self._said[: found + 1])
+                    del self._said[: found + 1]
+                    return reply
+                searched = len(self._said) if found < 0 else found
+                if len(self._said) > LONGEST_LINE and (found < 0 or found > LONGEST_LINE):
+                    raise DataError(
+                        f"{self.command[0]} said more than {LONGEST_LINE} bytes without an end of "
+                        "line; a verdict is one short line"
+                    )
+                # Enough is known: the rest of a flood stays in the pipe.
+                reads = len(self._said) <= LONGEST_LINE
+                ready = selector.select(end - time.monotonic())
+                if not ready and time.monotonic() >= end:
+                    raise OverrunError(
+                        f"{self.command[0]} gave no verdict within {self.time_limit:g} s "
+                        "(does it flush its output after every line?)"
+                    )
+                for key, _ in ready:
+                    if key.fileobj is process.stdout:
+                        if not reads:
+                            selector.unregister(process.stdout)
+                            continue
+                        said = os.read(key.fd, CHUNK)
+                        if not said:
+                            return b""
+                        self._said += said
+                        continue
+                    try:
+                        left = left[os.write(key.fd, left) :]
+                    except BlockingIOError:
+                        continue
+                    except BrokenPipeError:
+                        left = left[:0]
+                    if not left:
+                        selector.unregister(process.stdin)
+
+    def _ended(self) -> str:
+        """What to say of a program that closed its output; it is stopped if it still runs."""
+        assert self._process is not None
+        try:
+            code: int | None = self._process.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            code = None
+        self.close()
+        how = "closed its output" if code is None else f"ended (exit {code})"
+        limit = f" (--memory-limit is {self.memory_limit} bytes)" if self.memory_limit else ""
+        return f"{self.command[0]} {how} instead of giving a verdict{limit}"
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
+            self._said.clear()
             try:
+                # A session of its own, so that what the program starts is stopped with it.
                 self._process = subprocess.Popen(
-                    self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                    self._limited(),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    bufsize=0,
+                    start_new_session=True,
                 )
             except OSError as error:
                 raise MissingInputError(
                     f"cannot run {self.command[0]} ({error.strerror})"
                 ) from None
-            self._lines = queue.Queue()
-            threading.Thread(
-                target=_read_lines, args=(self._process.stdout, self._lines), daemon=True
-            ).start()
+            assert self._process.stdin is not None
+            os.set_blocking(self._process.stdin.fileno(), False)
         return self._process
 
+    def _limited(self) -> list[str]:
+        """The command, with its limit of memory set by a shell that becomes the program.
 
-def _read_lines(stream: Any, lines: queue.Queue[bytes]) -> None:
-    for line in stream:
-        lines.put(line)
-    lines.put(b"")
+        It holds before the program's first instruction, and no code runs between fork and exec.
+        """
+        if self.memory_limit is None:
+            return self.command
+        if shutil.which(self.command[0]) is None:
+            raise MissingInputError(f"cannot run {self.command[0]} (No such file or directory)")
+        kibibytes = str(max(1, self.memory_limit // 1024))
+        return ["/bin/sh", "-c", 'ulimit -v "$0" && exec "$@"', kibibytes, *self.command]

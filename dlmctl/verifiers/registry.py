@@ -17,6 +17,7 @@ from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import OnError, Record, each
 from dlmctl.verifiers.answer import Verdict, judged
 from dlmctl.verifiers.evaluations import from_evaluation
+from dlmctl.verifiers.limits import Alarm, TookTooLongError, Worker, overrun
 from dlmctl.verifiers.shaped import PRESETS
 
 Verifier = Callable[[Mapping[str, Any]], Any]
@@ -33,6 +34,7 @@ VERIFIERS = {
     "grounding": "dlmctl.verifiers.perception:grounding",
     "gsm8k": "dlmctl.verifiers.numeric:gsm8k",
     "math": "dlmctl.verifiers.mathematics:math",
+    "code": "dlmctl.verifiers.code:code",
     "format": "dlmctl.verifiers.texts:tags",
     "choice": "dlmctl.verifiers.texts:choice",
     "exact": "dlmctl.verifiers.texts:exact",
@@ -48,6 +50,9 @@ SAME_TASK = {
     "hendrycks_math": "math",
     "math_dapo": "math",
     "canaries": "exact",
+    "humaneval": "code",
+    "openai_humaneval": "code",
+    "mbpp": "code",
     "geometry3k": "vqa",
     "virl39k": "vqa",
 }
@@ -64,6 +69,7 @@ def verify(
     extra: Mapping[str, Verifier] | None = None,
     adapted: Mapping[str, Verifier] | None = None,
     on_error: OnError = "fail",
+    time_limit: float | None = None,
     used: set[str] | None = None,
 ) -> Iterator[Record]:
     """Add `rewards`, `reward` and `verdict` to every record.
@@ -73,7 +79,9 @@ def verify(
         weights: factors of the rewards in their sum, 1 where not named.
         preset: name of a table of verifiers and weights for each task.
         extra: further verifiers, applied to every record under these names.
-        adapted: verifiers to be used instead of those of these names.
+        adapted: verifiers to be used instead of those of these names; they limit their own time.
+        time_limit: seconds for one verdict, after which it is 0, and functions that are not of
+            this package run in a process of their own. None: no limit.
         used: verifiers that have judged records before; those that judge are added.
 
     Raises:
@@ -83,9 +91,22 @@ def verify(
     own = {**(adapted or {}), **extra}
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"no preset '{preset}'; there is {', '.join(PRESETS)}")
-    for name in verifiers or []:
-        find_verifier(name)
     used = set() if used is None else used
+    workers: dict[str, Worker] = {}
+    alarm = Alarm(time_limit)
+
+    def asked(name: str, record: Record) -> Verdict:
+        if name in own:
+            return ask(own[name], record)
+        if name in VERIFIERS or time_limit is None:
+            try:
+                with alarm:
+                    return ask(find_verifier(name), record)
+            except TookTooLongError:
+                return overrun(time_limit or 0.0)
+        if name not in workers:
+            workers[name] = Worker(name, time_limit)
+        return workers[name](record)
 
     def judge(row: Record) -> Record:
         record = from_evaluation(row)
@@ -100,10 +121,20 @@ def verify(
             # Two rows of d1's GSM8K files; its evaluation counts them as wrong, too.
             nothing = judged(False, "the file has no ground truth for it")
             return _judged(record, dict.fromkeys(chosen, nothing), chosen)
-        verdicts = {name: _ask(own.get(name) or find_verifier(name), record) for name in chosen}
+        verdicts = {name: asked(name, record) for name in chosen}
         return _judged(record, verdicts, chosen)
 
-    yield from each(records, judge, on_error)
+    try:
+        for name in verifiers or []:
+            if name in VERIFIERS or time_limit is None:
+                find_verifier(name)
+            else:
+                workers[name] = Worker(name, time_limit)
+        yield from each(records, judge, on_error)
+    finally:
+        alarm.close()
+        for worker in workers.values():
+            worker.close()
     if unused := set(weights) - used:
         raise UsageError(f"--weight names {', '.join(sorted(unused))}, which judged nothing")
 
@@ -157,7 +188,8 @@ def find_verifier(name: str) -> Verifier:
         raise UsageError(f"verifier {name} cannot be loaded ({error})") from None
 
 
-def _ask(verifier: Verifier, record: Record) -> Verdict:
+def ask(verifier: Verifier, record: Record) -> Verdict:
+    """What a verifier says, as a Verdict; raises DataError where it is none."""
     answer = verifier(record)
     if isinstance(answer, Verdict):
         return answer

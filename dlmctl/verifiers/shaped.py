@@ -6,16 +6,13 @@ matches); Countdown is parsed instead of passed to `eval`; a prefilled <reasonin
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from dlmctl.verifiers.answer import ANSWER_TAG, Verdict, answer_text, completion_text
 from dlmctl.verifiers.countdown import countdown
 from dlmctl.verifiers.numeric import parse_number
-
-STRICT = re.compile(r"<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n?", re.DOTALL)
-SOFT = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", re.DOTALL)
+from dlmctl.verifiers.texts import BETWEEN
 
 PRESETS: dict[str, dict[str, dict[str, float]]] = {
     "d1": {
@@ -45,12 +42,19 @@ def tags_count(record: Mapping[str, Any]) -> Verdict:
 
 def tags_soft(record: Mapping[str, Any]) -> Verdict:
     """1 if a reasoning block and an answer block stand somewhere, in this order."""
-    return Verdict(float(SOFT.search(completion_text(record)) is not None), {})
+    _, opened, rest = completion_text(record).partition("<reasoning>")
+    middle = BETWEEN.search(rest)
+    found = opened and middle is not None and "</answer>" in rest[middle.end() :]
+    return Verdict(float(bool(found)), {})
 
 
 def tags_strict(record: Mapping[str, Any]) -> Verdict:
     """1 if the completion is the two blocks alone, tags on lines of their own."""
-    return Verdict(float(STRICT.fullmatch(completion_text(record)) is not None), {})
+    text = completion_text(record).removesuffix("\n")
+    begin, between, end = "<reasoning>\n", "\n</reasoning>\n<answer>\n", "\n</answer>"
+    middle = text.find(between, len(begin))
+    fits = middle >= 0 and middle + len(between) <= len(text) - len(end)
+    return Verdict(float(fits and text.startswith(begin) and text.endswith(end)), {})
 
 
 def integer(record: Mapping[str, Any]) -> Verdict:

@@ -8,19 +8,27 @@ from typing import Any
 
 from dlmctl.verifiers.answer import Verdict, answer_text, completion_text, judged, required
 
-TAGGED = re.compile(r"\s*<reasoning>.+?</reasoning>\s*<answer>.+?</answer>\s*", re.DOTALL)
+BETWEEN = re.compile(r"</reasoning>\s*<answer>")
+"""What stands between a reasoning block and an answer block. A pattern of both whole blocks would
+go through the text once for every tag in it."""
 LETTER = r"\(?([A-Z])\)?"
 CHOICES = [
     re.compile(rf"^{LETTER}(?:[.:)\s]|$)"),
-    re.compile(rf"(?i:answer|choice|option)\s*(?i:is|:)?\s*\**{LETTER}(?![A-Za-z])"),
+    re.compile(rf"(?i:answer|choice|option)\s*(?:(?i:is|:)\s*)?\**{LETTER}(?![A-Za-z])"),
     re.compile(rf"(?<![A-Za-z]){LETTER}(?![A-Za-z'])"),
 ]
 
 
 def tags(record: Mapping[str, Any]) -> Verdict:
     """1 if the completion is one reasoning block and one answer block and nothing else."""
-    text = completion_text(record)
-    whole = TAGGED.fullmatch(text) is not None
+    text = completion_text(record).strip()
+    middle = BETWEEN.search(text, len("<reasoning>") + 1)
+    whole = (
+        middle is not None
+        and text.startswith("<reasoning>")
+        and text.endswith("</answer>")
+        and middle.end() < len(text) - len("</answer>")
+    )
     once = all(text.count(tag) == 1 for tag in ("<reasoning>", "<answer>"))
     return judged(whole and once, "" if whole and once else "not one block of each tag")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import time
 from collections.abc import Mapping
 from fractions import Fraction
 from functools import cache
@@ -19,7 +20,7 @@ from typing import Any
 from dlmctl.records.errors import DataError
 from dlmctl.tasks.boxes import last_boxed
 from dlmctl.verifiers.answer import Verdict, answer_text, completion_text, required
-from dlmctl.verifiers.mathematics import math
+from dlmctl.verifiers.mathematics import TIME_LIMIT, judge, math
 
 PEOPLE = 10
 """So many references are those of VQAv2."""
@@ -39,21 +40,29 @@ _LATEX = re.compile(r"[\\^√π]")
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 
 
-def vqa(record: Mapping[str, Any]) -> Verdict:
+def vqa(record: Mapping[str, Any], time_limit: float = TIME_LIMIT) -> Verdict:
     """1 if the answer matches a reference; a share of people where there are ten.
+
+    Args:
+        time_limit: seconds, for all references together; what is not compared does not match.
 
     Raises:
         DataError: the record has neither `answer` nor `answers`.
     """
     wanted = references(record)
     text, place = answer_text(completion_text(record))
+    if any(_may_be_latex(text, each) for each in wanted):
+        judge()  # its start does not count
+    end = time.monotonic() + time_limit
     if len(wanted) == PEOPLE:
-        reward = min(1.0, sum(matches(text, each) for each in wanted) / 3)
+        reward = min(1.0, sum(matches(text, each, end) for each in wanted) / 3)
     else:
-        reward = float(any(matches(text, each) for each in wanted))
+        reward = float(any(matches(text, each, end) for each in wanted))
     detail = {"correct": reward == 1.0, "found_in": place, "extracted": text[:LONGEST_LATEX]}
     if reward < 1.0:
         detail["why"] = f"wanted {' or '.join(dict.fromkeys(wanted))}"
+        if time.monotonic() >= end:
+            detail["why"] = f"took longer than {time_limit:g} s"
     return Verdict(reward, detail)
 
 
@@ -68,8 +77,12 @@ def references(record: Mapping[str, Any]) -> list[str]:
     return [_bare(str(each)) for each in found]
 
 
-def matches(given: str, wanted: str) -> bool:
-    """Whether an answer says the same as a reference."""
+def matches(given: str, wanted: str, end: float | None = None) -> bool:
+    """Whether an answer says the same as a reference.
+
+    Args:
+        end: time.monotonic() at which a comparison of LaTeX is given up.
+    """
     if not given:
         return False
     if given.lower() == wanted.lower():
@@ -83,7 +96,8 @@ def matches(given: str, wanted: str) -> bool:
     if re.fullmatch("[A-Z]", wanted):
         chosen = _CHOICE.fullmatch(given)
         return chosen is not None and chosen[1] == wanted
-    return _equal_latex(given, wanted)
+    left = TIME_LIMIT if end is None else end - time.monotonic()
+    return left > 0 and _equal_latex(given, wanted, left)
 
 
 def normalised(text: str) -> str:
@@ -103,9 +117,12 @@ def normalised(text: str) -> str:
 
 def number(text: str) -> Fraction | None:
     """The value of an answer that is a number and nothing else but a sign of currency or unit."""
-    text = _UNIT.sub("", text.strip().strip("$").strip().rstrip("."))
+    text = text.strip()
+    if len(text) > LONGEST_LATEX:
+        return None
+    text = _UNIT.sub("", text.strip("$").strip().rstrip("."))
     text = _DIGITS.get(text.lower(), text)
-    if not re.search(r"\d", text) or len(text) > LONGEST_LATEX or not _NUMBER.fullmatch(text):
+    if not re.search(r"\d", text) or not _NUMBER.fullmatch(text):
         return None
     top, _, bottom = text.replace(",", "").replace(" ", "").partition("/")
     if not top or (bottom and int(bottom) == 0):
@@ -119,15 +136,19 @@ def _bare(text: str) -> str:
     return (text if boxed is None else boxed).strip()
 
 
-def _equal_latex(given: str, wanted: str) -> bool:
+def _equal_latex(given: str, wanted: str, time_limit: float) -> bool:
     """Whether the package says so; it is not asked where a reference is words alone."""
+    if not _may_be_latex(given, wanted):
+        return False
+    verdict = math({"answer": wanted, "completion": f"\\boxed{{{given}}}"}, time_limit)
+    return verdict.reward == 1.0
+
+
+def _may_be_latex(given: str, wanted: str) -> bool:
     if len(given) > LONGEST_LATEX or "\\boxed" in given:
         return False
     latex = _LATEX.search(wanted) or (_LATEX.search(given) and number(wanted) is not None)
-    if not latex or not _has_math():
-        return False
-    verdict = math({"answer": wanted, "completion": f"\\boxed{{{given}}}"})
-    return verdict.reward == 1.0
+    return bool(latex) and _has_math()
 
 
 @cache

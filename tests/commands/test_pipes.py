@@ -254,7 +254,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, saved_models, mo
     with pytest.raises(CannotWriteError, match="No space left"):
         run.save(2)
     assert latest_checkpoint(tmp_path / "run").name == "step-000001"
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["latest", "step-000001"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        ".lock", "latest", "step-000001",
+    ]  # fmt: skip
     load_policy(str(tmp_path / "run"), "cpu")
 
 

@@ -14,6 +14,7 @@ from dlmctl.consistency.membership import (
     Sama,
     compressed_size,
     likelihoods,
+    roc_curve,
     sama_scores,
     separation,
 )
@@ -106,6 +107,51 @@ def test_rates_by_hand():
     assert separation(same, same, 5, 0)["tpr_at_0.1"] == 0
 
 
+def every_threshold(members: list[float], others: list[float]) -> dict[float, float]:
+    """By counting: the largest true positive rate at each false one."""
+    best: dict[float, float] = {}
+    for threshold in (-float("inf"), *members, *others):
+        false = sum(score > threshold for score in others) / len(others)
+        true = sum(score > threshold for score in members) / len(members)
+        best[false] = max(true, best.get(false, 0))
+    return dict(sorted(best.items()))
+
+
+@pytest.mark.parametrize(
+    ("members", "others"),
+    [
+        ([3, 3, 2, 1, 5], [3, 1, 1, 0, 2, 3]),  # ties within and between
+        ([0.5, 0.25], [0.5, 0.75, 0.5]),
+        ([4, 5], [1, 2, 2]),  # apart
+        ([1, 2], [4, 5]),
+        ([1, 1], [1, 1, 1]),  # as good as no score
+    ],
+)
+def test_the_curve_is_that_of_counting_at_every_threshold(members, others):
+    scores = [torch.tensor(values, dtype=torch.float64) for values in (members, others)]
+    points = roc_curve(*scores)
+    found = {point["fpr"]: point["tpr"] for point in points}
+    assert len(found) == len(points)
+    assert list(found) == sorted(found)
+    wanted = every_threshold(members, others)
+    assert list(found) == pytest.approx(list(wanted))
+    assert list(found.values()) == pytest.approx(list(wanted.values()))
+    for point in points[:-1]:
+        assert point["fpr"] == pytest.approx((scores[1] > point["threshold"]).double().mean())
+        assert point["tpr"] == pytest.approx((scores[0] > point["threshold"]).double().mean())
+    assert points[-1] == {"fpr": 1, "tpr": 1, "threshold": None}
+
+
+def test_the_curve_has_the_rates_of_the_summary():
+    generator = torch.Generator().manual_seed(0)
+    members = torch.randint(9, (60,), generator=generator).double() + 2
+    others = torch.randint(9, (80,), generator=generator).double()
+    found = separation(members, others, 2, 0)
+    for rate in (0.1, 0.01):
+        under = [point["tpr"] for point in roc_curve(members, others) if point["fpr"] <= rate]
+        assert under[-1] == found[f"tpr_at_{rate}"]
+
+
 def test_repeated_text_is_small():
     assert compressed_size("0" * 1000) < compressed_size("0341240213342104")
     assert compressed_size("ab") == len(zlib.compress(b"ab"))
@@ -152,6 +198,20 @@ def test_what_was_learnt_is_found_and_by_another_model_it_is_not(models):
     assert rows["sama"]["reference"] == beside
     done, _ = attacked(models, "-m", models[1], "--method", "loss", "--bootstrap", "20")
     assert orjson.loads(done.stdout)["auc"] < 0.75
+
+
+def test_curves_go_to_a_file_that_plot_draws(models, tmp_path):
+    curve, picture = tmp_path / "new" / "c.jsonl", tmp_path / "roc.svg"
+    done, _ = attacked(models, "--bootstrap", "2", "--curve", str(curve))
+    assert done.exit_code == 0, done.output
+    points = [orjson.loads(line) for line in curve.read_bytes().splitlines()]
+    for row in map(orjson.loads, done.stdout.splitlines()):
+        own = [p for p in points if p["method"] == row["method"]]
+        assert [p["tpr"] for p in own if p["fpr"] <= 0.1][-1] == row["tpr_at_0.1"]
+        assert {p["revision"] for p in own} == {row["revision"]}
+    line = ["-x", "fpr", "--log-x", "-y", "tpr", "--log-y", "--by", "method", "-o", picture]
+    assert invoke("plot", curve, *line).exit_code == 0
+    assert "<!-- zlib -->" in picture.read_text()
 
 
 @pytest.mark.parametrize(

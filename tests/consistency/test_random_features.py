@@ -14,6 +14,7 @@ from dlmctl.consistency.random_features import (
     losses,
     make_problem,
     noise_variance,
+    noisy_samples,
     norms,
 )
 from dlmctl.records.errors import UsageError
@@ -73,7 +74,9 @@ def test_settings_that_make_no_sense_are_refused(options, message):
         Setting(**{**known, **options})
 
 
-def test_losses_are_those_of_drawn_noise_and_data(problem, network):
+@pytest.mark.parametrize("draws", [0, 5])
+def test_losses_are_those_of_drawn_noise_and_data(network, draws):
+    problem = draw_problem(SMALL, 0, draws)
     found = losses(problem, network)
     y, noise = noised(problem.data, DRAWS, 2)
     left = SMALL.noise**0.5 * network @ features(problem, y) + noise
@@ -86,6 +89,54 @@ def test_losses_are_those_of_drawn_noise_and_data(problem, network):
     gamma = math.exp(-2 * SMALL.time) * SMALL.spectrum() + SMALL.noise
     error = float(((phi + y / gamma[:, None]) ** 2).sum(0).mean()) / 6
     assert error == pytest.approx(found.score_err, rel=0.01)
+
+
+def test_with_draws_the_moments_are_means_over_them():
+    problem = draw_problem(SMALL, 0, draws=5)
+    parts = [*noisy_samples(SMALL, problem.data, 5, problem.noise_seed)]
+    y, noise = (torch.cat(each, 1).double() for each in list(zip(*parts, strict=True))[1:])
+    assert y.shape == (6, 5 * 12)
+    torch.testing.assert_close(
+        y - SMALL.noise**0.5 * noise,
+        math.exp(-SMALL.time) * problem.data.T.repeat(1, 5),
+        rtol=0,
+        atol=1e-6,
+    )
+    phi = features(problem, y)
+    means = phi @ phi.T / 60, phi @ noise.T / 60, phi @ y.T / 60
+    found = torch.diag(problem.values), problem.noise_product, problem.input_product
+    torch.testing.assert_close(found, means, rtol=0, atol=1e-6)
+    assert draw_problem(SMALL, 0).data.equal(problem.data)
+    with pytest.raises(UsageError, match="--draws 3 are too few: at least 4"):
+        draw_problem(SMALL, 0, draws=3)
+
+
+def test_what_draws_add_to_the_score_error_falls_as_their_inverse():
+    setting, tau = Setting(psi_n=3, psi_p=8, dimension=10, time=0.1), 100.0
+    exact = draw_problem(setting, 0)
+    best = losses(exact, teacher(exact, tau)).score_err
+    above = []
+    for draws in (20, 80):
+        many = [make_problem(setting, exact.weights, exact.data, draws, s) for s in range(20)]
+        found = [losses(each, teacher(each, tau)).score_err for each in many]
+        above.append(sum(found) / len(found) - best)
+    assert above[0] / above[1] == pytest.approx(4, rel=0.25), above
+
+
+def test_a_student_of_draws_learns_from_the_same():
+    """M and R are means over the teacher's own noisy samples."""
+    problem = draw_problem(SMALL, 0, draws=5)
+    network = teacher(problem, 300.0)
+    student = distill(problem, network, 0.2, None, 99, 99)
+    parts = [*noisy_samples(SMALL, problem.data, 5, problem.noise_seed)]
+    y = torch.cat([part[1] for part in parts], 1).double()
+    phi, later = features(problem, y), SMALL.time - 0.2
+    there = y + 0.2 * (y + network @ phi)
+    alpha, beta = (math.exp(t) * noise_variance(t) for t in (SMALL.time, later))
+    drift = (alpha * phi - beta * features(problem, there)) @ phi.T / 60
+    target = (math.exp(SMALL.time) * y - math.exp(later) * there) @ phi.T / 60
+    torch.testing.assert_close(student.drift.T, drift.T, rtol=0, atol=1e-6)
+    torch.testing.assert_close(student.target, target, rtol=0, atol=1e-5)
 
 
 def train_gradient(problem: Problem, at: torch.Tensor) -> torch.Tensor:

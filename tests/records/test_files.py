@@ -1,11 +1,18 @@
 """Directories and links are there whole or not at all."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from dlmctl.records.errors import CannotCreateError
-from dlmctl.records.files import make_directory, publish_directory, publish_link, write_file
+from dlmctl.records.files import (
+    make_directory,
+    publish_directory,
+    publish_file,
+    publish_link,
+    write_file,
+)
 
 
 def test_a_directory_appears_when_it_is_whole(tmp_path):
@@ -63,3 +70,33 @@ def test_a_whole_file_replaces_the_old_one(tmp_path):
     write_file(path, b"2")
     assert path.read_bytes() == b"2"
     assert os.listdir(path.parent) == ["plot.svg"]
+
+
+def test_a_file_whose_writing_fails_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "plot.svg"
+    write_file(path, b"old")
+    whole = Path.write_bytes
+
+    def full(beside, data):
+        whole(beside, data[:2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for attempt in (
+        lambda: write_file(path, b"new"),
+        lambda: publish_file(path, lambda beside: beside.write_bytes(b"new")),
+    ):
+        with pytest.raises(CannotCreateError, match="No space left"):
+            attempt()
+        assert path.read_bytes() == b"old"
+        assert os.listdir(tmp_path) == ["plot.svg"]
+
+
+def test_a_file_whose_writing_is_interrupted_leaves_nothing(tmp_path):
+    def write(beside):
+        beside.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        publish_file(tmp_path / "plot.svg", write)
+    assert os.listdir(tmp_path) == []

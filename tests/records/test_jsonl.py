@@ -1,6 +1,8 @@
 """Lines become records with a place; what is wrong is said with it; what was written stays."""
 
 import io
+import os
+import stat
 
 import pytest
 from conftest import read_jsonl
@@ -152,3 +154,16 @@ def test_numbers_of_numpy_are_written_as_numbers():
     import numpy
 
     assert dump({"a": numpy.float64(0.5), "b": numpy.arange(2)}) == b'{"a":0.5,"b":[0,1]}\n'
+
+
+def test_what_is_no_file_is_written_as_it_is(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    assert write_records([{"n": 1}, {"n": 2}], str(pipe)) == 2
+    assert os.read(reader, 100) == b'{"n":1}\n{"n":2}\n'
+    os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert list(tmp_path.iterdir()) == [pipe]
+    with pytest.raises(CannotCreateError, match="directory"):
+        write_records([{"n": 1}], str(tmp_path))

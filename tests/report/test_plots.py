@@ -73,10 +73,12 @@ def test_a_logarithmic_axis_has_a_place_for_each_decade(tmp_path):
     records = [Record(run="a", tau=10.0**n, loss=n) for n in range(5)]
     source.write_bytes(b"".join(map(dump, [Record(run="a", tau=0, loss=9), *records])))
     line = ["plot", str(source), "-x", "tau", "-y", "loss", "-o", str(picture)]
-    for option, wanted in ((["--log-x"], True), ([], False)):
-        result = CliRunner().invoke(app, [*line, *option])
-        assert result.exit_code == 0, result.output
-        assert ("mathdefault{10^{2}}" in picture.read_text()) == wanted
+    turned = ["plot", str(source), "-x", "loss", "-y", "tau", "-o", str(picture)]
+    for command, option in ((line, "--log-x"), (turned, "--log-y")):
+        for options, wanted in (([option], True), ([], False)):
+            result = CliRunner().invoke(app, [*command, *options])
+            assert result.exit_code == 0, result.output
+            assert ("mathdefault{10^{2}}" in picture.read_text()) == wanted
 
 
 def test_smoothing_is_the_mean_of_the_last_points():

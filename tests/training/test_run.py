@@ -159,7 +159,7 @@ def test_only_the_newest_checkpoints_stay_and_each_is_whole(tmp_path, saved_mode
     )
     list(update_policy(verified(5), run, OBJECTIVE, BATCHING, 2, 8, save_every=1, keep=2))
     names = sorted(p.name for p in (tmp_path / "run").iterdir())
-    assert names == ["latest", "metrics.jsonl", "step-000004", "step-000005"]
+    assert names == [".lock", "latest", "metrics.jsonl", "step-000004", "step-000005"]
     assert os.readlink(tmp_path / "run" / "latest") == "step-000005"
     load_policy(str(tmp_path / "run" / "step-000004"), "cpu")
 

@@ -1,0 +1,138 @@
+"""Ctrl-C and SIGTERM: a command says where it stands, and is gone within a second.
+
+The first signal raises `Interrupted` in the main thread, so that files in the making are removed
+and programs that were started are ended; those behind it do nothing. A thread ends the command
+where that takes long: the main thread may be in a long computation, or something may have caught
+the exception.
+
+The process dies by the signal, as a shell expects of it: `$?` is 130 or 143, and a loop around the
+command ends too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+GRACE = 0.6
+"""Seconds from the signal to the end by force."""
+
+
+class Interrupted(BaseException):
+    """A signal asks for the end; nothing but `main` is to catch it."""
+
+
+class _State:
+    name = ""
+    """Of the command."""
+    number = 0
+    """The signal that came first."""
+    raised = False
+    summary: Callable[[], str] | None = None
+    ending = threading.Lock()
+    """Taken by the thread that ends the process."""
+
+
+def describe(summary: Callable[[], str]) -> None:
+    """Set what the command says of itself where it is interrupted from now on."""
+    _State.summary = summary
+
+
+def stopping() -> bool:
+    """Whether a signal has come."""
+    return _State.number != 0
+
+
+def standing(directory: Path, link: Path, now: int, unit: str = "step") -> str:
+    """What a trainer says of itself.
+
+    Args:
+        link: to its newest saved state, whose name ends on a number.
+        now: the number of the step that was taken last.
+    """
+    try:
+        saved = int(os.readlink(link).rpartition("-")[2])
+    except (OSError, ValueError):
+        return (
+            f"{directory} was at {unit} {now} and has nothing saved: the same command begins anew"
+        )
+    return (
+        f"{directory} was at {unit} {now}; what is saved is of {unit} {saved}, from where the same "
+        "command goes on"
+    )
+
+
+def install(name: str) -> Callable[[], None]:
+    """Take both signals, but for one that is ignored (nohup); returns what gives them back."""
+    _State.name, _State.number, _State.raised, _State.summary = name, 0, False, None
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: h for number, h in handlers.items() if h is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, _raise)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reading, set(before)), daemon=True).start()
+
+    def uninstall() -> None:
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(writing)
+
+    return uninstall
+
+
+def end(forced: bool = False) -> NoReturn:
+    """Say where the command stands, and die by the signal."""
+    if not _State.ending.acquire(blocking=False):
+        time.sleep(60)  # the other thread is about to end us both
+    number = _State.number or signal.SIGINT
+    line = f"dlmctl: {_State.name} interrupted"
+    with contextlib.suppress(Exception):
+        line += f": {_State.summary()}" if _State.summary else ""
+    shown = "\x1b[?25h" if forced and sys.stderr.isatty() else ""  # a progress display hid it
+    with contextlib.suppress(OSError):
+        os.write(2, f"{shown}{line}\n".encode())
+    with contextlib.suppress(Exception):
+        import ctypes
+
+        # signal.signal is for the main thread alone.
+        ctypes.CDLL(None).signal(int(number), ctypes.c_void_p(0))
+        os.kill(os.getpid(), number)
+        time.sleep(0.1)
+    os._exit(128 + number)
+
+
+def _raise(number: int, _frame: object) -> None:
+    _State.number = _State.number or number
+    if not _State.raised:
+        _State.raised = True
+        raise Interrupted
+
+
+def _watch(reading: int, numbers: set[signal.Signals]) -> None:
+    """End the process in time, whatever the main thread does."""
+    while came := os.read(reading, 1):
+        if came[0] in numbers:  # else somebody else's, who handles it
+            _State.number = _State.number or came[0]
+            time.sleep(GRACE)
+            end(forced=True)
+    os.close(reading)
+
+
+def _forget() -> None:
+    """In a forked child: its signals are its own, and wake nobody here."""
+    if threading.current_thread() is threading.main_thread():
+        with contextlib.suppress(ValueError):
+            signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_forget)

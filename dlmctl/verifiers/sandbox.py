@@ -1,0 +1,165 @@
+"""Starts the harness that runs untrusted code, reads its report, and leaves nothing behind.
+
+The code runs in an isolated interpreter without site packages, environment, standard streams or
+files of its own, in an empty working directory, under limits of time, memory, and on Linux confined
+by the kernel (Landlock, seccomp): it reads the standard library alone, writes no file, and has no
+network, no other processes and no signals to others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dlmctl.verifiers.harness import END
+
+LONGEST_STEP = 2000
+"""Bytes that are reported of a step, well above what the harness writes."""
+READABLE = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+
+
+class Code(NamedTuple):
+    """What to run, in this order, in one module."""
+
+    before: str
+    """May fail."""
+    setup: list[str]
+    code: str
+    tests: list[str]
+
+
+class Report(NamedTuple):
+    """What came of it."""
+
+    steps: dict[str, str | None]
+    """`load` and numbers of tests: what went wrong, or None; without what was not reached."""
+    why: str
+    """Why it stopped before its end; empty where it did not."""
+    lacking: str | None
+    """Why the kernel did not confine it."""
+
+
+def run_code(code: Code, time_limit: float, memory: int, unconfined: bool = False) -> Report:
+    """Run code in a process that is gone, with its files, when this returns.
+
+    Args:
+        time_limit: seconds, for everything together.
+        memory: bytes of address space.
+        unconfined: run it also where the kernel cannot confine it.
+    """
+    token = secrets.token_hex(16)
+    request = {
+        **code._asdict(),
+        "token": token,
+        "seconds": time_limit,
+        "memory": memory,
+        "unconfined": unconfined,
+        "readable": [*READABLE, *DEVICES, *_library()],
+    }
+    with tempfile.TemporaryDirectory(prefix="dlmctl-code-", ignore_cleanup_errors=True) as folder:
+        reads, writes = os.pipe()
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-B", str(_harness()), str(writes)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd=folder,
+                env={"PYTHONHASHSEED": "0"},
+                pass_fds=[writes],
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(reads)
+            raise
+        finally:
+            os.close(writes)
+        try:
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError), process.stdin:
+                process.stdin.write(json.dumps(request).encode())
+            said, why = _read(
+                process, reads, token, time_limit, LONGEST_STEP * (len(code.tests) + 10)
+            )
+        finally:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            os.close(reads)
+    return _report(said, token, why)
+
+
+def _read(
+    process: subprocess.Popen[bytes], reads: int, token: str, time_limit: float, longest: int
+) -> tuple[bytes, str]:
+    """What is reported until the end, and why it is not all."""
+    last = f"{token} {END} ".encode()
+    refused = f"{token} confine ".encode()
+    end, said = time.monotonic() + time_limit, b""
+    while True:
+        left = end - time.monotonic()
+        if left <= 0:
+            return said, f"took longer than {time_limit:g} s"
+        # A child that it left behind would hold the pipe open.
+        ended = process.poll() is not None
+        if select.select([reads], [], [], 0.0 if ended else min(left, 0.05))[0]:
+            chunk = os.read(reads, 1 << 16)
+            said += chunk
+            if len(said) > longest:
+                return said, "wrote to the harness's report"
+            # Whole lines only, and the newest alone, so that time stays linear.
+            recent = said[-len(chunk) - 400 :]
+            if (last in recent or refused in recent) and said.endswith(b"\n"):
+                return said, ""
+            if chunk:
+                continue
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.5)
+            ended = True
+        if ended:
+            code = process.poll()
+            if code is None:
+                return said, "closed the harness's report"
+            how = f"signal {-code}" if code < 0 else f"exit {code}"
+            return said, f"the process ended before its tests did ({how})"
+
+
+def _report(said: bytes, token: str, why: str) -> Report:
+    steps: dict[str, str | None] = {}
+    lacking = None
+    for line in said.splitlines():
+        mine, _, rest = line.decode("utf-8", "replace").partition(" ")
+        step, _, text = rest.partition(" ")
+        if mine != token:
+            continue  # written by somebody else
+        with contextlib.suppress(ValueError):
+            problem = json.loads(text)
+            if step in (END, "confine"):
+                lacking = problem
+            else:
+                # The first word on a step counts, and what is not None is a problem.
+                steps.setdefault(step, problem)
+    return Report(steps, why, lacking)
+
+
+def _harness() -> Path:
+    return Path(__file__).with_name("harness.py")
+
+
+def _library() -> Sequence[str]:
+    """Where the standard library and the interpreter stand."""
+    paths = sysconfig.get_paths()
+    return [paths["stdlib"], paths["platstdlib"], os.path.join(sys.base_prefix, "lib")]

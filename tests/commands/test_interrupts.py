@@ -1,0 +1,142 @@
+"""Ctrl-C and SIGTERM: a line that says where the command stands, and the end within a second."""
+
+import os
+import signal
+import time
+
+import orjson
+import pytest
+from conftest import read_jsonl
+from preload import parent
+from preloaded import Command
+
+RECORD = {"id": "a", "task": "countdown", "numbers": [1, 2], "target": 3, "completion": "1+2"}
+LINE = orjson.dumps(RECORD) + b"\n"
+SOON = 10.0
+"""Seconds; one is enough on a machine that has nothing else to do."""
+
+
+class Running:
+    """A command whose standard input we write."""
+
+    def __init__(self, line, directory):
+        source, self.input = os.pipe()
+        self.errors, self.output = directory / "err", directory / "out"
+        files = [
+            os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for path in (self.output, self.errors)
+        ]
+        self.command = Command(parent(), line.split(), [source, *files], directory)
+        for number in (source, *files):
+            os.close(number)
+
+    def give(self, *lines):
+        os.write(self.input, b"".join(lines))
+
+    def wait_for(self, condition):
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline, self.errors.read_text()
+            time.sleep(0.01)
+
+    def stop(self, *signals):
+        """The exit code after these signals, and what was said."""
+        for number in signals:
+            self.command.send_signal(number)
+        code = self.command.wait(timeout=SOON)
+        os.close(self.input)
+        return code, self.errors.read_text()
+
+
+def lines_in(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stage_says_what_it_has_written(tmp_path, number):
+    running = Running("verify -q", tmp_path)
+    running.give(LINE, LINE)
+    running.wait_for(lambda: lines_in(running.output) == 2)
+    # Those behind the first change nothing.
+    code, said = running.stop(number, signal.SIGINT, signal.SIGINT)
+    assert code == -number
+    assert said == "dlmctl: verify interrupted: 2 records were written\n"
+
+
+def test_a_stage_with_a_file_says_how_to_go_on_and_does(tmp_path):
+    running = Running("verify -o made.jsonl", tmp_path)
+    running.give(LINE, LINE)
+    partial = tmp_path / "made.jsonl.partial"
+    running.wait_for(lambda: lines_in(partial) == 2)
+    code, said = running.stop(signal.SIGINT)
+    assert code == -signal.SIGINT
+    assert said == (
+        "dlmctl: verify interrupted: 2 records are in made.jsonl.partial; the same command with "
+        "--resume goes on with it\n"
+    )
+    running = Running("verify -o made.jsonl --resume", tmp_path)
+    running.give(3 * LINE)
+    running.wait_for(lambda: lines_in(partial) == 3)
+    code, said = running.stop(signal.SIGTERM)
+    assert code == -signal.SIGTERM
+    assert "interrupted: 3 records are in made.jsonl.partial" in said
+
+
+def test_before_the_first_record_there_is_nothing_to_say(tmp_path):
+    (tmp_path / "run").mkdir()
+    running = Running("update -o run", tmp_path)
+    running.wait_for((tmp_path / "run" / ".lock").exists)
+    code, said = running.stop(signal.SIGINT)
+    assert (code, said) == (-signal.SIGINT, "dlmctl: update interrupted\n")
+
+
+def test_what_does_not_listen_is_ended_all_the_same(tmp_path):
+    (tmp_path / "stubborn.py").write_text(
+        "import time, pathlib\n"
+        "def judge(record):\n"
+        "    pathlib.Path('begun').touch()\n"
+        "    while True:\n"
+        "        try:\n"
+        "            time.sleep(60)\n"
+        "        except BaseException:\n"
+        "            pass\n"
+    )
+    running = Running("verify --verifier stubborn:judge -o made.jsonl", tmp_path)
+    running.give(LINE)
+    running.wait_for((tmp_path / "begun").exists)
+    code, said = running.stop(signal.SIGTERM, signal.SIGTERM)
+    assert code == -signal.SIGTERM
+    assert said.startswith("dlmctl: verify interrupted: 0 records are in made.jsonl.partial")
+    assert said.count("\n") == 1
+
+
+def test_an_update_is_left_at_its_newest_checkpoint(tmp_path, saved_models):
+    line = f"update -q --algo sft -m {saved_models('llada')} --prompts-per-step 1 --save-every 2"
+    running = Running(f"{line} -o run", tmp_path)
+    record = {"id": "a", "prompt": "1+2", "completion": "3"}
+    running.give(*[orjson.dumps(record) + b"\n"] * 3)
+    running.wait_for(lambda: lines_in(running.output) == 3)
+    code, said = running.stop(signal.SIGINT)
+    assert code == -signal.SIGINT
+    assert said.splitlines()[1:] == [
+        "dlmctl: update interrupted: run was at step 3; what is saved is of step 2, from where the "
+        "same command goes on"
+    ]
+    assert os.readlink(tmp_path / "run" / "latest") == "step-000002"
+    assert [m["step"] for m in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+    again = Running(f"{line} -o run", tmp_path)
+    again.give(*[orjson.dumps(record) + b"\n"] * 1)
+    again.wait_for(lambda: lines_in(running.output) == 1)
+    assert [m["step"] for m in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+    again.stop(signal.SIGINT)
+
+
+def test_a_long_training_is_left_at_its_newest_state(tmp_path):
+    line = "distill teacher builtin:digits#0:8 --network mlp --width 8 -b 4 --log-every 1 -q -o run"
+    running = Running(f"{line} --first-checkpoint 5 --steps 1000000000", tmp_path)
+    running.wait_for((tmp_path / "run" / "state" / "latest").exists)
+    code, said = running.stop(signal.SIGINT)
+    assert code == -signal.SIGINT
+    assert said.startswith("dlmctl: distill interrupted: run was at step ")
+    assert "; what is saved is of step " in said
+    assert said.count("\n") == 1
