@@ -7,7 +7,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from conftest import invoke, read_jsonl
+from conftest import invoke, read_jsonl, shell
 from typer.testing import Result
 
 SMALL = (
@@ -184,3 +184,44 @@ def test_what_cannot_be_cut_is_refused(tmp_path, prompts):
     os.mkfifo(pipe)
     for name in ("prompts", "rollout", "verify", "score-elbo", "advantage"):
         assert "regular FILE" in refused(name, "--shard", "1/8", pipe).stderr
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples/cluster"
+
+
+def test_the_example_makes_what_is_missing_and_compares_it_with_a_single_run(tmp_path):
+    options = "N=2 PROMPTS=3 SAMPLE='-n 2 --steps 4'"
+    make = f"make -s -f {EXAMPLE}/Makefile RUNS=. {options}"
+    done = shell(f"{make} check", tmp_path)
+    assert done.returncode == 0, done.stderr
+    train = (tmp_path / "train.jsonl").read_bytes()
+    assert train.count(b"\n") == 6
+    # What a worker that was killed leaves: a file that is not whole, and none that is made of it.
+    samples, verified = (tmp_path / f"{name}.2-of-2.jsonl" for name in ("samples", "verified"))
+    begun = samples.read_bytes()
+    Path(f"{samples}.partial").write_bytes(begun[: len(begun) // 2])
+    samples.unlink()
+    verified.unlink()
+    (tmp_path / "train.jsonl").unlink()
+    again = shell(f"{make} check", tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "samples.2-of-2.jsonl.partial stay" in again.stderr
+    assert "1-of-2" not in again.stderr
+    assert samples.read_bytes() == begun
+    assert (tmp_path / "train.jsonl").read_bytes() == train
+
+
+def test_the_tasks_of_a_slurm_array_are_the_parts(tmp_path):
+    task = f"bash {EXAMPLE}/rollout.sbatch"
+    environment = "RUNS=. SAMPLES=1 SLURM_ARRAY_TASK_ID"
+    done = shell(
+        f"dlmctl prompts sudoku -n 3 -o prompts.jsonl && "
+        f"{environment}=1 SLURM_ARRAY_TASK_COUNT=2 {task} && "
+        f"{environment}=2 SLURM_ARRAY_TASK_COUNT=1 SHARDS=2 {task} && "
+        f"RUNS=. SHARDS=2 bash {EXAMPLE}/train.sbatch",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    ids = [row["id"] for row in read_jsonl(tmp_path / "train.jsonl")]
+    assert ids == [row["id"] for row in read_jsonl(tmp_path / "prompts.jsonl")]
+    assert (tmp_path / "model/latest/model.safetensors").exists()
