@@ -34,12 +34,15 @@ from dlmctl.commands.options import (
     Quiet,
     ReasoningTag,
     ResumeOption,
+    ShardOption,
     tag_names,
 )
 from dlmctl.commands.progress import counted
+from dlmctl.records.errors import UsageError
 from dlmctl.records.groups import BatchEnds
-from dlmctl.records.jsonl import read_records, write_records
+from dlmctl.records.jsonl import write_records
 from dlmctl.records.resume import Resume, Rule
+from dlmctl.records.shards import parse_shard, read_shard
 from dlmctl.tasks.layout import TAGS
 
 
@@ -102,6 +105,7 @@ def command(
     weight_lambda: WeightLambda = 1.0,
     weight_norm: WeightNorm = "none",
     sign_aware: SignAware = False,
+    shard: ShardOption = None,
     batch_size: BatchSize = 32,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -133,11 +137,16 @@ def command(
     """
     from dlmctl.rl.advantage_stage import advantage
 
+    if shard is not None and scale == "batch":
+        raise UsageError(
+            "--scale batch divides by the deviation of the whole input, and a shard is a part of "
+            "it: leave one out"
+        )
     going = Resume(output, resume)
     if going.done:
         return
     records = advantage(
-        read_records(files or [], on_error),
+        read_shard(files or [], parse_shard(shard), on_error),
         baseline,
         scale or ("group" if algo == "srpo" else "none"),
     )

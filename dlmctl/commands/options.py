@@ -26,6 +26,17 @@ ResumeOption = Annotated[
         "done is not done again. Where -o FILE is there, do nothing.",
     ),
 ]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        show_default="the whole input",
+        help="Work on the I-th of N parts of the input, 1/N to N/N, as N processes on as many "
+        "machines do. Parts are contiguous, groups whole: the outputs of all, one after another, "
+        "are that of a single run.",
+    ),
+]
 OnErrorOption = Annotated[
     OnError,
     typer.Option(

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from dlmctl.records.jsonl import OnError, Record, read_records
+from dlmctl.records.shards import Shard, check_files, parse_shard, read_shard
 
 Task = Annotated[
     str | None,
@@ -33,13 +34,15 @@ def prompt_records(
     seed: int,
     on_error: OnError,
     repeat: bool,
+    shard: Shard | None = None,
 ) -> Iterator[Record]:
     """Prompt records from files, from the task, from standard input, or Sudokus, in this order."""
     if files or (task is None and _has_input()):
-        records = read_records(files, on_error)
+        records = read_shard(files, shard, on_error)
         first = next(records, None)
         if first is None:
-            print("dlmctl: no prompts came in", file=sys.stderr)
+            there = "came in" if shard is None else f"are in shard {shard}"
+            print(f"dlmctl: no prompts {there}", file=sys.stderr)
             return
         yield first
         yield from records
@@ -49,7 +52,15 @@ def prompt_records(
     from dlmctl.tasks.sources import prompts
 
     for epoch in count() if repeat else range(1):
-        yield from prompts(task or "sudoku", limit=limit, seed=seed + epoch)
+        yield from prompts(task or "sudoku", limit=limit, seed=seed + epoch, shard=shard)
+
+
+def prompt_shard(text: str | None, files: list[str], task: str | None) -> Shard | None:
+    """The shard that `--shard` names; raises UsageError where there is none of these prompts."""
+    shard = parse_shard(text)
+    if shard is not None and (files or (task is None and _has_input())):
+        check_files(files)
+    return shard
 
 
 def _has_input() -> bool:

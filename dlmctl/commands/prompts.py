@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dlmctl.commands.options import OnErrorOption, Output, Seed
+from dlmctl.commands.options import OnErrorOption, Output, Seed, ShardOption
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
+from dlmctl.records.shards import parse_shard
 
 if TYPE_CHECKING:
     from dlmctl.tasks.shapes import Kind
@@ -123,6 +124,7 @@ def command(
             help="Take a field from this column, as in --map prompt=question; repeatable.",
         ),
     ] = None,
+    shard: ShardOption = None,
     seed: Seed = 0,
     on_error: OnErrorOption = "fail",
     output: Output = "-",
@@ -183,6 +185,7 @@ def command(
         task=task,
         renamed=dict(_pair("--map", "FIELD=COLUMN", text) for text in renamed or []),
         on_error=on_error,
+        shard=parse_shard(shard),
     )
     write_records(records, output)
 

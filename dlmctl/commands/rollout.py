@@ -18,9 +18,10 @@ from dlmctl.commands.options import (
     Quiet,
     ResumeOption,
     Seed,
+    ShardOption,
 )
 from dlmctl.commands.progress import counted
-from dlmctl.commands.prompt_source import Prompts, Task, prompt_records
+from dlmctl.commands.prompt_source import Prompts, Task, prompt_records, prompt_shard
 from dlmctl.commands.sampling import (
     BlockLength,
     Cache,
@@ -95,6 +96,7 @@ def command(
     ] = 0,
     corrupt: Corrupt = None,
     corrupt_prob: CorruptProb = 0.6,
+    shard: ShardOption = None,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
     device: Device = "auto",
@@ -130,6 +132,8 @@ def command(
     dlmctl rollout --follow runs/a --rounds 200 | dlmctl verify | dlmctl update -o runs/a
 
     dlmctl rollout -m runs/a --steer saes/layer2:17=2 --steer-scope update prompts.jsonl
+
+    dlmctl rollout -m runs/a --shard 3/8 -o samples-3.jsonl prompts.jsonl
     """
     from dlmctl.diffusion.corrupted import with_corrupted_images
     from dlmctl.diffusion.follow import follow_run
@@ -141,6 +145,12 @@ def command(
 
     if files and task is not None:
         raise UsageError("prompts come from FILE or from --task, not from both")
+    part = prompt_shard(shard, files or [], task)
+    if follow is not None and part is not None:
+        raise UsageError(
+            "--shard and --follow do not go together: each round of a run is sampled by one "
+            "process; leave one out"
+        )
     given: dict[str, Any] = {
         "gen_length": gen_length,
         "block_length": block_length,
@@ -204,7 +214,7 @@ def command(
         policy = load_policy(model, device, dtype)
         if corrupt is not None:
             policy = with_corrupted_images(policy, corrupt, corrupt_prob, seed)
-        source = prompt_records(files or [], task, prompts, seed, on_error, repeat=False)
+        source = prompt_records(files or [], task, prompts, seed, on_error, False, part)
         settings = settings_for(policy, **given)
         rule = Rule(
             frozenset({"sample", "completion", "tokens", "rollout"}),

@@ -18,11 +18,13 @@ from dlmctl.commands.options import (
     Quiet,
     ResumeOption,
     Seed,
+    ShardOption,
 )
 from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
-from dlmctl.records.jsonl import read_records, write_records
+from dlmctl.records.jsonl import write_records
 from dlmctl.records.resume import Resume, Rule
+from dlmctl.records.shards import parse_shard, read_shard
 
 
 def command(
@@ -64,6 +66,7 @@ def command(
             help="Score tokens up to the first end-of-sequence, or the whole completion.",
         ),
     ] = False,
+    shard: ShardOption = None,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     device: Device = "auto",
@@ -89,6 +92,7 @@ def command(
     named = dict(_labelled(text) for text in model or ["builtin:puzzles"])
     if len(named) < len(model or [""]):
         raise UsageError("two models have the same label: write --model LABEL=MODEL")
+    source = read_shard(files or [], parse_shard(shard), on_error)
     going = Resume(output, resume)
     if going.done:
         return
@@ -100,7 +104,7 @@ def command(
         begins=lambda _, made: made.lines % batch_size == 0,
         made_by={"elbo": {label: made_by(policy, plan) for label, policy in policies.items()}},
     )
-    rest = going.rest(read_records(files or [], on_error), rule)
+    rest = going.rest(source, rule)
     records = score(rest, policies, plan, batch_size, on_error)
     write_records(counted(records, "scored", quiet), output, going)
 

@@ -17,13 +17,15 @@ from dlmctl.commands.options import (
     Quiet,
     ReasoningTag,
     ResumeOption,
+    ShardOption,
     byte_count,
     tag_names,
 )
 from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
-from dlmctl.records.jsonl import each, read_records, write_records
+from dlmctl.records.jsonl import each, write_records
 from dlmctl.records.resume import Resume, Rule
+from dlmctl.records.shards import parse_shard, read_shard
 from dlmctl.tasks.layout import TAGS
 
 
@@ -87,6 +89,7 @@ def command(
     ] = False,
     perception_tag: PerceptionTag = TAGS.perception,
     reasoning_tag: ReasoningTag = TAGS.reasoning,
+    shard: ShardOption = None,
     on_error: OnErrorOption = "fail",
     quiet: Quiet = False,
     output: Output = "-",
@@ -128,11 +131,13 @@ def command(
     from dlmctl.verifiers.evaluations import from_evaluation
     from dlmctl.verifiers.mathematics import math
     from dlmctl.verifiers.program import Program
-    from dlmctl.verifiers.registry import verify
+    from dlmctl.verifiers.registry import find_verifier, verify
     from dlmctl.verifiers.vqa import vqa
 
     if preset and (verifier or program):
         raise UsageError("--preset chooses the verifiers: leave out --verifier and --exec")
+    part = parse_shard(shard)
+    source = read_shard(files or [], part, on_error)
     going = Resume(output, resume)
     if going.done:
         return
@@ -156,8 +161,12 @@ def command(
     }
     weights = dict(_weight(text) for text in weight or [])
     used: set[str] = set()
+    if part is not None:  # what a weight is of may be in another one
+        for name in weights.keys() - extra.keys():
+            find_verifier(name)
+        used.update(weights)
     records = going.rest(
-        each(read_records(files or [], on_error), from_evaluation, on_error),
+        each(source, from_evaluation, on_error),
         Rule(frozenset({"rewards", "reward", "verdict"}), skips=on_error == "skip"),
         note=lambda line: used.update(line.get("rewards") or {}),
     )

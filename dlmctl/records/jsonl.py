@@ -44,18 +44,31 @@ def read_records(files: Sequence[str], on_error: OnError = "fail") -> Iterator[R
         MissingInputError: a file is not there or cannot be read.
         DataError: a line is not a JSON object (only with `on_error="fail"`).
     """
+    yield from parse_lines(read_lines(files), on_error)
+
+
+def read_lines(files: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Lines of the named files that are not blank, each after its `file:line`; see `read_records`.
+
+    Raises:
+        MissingInputError: a file is not there or cannot be read.
+    """
     for name in files or ["-"]:
         with _open(name) as stream:
             label = "<stdin>" if name == "-" else name
             for number, line in enumerate(stream, start=1):
-                if line.isspace():
-                    continue
-                where = f"{label}:{number}"
-                try:
-                    yield parse_record(line, where)
-                except DataError as error:
-                    text = line.decode("utf-8", "replace").rstrip("\n")
-                    yield from faulty(Record(line=text), error, on_error)
+                if not line.isspace():
+                    yield f"{label}:{number}", line
+
+
+def parse_lines(lines: Iterable[tuple[str, bytes]], on_error: OnError = "fail") -> Iterator[Record]:
+    """Records of such lines; raises as `read_records`."""
+    for where, line in lines:
+        try:
+            yield parse_record(line, where)
+        except DataError as error:
+            text = line.decode("utf-8", "replace").rstrip("\n")
+            yield from faulty(Record(line=text), error, on_error)
 
 
 def parse_record(line: bytes, where: str) -> Record:

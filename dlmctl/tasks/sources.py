@@ -12,7 +12,9 @@ from importlib.metadata import entry_points
 from itertools import islice
 from typing import Any
 
+from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import OnError, Record, each
+from dlmctl.records.shards import Shard, check_files
 from dlmctl.tasks import canaries, concepts, countdown, shapes, sudoku
 from dlmctl.tasks.columns import to_record
 from dlmctl.tasks.drawing import draw_scene
@@ -53,6 +55,7 @@ def prompts(
     task: str | None = None,
     renamed: Mapping[str, str] | None = None,
     on_error: OnError = "fail",
+    shard: Shard | None = None,
 ) -> Iterator[Record]:
     """Prompt records.
 
@@ -70,7 +73,12 @@ def prompts(
         cell: pixels of the side of a cell of shapes.
         origin: where gsm8k or math is read from instead of the hub.
         renamed: record field to column.
+        shard: the part of them that is wanted; None is all.
+
+    Raises:
+        UsageError: a shard of what has no end, or cannot be read twice.
     """
+    made = source in GENERATORS and origin is None
     if source == "sudoku" and origin is None:
         stream = _sudoku(split, holes, seed, style, completions)
     elif source == "countdown" and origin is None:
@@ -85,8 +93,34 @@ def prompts(
         stream = (Record(record) for record in plugin(seed, split))
     else:
         stream = _rows(source, origin, split, style, task, renamed or {}, on_error)
-    distinct = _distinct(stream) if limit and source in GENERATORS and not origin else stream
-    yield from islice(distinct, limit)
+    distinct = _distinct(stream) if limit and made else stream
+    first, end = 0, limit
+    if shard is not None:
+        if not made:
+            limit = _length(source, origin, split, seed, limit)
+        if limit is None:
+            raise UsageError(f"--shard of {source}, which has no end: say how many with -n")
+        first, end = shard.bounds(limit)
+    yield from islice(distinct, first, end)
+
+
+def _length(source: str, origin: str | None, split: Split, seed: int, limit: int | None) -> int:
+    """How many rows there are, up to the limit; raises UsageError where that ends them."""
+    rows: Iterator[Any]
+    if (plugin := _plugin(source)) is not None:
+        rows = plugin(seed, split)
+    else:
+        name, config, part = _place(source, origin, split)
+        check_files([name])
+        rows = read_rows(name, part, config, "keep")
+    return sum(1 for _ in islice(rows, limit))
+
+
+def _place(source: str, origin: str | None, split: Split) -> tuple[str, str | None, str]:
+    """Where rows are: file, directory or name; configuration; split."""
+    if source in DATASETS and origin is None:
+        return DATASETS[source][split]
+    return origin or source, None, str(split)
 
 
 def _sudoku(
@@ -172,11 +206,9 @@ def _rows(
     renamed: Mapping[str, str],
     on_error: OnError,
 ) -> Iterator[Record]:
-    name, config, part = origin or source, None, str(split)
     if source in DATASETS or source in GENERATORS:
         task = task or source
-    if source in DATASETS and origin is None:
-        name, config, part = DATASETS[source][split]
+    name, config, part = _place(source, origin, split)
     rows = read_rows(name, part, config, on_error)
     yield from each(rows, lambda row: to_record(row, renamed, task, style), on_error)
 
