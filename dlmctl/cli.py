@@ -85,6 +85,9 @@ SUBCOMMANDS = {
     "stats": Subcommand("stats", LOOK, "Accuracy, pass@k, reward and length per task."),
     "view": Subcommand("view", LOOK, "Show completions token by token, shaded by numbers."),
     "plot": Subcommand("plot", LOOK, "Draw curves from metrics records."),
+    "tensorboard": Subcommand(
+        "tensorboard", LOOK, "Write metrics records as event files of TensorBoard."
+    ),
     "lm-eval": Subcommand(
         "lm_eval", LOOK, "Evaluate a model on the tasks of lm-evaluation-harness."
     ),
