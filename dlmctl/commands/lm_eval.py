@@ -28,9 +28,10 @@ def command(
     """Evaluate a model on the tasks of lm-evaluation-harness.
 
     Runs lm_eval with its own arguments and, unless --model is given, --model dlmctl: any model that
-    this package loads. Generation is that of 'dlmctl rollout', what follows a stop string cut off;
-    the log-likelihood of a masked diffusion model is the estimate of 'dlmctl score-elbo' for the
-    same masks, a document's id being its field id, or else TASK/NUMBER.
+    this package loads, 32 sequences at a time unless --batch_size says otherwise. Generation is
+    that of 'dlmctl rollout', what follows a stop string cut off; the log-likelihood of a masked
+    diffusion model is the estimate of 'dlmctl score-elbo' for the same masks, a document's id being
+    its field id, or else TASK/NUMBER.
 
     In --model_args stand pretrained=MODEL, and under the names they have in 'dlmctl rollout' and
     'dlmctl score-elbo' gen_length, block_length, steps, cfg_scale, remasking, threshold, factor,
@@ -54,10 +55,16 @@ def command(
         raise missing_package(package, "eval", "lm-eval") from None
     importlib.import_module("dlmctl.diffusion.harness")  # registers the model
 
-    given = list(arguments or [])
-    runs = not given or given[0] not in ("ls", "validate", "-h", "--help")
-    if runs and not any(text.split("=")[0] in ("--model", "-M", "--config") for text in given):
-        start = 1 if given[:1] == ["run"] else 0
-        given[start:start] = ["--model", "dlmctl"]
-    sys.argv = ["lm_eval", *given]
+    sys.argv = ["lm_eval", *completed(arguments or [])]
     harness.cli_evaluate()
+
+
+def completed(arguments: list[str]) -> list[str]:
+    """Arguments of the harness with our model, and its batch size, where they name no other."""
+    named = {text.split("=")[0] for text in arguments}
+    first = arguments[0] if arguments else ""
+    if first in ("ls", "validate", "-h", "--help") or named & {"--model", "-M", "--config", "-C"}:
+        return arguments
+    batch = [] if named & {"--batch_size", "-b"} else ["--batch_size", "auto"]
+    start = 1 if first == "run" else 0
+    return [*arguments[:start], "--model", "dlmctl", *batch, *arguments[start:]]

@@ -15,16 +15,24 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from dlmctl.diffusion.autoregressive import sample_autoregressive
 from dlmctl.diffusion.elbo import Example, elbo_samples
+from dlmctl.diffusion.masks import LAWS
 from dlmctl.diffusion.noise import stream_key
 from dlmctl.diffusion.sampler import sample_stream
-from dlmctl.diffusion.sampling import Request, Sampling, settings_for
+from dlmctl.diffusion.sampling import (
+    CacheRule,
+    EosRule,
+    Remasking,
+    Request,
+    Sampling,
+    settings_for,
+)
 from dlmctl.diffusion.scoring import MaskPlan, completion_masks
 from dlmctl.models.loading import load_policy
 from dlmctl.records.errors import DataError, UsageError
@@ -47,6 +55,13 @@ SAMPLER = (
     "compile",
 )
 """Arguments that go to the sampler as they are, under the names of `rollout`."""
+CHOICES = {
+    "remasking": get_args(Remasking),
+    "cache": get_args(CacheRule),
+    "eos": get_args(EosRule),
+    "masks": LAWS,
+}
+"""Values of the arguments that have a few."""
 DEFAULT_LENGTH = 2048
 """Tokens that a model of no stated length takes."""
 
@@ -62,7 +77,7 @@ class Pair(NamedTuple):
 
 
 @register_model("dlmctl")
-class HarnessModel(LM):  # type: ignore[misc, unused-ignore]
+class HarnessModel(LM):
     """A policy as lm-evaluation-harness asks it."""
 
     def __init__(
@@ -101,6 +116,10 @@ class HarnessModel(LM):  # type: ignore[misc, unused-ignore]
                 f"masks_per_sample, seed, greedy, gen_length, max_length, dtype, "
                 f"{', '.join(SAMPLER)}"
             )
+        for name, value in {**sampler, "masks": masks}.items():
+            if name in CHOICES and value not in CHOICES[name]:
+                there = ", ".join(CHOICES[name])
+                raise UsageError(f"--model_args {name}={value} is none of {there}")
         self.policy = load_policy(pretrained, device or "auto", dtype)
         self.plan = MaskPlan(masks, masks_per_sample, seed)  # type: ignore[arg-type]
         self.seed, self.greedy, self.sampler, self.gen_length = seed, greedy, sampler, gen_length
@@ -201,7 +220,10 @@ class HarnessModel(LM):  # type: ignore[misc, unused-ignore]
 
     def get_model_info(self) -> dict[str, Any]:
         """What stands beside the results."""
-        about = {"model_name": self.policy.name, "model_revision": self.policy.revision}
+        about: dict[str, Any] = {
+            "model_name": self.policy.name,
+            "model_revision": self.policy.revision,
+        }
         if self.policy.diffusion:
             about |= {"masks": self.plan.law, "masks_per_sample": self.plan.samples}
         return about

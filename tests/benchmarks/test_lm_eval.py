@@ -228,6 +228,9 @@ def test_a_long_context_loses_its_beginning(saved_models: Callable[[str], str]) 
 def test_what_is_not_known_is_said(saved_models: Callable[[str], str], capsys: Any) -> None:
     with pytest.raises(UsageError, match="gen_len "):
         _model(saved_models("llada"), gen_len=4)
+    for wrong in ({"remasking": "sure"}, {"masks": "all"}, {"cache": True}):
+        with pytest.raises(UsageError, match="is none of"):
+            _model(saved_models("llada"), **wrong)
     model = _model(saved_models("llada"), gen_length=4)
     with pytest.raises(UsageError, match="chat template"):
         model.apply_chat_template([{"role": "user", "content": "1"}])

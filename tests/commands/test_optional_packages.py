@@ -33,6 +33,17 @@ def test_lm_eval_names_the_command_that_installs_it() -> None:
     assert "pip install 'dlmctl[eval]'" in done.stderr
 
 
+def test_our_model_is_the_one_where_no_other_is_named() -> None:
+    from dlmctl.commands.lm_eval import completed
+
+    ours = ["--model", "dlmctl"]
+    auto = [*ours, "--batch_size", "auto"]
+    assert completed(["--tasks", "a"]) == [*auto, "--tasks", "a"]
+    assert completed(["run", "-t", "a", "-b", "4"]) == ["run", *ours, "-t", "a", "-b", "4"]
+    for given in (["--model=hf", "-t", "a"], ["-M", "hf"], ["ls", "tasks"], ["--config", "a.yaml"]):
+        assert completed(given) == given
+
+
 def test_a_directory_without_metrics_is_no_run(tmp_path: Path) -> None:
     from dlmctl.records.errors import MissingInputError
     from dlmctl.report.event_files import run_records
