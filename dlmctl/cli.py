@@ -86,6 +86,12 @@ SUBCOMMANDS = {
     "stats": Subcommand("stats", LOOK, "Accuracy, pass@k, reward and length per task."),
     "view": Subcommand("view", LOOK, "Show completions token by token, shaded by numbers."),
     "plot": Subcommand("plot", LOOK, "Draw curves from metrics records."),
+    "tensorboard": Subcommand(
+        "tensorboard", LOOK, "Write metrics records as event files of TensorBoard."
+    ),
+    "lm-eval": Subcommand(
+        "lm_eval", LOOK, "Evaluate a model on the tasks of lm-evaluation-harness."
+    ),
     "bench": Subcommand("bench", LOOK, "Measure speed, memory and variance beside a baseline."),
     "init": Subcommand("init", SETUP, "Make a small new model of any family."),
     "doctor": Subcommand("doctor", SETUP, "Say what this machine has and what is missing."),
@@ -133,7 +139,10 @@ def load(name: str) -> Any:
         app.callback()(lambda: None)  # a group of one subcommand is a group
     for full_name, function in functions(name).items():
         text = help_text(function)
-        app.command(full_name.split()[-1], help=text)(with_exit_codes(function))
+        settings = {"ignore_unknown_options": getattr(_module(name), "PASSES_ON", False)}
+        app.command(full_name.split()[-1], help=text, context_settings=settings)(
+            with_exit_codes(function)
+        )
     return typer.main.get_command(app)
 
 

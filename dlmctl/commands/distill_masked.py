@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -145,5 +146,6 @@ def command(
         seed,
     )
     plan = MaskedConsistency(order, divergence, decided, rounds, steps_per_round, until_eos, seed)
+    run.about = {**asdict(plan), "records per step": records_per_step, "fill to": fill_to}
     metrics = distill_masked(records, run, plan, records_per_step, batch_size, fill_to, keep)
     write_records(counted(metrics, "steps", quiet), standing=run.standing)

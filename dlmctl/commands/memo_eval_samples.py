@@ -304,7 +304,7 @@ def _table(found: Parts, result: Result) -> None:
             line[name] = _cell(figure.values[number], low_high)
         lines.append(line)
     for name, value in result.more.items():
-        if not name.endswith("_interval"):
+        if value is not None and not name.endswith("_interval"):
             line = {"figure": name, "train": _cell(value, result.more.get(f"{name}_interval"))}
             lines.append(line)
     print_table(lines, {name: heading.strip("_") for name, heading in columns.items()})

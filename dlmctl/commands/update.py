@@ -229,6 +229,15 @@ def command(
         mask_block,
         levels=levels,
     )
+    run.about = {
+        "seed": seed,
+        "masks": plan.law,
+        "masks per sample": plan.samples,
+        "prompt mask": plan.prompt_mask,
+        "until eos": plan.until_eos,
+        "prompts per step": prompts_per_step,
+        **{name: value for name, value in own.items() if value is not None},
+    }
     if objective is None:
         metrics = update_supervised(
             records, run, plan, prompts_per_step, batch_size, fill_to, save_every, keep

@@ -174,7 +174,8 @@ class Discrepancy(NamedTuple):
     gap: float | None
     """Train less held-out: below 0 where samples are closer to the training set."""
     p: float | None
-    """Of the gap being as low, were the sets exchanged at random; of one side."""
+    """Of the gap being as low, were the sets exchanged at random; of one side. None of sets of two
+    sizes."""
     width: float
     """Standard deviation of the Gaussian kernel."""
 
@@ -199,14 +200,15 @@ def discrepancy(
     Args:
         samples: float64 [N, D].
         train: float64 [n, D].
-        heldout: float64 [n, D].
+        heldout: float64 [n, D]; of other than n vectors there is no p.
     """
     width = median_distance([samples, train, *([] if heldout is None else [heldout])], seed)
     n, m = len(train), len(samples)
     within = float(kernel_sums(samples, None, width, memory).sum()) / (m * (m - 1))
 
     def one(own: Tensor, across: Tensor) -> float:
-        return within + float(own.sum()) / (n * (n - 1)) - 2 * float(across.mean()) / m
+        count = len(own)
+        return within + float(own.sum()) / (count * (count - 1)) - 2 * float(across.mean()) / m
 
     own, across = (
         kernel_sums(train, None, width, memory),
@@ -217,6 +219,9 @@ def discrepancy(
         return Discrepancy(near, None, None, None, width)
     other = kernel_sums(heldout, None, width, memory)
     beyond = kernel_sums(heldout, samples, width, memory)
+    far = one(other, beyond)
+    if len(heldout) != n:
+        return Discrepancy(near, far, near - far, None, width)
     r = torch.cat(
         [
             own + kernel_sums(train, heldout, width, memory),
@@ -233,7 +238,7 @@ def discrepancy(
         float(signs[torch.randperm(2 * n, generator=generator)] @ each) for _ in range(resamples)
     ]
     p = (1 + sum(value <= gap for value in drawn)) / (1 + resamples)
-    return Discrepancy(near, one(other, beyond), gap, p, width)
+    return Discrepancy(near, far, gap, p, width)
 
 
 def median_distance(sets: list[Tensor], seed: int = 0) -> float:

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dlmctl.consistency.card import image_card
 from dlmctl.consistency.models import ModelConfig, checkpoint_name, save_model
 from dlmctl.diffusion.noise import stream_key
 from dlmctl.records.errors import CannotCreateError, CannotWriteError, UsageError
@@ -39,6 +40,7 @@ from dlmctl.records.files import (
 from dlmctl.records.interrupts import standing
 from dlmctl.records.jsonl import dump
 from dlmctl.records.locks import hold_run
+from dlmctl.training.card import write_card
 from dlmctl.training.optimizer import Schedule, apply_step, learning_rate
 
 Loss = Callable[[nn.Module, nn.Module, Tensor, int, torch.Generator], Tensor]
@@ -134,6 +136,7 @@ class TrainingRun:
         self.settings = json.loads(json.dumps({**self.about, "config": asdict(config)}))
         self.step, self.skipped, self.seconds = 0, 0, 0.0
         self._sum, self._count = 0.0, 0
+        self._measured: dict[str, float] = {}
         self._open()
 
     @property
@@ -201,6 +204,7 @@ class TrainingRun:
         rate = learning_rate(self.step, recipe.rate, recipe.warmup, recipe.schedule, recipe.steps)
         norm, applied = apply_step(self.optimizer, self.network.parameters(), rate, recipe.max_norm)
         self.step += 1
+        self._measured = {"loss": float(loss.detach()), "grad_norm": norm, "lr": rate}
         if not applied:
             self.skipped += 1
             return rate, norm
@@ -218,6 +222,7 @@ class TrainingRun:
 
         def fill(directory: Path) -> None:
             save_model(directory, self.config, self.saved_network, training)
+            write_card(directory, image_card(self.config, training, self._measured))
 
         self._publish(target, fill, self.directory / "latest")
 

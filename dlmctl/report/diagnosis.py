@@ -17,6 +17,8 @@ OPTIONAL = {
     "math_verify": ("math-verify", "math", "verify: math"),
     "matplotlib": ("matplotlib", "plot", "plot"),
     "PIL": ("pillow", "vision", "images: prompts shapes"),
+    "tensorboard": ("tensorboard", "tensorboard", "tensorboard"),
+    "lm_eval": ("lm-eval", "eval", "lm-eval"),
 }
 """Module: package, extra, what needs it."""
 

@@ -26,6 +26,7 @@ from dlmctl.records.errors import DataError, MissingInputError
 from dlmctl.records.files import publish_directory, read_json
 from dlmctl.sae.topk import TopKSae
 from dlmctl.sae.torch_archive import read_torch_archive
+from dlmctl.training.card import Card, write_card
 
 Layout = Literal["saelens", "dictionary_learning", "sparsify"]
 WEIGHT_FILES: dict[str, Layout] = {
@@ -98,9 +99,17 @@ def read_sae(directory: Path) -> SavedSae:
     return _READERS[layout_of(directory)](directory)
 
 
-def write_sae(saved: SavedSae, directory: Path, layout: Layout = "saelens") -> None:
+def write_sae(
+    saved: SavedSae, directory: Path, layout: Layout = "saelens", card: Card | None = None
+) -> None:
     """Write a folder that the library loads; it appears whole or not at all."""
-    publish_directory(directory, lambda beside: _WRITERS[layout](saved, beside))
+
+    def fill(beside: Path) -> None:
+        _WRITERS[layout](saved, beside)
+        if card is not None:
+            write_card(beside, card)
+
+    publish_directory(directory, fill)
 
 
 def _read_saelens(directory: Path) -> SavedSae:

@@ -38,8 +38,10 @@ from dlmctl.records.jsonl import dump
 from dlmctl.records.locks import hold_run
 from dlmctl.sae.activations import Block, Key
 from dlmctl.sae.buffer import ShuffleBuffer
+from dlmctl.sae.card import sae_card
 from dlmctl.sae.folders import write_sae
 from dlmctl.sae.trainer import Recipe, SaeTrainer
+from dlmctl.training.card import last_metrics
 
 
 class Stream:
@@ -261,7 +263,15 @@ class SaeRun:
         for stream in self.streams:
             for k, trainer in stream.trainers.items():
                 about = {**self.metadata(stream.key), "dlm_tokens": trainer.tokens}
-                write_sae(trainer.saved(about), self.targets[stream.key, k])
+                saved, key = trainer.saved(about), stream.key
+                metrics = last_metrics(
+                    self.directory / "metrics.jsonl",
+                    layer=key.layer,
+                    k=k,
+                    positions=key.positions,
+                )
+                card = sae_card(k, saved.sae.d_in, stream.recipe, about, metrics)
+                write_sae(saved, self.targets[key, k], card=card)
         shutil.rmtree(self.directory / "state")
         return list(self.targets.values())
 

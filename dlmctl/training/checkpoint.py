@@ -1,7 +1,8 @@
 """Checkpoints: `RUN/step-000012`, and `RUN/latest`, a link to the newest one.
 
-A checkpoint is an ordinary Hugging Face directory (or a peft adapter) with two files more:
+A checkpoint is an ordinary Hugging Face directory (or a peft adapter) with three files more:
 
+    README.md               the model card
     dlmctl.json             what the run is (algorithm, reference) and its counters
     training.safetensors    moments of the optimizer by parameter name, and the random state
 
@@ -27,6 +28,7 @@ from dlmctl.models.policy import Policy
 from dlmctl.models.saving import save_policy
 from dlmctl.records.errors import CannotWriteError, DataError
 from dlmctl.records.files import publish_directory, publish_link, remove_partials, write_file
+from dlmctl.training.card import Card, write_card
 
 
 @dataclass
@@ -70,6 +72,7 @@ def save_checkpoint(
     parameters: dict[str, nn.Parameter],
     progress: Progress,
     keep: int,
+    card: Card | None = None,
 ) -> Path:
     """Publish the state of a run as its newest checkpoint and remove all but the last `keep`.
 
@@ -86,6 +89,8 @@ def save_checkpoint(
         write_file(
             directory / "dlmctl.json", orjson.dumps(asdict(progress), option=orjson.OPT_INDENT_2)
         )
+        if card is not None:  # in the place of the one that peft writes
+            write_card(directory, card)
 
     try:
         publish_directory(target, fill)

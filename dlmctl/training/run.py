@@ -26,6 +26,7 @@ from dlmctl.records.files import make_directory
 from dlmctl.records.interrupts import standing
 from dlmctl.records.locks import Lock, hold_run
 from dlmctl.training.activations import checkpoint_activations
+from dlmctl.training.card import last_metrics
 from dlmctl.training.checkpoint import (
     Progress,
     forget_steps,
@@ -42,6 +43,7 @@ from dlmctl.training.optimizer import (
     make_optimizer,
     trained_parameters,
 )
+from dlmctl.training.policy_card import policy_card
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class Run:
         self.revisions = [policy.revision]
         """Hashes of the weights that were published since this process began, the newest last."""
         self._reference: Policy | None = None
+        self.about: dict[str, Any] = {}
+        """Options of the training that the card of a checkpoint tells, by their names."""
 
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:
@@ -147,8 +151,16 @@ class Run:
     def save(self, keep: int) -> Path:
         """Publish the newest checkpoint."""
         self.saved_step = self.progress.step
+        metrics = last_metrics(self.directory / "metrics.jsonl", step=self.progress.step)
+        settings = {**self.about, **dataclasses.asdict(self.optimization)}
         checkpoint = save_checkpoint(
-            self.directory, self.policy, self.optimizer, self.parameters, self.progress, keep
+            self.directory,
+            self.policy,
+            self.optimizer,
+            self.parameters,
+            self.progress,
+            keep,
+            policy_card(self.policy, self.progress, settings, metrics),
         )
         revision = checkpoint_revision(checkpoint, self.progress.reference_revision)
         self.policy = dataclasses.replace(self.policy, revision=revision)

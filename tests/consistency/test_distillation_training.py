@@ -63,7 +63,7 @@ def contents(directory):
     files = {
         str(path.relative_to(directory)): path.read_bytes()
         for path in directory.rglob("*")
-        if path.is_file() and path.name != "metrics.jsonl"
+        if path.is_file() and path.name not in ("metrics.jsonl", ".lock")
     }
     records = read_jsonl(directory / "metrics.jsonl")
     return files, [{k: v for k, v in record.items() if k != "seconds"} for record in records]
@@ -231,3 +231,16 @@ def test_noise_is_normal_and_a_function_of_seed_sample_and_step():
     for seed, step in ((1, 0), (0, 1)):
         other = gaussian(seed, range(2000), (3, 4), step)
         assert torch.stack([z.flatten(), other.flatten()]).corrcoef()[0, 1].abs() < 0.03
+
+
+def test_a_checkpoint_has_a_card(tmp_path):
+    from huggingface_hub import ModelCard
+
+    train(begin("edm", tmp_path / "run", seed=3))
+    card = ModelCard.load(tmp_path / "run/latest/README.md")
+    last = read_jsonl(tmp_path / "run/metrics.jsonl")[-1]
+    assert card.data.library_name == "dlmctl"
+    assert f"| steps so far | {last['step']} |" in card.text
+    assert f"| grad_norm | {last['grad_norm']:.6g} |" in card.text
+    assert "| seed | 3 |" in card.text
+    assert "images_hash" in card.text

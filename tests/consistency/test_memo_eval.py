@@ -154,8 +154,9 @@ def test_a_longer_held_out_set_is_cut_and_of_a_shorter_one_there_is_a_warning(se
     same = evaluate(*given, HELDOUT)
     assert same.pop("stderr") == ""
     assert row == same
-    row = evaluate(*given, "builtin:digits#100:150")
+    row = evaluate(*given, "builtin:digits#100:150", "--quality")
     assert row["heldout"] == 50
+    assert row["mmd2_gap_p"] is None
     assert "--heldout has 50 images and --train 100" in row["stderr"]
     row = evaluate(*given, "builtin:digits#90:190")
     assert "10 of the held-out images are in --train, too" in row["stderr"]

@@ -173,6 +173,15 @@ def test_mmd_is_that_of_a_plain_loop(memory):
     assert alone[1:4] == (None, None, None)
 
 
+def test_of_sets_of_two_sizes_there_is_a_gap_without_p():
+    x, y, z = normal(21, 3, 11) * 2, normal(40, 3, 12) + 0.5, normal(17, 3, 13)
+    found = discrepancy(x, y, z, 50)
+    assert found.train == pytest.approx(plain_mmd(x, y, found.width), abs=1e-12)
+    assert found.heldout == pytest.approx(plain_mmd(x, z, found.width), abs=1e-12)
+    assert found.gap == found.train - found.heldout
+    assert found.p is None
+
+
 def test_the_width_of_the_kernel_is_the_median_distance():
     x, y = normal(30, 4, 14), normal(31, 4, 15)
     assert median_distance([x, y]) == float(torch.pdist(torch.cat([x, y])).median())

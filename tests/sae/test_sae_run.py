@@ -178,6 +178,23 @@ def test_the_command_trains_stops_and_says_so(
     stored = invoke("sae-train", tmp_path / "acts", "--latents", "32", "-k", "2", "--tokens", "128",
                     "--sae-batch-size", "64", "-o", tmp_path / "from-disk")  # fmt: skip
     assert stored.exit_code == 0, stored.stderr
-    assert {path.name for path in (tmp_path / "from-disk").iterdir()} == {
+    assert {path.name for path in (tmp_path / "from-disk").iterdir()} - {".lock"} == {
         "layer0-k2-mask", "layer1-k2-mask", "metrics.jsonl",
     }  # fmt: skip
+
+
+def test_an_autoencoder_has_a_card(tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    records = _trained(tmp_path / "all", _source([0, 1], ["mask"]), [2, 4])
+    _trained(tmp_path / "again", _source([1], ["mask"]), [4])
+    folder = "layer1-k4-mask/README.md"
+    card = ModelCard.load(tmp_path / "all" / folder)
+    assert card.data.library_name == "saelens"
+    assert "sparse-autoencoder" in card.data.tags
+    last = [r for r in records if (r["layer"], r["k"]) == (1, 4)][-1]
+    assert f"| fve | {last['fve']:.6g} |" in card.text
+    assert "| latents | 24 |" in card.text
+    assert "model.layers.1" in card.text
+    again = (tmp_path / "again" / folder).read_bytes()
+    assert again == (tmp_path / "all" / folder).read_bytes()

@@ -1,0 +1,70 @@
+"""`dlmctl lm-eval`: options and wiring."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Annotated
+
+import typer
+
+from dlmctl.records.errors import missing_package
+
+PASSES_ON = True
+"""Options that are not known here are arguments of the harness."""
+
+
+def command(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="ARGUMENT",
+            help="What lm_eval takes, as --model_args, --tasks, --limit, --batch_size; -- --help "
+            "shows all of it.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Evaluate a model on the tasks of lm-evaluation-harness.
+
+    Runs lm_eval with its own arguments and, unless --model is given, --model dlmctl: any model that
+    this package loads, 32 sequences at a time unless --batch_size says otherwise. Generation is
+    that of 'dlmctl rollout', what follows a stop string cut off; the log-likelihood of a masked
+    diffusion model is the estimate of 'dlmctl score-elbo' for the same masks, a document's id being
+    its field id, or else TASK/NUMBER.
+
+    In --model_args stand pretrained=MODEL, and under the names they have in 'dlmctl rollout' and
+    'dlmctl score-elbo' gen_length, block_length, steps, cfg_scale, remasking, threshold, factor,
+    cache, refresh, refresh_below, eos, early_stop, compile, masks (a law), masks_per_sample, seed
+    and dtype. max_length=N is the most tokens of a context with what follows it; its beginning is
+    left out where there are more. greedy=false saves the completions that tell whether a
+    continuation is the greedy one, which tasks of several choices do not use. gen_length is for all
+    tasks; without it a task's own max_gen_toks holds, then the model's.
+
+    Examples:
+
+    dlmctl lm-eval --model_args pretrained=runs/a,steps=64 --tasks gsm8k --batch_size 16
+
+    dlmctl lm-eval --model_args pretrained=GSAI-ML/LLaDA-8B-Base,masks_per_sample=128,greedy=false
+    --tasks arc_challenge
+    """
+    try:
+        import lm_eval.__main__ as harness
+    except ImportError as error:
+        package = (error.name or "lm_eval").split(".")[0].replace("_", "-")
+        raise missing_package(package, "eval", "lm-eval") from None
+    importlib.import_module("dlmctl.diffusion.harness")  # registers the model
+
+    sys.argv = ["lm_eval", *completed(arguments or [])]
+    harness.cli_evaluate()
+
+
+def completed(arguments: list[str]) -> list[str]:
+    """Arguments of the harness with our model, and its batch size, where they name no other."""
+    named = {text.split("=")[0] for text in arguments}
+    first = arguments[0] if arguments else ""
+    if first in ("ls", "validate", "-h", "--help") or named & {"--model", "-M", "--config", "-C"}:
+        return arguments
+    batch = [] if named & {"--batch_size", "-b"} else ["--batch_size", "auto"]
+    start = 1 if first == "run" else 0
+    return [*arguments[:start], "--model", "dlmctl", *batch, *arguments[start:]]
