@@ -63,11 +63,12 @@ from dlmctl.commands.options import (
     Quiet,
     Seed,
 )
-from dlmctl.commands.progress import counted
+from dlmctl.commands.ranks import on_every_rank, write_metrics
 from dlmctl.records.errors import UsageError
-from dlmctl.records.jsonl import Record, read_records, write_records
+from dlmctl.records.jsonl import Record, read_records
 
 
+@on_every_rank
 def command(
     files: Files = None,
     algo: Algo = "rspo",
@@ -165,6 +166,11 @@ def command(
     grpo and srpo take the log-probabilities that 'dlmctl rollout' recorded of an autoregressive
     model as those of the policy before the step.
 
+    On several GPUs, or CPUs, weights, gradients and the optimizer's moments are spread over the
+    processes by FSDP2, each of which computes its share of every step: the steps, and the files,
+    are those of one process, and a run can go on with more or fewer. --batch-size is that of each.
+    Not for models that take images, nor with dropout.
+
     Examples:
 
     dlmctl rollout | dlmctl verify | dlmctl update --algo rspo -o runs/a
@@ -172,12 +178,16 @@ def command(
     dlmctl prompts sudoku -n 100000 --completions | dlmctl update --algo sft -m new -o runs/base
 
     dlmctl update --algo grpo --loss-type dr_grpo --max-length 512 --clip-high 0.28 verified.jsonl
+
+    torchrun --nproc-per-node 8 -m dlmctl update -m GSAI-ML/LLaDA-8B-Instruct -o runs/b
+    verified.jsonl
     """
     from dlmctl.diffusion.scoring import MaskPlan
     from dlmctl.rl.algorithms import make_objective
     from dlmctl.rl.policy_gradient import Batching
     from dlmctl.rl.scores import Recipe
     from dlmctl.rl.update import update_policy, update_supervised
+    from dlmctl.training.distributed import agreed, is_first
     from dlmctl.training.run import Adapter, Optimization, next_run, open_run
 
     if schedule == "cosine" and total_steps is None:
@@ -203,9 +213,14 @@ def command(
     }
     objective = None if algo == "sft" else make_objective(algo, **own)
     recipe = objective.recipe if objective else Recipe(samples=2)
-    records, sampled_from = _first_model(read_records(files or [], on_error))
-    directory = output or next_run(algo)
-    print(f"dlmctl: writing {directory}", file=sys.stderr)
+    records: Iterator[Record] = iter(())
+    sampled_from, directory = None, output
+    if is_first():
+        records, sampled_from = _first_model(read_records(files or [], on_error))
+        directory = output or next_run(algo)
+        print(f"dlmctl: writing {directory}", file=sys.stderr)
+    sampled_from, where = agreed([sampled_from, str(directory)])
+    directory = Path(where)
     run = open_run(
         directory,
         model or sampled_from or "builtin:puzzles",
@@ -243,7 +258,7 @@ def command(
             records, run, objective, batching, prompts_per_step, batch_size, save_every, keep,
             any_policy,
         )  # fmt: skip
-    write_records(counted(metrics, "steps", quiet))
+    write_metrics(metrics, "steps", quiet)
 
 
 def _first_model(records: Iterator[Record]) -> tuple[Iterator[Record], str | None]:

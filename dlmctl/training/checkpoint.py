@@ -7,6 +7,9 @@ A checkpoint is an ordinary Hugging Face directory (or a peft adapter) with two 
 
 It is written beside and renamed, so that killing the process at any moment leaves the previous one
 whole; the same command then goes on from there.
+
+Of a run of several ranks the first writes the files that one process would, so that a run goes on
+at any number of them.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from dlmctl.models.policy import Policy
 from dlmctl.models.saving import save_policy
 from dlmctl.records.errors import CannotWriteError, DataError
 from dlmctl.records.files import publish_directory, publish_link, remove_partials, write_file
+from dlmctl.training.distributed import is_first
+from dlmctl.training.sharding import gathered, like, to_first
 
 
 @dataclass
@@ -70,18 +75,25 @@ def save_checkpoint(
     parameters: dict[str, nn.Parameter],
     progress: Progress,
     keep: int,
+    outline: nn.Module | None = None,
 ) -> Path:
     """Publish the state of a run as its newest checkpoint and remove all but the last `keep`.
+
+    Args:
+        outline: of a model that is spread over the ranks, each of which calls this.
 
     Raises:
         CannotCreateError: the directory cannot be made.
         CannotWriteError: writing failed; the previous checkpoint is whole.
     """
     target = run / f"step-{progress.step:06d}"
+    state = _optimizer_state(optimizer, parameters) | _random_state(policy.device)
+    whole = policy if outline is None else gathered(policy, outline)
+    if not is_first():
+        return target
 
     def fill(directory: Path) -> None:
-        save_policy(policy, directory)
-        state = _optimizer_state(optimizer, parameters) | _random_state(policy.device)
+        save_policy(whole, directory)
         save_file(state, directory / "training.safetensors")
         write_file(
             directory / "dlmctl.json", orjson.dumps(asdict(progress), option=orjson.OPT_INDENT_2)
@@ -104,7 +116,7 @@ def restore_training(
     tensors = load_file(checkpoint / "training.safetensors")
     for name, parameter in parameters.items():
         moments = {
-            key: tensors[f"optimizer.{key}.{name}"].to(parameter.device)
+            key: like(tensors[f"optimizer.{key}.{name}"], parameter)
             for key in ("exp_avg", "exp_avg_sq")
             if f"optimizer.{key}.{name}" in tensors
         }
@@ -142,7 +154,7 @@ def _optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
 ) -> dict[str, Tensor]:
     return {
-        f"optimizer.{key}.{name}": value.detach().cpu().contiguous()
+        f"optimizer.{key}.{name}": to_first(value)
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }

@@ -32,6 +32,7 @@ from dlmctl.training.checkpoint import (
     restore_training,
     save_checkpoint,
 )
+from dlmctl.training.distributed import agreed, is_first, size
 from dlmctl.training.lora import adapter_off, add_adapter, has_adapter, set_adapter_trainable
 from dlmctl.training.optimizer import (
     Schedule,
@@ -40,6 +41,7 @@ from dlmctl.training.optimizer import (
     make_optimizer,
     trained_parameters,
 )
+from dlmctl.training.sharding import outline, shard
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Run:
         progress: Progress,
         optimization: Optimization,
         compute_dtype: torch.dtype,
+        form: nn.Module | None = None,
     ) -> None:
         self.directory = directory
         self.policy = policy
@@ -88,12 +91,20 @@ class Run:
         self.revisions = [policy.revision]
         """Hashes of the weights that were published since this process began, the newest last."""
         self._reference: Policy | None = None
+        self._form = form
+        """Outline of a model that is spread over several ranks."""
 
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:
         """Within the block matrix products run in the compute dtype."""
         enabled = self.compute_dtype != torch.float32
-        with torch.autocast(self.policy.device.type, self.compute_dtype, enabled=enabled):
+        # A cache of weights in the compute dtype would keep what ranks gather for a pass.
+        with torch.autocast(
+            self.policy.device.type,
+            self.compute_dtype,
+            enabled=enabled,
+            cache_enabled=self._form is None,
+        ):
             yield
 
     def reference_log_probs(self, examples: Sequence[Example], batch_size: int) -> Tensor:
@@ -111,6 +122,8 @@ class Run:
                     f"{self.progress.reference} has other weights than when this run began; put "
                     "them back, or begin a new run"
                 )
+            if self._form is not None:
+                shard(self._reference)
         return log_probs(self._reference, examples, batch_size)
 
     def step(self) -> dict[str, Any]:
@@ -136,12 +149,21 @@ class Run:
         return {"grad_norm": norm, "lr": rate, "applied": applied}
 
     def save(self, keep: int) -> Path:
-        """Publish the newest checkpoint."""
+        """Publish the newest checkpoint; of several ranks all call this, and leave it together."""
         self.saved_step = self.progress.step
         checkpoint = save_checkpoint(
-            self.directory, self.policy, self.optimizer, self.parameters, self.progress, keep
+            self.directory,
+            self.policy,
+            self.optimizer,
+            self.parameters,
+            self.progress,
+            keep,
+            self._form,
         )
-        revision = checkpoint_revision(checkpoint, self.progress.reference_revision)
+        revision = ""
+        if is_first():
+            revision = checkpoint_revision(checkpoint, self.progress.reference_revision)
+        revision = agreed(revision)
         self.policy = dataclasses.replace(self.policy, revision=revision)
         self.revisions.append(revision)
         return checkpoint
@@ -165,11 +187,15 @@ def open_run(
 ) -> Run:
     """Begin a run in `directory`, or go on with the one that is there.
 
+    Of several ranks each loads the whole model, and keeps its share of it.
+
     Raises:
-        UsageError: the run in the directory trains by another algorithm.
+        UsageError: the run in the directory trains by another algorithm, or several ranks cannot
+            train the model.
         MissingInputError: the model is not there.
     """
-    make_directory(directory)
+    if is_first():
+        make_directory(directory)
     torch.manual_seed(seed)  # the first values of an adapter, and its dropout
     checkpoint = latest_checkpoint(directory)
     compute = torch.float32
@@ -195,8 +221,13 @@ def open_run(
         compute = torch.bfloat16
     if gradient_checkpointing:
         checkpoint_activations(policy.core)
-    run = Run(directory, policy, progress, optimization, compute)
+    form = None
+    if size() > 1:
+        form = outline(policy.model)
+        shard(policy)
+    run = Run(directory, policy, progress, optimization, compute, form)
     if checkpoint is not None:
         restore_training(checkpoint, run.optimizer, run.parameters)
-    forget_steps(directory, progress.step)
+    if is_first():
+        forget_steps(directory, progress.step)
     return run

@@ -1,0 +1,66 @@
+"""A subcommand that torchrun starts in several processes: one of them talks, and all of them end.
+
+torchrun --nproc-per-node 4 -m dlmctl update …
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+from dlmctl.commands.progress import counted
+from dlmctl.records.errors import UserFacingError
+from dlmctl.records.jsonl import write_records
+
+SILENCE_S = 15.0
+"""How long a rank that failed leaves it to the first one to say why."""
+
+
+def several() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def on_every_rank(function: Callable[..., None]) -> Callable[..., None]:
+    """Let a subcommand with a `--device` run under torchrun; elsewhere it is as it was."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        if not several():
+            return function(*args, **kwargs)
+        from dlmctl.training.distributed import joined
+
+        try:
+            with joined(kwargs["device"]):
+                function(*args, **kwargs)
+        except UserFacingError as error:
+            number = int(os.environ["RANK"])
+            if number == 0:
+                raise
+            if error.exit_code:
+                # Nearly always the first rank has failed as well and says so: torchrun ends us.
+                time.sleep(SILENCE_S)
+                mine = UserFacingError(f"rank {number}: {error}")
+                mine.exit_code = error.exit_code
+                raise mine from None
+
+    return run
+
+
+def write_metrics(metrics: Generator[Any, None, None], what: str, quiet: bool) -> None:
+    """Write the records that every rank makes, once."""
+    if not several():
+        write_records(counted(metrics, what, quiet))
+        return
+    from dlmctl.training.distributed import in_step, is_first
+
+    with contextlib.closing(in_step(metrics)) as records:
+        if is_first():
+            write_records(counted(records, what, quiet))
+        else:
+            for _ in records:
+                pass
