@@ -187,7 +187,7 @@ def command(
     from dlmctl.rl.policy_gradient import Batching
     from dlmctl.rl.scores import Recipe
     from dlmctl.rl.update import update_policy, update_supervised
-    from dlmctl.training.distributed import agreed, is_first
+    from dlmctl.training.distributed import from_first
     from dlmctl.training.run import Adapter, Optimization, next_run, open_run
 
     if schedule == "cosine" and total_steps is None:
@@ -214,15 +214,17 @@ def command(
     objective = None if algo == "sft" else make_objective(algo, **own)
     recipe = objective.recipe if objective else Recipe(samples=2)
     records: Iterator[Record] = iter(())
-    sampled_from, directory = None, output
-    if is_first():
+
+    def begin() -> tuple[str | None, str]:
+        nonlocal records
         records, sampled_from = _first_model(read_records(files or [], on_error))
         directory = output or next_run(algo)
         print(f"dlmctl: writing {directory}", file=sys.stderr)
-    sampled_from, where = agreed([sampled_from, str(directory)])
-    directory = Path(where)
+        return sampled_from, str(directory)
+
+    sampled_from, directory = from_first(begin)
     run = open_run(
-        directory,
+        Path(directory),
         model or sampled_from or "builtin:puzzles",
         algo,
         Optimization(rate, (beta1, beta2), weight_decay, max_norm, warmup, schedule, total_steps),

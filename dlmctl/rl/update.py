@@ -26,7 +26,7 @@ from dlmctl.rl.credit_metrics import credit_metrics
 from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
 from dlmctl.rl.scores import Objective
 from dlmctl.rl.supervised import supervised_gradient, with_completion_ids
-from dlmctl.training.distributed import from_first, is_first, may_save
+from dlmctl.training.distributed import is_first, items_of_first, may_save
 from dlmctl.training.run import Run
 
 Gradients = Callable[[StepBatch], Iterator[dict[str, Any]]]
@@ -118,7 +118,7 @@ def take_steps(
     """
     taken, within_round = 0, False
     try:
-        for batch in from_first(batches, packed, unpacked):
+        for batch in items_of_first(batches, packed, unpacked):
             if batch.groups:
                 within_round = batch.in_round
                 for record in _batch_steps(batch, run, gradients):

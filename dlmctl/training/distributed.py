@@ -112,37 +112,43 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
-def from_first(
+def from_first(make: Callable[[], T]) -> T:
+    """What `make()` returns on the first rank, of JSON, on every rank; no other calls it.
+
+    Raises:
+        RankError: on the others, where it raised something.
+    """
+    if size() == 1:
+        return make()
+    if not is_first():
+        news: dict[str, Any] = agreed({})
+        if "failed" in news:
+            raise RankError(news["failed"])
+        received: T = news["made"]
+        return received
+    try:
+        made = make()
+    except BaseException as error:
+        agreed({"failed": _exit_code(error)})
+        raise
+    agreed({"made": made})
+    return made
+
+
+def items_of_first(
     items: Iterator[T], pack: Callable[[T], Any], unpack: Callable[[Any], T]
 ) -> Iterator[T]:
     """The items of the first rank on every rank, those of the others not being looked at.
 
     Args:
         pack, unpack: an item to JSON, and back.
-
-    Raises:
-        RankError: on the others, where the first rank's raised something.
     """
     if size() == 1:
         yield from items
         return
-    while is_first():
-        try:
-            item = next(items, None)
-        except BaseException as error:
-            agreed({"failed": _exit_code(error)})
-            raise
-        agreed({"item": None if item is None else pack(item)})
-        if item is None:
-            return
-        yield item
-    while True:
-        news: dict[str, Any] = agreed({})
-        if "failed" in news:
-            raise RankError(news["failed"])
-        if news["item"] is None:
-            return
-        yield unpack(news["item"])
+    packed = map(pack, items)
+    while (item := from_first(lambda: next(packed, None))) is not None:
+        yield unpack(item)
 
 
 def in_step(items: Generator[T, None, None]) -> Generator[T, None, None]:
