@@ -16,7 +16,7 @@ from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UserFacingError
 from dlmctl.records.jsonl import write_records
 
-SILENCE_S = 15.0
+SILENCE_S = 30.0
 """How long a rank that failed leaves it to the first one to say why."""
 
 
@@ -32,7 +32,9 @@ def on_every_rank(function: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         if not several():
             return function(*args, **kwargs)
-        from dlmctl.training.distributed import joined
+        import typer
+
+        from dlmctl.training.distributed import RankError, joined
 
         try:
             with joined(kwargs["device"]):
@@ -44,9 +46,11 @@ def on_every_rank(function: Callable[..., None]) -> Callable[..., None]:
             if error.exit_code:
                 # Nearly always the first rank has failed as well and says so: torchrun ends us.
                 time.sleep(SILENCE_S)
-                mine = UserFacingError(f"rank {number}: {error}")
-                mine.exit_code = error.exit_code
-                raise mine from None
+            if isinstance(error, RankError):
+                raise typer.Exit(error.exit_code) from None
+            mine = UserFacingError(f"rank {number}: {error}")
+            mine.exit_code = error.exit_code
+            raise mine from None
 
     return run
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from dlmctl.models.policy import Policy
 from dlmctl.models.vision import Picture
 from dlmctl.training.distributed import rank, size, total
 from dlmctl.training.sharding import whole_pass
+
+T = TypeVar("T")
 
 
 class Example(NamedTuple):
@@ -150,20 +152,24 @@ def micro_batches(
 def own_micro_batches(
     examples: Sequence[Example], wanted: Tensor, batch_size: int
 ) -> Iterator[tuple[list[tuple[int, int]], bool]]:
-    """This rank's share of the micro-batches: of one process, all of them.
+    """This rank's share of the micro-batches, and whether each counts: see `own_parts`."""
+    return own_parts(_by_length(examples, wanted), batch_size)
+
+
+def own_parts(items: list[T], batch_size: int) -> Iterator[tuple[list[T], bool]]:
+    """This rank's share of a list in micro-batches: in one process all of it.
 
     Every rank is given as many, since a pass of a model that is spread over them needs all; where
-    there are too few pairs, one that does not count (False) and is another's.
+    there is too little, one item that does not count (False) and is another's.
     """
     if size() == 1:
-        for pairs in micro_batches(examples, wanted, batch_size):
-            yield pairs, True
+        for start in range(0, len(items), batch_size):
+            yield items[start : start + batch_size], True
         return
-    pairs = _by_length(examples, wanted)
-    parts = size() * math.ceil(len(pairs) / (size() * batch_size))
+    parts = size() * math.ceil(len(items) / (size() * batch_size))
     for part in range(rank(), parts, size()):
-        own = pairs[part * len(pairs) // parts : (part + 1) * len(pairs) // parts]
-        yield own or pairs[:1], bool(own)
+        own = items[part * len(items) // parts : (part + 1) * len(items) // parts]
+        yield own or items[:1], bool(own)
 
 
 def _by_length(examples: Sequence[Example], wanted: Tensor) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from dlmctl.models.saving import save_policy
 from dlmctl.records.errors import CannotWriteError, DataError
 from dlmctl.records.files import publish_directory, publish_link, remove_partials, write_file
 from dlmctl.training.distributed import is_first
-from dlmctl.training.sharding import gathered, like, to_first
+from dlmctl.training.sharding import like, to_first
 
 
 @dataclass
@@ -75,12 +76,13 @@ def save_checkpoint(
     parameters: dict[str, nn.Parameter],
     progress: Progress,
     keep: int,
-    outline: nn.Module | None = None,
+    whole: Callable[[], Policy],
 ) -> Path:
     """Publish the state of a run as its newest checkpoint and remove all but the last `keep`.
 
     Args:
-        outline: of a model that is spread over the ranks, each of which calls this.
+        whole: makes the policy with all its weights, on the first rank, of one that may be spread
+            over several; each of them calls this.
 
     Raises:
         CannotCreateError: the directory cannot be made.
@@ -88,12 +90,12 @@ def save_checkpoint(
     """
     target = run / f"step-{progress.step:06d}"
     state = _optimizer_state(optimizer, parameters) | _random_state(policy.device)
-    whole = policy if outline is None else gathered(policy, outline)
+    saved = whole()
     if not is_first():
         return target
 
     def fill(directory: Path) -> None:
-        save_policy(whole, directory)
+        save_policy(saved, directory)
         save_file(state, directory / "training.safetensors")
         write_file(
             directory / "dlmctl.json", orjson.dumps(asdict(progress), option=orjson.OPT_INDENT_2)

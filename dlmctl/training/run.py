@@ -41,7 +41,7 @@ from dlmctl.training.optimizer import (
     make_optimizer,
     trained_parameters,
 )
-from dlmctl.training.sharding import outline, shard
+from dlmctl.training.sharding import gathered, outline, shard
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,10 @@ class Run:
             self.policy = dataclasses.replace(self.policy, revision=revision)
         return {"grad_norm": norm, "lr": rate, "applied": applied}
 
+    def whole_policy(self) -> Policy:
+        """The policy; of one that is spread over several ranks, on the first, all of it."""
+        return self.policy if self._form is None else gathered(self.policy, self._form)
+
     def save(self, keep: int) -> Path:
         """Publish the newest checkpoint; of several ranks all call this, and leave it together."""
         self.saved_step = self.progress.step
@@ -158,7 +162,7 @@ class Run:
             self.parameters,
             self.progress,
             keep,
-            self._form,
+            self.whole_policy,
         )
         revision = ""
         if is_first():

@@ -20,7 +20,8 @@ from dlmctl.diffusion import elbo
 from dlmctl.diffusion.elbo import Example, own_micro_batches
 from dlmctl.diffusion.masks import MaskSet
 
-COMMON = "--prompts-per-step 2 --batch-size 3 --lr 1e-3 --warmup 3 --grad-norm 0.5 -q"
+STEPS = "--batch-size 3 --lr 1e-3 --warmup 3 --grad-norm 0.5 -q"
+COMMON = f"--prompts-per-step 2 {STEPS}"
 
 
 def verified(steps: int) -> list[dict]:
@@ -149,14 +150,19 @@ def test_a_run_of_two_ranks_is_that_of_one_and_each_resumes_as_the_other(tmp_pat
     ("family", "options"),
     [
         # One masked sequence in a step: the second rank has nothing to do but must take part.
-        ("mlm", "--algo sft --prompts-per-step 1 --masks full -k 1 --gradient-checkpointing"),
+        (
+            "mlm",
+            "update --algo sft --prompts-per-step 1 --masks full -k 1 --gradient-checkpointing",
+        ),
         # An adapter; ratios to the old policy and a penalty, in several steps on a batch.
-        ("ar", "--algo grpo --beta 0.1 --inner 2 --lora-rank 4"),
+        ("ar", "update --algo grpo --prompts-per-step 2 --beta 0.1 --inner 2 --lora-rank 4"),
+        # Two rounds, the target of the second being the student behind the first.
+        ("a2d", "distill masked --records-per-step 3 --rounds 2 --steps-per-round 1"),
     ],
 )
 def test_other_objectives_and_models(tmp_path, saved_models, family, options):
     given = write(tmp_path / "all.jsonl", verified(2)[: 3 if "sft" in options else None])
-    line = f"update -m {saved_models(family)} {COMMON} {options}"
+    line = f"{options} -m {saved_models(family)} {STEPS}"
     alone = invoke(*line.split(), "-o", tmp_path / "one", given)
     assert alone.exit_code == 0, alone.output
     made = Ranks(f"{line} -o two", tmp_path, given).done()
