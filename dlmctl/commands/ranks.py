@@ -19,6 +19,9 @@ from dlmctl.records.jsonl import write_records
 SILENCE_S = 30.0
 """How long a rank that failed leaves it to the first one to say why."""
 
+MARK = "runs_on_every_rank"
+"""What tells the command line that a subcommand may be started in several processes."""
+
 
 def several() -> bool:
     """Whether torchrun started this process as one of several."""
@@ -27,6 +30,8 @@ def several() -> bool:
 
 def on_every_rank(function: Callable[..., None]) -> Callable[..., None]:
     """Let a subcommand with a `--device` run under torchrun; elsewhere it is as it was."""
+
+    setattr(function, MARK, True)  # wraps copies it
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:

@@ -175,12 +175,15 @@ def in_step(items: Generator[T, None, None]) -> Generator[T, None, None]:
 def may_save() -> bool:
     """Whether all ranks are here together, in a `finally` as elsewhere.
 
-    A failure of one rank alone, or in the midst of a pass, leaves nothing that could be saved.
+    They are where nothing failed. A failure of one rank alone, or in the midst of a pass, leaves
+    nothing that could be saved.
     """
     if size() == 1:
         return True
     error = sys.exc_info()[1]
-    if not isinstance(error, (UserFacingError, BrokenPipeError, GeneratorExit, type(None))):
+    if error is None:
+        return True
+    if not isinstance(error, (UserFacingError, BrokenPipeError, GeneratorExit)):
         return False
     try:
         dist.monitored_barrier(_control, _ROLL_CALL)

@@ -49,8 +49,9 @@ def write(path: Path, records: list[dict]) -> Path:
 class Ranks:
     """`dlmctl` in several processes, started as torchrun does."""
 
-    def __init__(self, line: str, cwd: Path, given: Path, output: int | None = None) -> None:
-        count = 2
+    def __init__(
+        self, line: str, cwd: Path, given: Path, count: int = 2, output: int | None = None
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -78,8 +79,8 @@ class Ranks:
 
     def done(self) -> list[dict]:
         """The metrics, when all have ended well."""
-        codes = [command.wait(60) for command in self.commands]
-        assert codes == [0] * len(codes), self.err[0].read_text() + self.err[1].read_text()
+        codes = [command.wait(120) for command in self.commands]
+        assert codes == [0] * len(codes), "".join(err.read_text() for err in self.err)
         assert all(not out.read_bytes() for out in self.out[1:])
         return read_jsonl(self.out[0])
 
@@ -121,7 +122,7 @@ def back_to(run: Path, step: int, copy: Path) -> None:
     (copy / "latest").symlink_to(f"step-{step:06d}")
 
 
-def test_a_run_of_two_ranks_is_that_of_one_and_each_resumes_as_the_other(tmp_path, saved_models):
+def test_two_ranks_are_as_one_and_a_run_resumes_at_another_number_of_them(tmp_path, saved_models):
     records = verified(3)
     line = f"update -m {saved_models('llada')} {COMMON} --lambda 0.05 -k 2 --save-every 2 --keep 9"
     given = write(tmp_path / "all.jsonl", records)
@@ -137,13 +138,21 @@ def test_a_run_of_two_ranks_is_that_of_one_and_each_resumes_as_the_other(tmp_pat
         same_files(tmp_path / "one" / step, tmp_path / "two" / step)
 
     rest = write(tmp_path / "rest.jsonl", records[8:])
-    back_to(tmp_path / "one", 2, tmp_path / "one-two")
+    back_to(tmp_path / "one", 2, tmp_path / "one-three")
     back_to(tmp_path / "two", 2, tmp_path / "two-one")
     assert invoke(*line.split(), "-o", tmp_path / "two-one", rest).exit_code == 0
-    Ranks(f"{line} -o one-two", tmp_path, rest).done()
-    for name in ("one-two", "two-one"):
+    Ranks(f"{line} -o one-three", tmp_path, rest, count=3).done()  # shares of unequal size
+    for name in ("one-three", "two-one"):
         same_metrics(expected, read_jsonl(tmp_path / name / "metrics.jsonl"))
         same_files(tmp_path / "one" / "latest", tmp_path / name / "latest")
+
+
+def test_other_subcommands_are_refused_under_torchrun(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused = invoke("stats", os.devnull)
+    assert refused.exit_code == 2
+    assert "torchrun is for" in refused.output
 
 
 @pytest.mark.parametrize(
@@ -173,9 +182,9 @@ def test_other_objectives_and_models(tmp_path, saved_models, family, options):
 def test_a_bad_record_ends_all_ranks_and_the_steps_before_it_are_kept(tmp_path, saved_models):
     given = write(tmp_path / "all.jsonl", [*verified(2), {"id": "x", "reward": "much"}])
     ranks = Ranks(f"update -m {saved_models('llada')} {COMMON} -o run", tmp_path, given)
-    assert ranks.commands[0].wait(60) == 65
+    assert ranks.commands[0].wait(120) == 65
     ranks.commands[1].send_signal(signal.SIGTERM)  # as torchrun does
-    ranks.commands[1].wait(60)
+    ranks.commands[1].wait(120)
     assert "reward" in ranks.err[0].read_text()
     assert os.readlink(tmp_path / "run" / "latest") == "step-000002"
     assert not ranks.err[1].read_text()
@@ -188,7 +197,7 @@ def test_a_reader_that_goes_away_ends_all_ranks_with_a_checkpoint(tmp_path, save
     line = f"update -m {saved_models('llada')} {COMMON} -o run {given}"
     ranks = Ranks(line, tmp_path, given, output=writer)
     os.close(writer)
-    assert [command.wait(60) for command in ranks.commands] == [0, 0]
+    assert [command.wait(120) for command in ranks.commands] == [0, 0]
     assert os.readlink(tmp_path / "run" / "latest") == "step-000001"
 
 
