@@ -20,7 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from dlmctl import __version__
 from dlmctl.records import interrupts
-from dlmctl.records.errors import UserFacingError
+from dlmctl.records.errors import UsageError, UserFacingError
 
 
 class Subcommand(NamedTuple):
@@ -104,6 +104,7 @@ def with_exit_codes(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
+            _check_processes(function)
             function(*args, **kwargs)
         except UserFacingError as error:
             print(f"dlmctl: {error}", file=sys.stderr)
@@ -124,6 +125,15 @@ def with_exit_codes(function: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(130) from None
 
     return run
+
+
+def _check_processes(function: Callable[..., None]) -> None:
+    """Raise UsageError where torchrun started several processes of what is one."""
+    several = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    if several and not hasattr(function, "runs_on_every_rank"):
+        raise UsageError(
+            "torchrun is for 'dlmctl update' and 'dlmctl distill masked'; this is one process"
+        )
 
 
 def load(name: str) -> Any:

@@ -24,12 +24,13 @@ from dlmctl.commands.optimizer_options import (
     WeightDecay,
 )
 from dlmctl.commands.options import BatchSize, Device, Dtype, Files, OnErrorOption, Quiet, Seed
-from dlmctl.commands.progress import counted
-from dlmctl.records.jsonl import read_records, write_records
+from dlmctl.commands.ranks import on_every_rank, write_metrics
+from dlmctl.records.jsonl import read_records
 
 CONSISTENCY = "Consistency"
 
 
+@on_every_rank
 def command(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="RUN", help="Directory of the run.")
@@ -120,7 +121,7 @@ def command(
     set anchor it in the data; completions that the teacher sampled make it learn from the teacher
     alone. Takes a step for every --records-per-step completions, and writes one metrics record for
     each to standard output and to RUN/metrics.jsonl. RUN/latest is a model that every --model
-    takes. The same command goes on where the run was.
+    takes. The same command goes on where the run was, also under torchrun: see 'dlmctl update'.
 
     Examples:
 
@@ -130,10 +131,12 @@ def command(
     dlmctl distill masked --order trajectory --lr 3e-4 -o runs/few
     """
     from dlmctl.consistency.masked import ALGO, MaskedConsistency, distill_masked
+    from dlmctl.training.distributed import is_first
     from dlmctl.training.run import Adapter, Optimization, open_run
 
     records = read_records(files or [], on_error)
-    print(f"dlmctl: writing {output}", file=sys.stderr)
+    if is_first():
+        print(f"dlmctl: writing {output}", file=sys.stderr)
     run = open_run(
         output,
         teacher,
@@ -148,4 +151,4 @@ def command(
     plan = MaskedConsistency(order, divergence, decided, rounds, steps_per_round, until_eos, seed)
     run.about = {**asdict(plan), "records per step": records_per_step, "fill to": fill_to}
     metrics = distill_masked(records, run, plan, records_per_step, batch_size, fill_to, keep)
-    write_records(counted(metrics, "steps", quiet), standing=run.standing)
+    write_metrics(metrics, "steps", quiet, run.standing)

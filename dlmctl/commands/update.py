@@ -63,12 +63,13 @@ from dlmctl.commands.options import (
     Quiet,
     Seed,
 )
-from dlmctl.commands.progress import counted
+from dlmctl.commands.ranks import on_every_rank, write_metrics
 from dlmctl.records.errors import UsageError
-from dlmctl.records.jsonl import Record, read_records, write_records
-from dlmctl.records.locks import hold_run
+from dlmctl.records.jsonl import Record, read_records
+from dlmctl.records.locks import Lock, hold_run
 
 
+@on_every_rank
 def command(
     files: Files = None,
     algo: Algo = "rspo",
@@ -166,6 +167,11 @@ def command(
     grpo and srpo take the log-probabilities that 'dlmctl rollout' recorded of an autoregressive
     model as those of the policy before the step.
 
+    On several GPUs, or CPUs, weights, gradients and the optimizer's moments are spread over the
+    processes by FSDP2, each of which computes its share of every step: the steps, and the files,
+    are those of one process, and a run can go on with more or fewer. --batch-size is that of each.
+    Not for models that take images, nor with dropout.
+
     Examples:
 
     dlmctl rollout | dlmctl verify | dlmctl update --algo rspo -o runs/a
@@ -173,12 +179,16 @@ def command(
     dlmctl prompts sudoku -n 100000 --completions | dlmctl update --algo sft -m new -o runs/base
 
     dlmctl update --algo grpo --loss-type dr_grpo --max-length 512 --clip-high 0.28 verified.jsonl
+
+    torchrun --nproc-per-node 8 -m dlmctl update -m GSAI-ML/LLaDA-8B-Instruct -o runs/b
+    verified.jsonl
     """
     from dlmctl.diffusion.scoring import MaskPlan
     from dlmctl.rl.algorithms import make_objective
     from dlmctl.rl.policy_gradient import Batching
     from dlmctl.rl.scores import Recipe
     from dlmctl.rl.update import update_policy, update_supervised
+    from dlmctl.training.distributed import from_first
     from dlmctl.training.run import Adapter, Optimization, next_run, open_run
 
     if schedule == "cosine" and total_steps is None:
@@ -204,13 +214,21 @@ def command(
     }
     objective = None if algo == "sft" else make_objective(algo, **own)
     recipe = objective.recipe if objective else Recipe(samples=2)
-    directory = output or next_run(algo)
-    # Refused before the first record, which may be long in coming; kept until the run has it too.
-    _lock = hold_run(directory) if directory.is_dir() else None
-    records, sampled_from = _first_model(read_records(files or [], on_error))
-    print(f"dlmctl: writing {directory}", file=sys.stderr)
+    records: Iterator[Record] = iter(())
+    _lock: Lock | None = None
+
+    def begin() -> tuple[str | None, str]:
+        nonlocal records, _lock
+        directory = output or next_run(algo)
+        # Refused before the first record, which may be long in coming; kept until the run has it.
+        _lock = hold_run(directory) if directory.is_dir() else None
+        records, sampled_from = _first_model(read_records(files or [], on_error))
+        print(f"dlmctl: writing {directory}", file=sys.stderr)
+        return sampled_from, str(directory)
+
+    sampled_from, directory = from_first(begin)
     run = open_run(
-        directory,
+        Path(directory),
         model or sampled_from or "builtin:puzzles",
         algo,
         Optimization(rate, (beta1, beta2), weight_decay, max_norm, warmup, schedule, total_steps),
@@ -255,7 +273,7 @@ def command(
             records, run, objective, batching, prompts_per_step, batch_size, save_every, keep,
             any_policy,
         )  # fmt: skip
-    write_records(counted(metrics, "steps", quiet), standing=run.standing)
+    write_metrics(metrics, "steps", quiet, run.standing)
 
 
 def _first_model(records: Iterator[Record]) -> tuple[Iterator[Record], str | None]:

@@ -19,8 +19,9 @@ it learn from nothing but the teacher. For the study of memorization these are t
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from dlmctl.consistency.matching import Divergence, weighted_divergence
 from dlmctl.consistency.nested import Nested, Order, draw_nested
-from dlmctl.diffusion.elbo import scored_states
+from dlmctl.diffusion.elbo import own_parts, scored_states
 from dlmctl.diffusion.projection import weighted_log_prob
 from dlmctl.models.loading import load_policy
 from dlmctl.models.policy import Policy
@@ -42,7 +43,9 @@ from dlmctl.records.jsonl import Record, each
 from dlmctl.rl.batches import StepBatch
 from dlmctl.rl.supervised import with_completion_ids
 from dlmctl.rl.update import plain_batches, take_steps
+from dlmctl.training.distributed import agreed, is_first, total
 from dlmctl.training.run import Run
+from dlmctl.training.sharding import whole_pass
 
 ALGO = "masked-consistency"
 """The name of such a run."""
@@ -77,32 +80,40 @@ def consistency_gradient(
     divergence: Divergence,
     batch_size: int,
 ) -> dict[str, float]:
-    """Accumulate the gradient of L, the mean over the pairs.
+    """Accumulate the gradient of L, the mean over the pairs; each rank that of its share.
+
+    Args:
+        target: whole on every rank, as its passes are not the same in number.
 
     Returns:
         loss, and its two parts consistency and cross_entropy, in nats per token.
     """
     ordered = sorted(pairs, key=lambda pair: len(pair.prompt) + len(pair.completion))
-    found = {"consistency": 0.0, "cross_entropy": 0.0}
+    found = torch.zeros(2, dtype=torch.float64)
     student.model.train()
-    for start in range(0, len(ordered), batch_size):
-        part = ordered[start : start + batch_size]
-        apart, missed = _losses(student, target, part, divergence, len(pairs))
+    for part, counts in own_parts(ordered, batch_size):
+        share = counts / len(pairs)
+        losses = functools.partial(_losses, student, target, part, divergence, share)
+        apart, missed = whole_pass(student.model, losses)
         (apart + missed).backward()
-        found["consistency"] += float(apart.detach())
-        found["cross_entropy"] += float(missed.detach())
+        found += torch.stack([apart.detach(), missed.detach()]).double().cpu()
     student.model.eval()
-    return {"loss": sum(found.values()), **found}
+    consistency, cross_entropy = total(found).tolist()
+    return {
+        "loss": consistency + cross_entropy,
+        "consistency": consistency,
+        "cross_entropy": cross_entropy,
+    }
 
 
 def _losses(
-    student: Policy, target: Policy, pairs: Sequence[Pair], divergence: Divergence, total: int
+    student: Policy, target: Policy, pairs: Sequence[Pair], divergence: Divergence, share: float
 ) -> tuple[Tensor, Tensor]:
-    """The two parts of L of a micro-batch, of `total` completions in all."""
+    """The two parts of L of a micro-batch, each completion with this share in the mean."""
     given = [pair.prompt for pair in pairs], [pair.completion for pair in pairs]
     hidden = scored_states(student, *given, [pair.levels.hidden for pair in pairs])
     counts = torch.tensor([int(pair.levels.hidden.sum()) for pair in pairs], dtype=torch.float64)
-    weights = (1 / (counts * total)).to(hidden.rows.device)[hidden.rows]
+    weights = (share / counts).to(hidden.rows.device)[hidden.rows]
     width = max(len(pair.completion) for pair in pairs)
     still = torch.zeros(len(pairs), width, dtype=torch.bool)
     for n, pair in enumerate(pairs):
@@ -130,7 +141,7 @@ def distill_masked(
     batch_size: int,
     fill_to: int | None,
     keep: int,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """The metrics of each step; the run ends after all rounds, or with the records.
 
     Raises:
@@ -195,8 +206,11 @@ class _Targets:
         if run.progress.step == number * self._steps:
             # First the checkpoint: a run that dies in between comes back to this very step.
             run.save(self._keep)
-            publish_directory(place, lambda directory: save_policy(run.policy, directory))
-            shutil.rmtree(self._place(number - 1), ignore_errors=True)
+            whole = run.whole_policy()
+            if is_first():
+                publish_directory(place, lambda directory: save_policy(whole, directory))
+                shutil.rmtree(self._place(number - 1), ignore_errors=True)
+            agreed(number)  # from here on it is there
         if not place.exists():
             raise DataError(
                 f"{place} is missing, the target of this round: begin a new run, or give the "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ from dlmctl.diffusion.masks import MaskSet
 from dlmctl.diffusion.projection import target_log_probs
 from dlmctl.models.policy import Policy
 from dlmctl.models.vision import Picture
+from dlmctl.training.distributed import rank, size, total
+from dlmctl.training.sharding import whole_pass
+
+T = TypeVar("T")
 
 
 class Example(NamedTuple):
@@ -126,8 +130,12 @@ def token_log_probs(
     Returns:
         float32 (or wider) [B, max G_b], in nats; 0 where nothing is scored.
     """
-    scored = scored_states(policy, prompts, completions, hidden, targets, pictures)
-    values = target_log_probs(policy, scored.states, scored.targets)
+
+    def run() -> tuple[Scored, Tensor]:
+        scored = scored_states(policy, prompts, completions, hidden, targets, pictures)
+        return scored, target_log_probs(policy, scored.states, scored.targets)
+
+    scored, values = whole_pass(policy.model, run)
     table = values.new_zeros(len(prompts), max(len(c) for c in completions))
     return table.index_put((scored.rows, scored.columns), values)
 
@@ -136,10 +144,38 @@ def micro_batches(
     examples: Sequence[Example], wanted: Tensor, batch_size: int
 ) -> Iterator[list[tuple[int, int]]]:
     """(example, mask) pairs that are `wanted` [N, K]; sequences of like length share a batch."""
-    pairs = [(n, k) for k, n in wanted.T.nonzero().tolist()]
-    pairs.sort(key=lambda nk: len(examples[nk[0]].prompt) + len(examples[nk[0]].completion))
+    pairs = _by_length(examples, wanted)
     for start in range(0, len(pairs), batch_size):
         yield pairs[start : start + batch_size]
+
+
+def own_micro_batches(
+    examples: Sequence[Example], wanted: Tensor, batch_size: int
+) -> Iterator[tuple[list[tuple[int, int]], bool]]:
+    """This rank's share of the micro-batches, and whether each counts: see `own_parts`."""
+    return own_parts(_by_length(examples, wanted), batch_size)
+
+
+def own_parts(items: list[T], batch_size: int) -> Iterator[tuple[list[T], bool]]:
+    """This rank's share of a list in micro-batches: in one process all of it.
+
+    Every rank is given as many, since a pass of a model that is spread over them needs all; where
+    there is too little, one item that does not count (False) and is another's.
+    """
+    if size() == 1:
+        for start in range(0, len(items), batch_size):
+            yield items[start : start + batch_size], True
+        return
+    parts = size() * math.ceil(len(items) / (size() * batch_size))
+    for part in range(rank(), parts, size()):
+        own = items[part * len(items) // parts : (part + 1) * len(items) // parts]
+        yield own or items[:1], bool(own)
+
+
+def _by_length(examples: Sequence[Example], wanted: Tensor) -> list[tuple[int, int]]:
+    pairs = [(n, k) for k, n in wanted.T.nonzero().tolist()]
+    pairs.sort(key=lambda nk: len(examples[nk[0]].prompt) + len(examples[nk[0]].completion))
+    return pairs
 
 
 class MaskedRows(NamedTuple):
@@ -174,16 +210,18 @@ def mask_weights(examples: Sequence[Example]) -> Tensor:
 def log_probs(policy: Policy, examples: Sequence[Example], batch_size: int) -> Tensor:
     """Log-probability of every target token: float64 [N, K, G] on the CPU, 0 elsewhere.
 
-    Masks that hide nothing cost no forward pass.
+    Masks that hide nothing cost no forward pass. Under torchrun every rank scores its share and
+    has the whole.
     """
     weights = mask_weights(examples)
     width = max(len(example.completion) for example in examples)
     table = torch.zeros(*weights.shape, width, dtype=torch.float64)
-    for pairs in micro_batches(examples, weights > 0, batch_size):
+    for pairs, counts in own_micro_batches(examples, weights > 0, batch_size):
         values = token_log_probs(policy, *masked_rows(policy, examples, pairs)).double().cpu()
         n, k = torch.tensor(pairs).T
-        table[n, k, : values.shape[1]] = values
-    return table
+        if counts:
+            table[n, k, : values.shape[1]] = values
+    return total(table)
 
 
 def elbo_samples(policy: Policy, examples: Sequence[Example], batch_size: int) -> Tensor:

@@ -98,9 +98,11 @@ def end(forced: bool = False) -> NoReturn:
     line = f"dlmctl: {_State.name} interrupted"
     with contextlib.suppress(Exception):
         line += f": {_State.summary()}" if _State.summary else ""
+    if os.environ.get("RANK", "0") != "0":  # torchrun ends all ranks, and the first speaks for them
+        line = ""
     shown = "\x1b[?25h" if forced and sys.stderr.isatty() else ""  # a progress display hid it
     with contextlib.suppress(OSError):
-        os.write(2, f"{shown}{line}\n".encode())
+        os.write(2, f"{shown}{line}\n".encode() if line else b"")
     with contextlib.suppress(Exception):
         import ctypes
 

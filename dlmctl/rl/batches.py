@@ -30,6 +30,23 @@ class StepBatch(NamedTuple):
         return any("round" in (record.get("rollout") or {}) for record in self.rows)
 
 
+def packed(batch: StepBatch) -> dict[str, Any]:
+    """A batch as JSON, for other ranks."""
+    groups = [[[record.where, record] for record in group] for group in batch.groups]
+    return {**batch._asdict(), "groups": groups}
+
+
+def unpacked(value: dict[str, Any]) -> StepBatch:
+    """The batch that `packed` made this of."""
+    return StepBatch(**{**value, "groups": [[_record(*r) for r in g] for g in value["groups"]]})
+
+
+def _record(where: str, fields: dict[str, Any]) -> Record:
+    record = Record(fields)
+    record.where = where
+    return record
+
+
 class CutRoundError(TryAgainError):
     """The stream of a training loop ended within a round (exit 75)."""
 

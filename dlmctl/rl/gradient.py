@@ -6,10 +6,14 @@ Every objective here is a function of these log-probabilities, so that its gradi
 c = the derivative of the loss by each of them, taken first and without the model (rl/scores). The
 graph of one micro-batch is in memory, however many masks there are; where even that is too large
 for the device, activations are recomputed from then on.
+
+Under torchrun each rank takes its share of the micro-batches, with the coefficients of the whole
+step, and the gradients are summed.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -20,12 +24,14 @@ from dlmctl.diffusion.elbo import (
     Example,
     mask_weights,
     masked_rows,
-    micro_batches,
+    own_micro_batches,
     scored_states,
 )
 from dlmctl.diffusion.projection import weighted_log_prob
 from dlmctl.models.policy import Policy
 from dlmctl.training.activations import checkpoint_activations, checkpoints_activations
+from dlmctl.training.distributed import size, total
+from dlmctl.training.sharding import whole_pass
 
 
 def accumulate_gradient(
@@ -46,7 +52,8 @@ def accumulate_gradient(
     try:
         return _accumulate(policy, examples, coefficients, batch_size)
     except torch.OutOfMemoryError:
-        if not untouched or checkpoints_activations(policy.core):
+        # Of several ranks the others are in the midst of a pass that this one has left.
+        if not untouched or checkpoints_activations(policy.core) or size() > 1:
             raise
     # Out of the handler, which holds the graph that did not fit. Its backward pass may have added
     # a part of a gradient, so that all micro-batches are done again.
@@ -66,17 +73,25 @@ def _accumulate(
     policy: Policy, examples: Sequence[Example], coefficients: Tensor, batch_size: int
 ) -> float:
     policy.model.train()  # dropout of an adapter and gradient checkpointing act here alone
-    total = 0.0
+    value = torch.zeros((), dtype=torch.float64)
     wanted = (coefficients != 0).any(dim=2) & (mask_weights(examples) > 0)
-    for pairs in micro_batches(examples, wanted, batch_size):
-        scored = scored_states(policy, *masked_rows(policy, examples, pairs))
+    for pairs, counts in own_micro_batches(examples, wanted, batch_size):
         n, k = torch.tensor(pairs).T
-        factors = coefficients[n, k][scored.rows.cpu(), scored.columns.cpu()]
-        value = weighted_log_prob(policy, scored.states, scored.targets, factors.to(policy.device))
-        value.backward()
-        total += float(value.detach())
+        weights = coefficients[n, k] * counts
+        part = whole_pass(policy.model, functools.partial(_part, policy, examples, pairs, weights))
+        part.backward()
+        value += float(part.detach())
     policy.model.eval()
-    return total
+    return float(total(value))
+
+
+def _part(
+    policy: Policy, examples: Sequence[Example], pairs: list[tuple[int, int]], coefficients: Tensor
+) -> Tensor:
+    """The weighted sum over a micro-batch, for coefficients [B, G] of its pairs."""
+    scored = scored_states(policy, *masked_rows(policy, examples, pairs))
+    factors = coefficients[scored.rows.cpu(), scored.columns.cpu()]
+    return weighted_log_prob(policy, scored.states, scored.targets, factors.to(policy.device))
 
 
 def elbo_coefficients(examples: Sequence[Example], coefficients: Tensor) -> Tensor:

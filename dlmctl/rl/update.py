@@ -3,6 +3,9 @@
 A step is taken for every batch of prompts. In a training loop a checkpoint is published at the end
 of each round; a round that was cut leaves none. Elsewhere, every so many steps and at the end, also
 when the stream fails, so that no step is lost; not when the command is interrupted.
+
+Under torchrun the first rank reads the stream and tells the others each batch; all of them take
+the step, and the first writes its metrics.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,11 +22,12 @@ from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.records.errors import UsageError
 from dlmctl.records.interrupts import stopping
 from dlmctl.records.jsonl import Record, dump, each
-from dlmctl.rl.batches import StepBatch, check_on_policy, step_batches
+from dlmctl.rl.batches import StepBatch, check_on_policy, packed, step_batches, unpacked
 from dlmctl.rl.credit_metrics import credit_metrics
 from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
 from dlmctl.rl.scores import Objective
 from dlmctl.rl.supervised import supervised_gradient, with_completion_ids
+from dlmctl.training.distributed import is_first, items_of_first, may_save
 from dlmctl.training.run import Run
 
 Gradients = Callable[[StepBatch], Iterator[dict[str, Any]]]
@@ -40,7 +44,7 @@ def update_policy(
     save_every: int,
     keep: int,
     any_policy: bool = False,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Reinforcement learning: one step, or `inner` of them, for each batch of groups."""
     reference = Reference(
         run.progress.reference_revision,
@@ -50,7 +54,7 @@ def update_policy(
     def gradients(batch: StepBatch) -> Iterator[dict[str, Any]]:
         if not any_policy:
             check_on_policy(batch, run.revisions, run.progress.round)
-        if batch.partial:
+        if batch.partial and is_first():
             print(
                 f"dlmctl: {batch.partial} groups are not whole; their weights do not sum to zero",
                 file=sys.stderr,
@@ -73,7 +77,7 @@ def update_supervised(
     fill_to: int | None,
     save_every: int,
     keep: int,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Supervised fine-tuning: one step for every `records_per_step` completions."""
 
     def gradients(batch: StepBatch) -> Iterator[dict[str, Any]]:
@@ -107,7 +111,7 @@ def plain_batches(records: Iterable[Record], size: int) -> Iterator[StepBatch]:
 
 def take_steps(
     batches: Iterator[StepBatch], run: Run, gradients: Gradients, save_every: int, keep: int
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """The steps on all batches, each with its metrics; checkpoints on the way and at the end.
 
     Raises:
@@ -115,7 +119,7 @@ def take_steps(
     """
     taken, within_round = 0, False
     try:
-        for batch in batches:
+        for batch in items_of_first(batches, packed, unpacked):
             if batch.groups:
                 within_round = batch.in_round
                 for record in _batch_steps(batch, run, gradients):
@@ -131,7 +135,7 @@ def take_steps(
         # A round that was cut is done again, from the checkpoint of the one before; and who is
         # interrupted has no time: what counts is the newest checkpoint.
         unsaved = run.progress.step != run.saved_step and not within_round
-        if unsaved and not stopping():
+        if unsaved and not stopping() and may_save():
             run.save(keep)
     if not taken:
         raise UsageError("no records came in; nothing was trained")
@@ -165,8 +169,9 @@ def _batch_steps(batch: StepBatch, run: Run, gradients: Gradients) -> Iterator[d
             "tokens_per_second": tokens / seconds,
             "peak_memory_mb": _peak_memory(run.policy.device) / 2**20,
         }
-        with (run.directory / "metrics.jsonl").open("ab") as log:
-            log.write(dump(record))
+        if is_first():
+            with (run.directory / "metrics.jsonl").open("ab") as log:
+                log.write(dump(record))
         yield record
         begun = time.monotonic()
 

@@ -8,12 +8,16 @@ A checkpoint is an ordinary Hugging Face directory (or a peft adapter) with thre
 
 It is written beside and renamed, so that killing the process at any moment leaves the previous one
 whole; the same command then goes on from there.
+
+Of a run of several ranks the first writes the files that one process would, so that a run goes on
+at any number of them.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,8 @@ from dlmctl.models.saving import save_policy
 from dlmctl.records.errors import CannotWriteError, DataError
 from dlmctl.records.files import publish_directory, publish_link, remove_partials, write_file
 from dlmctl.training.card import Card, write_card
+from dlmctl.training.distributed import is_first
+from dlmctl.training.sharding import like, to_first
 
 
 @dataclass
@@ -72,25 +78,34 @@ def save_checkpoint(
     parameters: dict[str, nn.Parameter],
     progress: Progress,
     keep: int,
-    card: Card | None = None,
+    whole: Callable[[], Policy],
+    card: Callable[[Policy], Card] | None = None,
 ) -> Path:
     """Publish the state of a run as its newest checkpoint and remove all but the last `keep`.
+
+    Args:
+        whole: makes the policy with all its weights, on the first rank, of one that may be spread
+            over several; each of them calls this.
+        card: of that policy.
 
     Raises:
         CannotCreateError: the directory cannot be made.
         CannotWriteError: writing failed; the previous checkpoint is whole.
     """
     target = run / f"step-{progress.step:06d}"
+    state = _optimizer_state(optimizer, parameters) | _random_state(policy.device)
+    saved = whole()
+    if not is_first():
+        return target
 
     def fill(directory: Path) -> None:
-        save_policy(policy, directory)
-        state = _optimizer_state(optimizer, parameters) | _random_state(policy.device)
+        save_policy(saved, directory)
         save_file(state, directory / "training.safetensors")
         write_file(
             directory / "dlmctl.json", orjson.dumps(asdict(progress), option=orjson.OPT_INDENT_2)
         )
         if card is not None:  # in the place of the one that peft writes
-            write_card(directory, card)
+            write_card(directory, card(saved))
 
     try:
         publish_directory(target, fill)
@@ -109,7 +124,7 @@ def restore_training(
     tensors = load_file(checkpoint / "training.safetensors")
     for name, parameter in parameters.items():
         moments = {
-            key: tensors[f"optimizer.{key}.{name}"].to(parameter.device)
+            key: like(tensors[f"optimizer.{key}.{name}"], parameter)
             for key in ("exp_avg", "exp_avg_sq")
             if f"optimizer.{key}.{name}" in tensors
         }
@@ -147,7 +162,7 @@ def _optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
 ) -> dict[str, Tensor]:
     return {
-        f"optimizer.{key}.{name}": value.detach().cpu().contiguous()
+        f"optimizer.{key}.{name}": to_first(value)
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from dlmctl.training.sharding import full_tensor
+
 Schedule = Literal["constant", "cosine"]
 
 
@@ -57,7 +59,8 @@ def apply_step(
         not finite is not.
     """
     parameters = list(parameters)
-    norm = float(nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf))
+    clipped = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
+    norm = float(full_tensor(clipped))
     finite = math.isfinite(norm)
     if finite:
         for group in optimizer.param_groups:

@@ -35,6 +35,7 @@ from dlmctl.training.checkpoint import (
     restore_training,
     save_checkpoint,
 )
+from dlmctl.training.distributed import agreed, is_first, size
 from dlmctl.training.lora import adapter_off, add_adapter, has_adapter, set_adapter_trainable
 from dlmctl.training.optimizer import (
     Schedule,
@@ -44,6 +45,7 @@ from dlmctl.training.optimizer import (
     trained_parameters,
 )
 from dlmctl.training.policy_card import policy_card
+from dlmctl.training.sharding import gathered, outline, shard
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Run:
         optimization: Optimization,
         compute_dtype: torch.dtype,
         lock: Lock | None = None,
+        form: nn.Module | None = None,
     ) -> None:
         self.directory = directory
         self.lock = lock
@@ -97,12 +100,20 @@ class Run:
         self._reference: Policy | None = None
         self.about: dict[str, Any] = {}
         """Options of the training that the card of a checkpoint tells, by their names."""
+        self._form = form
+        """Outline of a model that is spread over several ranks."""
 
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:
         """Within the block matrix products run in the compute dtype."""
         enabled = self.compute_dtype != torch.float32
-        with torch.autocast(self.policy.device.type, self.compute_dtype, enabled=enabled):
+        # A cache of weights in the compute dtype would keep what ranks gather for a pass.
+        with torch.autocast(
+            self.policy.device.type,
+            self.compute_dtype,
+            enabled=enabled,
+            cache_enabled=self._form is None,
+        ):
             yield
 
     def reference_log_probs(self, examples: Sequence[Example], batch_size: int) -> Tensor:
@@ -120,6 +131,8 @@ class Run:
                     f"{self.progress.reference} has other weights than when this run began; put "
                     "them back, or begin a new run"
                 )
+            if self._form is not None:
+                shard(self._reference)
         return log_probs(self._reference, examples, batch_size)
 
     def step(self) -> dict[str, Any]:
@@ -148,8 +161,12 @@ class Run:
         """Where the run is, for those who interrupt it."""
         return standing(self.directory, self.directory / "latest", self.progress.step)
 
+    def whole_policy(self) -> Policy:
+        """The policy; of one that is spread over several ranks, on the first, all of it."""
+        return self.policy if self._form is None else gathered(self.policy, self._form)
+
     def save(self, keep: int) -> Path:
-        """Publish the newest checkpoint."""
+        """Publish the newest checkpoint; of several ranks all call this, and leave it together."""
         self.saved_step = self.progress.step
         metrics = last_metrics(self.directory / "metrics.jsonl", step=self.progress.step)
         settings = {**self.about, **dataclasses.asdict(self.optimization)}
@@ -160,9 +177,13 @@ class Run:
             self.parameters,
             self.progress,
             keep,
-            policy_card(self.policy, self.progress, settings, metrics),
+            self.whole_policy,
+            lambda whole: policy_card(whole, self.progress, settings, metrics),
         )
-        revision = checkpoint_revision(checkpoint, self.progress.reference_revision)
+        revision = ""
+        if is_first():
+            revision = checkpoint_revision(checkpoint, self.progress.reference_revision)
+        revision = agreed(revision)
         self.policy = dataclasses.replace(self.policy, revision=revision)
         self.revisions.append(revision)
         return checkpoint
@@ -186,13 +207,18 @@ def open_run(
 ) -> Run:
     """Begin a run in `directory`, or go on with the one that is there.
 
+    Of several ranks each loads the whole model, and keeps its share of it.
+
     Raises:
-        UsageError: the run in the directory trains by another algorithm.
+        UsageError: the run in the directory trains by another algorithm, or several ranks cannot
+            train the model.
         MissingInputError: the model is not there.
         TryAgainError: another process trains in the directory.
     """
-    make_directory(directory)
-    lock = hold_run(directory)
+    lock = None
+    if is_first():
+        make_directory(directory)
+        lock = hold_run(directory)
     torch.manual_seed(seed)  # the first values of an adapter, and its dropout
     checkpoint = latest_checkpoint(directory)
     compute = torch.float32
@@ -218,8 +244,13 @@ def open_run(
         compute = torch.bfloat16
     if gradient_checkpointing:
         checkpoint_activations(policy.core)
-    run = Run(directory, policy, progress, optimization, compute, lock)
+    form = None
+    if size() > 1:
+        form = outline(policy.model)
+        shard(policy)
+    run = Run(directory, policy, progress, optimization, compute, lock, form)
     if checkpoint is not None:
         restore_training(checkpoint, run.optimizer, run.parameters)
-    forget_steps(directory, progress.step)
+    if is_first():
+        forget_steps(directory, progress.step)
     return run

@@ -1,0 +1,81 @@
+"""A subcommand that torchrun starts in several processes: one of them talks, and all of them end.
+
+torchrun --nproc-per-node 4 -m dlmctl update …
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+from dlmctl.commands.progress import counted
+from dlmctl.records.errors import UserFacingError
+from dlmctl.records.jsonl import write_records
+
+SILENCE_S = 30.0
+"""How long a rank that failed leaves it to the first one to say why."""
+
+MARK = "runs_on_every_rank"
+"""What tells the command line that a subcommand may be started in several processes."""
+
+
+def several() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def on_every_rank(function: Callable[..., None]) -> Callable[..., None]:
+    """Let a subcommand with a `--device` run under torchrun; elsewhere it is as it was."""
+
+    setattr(function, MARK, True)  # wraps copies it
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        if not several():
+            return function(*args, **kwargs)
+        import typer
+
+        from dlmctl.training.distributed import RankError, joined
+
+        try:
+            with joined(kwargs["device"]):
+                function(*args, **kwargs)
+        except UserFacingError as error:
+            number = int(os.environ["RANK"])
+            if number == 0:
+                raise
+            if error.exit_code:
+                # Nearly always the first rank has failed as well and says so: torchrun ends us.
+                time.sleep(SILENCE_S)
+            if isinstance(error, RankError):
+                raise typer.Exit(error.exit_code) from None
+            mine = UserFacingError(f"rank {number}: {error}")
+            mine.exit_code = error.exit_code
+            raise mine from None
+
+    return run
+
+
+def write_metrics(
+    metrics: Generator[Any, None, None], what: str, quiet: bool, standing: Callable[[], str]
+) -> None:
+    """Write the records that every rank makes, once.
+
+    Args:
+        standing: what is said where the command is interrupted.
+    """
+    if not several():
+        write_records(counted(metrics, what, quiet), standing=standing)
+        return
+    from dlmctl.training.distributed import in_step, is_first
+
+    with contextlib.closing(in_step(metrics)) as records:
+        if is_first():
+            write_records(counted(records, what, quiet), standing=standing)
+        else:
+            for _ in records:
+                pass

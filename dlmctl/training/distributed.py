@@ -1,0 +1,199 @@
+"""Several processes that train one model: `torchrun --nproc-per-node N -m dlmctl update …`.
+
+Each process is a rank. The first alone reads records and writes what is written; all of them
+compute. What every rank must know is sent as JSON, so that nothing is unpickled; what each of them
+has a share of is summed. In a process that is not one of several, which has not entered `joined`,
+nothing here does anything.
+
+torchrun ends all ranks when one of them fails. A rank that waits for another has no time limit
+of its own, therefore: the stage before this one in the pipe may take hours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Generator, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import orjson
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dlmctl.records.errors import UnavailableError, UsageError, UserFacingError
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(days=365)
+_ROLL_CALL = timedelta(seconds=30)
+
+_control: dist.ProcessGroup | None = None
+"""The group by which the ranks talk; what FSDP moves goes by torch's default group."""
+
+
+class RankError(UserFacingError):
+    """Another rank failed, with this exit code; 0 where it only found its work done."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("the first rank failed")
+        self.exit_code = exit_code
+
+
+def size() -> int:
+    """How many ranks there are; 1 without torchrun."""
+    return 1 if _control is None else dist.get_world_size(_control)
+
+
+def rank() -> int:
+    """The number of this process among them, from 0."""
+    return 0 if _control is None else dist.get_rank(_control)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that reads and writes."""
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[None]:
+    """Within the block this process is one of those that torchrun started.
+
+    Args:
+        device: of `--device`; on CUDA each rank of a machine has the GPU of its number.
+
+    Raises:
+        UsageError: one GPU was named for all of them.
+        UnavailableError: there are fewer GPUs than ranks.
+    """
+    global _control
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        _choose_gpu(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    _control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    try:
+        yield
+    finally:
+        _control = None
+    dist.destroy_process_group()  # after a failure others may still wait, and this would with them
+
+
+def _choose_gpu(device: str) -> None:
+    if device not in ("auto", "cuda"):
+        raise UsageError(f"--device {device}: under torchrun every rank has a GPU of its own")
+    local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= there:
+        raise UnavailableError(f"there are {there} GPUs here: torchrun --nproc-per-node {there}")
+    torch.cuda.set_device(local)
+
+
+def agreed(value: T) -> T:
+    """The first rank's value, of JSON, on every rank; each waits here for the first."""
+    if _control is None:
+        return value
+    data = orjson.dumps(value) if is_first() else b""
+    length = torch.tensor([len(data)])
+    dist.broadcast(length, 0, group=_control)
+    content = torch.empty(int(length), dtype=torch.uint8)
+    if is_first():
+        content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    dist.broadcast(content, 0, group=_control)
+    received: T = orjson.loads(content.numpy().tobytes())
+    return value if is_first() else received
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of a CPU tensor over the ranks, on each of them."""
+    if _control is not None:
+        dist.all_reduce(values, group=_control)
+    return values
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make()` returns on the first rank, of JSON, on every rank; no other calls it.
+
+    Raises:
+        RankError: on the others, where it raised something.
+    """
+    if size() == 1:
+        return make()
+    if not is_first():
+        news: dict[str, Any] = agreed({})
+        if "failed" in news:
+            raise RankError(news["failed"])
+        received: T = news["made"]
+        return received
+    try:
+        made = make()
+    except BaseException as error:
+        agreed({"failed": _exit_code(error)})
+        raise
+    agreed({"made": made})
+    return made
+
+
+def items_of_first(
+    items: Iterator[T], pack: Callable[[T], Any], unpack: Callable[[Any], T]
+) -> Iterator[T]:
+    """The items of the first rank on every rank, those of the others not being looked at.
+
+    Args:
+        pack, unpack: an item to JSON, and back.
+    """
+    if size() == 1:
+        yield from items
+        return
+    packed = map(pack, items)
+    while (item := from_first(lambda: next(packed, None))) is not None:
+        yield unpack(item)
+
+
+def in_step(items: Generator[T, None, None]) -> Generator[T, None, None]:
+    """The items, which each rank makes for itself, until the first rank wants no more.
+
+    Closing this on the first rank closes `items` on all of them, at the same item.
+    """
+    for item in items:
+        if not is_first():
+            yield item
+            if agreed(True):
+                continue
+            items.close()
+            return
+        try:
+            yield item
+        except GeneratorExit:
+            agreed(False)
+            items.close()
+            raise
+        agreed(True)
+
+
+def may_save() -> bool:
+    """Whether all ranks are here together, in a `finally` as elsewhere.
+
+    They are where nothing failed. A failure of one rank alone, or in the midst of a pass, leaves
+    nothing that could be saved.
+    """
+    if size() == 1:
+        return True
+    error = sys.exc_info()[1]
+    if error is None:
+        return True
+    if not isinstance(error, (UserFacingError, BrokenPipeError, GeneratorExit)):
+        return False
+    try:
+        dist.monitored_barrier(_control, _ROLL_CALL)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _exit_code(error: BaseException) -> int:
+    """What the command line makes of it."""
+    if isinstance(error, UserFacingError):
+        return error.exit_code
+    return {BrokenPipeError: 0, KeyboardInterrupt: 130}.get(type(error), 1)
