@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from typing import Any
 
 from dlmctl.records.jsonl import Record, field
 
 
 def group_key(record: Record) -> Hashable:
     """Identity of the group: the prompt's id, and round and order where there are several."""
-    place = record.get("rollout", {})
+    place = _rollout(record)
     return field(record, "id", (str, int)), place.get("round"), place.get("remasking")
 
 
@@ -48,8 +49,8 @@ def group_batches(records: Iterable[Record], size: int) -> Iterator[list[list[Re
                 batch = []
             batch.append(record)
         seen += 1
-        whole_round = (record.get("rollout") or {}).get("round_size")
-        if whole_round is not None and seen >= whole_round:
+        whole_round = _rollout(record).get("round_size")
+        if isinstance(whole_round, int) and seen >= whole_round:
             yield list(groups(batch))
             batch, seen = [], 0
     if batch:
@@ -58,4 +59,10 @@ def group_batches(records: Iterable[Record], size: int) -> Iterator[list[list[Re
 
 def group_size(record: Record) -> int | None:
     """How many samples the group of this record has, where `rollout` wrote it."""
-    return record.get("rollout", {}).get("samples")
+    samples: int | None = _rollout(record).get("samples")
+    return samples
+
+
+def _rollout(record: Record) -> Mapping[str, Any]:
+    """What `rollout` wrote, where it did; raises DataError where something else stands there."""
+    return field(record, "rollout", dict) if record.get("rollout") is not None else {}

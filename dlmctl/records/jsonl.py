@@ -24,6 +24,9 @@ from dlmctl.records.errors import (
 from dlmctl.records.stdin import stdin_lines
 
 OnError = Literal["fail", "skip", "keep"]
+DEEPEST = 200
+"""Levels of lists and objects in a record. orjson reads 1024 and writes 254, and Python shows about
+as many; what is read must be fit to be passed on, with a few levels around it."""
 
 
 class Record(dict[str, Any]):
@@ -61,9 +64,20 @@ def parse_record(line: bytes, where: str) -> Record:
         raise DataError(f"not JSON ({error}); expected one object per line", where) from None
     if not isinstance(value, dict):
         raise DataError(f"expected a JSON object, found {type(value).__name__}", where)
+    # Few brackets cannot be deep, and counting them costs next to nothing.
+    if line.count(b"[") + line.count(b"{") > DEEPEST and _is_deep(value):
+        raise DataError(f"lists and objects are nested more than {DEEPEST} levels deep", where)
     record = Record(value)
     record.where = where
     return record
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST):
+        inner = [x for v in level for x in (v.values() if isinstance(v, dict) else v)]
+        level = [x for x in inner if isinstance(x, (dict, list))]
+    return bool(level)
 
 
 def each(
