@@ -189,9 +189,7 @@ def load_tokenizer(directory: Path, plan: Architecture) -> Any:
         if plan.family == "dream":
             return Qwen2Tokenizer.from_pretrained(directory)
         # Left open, it asks on the terminal whether to run the checkpoint's code.
-        return AutoTokenizer.from_pretrained(
-            directory, config=plan.config, trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(directory, config=plan.config, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
         reason = str(error).strip().split("\n")[0]
         raise DataError(f"{directory}: its tokenizer cannot be loaded ({reason})") from None

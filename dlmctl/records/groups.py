@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Hashable, Iterable, Iterator
 
-from dlmctl.records.jsonl import Record, field
+from dlmctl.records.jsonl import Record, field, object_field
 
 
 def group_key(record: Record) -> Hashable:
     """Identity of the group: the prompt's id, and round and order where there are several."""
-    place = _rollout(record)
+    place = object_field(record, "rollout")
     return field(record, "id", (str, int)), place.get("round"), place.get("remasking")
 
 
@@ -49,7 +48,7 @@ def group_batches(records: Iterable[Record], size: int) -> Iterator[list[list[Re
                 batch = []
             batch.append(record)
         seen += 1
-        whole_round = _rollout(record).get("round_size")
+        whole_round = object_field(record, "rollout").get("round_size")
         if isinstance(whole_round, int) and seen >= whole_round:
             yield list(groups(batch))
             batch, seen = [], 0
@@ -59,10 +58,5 @@ def group_batches(records: Iterable[Record], size: int) -> Iterator[list[list[Re
 
 def group_size(record: Record) -> int | None:
     """How many samples the group of this record has, where `rollout` wrote it."""
-    samples: int | None = _rollout(record).get("samples")
+    samples: int | None = object_field(record, "rollout").get("samples")
     return samples
-
-
-def _rollout(record: Record) -> Mapping[str, Any]:
-    """What `rollout` wrote, where it did; raises DataError where something else stands there."""
-    return field(record, "rollout", dict) if record.get("rollout") is not None else {}

@@ -122,6 +122,11 @@ def field(record: Record, name: str, kind: type | tuple[type, ...], hint: str = 
     raise DataError(f"field '{name}' {found}, expected {wanted}{advice}", record.where)
 
 
+def object_field(record: Record, name: str) -> dict[str, Any]:
+    """A field that is an object, empty where there is none; raises DataError on anything else."""
+    return field(record, name, dict) if record.get(name) is not None else {}
+
+
 def nested(record: Record, name: str) -> Any:
     """A field, or with dots one within fields, as `rollout.order`; None where there is none."""
     if name in record:

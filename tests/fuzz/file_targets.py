@@ -119,7 +119,9 @@ def _archive(data: bytes, folder: Path) -> None:
     from dlmctl.sae.folders import read_sae
 
     (folder / "ae.pt").write_bytes(data)
-    (folder / "config.json").write_text(json.dumps({"trainer": {"k": 2, "dict_class": "AutoEncoderTopK"}}))
+    (folder / "config.json").write_text(
+        json.dumps({"trainer": {"k": 2, "dict_class": "AutoEncoderTopK"}})
+    )
     read_sae(folder)
 
 
@@ -169,7 +171,7 @@ def _progress(data: bytes, folder: Path) -> None:
     (folder / "metrics.jsonl").write_bytes(data)
     forget_steps(folder, 3)
     progress = read_progress(folder)
-    progress.step + progress.round + progress.tokens  # noqa: B018 (numbers)
+    progress.step + progress.round + progress.tokens
     progress.settings.items()
 
 
@@ -195,7 +197,9 @@ def _adapter(data: bytes, folder: Path) -> None:
 
     place = folder / "adapter"
     place.mkdir(exist_ok=True)
-    (place / "adapter_config.json").write_bytes(data.replace(b"BASE", str(_models() / "ar").encode()))
+    (place / "adapter_config.json").write_bytes(
+        data.replace(b"BASE", str(_models() / "ar").encode())
+    )
     if not (place / "adapter_model.safetensors").exists():
         (place / "adapter_model.safetensors").write_bytes(_adapter_weights())
     refused: UserFacingError | None = None
@@ -210,8 +214,9 @@ def _adapter(data: bytes, folder: Path) -> None:
 
 @cache
 def _adapter_files() -> tuple[bytes, bytes]:
-    from dlmctl.models.loading import load_policy
     from peft import LoraConfig, get_peft_model
+
+    from dlmctl.models.loading import load_policy
 
     base = load_policy(str(_models() / "ar"), "cpu", "float32")
     model = get_peft_model(base.model, LoraConfig(r=2, target_modules=["q_proj"]))
@@ -275,7 +280,9 @@ def _picture_seeds() -> list[bytes]:
     for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP"):
         for mode in ("RGB", "L", "P"):
             stream = io.BytesIO()
-            Image.new(mode, (9, 7), 77).convert("RGB" if kind == "JPEG" else mode).save(stream, kind)
+            Image.new(mode, (9, 7), 77).convert("RGB" if kind == "JPEG" else mode).save(
+                stream, kind
+            )
             made.append(stream.getvalue())
     return made
 
@@ -307,8 +314,10 @@ def file_targets() -> list[Target]:
         Target("image-record", _uri_seeds, _uri, mutate_json, 1),
     ]  # fmt: skip
     configs = [
-        Target("architecture", lambda: [s for f in STATES for s in _seeds(
-            lambda: _models() / f, "config.json")], _architecture, mutate_json, 0.1, imports=True),
+        Target(
+            "architecture",
+            lambda: _seeds(_models, *(f"{family}/config.json" for family in STATES)),
+            _architecture, mutate_json, 0.1, imports=True),
         Target("tokenizer", lambda: _seeds(lambda: _models() / "llada", "tokenizer.json"),
                partial(_tokenizer, "tokenizer.json"), mutate_json, 0.1, imports=True),
         Target("tokenizer-config",

@@ -184,24 +184,25 @@ def worker(name: str, count: int, seed: str, shared: Path, result: Path, until: 
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.simplefilter("ignore")
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 2)  # Rust says of a panic what it was
-    with shared.open("r+b") as file, mmap.mmap(file.fileno(), SHARED) as page:
-        with tempfile.TemporaryDirectory(prefix="dlmctl-fuzz-", dir=MEMORY) as folder:
-            os.chdir(folder)
-            place = Path(folder) / "work"
-            place.mkdir()
-            tempfile.tempdir = str(place)
-            runner = Runner(all_targets()[name], place, Watch(Path(folder)), Lines())
+    os.dup2(os.open(shared.with_name("stderr"), os.O_WRONLY | os.O_CREAT), 2)
+    with (
+        shared.open("r+b") as file,
+        mmap.mmap(file.fileno(), SHARED) as page,
+        tempfile.TemporaryDirectory(prefix="dlmctl-fuzz-", dir=MEMORY) as folder,
+    ):
+        os.chdir(folder)
+        place = Path(folder) / "work"
+        place.mkdir()
+        tempfile.tempdir = folder
+        runner = Runner(all_targets()[name], place, Watch(Path(folder)), Lines())
 
-            def tell(data: bytes) -> None:
-                page[16 : 16 + min(len(data), SHARED - 16)] = data[: SHARED - 16]
-                page[8:16] = len(data).to_bytes(8, "little")
-                page[0:8] = (runner.outcome.inputs + 1).to_bytes(8, "little")
+        def tell(data: bytes) -> None:
+            page[16 : 16 + min(len(data), SHARED - 16)] = data[: SHARED - 16]
+            page[8:16] = len(data).to_bytes(8, "little")
+            page[0:8] = (runner.outcome.inputs + 1).to_bytes(8, "little")
 
-            fuzz(runner, count, seed, tell, until)
-            page[0:8] = (2**63).to_bytes(8, "little")
-            os.chdir("/")
+        fuzz(runner, count, seed, tell, until)
+        os.chdir("/")
     held = {key: data.hex() for key, data in runner.inputs.items()}
     result.write_text(json.dumps({"outcome": vars(runner.outcome), "inputs": held}))
 
@@ -248,7 +249,9 @@ def _wait(process: subprocess.Popen[bytes], shared: Path) -> str:
             os.killpg(process.pid, 9)
             process.wait()
             return f"Hang in C: {WATCH:g} s without an answer"
-    return f"Crash: exit {process.returncode}"
+    said = shared.with_name("stderr")
+    last = said.read_text(errors="replace").strip().splitlines()[-1:] if said.exists() else []
+    return f"Crash: exit {process.returncode} {' '.join(last)[:200]}"
 
 
 def _killed(shared: Path, why: str) -> tuple[Outcome, dict[str, bytes]]:

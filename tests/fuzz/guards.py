@@ -1,4 +1,4 @@
-"""What is watched while a reader runs: what it does to the machine, how long it takes, its lines."""
+"""What is watched while a reader runs: what it does to the machine, its time, its lines."""
 
 from __future__ import annotations
 
@@ -110,22 +110,25 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        signal.signal(signal.SIGALRM, _overrun)
+        signal.signal(signal.SIGALRM, self._overrun)
         self.wall = self.cpu = 0.0
+        self._within = False
 
     @contextlib.contextmanager
     def limit(self, seconds: float) -> Iterator[None]:
         began, cost = time.perf_counter(), time.process_time()
+        self._within = True
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             yield
         finally:
+            self._within = False  # a signal that arrived may be handled only later
             signal.setitimer(signal.ITIMER_REAL, 0.0)
             self.wall, self.cpu = time.perf_counter() - began, time.process_time() - cost
 
-
-def _overrun(signum: int, frame: FrameType | None) -> None:
-    raise HangError(_places(frame))
+    def _overrun(self, signum: int, frame: FrameType | None) -> None:
+        if self._within:
+            raise HangError(_places(frame))
 
 
 def _places(frame: FrameType | None) -> str:

@@ -1,4 +1,4 @@
-"""Seeded mutations: of bytes, of text, of JSON, of safetensors, by a dictionary of hostile pieces."""
+"""Seeded mutations of bytes, text, JSON and safetensors, by a dictionary of hostile pieces."""
 
 from __future__ import annotations
 
@@ -25,8 +25,35 @@ TEXTS = [
     *("<description>", "</description>", "<|eot_id|>", "<|endoftext|>", "</s>", "<eos>", "####"),
     *("\\boxed{", "\\boxed {", "\\fbox{", "\\boxed{}", "{", "}", "\\frac{1}{2}", "\\frac12", "$"),
     *("\\dfrac {", "\\text{", "\\text {cm}", "\\times", "\\div", "\\left(", "\\right)", "\\,", "^"),
-    *("\\circ", "\\sqrt{2}", "\\pi", "{,}", "=", "==", "+", "-", "*", "/", "**", "(", ")", "[", "]"),
-    *("1+2", "(1+2)*3", "0123", "1234341221434321", "A", "(B)", "C.", "answer is", "option:", "```"),
+    *(
+        "\\circ",
+        "\\sqrt{2}",
+        "\\pi",
+        "{,}",
+        "=",
+        "==",
+        "+",
+        "-",
+        "*",
+        "/",
+        "**",
+        "(",
+        ")",
+        "[",
+        "]",
+    ),
+    *(
+        "1+2",
+        "(1+2)*3",
+        "0123",
+        "1234341221434321",
+        "A",
+        "(B)",
+        "C.",
+        "answer is",
+        "option:",
+        "```",
+    ),
     *("```python\n", "\n```", "def f():\n", "while True: pass\n", "import os; os.abort()\n"),
     *("__import__('os').system('touch pwned')", "os:system", "subprocess:run", "antigravity:x"),
     *(":", ".x:y", "builtins:exec", "{{ 7 * 7 }}", "!!python/object/apply:os.system", "%n%s"),
@@ -35,11 +62,49 @@ TEXTS = [
     *("(a+)+$", "a" * 30 + "!", ".*" * 20, "[" * 50, "\\" * 50),
 ]
 REPEATED = [
-    *(" ", "\t", "\n", "\0", "a", "9", "1 ", "1,", "1,111", "1/", "-", "(", "[", "{", "}", "*", "="),
+    *(
+        " ",
+        "\t",
+        "\n",
+        "\0",
+        "a",
+        "9",
+        "1 ",
+        "1,",
+        "1,111",
+        "1/",
+        "-",
+        "(",
+        "[",
+        "{",
+        "}",
+        "*",
+        "=",
+    ),
     *("\\boxed{", "\\frac{1}{", "\\frac", "\\frac1", "\\text{", "\\text ", "{,}", "<answer>", "$"),
-    *("</answer>", "<reasoning>", "</reasoning> ", "answer ", "answer is ", "is: ", "(A", "0|", "é"),
+    *(
+        "</answer>",
+        "<reasoning>",
+        "</reasoning> ",
+        "answer ",
+        "answer is ",
+        "is: ",
+        "(A",
+        "0|",
+        "é",
+    ),
     *("\\boxed {", "\\boxed{ }", "1 /", "1.", "####", "```\n", "<description>", "a week ago "),
-    *("a red circle in row 1, ", "</think>", "^\\circ", "((1)/(1))", "٣", "_", "\\left", "<|", "\\"),
+    *(
+        "a red circle in row 1, ",
+        "</think>",
+        "^\\circ",
+        "((1)/(1))",
+        "٣",
+        "_",
+        "\\left",
+        "<|",
+        "\\",
+    ),
 ]
 SIZES = (2, 17, 100, 300, 1100)
 LONG = 120_000
@@ -125,7 +190,9 @@ def mutate_json(data: bytes, draw: random.Random, texts: float = 0.5) -> bytes:
     except (ValueError, RecursionError):
         return mutate_bytes(data, draw)
     if draw.random() < 0.03:  # what json.dumps does not write
-        number = draw.choice(("1e400", "-1e400", "1e-400", "9" * 5000, "NaN", "0" * 20, "1.", "\\x"))
+        number = draw.choice(
+            ("1e400", "-1e400", "1e-400", "9" * 5000, "NaN", "0" * 20, "1.", "\\x")
+        )
         text = text.replace(draw.choice(("0", "1", "2", "null", '"')), number, 1)
     written = text.encode("utf-8", "surrogatepass")
     return mutate_bytes(written, draw) if draw.random() < 0.02 else written
@@ -211,7 +278,20 @@ def _tensor_entry(entries: dict[str, Any], name: str, draw: random.Random) -> No
     if kind == 0 or not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):
         entries[draw.choice((name + "x", "", "\0", "__metadata__", "x" * 3000))] = entries.pop(name)
     elif kind == 1:
-        kinds = ("F64", "F32", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "C64", "U64", "I4", "f")
+        kinds = (
+            "F64",
+            "F32",
+            "F16",
+            "BF16",
+            "I64",
+            "U8",
+            "BOOL",
+            "F8_E4M3",
+            "C64",
+            "U64",
+            "I4",
+            "f",
+        )
         entry["dtype"] = draw.choice((*kinds, None, 5))
     elif kind == 2:
         shape = list(entry["shape"])

@@ -40,7 +40,10 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
     ],
     "vqa": [
         {"answer": "two", "completion": "\\boxed{2}", "task": "vqa"},
-        {"answers": [{"answer": "1,000"}, {"answer": "3/4"}], "completion": "<answer>0.75</answer>"},
+        {
+            "answers": [{"answer": "1,000"}, {"answer": "3/4"}],
+            "completion": "<answer>0.75</answer>",
+        },
         {"answers": ["cat"] * 10, "completion": "a cat."},
         {"answer": "A", "completion": "(A) because"},
     ],
@@ -50,11 +53,16 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
         {"answer": "3", "completion": D1},
         {"answer": "\\frac{3}{4}", "completion": "it is 1 \\frac{3}{4} = 7/4 \\text{cm}"},
     ],
-    "choice": [{"answer": "B", "completion": "The answer is (B)."}, {"answer": "C", "completion": "C"}],
+    "choice": [
+        {"answer": "B", "completion": "The answer is (B)."},
+        {"answer": "C", "completion": "C"},
+    ],
     "exact": [{"answer": "x", "completion": "<answer> x </answer>", "task": "canaries"}],
     "tags": [{"answer": "3", "completion": D1, "task": "gsm8k"}],
     "math": [{"answer": "\\frac12", "completion": "\\boxed{0.5}", "task": "math"}],
-    "code": [{"tests": ["assert f() == 1"], "completion": "```python\ndef f():\n    return 1\n```"}],
+    "code": [
+        {"tests": ["assert f() == 1"], "completion": "```python\ndef f():\n    return 1\n```"}
+    ],
     "d1": [
         {"task": "sudoku", "question": f"solve {GRID}", "generation": D1, "ground_truth": GRID},
         {"task": "countdown", "generations": D1, "ground_truth": [[1, 2], 3]},
@@ -62,9 +70,16 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 OF = {
-    **{"sudoku-units": "sudoku", "sudoku-cells": "sudoku", "countdown-shaped": "countdown"},
-    **{"grounding": "layout", "format": "tags", "tags-count": "tags", "tags-soft": "tags"},
-    **{"tags-strict": "tags", "boxed-tags": "tags", "integer": "exact"},
+    "sudoku-units": "sudoku",
+    "sudoku-cells": "sudoku",
+    "countdown-shaped": "countdown",
+    "grounding": "layout",
+    "format": "tags",
+    "tags-count": "tags",
+    "tags-soft": "tags",
+    "tags-strict": "tags",
+    "boxed-tags": "tags",
+    "integer": "exact",
 }
 """Verifiers that begin with the records of another."""
 PROCESSES = ("math", "code")
@@ -244,7 +259,7 @@ def _rows_seeds() -> list[bytes]:
     return [
         b'id,question,answer\n1,"What, is 1+1?",so #### 2\n2,x,y\n',
         f"Puzzle,Solution\n{'0' * 8 + GRID[8:]},{GRID}\n".encode(),
-        b"input,output\n\"30,100,93\",23\n",
+        b'input,output\n"30,100,93",23\n',
         b"nums,target\n12,23\n",
         b"problem,solution,image\np,\\boxed{1},a.png\n",
         b"prompt\ttask\nhello\tx\n",
@@ -256,7 +271,12 @@ def _parquet_seeds() -> list[bytes]:
     from pyarrow import parquet
 
     sink = pyarrow.BufferOutputStream()
-    columns = {"question": ["q"], "answer": ["#### 1"], "nums": [[1, 2]], "image": [{"bytes": b"x"}]}
+    columns = {
+        "question": ["q"],
+        "answer": ["#### 1"],
+        "nums": [[1, 2]],
+        "image": [{"bytes": b"x"}],
+    }
     parquet.write_table(pyarrow.table(columns), sink)
     return [sink.getvalue().to_pybytes()]
 
@@ -280,7 +300,8 @@ def record_targets() -> list[Target]:
     made = [
         Target("record", [*map(_lines, (ROLLOUT, *COLUMNS))], _record, mutate_json, 10),
         Target("jsonl", [_lines(ROLLOUT, ROLLOUT), b"\n", b'{"a":1}'], _jsonl, mutate_bytes, 6),
-        Target("verify", [_lines(r) for rs in RECORDS.values() for r in rs], _verify, mutate_json, 8),
+        Target("verify", [_lines(r) for rs in RECORDS.values() for r in rs],
+               _verify, mutate_json, 8),
         Target("columns", [*map(_lines, COLUMNS)], _columns, mutate_json, 6),
         Target("csv", _rows_seeds(), partial(_rows, ".csv"), mutate_bytes, 4),
         Target("tsv", _rows_seeds(), partial(_rows, ".tsv"), _text, 2),
@@ -290,7 +311,7 @@ def record_targets() -> list[Target]:
         Target("view", [_lines(ROLLOUT, ROLLOUT)], _view, _each_line, 1),
         Target("plot", [_lines({"step": 1, "reward": 0.5, "weights": [1, 2]}, {"step": 2})],
                _curves, _each_line, 2),
-        Target("options", [b"2,4,8", b"512M", b"a=0.5", b"sae@3:17=2.5", b"0.5-1", b"m:f", b"a#1:2"],
+        Target("options", [b"2,4,8", b"512M", b"a=0.5", b"sae@3:17=2.5", b"0.5-1", b"m:f"],
                _options, _text, 4, imports=True),
     ]  # fmt: skip
     for name in registry.VERIFIERS:
