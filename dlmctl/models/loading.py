@@ -292,6 +292,22 @@ def _as_on_disk(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch
     return renamed if all(id(tensor) in own for tensor in renamed.values()) else tensors
 
 
+def adapter_base(directory: Path) -> str:
+    """The name of the model that an adapter belongs to.
+
+    Raises:
+        DataError: it names none, or another adapter, perhaps itself.
+    """
+    where = directory / "adapter_config.json"
+    base = read_json(where).get("base_model_name_or_path")
+    if not base or not isinstance(base, str) or "\0" in base:
+        raise DataError("it does not name its base model", str(where))
+    path = Path(base).expanduser()
+    if any((p / "adapter_config.json").exists() for p in (path, path / "latest")):
+        raise DataError(f"its base model {base} is an adapter itself", str(where))
+    return base
+
+
 def _load_adapter(name: str, directory: Path, device: str, dtype: str) -> Policy:
     """A base model with the peft adapter that `directory` holds."""
     try:
@@ -302,10 +318,16 @@ def _load_adapter(name: str, directory: Path, device: str, dtype: str) -> Policy
     if not weights.exists():
         raise MissingInputError(f"{directory} has no adapter_model.safetensors")
     settings = read_json(directory / "adapter_config.json")
-    base_name = settings.get("base_model_name_or_path")
-    if not base_name:
-        raise DataError("it does not name its base model", str(directory / "adapter_config.json"))
-    base = load_policy(base_name, device, dtype)
-    model = PeftModel.from_pretrained(base.model, str(directory))
+    if settings.get("megatron_config"):
+        # With it peft imports whatever module the file names as its megatron_core.
+        raise DataError("it needs Megatron, which is not loaded", str(directory))
+    base = load_policy(adapter_base(directory), device, dtype)
+    try:
+        model = PeftModel.from_pretrained(base.model, str(directory))
+    except Exception as error:  # of many kinds
+        reason = str(error).strip().split("\n")[0][:200]
+        raise DataError(
+            f"the adapter does not fit its base model ({reason})", str(directory)
+        ) from None
     revision = checkpoint_revision(directory, base.revision)
     return dataclasses.replace(base, model=model.eval(), name=name, revision=revision)

@@ -70,11 +70,11 @@ def weight_files(directory: Path) -> list[Path]:
         try:
             names = sorted(set(read_json(index)["weight_map"].values()))
             files = [directory / Path(name).name for name in names]
-        except (KeyError, AttributeError, TypeError) as error:
+            missing = next((file.name for file in files if not file.is_file()), None)
+        except (KeyError, AttributeError, TypeError, OSError) as error:
             raise DataError(f"not a safetensors index ({error})", str(index)) from None
-        for file in files:
-            if not file.is_file():
-                raise MissingInputError(f"{index} names {file.name}, which is not there")
+        if missing is not None:
+            raise MissingInputError(f"{index} names {missing}, which is not there")
         return files
     if list(directory.glob("*.bin")) or list(directory.glob("*.pt*")):
         raise DataError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import shutil
@@ -18,7 +19,17 @@ from target import Target
 from dlmctl.records.errors import UserFacingError
 
 INDEX = {"weight_map": {"a": "model.safetensors", "b": "model.safetensors"}, "metadata": {}}
-PROGRESS = {"step": 3, "round": 1, "skipped": 0, "completions": 5, "tokens": 7, "settings": {}}
+PROGRESS = {
+    "algo": "rspo",
+    "reference": "a",
+    "reference_revision": "b",
+    "step": 3,
+    "round": 1,
+    "skipped": 0,
+    "completions": 5,
+    "tokens": 7,
+    "settings": {},
+}
 SAE = {"architecture": "topk", "k": 2, "d_in": 4, "d_sae": 8, "metadata": {"hook_name": "x"}}
 STATES = ("llada", "dream", "a2d", "mlm", "ar")
 
@@ -125,6 +136,7 @@ def _archive(data: bytes, folder: Path) -> None:
     read_sae(folder)
 
 
+@cache
 def _archive_seeds() -> list[bytes]:
     import torch
 
@@ -142,10 +154,13 @@ def _program(data: bytes, folder: Path) -> None:
     from dlmctl.sae.torch_archive import read_torch_archive
 
     path = folder / "ae.pt"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a/data.pkl", data)
-        for key in range(5):
-            archive.writestr(f"a/data/{key}", bytes(128))
+    with (
+        zipfile.ZipFile(io.BytesIO(_archive_seeds()[0])) as sound,
+        zipfile.ZipFile(path, "w") as archive,
+    ):
+        for name in sound.namelist():
+            is_program = name.endswith("data.pkl")
+            archive.writestr(name, data if is_program else sound.read(name))
     read_torch_archive(path)
 
 
@@ -238,11 +253,14 @@ def _consistency(name: str, data: bytes, folder: Path) -> None:
 
 
 def _tokenizer(name: str, data: bytes, folder: Path) -> None:
+    from dlmctl.models.policy import text_ids
     from dlmctl.models.token_text import TokenTexts, tokenizer_of_model
 
     place = _within(folder, _models() / "llada", name, data)
     tokenizer = tokenizer_of_model(str(place))
-    tokenizer.decode(tokenizer("12+3=5\0é")["input_ids"])
+    for text in ("12+3=5", "a\0é"):
+        with contextlib.suppress(UserFacingError):
+            tokenizer.decode(text_ids(tokenizer, text, "x"))
     TokenTexts(tokenizer).row([0, 1, 5, 6, 10**6])
 
 
@@ -292,6 +310,12 @@ def _uri_seeds() -> list[bytes]:
     uri = f"data:image/png;base64,{png}"
     sources = ([uri], uri, ["../a.png", "/etc/passwd"], [{"bytes": None, "path": "a.png"}])
     return [json.dumps({"id": "a", "images": held}).encode() for held in sources]
+
+
+def prepare() -> None:
+    """Load what takes long to load, and write the models, for all processes that are forked."""
+    _denoiser()
+    _adapter_files()
 
 
 def file_targets() -> list[Target]:

@@ -16,10 +16,11 @@ import contextlib
 import io
 import json
 import mmap
+import multiprocessing
 import os
 import random
 import resource
-import subprocess
+import signal
 import sys
 import tempfile
 import time
@@ -27,12 +28,13 @@ import traceback
 import warnings
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from file_targets import file_targets
+from file_targets import file_targets, prepare
 from guards import PACKAGE, Clock, ForbiddenError, HangError, Lines, Watch
 from record_targets import process_targets, record_targets
 from target import Target
@@ -179,8 +181,11 @@ def fuzz(runner: Runner, count: int, seed: str, tell: Any = None, until: float =
     runner.outcome.lines = len(runner.lines.seen) if runner.lines else 0
 
 
-def worker(name: str, count: int, seed: str, shared: Path, result: Path, until: float) -> None:
+def worker(
+    target: Target, count: int, seed: str, shared: Path, result: Path, seconds: float
+) -> None:
     """The process of a target: says in `shared` what it reads, and in `result` what came of it."""
+    os.setsid()
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.simplefilter("ignore")
@@ -194,14 +199,14 @@ def worker(name: str, count: int, seed: str, shared: Path, result: Path, until: 
         place = Path(folder) / "work"
         place.mkdir()
         tempfile.tempdir = folder
-        runner = Runner(all_targets()[name], place, Watch(Path(folder)), Lines())
+        runner = Runner(target, place, Watch(Path(folder)), Lines())
 
         def tell(data: bytes) -> None:
             page[16 : 16 + min(len(data), SHARED - 16)] = data[: SHARED - 16]
             page[8:16] = len(data).to_bytes(8, "little")
             page[0:8] = (runner.outcome.inputs + 1).to_bytes(8, "little")
 
-        fuzz(runner, count, seed, tell, until)
+        fuzz(runner, count, seed, tell, time.monotonic() + seconds if seconds else 0.0)
         os.chdir("/")
     held = {key: data.hex() for key, data in runner.inputs.items()}
     result.write_text(json.dumps({"outcome": vars(runner.outcome), "inputs": held}))
@@ -209,15 +214,20 @@ def worker(name: str, count: int, seed: str, shared: Path, result: Path, until: 
 
 def supervise(target: Target, count: int, seed: int, findings: Path, seconds: float) -> Outcome:
     """Run a target in processes of its own, as many as its inputs kill."""
-    total, attempt = Outcome(), 0
-    until = time.monotonic() + seconds if seconds else 0.0
-    while total.inputs < count and attempt < 20 and (not until or time.monotonic() < until):
+    total, attempt, began = Outcome(), 0, time.monotonic()
+    fork = multiprocessing.get_context("fork")  # what is loaded already is not loaded again
+    while total.inputs < count and attempt < 20:
+        left = seconds - (time.monotonic() - began) if seconds else 0.0
+        if left < 0:
+            break
         with tempfile.TemporaryDirectory(prefix="dlmctl-fuzz-parent-", dir=MEMORY) as folder:
             shared, result = Path(folder) / "shared", Path(folder) / "result"
             shared.write_bytes(bytes(SHARED))
-            arguments = [target.name, count - total.inputs, f"{seed}/{target.name}/{attempt}"]
-            command = [sys.executable, __file__, "--worker", *arguments, shared, result, until]
-            process = subprocess.Popen(list(map(str, command)), start_new_session=True)
+            name = f"{seed}/{target.name}/{attempt}"
+            process = fork.Process(
+                target=worker, args=(target, count - total.inputs, name, shared, result, left)
+            )
+            process.start()
             why = _wait(process, shared)
             if result.exists():
                 said = json.loads(result.read_text())
@@ -234,24 +244,23 @@ def supervise(target: Target, count: int, seed: int, findings: Path, seconds: fl
     return total
 
 
-def _wait(process: subprocess.Popen[bytes], shared: Path) -> str:
+def _wait(process: BaseProcess, shared: Path) -> str:
     """Wait for its end, or make one where nothing moves; says how it ended."""
     last, since = -1, time.monotonic()
-    while process.poll() is None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.5)
+    while process.is_alive():
+        process.join(0.5)
         with shared.open("rb") as file:
             number = int.from_bytes(file.read(8), "little")
         if number != last:
             last, since = number, time.monotonic()
         # Loading the libraries takes long before the first input.
         elif time.monotonic() - since > (WATCH if number else 5 * WATCH):
-            os.killpg(process.pid, 9)
-            process.wait()
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
             return f"Hang in C: {WATCH:g} s without an answer"
     said = shared.with_name("stderr")
     last = said.read_text(errors="replace").strip().splitlines()[-1:] if said.exists() else []
-    return f"Crash: exit {process.returncode} {' '.join(last)[:200]}"
+    return f"Crash: exit {process.exitcode} {' '.join(last)[:200]}"
 
 
 def _killed(shared: Path, why: str) -> tuple[Outcome, dict[str, bytes]]:
@@ -290,10 +299,6 @@ def replay(files: list[Path]) -> int:
 
 def main() -> int:
     """The command line."""
-    if sys.argv[1:2] == ["--worker"]:
-        name, count, seed, shared, result, until = sys.argv[2:]
-        worker(name, int(count), seed, Path(shared), Path(result), float(until))
-        return 0
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--inputs", type=int, default=1_000_000, help="of all targets together")
     parser.add_argument("--seed", type=int, default=0)
@@ -304,9 +309,11 @@ def main() -> int:
     given = parser.parse_args()
     if given.replay:
         return replay(given.replay)
-    targets = all_targets()
+    targets, slow = all_targets(), {target.name for target in file_targets()}
     chosen = [targets[name] for name in given.target or targets]
     shares, found = sum(target.share for target in chosen), 0
+    if any(target.name in slow for target in chosen):
+        prepare()
     for target in chosen:
         count = max(20, round(given.inputs * target.share / shares))
         outcome = supervise(target, count, given.seed, given.findings.resolve(), given.seconds)

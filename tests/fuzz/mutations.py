@@ -300,9 +300,8 @@ def _tensor_entry(entries: dict[str, Any], name: str, draw: random.Random) -> No
     elif kind == 3:
         entry["data_offsets"] = [draw.choice(absurd), draw.choice(absurd)]
     elif kind == 4:
-        entry["data_offsets"] = entries[draw.choice(sorted(entries))]
-        if isinstance(entry["data_offsets"], dict):
-            entry["data_offsets"] = entry["data_offsets"].get("data_offsets")
+        other = entries[draw.choice(sorted(entries))]
+        entry["data_offsets"] = other.get("data_offsets") if isinstance(other, dict) else other
     else:
         entry["shape"] = entry["shape"][::-1]
 

@@ -341,6 +341,8 @@ def _completion(data: bytes, draw: Any) -> bytes:
         return mutate_json(data, draw)
     try:
         record = json.loads(data)
+        if not isinstance(record["completion"], str):
+            return mutate_json(data, draw)
         record["completion"] = mutate_text(record["completion"], draw)
         return json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
     except (ValueError, TypeError, KeyError, RecursionError):
