@@ -188,8 +188,8 @@ def find_verifier(name: str) -> Verifier:
         )
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        # The last two are import_module's for what is no name of a module.
+    except (ImportError, AttributeError, ValueError, TypeError, RecursionError) as error:
+        # The last three are import_module's for what is no name of a module.
         raise UsageError(f"verifier {name} cannot be loaded ({error})") from None
 
 

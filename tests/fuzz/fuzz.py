@@ -85,11 +85,15 @@ class Runner:
         self.clock, self.outcome = Clock(), Outcome()
         self.inputs: dict[str, bytes] = {}
         """An input of each finding."""
-        for seed in target.beginnings():  # loads what is loaded late, and must not be refused
+        self.warm()
+
+    def warm(self) -> None:
+        """Give it its sound inputs unwatched, which loads what is loaded late."""
+        for seed in self.target.beginnings():
             with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
                 warnings.simplefilter("ignore")
                 with contextlib.suppress(UserFacingError):
-                    target.run(seed, folder)
+                    self.target.run(seed, self.folder)
 
     def one(self, data: bytes) -> int:
         """Give the target an input; how many new lines it reached."""
