@@ -109,7 +109,7 @@ def test_hangs_and_crashes_are_kept_and_the_rest_goes_on(
 ) -> None:
     def fragile(data: bytes, folder: Path) -> None:
         if data == b"crash":
-            os.abort()
+            os._exit(3)
         while data == b"hang":
             pass
 
@@ -124,7 +124,7 @@ def test_hangs_and_crashes_are_kept_and_the_rest_goes_on(
 
     crashing = Target("crashing", [b"a"], fragile, lambda data, draw: b"crash", 1)
     outcome = fuzz.supervise(crashing, 3, 0, tmp_path / "crashing", 0.0)
-    assert outcome.findings["Crash: exit -6 "]["count"] >= 1
+    assert outcome.findings["Crash: exit 3 "]["count"] >= 1
     assert [path.read_bytes() for path in (tmp_path / "crashing").iterdir()] == [b"crash"]
 
 
@@ -150,6 +150,12 @@ HARNESS = "verifiers/harness.py"
 """Runs the code of completions, confined; that is its purpose."""
 
 
+def _dotted(node: ast.AST) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{_dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
 def dangerous(tree: ast.AST) -> Iterator[str]:
     """What runs code out of data, or could."""
     for node in ast.walk(tree):
@@ -159,8 +165,9 @@ def dangerous(tree: ast.AST) -> Iterator[str]:
             if (node.module or "").split(".")[0] in MODULES:
                 yield f"from {node.module}"
         elif isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            name = _dotted(node.func)
+            told = ("allow_pickle", "trust_remote_code", "shell", "use_safetensors")
+            given = {w.arg: ast.unparse(w.value) for w in node.keywords if w.arg in told}
             if name in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"):
                 yield name
             if name in ("torch.load", "torch.hub.load", "torch.jit.load"):
