@@ -168,8 +168,9 @@ def _read_dictionary_learning(directory: Path) -> SavedSae:
         if isinstance(tensors.get(name), Tensor):
             tensors[name] = tensors[name].T
     k = tensors.get("k", trainer.get("k"))
-    whole = isinstance(k, int) or (isinstance(k, Tensor) and k.numel() == 1)
-    settings = {"k": int(k) if whole else None}
+    if isinstance(k, Tensor):
+        k = k.item() if k.numel() == 1 else None
+    settings = {"k": k}
     names = ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec")
     found = {
         "model_name": trainer.get("lm_name"),
