@@ -295,7 +295,8 @@ def _tensor_entry(entries: dict[str, Any], name: str, draw: random.Random) -> No
         entry["dtype"] = draw.choice((*kinds, None, 5))
     elif kind == 2:
         shape = list(entry["shape"])
-        shape[draw.randrange(len(shape)) : 1] = [draw.choice(absurd)] if shape else []
+        place = draw.randint(0, len(shape))
+        shape[place : place + 1] = [draw.choice(absurd)]
         entry["shape"] = draw.choice((shape, [2**40, 2**40], [0, 2**63], [1] * 3000, [], None))
     elif kind == 3:
         entry["data_offsets"] = [draw.choice(absurd), draw.choice(absurd)]
