@@ -184,6 +184,7 @@ def _config(about: Mapping[str, Any], path: Path) -> ModelConfig:
     except (
         ArithmeticError,
         LookupError,
+        RuntimeError,
         TypeError,
         ValueError,
         AttributeError,

@@ -6,6 +6,7 @@ Weights are read from safetensors and nothing that a checkpoint brings is execut
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from dlmctl.models.allocator import keep_freed_memory
-from dlmctl.models.families import Architecture, architecture
+from dlmctl.models.families import FAULTS, Architecture, architecture
 from dlmctl.models.policy import LEFT_TO_RIGHT, Policy
 from dlmctl.models.vision import Vision, vision_of
 from dlmctl.models.weights import read_weights, weight_files, weights_hash
@@ -115,7 +116,7 @@ def model_directory(name: str, files: list[str] = HUB_FILES) -> Path:
             raise MissingInputError(f"there is no model {name}; there are: {', '.join(there)}")
         return directory
     path = Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike path.is_dir(), also of a name that is too long
         latest = path / "latest"
         return latest.resolve() if latest.exists() else path
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
@@ -170,7 +171,7 @@ def _build(plan: Architecture, files: list[Path], dtype: torch.dtype, directory:
             output_loading_info=True,
             attn_implementation="sdpa",
         )
-    except (RuntimeError, ValueError) as error:
+    except FAULTS as error:
         reason = str(error).strip().split("\n")[-1]
         raise DataError(f"{directory}: the weights do not fit config.json ({reason})") from None
     missing = sorted(report["missing_keys"]) + sorted(map(str, report.get("mismatched_keys", [])))
@@ -303,7 +304,7 @@ def adapter_base(directory: Path) -> str:
     if not base or not isinstance(base, str) or "\0" in base:
         raise DataError("it does not name its base model", str(where))
     path = Path(base).expanduser()
-    if any((p / "adapter_config.json").exists() for p in (path, path / "latest")):
+    if any(os.path.exists(p / "adapter_config.json") for p in (path, path / "latest")):
         raise DataError(f"its base model {base} is an adapter itself", str(where))
     return base
 
