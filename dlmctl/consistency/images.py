@@ -132,9 +132,10 @@ def _of_file(path: Path) -> Tensor:
         return tensor.float() / 127.5 - 1
     if not tensor.is_floating_point():
         raise DataError(f"{path}: images are numbers in [-1, 1] or bytes, not {tensor.dtype}")
+    tensor = tensor.float()  # of 8 bits torch cannot say whether they are finite
     if not bool(tensor.isfinite().all()):
         raise DataError(f"{path}: not all of its numbers are finite")
-    return tensor.float()
+    return tensor
 
 
 def _pixels(image: Any, gray: bool) -> Tensor:

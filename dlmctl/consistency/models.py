@@ -7,14 +7,15 @@ and the sizes of the network; `training` says what it was trained on, and how.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from dlmctl.consistency.consistency import ConsistencyModel
 from dlmctl.consistency.edm import Denoiser, EdmDenoiser, NoiseRange, OptimalDenoiser
@@ -98,13 +99,8 @@ def load_model(name: str, device: torch.device | str = "cpu", at: int | None = N
     directory = find_checkpoint(Path(name), at)
     about = read_json(directory / CONFIG)
     config = _config(about, directory / CONFIG)
-    network = make_network(config.network)
     tensors = read_weights([directory / WEIGHTS], lambda tensor: tensor)
-    try:
-        network.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()[-1].strip()
-        raise DataError(f"not the weights of its {CONFIG}: {first}", str(directory)) from None
+    network = _network(config.network, tensors, directory)
     network.to(device).eval().requires_grad_(False)
     return Model(
         str(directory),
@@ -118,6 +114,29 @@ def load_model(name: str, device: torch.device | str = "cpu", at: int | None = N
         about.get("training"),
         weights_hash([directory / WEIGHTS]),
     )
+
+
+def _network(config: NetworkConfig, tensors: Mapping[str, Tensor], directory: Path) -> nn.Module:
+    """The network with its weights; none is allocated that the file does not have.
+
+    Raises:
+        DataError: the configuration is of another network.
+    """
+    try:
+        if config.blocks * max(1, len(config.multipliers)) > len(tensors):
+            raise ValueError(f"{len(tensors)} tensors are fewer than its blocks")
+        with torch.device("meta"):
+            shapes = {k: v.shape for k, v in make_network(config).state_dict().items()}
+        if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+            wrong = {k for k, v in tensors.items() if shapes.get(k) != v.shape}
+            wrong |= shapes.keys() - tensors.keys()
+            raise ValueError(f"{len(wrong)} of other names or shapes, first {min(wrong)}")
+        network = make_network(config)
+        network.load_state_dict(dict(tensors), strict=True)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()[:200]
+        raise DataError(f"not the weights of its {CONFIG}: {reason}", str(directory)) from None
+    return network
 
 
 def find_checkpoint(directory: Path, at: int | None = None) -> Path:
@@ -158,11 +177,17 @@ def _config(about: Mapping[str, Any], path: Path) -> ModelConfig:
         }
         if about["kind"] not in ("edm", "consistency"):
             raise ValueError(f"kind is {about['kind']!r}")
-        return ModelConfig(
-            about["kind"],
-            NetworkConfig(**network),
-            float(about["sigma_data"]),
-            NoiseRange(**about["noise"]),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+        sigma, noise = float(about["sigma_data"]), NoiseRange(**about["noise"])
+        if not all(0 < float(level) < math.inf for level in (sigma, *astuple(noise))):
+            raise ValueError("levels of noise are positive numbers")
+        return ModelConfig(about["kind"], NetworkConfig(**network), sigma, noise)
+    except (
+        ArithmeticError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        UsageError,
+    ) as error:
         raise DataError(f"not the configuration of a model ({error})", str(path)) from None

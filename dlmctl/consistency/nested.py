@@ -23,7 +23,7 @@ from torch import Tensor
 from dlmctl.diffusion.elbo import scored_tokens
 from dlmctl.diffusion.noise import stream_uniform
 from dlmctl.records.errors import DataError
-from dlmctl.records.jsonl import Record
+from dlmctl.records.jsonl import Record, object_field
 
 Order = Literal["random", "trajectory"]
 
@@ -87,7 +87,7 @@ def draw_nested(
 
 def _steps(record: Record, length: int) -> Tensor:
     """The step at which each token was decided, float64 [G]."""
-    order = (record.get("rollout") or {}).get("order")
+    order = object_field(record, "rollout").get("order")
     if (
         not isinstance(order, list)
         or len(order) != length

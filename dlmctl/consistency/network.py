@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,13 @@ class NetworkConfig:
     heads: int = 4
 
     def __post_init__(self) -> None:
+        sizes = (self.width, self.blocks, self.heads, *self.shape, *self.multipliers)
+        if not all(type(size) is int and size > 0 for size in sizes):
+            raise UsageError("sizes of a network are whole numbers from 1 on")
+        if not all(type(level) is int and level >= 0 for level in self.attention):
+            raise UsageError("levels with attention are whole numbers from 0 on")
+        if self.kind not in get_args(Kind) or not self.shape:
+            raise UsageError(f"a network is a unet or an mlp, not {self.kind!s:.80}")
         if self.kind == "mlp":
             return
         if len(self.shape) != 3:

@@ -18,7 +18,7 @@ from dlmctl.diffusion.elbo import Example, elbo_samples, scored_tokens, summariz
 from dlmctl.diffusion.masks import PAIRED, Law, MaskSet, draw_masks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
-from dlmctl.records.jsonl import OnError, Record, each, field
+from dlmctl.records.jsonl import OnError, Record, each, field, object_field
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def example_of(record: Record, policy: Policy, plan: MaskPlan) -> Example:
         )
     record_id = field(record, "id", (str, int), "'dlmctl prompts' writes it")
     # A prompt that comes again in a later round has masks of its own there.
-    keys = (plan.seed, record_id, (record.get("rollout") or {}).get("round", 0), plan.draw)
+    keys = (plan.seed, record_id, object_field(record, "rollout").get("round", 0), plan.draw)
     sample = record.get("sample", 0)
     masks = completion_masks(policy, len(prompt), completion, plan, keys, sample)
     return Example(prompt, completion, masks, policy.pictures(record))

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from dlmctl.models.policy import LEFT_TO_RIGHT, Family
@@ -34,6 +35,14 @@ NOT_LLAMA = {
     "rope": False,
 }
 """Settings of OLMo that LLaDA's config may name and a Llama cannot express."""
+
+
+MOST_LAYERS = 10_000
+FAULTS = (
+    LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError,
+    StrictDataclassError,
+)  # fmt: skip
+"""What transformers raises on values of the wrong kind."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,31 @@ def architecture(raw: dict[str, Any], where: str) -> Architecture:
     Raises:
         DataError: the model is of no kind that is known here.
     """
+    _check_layers(raw, where)
+    try:
+        plan = _planned(raw, where)
+    except FAULTS as error:
+        reason = str(error).strip().split("\n")[-1].strip()[:200]
+        raise DataError(f"not a model's configuration ({reason})", where) from None
+    if plan.family not in get_args(Family):
+        raise DataError(f"there is no family '{str(plan.family)[:80]}'", where)
+    whole = (plan.shift, *plan.sampling.values(), 0 if plan.mask_id is None else plan.mask_id)
+    if not all(type(number) is int and 0 <= number < 2**31 for number in whole):
+        raise DataError("mask_token_id, shift and sampling are not whole numbers", where)
+    return plan
+
+
+def _check_layers(raw: dict[str, Any], where: str) -> None:
+    """Refuse counts of layers for which transformers would write lists without end."""
+    for name, value in raw.items():
+        if isinstance(value, dict):
+            _check_layers(value, where)
+        counts = name.endswith(("layers", "n_layer", "depth")) and isinstance(value, (int, float))
+        if counts and value > MOST_LAYERS:
+            raise DataError(f"{name} = {str(value)[:20]} is more than any model has", where)
+
+
+def _planned(raw: dict[str, Any], where: str) -> Architecture:
     kind = str(raw.get("model_type", "")).lower()
     if kind == "llada":
         return _llada(raw, where)
@@ -78,7 +112,7 @@ def _stock(raw: dict[str, Any], where: str) -> PretrainedConfig:
     fields = {k: v for k, v in raw.items() if k not in ("model_type", "auto_map", "architectures")}
     try:
         config = AutoConfig.for_model(raw.get("model_type", ""), **fields)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError) as error:
         reason = str(error).split("\n")[0][:200]
         raise DataError(
             f"model type '{raw.get('model_type')}' is not known to transformers ({reason}); models "

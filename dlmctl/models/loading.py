@@ -6,6 +6,7 @@ Weights are read from safetensors and nothing that a checkpoint brings is execut
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from dlmctl.models.allocator import keep_freed_memory
-from dlmctl.models.families import Architecture, architecture
+from dlmctl.models.families import FAULTS, Architecture, architecture
 from dlmctl.models.policy import LEFT_TO_RIGHT, Policy
 from dlmctl.models.vision import Vision, vision_of
 from dlmctl.models.weights import read_weights, weight_files, weights_hash
@@ -115,7 +116,7 @@ def model_directory(name: str, files: list[str] = HUB_FILES) -> Path:
             raise MissingInputError(f"there is no model {name}; there are: {', '.join(there)}")
         return directory
     path = Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike path.is_dir(), also of a name that is too long
         latest = path / "latest"
         return latest.resolve() if latest.exists() else path
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
@@ -170,7 +171,7 @@ def _build(plan: Architecture, files: list[Path], dtype: torch.dtype, directory:
             output_loading_info=True,
             attn_implementation="sdpa",
         )
-    except (RuntimeError, ValueError) as error:
+    except FAULTS as error:
         reason = str(error).strip().split("\n")[-1]
         raise DataError(f"{directory}: the weights do not fit config.json ({reason})") from None
     missing = sorted(report["missing_keys"]) + sorted(map(str, report.get("mismatched_keys", [])))
@@ -188,7 +189,8 @@ def load_tokenizer(directory: Path, plan: Architecture) -> Any:
             return PreTrainedTokenizerFast.from_pretrained(directory)
         if plan.family == "dream":
             return Qwen2Tokenizer.from_pretrained(directory)
-        return AutoTokenizer.from_pretrained(directory, config=plan.config)
+        # Left open, it asks on the terminal whether to run the checkpoint's code.
+        return AutoTokenizer.from_pretrained(directory, config=plan.config, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
         reason = str(error).strip().split("\n")[0]
         raise DataError(f"{directory}: its tokenizer cannot be loaded ({reason})") from None
@@ -291,6 +293,22 @@ def _as_on_disk(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch
     return renamed if all(id(tensor) in own for tensor in renamed.values()) else tensors
 
 
+def adapter_base(directory: Path) -> str:
+    """The name of the model that an adapter belongs to.
+
+    Raises:
+        DataError: it names none, or another adapter, perhaps itself.
+    """
+    where = directory / "adapter_config.json"
+    base = read_json(where).get("base_model_name_or_path")
+    if not base or not isinstance(base, str) or "\0" in base:
+        raise DataError("it does not name its base model", str(where))
+    path = Path(base).expanduser()
+    if any(os.path.exists(p / "adapter_config.json") for p in (path, path / "latest")):
+        raise DataError(f"its base model {base} is an adapter itself", str(where))
+    return base
+
+
 def _load_adapter(name: str, directory: Path, device: str, dtype: str) -> Policy:
     """A base model with the peft adapter that `directory` holds."""
     try:
@@ -301,10 +319,16 @@ def _load_adapter(name: str, directory: Path, device: str, dtype: str) -> Policy
     if not weights.exists():
         raise MissingInputError(f"{directory} has no adapter_model.safetensors")
     settings = read_json(directory / "adapter_config.json")
-    base_name = settings.get("base_model_name_or_path")
-    if not base_name:
-        raise DataError("it does not name its base model", str(directory / "adapter_config.json"))
-    base = load_policy(base_name, device, dtype)
-    model = PeftModel.from_pretrained(base.model, str(directory))
+    if settings.get("megatron_config"):
+        # With it peft imports whatever module the file names as its megatron_core.
+        raise DataError("it needs Megatron, which is not loaded", str(directory))
+    base = load_policy(adapter_base(directory), device, dtype)
+    try:
+        model = PeftModel.from_pretrained(base.model, str(directory))
+    except Exception as error:  # of many kinds
+        reason = str(error).strip().split("\n")[0][:200]
+        raise DataError(
+            f"the adapter does not fit its base model ({reason})", str(directory)
+        ) from None
     revision = checkpoint_revision(directory, base.revision)
     return dataclasses.replace(base, model=model.eval(), name=name, revision=revision)

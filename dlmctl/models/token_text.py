@@ -7,8 +7,13 @@ from itertools import groupby
 from typing import Any
 
 from dlmctl.models.families import architecture
-from dlmctl.models.loading import TOKENIZER_FILES, load_tokenizer, model_directory
-from dlmctl.records.errors import DataError, MissingInputError
+from dlmctl.models.loading import (
+    TOKENIZER_FILES,
+    adapter_base,
+    load_tokenizer,
+    model_directory,
+)
+from dlmctl.records.errors import MissingInputError
 from dlmctl.records.files import read_json
 
 PART = "\ufffd"
@@ -24,12 +29,9 @@ def tokenizer_of_model(name: str) -> Any:
         TryAgainError: the hub does not answer.
     """
     directory = model_directory(name, TOKENIZER_FILES)
-    adapter, config = directory / "adapter_config.json", directory / "config.json"
-    if adapter.exists():  # its tokenizer is its base model's
-        base = read_json(adapter).get("base_model_name_or_path")
-        if not base:
-            raise DataError("it does not name its base model", str(adapter))
-        return tokenizer_of_model(str(base))
+    config = directory / "config.json"
+    if (directory / "adapter_config.json").exists():  # its tokenizer is its base model's
+        return tokenizer_of_model(adapter_base(directory))
     if not config.exists():
         raise MissingInputError(f"{directory} has no config.json: it is not a model")
     return load_tokenizer(directory, architecture(read_json(config), str(config)))

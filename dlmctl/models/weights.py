@@ -5,7 +5,6 @@ LLaDA's checkpoints keep the names of OLMo; they are a Llama under other names, 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from hashlib import blake2b
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dlmctl.records.errors import DataError, MissingInputError
+from dlmctl.records.files import read_json
 
 LLADA_LAYER = {
     "q_proj": "self_attn.q_proj",
@@ -68,13 +68,13 @@ def weight_files(directory: Path) -> list[Path]:
         return [single]
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            files = [directory / Path(name).name for name in names]
+            missing = next((file.name for file in files if not file.is_file()), None)
+        except (KeyError, AttributeError, TypeError, OSError) as error:
             raise DataError(f"not a safetensors index ({error})", str(index)) from None
-        files = [directory / Path(name).name for name in names]
-        for file in files:
-            if not file.exists():
-                raise MissingInputError(f"{index} names {file.name}, which is not there")
+        if missing is not None:
+            raise MissingInputError(f"{index} names {missing}, which is not there")
         return files
     if list(directory.glob("*.bin")) or list(directory.glob("*.pt*")):
         raise DataError(
@@ -92,7 +92,9 @@ def read_weights(files: list[Path], rename: Callable[[str], str]) -> dict[str, T
             with safe_open(file, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 (not a dict)
                     tensors[rename(name)] = shard.get_tensor(name)
-        except SafetensorError as error:
+        except FileNotFoundError:
+            raise MissingInputError(f"{file} is not there") from None
+        except (SafetensorError, OSError) as error:
             raise DataError(f"not a whole safetensors file ({error})", str(file)) from None
     return tensors
 

@@ -90,10 +90,10 @@ def write_file(path: Path, data: bytes) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; raises MissingInputError and DataError."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MissingInputError(f"{path} is not there") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"not JSON ({error})", str(path)) from None
     if not isinstance(value, dict):
         raise DataError("expected a JSON object", str(path))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
 
-from dlmctl.records.jsonl import Record, field
+from dlmctl.records.jsonl import Record, field, object_field
 
 
 def group_key(record: Record) -> Hashable:
     """Identity of the group: the prompt's id, and round and order where there are several."""
-    place = record.get("rollout", {})
+    place = object_field(record, "rollout")
     return field(record, "id", (str, int)), place.get("round"), place.get("remasking")
 
 
@@ -53,8 +53,8 @@ class BatchEnds:
         if "error" not in record:
             self._count, self._last = self._count + 1, record
         self._seen += 1
-        whole_round = (record.get("rollout") or {}).get("round_size")
-        self.round_done = whole_round is not None and self._seen >= whole_round
+        whole_round = object_field(record, "rollout").get("round_size")
+        self.round_done = isinstance(whole_round, int) and self._seen >= whole_round
         if self.round_done:
             self._count, self._seen, self._last = 0, 0, None
         return begins
@@ -82,4 +82,5 @@ def group_batches(records: Iterable[Record], size: int) -> Iterator[list[list[Re
 
 def group_size(record: Record) -> int | None:
     """How many samples the group of this record has, where `rollout` wrote it."""
-    return record.get("rollout", {}).get("samples")
+    samples: int | None = object_field(record, "rollout").get("samples")
+    return samples

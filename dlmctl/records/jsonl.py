@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from dlmctl.records.resume import Resume
 
 OnError = Literal["fail", "skip", "keep"]
+DEEPEST = 200
+"""Levels of lists and objects in a record. orjson reads 1024 and writes 254, and Python shows about
+as many; what is read must be fit to be passed on, with a few levels around it."""
 
 
 class Record(dict[str, Any]):
@@ -79,9 +82,20 @@ def parse_record(line: bytes, where: str) -> Record:
         raise DataError(f"not JSON ({error}); expected one object per line", where) from None
     if not isinstance(value, dict):
         raise DataError(f"expected a JSON object, found {type(value).__name__}", where)
+    # Few brackets cannot be deep, and counting them costs next to nothing.
+    if line.count(b"[") + line.count(b"{") > DEEPEST and _is_deep(value):
+        raise DataError(f"lists and objects are nested more than {DEEPEST} levels deep", where)
     record = Record(value)
     record.where = where
     return record
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST):
+        inner = [x for v in level for x in (v.values() if isinstance(v, dict) else v)]
+        level = [x for x in inner if isinstance(x, (dict, list))]
+    return bool(level)
 
 
 def each(
@@ -124,6 +138,11 @@ def field(record: Record, name: str, kind: type | tuple[type, ...], hint: str = 
     wanted = " or ".join(k.__name__ for k in kinds)
     advice = f"; {hint}" if hint else ""
     raise DataError(f"field '{name}' {found}, expected {wanted}{advice}", record.where)
+
+
+def object_field(record: Record, name: str) -> dict[str, Any]:
+    """A field that is an object, empty where there is none; raises DataError on anything else."""
+    return field(record, name, dict) if record.get(name) is not None else {}
 
 
 def nested(record: Record, name: str) -> Any:

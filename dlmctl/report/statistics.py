@@ -15,15 +15,15 @@ from statistics import NormalDist
 from typing import Any
 
 from dlmctl.records.groups import groups
-from dlmctl.records.jsonl import Record
+from dlmctl.records.jsonl import Record, object_field
 from dlmctl.report.image_free import IMAGE_FREE
 
 
 def is_correct(record: Record) -> bool:
     """Whether the verifiers that judge rightness all say so; else whether the reward is 1."""
-    verdicts = (record.get("verdict") or {}).values()
+    verdicts = object_field(record, "verdict").values()
     said = [v["correct"] for v in verdicts if isinstance(v, dict) and "correct" in v]
-    return all(said) if said else float(record.get("reward") or 0.0) >= 1.0
+    return all(said) if said else _number(record.get("reward")) >= 1.0
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -127,21 +127,21 @@ def tally(
 
 
 def _label(record: Record, by: str) -> str:
-    value = record.get(by, (record.get("rollout") or {}).get(by))
+    value = record.get(by, object_field(record, "rollout").get(by))
     return "-" if value is None else str(value)
 
 
 def _measures(record: Record) -> dict[str, tuple[float, float]]:
     """(value, weight) of everything that is averaged."""
     made: dict[str, tuple[float, float]] = {}
-    for verdict in (record.get("verdict") or {}).values():
+    for verdict in object_field(record, "verdict").values():
         if isinstance(verdict, dict) and "stored" in verdict:
-            made["cells"] = (verdict["stored"], verdict["empty"])
-            whole = verdict["stored"] == verdict["empty"] and bool(verdict.get("correct"))
+            made["cells"] = (_number(verdict["stored"]), _number(verdict.get("empty")))
+            whole = verdict["stored"] == verdict.get("empty") and bool(verdict.get("correct"))
             made["stored"] = (whole, 1)
     if isinstance(record.get("reward"), (int, float)):
         made["reward"] = (record["reward"], 1)
-    rewards = record.get("rewards") or {}
+    rewards = object_field(record, "rewards")
     if len(rewards) > 1:
         made |= {
             f"rewards.{name}": (value, 1)
@@ -149,13 +149,18 @@ def _measures(record: Record) -> dict[str, tuple[float, float]]:
             if isinstance(value, (int, float))
         }
     if IMAGE_FREE in record:
-        made[IMAGE_FREE] = (record[IMAGE_FREE], 1)
-    place = record.get("rollout") or {}
-    length = place.get("length") or len((record.get("tokens") or {}).get("completion") or [])
+        made[IMAGE_FREE] = (_number(record[IMAGE_FREE]), 1)
+    place, ids = object_field(record, "rollout"), object_field(record, "tokens").get("completion")
+    length = _number(place.get("length")) or (len(ids) if isinstance(ids, list) else 0)
     if length:
         made["tokens"] = (length, 1)
     if "nfe" in place:
-        made["nfe"] = (place["nfe"], 1)
+        made["nfe"] = (_number(place["nfe"]), 1)
     if "finish" in place:
         made["finished"] = (place["finish"] == "eos", 1)
     return made
+
+
+def _number(value: Any) -> float:
+    """A number of a record; what is none counts as 0."""
+    return value if isinstance(value, (int, float)) else 0.0

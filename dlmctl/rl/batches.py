@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from dlmctl.records.errors import DataError, TryAgainError
 from dlmctl.records.groups import group_key, group_size
-from dlmctl.records.jsonl import Record
+from dlmctl.records.jsonl import Record, object_field
 
 
 class StepBatch(NamedTuple):
@@ -27,7 +27,7 @@ class StepBatch(NamedTuple):
     @property
     def in_round(self) -> bool:
         """Whether it is part of a round of a training loop."""
-        return any("round" in (record.get("rollout") or {}) for record in self.rows)
+        return any("round" in object_field(record, "rollout") for record in self.rows)
 
 
 def packed(batch: StepBatch) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def step_batches(records: Iterable[Record], prompts_per_step: int) -> Iterator[S
     seen_in_round = 0
     place: dict[str, Any] = {}
     for record in records:
-        place = record.get("rollout") or {}
+        place = object_field(record, "rollout")
         seen_in_round += 1
         round_done = "round_size" in place and seen_in_round >= place["round_size"]
         if "error" not in record:
@@ -109,7 +109,7 @@ def check_on_policy(batch: StepBatch, revisions: Sequence[str], trained_rounds: 
         DataError: the round is not the next one, or its weights are more than `max_lag` rounds old.
     """
     for record in batch.rows:
-        place = record.get("rollout") or {}
+        place = object_field(record, "rollout")
         if "round" not in place:
             continue
         if place["round"] != trained_rounds:

@@ -18,7 +18,7 @@ from dlmctl.models.policy import Policy
 from dlmctl.models.token_text import TokenTexts
 from dlmctl.records.errors import DataError
 from dlmctl.records.groups import group_batches
-from dlmctl.records.jsonl import OnError, Record, faulty, field
+from dlmctl.records.jsonl import OnError, Record, faulty, field, object_field
 from dlmctl.rl.contrast import Contrast, Response, signals
 from dlmctl.rl.credit import Credit, token_weights
 from dlmctl.rl.evidence import diffusion_signals, evidence_tokens
@@ -44,7 +44,7 @@ class Sampler:
             DataError: the record does not say what it was sampled from, or the model has other
                 weights by now.
         """
-        place = record.get("rollout") or {}
+        place = object_field(record, "rollout")
         name, wanted = self._model or place.get("model"), place.get("revision")
         if name is None:
             raise DataError(
@@ -142,7 +142,7 @@ def _recorded(record: Record, policy: Policy, length: int) -> torch.Tensor | Non
 
     In half precision the noise between sampling with a cache and scoring would pass for a signal.
     """
-    place = record.get("rollout") or {}
+    place = object_field(record, "rollout")
     exact = place.get("dtype") in ("float32", "float64")
     if not exact or place.get("revision") != policy.revision:
         return None

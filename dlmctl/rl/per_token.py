@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dlmctl.diffusion.elbo import Example
 from dlmctl.records.errors import DataError
-from dlmctl.records.jsonl import Record
+from dlmctl.records.jsonl import Record, object_field
 
 
 def token_weights(records: Sequence[Record], examples: Sequence[Example]) -> Tensor:
@@ -44,7 +44,7 @@ def sampled_log_probs(records: Sequence[Record], examples: Sequence[Example]) ->
     table = table.double()
     for n, (record, example) in enumerate(zip(records, examples, strict=True)):
         count = len(example.completion)
-        numbers = number_list((record.get("rollout") or {}).get("log_probs"), count)
+        numbers = number_list(object_field(record, "rollout").get("log_probs"), count)
         if numbers is None:
             return None
         table[n, 0, :count] = numbers * example.masks.scored

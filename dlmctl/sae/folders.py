@@ -132,8 +132,12 @@ def _read_saelens(directory: Path) -> SavedSae:
             sae.b_enc += sae.b_dec @ sae.W_enc
     rates = None
     if (directory / "sparsity.safetensors").exists():
-        rates = 10 ** _safetensors(directory / "sparsity.safetensors")["sparsity"].float()
-    return SavedSae(sae, config.get("metadata") or {}, rates)
+        file = directory / "sparsity.safetensors"
+        held = _safetensors(file).get("sparsity")
+        if held is None or tuple(held.shape) != (sae.d_sae,):
+            raise DataError(f"tensor 'sparsity' of {sae.d_sae} numbers is missing", str(file))
+        rates = 10 ** held.float()
+    return SavedSae(sae, _table(config, "metadata", where), rates)
 
 
 def _write_saelens(saved: SavedSae, directory: Path) -> None:
@@ -162,7 +166,7 @@ def _write_saelens(saved: SavedSae, directory: Path) -> None:
 def _read_dictionary_learning(directory: Path) -> SavedSae:
     file = directory / "config.json"
     config, where = read_json(file), str(file)
-    trainer, buffer = config.get("trainer") or {}, config.get("buffer") or {}
+    trainer, buffer = _table(config, "trainer", where), _table(config, "buffer", where)
     kind = trainer.get("dict_class", "AutoEncoderTopK")
     if kind != "AutoEncoderTopK":
         raise DataError(f"a '{kind}'; only AutoEncoderTopK is known", where)
@@ -173,7 +177,9 @@ def _read_dictionary_learning(directory: Path) -> SavedSae:
         if isinstance(tensors.get(name), Tensor):
             tensors[name] = tensors[name].T
     k = tensors.get("k", trainer.get("k"))
-    settings = {"k": int(k) if isinstance(k, (int, Tensor)) else None}
+    if isinstance(k, Tensor):
+        k = k.item() if k.numel() == 1 else None
+    settings = {"k": k}
     names = ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec")
     found = {
         "model_name": trainer.get("lm_name"),
@@ -256,6 +262,14 @@ def _write_sparsify(saved: SavedSae, directory: Path) -> None:
         "d_in": sae.d_in,
     }
     _write_json(directory / "cfg.json", config)
+
+
+def _table(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """An object within a configuration; raises DataError where it is something else."""
+    held = config.get(name) or {}
+    if not isinstance(held, dict):
+        raise DataError(f"'{name}' is {type(held).__name__}, expected an object", where)
+    return held
 
 
 def _assemble(

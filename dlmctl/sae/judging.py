@@ -23,7 +23,7 @@ from typing import Any
 
 from dlmctl.diffusion.noise import key_tensor, stream_key, uniform
 from dlmctl.records.errors import DataError
-from dlmctl.records.jsonl import Record, field
+from dlmctl.records.jsonl import Record, field, object_field
 
 EXPLAIN, DETECT = "sae-explain", "sae-detect"
 SHOWN = {"top": 10, "weighted": 5}
@@ -131,7 +131,7 @@ def _judged(record: Record, text: str) -> Record:
     found = parse_numbers(text, count)
     if found is None:
         raise DataError(f"the judge's answer {text[:80]!r} is no list of numbers up to {count}")
-    judge = (record.get("rollout") or {}).get("model")
+    judge = object_field(record, "rollout").get("model")
     scores = accuracies(truth, found, count)
     told = {"judge": judge, "answer": sorted(found), "active": sorted(truth), **scores}
     return _with(record, id=_name(record), judged=told)

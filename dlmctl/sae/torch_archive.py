@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 import pickletools
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +36,8 @@ LARGEST_PROGRAM = 2**24
 
 
 FAULTS = (
-    zipfile.BadZipFile, OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError,
+    zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, ArithmeticError,
+    LookupError, ValueError, TypeError, AttributeError, RuntimeError,
 )  # fmt: skip
 """What zipfile, pickletools and the machine raise on bytes that are not what they should be."""
 
@@ -74,6 +77,8 @@ def read_torch_archive(path: Path) -> dict[str, Any]:
                 entry = archive.getinfo(f"{folder}/data/{key}")
                 if entry.file_size != size:
                     raise DataError(f"storage {key} has {entry.file_size} bytes, expected {size}")
+                if entry.compress_type != zipfile.ZIP_STORED:  # it could be of any size
+                    raise DataError(f"storage {key} is compressed, which torch.save does not do")
                 return archive.read(entry)
 
             result = _Machine(storage).run(archive.read(programs[0]))

@@ -126,8 +126,11 @@ def _countdown(row: Record, style: Style) -> dict[str, Any] | None:
         return None
     try:
         numbers, target = [int(n) for n in numbers], int(target)
-    except (TypeError, ValueError):
-        raise DataError(f"numbers {numbers!r} and target {target!r} are not integers") from None
+        if max(map(abs, (*numbers, target))) >= 2**63:  # more than JSON's readers take
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        shown = f"numbers {str(numbers)[:80]} and target {str(target)[:80]}"
+        raise DataError(f"{shown} are not integers of 64 bits") from None
     return {
         "id": f"countdown/{','.join(map(str, numbers))}:{target}",
         "task": "countdown",
@@ -166,7 +169,7 @@ def _math(row: Record, style: Style) -> dict[str, Any] | None:
     if "problem" not in row or not ("answer" in row or "solution" in row):
         return None
     answer = row.get("answer")
-    answer = last_boxed(str(row["solution"])) if answer is None else str(answer)
+    answer = last_boxed(str(row.get("solution"))) if answer is None else str(answer)
     if answer is None:
         raise DataError(r"no answer column, and the solution has no \boxed{}", row.where)
     prompt = question_prompt("math", row["problem"], style)

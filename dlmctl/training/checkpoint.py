@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import orjson
 import torch
@@ -66,9 +66,13 @@ def read_progress(checkpoint: Path) -> Progress:
     """The counters of a checkpoint; raises DataError when the file is not ours."""
     path = checkpoint / "dlmctl.json"
     try:
-        return Progress(**orjson.loads(path.read_bytes()))
+        progress = Progress(**orjson.loads(path.read_bytes()))
+        for name, kind in get_type_hints(Progress).items():
+            if not isinstance(getattr(progress, name), get_origin(kind) or kind):
+                raise TypeError(f"{name} is no {kind}")
     except (OSError, TypeError, orjson.JSONDecodeError) as error:
         raise DataError(f"not a checkpoint's dlmctl.json ({error})", str(path)) from None
+    return progress
 
 
 def save_checkpoint(

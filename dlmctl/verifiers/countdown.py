@@ -30,6 +30,8 @@ LATEX = [
 ]
 FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 EXPRESSION = re.compile(r"[\d\s+\-*/().]+")
+TARGET = re.compile(r"\s*[+-]?[\d.]+(?:/\d+|[eE][+-]?\d{1,3})?\s*")
+"""With few digits of an exponent: Fraction would write 1e999999999 out."""
 
 
 class NotAnExpressionError(ValueError):
@@ -39,10 +41,7 @@ class NotAnExpressionError(ValueError):
 def countdown(record: Mapping[str, Any]) -> Verdict:
     """1 if the answer uses exactly the given numbers and makes the target."""
     numbers, target = required(record, "numbers"), required(record, "target")
-    try:
-        numbers, target = sorted(int(n) for n in numbers), Fraction(str(target))
-    except (TypeError, ValueError):
-        raise DataError(f"numbers {numbers!r} and target {target!r} are not numbers") from None
+    numbers, target = _given(numbers, target)
     text, _ = answer_text(completion_text(record))
     expression = find_expression(text)
     if expression is None:
@@ -56,6 +55,18 @@ def countdown(record: Mapping[str, Any]) -> Verdict:
     if value != target:
         return judged(False, f"makes {value}, wanted {target}", expression=expression)
     return judged(True, expression=expression)
+
+
+def _given(numbers: Any, target: Any) -> tuple[list[int], Fraction]:
+    """The task, exactly; raises DataError where it is none."""
+    text = str(target)
+    try:
+        if len(text) > LONGEST or not TARGET.fullmatch(text):
+            raise ValueError
+        return sorted(int(n) for n in numbers), Fraction(text)
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+        shown = f"numbers {str(numbers)[:LONGEST]} and target {text[:LONGEST]}"
+        raise DataError(f"{shown} are not numbers") from None
 
 
 def find_expression(text: str) -> str | None:

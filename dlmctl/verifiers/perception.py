@@ -58,6 +58,7 @@ def grounding(record: Mapping[str, Any], tags: Tags = TAGS) -> Verdict:
 def _things(scene: Any) -> list[Thing | None]:
     try:
         things: list[Thing | None] = [Thing(**thing) for thing in scene]
+        hash(tuple(things))  # a list for a colour has none
     except TypeError:
         raise DataError("field 'scene' is not a list of colour, shape, row and column") from None
     if not things:

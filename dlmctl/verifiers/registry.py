@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from dlmctl.records.errors import DataError, UsageError
@@ -158,15 +158,21 @@ def _for_task(record: Record, preset: str | None) -> dict[str, float]:
         return PRESETS[preset][task]
     if task in TASKS:
         return TASKS[task]
-    try:
-        find_verifier(task)
-    except UsageError:
+    # A record names what is installed; module:function is for the command line alone, since it
+    # would let data choose what is imported and run.
+    if task not in VERIFIERS and task not in _installed():
         raise DataError(
-            f"no verifier for task '{task}': choose one with --verifier "
+            f"no verifier for task '{task[:80]}': choose one with --verifier "
             f"({', '.join(VERIFIERS)}, module:function)",
             record.where,
-        ) from None
+        )
     return {task: 1.0}
+
+
+@cache
+def _installed() -> dict[str, EntryPoint]:
+    """The verifiers of other packages by name."""
+    return {entry.name: entry for entry in entry_points(group="dlmctl.verifiers")}
 
 
 @cache
@@ -174,8 +180,8 @@ def find_verifier(name: str) -> Verifier:
     """The verifier of that name, or of `module:function`; raises UsageError."""
     target = VERIFIERS.get(name)
     if target is None:
-        for entry in entry_points(group="dlmctl.verifiers", name=name):
-            return entry.load()
+        if name in _installed():
+            return _installed()[name].load()
         target = name
     module, found, function = target.partition(":")
     if not found:
@@ -184,7 +190,8 @@ def find_verifier(name: str) -> Verifier:
         )
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError, RecursionError) as error:
+        # The last three are import_module's for what is no name of a module.
         raise UsageError(f"verifier {name} cannot be loaded ({error})") from None
 
 

@@ -71,8 +71,8 @@ def _read(record: Mapping[str, Any]) -> Reading:
     puzzle = str(required(record, "puzzle"))
     if not re.fullmatch(r"[0-4]{16}", puzzle):
         raise DataError(f"puzzle {puzzle!r} is not 16 digits from 0 to 4")
-    solution = record.get("solution")
-    if solution is not None and not re.fullmatch(r"[1-4]{16}", str(solution)):
+    solution = None if record.get("solution") is None else str(record["solution"])
+    if solution is not None and not re.fullmatch(r"[1-4]{16}", solution):
         raise DataError(f"solution {solution!r} is not 16 digits from 1 to 4")
     text, place = answer_text(completion_text(record))
     if place == "text":
