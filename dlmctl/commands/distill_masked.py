@@ -19,6 +19,7 @@ from dlmctl.commands.optimizer_options import (
     LoraRank,
     MaxNorm,
     Rate,
+    ResumeInput,
     Warmup,
     WeightDecay,
 )
@@ -111,6 +112,7 @@ def command(
     dtype: Dtype = "auto",
     on_error: OnErrorOption = "fail",
     quiet: Quiet = False,
+    resume: ResumeInput = False,
 ) -> None:
     """A diffusion language model of few steps, by masked consistency.
 
@@ -119,7 +121,7 @@ def command(
     set anchor it in the data; completions that the teacher sampled make it learn from the teacher
     alone. Takes a step for every --records-per-step completions, and writes one metrics record for
     each to standard output and to RUN/metrics.jsonl. RUN/latest is a model that every --model
-    takes. The same command goes on where the run was.
+    takes. The same command goes on where the run was; with --resume also in the input.
 
     Examples:
 
@@ -144,6 +146,9 @@ def command(
         gradient_checkpointing,
         seed,
     )
+    rest = run.untrained(records) if resume else records
+    if rest is None:
+        return
     plan = MaskedConsistency(order, divergence, decided, rounds, steps_per_round, until_eos, seed)
-    metrics = distill_masked(records, run, plan, records_per_step, batch_size, fill_to, keep)
+    metrics = distill_masked(rest, run, plan, records_per_step, batch_size, fill_to, keep)
     write_records(counted(metrics, "steps", quiet), standing=run.standing)

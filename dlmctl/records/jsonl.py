@@ -187,7 +187,7 @@ def _sink(output: str, going: Resume | None) -> Iterator[IO[bytes]]:
         yield sys.stdout.buffer
         return
     if _in_place(output):
-        with _opened(output) as stream:
+        with _closing(_opened(output)) as stream:
             yield stream
         return
     partial = Path(f"{output}.partial")
@@ -200,7 +200,7 @@ def _sink(output: str, going: Resume | None) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise CannotCreateError(f"cannot create {output} ({error.strerror})") from None
     try:
-        with stream:
+        with _closing(stream):
             yield stream
     except Interrupted:
         raise  # `describe` says it
@@ -209,6 +209,16 @@ def _sink(output: str, going: Resume | None) -> Iterator[IO[bytes]]:
         raise
     os.replace(partial, output)
     lock.release()
+
+
+@contextlib.contextmanager
+def _closing(stream: IO[bytes]) -> Iterator[IO[bytes]]:
+    """Close it; of what could not be written a second attempt says nothing new."""
+    try:
+        yield stream
+    finally:
+        with contextlib.suppress(OSError):
+            stream.close()
 
 
 def _in_place(output: str) -> bool:

@@ -12,21 +12,25 @@ whole; the same command then goes on from there.
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dlmctl.models.policy import Policy
 from dlmctl.models.saving import save_policy
-from dlmctl.records.errors import CannotWriteError, DataError
-from dlmctl.records.files import publish_directory, publish_link, remove_partials, write_file
+from dlmctl.records.errors import DataError
+from dlmctl.records.files import (
+    publish_directory,
+    publish_link,
+    remove_directory,
+    remove_partials,
+    write_file,
+)
 
 
 @dataclass
@@ -87,13 +91,10 @@ def save_checkpoint(
             directory / "dlmctl.json", orjson.dumps(asdict(progress), option=orjson.OPT_INDENT_2)
         )
 
-    try:
-        publish_directory(target, fill)
-        publish_link(run / "latest", target.name)
-    except (OSError, SafetensorError) as error:
-        raise CannotWriteError(f"cannot write checkpoint {target} ({error})") from None
+    publish_directory(target, fill)
+    publish_link(run / "latest", target.name)
     for old in _checkpoints(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove_directory(old)
     return target
 
 
