@@ -53,7 +53,11 @@ class Command:
         os.kill(self.pid, number)
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit code, or minus the signal that ended it; raises TimeoutError, also repeatedly."""
+        """Its exit code, or minus the signal that ended it.
+
+        Raises:
+            TimeoutError: it goes on; one may wait again.
+        """
         if self.returncode is None:
             if not select.select([self._parent], [], [], timeout)[0]:
                 raise TimeoutError

@@ -84,7 +84,9 @@ def install(name: str) -> Callable[[], None]:
     def uninstall() -> None:
         signal.set_wakeup_fd(-1)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # A Ctrl-C while the interpreter is taken down, all work done, has no traceback.
+            python = handler is signal.default_int_handler
+            signal.signal(number, signal.SIG_DFL if python else handler)
         os.close(writing)
 
     return uninstall

@@ -61,11 +61,11 @@ JOBS = {
             run="out/run", newest=True),
         Job("sae-train", "sae-train -q KIT/verified.jsonl -m KIT/model --layers 0,1 -k 2,4 "
             "--latents 32 --tokens 1024 --sae-batch-size 64 --buffer 16K -b 8 --log-every 4 "
-            "--save-minutes 0.001 -o out/saes", run="out/saes", steps=("layer", "k", "step")),
+            "--save-minutes 0.005 -o out/saes", run="out/saes", steps=("layer", "k", "step")),
         Job("distill-teacher", f"distill teacher builtin:digits#0:16 {MLP} -q --steps 24 "
-            "--save-minutes 0.001 -o out/run", run="out/run"),
+            "--save-minutes 0.005 -o out/run", run="out/run"),
         Job("distill-cd", "distill cd builtin:digits#0:16 --teacher KIT/teacher -b 4 -q "
-            "--log-every 4 --first-checkpoint 10 --checkpoints 3 --steps 16 --save-minutes 0.001 "
+            "--log-every 4 --first-checkpoint 10 --checkpoints 3 --steps 16 --save-minutes 0.005 "
             "-o out/run", run="out/run"),
         Job("distill-masked", "distill masked -q -m KIT/model --records-per-step 4 --rounds 2 "
             "--steps-per-round 4 --lr 1e-3 -o out/run", "verified.jsonl", again="--resume",
