@@ -30,6 +30,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+LATE = ("sklearn.datasets", "matplotlib.figure", "matplotlib.backends.backend_agg", "torch._dynamo")
+"""What functions import where they need it."""
 CLIENT = Path(__file__).with_name("preloaded.py")
 
 
@@ -112,6 +114,9 @@ def main(address: str) -> None:
     for module in pkgutil.walk_packages(dlmctl.__path__, "dlmctl."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+    for name in LATE:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     gc.freeze()
     _serve(address)
     gc.enable()

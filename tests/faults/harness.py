@@ -173,11 +173,11 @@ def _moment(harness: Harness, job: Job, dice: random.Random) -> float:
 
 def _signal(number: int, harness: Harness, job: Job, home: Path, dice: random.Random) -> Ended:
     """A signal at a random moment; SIGINT and SIGTERM once the command listens."""
-    command = _begin(harness, job, home)
+    begun, command = time.monotonic(), _begin(harness, job, home)
     if number != signal.SIGKILL:
         _wait_for_handler(command.pid)
     moment = _moment(harness, job, dice)
-    time.sleep(moment)
+    time.sleep(max(0.0, begun + moment - time.monotonic()))
     waits = _Waits(command.pid)
     sent = time.monotonic()
     try:
