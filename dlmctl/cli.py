@@ -21,6 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 from dlmctl import __version__
 from dlmctl.records import interrupts
 from dlmctl.records.errors import UserFacingError
+from dlmctl.records.stderr import forgive
 
 
 class Subcommand(NamedTuple):
@@ -223,6 +224,7 @@ def main() -> None:
     # What the imports make stays, and the default of 700 has it all walked over again and again: a
     # tenth of the start of `rollout`. No tensor is in a cycle, so that no memory waits for this.
     gc.set_threshold(10_000)
+    forgive()
     uninstall = interrupts.install(next((a for a in sys.argv[1:] if a in SUBCOMMANDS), "dlmctl"))
     try:
         app(prog_name="dlmctl")

@@ -147,7 +147,9 @@ def command(
         seed,
     )
     rest = run.untrained(records) if resume else records
-    if rest is None or (resume and run.progress.step >= rounds * steps_per_round):
+    if rest is None:
+        return
+    if resume and run.progress.step >= rounds * steps_per_round:
         print(f"dlmctl: {output} is trained already", file=sys.stderr)
         return
     plan = MaskedConsistency(order, divergence, decided, rounds, steps_per_round, until_eos, seed)

@@ -66,9 +66,11 @@ def publish_link(link: Path, target: str) -> None:
 def remove_directory(directory: Path) -> None:
     """Remove a directory so that it is at no moment there in part under its name."""
     aside = directory.with_name(f".{directory.name}.partial-{os.getpid()}-old")
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
         os.replace(directory, aside)
+    except OSError:
+        aside = directory  # not there, or not to be renamed
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -83,16 +85,18 @@ def append_line(path: Path, line: bytes) -> None:
         stream = path.open("ab", buffering=0)
     except OSError as error:
         raise CannotCreateError(f"cannot create {path} ({error.strerror})") from None
-    with stream:
-        size = os.fstat(stream.fileno()).st_size
-        rest = memoryview(line)
-        try:
-            while rest:
-                rest = rest[stream.write(rest) :]
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                stream.truncate(size)
-            raise _cannot_write(path, error) from None
+    try:
+        with stream:
+            size = os.fstat(stream.fileno()).st_size
+            try:
+                while line:
+                    line = line[stream.write(line) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    stream.truncate(size)
+                raise
+    except OSError as error:
+        raise _cannot_write(path, error) from None
 
 
 def remove_partials(directory: Path) -> None:

@@ -277,6 +277,14 @@ def _devfull(harness: Harness, job: Job, home: Path, dice: random.Random) -> End
     return _ended(harness, command)
 
 
+def _mute(harness: Harness, job: Job, home: Path, dice: random.Random) -> Ended:
+    """Standard error is full, as a log on a full disk."""
+    line = job.command(harness.kit)
+    command = start(line, home, harness.source(job), harness.place / "stdout", Path("/dev/full"))
+    (harness.place / "stderr").write_bytes(b"")
+    return _ended(harness, command)
+
+
 def _head(harness: Harness, job: Job, home: Path, dice: random.Random) -> Ended:
     """The reader of standard output leaves after some lines."""
     lines = dice.randrange(4)
@@ -351,6 +359,7 @@ KINDS = {
     "full": Kind(_full, frozenset({73, 74})),
     "limit": Kind(_limit, frozenset({73, 74})),
     "devfull": Kind(_devfull, frozenset({74}), lambda job: job.streams),
+    "mute": Kind(_mute, frozenset({0})),
     "head": Kind(_head, frozenset({0}), lambda job: job.streams),
     "cut": Kind(_cut, frozenset({65}), lambda job: bool(job.source)),
     "readonly": Kind(_readonly, frozenset({73})),
