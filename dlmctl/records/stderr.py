@@ -23,7 +23,7 @@ def forgive() -> None:
     except (OSError, ValueError, AttributeError):  # not a file, or closed
         return
     sys.stderr = io.TextIOWrapper(
-        _Forgiving(number, "w", closefd=False),  # type: ignore[arg-type]
+        _Forgiving(number, "w", closefd=False),
         sys.stderr.encoding,
         "backslashreplace",
         write_through=True,

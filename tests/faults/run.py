@@ -30,11 +30,13 @@ def main() -> int:
     parser.add_argument("--job", action="append", choices=JOBS)
     parser.add_argument("--kind", action="append", choices=faults.KINDS)
     parser.add_argument("--only", type=int, help="the number of one fault")
+    parser.add_argument("--first", type=int, default=0, help="the number to begin with")
     parser.add_argument("--minutes", type=float, default=1e9, help="end after so many")
     given = parser.parse_args()
     planned = faults.plan(given.faults, given.job or list(JOBS), given.kind or list(faults.KINDS))
     if given.only is not None:
         planned = [planned[given.only]]
+    planned = planned[given.first :] if given.only is None else planned
     counts: Counter[tuple[str, bool]] = Counter()
     latencies = []
     deadline = time.monotonic() + 60 * given.minutes
