@@ -87,6 +87,8 @@ def _become(client: socket.socket, descriptors: list[int]) -> None:
     """Fork once more: the child returns as the command, its parent reports how it ended."""
     arguments, directory, environment = json.load(client.makefile())
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # As a shell starts it; we ourselves may be in the background of one, which ignores Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     command = os.fork()
     if command:
         for number in (0, 1, *descriptors):

@@ -25,6 +25,7 @@ from typing import Any
 from checks import Trees, check_whole, differences, steps_once, tree
 from jobs import JOBS, Job, make_kit, start
 from preloaded import Command
+from processes import Waits, wait_for_handler
 
 LONGEST = 300.0
 """Seconds that a command may take on a machine with other work."""
@@ -175,10 +176,11 @@ def _signal(number: int, harness: Harness, job: Job, home: Path, dice: random.Ra
     """A signal at a random moment; SIGINT and SIGTERM once the command listens."""
     begun, command = time.monotonic(), _begin(harness, job, home)
     if number != signal.SIGKILL:
-        _wait_for_handler(command.pid)
+        wait_for_handler(command.pid, LONGEST)
     moment = _moment(harness, job, dice)
     time.sleep(max(0.0, begun + moment - time.monotonic()))
-    waits = _Waits(command.pid)
+    waits = Waits(command.pid)
+    done = not differences(tree(home / "out", job), harness.trees[job.name])
     sent = time.monotonic()
     try:
         command.send_signal(number)
@@ -194,55 +196,11 @@ def _signal(number: int, harness: Harness, job: Job, home: Path, dice: random.Ra
     seconds, waited = time.monotonic() - sent, waits.seconds()
     ended = _ended(harness, command, at=round(moment, 3), hit=command.returncode != 0,
                    end=round(seconds, 3), waited=round(waited, 3))  # fmt: skip
+    if not ended.facts["hit"] and not done and seconds > 1.0:
+        raise FaultError(f"the signal at {moment:.2f} s changed nothing")
     if number != signal.SIGKILL and ended.facts["hit"] and seconds - waited > 1.0:
         raise FaultError(f"it took {seconds:.2f} s to end, {waited:.2f} of them for a processor")
     return ended
-
-
-def _wait_for_handler(pid: int) -> None:
-    """Until a process has a handler of SIGTERM, or is gone."""
-    deadline = time.monotonic() + LONGEST
-    while time.monotonic() < deadline:
-        try:
-            status = Path(f"/proc/{pid}/status").read_text()
-        except OSError:
-            return
-        caught = next((s for s in status.splitlines() if s.startswith("SigCgt")), "SigCgt: 0")
-        if int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1:
-            return
-        time.sleep(0.002)
-
-
-class _Waits:
-    """Seconds that a process, and we who look at it, had to wait for a processor (Linux)."""
-
-    def __init__(self, pid: int) -> None:
-        self.paths = [Path(f"/proc/{pid}/task"), Path("/proc/self/task")]
-        self.begun = [self._now(path) for path in self.paths]
-        self.last = list(self.begun)
-
-    def look(self) -> None:
-        for n, path in enumerate(self.paths):
-            self.last[n] = {**self.last[n], **self._now(path)}
-
-    def seconds(self) -> float:
-        self.look()
-        return (
-            sum(
-                max((now - begun.get(task, 0) for task, now in last.items()), default=0)
-                for begun, last in zip(self.begun, self.last, strict=True)
-            )
-            / 1e9
-        )
-
-    def _now(self, path: Path) -> dict[str, int]:
-        found = {}
-        try:
-            for task in path.iterdir():
-                found[task.name] = int((task / "schedstat").read_text().split()[1])
-        except (OSError, IndexError):
-            pass
-        return found
 
 
 def _full(harness: Harness, job: Job, home: Path, dice: random.Random) -> Ended:
