@@ -36,6 +36,7 @@ class Subcommand(NamedTuple):
     """One line of help; also the first line of the subcommand's own help."""
 
 
+NAME = "dlmctl"
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 PIPE, LOOK, SETUP = "Stages of the pipe", "Look at results", "Set up"
 SAE = "Sparse autoencoders"
@@ -225,9 +226,10 @@ def main() -> None:
     # tenth of the start of `rollout`. No tensor is in a cycle, so that no memory waits for this.
     gc.set_threshold(10_000)
     forgive()
-    uninstall = interrupts.install(next((a for a in sys.argv[1:] if a in SUBCOMMANDS), "dlmctl"))
+    uninstall: Callable[[], None] = lambda: None  # noqa: E731
     try:
-        app(prog_name="dlmctl")
+        uninstall = interrupts.install(next((a for a in sys.argv[1:] if a in SUBCOMMANDS), NAME))
+        app(prog_name=NAME)
     except BaseException:
         if not interrupts.stopping():
             uninstall()
