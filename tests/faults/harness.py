@@ -326,7 +326,7 @@ KINDS = {
 
 
 def plan(count: int, jobs: list[str], kinds: list[str]) -> list[tuple[int, Job, str]]:
-    """Number, job and kind of so many faults, by turns: any ten in a row are of ten kinds."""
+    """Number, job and kind of so many faults; jobs and kinds take turns."""
     pairs = []
     for turn in range(len(jobs) * len(kinds)):
         lap, place = divmod(turn, len(jobs))
