@@ -21,6 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 from dlmctl import __version__
 from dlmctl.records import interrupts
 from dlmctl.records.errors import UsageError, UserFacingError
+from dlmctl.records.stderr import forgive
 
 
 class Subcommand(NamedTuple):
@@ -35,6 +36,7 @@ class Subcommand(NamedTuple):
     """One line of help; also the first line of the subcommand's own help."""
 
 
+NAME = "dlmctl"
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 PIPE, LOOK, SETUP = "Stages of the pipe", "Look at results", "Set up"
 SAE = "Sparse autoencoders"
@@ -242,9 +244,11 @@ def main() -> None:
     # What the imports make stays, and the default of 700 has it all walked over again and again: a
     # tenth of the start of `rollout`. No tensor is in a cycle, so that no memory waits for this.
     gc.set_threshold(10_000)
-    uninstall = interrupts.install(next((a for a in sys.argv[1:] if a in SUBCOMMANDS), "dlmctl"))
+    forgive()
+    uninstall: Callable[[], None] = lambda: None  # noqa: E731
     try:
-        app(prog_name="dlmctl")
+        uninstall = interrupts.install(next((a for a in sys.argv[1:] if a in SUBCOMMANDS), NAME))
+        app(prog_name=NAME)
     except BaseException:
         if not interrupts.stopping():
             uninstall()

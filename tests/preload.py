@@ -30,6 +30,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+LATE = ("sklearn.datasets", "matplotlib.figure", "matplotlib.backends.backend_agg", "torch._dynamo")
+"""What functions import where they need it."""
 CLIENT = Path(__file__).with_name("preloaded.py")
 
 
@@ -85,6 +87,8 @@ def _become(client: socket.socket, descriptors: list[int]) -> None:
     """Fork once more: the child returns as the command, its parent reports how it ended."""
     arguments, directory, environment = json.load(client.makefile())
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # As a shell starts it; we ourselves may be in the background of one, which ignores Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     command = os.fork()
     if command:
         for number in (0, 1, *descriptors):
@@ -113,6 +117,9 @@ def main(address: str) -> None:
         # The harness subclasses a class of lm-eval, which may not be there.
         if not module.name.endswith(("__main__", "diffusion.harness")):
             importlib.import_module(module.name)
+    for name in LATE:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     gc.freeze()
     _serve(address)
     gc.enable()

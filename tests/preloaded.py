@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -44,7 +45,7 @@ class Command:
         ]
         self._parent.sendall(json.dumps(request).encode())
         self._parent.shutdown(socket.SHUT_WR)
-        self._answers = self._parent.makefile()
+        self._answers = self._parent.makefile("rb", buffering=0)  # none of it is out of sight
         self.pid = int(self._answers.readline())
 
     def send_signal(self, number: int) -> None:
@@ -52,9 +53,14 @@ class Command:
         os.kill(self.pid, number)
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit code, or minus the signal that ended it; raises TimeoutError."""
+        """Its exit code, or minus the signal that ended it.
+
+        Raises:
+            TimeoutError: it goes on; one may wait again.
+        """
         if self.returncode is None:
-            self._parent.settimeout(timeout)
+            if not select.select([self._parent], [], [], timeout)[0]:
+                raise TimeoutError
             self.returncode = int(self._answers.readline())
             self._parent.close()
         return self.returncode

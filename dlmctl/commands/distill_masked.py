@@ -20,6 +20,7 @@ from dlmctl.commands.optimizer_options import (
     LoraRank,
     MaxNorm,
     Rate,
+    ResumeInput,
     Warmup,
     WeightDecay,
 )
@@ -113,6 +114,7 @@ def command(
     dtype: Dtype = "auto",
     on_error: OnErrorOption = "fail",
     quiet: Quiet = False,
+    resume: ResumeInput = False,
 ) -> None:
     """A diffusion language model of few steps, by masked consistency.
 
@@ -121,7 +123,8 @@ def command(
     set anchor it in the data; completions that the teacher sampled make it learn from the teacher
     alone. Takes a step for every --records-per-step completions, and writes one metrics record for
     each to standard output and to RUN/metrics.jsonl. RUN/latest is a model that every --model
-    takes. The same command goes on where the run was, also under torchrun: see 'dlmctl update'.
+    takes. The same command goes on where the run was, with --resume also in the input; for several
+    processes under torchrun see 'dlmctl update'.
 
     Examples:
 
@@ -148,7 +151,13 @@ def command(
         gradient_checkpointing,
         seed,
     )
+    rest = run.untrained(records) if resume else records
+    if rest is None:
+        return
+    if resume and run.progress.step >= rounds * steps_per_round:
+        print(f"dlmctl: {output} is trained already", file=sys.stderr)
+        return
     plan = MaskedConsistency(order, divergence, decided, rounds, steps_per_round, until_eos, seed)
     run.about = {**asdict(plan), "records per step": records_per_step, "fill to": fill_to}
-    metrics = distill_masked(records, run, plan, records_per_step, batch_size, fill_to, keep)
+    metrics = distill_masked(rest, run, plan, records_per_step, batch_size, fill_to, keep)
     write_metrics(metrics, "steps", quiet, run.standing)

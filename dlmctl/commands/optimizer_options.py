@@ -75,3 +75,11 @@ GradientCheckpointing = Annotated[
         rich_help_panel=ADAPTER,
     ),
 ]
+ResumeInput = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with the input too, which is the whole of it again: leave out what the run's "
+        "newest checkpoint has been trained on. Without it what comes in is new.",
+    ),
+]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from dlmctl.commands.progress import counted
-from dlmctl.records.errors import UserFacingError
+from dlmctl.records.errors import UsageError, UserFacingError
 from dlmctl.records.jsonl import write_records
 
 SILENCE_S = 30.0
@@ -37,6 +37,11 @@ def on_every_rank(function: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         if not several():
             return function(*args, **kwargs)
+        if kwargs.get("resume"):
+            raise UsageError(
+                "--resume passes over input in one process only: leave it out under torchrun, and "
+                "give the input that is left"
+            )
         import typer
 
         from dlmctl.training.distributed import RankError, joined

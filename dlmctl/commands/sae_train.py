@@ -171,7 +171,7 @@ def command(
     dlmctl prompts sudoku -n 20000 --completions | dlmctl sae-train --layers 1,3 -k 8 --latents 512
     --tokens 200000 -o saes
     """
-    from dlmctl.sae.run import SaeRun, Stream, folder_name
+    from dlmctl.sae.run import SaeRun, Stream, finished, folder_name
     from dlmctl.sae.trainer import Recipe
 
     preset = PROFILES[profile]
@@ -220,7 +220,7 @@ def command(
         "keys": [str(key) for key in source.keys],
     }
     names = [folder_name(key, k) for key in source.keys for k in numbers]
-    if all((directory / name).exists() for name in names):
+    if finished(directory, names):
         print(f"dlmctl: {directory} has all of these autoencoders", file=sys.stderr)
         return
     size = byte_count("--buffer", buffer)

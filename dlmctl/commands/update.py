@@ -48,6 +48,7 @@ from dlmctl.commands.optimizer_options import (
     LoraRank,
     MaxNorm,
     Rate,
+    ResumeInput,
     ScheduleOption,
     TotalSteps,
     Warmup,
@@ -156,12 +157,14 @@ def command(
     dtype: Dtype = "auto",
     on_error: OnErrorOption = "fail",
     quiet: Quiet = False,
+    resume: ResumeInput = False,
 ) -> None:
     """Train a model on the records and save a checkpoint.
 
     Takes one optimizer step for every --prompts-per-step groups and writes one metrics record for
     each to standard output and to RUN/metrics.jsonl. RUN/latest is a Hugging Face directory that
-    every --model takes. The same command goes on where the run was.
+    every --model takes. The same command goes on where the run was; with --resume also in the
+    input.
 
     What the records lack is computed: advantages from rewards, scores of policy and reference.
     grpo and srpo take the log-probabilities that 'dlmctl rollout' recorded of an autoregressive
@@ -238,6 +241,9 @@ def command(
         gradient_checkpointing,
         seed,
     )
+    rest = run.untrained(records) if resume else records
+    if rest is None:
+        return
     plan = MaskPlan(
         masks or ("independent" if level else recipe.law),
         samples or recipe.samples,
@@ -258,7 +264,7 @@ def command(
     }
     if objective is None:
         metrics = update_supervised(
-            records, run, plan, prompts_per_step, batch_size, fill_to, save_every, keep
+            rest, run, plan, prompts_per_step, batch_size, fill_to, save_every, keep
         )
     else:
         batching = Batching(
@@ -270,7 +276,7 @@ def command(
             residual_masks == "independent",
         )
         metrics = update_policy(
-            records, run, objective, batching, prompts_per_step, batch_size, save_every, keep,
+            rest, run, objective, batching, prompts_per_step, batch_size, save_every, keep,
             any_policy,
         )  # fmt: skip
     write_metrics(metrics, "steps", quiet, run.standing)

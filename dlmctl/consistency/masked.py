@@ -167,7 +167,7 @@ def distill_masked(
         yield {"round": number, "decided": decided, **metrics}
 
     prepared = each(records, lambda record: with_completion_ids(record, run.policy, fill_to))
-    batches = islice(plain_batches(prepared, records_per_step), left)
+    batches = islice(plain_batches(prepared, records_per_step, run.passed), left)
     return take_steps(batches, run, gradients, plan.steps_per_round, keep)
 
 
@@ -205,7 +205,8 @@ class _Targets:
         place = self._place(number)
         if run.progress.step == number * self._steps:
             # First the checkpoint: a run that dies in between comes back to this very step.
-            run.save(self._keep)
+            if run.saved_step != run.progress.step:
+                run.save(self._keep)
             whole = run.whole_policy()
             if is_first():
                 publish_directory(place, lambda directory: save_policy(whole, directory))

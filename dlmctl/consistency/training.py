@@ -22,19 +22,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dlmctl.consistency.card import image_card
 from dlmctl.consistency.models import ModelConfig, checkpoint_name, save_model
 from dlmctl.diffusion.noise import stream_key
-from dlmctl.records.errors import CannotCreateError, CannotWriteError, UsageError
+from dlmctl.records.errors import CannotCreateError, UsageError
 from dlmctl.records.files import (
+    append_line,
     make_directory,
     publish_directory,
     publish_link,
     read_json,
+    remove_directory,
     remove_partials,
 )
 from dlmctl.records.interrupts import standing
@@ -169,29 +170,28 @@ class TrainingRun:
             return
         wanted, began, saved = set(self.recipe.checkpoint_steps()), time.monotonic(), self.seconds
         earlier = self.seconds
-        with (self.directory / "metrics.jsonl").open("ab") as log:
-            while self.step < self.recipe.steps:
-                rate, norm = self._take_step()
-                self.seconds = earlier + time.monotonic() - began
-                if self.step % log_every == 0 or self.step == self.recipe.steps:
-                    record = {
-                        "step": self.step,
-                        "loss": self._sum / self._count if self._count else None,
-                        "lr": rate,
-                        "grad_norm": norm,
-                        "skipped": self.skipped,
-                        "seconds": round(self.seconds, 3),
-                    }
-                    self._sum, self._count = 0.0, 0
-                    log.write(dump(record))
-                    log.flush()
-                    yield record
-                if self.step in wanted:
-                    self._save_checkpoint()
-                if self.step in wanted or self.seconds - saved > save_seconds:
-                    self._save_state()
-                    saved = self.seconds
-        shutil.rmtree(self.state, ignore_errors=True)
+        append_line(self.directory / "metrics.jsonl", b"")  # it is there for the first state
+        while self.step < self.recipe.steps:
+            rate, norm = self._take_step()
+            self.seconds = earlier + time.monotonic() - began
+            if self.step % log_every == 0 or self.step == self.recipe.steps:
+                record = {
+                    "step": self.step,
+                    "loss": self._sum / self._count if self._count else None,
+                    "lr": rate,
+                    "grad_norm": norm,
+                    "skipped": self.skipped,
+                    "seconds": round(self.seconds, 3),
+                }
+                self._sum, self._count = 0.0, 0
+                append_line(self.directory / "metrics.jsonl", dump(record))
+                yield record
+            if self.step in wanted:
+                self._save_checkpoint()
+            if self.step in wanted or self.seconds - saved > save_seconds:
+                self._save_state()
+                saved = self.seconds
+        remove_directory(self.state)
 
     def _take_step(self) -> tuple[float, float]:
         recipe = self.recipe
@@ -249,11 +249,8 @@ class TrainingRun:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _publish(self, target: Path, fill: Callable[[Path], None], link: Path) -> None:
-        try:
-            publish_directory(target, fill)
-            publish_link(link, target.name)
-        except (OSError, SafetensorError) as error:
-            raise CannotWriteError(f"cannot write {target} ({error})") from None
+        publish_directory(target, fill)
+        publish_link(link, target.name)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Weights, averages and moments by name."""
@@ -266,6 +263,8 @@ class TrainingRun:
         return {name: value.detach().cpu().contiguous() for name, value in made.items()}
 
     def _open(self) -> None:
+        remove_partials(self.directory)
+        remove_partials(self.state)
         latest = self.state / "latest"
         if (latest / "run.json").exists():
             counters = read_json(latest / "run.json")
@@ -315,5 +314,3 @@ class TrainingRun:
         if log.exists():
             with log.open("r+b") as file:  # what was logged after the state will be again
                 file.truncate(counters["log"])
-        remove_partials(self.directory)
-        remove_partials(self.state)

@@ -27,6 +27,7 @@ from dlmctl.models.policy import LEFT_TO_RIGHT, Family, Policy
 from dlmctl.models.saving import save_policy
 from dlmctl.models.weights import to_llada
 from dlmctl.records.errors import UsageError
+from dlmctl.records.files import publish_directory
 
 
 def make_policy(
@@ -126,11 +127,15 @@ def save_original(policy: Policy, directory: Path) -> None:
 
 
 def save_new(policy: Policy, directory: Path, original: bool) -> None:
-    """Write a new model, as transformers has it or as its authors publish theirs."""
-    if original:
-        save_original(policy, directory)
+    """Write a new model, as transformers has it or as its authors publish theirs.
+
+    It appears whole or not at all; in a directory that is there, file by file.
+    """
+    save = save_original if original else save_policy
+    if directory.exists():
+        save(policy, directory)
     else:
-        save_policy(policy, directory)
+        publish_directory(directory, lambda beside: save(policy, beside))
 
 
 def _llada_fields(config: Any, policy: Policy) -> dict[str, Any]:

@@ -70,21 +70,27 @@ def standing(directory: Path, link: Path, now: int, unit: str = "step") -> str:
 
 
 def install(name: str) -> Callable[[], None]:
-    """Take both signals, but for one that is ignored (nohup); returns what gives them back."""
+    """Take both signals, but for one that is ignored (nohup); returns what gives them back.
+
+    Raises:
+        Interrupted: one has come already.
+    """
     _State.name, _State.number, _State.raised, _State.summary = name, 0, False, None
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     before = {number: h for number, h in handlers.items() if h is not signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, _raise)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reading, set(before)), daemon=True).start()
+    for number in before:
+        signal.signal(number, _raise)
 
     def uninstall() -> None:
         signal.set_wakeup_fd(-1)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # A Ctrl-C while the interpreter is taken down, all work done, has no traceback.
+            python = handler is signal.default_int_handler
+            signal.signal(number, signal.SIG_DFL if python else handler)
         os.close(writing)
 
     return uninstall

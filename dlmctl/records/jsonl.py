@@ -219,7 +219,7 @@ def _sink(output: str, going: Resume | None) -> Iterator[IO[bytes]]:
         yield sys.stdout.buffer
         return
     if _in_place(output):
-        with _opened(output) as stream:
+        with _closing(_opened(output), output) as stream:
             yield stream
         return
     partial = Path(f"{output}.partial")
@@ -232,7 +232,7 @@ def _sink(output: str, going: Resume | None) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise CannotCreateError(f"cannot create {output} ({error.strerror})") from None
     try:
-        with stream:
+        with _closing(stream, output):
             yield stream
     except Interrupted:
         raise  # `describe` says it
@@ -241,6 +241,21 @@ def _sink(output: str, going: Resume | None) -> Iterator[IO[bytes]]:
         raise
     os.replace(partial, output)
     lock.release()
+
+
+@contextlib.contextmanager
+def _closing(stream: IO[bytes], name: str) -> Iterator[IO[bytes]]:
+    """Close it; what could not be written is tried once more then, and has been told of."""
+    try:
+        yield stream
+    except BaseException:
+        with contextlib.suppress(OSError):
+            stream.close()
+        raise
+    try:
+        stream.close()
+    except OSError as error:  # a network's file system may say it no sooner
+        raise CannotWriteError(f"cannot write {name} ({error.strerror})") from None
 
 
 def _in_place(output: str) -> bool:

@@ -102,7 +102,8 @@ def hold_run(directory: Path) -> Lock:
     path = directory / ".lock"
     lock = hold(path, str(directory), signed=True)
     lock.remove_with(path)
-    os.pwrite(lock.descriptor, f"{os.getpid()}\n".encode(), 0)
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without its signature
+        os.pwrite(lock.descriptor, f"{os.getpid()}\n".encode(), 0)
     return lock
 
 

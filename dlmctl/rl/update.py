@@ -20,6 +20,7 @@ import torch
 
 from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.records.errors import UsageError
+from dlmctl.records.files import append_line
 from dlmctl.records.interrupts import stopping
 from dlmctl.records.jsonl import Record, dump, each
 from dlmctl.rl.batches import StepBatch, check_on_policy, packed, step_batches, unpacked
@@ -84,7 +85,8 @@ def update_supervised(
         yield supervised_gradient(run.policy, batch.rows, plan, run.progress.step, batch_size)
 
     prepared = each(records, lambda record: with_completion_ids(record, run.policy, fill_to))
-    return take_steps(plain_batches(prepared, records_per_step), run, gradients, save_every, keep)
+    batches = plain_batches(prepared, records_per_step, run.passed)
+    return take_steps(batches, run, gradients, save_every, keep)
 
 
 def _rewards(batch: StepBatch) -> dict[str, float]:
@@ -95,10 +97,14 @@ def _rewards(batch: StepBatch) -> dict[str, float]:
     }
 
 
-def plain_batches(records: Iterable[Record], size: int) -> Iterator[StepBatch]:
-    """Batches of records that are no groups, each a group of its own."""
+def plain_batches(records: Iterable[Record], size: int, first: int = 0) -> Iterator[StepBatch]:
+    """Batches of records that are no groups, each a group of its own.
+
+    Args:
+        first: number of the first record, in the name of one without `id`.
+    """
     rows: list[list[Record]] = []
-    for number, record in enumerate(records):
+    for number, record in enumerate(records, first):
         if "error" not in record:
             record.setdefault("id", f"record-{number}")
             rows.append([record])
@@ -133,9 +139,11 @@ def take_steps(
                 run.save(keep)
     finally:
         # A round that was cut is done again, from the checkpoint of the one before; and who is
-        # interrupted has no time: what counts is the newest checkpoint.
+        # interrupted has no time: what counts is the newest checkpoint. A step whose metrics could
+        # not be written is one to take again.
         unsaved = run.progress.step != run.saved_step and not within_round
-        if unsaved and not stopping() and may_save():
+        logged = run.logged_step == run.progress.step
+        if unsaved and not stopping() and logged and may_save():
             run.save(keep)
     if not taken:
         raise UsageError("no records came in; nothing was trained")
@@ -170,8 +178,8 @@ def _batch_steps(batch: StepBatch, run: Run, gradients: Gradients) -> Iterator[d
             "peak_memory_mb": _peak_memory(run.policy.device) / 2**20,
         }
         if is_first():
-            with (run.directory / "metrics.jsonl").open("ab") as log:
-                log.write(dump(record))
+            append_line(run.directory / "metrics.jsonl", dump(record))
+        run.logged_step = run.progress.step
         yield record
         begun = time.monotonic()
 

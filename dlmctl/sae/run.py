@@ -20,18 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dlmctl.diffusion.noise import stream_key
-from dlmctl.records.errors import CannotCreateError, CannotWriteError, DataError, UsageError
+from dlmctl.records.errors import CannotCreateError, DataError, UsageError
 from dlmctl.records.files import (
+    append_line,
     make_directory,
     publish_directory,
     publish_link,
     read_json,
+    remove_directory,
     remove_partials,
+    write_file,
 )
 from dlmctl.records.interrupts import standing
 from dlmctl.records.jsonl import dump
@@ -42,6 +44,9 @@ from dlmctl.sae.card import sae_card
 from dlmctl.sae.folders import write_sae
 from dlmctl.sae.trainer import Recipe, SaeTrainer
 from dlmctl.training.card import last_metrics
+
+ENDING = "ending.json"
+"""In the state of a run that writes its autoencoders: its settings."""
 
 
 class Stream:
@@ -160,16 +165,18 @@ class SaeRun:
         self.settings, self.metadata = settings, metadata
         self.blocks = 0
         """Blocks of activations taken in."""
-        make_directory(directory / "state")
         latest = directory / "state" / "latest"
+        remove_partials(directory)
+        remove_partials(latest.parent)
         if (latest / "run.json").exists():
             self._restore(latest, device)
-        elif any(target.exists() for target in self.targets.values()):
+        elif any(target.exists() for target in self.targets.values()) and not self._ending():
             raise CannotCreateError(
                 f"{directory} has some of these autoencoders already: choose another -o"
             )
         else:
             (directory / "metrics.jsonl").unlink(missing_ok=True)
+        make_directory(directory / "state")
 
     @property
     def targets(self) -> dict[tuple[Key, int], Path]:
@@ -191,32 +198,30 @@ class SaeRun:
             DataError: there were not enough activations for a single step.
         """
         saved = time.monotonic()
-        with (self.directory / "metrics.jsonl").open("ab") as log:
 
-            def logged(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-                for record in records:
-                    log.write(dump(record))
-                    log.flush()
-                    yield record
+        def logged(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+            for record in records:
+                append_line(self.directory / "metrics.jsonl", dump(record))
+                yield record
 
-            for block in source:
-                for stream in self.streams:
-                    stream.add(block[stream.key])
-                    yield from logged(stream.train(stream.buffer.capacity // 2, log_every))
-                self.blocks += 1
-                if not any(stream.wanted for stream in self.streams):
-                    break
-                if time.monotonic() - saved > save_seconds:
-                    self.save()
-                    saved = time.monotonic()
+        for block in source:
             for stream in self.streams:
-                yield from logged(stream.train(0, log_every))
-                if not stream.began:
-                    raise DataError(
-                        f"only {len(stream.buffer)} activations of layer {stream.key.layer} at "
-                        f"positions {stream.key.positions}, fewer than a step of "
-                        f"{stream.recipe.batch_size}: give a longer corpus"
-                    )
+                stream.add(block[stream.key])
+                yield from logged(stream.train(stream.buffer.capacity // 2, log_every))
+            self.blocks += 1
+            if not any(stream.wanted for stream in self.streams):
+                break
+            if time.monotonic() - saved > save_seconds:
+                self.save()
+                saved = time.monotonic()
+        for stream in self.streams:
+            yield from logged(stream.train(0, log_every))
+            if not stream.began:
+                raise DataError(
+                    f"only {len(stream.buffer)} activations of layer {stream.key.layer} at "
+                    f"positions {stream.key.positions}, fewer than a step of "
+                    f"{stream.recipe.batch_size}: give a longer corpus"
+                )
 
     def standing(self) -> str:
         """Where the run is, for those who interrupt it."""
@@ -239,11 +244,8 @@ class SaeRun:
                 save_file(stream.state(), directory / f"{stream.key}.safetensors")
             (directory / "run.json").write_text(json.dumps(about, indent=2) + "\n")
 
-        try:
-            publish_directory(target, fill)
-            publish_link(parent / "latest", target.name)
-        except (OSError, SafetensorError) as error:
-            raise CannotWriteError(f"cannot write {target} ({error})") from None
+        publish_directory(target, fill)
+        publish_link(parent / "latest", target.name)
         for old in parent.glob("block-*"):
             if old != target:
                 shutil.rmtree(old, ignore_errors=True)
@@ -260,6 +262,8 @@ class SaeRun:
 
     def finish(self) -> list[Path]:
         """Write the autoencoders and drop the state; returns their folders."""
+        # A run that dies among them, before its first state, may write them again.
+        write_file(self.directory / "state" / ENDING, dump(self.settings))
         for stream in self.streams:
             for k, trainer in stream.trainers.items():
                 about = {**self.metadata(stream.key), "dlm_tokens": trainer.tokens}
@@ -272,8 +276,13 @@ class SaeRun:
                 )
                 card = sae_card(k, saved.sae.d_in, stream.recipe, about, metrics)
                 write_sae(saved, self.targets[key, k], card=card)
-        shutil.rmtree(self.directory / "state")
+        remove_directory(self.directory / "state")
         return list(self.targets.values())
+
+    def _ending(self) -> bool:
+        """Whether a run of these settings died while it wrote its autoencoders."""
+        path = self.directory / "state" / ENDING
+        return path.exists() and read_json(path) == json.loads(json.dumps(self.settings))
 
     def _restore(self, state: Path, device: torch.device | str) -> None:
         about = read_json(state / "run.json")
@@ -290,8 +299,18 @@ class SaeRun:
         if log.exists():
             with log.open("r+b") as file:  # what was logged after the state will be again
                 file.truncate(about["log"])
-        remove_partials(self.directory)
-        remove_partials(state.parent)
+
+
+def finished(directory: Path, names: Sequence[str]) -> bool:
+    """Whether a directory, which we have the lock of, has these autoencoders.
+
+    What a process that died behind the last of them left is removed.
+    """
+    if not all((directory / name).exists() for name in names):
+        return False
+    remove_directory(directory / "state")
+    remove_partials(directory)
+    return True
 
 
 def folder_name(key: Key, k: int) -> str:

@@ -16,7 +16,6 @@ at any number of them.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,14 +23,19 @@ from typing import Any, get_origin, get_type_hints
 
 import orjson
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dlmctl.models.policy import Policy
 from dlmctl.models.saving import save_policy
-from dlmctl.records.errors import CannotWriteError, DataError
-from dlmctl.records.files import publish_directory, publish_link, remove_partials, write_file
+from dlmctl.records.errors import DataError
+from dlmctl.records.files import (
+    publish_directory,
+    publish_link,
+    remove_directory,
+    remove_partials,
+    write_file,
+)
 from dlmctl.training.card import Card, write_card
 from dlmctl.training.distributed import is_first
 from dlmctl.training.sharding import like, to_first
@@ -111,13 +115,10 @@ def save_checkpoint(
         if card is not None:  # in the place of the one that peft writes
             write_card(directory, card(saved))
 
-    try:
-        publish_directory(target, fill)
-        publish_link(run / "latest", target.name)
-    except (OSError, SafetensorError) as error:
-        raise CannotWriteError(f"cannot write checkpoint {target} ({error})") from None
+    publish_directory(target, fill)
+    publish_link(run / "latest", target.name)
     for old in _checkpoints(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove_directory(old)
     return target
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.files import make_directory
 from dlmctl.records.interrupts import standing
+from dlmctl.records.jsonl import Record
 from dlmctl.records.locks import Lock, hold_run
 from dlmctl.training.activations import checkpoint_activations
 from dlmctl.training.card import last_metrics
@@ -95,6 +97,10 @@ class Run:
             self.parameters.values(), optimization.betas, optimization.weight_decay
         )
         self.saved_step = progress.step
+        self.logged_step = progress.step
+        """The newest step whose metrics are in metrics.jsonl."""
+        self.passed = 0
+        """Records of the input that were left out, as they had been trained on."""
         self.revisions = [policy.revision]
         """Hashes of the weights that were published since this process began, the newest last."""
         self._reference: Policy | None = None
@@ -164,6 +170,23 @@ class Run:
     def whole_policy(self) -> Policy:
         """The policy; of one that is spread over several ranks, on the first, all of it."""
         return self.policy if self._form is None else gathered(self.policy, self._form)
+
+    def untrained(self, records: Iterator[Record]) -> Iterator[Record] | None:
+        """The records behind those that the run has trained on, which come first; None: no more."""
+        sound = 0
+        while sound < self.progress.completions:
+            record = next(records, None)
+            if record is None:
+                break
+            sound += "error" not in record
+            self.passed += 1
+        if sound:
+            print(f"dlmctl: {sound} records were trained on already", file=sys.stderr)
+        first = next(records, None)
+        if first is not None or not sound:
+            return chain([] if first is None else [first], records)
+        print(f"dlmctl: {self.directory} is at the end of its input", file=sys.stderr)
+        return None
 
     def save(self, keep: int) -> Path:
         """Publish the newest checkpoint; of several ranks all call this, and leave it together."""

@@ -2,7 +2,9 @@
 
 import io
 import os
+import resource
 import stat
+from pathlib import Path
 
 import pytest
 from conftest import read_jsonl
@@ -148,6 +150,33 @@ def test_a_disk_that_fills_up_is_said_with_what_was_written(monkeypatch):
         monkeypatch.setattr("sys.stdout", type("Out", (), {"buffer": full}))
         with pytest.raises(CannotWriteError, match=r"standard output .*No space.* 0 records"):
             write_records([{"n": 1}])
+
+
+def test_a_file_that_cannot_grow_is_said_and_its_whole_lines_stay(tmp_path, capsys):
+    target = tmp_path / "out.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12, before[1]))
+    try:
+        with pytest.raises(CannotWriteError, match=r"out\.jsonl \(File too large\); 1 records"):
+            write_records([{"n": 1}, {"n": 2}], str(target))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "out.jsonl.partial").read_bytes().splitlines(keepends=True)[0] == (
+        b'{"n":1}\n'
+    )
+    assert not target.exists()
+
+
+def test_what_is_said_when_a_file_is_closed_is_no_success(tmp_path, monkeypatch):
+    class Remote(io.FileIO):
+        def close(self):
+            super().close()
+            raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: Remote(path, mode))
+    with pytest.raises(CannotWriteError, match="quota"):
+        write_records([{"n": 1}], str(tmp_path / "out.jsonl"))
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_numbers_of_numpy_are_written_as_numbers():
