@@ -171,6 +171,8 @@ class TrainingRun:
         wanted, began, saved = set(self.recipe.checkpoint_steps()), time.monotonic(), self.seconds
         earlier = self.seconds
         append_line(self.directory / "metrics.jsonl", b"")  # it is there for the first state
+        if not (self.state / "latest").exists():
+            self._save_state()  # or a run that dies at its first checkpoint could not go on
         while self.step < self.recipe.steps:
             rate, norm = self._take_step()
             self.seconds = earlier + time.monotonic() - began

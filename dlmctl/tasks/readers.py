@@ -74,10 +74,15 @@ def _parquet_rows(path: Path) -> Iterator[Record]:
     except (OSError, pyarrow.ArrowInvalid) as error:
         raise DataError(f"not parquet ({error})", str(path)) from None
     number = 0
-    for batch in table.iter_batches(batch_size=256):
-        for values in batch.to_pylist():
-            number += 1
-            yield _row(values, f"{path}:{number}")
+    try:
+        for batch in table.iter_batches(batch_size=256):
+            for values in batch.to_pylist():
+                number += 1
+                yield _row(values, f"{path}:{number}")
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(
+            f"not parquet from here on ({' '.join(str(error).split())})", f"{path}:{number + 1}"
+        ) from None
 
 
 def _dataset_rows(name: str, split: str, config: str | None) -> Iterator[Record]:

@@ -125,7 +125,7 @@ def number(text: str) -> Fraction | None:
     if not re.search(r"\d", text) or not _NUMBER.fullmatch(text):
         return None
     top, _, bottom = text.replace(",", "").replace(" ", "").partition("/")
-    if top in ("", "-") or (bottom and int(bottom) == 0):
+    if top.strip() in ("", "-") or (bottom and int(bottom) == 0):
         return None
     return Fraction(top) / Fraction(bottom or 1)
 

@@ -96,6 +96,24 @@ def test_it_goes_on_in_the_middle_of_a_record_too(tmp_path):
     assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
 
 
+def test_a_run_that_died_at_its_first_checkpoint_goes_on_too(tmp_path, monkeypatch):
+    train(begin("edm", tmp_path / "whole"))
+    cut = begin("edm", tmp_path / "cut")
+    save = cut._save_state
+
+    def die() -> None:
+        if cut.step:
+            raise KeyboardInterrupt
+        save()
+
+    monkeypatch.setattr(cut, "_save_state", die)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut)
+    assert (tmp_path / "cut" / "step-000003").exists()
+    train(begin("edm", tmp_path / "cut"))
+    assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
+
+
 def test_the_seed_alone_makes_the_run(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         torch.manual_seed(len(name) + seed + ord(name))
