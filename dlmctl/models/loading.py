@@ -319,6 +319,11 @@ def _load_adapter(name: str, directory: Path, device: str, dtype: str) -> Policy
     if not weights.exists():
         raise MissingInputError(f"{directory} has no adapter_model.safetensors")
     settings = read_json(directory / "adapter_config.json")
+    if settings.get("peft_type") != "LORA":
+        raise DataError(
+            f"an adapter of type {str(settings.get('peft_type'))[:40]!r}: LoRA alone is read here",
+            str(directory / "adapter_config.json"),
+        )
     if settings.get("megatron_config"):
         # With it peft imports whatever module the file names as its megatron_core.
         raise DataError("it needs Megatron, which is not loaded", str(directory))

@@ -32,6 +32,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no directory may be one of the hub
 sys.path.insert(0, str(Path(__file__).parent))
 
 from file_targets import file_targets, prepare
