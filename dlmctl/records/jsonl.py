@@ -156,8 +156,15 @@ def nested(record: Record, name: str) -> Any:
 
 
 def dump(record: Any) -> bytes:
-    """One line of JSON, numpy numbers included, keys in their order."""
-    return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
+    """One line of JSON, numpy numbers included, keys in their order; raises DataError.
+
+    As of a column of bytes in a table.
+    """
+    try:
+        return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
+    except orjson.JSONEncodeError as error:
+        where = getattr(record, "where", "")
+        raise DataError(f"it cannot be written as JSON ({error})", where) from None
 
 
 def write_records(

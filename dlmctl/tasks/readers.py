@@ -71,7 +71,7 @@ def _parquet_rows(path: Path) -> Iterator[Record]:
         table = parquet.ParquetFile(path)
     except FileNotFoundError:
         raise MissingInputError(f"cannot read {path} (No such file or directory)") from None
-    except (OSError, pyarrow.ArrowInvalid) as error:
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise DataError(f"not parquet ({error})", str(path)) from None
     number = 0
     try:
@@ -79,7 +79,7 @@ def _parquet_rows(path: Path) -> Iterator[Record]:
             for values in batch.to_pylist():
                 number += 1
                 yield _row(values, f"{path}:{number}")
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise DataError(
             f"not parquet from here on ({' '.join(str(error).split())})", f"{path}:{number + 1}"
         ) from None

@@ -196,3 +196,10 @@ def test_what_is_no_file_is_written_as_it_is(tmp_path):
     assert list(tmp_path.iterdir()) == [pipe]
     with pytest.raises(CannotCreateError, match="directory"):
         write_records([{"n": 1}], str(tmp_path))
+
+
+def test_what_json_has_no_form_for_is_named_with_its_place():
+    record = Record(n=1, blob=b"x")
+    record.where = "t.parquet:3"
+    with pytest.raises(DataError, match=r"t\.parquet:3: it cannot be written as JSON .*bytes"):
+        dump(record)
