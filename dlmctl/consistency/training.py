@@ -206,11 +206,12 @@ class TrainingRun:
         rate = learning_rate(self.step, recipe.rate, recipe.warmup, recipe.schedule, recipe.steps)
         norm, applied = apply_step(self.optimizer, self.network.parameters(), rate, recipe.max_norm)
         self.step += 1
-        self._measured = {"loss": float(loss.detach()), "grad_norm": norm, "lr": rate}
+        value = float(loss.detach())
+        self._measured = {"loss": value, "grad_norm": norm, "lr": rate}
         if not applied:
             self.skipped += 1
             return rate, norm
-        self._sum += float(loss.detach())
+        self._sum += value
         self._count += 1
         for name, (average, decay) in self.averages.items():
             # An average of the whole run at its beginning; a target network follows from the first.

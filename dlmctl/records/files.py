@@ -102,10 +102,7 @@ def append_line(path: Path, line: bytes) -> None:
 def remove_partials(directory: Path) -> None:
     """Remove what killed processes left of files, links and directories in the making."""
     for partial in directory.glob(".*.partial-*"):
-        if partial.is_symlink() or not partial.is_dir():
-            partial.unlink(missing_ok=True)
-        else:
-            shutil.rmtree(partial, ignore_errors=True)
+        _discard(partial)
 
 
 def publish_file(target: Path, write: Callable[[Path], None]) -> None:
@@ -181,11 +178,15 @@ def _remove_left(target: Path) -> None:
         for name in os.listdir(target.parent):
             number = name[len(head) :].partition("-")[0]
             if name.startswith(head) and number.isdigit() and not _alive(int(number)):
-                left = target.with_name(name)
-                if left.is_dir() and not left.is_symlink():
-                    shutil.rmtree(left, ignore_errors=True)
-                else:
-                    left.unlink(missing_ok=True)
+                _discard(target.with_name(name))
+
+
+def _discard(path: Path) -> None:
+    """Remove a file, a link, or a directory with what is in it."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _alive(process: int) -> bool:
