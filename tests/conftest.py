@@ -15,6 +15,8 @@ import torch
 from preload import dlmctl_script
 from typer.testing import CliRunner, Result
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the packages below are imported
+
 from dlmctl.cli import app
 from dlmctl.models.policy import Family, Policy
 from dlmctl.models.small import make_policy

@@ -24,6 +24,13 @@ def save_policy(policy: Policy, directory: Path) -> None:
         "sampling": dict(policy.sampling),
     }
     model.save_pretrained(directory)
-    policy.tokenizer.save_pretrained(directory)
+    save_tokenizer(policy, directory)
     if policy.vision is not None:
         policy.vision.processor.save_pretrained(directory)
+
+
+def save_tokenizer(policy: Policy, directory: Path) -> None:
+    """Write the tokenizer, without what transformers notes of the process that loaded it."""
+    for note in ("is_local", "local_files_only"):  # else the files depend on HF_HUB_OFFLINE
+        policy.tokenizer.init_kwargs.pop(note, None)
+    policy.tokenizer.save_pretrained(directory)

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from dlmctl.models.policy import LEFT_TO_RIGHT, Family, Policy
-from dlmctl.models.saving import save_policy
+from dlmctl.models.saving import save_policy, save_tokenizer
 from dlmctl.models.weights import to_llada
 from dlmctl.records.errors import UsageError
 from dlmctl.records.files import publish_directory
@@ -123,7 +123,7 @@ def save_original(policy: Policy, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    policy.tokenizer.save_pretrained(directory)
+    save_tokenizer(policy, directory)
 
 
 def save_new(policy: Policy, directory: Path, original: bool) -> None:

@@ -1,12 +1,14 @@
 """Tokens that are words: texts come back as they were, and unknown words are refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from dlmctl.cli import app
 from dlmctl.models.loading import load_policy
+from dlmctl.models.saving import save_policy
 from dlmctl.models.tokenizers import word_tokenizer
 from dlmctl.records.errors import DataError
 
@@ -101,3 +103,11 @@ def test_a_vocabulary_belongs_to_the_word_tokenizer(corpus, options, message):
     assert done.exit_code == 2
     assert message in done.stderr
     assert not (corpus / "new").exists()
+
+
+def test_a_saved_tokenizer_does_not_tell_how_it_was_loaded(saved_models, tmp_path):
+    directory = Path(saved_models("llada"))
+    save_policy(load_policy(str(directory)), tmp_path)
+    written = (tmp_path / "tokenizer_config.json").read_bytes()
+    assert written == (directory / "tokenizer_config.json").read_bytes()
+    assert b"local" not in written
