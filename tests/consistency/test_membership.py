@@ -166,16 +166,16 @@ def models(tmp_path_factory) -> tuple[str, str, str, str]:
     save_policy(policy, place / "new")
     generator = torch.Generator().manual_seed(0)
     texts = [
-        "".join(map(str, torch.randint(5, (12,), generator=generator).tolist())) for _ in range(36)
+        "".join(map(str, torch.randint(5, (12,), generator=generator).tolist())) for _ in range(24)
     ]
     files = []
-    for name, rows in (("run", texts[:12]), ("beside", texts[12:24]), ("others", texts[24:])):
+    for name, rows in (("run", texts[:6]), ("beside", texts[6:12]), ("others", texts[12:])):
         lines = b"".join(orjson.dumps(dict(row)) + b"\n" for row in records(rows))
         files.append(place / f"{name}.jsonl")
         files[-1].write_bytes(lines)
         if name != "others":
-            (place / "many.jsonl").write_bytes(lines * 140)
-            line = "-q --algo sft --lr 1e-2 --grad-norm 1 --weight-decay 0 --prompts-per-step 6"
+            (place / "many.jsonl").write_bytes(lines * 280)
+            line = "-q --algo sft --lr 3e-3 -k 8 --weight-decay 0 --prompts-per-step 6"
             source = ["--device", "cpu", "-m", place / "new", place / "many.jsonl"]
             done = invoke("update", *line.split(), "-o", place / name, *source)
             assert done.exit_code == 0, done.output
@@ -193,11 +193,11 @@ def test_what_was_learnt_is_found_and_by_another_model_it_is_not(models):
     assert done.exit_code == 0, done.output
     rows = {row["method"]: row for row in map(orjson.loads, done.stdout.splitlines())}
     assert list(rows) == ["loss", "ratio", "zlib", "sama"]
-    assert min(row["auc"] for row in rows.values()) > 0.7, {n: r["auc"] for n, r in rows.items()}
+    assert min(row["auc"] for row in rows.values()) > 0.65, {n: r["auc"] for n, r in rows.items()}
     assert rows["loss"]["reference"] is None
     assert rows["sama"]["reference"] == beside
     done, _ = attacked(models, "-m", models[1], "--method", "loss", "--bootstrap", "20")
-    assert orjson.loads(done.stdout)["auc"] < 0.75
+    assert orjson.loads(done.stdout)["auc"] < rows["loss"]["auc"] - 0.1
 
 
 def test_curves_go_to_a_file_that_plot_draws(models, tmp_path):

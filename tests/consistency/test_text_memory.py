@@ -28,10 +28,8 @@ def parrot(tmp_path_factory) -> str:
     policy = tiny_policy()
     policy.model.float()
     save_policy(policy, place / "new")
-    source = written(place / "texts.jsonl", TAUGHT * 200)
-    line = (
-        "-q --algo sft --lr 1e-2 --grad-norm 1 --weight-decay 0 --prompts-per-step 3 --device cpu"
-    )
+    source = written(place / "texts.jsonl", TAUGHT * 300)
+    line = "-q --algo sft --lr 2e-3 -k 8 --weight-decay 0 --prompts-per-step 3 --device cpu"
     for _ in range(3):
         done = invoke("update", *line.split(), "-m", place / "new", "-o", place / "run", source)
         assert done.exit_code == 0, done.output
