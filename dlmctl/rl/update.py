@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from itertools import count
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ def update_policy(
             credit = credit_metrics(batch.rows) if objective.recipe.token_weights else {}
             yield {**_rewards(batch), **metrics, **credit}
 
-    return take_steps(step_batches(records, prompts_per_step), run, gradients, save_every, keep)
+    batches = step_batches(records, prompts_per_step)
+    return take_steps(batches, run, gradients, save_every, keep, batching.inner)
 
 
 def update_supervised(
@@ -116,21 +118,31 @@ def plain_batches(records: Iterable[Record], size: int, first: int = 0) -> Itera
 
 
 def take_steps(
-    batches: Iterator[StepBatch], run: Run, gradients: Gradients, save_every: int, keep: int
+    batches: Iterator[StepBatch],
+    run: Run,
+    gradients: Gradients,
+    save_every: int,
+    keep: int,
+    inner: int = 1,
 ) -> Generator[dict[str, Any], None, None]:
     """The steps on all batches, each with its metrics; checkpoints on the way and at the end.
+
+    Args:
+        inner: steps on a batch, at most.
 
     Raises:
         UsageError: there was no batch.
     """
-    taken, within_round = 0, False
+    taken, within_round, within_batch = 0, False, False
     try:
         for batch in items_of_first(batches, packed, unpacked):
             if batch.groups:
                 within_round = batch.in_round
-                for record in _batch_steps(batch, run, gradients):
+                for step, record in enumerate(_batch_steps(batch, run, gradients, inner), 1):
                     taken += 1
+                    within_batch = step < inner
                     yield record
+                within_batch = False
             if batch.finished_round is not None:
                 run.progress.round = batch.finished_round + 1
                 within_round = False
@@ -138,10 +150,10 @@ def take_steps(
             elif not within_round and run.progress.step - run.saved_step >= save_every:
                 run.save(keep)
     finally:
-        # A round that was cut is done again, from the checkpoint of the one before; and who is
+        # A round or a batch that was cut is done again, from the checkpoint before it; and who is
         # interrupted has no time: what counts is the newest checkpoint. A step whose metrics could
         # not be written is one to take again.
-        unsaved = run.progress.step != run.saved_step and not within_round
+        unsaved = run.progress.step != run.saved_step and not (within_round or within_batch)
         logged = run.logged_step == run.progress.step
         if unsaved and not stopping() and logged and may_save():
             run.save(keep)
@@ -149,19 +161,22 @@ def take_steps(
         raise UsageError("no records came in; nothing was trained")
 
 
-def _batch_steps(batch: StepBatch, run: Run, gradients: Gradients) -> Iterator[dict[str, Any]]:
+def _batch_steps(
+    batch: StepBatch, run: Run, gradients: Gradients, inner: int
+) -> Iterator[dict[str, Any]]:
     """The steps on a batch, each with its metrics record."""
     rows = batch.rows
     tokens = sum(_tokens(record) for record in rows)
-    run.progress.completions += len(rows)
-    run.progress.tokens += tokens
     found, begun = gradients(batch), time.monotonic()
-    while True:
+    for number in count(1):
         with run.precision():
             metrics = next(found, None)
         if metrics is None:
             return
         stepped = run.step()
+        if number == 1:  # one that failed before is not among what was trained on
+            run.progress.completions += len(rows)
+            run.progress.tokens += tokens
         seconds = time.monotonic() - begun
         record = {
             "algo": run.progress.algo,

@@ -14,7 +14,7 @@ from preloaded import Command
 
 from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.loading import load_policy
-from dlmctl.records.errors import UsageError
+from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.rl.policy_gradient import Batching
 from dlmctl.rl.rspo import Rspo
@@ -79,6 +79,45 @@ def test_a_run_in_two_parts_ends_where_one_in_one_part_does(tmp_path, saved_mode
     assert second[0]["kl"] != 0
     logged = read_jsonl(tmp_path / "parts" / "metrics.jsonl")
     assert [m["step"] for m in logged] == [1, 2, 3, 4]
+
+
+def test_a_batch_that_failed_is_not_among_what_was_trained_on(tmp_path, saved_models):
+    def broken():
+        yield from verified(1)
+        yield from ({**record, "tokens": {"completion": "?"}} for record in verified(1, first=1))
+
+    run = open_run(
+        tmp_path / "run", saved_models("llada"), "rspo", Optimization(1e-2), Adapter(), "cpu",
+        "auto", False, seed=0,
+    )  # fmt: skip
+    with pytest.raises(DataError):
+        list(update_policy(broken(), run, OBJECTIVE, BATCHING, 2, 8, save_every=100, keep=2))
+    progress = read_progress(latest_checkpoint(tmp_path / "run"))
+    assert (progress.step, progress.completions) == (1, 4)
+
+
+def test_a_batch_that_was_cut_between_its_steps_is_taken_again(tmp_path, saved_models):
+    batching = Batching(MaskPlan(samples=2), inner=2)
+
+    def part(name, records, steps=None, save_every=1):
+        run = open_run(
+            tmp_path / name, saved_models("llada"), "rspo", Optimization(1e-2), Adapter(), "cpu",
+            "auto", False, seed=0,
+        )  # fmt: skip
+        rest = run.untrained(iter(records))
+        metrics = update_policy(rest, run, OBJECTIVE, batching, 2, 8, save_every, keep=2)
+        for _ in range(steps or 100):
+            next(metrics, None)
+        metrics.close()
+        return read_progress(latest_checkpoint(tmp_path / name))
+
+    whole = part("whole", verified(2))
+    cut = part("parts", verified(2), steps=3)
+    assert (cut.step, cut.completions) == (2, 4)
+    assert part("parts", verified(2)) == whole
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    # Cut behind the last step of a batch, it is saved.
+    assert part("two", verified(2), steps=2, save_every=100).completions == 4
 
 
 def test_dropout_of_an_adapter_resumes_with_the_random_state(tmp_path, saved_models):
