@@ -1,4 +1,4 @@
-"""Several processes that train one model: `torchrun --nproc-per-node N -m dlmctl update …`.
+"""Several processes that train together: `torchrun --nproc-per-node N -m dlmctl update …`.
 
 Each process is a rank. The first alone reads records and writes what is written; all of them
 compute. What every rank must know is sent as JSON, so that nothing is unpickled; what each of them
@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -112,6 +112,25 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
+def own_part(count: int) -> slice:
+    """This rank's part of `count` things in a row; in one process all of them."""
+    return slice(rank() * count // size(), (rank() + 1) * count // size())
+
+
+def sum_up(tensors: Sequence[Tensor]) -> None:
+    """Put the sums over the ranks into tensors, which share a dtype and a device.
+
+    They travel as one, on a GPU by NCCL.
+    """
+    if size() == 1:
+        return
+    whole = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(whole)
+    parts = whole.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
 def from_first(make: Callable[[], T]) -> T:
     """What `make()` returns on the first rank, of JSON, on every rank; no other calls it.
 
@@ -155,6 +174,9 @@ def in_step(items: Generator[T, None, None]) -> Generator[T, None, None]:
     """The items, which each rank makes for itself, until the first rank wants no more.
 
     Closing this on the first rank closes `items` on all of them, at the same item.
+
+    Raises:
+        RankError: on the others, where the first closed it: nothing may follow.
     """
     for item in items:
         if not is_first():
@@ -162,7 +184,7 @@ def in_step(items: Generator[T, None, None]) -> Generator[T, None, None]:
             if agreed(True):
                 continue
             items.close()
-            return
+            raise RankError(0)
         try:
             yield item
         except GeneratorExit:
