@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import orjson
 import torch
 import torch.distributed as dist
+from safetensors.torch import load, save
 from torch import Tensor
 
 from dlmctl.records.errors import UnavailableError, UsageError, UserFacingError
@@ -29,6 +30,8 @@ T = TypeVar("T")
 
 _PATIENCE = timedelta(days=365)
 _ROLL_CALL = timedelta(seconds=30)
+_PIECE = 2**28
+"""Bytes that are sent at once."""
 
 _control: dist.ProcessGroup | None = None
 """The group by which the ranks talk; what FSDP moves goes by torch's default group."""
@@ -129,6 +132,43 @@ def sum_up(tensors: Sequence[Tensor]) -> None:
     parts = whole.split([tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
         tensor.copy_(part.view_as(tensor))
+
+
+def from_all(value: T) -> list[T]:
+    """The values of all ranks, of JSON, in their order, on each of them."""
+    if size() == 1:
+        return [value]
+    data = torch.frombuffer(bytearray(orjson.dumps(value)), dtype=torch.uint8)
+    lengths = torch.zeros(size(), dtype=torch.int64)
+    lengths[rank()] = len(data)
+    longest = int(total(lengths).max())
+    parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(size())]
+    padded = torch.cat([data, data.new_zeros(longest - len(data))])
+    dist.all_gather(parts, padded, group=_control)
+    return [
+        orjson.loads(part[:length].numpy().tobytes())
+        for part, length in zip(parts, lengths.tolist(), strict=True)
+    ]
+
+
+def tensors_of(owner: int, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The CPU tensors that `make()` returns on rank `owner`, on the first; elsewhere none."""
+    if rank() == owner:
+        made = make()
+        if is_first():
+            return made
+        data = torch.frombuffer(bytearray(save(made)), dtype=torch.uint8)
+        dist.send(torch.tensor([len(data)]), 0, group=_control)
+        for part in data.split(_PIECE):
+            dist.send(part, 0, group=_control)
+    elif is_first():
+        length = torch.zeros(1, dtype=torch.int64)
+        dist.recv(length, owner, group=_control)
+        data = torch.empty(int(length), dtype=torch.uint8)
+        for part in data.split(_PIECE):
+            dist.recv(part, owner, group=_control)
+        return load(data.numpy().tobytes())
+    return {}
 
 
 def from_first(make: Callable[[], T]) -> T:

@@ -26,19 +26,19 @@ T = TypeVar("T")
 _PASS = "run_whole_pass"
 
 
-def shard(policy: Policy) -> None:
-    """Spread a model, which every rank has loaded, over the ranks.
-
-    Raises:
-        UsageError: the model takes images, or has dropout.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
+def check_trainable(policy: Policy) -> None:
+    """Raise UsageError where several ranks cannot train a model together."""
     if policy.vision is not None:
         raise UsageError(f"{policy.name} takes images: it cannot be trained under torchrun")
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.model.modules()):
         raise UsageError("what dropout leaves out is drawn by one process: none under torchrun")
+
+
+def shard(policy: Policy) -> None:
+    """Spread a model, which every rank has loaded, over the ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     mesh = init_device_mesh(policy.device.type, (size(),))
     model: Any = policy.model
     for module in (*blocks(policy), model):
