@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import orjson
 import pytest
 from conftest import invoke, read_jsonl
 from ranks import Ranks, same_files, same_metrics, write
@@ -74,16 +75,16 @@ def test_a_run_that_was_stopped_goes_on_at_another_number_of_ranks(
     tmp_path: Path, saved_models: Models, corpus: Path
 ) -> None:
     line = (
-        f"sae-train -m {saved_models('llada')} -k 2,3 --positions mask,unmask --tokens 1200 "
-        f"{SMALL} --save-minutes 0 {corpus}"
+        f"sae-train -m {saved_models('llada')} -k 2,3 --positions mask,unmask --tokens 400 "
+        f"{SMALL} --log-every 1 {corpus}"
     )
     alone(f"{line} -o {tmp_path}/one")
     for name, before, after in (("two-one", 2, 1), ("one-three", 1, 3)):
         reader, writer = os.pipe()
-        stopped = Ranks(f"{line} -o {name}", tmp_path, NOTHING, before, writer)
+        stopped = Ranks(f"{line} -o {name} --save-minutes 0", tmp_path, NOTHING, before, writer)
         os.close(writer)
         with os.fdopen(reader) as records:
-            for _ in range(40):
+            for _ in range(30):
                 records.readline()
         assert [command.wait(120) for command in stopped.commands] == [0] * before
         run = tmp_path / name
@@ -116,8 +117,6 @@ def test_stored_activations_train_the_same(
 def test_what_cannot_be_trained_on_ends_all_ranks(
     tmp_path: Path, saved_models: Models, corpus: Path, record: dict, tokens: int, said: str
 ) -> None:
-    import orjson
-
     with corpus.open("ab") as file:
         file.write(orjson.dumps(record) + b"\n")
     size = "--sae-batch-size 4096" if "longer" in said else ""
