@@ -35,7 +35,8 @@ class Stream:
         ks: of its autoencoders.
         buffer_bytes: of the shuffle buffer.
         drop_norms: activations above so many times the median norm are left out.
-        owners: the rank that trains each K; None is this one. What it has none of costs nothing.
+        owners: the rank that trains each K; None is this one. A rank without any needs no
+            buffer.
         """
         seed = stream_key(recipe.seed, "sae", key.layer, key.positions)
         capacity = max(2 * recipe.batch_size, buffer_bytes // (4 * width))

@@ -102,6 +102,15 @@ def test_a_signal_ends_all_ranks_and_the_first_says_where_it_stands(
     assert not ranks.err[1].read_text()
 
 
+def test_a_rank_that_sees_other_images_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dlmctl.consistency.training.agreed", lambda _: "of the first")
+    refused = invoke(*f"{TEACHER} -b 6 -o {tmp_path}/run".split())
+    assert refused.exit_code == 2
+    assert "sees other images" in refused.output
+
+
 def test_what_the_first_rank_refuses_ends_all_of_them(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     lock = hold_run(tmp_path / "run")
