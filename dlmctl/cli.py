@@ -134,7 +134,8 @@ def _check_processes(function: Callable[..., None]) -> None:
     several = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     if several and not hasattr(function, "runs_on_every_rank"):
         raise UsageError(
-            "torchrun is for 'dlmctl update' and 'dlmctl distill masked'; this is one process"
+            "torchrun is for what trains: 'dlmctl update', 'sae-train', 'distill teacher', 'cd' "
+            "and 'masked'; this is one process"
         )
 
 

@@ -20,7 +20,7 @@ from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.sae.activations import Block, Key, StoredActivations, check_keys, model_activations
 from dlmctl.sae.corpus import Corruption, Document, Positions, corrupted
-from dlmctl.sae.run import Stream
+from dlmctl.sae.stream import Stream
 from dlmctl.sae.topk import Codes, combine
 from dlmctl.sae.trainer import Recipe, SaeTrainer
 

@@ -12,7 +12,7 @@ from dlmctl.records.jsonl import OnError, Record, read_records
 
 if TYPE_CHECKING:
     from dlmctl.models.policy import Policy
-    from dlmctl.sae.corpus import Batch, Corruption
+    from dlmctl.sae.corpus import Batch, Corruption, Document
     from dlmctl.sae.folders import SavedSae
 
 PositionKind = Literal["mask", "unmask", "all", "clean"]
@@ -135,10 +135,27 @@ def corpus_batches(
     hide_prompt: bool,
     batch_size: int,
     on_error: OnError = "fail",
-    repeat: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of a corpus; with `repeat` again and again, masked anew, unless it is a stream."""
-    from dlmctl.sae.corpus import corrupted, documents, packed
+    """Batches of a corpus."""
+    from dlmctl.sae.corpus import corrupted_batch
+
+    windows = corpus_windows(files, policy, context, pack, hide_prompt, batch_size, on_error)
+    for number, window in enumerate(windows):
+        yield corrupted_batch(window, policy, law, number)
+
+
+def corpus_windows(
+    files: Sequence[str],
+    policy: Policy,
+    context: int,
+    pack: bool,
+    hide_prompt: bool,
+    batch_size: int,
+    on_error: OnError = "fail",
+    repeat: bool = False,
+) -> Iterator[list[Document]]:
+    """The documents of each batch; with `repeat` again and again, unless it is a stream."""
+    from dlmctl.sae.corpus import documents, packed, together
 
     def records() -> Iterator[Record]:
         found = False
@@ -151,4 +168,4 @@ def corpus_batches(
     stream = documents(records(), policy, context, hide_prompt, on_error)
     if pack:
         stream = packed(stream, policy, context)
-    yield from corrupted(stream, policy, law, batch_size)
+    yield from together(stream, batch_size)

@@ -28,6 +28,7 @@ from dlmctl.commands.distill_options import (
 )
 from dlmctl.commands.optimizer_options import MaxNorm, Rate, Warmup
 from dlmctl.commands.options import Device, Quiet, Seed
+from dlmctl.commands.ranks import on_every_rank
 from dlmctl.records.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ USES = {"solver": ("cd",), "scales": ("cd", "ct"), "stage_steps": ("ect",)}
 """Options that not all objectives have."""
 
 
+@on_every_rank
 def command(
     images: Images,
     output: Run,
@@ -133,7 +135,8 @@ def command(
     teacher's, unless --init scratch and its options say another. IMAGES are what noise is added to:
     those of the teacher, or others. The published losses are perceptual distances; l2 and huber on
     pixels are what small images need (ours). The published ct lets --scales and --target-ema grow
-    over training; here both stay as they are given (ours).
+    over training; here both stay as they are given (ours). For several processes under torchrun see
+    'dlmctl distill teacher'.
 
     Examples:
 

@@ -10,9 +10,8 @@ import typer
 
 from dlmctl.commands.optimizer_options import OPTIMIZER
 from dlmctl.commands.options import whole_numbers
-from dlmctl.commands.progress import counted
+from dlmctl.commands.ranks import write_metrics
 from dlmctl.records.errors import UsageError
-from dlmctl.records.jsonl import write_records
 
 if TYPE_CHECKING:
     from dlmctl.consistency.network import NetworkConfig
@@ -155,9 +154,11 @@ def network_config(
 
 def train(run: TrainingRun, log_every: int, save_minutes: float, quiet: bool) -> None:
     """Take the steps of a run and write its records."""
-    if run.finished:
-        print(f"dlmctl: {run.directory} is trained already", file=sys.stderr)
-        return
-    records = counted(run.train(log_every, 60 * save_minutes), "logged", quiet)
-    write_records(records, standing=run.standing)
-    print(f"dlmctl: {run.directory}/latest is the model", file=sys.stderr)
+    from dlmctl.training.distributed import is_first
+
+    said = f"{run.directory} is trained already"
+    if not run.finished:
+        said = f"{run.directory}/latest is the model"
+        write_metrics(run.train(log_every, 60 * save_minutes), "logged", quiet, run.standing)
+    if is_first():
+        print(f"dlmctl: {said}", file=sys.stderr)

@@ -28,11 +28,13 @@ from dlmctl.commands.distill_options import (
 )
 from dlmctl.commands.optimizer_options import MaxNorm, Rate, Warmup
 from dlmctl.commands.options import Device, Quiet, Seed
+from dlmctl.commands.ranks import on_every_rank
 from dlmctl.records.errors import UsageError
 
 NOISE = "Noise"
 
 
+@on_every_rank
 def command(
     images: Images,
     output: Run,
@@ -87,11 +89,17 @@ def command(
     checkpoints let one follow when. Writes metrics to standard output and RUN/metrics.jsonl. The
     same command goes on with a run that was killed.
 
+    Under torchrun the images of a step are divided among the processes and their gradients summed:
+    the steps, and the files, are those of one process, and a run can go on with more or fewer. Each
+    process has the whole network, which is small, and no share of it as in 'dlmctl update'.
+
     Examples:
 
     dlmctl distill teacher builtin:digits#0:128 -o runs/teacher
 
     dlmctl distill sample runs/teacher -n 1000 -o samples.safetensors
+
+    torchrun --nproc-per-node 4 -m dlmctl distill teacher images/ -b 512 -o runs/large
     """
     from dlmctl.consistency.edm import NoiseLaw, NoiseRange
     from dlmctl.consistency.images import read_images

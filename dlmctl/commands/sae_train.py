@@ -19,19 +19,18 @@ from dlmctl.commands.corpora import (
     PerBatch,
     PositionsOption,
     Sequences,
-    corpus_batches,
+    corpus_windows,
     layer_numbers,
     level_range,
     position_kinds,
 )
 from dlmctl.commands.options import Device, Dtype, Model, Quiet, Seed, byte_count, whole_numbers
-from dlmctl.commands.progress import counted
+from dlmctl.commands.ranks import on_every_rank, write_metrics
 from dlmctl.records.errors import UsageError
-from dlmctl.records.jsonl import write_records
-from dlmctl.records.locks import hold_run
+from dlmctl.records.locks import Lock, hold_run
 
 if TYPE_CHECKING:
-    from dlmctl.sae.corpus import Batch
+    from dlmctl.sae.corpus import Document
     from dlmctl.sae.sources import Source
 
 PROFILES: dict[str, dict[str, Any]] = {
@@ -52,6 +51,7 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 
 
+@on_every_rank
 def command(
     corpus: Corpus = None,
     directory: Annotated[
@@ -163,6 +163,11 @@ def command(
     sae-activations' may be given. Writes metrics to standard output and DIRECTORY/metrics.jsonl.
     The same command goes on with a run that was killed.
 
+    Under torchrun the batches of the corpus and the autoencoders are divided among the processes.
+    Each autoencoder is trained by one of them, with its optimizer and its shuffle buffer; the model
+    is spread over all by FSDP2, as in 'dlmctl update'. What comes out is that of one process, and a
+    run can go on with more or fewer.
+
     Examples:
 
     dlmctl sae-train corpus.jsonl -m GSAI-ML/LLaDA-8B-Base --layers 1,6,11,16,26,30 -k 50,160
@@ -170,9 +175,15 @@ def command(
 
     dlmctl prompts sudoku -n 20000 --completions | dlmctl sae-train --layers 1,3 -k 8 --latents 512
     --tokens 200000 -o saes
+
+    torchrun --nproc-per-node 8 -m dlmctl sae-train corpus.jsonl -m GSAI-ML/LLaDA-8B-Base
+    --layers 1,6,11,16,26,30 -k 50,160 --positions mask,unmask -o saes
     """
-    from dlmctl.sae.run import SaeRun, Stream, finished, folder_name
+    from dlmctl.sae.division import divided
+    from dlmctl.sae.run import SaeRun, finished, folder_name
+    from dlmctl.sae.stream import Stream
     from dlmctl.sae.trainer import Recipe
+    from dlmctl.training.distributed import from_first, size
 
     preset = PROFILES[profile]
     numbers = list(dict.fromkeys(whole_numbers("-k", ks)))
@@ -196,8 +207,14 @@ def command(
     )
     given = {"level": level, "per_batch": per_batch, "pack": pack}
     law = {name: preset[name] if value is None else value for name, value in given.items()}
-    # Refused before the model is loaded; kept until the run has it too.
-    _lock = hold_run(directory) if directory.is_dir() else None
+    _lock: Lock | None = None
+
+    def begin() -> None:
+        nonlocal _lock
+        # Refused before the model is loaded; kept until the run has it too.
+        _lock = hold_run(directory) if directory.is_dir() else None
+
+    from_first(begin)
     source = _source(
         corpus or [],
         model,
@@ -220,20 +237,29 @@ def command(
         "keys": [str(key) for key in source.keys],
     }
     names = [folder_name(key, k) for key in source.keys for k in numbers]
-    if finished(directory, names):
-        print(f"dlmctl: {directory} has all of these autoencoders", file=sys.stderr)
+    if from_first(lambda: finished(directory, names)):
+        _say(f"{directory} has all of these autoencoders")
         return
-    size = byte_count("--buffer", buffer)
+    if len(names) < size():
+        _say(f"{len(names)} autoencoders on {size()} processes: the others train none")
+    room, owners = byte_count("--buffer", buffer), divided(source.keys, numbers)
     streams = [
-        Stream(key, numbers, recipe, source.width, size, drop_norms, source.device)
+        Stream(key, numbers, recipe, source.width, room, drop_norms, source.device, owners[key])
         for key in source.keys
     ]
     run = SaeRun(directory, streams, settings, source.metadata, source.device)
-    records = run.train(source.blocks(run.blocks), log_every, 60 * save_minutes)
-    write_records(counted(records, "logged", quiet), standing=run.standing)
+    records = run.train(source.blocks(run.blocks, run.takers), log_every, 60 * save_minutes)
+    write_metrics(records, "logged", quiet, run.standing)
     for shortfall in run.shortfalls():
-        print(f"dlmctl: {shortfall}", file=sys.stderr)
-    print(f"dlmctl: {len(run.finish())} autoencoders in {directory}", file=sys.stderr)
+        _say(shortfall)
+    _say(f"{len(run.finish())} autoencoders in {directory}")
+
+
+def _say(line: str) -> None:
+    from dlmctl.training.distributed import is_first
+
+    if is_first():
+        print(f"dlmctl: {line}", file=sys.stderr)
 
 
 def _source(
@@ -253,6 +279,8 @@ def _source(
     from dlmctl.models.loading import load_policy, resolve_device
     from dlmctl.sae.corpus import Corruption
     from dlmctl.sae.sources import ModelSource, StoredSource
+    from dlmctl.training.distributed import size
+    from dlmctl.training.sharding import shard
 
     kinds = position_kinds(positions) if positions else None
     chosen = layer_numbers(layers) if layers else None
@@ -260,11 +288,13 @@ def _source(
         return StoredSource(Path(corpus[0]), chosen, kinds, resolve_device(device))
     masks = Corruption(*level_range(law["level"]), law["per_batch"], seed)
     policy = load_policy(model, device, dtype)
+    if size() > 1:
+        shard(policy)
 
-    def batches() -> Iterator[Batch]:
-        return corpus_batches(
-            corpus, policy, masks, context, law["pack"], hide_prompt, batch_size, repeat=True
+    def windows() -> Iterator[list[Document]]:
+        return corpus_windows(
+            corpus, policy, context, law["pack"], hide_prompt, batch_size, repeat=True
         )
 
     about = {"context": context, "pack": law["pack"], "hide_prompt": hide_prompt}
-    return ModelSource(policy, batches, chosen or [0], kinds or ["mask"], masks, about)
+    return ModelSource(policy, windows, chosen or [0], kinds or ["mask"], masks, about)

@@ -173,7 +173,7 @@ def command(
     On several GPUs, or CPUs, weights, gradients and the optimizer's moments are spread over the
     processes by FSDP2, each of which computes its share of every step: the steps, and the files,
     are those of one process, and a run can go on with more or fewer. --batch-size is that of each.
-    Not for models that take images, nor with dropout.
+    Not with dropout.
 
     Examples:
 

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from dlmctl.consistency.edm import (
+    EVERY,
     Denoiser,
     NoiseLaw,
     NoiseRange,
@@ -145,6 +146,7 @@ class Distillation:
         step: int,
         noise_range: NoiseRange,
         generator: torch.Generator,
+        own: slice = EVERY,
     ) -> Tensor:
         """The mean loss of a batch.
 
@@ -152,7 +154,8 @@ class Distillation:
             teacher: of cd.
             data: float [N, ...].
             step: from 0 on; ect has stages.
-            generator: on the CPU, of levels and noise.
+            generator: on the CPU, of levels and noise, which are drawn for the whole batch.
+            own: the rows whose part of the mean this is; one at least.
         """
         count, device = len(data), data.device
         if self.objective == "ect":
@@ -166,6 +169,7 @@ class Distillation:
             grid = noise_range.grid(self.scales)
             sigma, to = grid[index].to(device), grid[index + 1].to(device)
         noise = torch.randn(data.shape, generator=generator).to(data)
+        data, noise, sigma, to = data[own], noise[own], sigma[own], to[own]
         if self.objective == "cd":
             assert teacher is not None
             pair = cd_pair(teacher, data, noise, sigma, to, self.solver)
@@ -174,7 +178,7 @@ class Distillation:
         each_loss = consistency_loss(model, target, pair, self.metric)
         if self.objective == "ect":
             each_loss = each_loss / (sigma - to).to(each_loss)
-        return each_loss.mean()
+        return each_loss.mean() * (len(data) / count)
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 Solver = Literal["heun", "euler"]
+EVERY = slice(None)
+"""All rows of a batch."""
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """From x float [N, ...] and sigma float64 [N] to the estimate of the data, float [N, ...]."""
 
@@ -77,20 +79,27 @@ def each(values: Tensor, x: Tensor) -> Tensor:
 
 
 def edm_loss(
-    denoiser: EdmDenoiser, images: Tensor, law: NoiseLaw, generator: torch.Generator
+    denoiser: EdmDenoiser,
+    images: Tensor,
+    law: NoiseLaw,
+    generator: torch.Generator,
+    own: slice = EVERY,
 ) -> Tensor:
     """The weighted denoising loss (eq. 2 with lambda = 1 / c_out^2), a mean over batch and pixels.
 
     Args:
         images: float [N, ...], of the data.
-        generator: on the CPU, of the levels and the noise.
+        generator: on the CPU, of the levels and the noise, which are drawn for all images.
+        own: the images whose part of the mean this is; one at least.
     """
     normal = torch.randn(len(images), generator=generator, dtype=torch.float64)
     sigma = (law.mean + law.std * normal).exp().to(images.device)
     noise = torch.randn(images.shape, generator=generator).to(images)
+    share = len(sigma[own]) / len(sigma)
+    images, sigma, noise = images[own], sigma[own], noise[own]
     weight = 1 / sigma**2 + 1 / denoiser.sigma_data**2
     error = denoiser(images + each(sigma, images) * noise, sigma) - images
-    return (each(weight, images) * error**2).mean()
+    return (each(weight, images) * error**2).mean() * share
 
 
 def ode_step(

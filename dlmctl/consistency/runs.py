@@ -31,9 +31,14 @@ def teacher_run(
     """Begin a denoiser, or go on with the one in the directory; raises as `TrainingRun`."""
 
     def loss(
-        network: nn.Module, _target: nn.Module, batch: Tensor, _step: int, random: torch.Generator
+        network: nn.Module,
+        _target: nn.Module,
+        batch: Tensor,
+        _step: int,
+        random: torch.Generator,
+        own: slice,
     ) -> Tensor:
-        return edm_loss(EdmDenoiser(network, config.sigma_data), batch, law, random)
+        return edm_loss(EdmDenoiser(network, config.sigma_data), batch, law, random, own)
 
     about = {"objective": "edm", "noise_mean": law.mean, "noise_std": law.std, **about}
     network = new_network(config, recipe.seed)
@@ -61,11 +66,16 @@ def student_run(
         return ConsistencyModel(network, config.sigma_data, config.noise.sigma_min)
 
     def loss(
-        network: nn.Module, target: nn.Module, batch: Tensor, step: int, random: torch.Generator
+        network: nn.Module,
+        target: nn.Module,
+        batch: Tensor,
+        step: int,
+        random: torch.Generator,
+        own: slice,
     ) -> Tensor:
         denoiser = teacher.function if teacher else None
         pair = (wrapped(network), wrapped(target))
-        return plan.loss(*pair, denoiser, batch, step, config.noise, random)
+        return plan.loss(*pair, denoiser, batch, step, config.noise, random, own)
 
     if from_teacher and teacher is not None and teacher.network is not None:
         network = copy.deepcopy(teacher.network)

@@ -7,6 +7,10 @@
 
 The batch and the noise of a step are a function of the seed and the step, so that a run that goes
 on is the one that was never stopped, bit for bit. Training is in float32.
+
+Under torchrun every rank has the whole network, which is small, and the averages and the optimizer
+of its own: each draws the noise of the whole batch, takes the gradient of its part of the rows, and
+gradients are summed, so that all take the same step. The first writes.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -40,13 +44,14 @@ from dlmctl.records.files import (
 )
 from dlmctl.records.interrupts import standing
 from dlmctl.records.jsonl import dump
-from dlmctl.records.locks import hold_run
+from dlmctl.records.locks import Lock, hold_run
 from dlmctl.training.card import write_card
+from dlmctl.training.distributed import agreed, from_first, is_first, own_part, sum_up
 from dlmctl.training.optimizer import Schedule, apply_step, learning_rate
 
-Loss = Callable[[nn.Module, nn.Module, Tensor, int, torch.Generator], Tensor]
-"""From the network, the target network (the network itself where there is none), a batch, the step
-and a generator on the CPU to the loss."""
+Loss = Callable[[nn.Module, nn.Module, Tensor, int, torch.Generator, slice], Tensor]
+"""From the network, the target network (the network itself where there is none), a batch, the step,
+a generator on the CPU and some rows of the batch to their part of the loss."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +118,13 @@ class TrainingRun:
             target_ema: decay of the target network; 0 has none.
 
         Raises:
-            UsageError: the run there was begun with other settings.
+            UsageError: the run there was begun with other settings, or another rank sees other
+                images.
             CannotCreateError: there are checkpoints, and no state to go on from.
             TryAgainError: another process trains in the directory.
+            RankError: one of these, on the other ranks.
         """
-        make_directory(directory)
-        self.lock = hold_run(directory)
+        self.lock: Lock | None = None
         self.directory, self.config, self.recipe = directory, config, recipe
         self.loss, self.images = loss, images.to(device)
         self.network = network.to(device).train().requires_grad_(True)
@@ -138,13 +144,15 @@ class TrainingRun:
         self.step, self.skipped, self.seconds = 0, 0, 0.0
         self._sum, self._count = 0.0, 0
         self._measured: dict[str, float] = {}
-        self._open()
-
-    @property
-    def finished(self) -> bool:
-        """Whether the last step is taken and saved."""
-        done = self.directory / checkpoint_name(self.recipe.steps)
-        return done.exists() and not self.state.exists()
+        settings = json.dumps(self.settings)
+        if agreed(settings) != settings:
+            raise UsageError("this rank sees other images, or another teacher, than the first")
+        state, done, self.finished = from_first(self._open)
+        """`finished`: whether there is nothing left to do."""
+        if state:
+            self._restore(self.state / state)
+        elif done:
+            self.step = recipe.steps
 
     @property
     def state(self) -> Path:
@@ -160,7 +168,7 @@ class TrainingRun:
         """Where the run is, for those who interrupt it."""
         return standing(self.directory, self.state / "latest", self.step)
 
-    def train(self, log_every: int, save_seconds: float) -> Iterator[dict[str, Any]]:
+    def train(self, log_every: int, save_seconds: float) -> Generator[dict[str, Any], None, None]:
         """Take the steps that are left.
 
         Yields a record each `log_every` steps and at the last: the mean loss since the one before,
@@ -170,9 +178,10 @@ class TrainingRun:
             return
         wanted, began, saved = set(self.recipe.checkpoint_steps()), time.monotonic(), self.seconds
         earlier = self.seconds
-        append_line(self.directory / "metrics.jsonl", b"")  # it is there for the first state
-        if not (self.state / "latest").exists():
-            self._save_state()  # or a run that dies at its first checkpoint could not go on
+        if is_first():
+            append_line(self.directory / "metrics.jsonl", b"")  # it is there for the first state
+            if not (self.state / "latest").exists():
+                self._save_state()  # or a run that dies at its first checkpoint could not go on
         while self.step < self.recipe.steps:
             rate, norm = self._take_step()
             self.seconds = earlier + time.monotonic() - began
@@ -186,14 +195,18 @@ class TrainingRun:
                     "seconds": round(self.seconds, 3),
                 }
                 self._sum, self._count = 0.0, 0
-                append_line(self.directory / "metrics.jsonl", dump(record))
+                if is_first():
+                    append_line(self.directory / "metrics.jsonl", dump(record))
                 yield record
+            if not is_first():
+                continue
             if self.step in wanted:
                 self._save_checkpoint()
             if self.step in wanted or self.seconds - saved > save_seconds:
                 self._save_state()
                 saved = self.seconds
-        remove_directory(self.state)
+        if is_first():
+            remove_directory(self.state)
 
     def _take_step(self) -> tuple[float, float]:
         recipe = self.recipe
@@ -201,12 +214,16 @@ class TrainingRun:
         index = torch.randint(len(self.images), (recipe.batch_size,), generator=generator)
         batch = self.images[index.to(self.images.device)]
         target = self.averages["target"][0] if "target" in self.averages else self.network
-        loss = self.loss(self.network, target, batch, self.step, generator)
-        loss.backward()
+        own, loss = own_part(recipe.batch_size), batch.new_zeros(())
+        if own.start < own.stop:
+            loss = self.loss(self.network, target, batch, self.step, generator, own)
+            loss.backward()
+            loss = loss.detach()
+        sum_up([loss, *self._gradients()])
         rate = learning_rate(self.step, recipe.rate, recipe.warmup, recipe.schedule, recipe.steps)
         norm, applied = apply_step(self.optimizer, self.network.parameters(), rate, recipe.max_norm)
         self.step += 1
-        value = float(loss.detach())
+        value = float(loss)
         self._measured = {"loss": value, "grad_norm": norm, "lr": rate}
         if not applied:
             self.skipped += 1
@@ -218,6 +235,13 @@ class TrainingRun:
             warm = (1 + self.step) / (10 + self.step) if name == "ema" else 1.0
             update_average(average, self.network, min(decay, warm))
         return rate, norm
+
+    def _gradients(self) -> list[Tensor]:
+        """Of all parameters; zeros where this rank has no row."""
+        for parameter in self.network.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [p.grad for p in self.network.parameters() if p.grad is not None]
 
     def _save_checkpoint(self) -> None:
         target = self.directory / checkpoint_name(self.step)
@@ -265,25 +289,38 @@ class TrainingRun:
                 made[f"optimizer.{key}.{name}"] = value
         return {name: value.detach().cpu().contiguous() for name, value in made.items()}
 
-    def _open(self) -> None:
+    def _open(self) -> tuple[str, bool, bool]:
+        """Take the directory.
+
+        Returns:
+            The name of the state that is there to go on from, if one is; whether the model of the
+            last step is there; and whether there is nothing left to do.
+        """
+        make_directory(self.directory)
+        self.lock = hold_run(self.directory)
         remove_partials(self.directory)
         remove_partials(self.state)
         latest = self.state / "latest"
         if (latest / "run.json").exists():
             counters = read_json(latest / "run.json")
             self._check(counters["settings"])
-            self._restore(latest, counters)
-        elif (self.directory / checkpoint_name(self.recipe.steps)).exists():
-            done = read_json(self.directory / checkpoint_name(self.recipe.steps) / "config.json")
+            log = self.directory / "metrics.jsonl"
+            if log.exists():
+                with log.open("r+b") as file:  # what was logged after the state will be again
+                    file.truncate(counters["log"])
+            return latest.resolve().name, False, False
+        last = self.directory / checkpoint_name(self.recipe.steps)
+        if last.exists():
+            done = read_json(last / "config.json")
             training = {k: v for k, v in done.pop("training").items() if k != "step"}
             self._check({**training, "config": done})
-            self.step = self.recipe.steps
-        elif any(self.directory.glob("step-*")):
+            return "", True, not self.state.exists()
+        if any(self.directory.glob("step-*")):
             raise CannotCreateError(
                 f"{self.directory} holds another run that is done: choose another -o"
             )
-        else:
-            (self.directory / "metrics.jsonl").unlink(missing_ok=True)
+        (self.directory / "metrics.jsonl").unlink(missing_ok=True)
+        return "", False, False
 
     def _check(self, settings: Mapping[str, Any]) -> None:
         if settings == self.settings:
@@ -294,7 +331,8 @@ class TrainingRun:
             "the same options to go on with it, or choose another -o"
         )
 
-    def _restore(self, state: Path, counters: Mapping[str, Any]) -> None:
+    def _restore(self, state: Path) -> None:
+        counters = read_json(state / "run.json")
         tensors = load_file(state / "training.safetensors")
         networks = {"network": self.network} | {n: a for n, (a, _) in self.averages.items()}
         with torch.no_grad():
@@ -313,7 +351,3 @@ class TrainingRun:
         self.step, self.skipped = counters["step"], counters["skipped"]
         self.seconds = counters["seconds"]
         self._sum, self._count = counters["sum"], counters["count"]
-        log = self.directory / "metrics.jsonl"
-        if log.exists():
-            with log.open("r+b") as file:  # what was logged after the state will be again
-                file.truncate(counters["log"])

@@ -35,6 +35,14 @@ def blocks(policy: Policy) -> nn.ModuleList:
     raise DataError(f"{type(policy.core).__name__} has no list of blocks that is known here")
 
 
+def decoder_blocks(policy: Policy) -> nn.ModuleList:
+    """The same; of a model that takes images, those of its language model."""
+    if policy.vision is None:
+        return blocks(policy)
+    layers: nn.ModuleList = _body(policy).get_submodule("language_model.layers")
+    return layers
+
+
 def block_name(policy: Policy, layer: int) -> str:
     """Path of a block in the Hugging Face model, as `model.layers.5`."""
     wanted = blocks(policy)[layer]

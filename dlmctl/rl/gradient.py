@@ -75,14 +75,28 @@ def _accumulate(
     policy.model.train()  # dropout of an adapter and gradient checkpointing act here alone
     value = torch.zeros((), dtype=torch.float64)
     wanted = (coefficients != 0).any(dim=2) & (mask_weights(examples) > 0)
+    lent = _pair_with_images(examples, wanted)
     for pairs, counts in own_micro_batches(examples, wanted, batch_size):
         n, k = torch.tensor(pairs).T
         weights = coefficients[n, k] * counts
+        if lent and not any(examples[n].pictures for n, _ in pairs):
+            pairs, weights = [*pairs, lent], torch.cat([weights, torch.zeros_like(weights[:1])])
         part = whole_pass(policy.model, functools.partial(_part, policy, examples, pairs, weights))
         part.backward()
         value += float(part.detach())
     policy.model.eval()
     return float(total(value))
+
+
+def _pair_with_images(examples: Sequence[Example], wanted: Tensor) -> tuple[int, int] | None:
+    """A pair that micro-batches without images are given, where it does not count.
+
+    Of several ranks all must have gradients of the weights that look at images, or none.
+    """
+    if size() == 1:
+        return None
+    pairs: list[tuple[int, int]] = wanted.nonzero().tolist()
+    return next(((n, k) for n, k in pairs if examples[n].pictures), None)
 
 
 def _part(

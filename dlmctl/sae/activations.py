@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from dlmctl.models.weights import read_weights
 from dlmctl.records.errors import CannotWriteError, DataError, MissingInputError, UsageError
 from dlmctl.records.files import read_json, write_file
 from dlmctl.sae.corpus import Batch, Corruption, Positions
+from dlmctl.training.sharding import whole_pass
 
 INDEX = "activations.json"
 
@@ -67,7 +69,8 @@ def model_activations(
         for seen, kinds in ((batch, corrupt), (batch.clean(), clean)):
             if not kinds:
                 continue
-            outputs = block_outputs(policy, seen.seen, batch.attention, layers)
+            run = partial(block_outputs, policy, seen.seen, batch.attention, layers)
+            outputs = whole_pass(policy.model, run)
             for kind in kinds:
                 wanted = seen.selected(kind)
                 rows |= {Key(layer, kind): outputs[layer][wanted] for layer in layers}

@@ -141,22 +141,29 @@ def packed(stream: Iterable[Document], policy: Policy, context: int) -> Iterator
         yield Document(0, [first, *waiting], 1, document.record)
 
 
-def corrupted(
-    stream: Iterable[Document], policy: Policy, law: Corruption, batch_size: int
-) -> Iterator[Batch]:
-    """Batches on the device of the policy; sequences of like length share one.
-
-    An autoregressive policy has nothing hidden.
-    """
-    source, number = iter(stream), 0
+def together(stream: Iterable[Document], batch_size: int) -> Iterator[list[Document]]:
+    """The documents of each batch; sequences of like length share one."""
+    source = iter(stream)
     while window := list(islice(source, WINDOW * batch_size)):
         window.sort(key=lambda document: len(document.ids))
         for first in range(0, len(window), batch_size):
-            yield _batch(window[first : first + batch_size], policy, law, number)
-            number += 1
+            yield window[first : first + batch_size]
 
 
-def _batch(window: list[Document], policy: Policy, law: Corruption, number: int) -> Batch:
+def corrupted(
+    stream: Iterable[Document], policy: Policy, law: Corruption, batch_size: int
+) -> Iterator[Batch]:
+    """The batches of a corpus."""
+    for number, window in enumerate(together(stream, batch_size)):
+        yield corrupted_batch(window, policy, law, number)
+
+
+def corrupted_batch(window: list[Document], policy: Policy, law: Corruption, number: int) -> Batch:
+    """A batch of documents on the device of the policy; an autoregressive one has nothing hidden.
+
+    Args:
+        number: of the batch, counted from 0.
+    """
     lengths = torch.tensor([len(document.ids) for document in window])
     width = int(lengths.max())
     ids = torch.full((len(window), width), policy.pad_id, dtype=torch.int64)

@@ -7,7 +7,8 @@
 Each (layer, positions) has a stream: a shuffle buffer and one trainer for each K. What a stream
 does depends on its own activations alone, so that an autoencoder comes out the same whatever is
 trained beside it. A state holds weights, moments and buffers, so that a run that was killed goes on
-bit for bit.
+bit for bit. Under torchrun each rank trains some of the autoencoders (sae/division), and the first
+writes.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from dlmctl.diffusion.noise import stream_key
 from dlmctl.records.errors import CannotCreateError, DataError, UsageError
 from dlmctl.records.files import (
     append_line,
@@ -37,104 +38,25 @@ from dlmctl.records.files import (
 )
 from dlmctl.records.interrupts import standing
 from dlmctl.records.jsonl import dump
-from dlmctl.records.locks import hold_run
+from dlmctl.records.locks import Lock, hold_run
 from dlmctl.sae.activations import Block, Key
-from dlmctl.sae.buffer import ShuffleBuffer
 from dlmctl.sae.card import sae_card
-from dlmctl.sae.folders import write_sae
-from dlmctl.sae.trainer import Recipe, SaeTrainer
+from dlmctl.sae.division import Takers, in_order
+from dlmctl.sae.folders import SavedSae, write_sae
+from dlmctl.sae.stream import Stream
 from dlmctl.training.card import last_metrics
+from dlmctl.training.distributed import (
+    agreed,
+    from_all,
+    from_first,
+    is_first,
+    size,
+)
 
+Placed = tuple[tuple[int, ...], dict[str, Any]]
+"""A record, and what it comes by in the order of one process."""
 ENDING = "ending.json"
 """In the state of a run that writes its autoencoders: its settings."""
-
-
-class Stream:
-    """The autoencoders of one kind of activations."""
-
-    def __init__(
-        self,
-        key: Key,
-        ks: Sequence[int],
-        recipe: Recipe,
-        width: int,
-        buffer_bytes: int,
-        drop_norms: float | None,
-        device: torch.device | str,
-    ) -> None:
-        seed = stream_key(recipe.seed, "sae", key.layer, key.positions)
-        capacity = max(2 * recipe.batch_size, buffer_bytes // (4 * width))
-        capacity = min(capacity, recipe.steps * recipe.batch_size)
-        self.key, self.recipe, self.drop_norms = key, recipe, drop_norms
-        self.buffer = ShuffleBuffer(capacity, seed)
-        self.trainers = {k: SaeTrainer(recipe, width, k, seed, device) for k in ks}
-        self.limit: float | None = None
-        """Norm above which activations are dropped."""
-        self.began = False
-
-    @property
-    def finished(self) -> bool:
-        return all(trainer.finished for trainer in self.trainers.values())
-
-    @property
-    def wanted(self) -> int:
-        """Activations that are to come in still."""
-        done = next(iter(self.trainers.values())).tokens
-        return self.recipe.steps * self.recipe.batch_size - done - len(self.buffer)
-
-    def add(self, rows: Tensor) -> None:
-        """Take in activations [N, d], as many as are wanted."""
-        if self.limit is not None:
-            rows = rows[rows.float().norm(dim=1) <= self.limit]
-        self.buffer.add(rows[: self.wanted])
-
-    def train(self, reserve: int, log_every: int = 1) -> Iterator[dict[str, Any]]:
-        """Train while more than `reserve` activations are left.
-
-        Yields the metrics of the first step of each autoencoder and of every `log_every`-th.
-        """
-        size = self.recipe.batch_size
-        while not self.finished and len(self.buffer) >= reserve + size:
-            if not self.began:
-                self._begin()
-                continue
-            x = self.buffer.draw(size)
-            for k, trainer in self.trainers.items():
-                measured = trainer.step == 0 or (trainer.step + 1) % log_every == 0
-                metrics = trainer.train_step(x, measured)
-                if measured:
-                    about = {"layer": self.key.layer, "k": k, "positions": self.key.positions}
-                    yield about | metrics
-
-    def _begin(self) -> None:
-        if self.drop_norms is not None:
-            norms = self.buffer.rows.float().norm(dim=1)
-            self.limit = self.drop_norms * float(norms.median())
-            self.buffer.keep(norms <= self.limit)
-        for trainer in self.trainers.values():
-            trainer.begin(self.buffer.rows)
-        self.began = True
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on."""
-        parts = {"buffer": self.buffer.state()}
-        parts |= {f"k{k}": trainer.state() for k, trainer in self.trainers.items()}
-        own = {"began": torch.tensor(self.began), "limit": torch.tensor(self.limit or torch.nan)}
-        tensors = {f"{name}/{key}": t for name, part in parts.items() for key, t in part.items()}
-        return own | tensors
-
-    def restore(self, state: Mapping[str, Tensor], device: torch.device | str) -> None:
-        """Go on from a state."""
-
-        def part(name: str) -> dict[str, Tensor]:
-            return {k[len(name) + 1 :]: t for k, t in state.items() if k.startswith(f"{name}/")}
-
-        self.buffer.restore(part("buffer"), device)
-        for k, trainer in self.trainers.items():
-            trainer.restore(part(f"k{k}"))
-        self.began = bool(state["began"])
-        limit = float(state["limit"])
-        self.limit = None if limit != limit else limit
 
 
 class SaeRun:
@@ -158,25 +80,15 @@ class SaeRun:
             UsageError: the run there was begun with other settings.
             CannotCreateError: there is an autoencoder, and no state to go on from.
             TryAgainError: another process trains in the directory.
+            RankError: one of these, on the other ranks.
         """
-        make_directory(directory)
-        self.lock = hold_run(directory)
+        self.lock: Lock | None = None
         self.directory, self.streams = directory, streams
         self.settings, self.metadata = settings, metadata
         self.blocks = 0
         """Blocks of activations taken in."""
-        latest = directory / "state" / "latest"
-        remove_partials(directory)
-        remove_partials(latest.parent)
-        if (latest / "run.json").exists():
-            self._restore(latest, device)
-        elif any(target.exists() for target in self.targets.values()) and not self._ending():
-            raise CannotCreateError(
-                f"{directory} has some of these autoencoders already: choose another -o"
-            )
-        else:
-            (directory / "metrics.jsonl").unlink(missing_ok=True)
-        make_directory(directory / "state")
+        if state := from_first(self._open):
+            self._restore(directory / "state" / state, device)
 
     @property
     def targets(self) -> dict[tuple[Key, int], Path]:
@@ -184,64 +96,92 @@ class SaeRun:
         return {
             (stream.key, k): self.directory / folder_name(stream.key, k)
             for stream in self.streams
-            for k in stream.trainers
+            for k in stream.ks
         }
+
+    @property
+    def takers(self) -> Takers:
+        """The ranks that train on each kind of activations."""
+        return {stream.key: set(stream.owners.values()) for stream in self.streams}
 
     def train(
         self, source: Iterator[Block], log_every: int, save_seconds: float
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Generator[dict[str, Any], None, None]:
         """Train until every autoencoder has had its activations, or the source ends.
 
-        Yields a record of metrics each `log_every` steps of an autoencoder.
+        Yields a record of metrics each `log_every` steps of an autoencoder; of several ranks each
+        yields those of all.
 
         Raises:
             DataError: there were not enough activations for a single step.
         """
         saved = time.monotonic()
-
-        def logged(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-            for record in records:
-                append_line(self.directory / "metrics.jsonl", dump(record))
-                yield record
-
-        for block in source:
-            for stream in self.streams:
-                stream.add(block[stream.key])
-                yield from logged(stream.train(stream.buffer.capacity // 2, log_every))
-            self.blocks += 1
-            if not any(stream.wanted for stream in self.streams):
+        while blocks := list(islice(source, size())):
+            yield from self._logged(self._taken_in(blocks, log_every))
+            self.blocks += len(blocks)
+            if not any(from_all(any(stream.wanted for stream in self.streams))):
                 break
-            if time.monotonic() - saved > save_seconds:
+            if agreed(time.monotonic() - saved > save_seconds):
                 self.save()
                 saved = time.monotonic()
-        for stream in self.streams:
-            yield from logged(stream.train(0, log_every))
-            if not stream.began:
-                raise DataError(
-                    f"only {len(stream.buffer)} activations of layer {stream.key.layer} at "
-                    f"positions {stream.key.positions}, fewer than a step of "
-                    f"{stream.recipe.batch_size}: give a longer corpus"
-                )
+        yield from self._logged(self._taken_in([None], log_every))
+        self._check_begun()
+
+    def _taken_in(self, blocks: Sequence[Block | None], log_every: int) -> Iterator[Placed]:
+        """Records of what is trained on these blocks, or, with None, on what is left."""
+        for number, block in enumerate(blocks):
+            for place, stream in enumerate(self.streams):
+                if not stream.trainers:
+                    continue
+                reserve = 0
+                if block is not None:
+                    stream.add(block[stream.key])
+                    reserve = stream.buffer.capacity // 2
+                for record in stream.train(reserve, log_every):
+                    yield (number, place, record["step"], stream.ks.index(record["k"])), record
+
+    def _logged(self, found: Iterator[Placed]) -> Iterator[dict[str, Any]]:
+        """The records of all ranks in the order of a single one, the first having noted them."""
+        for record in in_order(found):
+            if is_first():
+                append_line(self.directory / "metrics.jsonl", dump(record))
+            yield record
+
+    def _check_begun(self) -> None:
+        own = [None if s.began or not s.trainers else len(s.buffer) for s in self.streams]
+        for stream, counts in zip(self.streams, zip(*from_all(own), strict=True), strict=True):
+            for count in counts:
+                if count is not None:
+                    raise DataError(
+                        f"only {count} activations of layer {stream.key.layer} at positions "
+                        f"{stream.key.positions}, fewer than a step of "
+                        f"{stream.recipe.batch_size}: give a longer corpus"
+                    )
 
     def standing(self) -> str:
         """Where the run is, for those who interrupt it."""
         return standing(self.directory, self.directory / "state" / "latest", self.blocks, "block")
 
     def save(self) -> None:
-        """Publish the state as the newest one.
+        """Publish the state as the newest one; of several ranks all call this.
 
         Raises:
             CannotWriteError: writing failed; the state before is whole.
         """
         parent = self.directory / "state"
         target = parent / f"block-{self.blocks:08d}"
+        states = ((stream.key, stream.whole_state()) for stream in self.streams)
+        if not is_first():
+            deque(states, 0)
+            agreed(None)  # the first writes
+            return
         log = self.directory / "metrics.jsonl"
         log.touch()
         about = {"blocks": self.blocks, "log": log.stat().st_size, "settings": self.settings}
 
         def fill(directory: Path) -> None:
-            for stream in self.streams:
-                save_file(stream.state(), directory / f"{stream.key}.safetensors")
+            for key, state in states:
+                save_file(state, directory / f"{key}.safetensors")
             (directory / "run.json").write_text(json.dumps(about, indent=2) + "\n")
 
         publish_directory(target, fill)
@@ -249,56 +189,89 @@ class SaeRun:
         for old in parent.glob("block-*"):
             if old != target:
                 shutil.rmtree(old, ignore_errors=True)
+        agreed(None)
 
     def shortfalls(self) -> list[str]:
         """A line for each stream whose input ended before its training did."""
         return [
             f"the input ended after {tokens:,} of {stream.recipe.tokens:,} activations of layer "
             f"{stream.key.layer}, positions {stream.key.positions}"
-            for stream in self.streams
-            if (tokens := min(t.tokens for t in stream.trainers.values()))
-            < stream.recipe.steps * stream.recipe.batch_size
+            for stream, tokens in zip(self.streams, self._tokens(), strict=True)
+            if tokens < stream.recipe.steps * stream.recipe.batch_size
         ]
 
+    def _tokens(self) -> list[int]:
+        """Activations that the autoencoders of each stream had, on every rank."""
+        own = [max((t.tokens for t in s.trainers.values()), default=0) for s in self.streams]
+        return [max(numbers) for numbers in zip(*from_all(own), strict=True)]
+
     def finish(self) -> list[Path]:
-        """Write the autoencoders and drop the state; returns their folders."""
+        """Write the autoencoders and drop the state; returns their folders.
+
+        Of several ranks all call this, and the first writes.
+        """
         # A run that dies among them, before its first state, may write them again.
-        write_file(self.directory / "state" / ENDING, dump(self.settings))
-        for stream in self.streams:
-            for k, trainer in stream.trainers.items():
-                about = {**self.metadata(stream.key), "dlm_tokens": trainer.tokens}
-                saved, key = trainer.saved(about), stream.key
-                metrics = last_metrics(
-                    self.directory / "metrics.jsonl",
-                    layer=key.layer,
-                    k=k,
-                    positions=key.positions,
-                )
-                card = sae_card(k, saved.sae.d_in, stream.recipe, about, metrics)
-                write_sae(saved, self.targets[key, k], card=card)
-        remove_directory(self.directory / "state")
+        if is_first():
+            write_file(self.directory / "state" / ENDING, dump(self.settings))
+        for stream, tokens in zip(self.streams, self._tokens(), strict=True):
+            for k in stream.ks:
+                about = {**self.metadata(stream.key), "dlm_tokens": tokens}
+                saved = stream.saved(k, about)
+                if saved is not None:
+                    self._write(saved, stream, k)
+        if is_first():
+            remove_directory(self.directory / "state")
         return list(self.targets.values())
+
+    def _write(self, saved: SavedSae, stream: Stream, k: int) -> None:
+        layer, positions = stream.key
+        log = self.directory / "metrics.jsonl"
+        metrics = last_metrics(log, layer=layer, k=k, positions=positions)
+        card = sae_card(k, saved.sae.d_in, stream.recipe, saved.metadata, metrics)
+        write_sae(saved, self.targets[stream.key, k], card=card)
+
+    def _open(self) -> str:
+        """Take the directory; the name of the state to go on from, or none."""
+        make_directory(self.directory)
+        self.lock = hold_run(self.directory)
+        latest = self.directory / "state" / "latest"
+        remove_partials(self.directory)
+        remove_partials(latest.parent)
+        log, state = self.directory / "metrics.jsonl", ""
+        if (latest / "run.json").exists():
+            about = read_json(latest / "run.json")
+            self._check(about["settings"])
+            if log.exists():
+                with log.open("r+b") as file:  # what was logged after the state will be again
+                    file.truncate(about["log"])
+            state = latest.resolve().name
+        elif any(target.exists() for target in self.targets.values()) and not self._ending():
+            raise CannotCreateError(
+                f"{self.directory} has some of these autoencoders already: choose another -o"
+            )
+        else:
+            log.unlink(missing_ok=True)
+        make_directory(self.directory / "state")
+        return state
 
     def _ending(self) -> bool:
         """Whether a run of these settings died while it wrote its autoencoders."""
         path = self.directory / "state" / ENDING
         return path.exists() and read_json(path) == json.loads(json.dumps(self.settings))
 
-    def _restore(self, state: Path, device: torch.device | str) -> None:
-        about = read_json(state / "run.json")
-        if about["settings"] != json.loads(json.dumps(self.settings)):
-            changed = [n for n, v in about["settings"].items() if self.settings.get(n) != v]
+    def _check(self, settings: Mapping[str, Any]) -> None:
+        if settings != json.loads(json.dumps(self.settings)):
+            changed = [n for n, v in settings.items() if self.settings.get(n) != v]
             raise UsageError(
                 f"{self.directory} holds a run with another {', '.join(changed) or 'setting'}: "
                 "give the same options to go on with it, or choose another -o"
             )
+
+    def _restore(self, state: Path, device: torch.device | str) -> None:
         for stream in self.streams:
-            stream.restore(load_file(state / f"{stream.key}.safetensors"), device)
-        self.blocks = about["blocks"]
-        log = self.directory / "metrics.jsonl"
-        if log.exists():
-            with log.open("r+b") as file:  # what was logged after the state will be again
-                file.truncate(about["log"])
+            if stream.trainers:
+                stream.restore(load_file(state / f"{stream.key}.safetensors"), device)
+        self.blocks = read_json(state / "run.json")["blocks"]
 
 
 def finished(directory: Path, names: Sequence[str]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +18,9 @@ from dlmctl.sae.activations import (
     model_activations,
     source_metadata,
 )
-from dlmctl.sae.corpus import Batch, Corruption, Positions
+from dlmctl.sae.corpus import Batch, Corruption, Document, Positions, corrupted_batch
+from dlmctl.sae.division import Takers, own_batches, shared_out
+from dlmctl.training.distributed import rank
 
 
 class Source(Protocol):
@@ -32,8 +33,8 @@ class Source(Protocol):
     settings: Mapping[str, Any]
     """What decides what the activations are."""
 
-    def blocks(self, start: int) -> Iterator[Block]:
-        """From block `start` on."""
+    def blocks(self, start: int, takers: Takers | None = None) -> Iterator[Block]:
+        """From block `start` on; of several ranks all call this, and each has what it takes."""
 
     def metadata(self, key: Key) -> dict[str, Any]:
         """What a SAE's folder says of the model and the masks."""
@@ -45,21 +46,21 @@ class ModelSource:
     def __init__(
         self,
         policy: Policy,
-        batches: Callable[[], Iterator[Batch]],
+        windows: Callable[[], Iterator[list[Document]]],
         layers: Sequence[int],
         positions: Sequence[Positions],
         law: Corruption,
         about: Mapping[str, Any],
     ) -> None:
         """Args:
-            batches: makes the batches from the first on.
+            windows: makes the documents of each batch, from the first on.
             about: other settings of the corpus, the length of the context for one.
 
         Raises:
             UsageError: the model has no such layer, or hides nothing.
         """
         check_keys(policy, layers, positions)
-        self.policy, self._batches = policy, batches
+        self.policy, self._windows, self._law = policy, windows, law
         self._layers, self._positions, self._about = layers, positions, about
         self._model = source_metadata(policy, law)
         self.keys: Sequence[Key] = [Key(layer, kind) for layer in layers for kind in positions]
@@ -67,9 +68,13 @@ class ModelSource:
         self.device = policy.device
         self.settings: Mapping[str, Any] = {**self._model, **about, "seed": law.seed}
 
-    def blocks(self, start: int) -> Iterator[Block]:
-        batches = islice(self._batches(), start, None)
-        return model_activations(self.policy, batches, self._layers, self._positions)
+    def blocks(self, start: int, takers: Takers | None = None) -> Iterator[Block]:
+        def make(window: list[Document], number: int) -> Batch:
+            return corrupted_batch(window, self.policy, self._law, number)
+
+        for batch, count in own_batches(self._windows(), make, start):
+            [rows] = model_activations(self.policy, [batch], self._layers, self._positions)
+            yield from shared_out(rows, count, takers or {})
 
     def metadata(self, key: Key) -> dict[str, Any]:
         return {
@@ -109,8 +114,9 @@ class StoredSource:
         self.device = device
         self.settings: Mapping[str, Any] = self.stored.metadata
 
-    def blocks(self, start: int) -> Iterator[Block]:
-        return self.stored.blocks(self.keys, self.device, start)
+    def blocks(self, start: int, takers: Takers | None = None) -> Iterator[Block]:
+        own = [key for key in self.keys if takers is None or rank() in takers[key]]
+        return self.stored.blocks(own, self.device, start)
 
     def metadata(self, key: Key) -> dict[str, Any]:
         return {

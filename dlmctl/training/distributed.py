@@ -1,4 +1,4 @@
-"""Several processes that train one model: `torchrun --nproc-per-node N -m dlmctl update …`.
+"""Several processes that train together: `torchrun --nproc-per-node N -m dlmctl update …`.
 
 Each process is a rank. The first alone reads records and writes what is written; all of them
 compute. What every rank must know is sent as JSON, so that nothing is unpickled; what each of them
@@ -14,13 +14,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import orjson
 import torch
 import torch.distributed as dist
+from safetensors.torch import load, save
 from torch import Tensor
 
 from dlmctl.records.errors import UnavailableError, UsageError, UserFacingError
@@ -29,6 +30,8 @@ T = TypeVar("T")
 
 _PATIENCE = timedelta(days=365)
 _ROLL_CALL = timedelta(seconds=30)
+_PIECE = 2**28
+"""Bytes that are sent at once."""
 
 _control: dist.ProcessGroup | None = None
 """The group by which the ranks talk; what FSDP moves goes by torch's default group."""
@@ -112,6 +115,62 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
+def own_part(count: int) -> slice:
+    """This rank's part of `count` things in a row; in one process all of them."""
+    return slice(rank() * count // size(), (rank() + 1) * count // size())
+
+
+def sum_up(tensors: Sequence[Tensor]) -> None:
+    """Put the sums over the ranks into tensors, which share a dtype and a device.
+
+    They travel as one, on a GPU by NCCL.
+    """
+    if size() == 1:
+        return
+    whole = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(whole)
+    parts = whole.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def from_all(value: T) -> list[T]:
+    """The values of all ranks, of JSON, in their order, on each of them."""
+    if size() == 1:
+        return [value]
+    data = torch.frombuffer(bytearray(orjson.dumps(value)), dtype=torch.uint8)
+    lengths = torch.zeros(size(), dtype=torch.int64)
+    lengths[rank()] = len(data)
+    longest = int(total(lengths).max())
+    parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(size())]
+    padded = torch.cat([data, data.new_zeros(longest - len(data))])
+    dist.all_gather(parts, padded, group=_control)
+    return [
+        orjson.loads(part[:length].numpy().tobytes())
+        for part, length in zip(parts, lengths.tolist(), strict=True)
+    ]
+
+
+def tensors_of(owner: int, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The CPU tensors that `make()` returns on rank `owner`, on the first; elsewhere none."""
+    if rank() == owner:
+        made = make()
+        if is_first():
+            return made
+        data = torch.frombuffer(bytearray(save(made)), dtype=torch.uint8)
+        dist.send(torch.tensor([len(data)]), 0, group=_control)
+        for part in data.split(_PIECE):
+            dist.send(part, 0, group=_control)
+    elif is_first():
+        length = torch.zeros(1, dtype=torch.int64)
+        dist.recv(length, owner, group=_control)
+        data = torch.empty(int(length), dtype=torch.uint8)
+        for part in data.split(_PIECE):
+            dist.recv(part, owner, group=_control)
+        return load(data.numpy().tobytes())
+    return {}
+
+
 def from_first(make: Callable[[], T]) -> T:
     """What `make()` returns on the first rank, of JSON, on every rank; no other calls it.
 
@@ -155,6 +214,9 @@ def in_step(items: Generator[T, None, None]) -> Generator[T, None, None]:
     """The items, which each rank makes for itself, until the first rank wants no more.
 
     Closing this on the first rank closes `items` on all of them, at the same item.
+
+    Raises:
+        RankError: on the others, where the first closed it: nothing may follow.
     """
     for item in items:
         if not is_first():
@@ -162,7 +224,7 @@ def in_step(items: Generator[T, None, None]) -> Generator[T, None, None]:
             if agreed(True):
                 continue
             items.close()
-            return
+            raise RankError(0)
         try:
             yield item
         except GeneratorExit:

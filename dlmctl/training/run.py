@@ -47,7 +47,7 @@ from dlmctl.training.optimizer import (
     trained_parameters,
 )
 from dlmctl.training.policy_card import policy_card
-from dlmctl.training.sharding import gathered, outline, shard
+from dlmctl.training.sharding import check_trainable, gathered, outline, shard
 
 
 @dataclass(frozen=True)
@@ -269,6 +269,7 @@ def open_run(
         checkpoint_activations(policy.core)
     form = None
     if size() > 1:
+        check_trainable(policy)
         form = outline(policy.model)
         shard(policy)
     run = Run(directory, policy, progress, optimization, compute, lock, form)

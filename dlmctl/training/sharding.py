@@ -1,9 +1,10 @@
 """Weights, gradients and moments spread over the ranks by FSDP2 (arXiv 2304.11277).
 
 Every block is a unit, and so is what stands around the blocks: embeddings, last norm and output
-head. A unit's weights are gathered when it runs, and given up behind it, so that all ranks must run
-as many passes. Gradients are summed, since a loss is divided by what the whole step counts. Weights
-are gathered in their own dtype, so that a pass computes what it does in one process.
+head, and what looks at images. A unit's weights are gathered when it runs, and given up behind it,
+so that all ranks must run as many passes. Gradients are summed, since a loss is divided by what the
+whole step counts. Weights are gathered in their own dtype, so that a pass computes what it does in
+one process.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dlmctl.models.blocks import blocks
+from dlmctl.models.blocks import decoder_blocks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.training.distributed import is_first, size
@@ -26,22 +27,20 @@ T = TypeVar("T")
 _PASS = "run_whole_pass"
 
 
-def shard(policy: Policy) -> None:
-    """Spread a model, which every rank has loaded, over the ranks.
+def check_trainable(policy: Policy) -> None:
+    """Raise UsageError where several ranks cannot train a model together."""
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.model.modules()):
+        raise UsageError("what dropout leaves out is drawn by one process: none under torchrun")
 
-    Raises:
-        UsageError: the model takes images, or has dropout.
-    """
+
+def shard(policy: Policy) -> None:
+    """Spread a model, which every rank has loaded, over the ranks."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    if policy.vision is not None:
-        raise UsageError(f"{policy.name} takes images: it cannot be trained under torchrun")
-    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.model.modules()):
-        raise UsageError("what dropout leaves out is drawn by one process: none under torchrun")
     mesh = init_device_mesh(policy.device.type, (size(),))
     model: Any = policy.model
-    for module in (*blocks(policy), model):
+    for module in (*decoder_blocks(policy), model):
         unit = fully_shard(module, mesh=mesh, reshard_after_forward=True)
         # A sum: gloo has no other, and a factor of its own needs NCCL.
         unit.set_gradient_divide_factor(1.0)

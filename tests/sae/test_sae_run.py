@@ -14,10 +14,11 @@ from dlmctl.models.blocks import block_outputs
 from dlmctl.records.errors import CannotCreateError, DataError, UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.sae.activations import Key, model_activations, store_activations
-from dlmctl.sae.corpus import Batch, Corruption, corrupted, documents
+from dlmctl.sae.corpus import Batch, Corruption, Document, corrupted, documents, together
 from dlmctl.sae.folders import read_sae
-from dlmctl.sae.run import SaeRun, Stream
+from dlmctl.sae.run import SaeRun
 from dlmctl.sae.sources import ModelSource, Source, StoredSource
+from dlmctl.sae.stream import Stream
 from dlmctl.sae.trainer import Recipe
 
 POLICY = tiny_policy()
@@ -26,15 +27,23 @@ RECIPE = Recipe(latents=24, batch_size=32, tokens=32 * 12, rate=1e-3, dead_after
 CPU = torch.device("cpu")
 
 
-def _batches() -> Iterator[Batch]:
+def _documents() -> Iterator[Document]:
     records = [
         Record(id=n, text="".join("01234="[(n * k) % 6] for k in range(12))) for n in range(150)
     ]
-    yield from corrupted(documents(records, POLICY, 99), POLICY, LAW, 4)
+    return documents(records, POLICY, 99)
+
+
+def _batches() -> Iterator[Batch]:
+    return corrupted(_documents(), POLICY, LAW, 4)
+
+
+def _windows() -> Iterator[list[Document]]:
+    return together(_documents(), 4)
 
 
 def _source(layers: list[int], positions: list[Any]) -> Source:
-    return ModelSource(POLICY, _batches, layers, positions, LAW, {"context": 99})
+    return ModelSource(POLICY, _windows, layers, positions, LAW, {"context": 99})
 
 
 def _run(directory: Path, source: Source, ks: list[int], **changes: Any) -> SaeRun:
