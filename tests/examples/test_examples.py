@@ -1,4 +1,8 @@
-"""Every example of the help texts, the manual pages and the READMEs does what it says."""
+"""The examples of the help texts, the manual pages and the READMEs do what they say.
+
+Each is run in a shell as it is printed, but for sizes (reductions.py), where the files and models
+that it names are (world.py).
+"""
 
 from __future__ import annotations
 
