@@ -124,18 +124,34 @@ def _finish(lines: list[str], others: list[str]) -> str:
 
 def _parts(text: str) -> tuple[str, list[str], list[str]]:
     """Summary, paragraphs, and examples of a help text."""
+    summary, paragraphs, commands = divided(text)
+    body = [line for block in paragraphs for line in (".PP", _roff(" ".join(block.split())))]
+    typed = [_roff(as_typed(block)) for block in commands]
+    examples = [line for text in typed for line in (".PP", ".nf", text, ".fi")]
+    return summary, body[1:], examples
+
+
+def divided(text: str) -> tuple[str, list[str], list[str]]:
+    """Summary, paragraphs and examples of a help text, each as it stands there."""
     blocks = [block.strip() for block in re.split(r"\n\s*\n", text.strip())]
-    body: list[str] = []
+    paragraphs: list[str] = []
     examples: list[str] = []
     in_examples = False
     for block in blocks[1:]:
         if block in ("Example:", "Examples:"):
             in_examples = True
         elif in_examples or block.startswith("dlmctl "):
-            examples += [".PP", ".nf", _roff(block), ".fi"]
+            examples.append(block)
         else:
-            body += [".PP", _roff(re.sub(r"\s+", " ", block))]
-    return blocks[0], body[1:], examples
+            paragraphs.append(block)
+    return blocks[0], paragraphs, examples
+
+
+def as_typed(example: str) -> str:
+    """A command of several lines as a shell takes it, as `--help` joins them."""
+    lines = [line.strip() for line in example.split("\n")]
+    ended = [x if x.endswith(("|", "&&", ";")) else f"{x} \\" for x in lines[:-1]]
+    return "\n    ".join([*ended, lines[-1]])
 
 
 def _metavar(parameter: Parameter) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -115,11 +115,16 @@ def invoke(name: str, *arguments: str | Path) -> Result:
 
 
 def shell(
-    line: str, cwd: Path, timeout: float = 120.0, fresh: bool = False
+    line: str,
+    cwd: Path,
+    timeout: float = 120.0,
+    fresh: bool = False,
+    more: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a line of shell as a user types it, standard input empty.
 
-    `fresh` starts each `dlmctl` from nothing, which takes seconds where it needs torch.
+    `fresh` starts each `dlmctl` from nothing, which takes seconds where it needs torch; `more` is
+    added to its environment.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
@@ -128,7 +133,7 @@ def shell(
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", line],
         cwd=cwd,
-        env=environment,
+        env={**environment, **(more or {})},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

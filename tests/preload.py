@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,9 +104,30 @@ def _become(client: socket.socket, descriptors: list[int]) -> None:
         os.dup2(number, standard)
         os.close(number)
     os.chdir(directory)
+    home = os.environ.get("HF_HOME")
     os.environ.clear()
     os.environ.update(environment)
+    if os.environ.get("HF_HOME") != home:
+        _read_the_cache_elsewhere()
     sys.argv = ["dlmctl", *arguments]
+
+
+def _read_the_cache_elsewhere() -> None:
+    """Have the packages read again what they read of HF_HOME when they were imported."""
+    for name in {"huggingface_hub.constants", "datasets.config"} & sys.modules.keys():
+        importlib.reload(sys.modules[name])
+
+
+def _warm() -> None:
+    """What is made once in a process, and costs more than most of the commands."""
+    from dlmctl.cli import load
+
+    load("stats").make_context("stats", [])  # typer imports pydantic when it reads a first line
+    with contextlib.suppress(ImportError, AttributeError):
+        mapping = importlib.import_module("transformers.conversion_mapping")
+        mapping.get_checkpoint_conversion_mapping("llama")  # a thousand expressions for names
+    for finalizer in weakref.finalize._registry:
+        finalizer.atexit = False  # hundreds of torch's, which every child would run
 
 
 def main(address: str) -> None:
@@ -120,6 +142,7 @@ def main(address: str) -> None:
     for name in LATE:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    _warm()
     gc.freeze()
     _serve(address)
     gc.enable()

@@ -83,7 +83,7 @@ def command(
 
     dlmctl distill sample runs/teacher -n 1000 -o teacher.safetensors
 
-    dlmctl distill sample runs/student -n 1000 --steps 2 --at 800 -o student.safetensors
+    dlmctl distill sample runs/student -n 1000 --steps 2 --at 850 -o student.safetensors
 
     dlmctl distill sample runs/student --at all -o student-{step}.safetensors
     """

@@ -25,6 +25,12 @@ def command(
 
     Reports torch, CUDA devices and their memory, optional packages and the command that installs
     each. Exit 69 if something that every stage needs is missing.
+
+    Examples:
+
+    dlmctl doctor
+
+    dlmctl doctor --json | jq -r 'select(.state == "missing") | .detail'
     """
     from dlmctl.report.diagnosis import findings
 

@@ -80,7 +80,8 @@ def command(
 
     Examples:
 
-    dlmctl memo-eval membership -m runs/a --reference new --members seen.jsonl --others unseen.jsonl
+    dlmctl memo-eval membership -m runs/a --reference builtin:puzzles --members seen.jsonl
+    --others unseen.jsonl
 
     dlmctl memo-eval membership -m runs/a --members seen.jsonl --others unseen.jsonl --curve c.jsonl
 

@@ -131,7 +131,7 @@ def command(
 
     dlmctl rollout --follow runs/a --rounds 200 | dlmctl verify | dlmctl update -o runs/a
 
-    dlmctl rollout -m runs/a --steer saes/layer2:17=2 --steer-scope update prompts.jsonl
+    dlmctl rollout -m runs/a --steer saes/layer2-k8-mask:17=2 --steer-scope update prompts.jsonl
 
     dlmctl rollout -m runs/a --shard 3/8 -o samples-3.jsonl prompts.jsonl
     """

@@ -58,7 +58,7 @@ def command(
 
     Examples:
 
-    dlmctl sae-activations corpus.jsonl -m M --layers 1,5,10 -o acts
+    dlmctl sae-activations corpus.jsonl -m GSAI-ML/LLaDA-8B-Base --layers 1,6,11 -o acts
 
     dlmctl sae-train acts -k 50,160 -o saes
     """

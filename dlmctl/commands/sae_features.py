@@ -126,11 +126,11 @@ def command(
 
     Examples:
 
-    dlmctl sae-features saes/layer26-mask corpus.jsonl --html features.html -o features.jsonl
+    dlmctl sae-features saes/layer26-k50-mask corpus.jsonl --html features.html -o features.jsonl
 
-    dlmctl sae-features saes/layer26-mask corpus.jsonl --features top:50 --positions clean
+    dlmctl sae-features saes/layer26-k50-mask corpus.jsonl --features top:50 --positions clean
 
-    dlmctl sae-features saes/layer26-mask corpus.jsonl --features 7,1203 | dlmctl sae-judge
+    dlmctl sae-features saes/layer26-k50-mask corpus.jsonl --features 7,1203 | dlmctl sae-judge
     """
     import torch
 

@@ -131,8 +131,8 @@ def command(
 
     dlmctl sae-order --task sudoku --truth solution --sae saes/layer2-k8-mask
 
-    dlmctl sae-order --sae saes/a --sae saes/b --orders entropy,random --summary orders.jsonl
-    prompts.jsonl | dlmctl verify | dlmctl stats --by remasking
+    dlmctl sae-order --sae saes/layer1-k8-mask --sae saes/layer2-k8-mask --orders entropy,random
+    --summary orders.jsonl prompts.jsonl | dlmctl verify | dlmctl stats --by remasking
     """
     from dlmctl.diffusion.sampling import settings_for
     from dlmctl.models.loading import load_policy

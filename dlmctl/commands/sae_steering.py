@@ -140,7 +140,8 @@ def command(
 
     Examples:
 
-    dlmctl sae-steering --baseline plain.jsonl --concept-from reward --fluency gpt2 steered.jsonl
+    dlmctl sae-steering --baseline plain.jsonl --concept-from reward
+    --fluency openai-community/gpt2 steered.jsonl
 
     dlmctl sae-steering --baseline plain.jsonl --concept "the sea" --judge runs/judge steered.jsonl
 

@@ -179,7 +179,8 @@ def command(
 
     dlmctl rollout | dlmctl verify | dlmctl update --algo rspo -o runs/a
 
-    dlmctl prompts sudoku -n 100000 --completions | dlmctl update --algo sft -m new -o runs/base
+    dlmctl init runs/new && dlmctl prompts sudoku -n 100000 --completions |
+    dlmctl update --algo sft -m runs/new -o runs/base
 
     dlmctl update --algo grpo --loss-type dr_grpo --max-length 512 --clip-high 0.28 verified.jsonl
 

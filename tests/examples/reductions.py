@@ -1,0 +1,115 @@
+"""What is done to an example before it is run, and what becomes of those that are not run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+REDUCTIONS = {
+    # Machines
+    "--nproc-per-node 8": "--nproc-per-node 1",
+    "--shard 3/8": "--shard 1/2",
+    "seq 32": "seq 2",
+    "--shard {}/32": "--shard {}/2",
+    "samples.{}-of-32.jsonl": "samples.{}-of-2.jsonl",
+    "'samples.%g-of-32.jsonl' 32)": "'samples.%g-of-2.jsonl' 2)",
+    # Numbers of prompts, completions and tokens
+    "dlmctl prompts sudoku |": "dlmctl prompts sudoku -n 2 |",
+    "dlmctl prompts sudoku --split test |": "dlmctl prompts sudoku --split test -n 2 |",
+    "dlmctl prompts shapes |": "dlmctl prompts shapes -n 1 |",
+    "dlmctl rollout |": "dlmctl rollout --prompts 2 -n 2 |",
+    "dlmctl rollout -n 8 |": "dlmctl rollout -n 8 --prompts 2 |",
+    "dlmctl rollout -n 2 |": "dlmctl rollout -n 2 --prompts 2 |",
+    "dlmctl rollout -m runs/vlm |": "dlmctl rollout -m runs/vlm -n 2 |",
+    "--follow runs/a --rounds 200": "--follow runs/a --rounds 2 --prompts 2 -n 2",
+    "--temperature 1 --rounds 40": "--temperature 1 --rounds 1 --prompts 1 -n 2",
+    "--task shapes |": "--task shapes --prompts 1 -n 2 |",
+    "--gen-length 256 --steps 128 -n 6": "--gen-length 8 --steps 2 -n 2",
+    "-n 6": "-n 2",
+    "-n 32": "-n 2",
+    "-n 512": "-n 2",
+    "-n 1000": "-n 8",
+    "-n 2048": "-n 2",
+    "-n 20000": "-n 40",
+    "-n 48000": "-n 32",
+    "-n 100000": "-n 32",
+    "./nightly.sh": "COUNT=2 ./nightly.sh",
+    "-b 256": "-b 32",
+    "-n 8 --split test": "-n 1 --split test",
+    "-n 8 --temperature 1": "-n 2 --temperature 1",
+    # Autoencoders
+    "--layers 1,6,11,16,26,30 -k 50,160": "--layers 26 -k 50,160 --latents 256 --tokens 500",
+    "--tokens 200000": "--tokens 1000 --sae-batch-size 100",
+    "sae-train acts -k 50,160": "sae-train acts -k 50,160 --latents 256 --tokens 500",
+    "--layers 1,5,10 -k 50,160": "--layers 5 -k 50,160 --latents 1280 --tokens 500",
+    "--judge GSAI-ML/LLaDA-8B-Instruct": "--judge GSAI-ML/LLaDA-8B-Instruct --gen-length 4",
+    "--task sudoku --truth solution": "--task sudoku --truth solution --prompts 2",
+    # Distillation and memorization
+    "distill teacher": "distill teacher --width 8 --steps 2",
+    "distill cd": "distill cd --steps 2",
+    "--at 850": "--at 1",
+    "memo-eval text": "memo-eval text --steps 1,2 --orders 2",
+    "memo-eval theory": "memo-eval theory -d 4 --taus 1:1e6:4",
+    "--draws 100": "--draws 8",
+    # Measurements
+    "bench credit": "bench credit --rounds 2 --prompts 1 -n 2",
+    "bench elbo": "bench elbo --repeats 2",
+    "--repeats 400": "",
+    "bench neighbours": "bench neighbours -n 40 --references 40 --repeats 1",
+    "-n 50000 --references 50000": "",
+    "bench rollout --gen-length 256 --steps 64": "bench rollout -m random:tiny --gen-length 32 "
+    "--steps 8 --prompts 2",
+    "bench rollout --gen-length 256 --steps 128": "bench rollout -m random:tiny --gen-length 32 "
+    "--steps 8 --prompts 2",
+    "bench sae": "bench sae --width 16 --latents 600 --steps 1 --sae-batch-size 64 -m random:tiny "
+    "--layers 0 --context 16 --expansion 20",
+    "-m random:8b --layers 1,6,11,16,26,30": "",
+    "bench update": "bench update --prompt-length 8 --repeats 1 -m random:tiny",
+    "--gen-length 512": "--gen-length 8",
+    "-m random:8b": "",
+}
+"""Text of examples, and what stands in its place: fewer, smaller, shorter. Nothing else is changed.
+Of two that fit the longer is taken."""
+
+STANDS_FOR = {
+    "saes/layer26-": {"saes": "saes-of-llada"},
+    "--image-free train.jsonl": {
+        "train.jsonl": "scenes.jsonl",
+        "verified.jsonl": "judged-scenes.jsonl",
+    },
+    "--fail-under accuracy=0.5": {"runs/a": "runs/untrained"},
+    "--verifier math": {"samples.jsonl": "answered.jsonl"},
+}
+"""In an example with this text these files are copies of others."""
+
+EXIT_CODES = {"--fail-under accuracy=0.5": 1}
+"""What an example with this text ends with, where that is not 0: the accuracy is not reached."""
+
+NOT_RUN = {
+    "examples/quickstart.sh": "creates an environment; see test_recipes.py",
+    "tests/run.sh": "creates an environment and runs these tests",
+    "tests/benchmarks/sae_training.py": "needs two other libraries",
+    "dlmctl lm-eval": "downloads its tasks; see tests/benchmarks/test_lm_eval.py",
+    "dlmctl tensorboard": "needs tensorboard, whose server does not end; see "
+    "tests/benchmarks/test_tensorboard.py",
+    "dlmctl bench loop": "starts its stages from nothing; see tests/bench/test_loop.py",
+    "parallel -j 8": "needs GNU parallel",
+    "ray_shards.py": "needs Ray",
+    "make -j2": "takes hours; see test_recipes.py",
+}
+"""Examples with this text are only parsed, for this reason."""
+
+_FORMS = "|".join(re.escape(text) for text in sorted(REDUCTIONS, key=len, reverse=True))
+PATTERN = re.compile(rf"(?<![\w-])({_FORMS})(?!\S)")
+"""Any of them, as whole words."""
+
+
+def reduced(text: str) -> str:
+    """What is run in place of an example."""
+    return PATTERN.sub(lambda match: REDUCTIONS[match[1]], text)
+
+
+def entry(table: Mapping[str, Any], text: str, default: Any = None) -> Any:
+    """The value whose key is in a text."""
+    return next((value for key, value in table.items() if key in text), default)
