@@ -9,6 +9,7 @@ from typing import Any
 REDUCTIONS = {
     # Machines
     "--nproc-per-node 8": "--nproc-per-node 1",
+    "--nproc-per-node 4": "--nproc-per-node 1",
     "--shard 3/8": "--shard 1/2",
     "seq 32": "seq 2",
     "--shard {}/32": "--shard {}/2",
@@ -36,6 +37,7 @@ REDUCTIONS = {
     "-n 100000": "-n 32",
     "./nightly.sh": "COUNT=2 ./nightly.sh",
     "-b 256": "-b 32",
+    "-b 512": "-b 4",
     "-n 8 --split test": "-n 1 --split test",
     "-n 8 --temperature 1": "-n 2 --temperature 1",
     # Autoencoders

@@ -73,6 +73,10 @@ dlmctl prompts sudoku --split test -n 4 --completions | tee unseen.jsonl > heldo
 jq -c '{prompt, completion: .completion[:4], answer: .completion}' train.jsonl > answered.jsonl
 
 dlmctl prompts shapes -n 40 --completions -o scenes.jsonl
+mkdir images
+for n in 1 2 3; do
+    sed -n ${n}p scenes.jsonl | jq -r '.images[0]' | cut -d, -f2 | base64 -d > images/$n.png
+done
 head -n 2 scenes.jsonl | jq -c '. + {sample: 0}' | dlmctl verify -o judged-scenes.jsonl
 dlmctl init runs/vlm --family qwen2.5-vl --tokenizer word --vocabulary scenes.jsonl \
     --hidden-size 16 --heads 2 --gen-length 8
