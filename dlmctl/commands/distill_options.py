@@ -158,6 +158,14 @@ def train(run: TrainingRun, log_every: int, save_minutes: float, quiet: bool) ->
     if run.finished:
         print(f"dlmctl: {run.directory} is trained already", file=sys.stderr)
         return
-    records = counted(run.train(log_every, 60 * save_minutes), "logged", quiet)
+    records = counted(
+        run.train(log_every, 60 * save_minutes),
+        "steps",
+        quiet,
+        run.recipe.steps,
+        run.step,
+        at=lambda _: run.step,
+        figures=("loss",),
+    )
     write_records(records, standing=run.standing)
     print(f"dlmctl: {run.directory}/latest is the model", file=sys.stderr)

@@ -15,9 +15,11 @@ from dlmctl.commands.options import (
     Json,
     Model,
     OnErrorOption,
+    Quiet,
     Seed,
     whole_numbers,
 )
+from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import read_records, write_records
@@ -91,6 +93,7 @@ def command(
     device: Device = "auto",
     dtype: Dtype = "auto",
     on_error: OnErrorOption = "fail",
+    quiet: Quiet = False,
 ) -> None:
     """How many texts a language model gives back when it is shown a part of them.
 
@@ -121,6 +124,7 @@ def command(
     policy = load_policy(model, device, dtype)
     found: list[dict[str, Any]] = []
     summary = text_memory(policy, texts, unseen, plan, batch_size, found.append if rows else None)
-    write_rows(summary, COLUMNS, json)
+    count = len(plan.modes) * len(plan.steps)
+    write_rows(counted(summary, "rows", quiet, count), COLUMNS, json)
     if rows is not None:
         write_records(found, str(rows))

@@ -230,7 +230,16 @@ def command(
     ]
     run = SaeRun(directory, streams, settings, source.metadata, source.device)
     records = run.train(source.blocks(run.blocks), log_every, 60 * save_minutes)
-    write_records(counted(records, "logged", quiet), standing=run.standing)
+    shown = counted(
+        records,
+        "steps",
+        quiet,
+        recipe.steps * len(names),
+        run.steps,
+        at=lambda _: run.steps,
+        figures=("fve",),
+    )
+    write_records(shown, standing=run.standing)
     for shortfall in run.shortfalls():
         print(f"dlmctl: {shortfall}", file=sys.stderr)
     print(f"dlmctl: {len(run.finish())} autoencoders in {directory}", file=sys.stderr)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dlmctl.records.jsonl import write_records
+from dlmctl.records.stderr import aside
 
 
 def print_table(
@@ -28,7 +29,8 @@ def print_table(
         table.add_column(heading, justify="right" if number else "left")
     for row in rows:
         table.add_row(*((cell or _plain)(row, name) for name in columns))
-    Console().print(table)
+    with aside():
+        Console().print(table)
 
 
 def write_rows(rows: Iterable[dict[str, Any]], columns: Sequence[str], json: bool) -> None:

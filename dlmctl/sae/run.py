@@ -187,6 +187,11 @@ class SaeRun:
             for k in stream.trainers
         }
 
+    @property
+    def steps(self) -> int:
+        """Steps that were taken, of all autoencoders together."""
+        return sum(t.step for stream in self.streams for t in stream.trainers.values())
+
     def train(
         self, source: Iterator[Block], log_every: int, save_seconds: float
     ) -> Iterator[dict[str, Any]]:
