@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from dlmctl import __version__
+from dlmctl.help_screen import TwoColumns
 from dlmctl.records import interrupts, stderr
 from dlmctl.records.errors import UsageError, UserFacingError
 
@@ -157,7 +158,8 @@ def load(name: str) -> Any:
     for full_name, function in functions(name).items():
         text = help_text(function)
         settings = {"ignore_unknown_options": getattr(_module(name), "PASSES_ON", False)}
-        app.command(full_name.split()[-1], help=text, context_settings=settings)(
+        name_here = full_name.split()[-1]
+        app.command(name_here, cls=TwoColumns, help=text, context_settings=settings)(
             with_exit_codes(function, full_name)
         )
     return typer.main.get_command(app)
@@ -200,15 +202,17 @@ class LazyGroup(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return list(SUBCOMMANDS)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        # By these typer tells what a wrong name may have meant.
+        self.commands = {name: self.get_command(ctx, name) for name in SUBCOMMANDS}
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load(name) if name in SUBCOMMANDS else command, rest
+
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         row = SUBCOMMANDS.get(cmd_name)
         if row is None:
             return None
         return TyperCommand(cmd_name, help=row.summary, rich_help_panel=row.panel)
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name, command, rest = super().resolve_command(ctx, args)
-        return name, load(name) if name in SUBCOMMANDS else command, rest
 
 
 app = typer.Typer(

@@ -200,7 +200,7 @@ def write_records(
         return f"{lines} records are in {output}.partial{_how(going)}"
 
     describe(standing or stands)
-    shared = output == "-" and sys.stdout.isatty()  # with the line of progress
+    shared = output == "-" and os.isatty(1)  # with the line of progress
     with _sink(output, going) as stream:
         for record in records:
             line = dump(record)
