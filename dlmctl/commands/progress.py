@@ -177,7 +177,7 @@ def _way() -> str | None:
         another = False
     if another:  # a stage follows, whose line would be drawn over this one
         return None
-    return "written" if os.environ.get("TERM", "dumb") in ("dumb", "unknown", "") else "drawn"
+    return "drawn" if stderr.has_codes() else "written"
 
 
 def _draw(gauge: Gauge, ended: threading.Event) -> None:

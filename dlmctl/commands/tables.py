@@ -11,6 +11,8 @@ from dlmctl.records.stderr import aside
 
 GAP = 2
 """Between two columns."""
+LONG = 40
+"""Characters of a cell that is no number, but text that may need several lines."""
 
 
 def print_table(
@@ -24,7 +26,7 @@ def print_table(
     columns that tell its rows apart.
 
     Args:
-        columns: key of a row to the heading of its column; the first is set flush left.
+        columns: key of a row to the heading of its column; flush left are the first, and long text.
         cell: text of a row's value by its key; numbers have four digits without it.
     """
     from rich.console import Console
@@ -39,9 +41,8 @@ def print_table(
         for number, block in enumerate(_blocks(texts, console.width)):
             table = Table(box=None, header_style="bold", pad_edge=False)
             for heading in block:
-                table.add_column(
-                    heading, justify="left" if heading == next(iter(texts)) else "right"
-                )
+                flush = heading == next(iter(texts)) or max(map(len, texts[heading])) > LONG
+                table.add_column(heading, justify="left" if flush else "right")
             for row in zip(*(texts[heading] for heading in block), strict=True):
                 table.add_row(*map(escape, row))
             if number:
@@ -57,7 +58,7 @@ def _blocks(texts: Mapping[str, Sequence[str]], width: int) -> list[list[str]]:
         return [headings]
     first = headings[: _telling(list(texts.values()))]
     room = width + GAP - sum(wide[heading] for heading in first)
-    if room < width // 3:
+    if room < min(max(wide[heading] for heading in headings[len(first) :]), width // 2):
         first = first[:1]
         room = width + GAP - wide[first[0]]
     blocks: list[list[str]] = []

@@ -119,7 +119,7 @@ def end(forced: bool = False) -> NoReturn:
     if os.environ.get("RANK", "0") != "0":  # torchrun ends all ranks, and the first speaks for them
         line = ""
     with contextlib.suppress(OSError):
-        os.write(2, stderr.close() + (stderr.filled(f"{line}\n".encode()) if line else b""))
+        os.write(2, stderr.close() + (stderr.shown(f"{line}\n".encode()) if line else b""))
     with contextlib.suppress(Exception):
         import ctypes
 

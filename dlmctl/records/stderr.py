@@ -37,7 +37,7 @@ class _Forgiving(io.FileIO):
         with aside():
             _Line.broken = bytes(data[-1:]) not in (b"", b"\n")
             with contextlib.suppress(OSError):
-                super().write(filled(bytes(data)))
+                super().write(shown(bytes(data)))
         return len(data)
 
 
@@ -64,17 +64,28 @@ def columns() -> int:
         return 0
 
 
-def filled(line: bytes) -> bytes:
-    """A message of ours that is longer than the terminal is wide, broken between words."""
+def shown(message: bytes) -> bytes:
+    """A message of ours as a terminal is given it: broken between words where it is long.
+
+    It takes away what stands on the line, which may be that of another stage of the pipe.
+    """
     width = columns()
-    if not line.startswith(b"dlmctl: ") or not 20 <= width < len(line):
-        return line
-    text, end = line.removesuffix(b"\n"), line[len(line.removesuffix(b"\n")) :]
+    if not message.startswith(b"dlmctl: ") or not width:
+        return message
+    start = ERASE if has_codes() else b""
+    if not 20 <= width < len(message):
+        return start + message
+    text = message.removesuffix(b"\n")
     rows = [
         textwrap.fill(row, width, break_long_words=False, break_on_hyphens=False)
         for row in text.decode("utf-8", "replace").split("\n")
     ]
-    return "\n".join(rows).encode() + end
+    return start + "\n".join(rows).encode() + message[len(text) :]
+
+
+def has_codes() -> bool:
+    """Whether the terminal understands more than text."""
+    return os.environ.get("TERM", "dumb") not in ("dumb", "unknown", "")
 
 
 def draw(text: str, wanted: Callable[[], bool]) -> None:

@@ -18,7 +18,7 @@ from dlmctl.cli import SUBCOMMANDS, functions
 from dlmctl.commands import input_lines, progress
 from dlmctl.commands.input_lines import Lines
 from dlmctl.commands.progress import Gauge, counted, counting, duration, pace, times
-from dlmctl.records import interrupts
+from dlmctl.records import interrupts, stderr
 
 RECORD = {"id": "a", "task": "countdown", "numbers": [1, 2], "target": 3, "completion": "1+2"}
 LINE = orjson.dumps(RECORD) + b"\n"
@@ -254,3 +254,17 @@ def test_nothing_is_drawn_within_a_pipe_or_on_a_dumb_terminal(case, tmp_path):
     assert running.command.wait(10) == 0
     assert running.rest() == ""
     os.close(reading)
+
+
+def test_a_long_message_breaks_between_words_on_a_terminal_alone(monkeypatch):
+    message = b"dlmctl: of forty-odd words\n"
+    monkeypatch.setattr(stderr, "columns", lambda: 20)
+    monkeypatch.setenv("TERM", "xterm")
+    assert stderr.shown(message) == stderr.ERASE + b"dlmctl: of forty-odd\nwords\n"
+    assert stderr.shown(b"\xff not ours, and longer than it is wide") == (
+        b"\xff not ours, and longer than it is wide"
+    )
+    monkeypatch.setenv("TERM", "dumb")
+    assert stderr.shown(b"dlmctl: short\n") == b"dlmctl: short\n"
+    monkeypatch.setattr(stderr, "columns", lambda: 0)
+    assert stderr.shown(message) == message
