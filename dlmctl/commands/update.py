@@ -66,9 +66,9 @@ from dlmctl.commands.options import (
     Seed,
 )
 from dlmctl.commands.ranks import on_every_rank, write_metrics
-from dlmctl.records.errors import UsageError
+from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.groups import group_size
-from dlmctl.records.jsonl import Record, read_records
+from dlmctl.records.jsonl import Record, object_field, read_records
 from dlmctl.records.locks import Lock, hold_run
 
 
@@ -231,10 +231,12 @@ def command(
         # Refused before the first record, which may be long in coming; kept until the run has it.
         _lock = hold_run(directory) if directory.is_dir() else None
         records, first = _with_first(read_records(files or [], on_error))
-        sampled = first.get("rollout") or {}
         group = 1 if algo == "sft" else group_size(first)
+        sampled_from = object_field(first, "rollout").get("model")
+        if not isinstance(sampled_from, str | None):
+            raise DataError("field 'rollout.model' is not the name of a model", first.where)
         print(f"dlmctl: writing {directory}", file=sys.stderr)
-        return sampled.get("model"), str(directory)
+        return sampled_from, str(directory)
 
     sampled_from, directory = from_first(begin)
     run = open_run(
@@ -287,7 +289,7 @@ def command(
             rest, run, objective, batching, prompts_per_step, batch_size, save_every, keep,
             any_policy,
         )  # fmt: skip
-    total = lines.times(passes / (group * prompts_per_step)) if group else None
+    total = lines.times(passes / (group * prompts_per_step)) if group and group > 0 else None
     write_metrics(metrics, quiet, run.standing, total, run.progress.step if resume else 0)
 
 
