@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -124,7 +125,10 @@ def command(
     policy = load_policy(model, device, dtype)
     found: list[dict[str, Any]] = []
     summary = text_memory(policy, texts, unseen, plan, batch_size, found.append if rows else None)
-    count = len(plan.modes) * len(plan.steps)
-    write_rows(counted(summary, "rows", quiet, count), COLUMNS, json)
+    # A row takes as long as its steps.
+    reached = list(accumulate([*plan.steps] * len(chosen) if policy.diffusion else [1]))
+    places = iter(reached)
+    shown = counted(summary, "steps", quiet, reached[-1], at=lambda _: next(places))
+    write_rows(shown, COLUMNS, json)
     if rows is not None:
         write_records(found, str(rows))

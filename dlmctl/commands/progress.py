@@ -113,16 +113,17 @@ class Gauge:
         known = total is not None and total >= self.count
         parts = [f"{self.count:,} of {about}{total:,}" if known else f"{self.count:,}"]
         parts[0] += f" {self._what}"
-        new, now = self.count - self._before, self._clock()
-        took = self._reached - self._began
+        now, left = self._clock(), 0.0
+        new, took = self.count - self._before, self._reached - self._began
         if known and width is not None:
             parts.append(f"{int(100 * self.count / max(1, total or 0))} %")
         if new > 0 and took > 0:
             parts.append(pace(new / took))
             if known:
                 left = ((total or 0) - self.count) * took / new - (now - self._reached)
-                parts.append(f"{duration(max(0.0, left))} left")
-        if width is not None or not known or new <= 0:
+        if left >= 0.5:  # what takes longer than it seemed has no such time
+            parts.append(f"{duration(left)} left")
+        if width is not None or left < 0.5:
             parts.append(f"{duration(now - self._began)} so far")
         parts += [f"{name} {value:.3g}" for name, value in self._figures.items()]
         while width is not None and len(", ".join(parts)) >= width and len(parts) > 1:

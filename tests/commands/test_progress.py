@@ -55,7 +55,7 @@ def test_time_runs_on_while_a_batch_is_made_and_the_rate_does_not_sink():
     clock.now += 30
     assert meter.text() == "64 of 128 samples, 38/min, 1 min 10 s left"
     clock.now += 600
-    assert meter.text() == "64 of 128 samples, 38/min, 0 s left"
+    assert meter.text() == "64 of 128 samples, 38/min, 12 min 10 s so far"
 
 
 def test_without_a_total_the_line_says_how_long_it_took():

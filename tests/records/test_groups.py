@@ -69,5 +69,5 @@ def test_batches_of_a_plain_stream_and_records_with_an_error():
 
 
 def test_a_size_that_is_no_number_is_refused():
-    with pytest.raises(DataError, match="'rollout.samples' is str, expected int"):
+    with pytest.raises(DataError, match=r"'rollout\.samples' is str, expected int"):
         list(groups([Record(id="a", rollout={"samples": "x"})]))
