@@ -6,6 +6,7 @@ that need it and by nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import importlib
@@ -19,9 +20,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from dlmctl import __version__
-from dlmctl.records import interrupts
+from dlmctl.help_screen import TwoColumns
+from dlmctl.records import interrupts, stderr
 from dlmctl.records.errors import UsageError, UserFacingError
-from dlmctl.records.stderr import forgive
 
 
 class Subcommand(NamedTuple):
@@ -100,11 +101,16 @@ SUBCOMMANDS = {
 }
 
 
-def with_exit_codes(function: Callable[..., None]) -> Callable[..., None]:
-    """Turn the errors meant for the user into one line on stderr and their exit code."""
+def with_exit_codes(function: Callable[..., None], name: str) -> Callable[..., None]:
+    """Turn the errors meant for the user into one line on stderr and their exit code.
+
+    Args:
+        name: the subcommand's full one.
+    """
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
+        interrupts.call(name)
         try:
             _check_processes(function)
             function(*args, **kwargs)
@@ -153,8 +159,9 @@ def load(name: str) -> Any:
     for full_name, function in functions(name).items():
         text = help_text(function)
         settings = {"ignore_unknown_options": getattr(_module(name), "PASSES_ON", False)}
-        app.command(full_name.split()[-1], help=text, context_settings=settings)(
-            with_exit_codes(function)
+        name_here = full_name.split()[-1]
+        app.command(name_here, cls=TwoColumns, help=text, context_settings=settings)(
+            with_exit_codes(function, full_name)
         )
     return typer.main.get_command(app)
 
@@ -196,15 +203,17 @@ class LazyGroup(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return list(SUBCOMMANDS)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        # By these typer tells what a wrong name may have meant.
+        self.commands = {name: self.get_command(ctx, name) for name in SUBCOMMANDS}
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load(name) if name in SUBCOMMANDS else command, rest
+
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         row = SUBCOMMANDS.get(cmd_name)
         if row is None:
             return None
         return TyperCommand(cmd_name, help=row.summary, rich_help_panel=row.panel)
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name, command, rest = super().resolve_command(ctx, args)
-        return name, load(name) if name in SUBCOMMANDS else command, rest
 
 
 app = typer.Typer(
@@ -235,8 +244,13 @@ def dlmctl(
     """
 
 
+def _called() -> str:
+    """The subcommand's name; before it is loaded, that of a group alone."""
+    return next((word for word in sys.argv[1:] if word in SUBCOMMANDS), NAME)
+
+
 def main() -> None:
-    """Entry point of the console script."""
+    """The command line, in a process of its own."""
     if "OMP_WAIT_POLICY" not in os.environ:
         # Threads that wait by spinning take the cores from the stages, and runs, beside them: three
         # updates at once on four cores were a hundred times slower than one. Read by libgomp when
@@ -245,15 +259,17 @@ def main() -> None:
     # What the imports make stays, and the default of 700 has it all walked over again and again: a
     # tenth of the start of `rollout`. No tensor is in a cycle, so that no memory waits for this.
     gc.set_threshold(10_000)
-    forgive()
+    stderr.forgive()
     uninstall: Callable[[], None] = lambda: None  # noqa: E731
-    try:
-        uninstall = interrupts.install(next((a for a in sys.argv[1:] if a in SUBCOMMANDS), NAME))
-        app(prog_name=NAME)
-    except BaseException:
-        if not interrupts.stopping():
-            uninstall()
-            raise
+    with contextlib.suppress(interrupts.Interrupted):  # which may come while we end by ourselves
+        try:
+            uninstall = interrupts.install(_called())
+            app(prog_name=NAME)
+        except BaseException:
+            if not interrupts.stopping():
+                stderr.settle()
+                uninstall()
+                raise
     # Behind the block, for what was under way is closed when the exception is gone.
     if interrupts.stopping():
         interrupts.end()

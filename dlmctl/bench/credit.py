@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -31,8 +31,13 @@ CREDIT = "advantage --algo srpo"
 """The stage that a round of GRPO does not have."""
 
 
-def credit_cost(plan: Loop, contrast: Contrast) -> Iterator[dict[str, Any]]:
+def credit_cost(
+    plan: Loop, contrast: Contrast, advance: Callable[[], None] = lambda: None
+) -> Iterator[dict[str, Any]]:
     """A row for each stage of a round, for the round of GRPO, and for that of SRPO.
+
+    Args:
+        advance: is told of each round.
 
     Yields:
         Dicts with seconds, the median over all rounds but the first; ratio, to the round of GRPO;
@@ -44,12 +49,15 @@ def credit_cost(plan: Loop, contrast: Contrast) -> Iterator[dict[str, Any]]:
             Path(scratch) / "run", plan.model, "srpo", Optimization(), Adapter(), plan.device,
             plan.dtype, False, plan.seed,
         )  # fmt: skip
-        scored = [*_rounds(plan, contrast, run, seconds)][1:]
+        scored: list[float] = []
+        for part in _rounds(plan, contrast, run, seconds):
+            scored.append(part)
+            advance()
     taken = {stage: median(times[1:]) for stage, times in seconds.items()}
     plain = sum(spent for stage, spent in taken.items() if stage != CREDIT)
     rows = {**taken, "round of grpo": plain, "round of srpo": plain + taken[CREDIT]}
     for stage, spent in rows.items():
-        share = median(scored) if stage == CREDIT else None
+        share = median(scored[1:]) if stage == CREDIT else None
         yield {"stage": stage, "seconds": spent, "ratio": spent / plain, "scored": share}
 
 

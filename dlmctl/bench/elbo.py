@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,16 +35,19 @@ def elbo_variance(
     repeats: int,
     seed: int,
     batch_size: int,
+    advance: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each number of forward passes and each law; `ratio` is to independent t."""
+    """A row for each number of forward passes and each law; `ratio` is to independent t.
+
+    Args:
+        advance: is told of each estimate of all records.
+    """
     sizes = [len(group) for group in groups(iter(records))]
     for k in passes:
         found = {}
-        for law in LAWS:
-            if law in PAIRED and k % 2:
-                continue
+        for law in _laws(k):
             plan = MaskPlan(law, k, seed)
-            found[law] = _estimates(policy, records, plan, repeats, batch_size)
+            found[law] = _estimates(policy, records, plan, repeats, batch_size, advance)
         truth = torch.stack([found[law] for law in UNBIASED if law in found]).mean()
         baseline = float(found["independent"].var(dim=0).mean())
         for law, estimates in found.items():
@@ -63,8 +66,23 @@ def elbo_variance(
             }
 
 
+def estimates(passes: Sequence[int], repeats: int) -> int:
+    """How many estimates of all records that takes."""
+    return sum(len(_laws(k)) for k in passes) * repeats
+
+
+def _laws(passes: int) -> list[Law]:
+    """Those that may have so many passes."""
+    return [law for law in LAWS if not (law in PAIRED and passes % 2)]
+
+
 def _estimates(
-    policy: Policy, records: Sequence[Record], plan: MaskPlan, repeats: int, batch_size: int
+    policy: Policy,
+    records: Sequence[Record],
+    plan: MaskPlan,
+    repeats: int,
+    batch_size: int,
+    advance: Callable[[], None],
 ) -> Tensor:
     """float64 [R, N]."""
     rows = []
@@ -72,6 +90,7 @@ def _estimates(
         drawn = dataclasses.replace(plan, draw=draw)
         examples = [example_of(record, policy, drawn) for record in records]
         rows.append(elbo_samples(policy, examples, batch_size).mean(dim=1))
+        advance()
     return torch.stack(rows)
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, count, islice, pairwise
@@ -46,8 +46,13 @@ class Loop:
     dtype: str
 
 
-def compare_loops(loop: Loop, max_lags: list[int]) -> Iterator[dict[str, Any]]:
+def compare_loops(
+    loop: Loop, max_lags: list[int], advance: Callable[[], None] = lambda: None
+) -> Iterator[dict[str, Any]]:
     """A row for the loop in this process, then one for the pipe with each lag.
+
+    Args:
+        advance: is told of each round.
 
     Yields:
         Dicts with seconds_per_round, the median over all but the first; ratio, to the first row's;
@@ -59,7 +64,10 @@ def compare_loops(loop: Loop, max_lags: list[int]) -> Iterator[dict[str, Any]]:
         with tempfile.TemporaryDirectory(prefix="dlmctl-loop-") as scratch:
             directory = Path(scratch) / "run"
             steps = in_process(loop, directory) if lag is None else as_pipe(loop, directory, lag)
-            times = [time.perf_counter() for _ in steps]
+            times = []
+            for _ in steps:
+                times.append(time.perf_counter())
+                advance()
             found = _weights(directory)
         seconds = statistics.median(b - a for a, b in pairwise(times))
         base, weights = base or seconds, weights or found

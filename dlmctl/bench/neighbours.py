@@ -27,11 +27,15 @@ def compare_neighbours(
     memory: int,
     seed: int,
     device: torch.device,
+    advance: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, Any]]:
     """A row for the product of both sets in float32, and one for the two nearest references.
 
     Both by turns; the first turn is not timed and is for the memory. A tenth of the samples are
     near copies of references, whose distance a squared norm cannot tell.
+
+    Args:
+        advance: is told of each turn.
 
     Yields:
         Dicts with seconds, the median; ratio, to the product's; peak_memory_mb, on top of both
@@ -61,11 +65,13 @@ def compare_neighbours(
                     run()
                     synchronize(device)
                 peaks[name] = peak.megabytes
+                advance()
                 continue
             begun = time.perf_counter()
             run()
             synchronize(device)
             seconds[name].append(time.perf_counter() - begun)
+            advance()
     base = median(seconds["product"])
     for name, times in seconds.items():
         yield {

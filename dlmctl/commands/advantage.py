@@ -23,6 +23,7 @@ from dlmctl.commands.credit_options import (
     WeightTau,
     bounds,
 )
+from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.options import (
     BatchSize,
     Device,
@@ -145,8 +146,10 @@ def command(
     going = Resume(output, resume)
     if going.done:
         return
+    part = parse_shard(shard)
+    total = input_lines(files).times(1 / part.count if part else 1)
     records = advantage(
-        read_shard(files or [], parse_shard(shard), on_error),
+        read_shard(files or [], part, on_error),
         baseline,
         scale or ("group" if algo == "srpo" else "none"),
     )
@@ -190,4 +193,4 @@ def command(
             batch_size,
             on_error,
         )
-    write_records(counted(records, "records", quiet), output, going)
+    write_records(counted(records, "records", quiet, total, going.lines), output, going)

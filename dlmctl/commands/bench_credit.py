@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from dlmctl.commands.options import BatchSize, Device, Dtype, Json, Seed
+from dlmctl.commands.options import BatchSize, Device, Dtype, Json, Quiet, Seed
+from dlmctl.commands.progress import counting
 from dlmctl.commands.tables import write_rows
 
 
@@ -26,6 +27,7 @@ def command(
     samples: Annotated[
         int, typer.Option("-n", "--samples", min=2, help="Completions for each prompt.")
     ] = 8,
+    quiet: Quiet = False,
     json: Json = False,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
@@ -48,4 +50,6 @@ def command(
     from dlmctl.rl.contrast import Contrast
 
     plan = Loop(model, task, rounds, prompts, samples, batch_size, seed, device, dtype)
-    write_rows(credit_cost(plan, Contrast()), ["stage", "seconds", "ratio", "scored"], json)
+    with counting("rounds", quiet, rounds) as gauge:
+        rows = credit_cost(plan, Contrast(), gauge.advance)
+        write_rows(rows, ["stage", "seconds", "ratio", "scored"], json)

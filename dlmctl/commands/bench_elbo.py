@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from dlmctl.commands.options import BatchSize, Device, Dtype, Json, Model, Seed, whole_numbers
+from dlmctl.commands.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Quiet,
+    Seed,
+    whole_numbers,
+)
+from dlmctl.commands.progress import counting
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import read_records
@@ -27,6 +37,7 @@ def command(
     repeats: Annotated[
         int, typer.Option(min=2, help="Independent estimates that the variance is taken over.")
     ] = 100,
+    quiet: Quiet = False,
     json: Json = False,
     seed: Seed = 0,
     batch_size: BatchSize = 256,
@@ -45,7 +56,7 @@ def command(
 
     dlmctl bench elbo -m runs/a -k 2,4 --repeats 400 completions.jsonl
     """
-    from dlmctl.bench.elbo import elbo_variance
+    from dlmctl.bench.elbo import elbo_variance, estimates
     from dlmctl.models.loading import load_policy
 
     passes = whole_numbers("-k", samples)
@@ -54,4 +65,6 @@ def command(
         raise UsageError("no records came in; nothing to measure on")
     policy = load_policy(model, device, dtype)
     names = ["masks", "passes", "variance", "group_variance", "ratio", "bias", "bias_stderr"]
-    write_rows(elbo_variance(policy, records, passes, repeats, seed, batch_size), names, json)
+    with counting("estimates", quiet, estimates(passes, repeats)) as gauge:
+        rows = elbo_variance(policy, records, passes, repeats, seed, batch_size, gauge.advance)
+        write_rows(rows, names, json)

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from dlmctl.commands.options import BatchSize, Device, Dtype, Json, Model, Seed
+from dlmctl.commands.options import BatchSize, Device, Dtype, Json, Model, Quiet, Seed
+from dlmctl.commands.progress import counting
 from dlmctl.commands.tables import write_rows
 
 
@@ -20,6 +21,7 @@ def command(
     samples: Annotated[
         int, typer.Option("-n", "--samples", min=2, help="Completions for each prompt.")
     ] = 8,
+    quiet: Quiet = False,
     json: Json = False,
     seed: Seed = 0,
     batch_size: BatchSize = 256,
@@ -42,6 +44,6 @@ def command(
     from dlmctl.bench.loop import Loop, compare_loops
 
     loop = Loop(model, task, rounds, prompts, samples, batch_size, seed, device, dtype)
-    write_rows(
-        compare_loops(loop, [0, 1]), ["loop", "rounds", "seconds_per_round", "ratio", "same"], json
-    )
+    names = ["loop", "rounds", "seconds_per_round", "ratio", "same"]
+    with counting("rounds", quiet, 3 * rounds) as gauge:
+        write_rows(compare_loops(loop, [0, 1], gauge.advance), names, json)

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from dlmctl.commands.options import Device, Json, Memory, Seed, byte_count
+from dlmctl.commands.options import Device, Json, Memory, Quiet, Seed, byte_count
+from dlmctl.commands.progress import counting
 from dlmctl.commands.tables import write_rows
 
 
@@ -16,6 +17,7 @@ def command(
     width: Annotated[int, typer.Option(min=1, help="Numbers of a vector; 3 x 32 x 32.")] = 3072,
     repeats: Annotated[int, typer.Option(min=1, help="Timed turns, after one that is not.")] = 3,
     memory: Memory = "512M",
+    quiet: Quiet = False,
     json: Json = False,
     seed: Seed = 0,
     device: Device = "auto",
@@ -36,5 +38,8 @@ def command(
     from dlmctl.models.loading import resolve_device
 
     size, where = byte_count("--memory", memory), resolve_device(device)
-    rows = compare_neighbours(samples, references, width, repeats, size, seed, where)
-    write_rows(rows, ["path", "seconds", "ratio", "peak_memory_mb", "wrong"], json)
+    with counting("turns", quiet, 2 * (repeats + 1)) as gauge:
+        rows = compare_neighbours(
+            samples, references, width, repeats, size, seed, where, gauge.advance
+        )
+        write_rows(rows, ["path", "seconds", "ratio", "peak_memory_mb", "wrong"], json)

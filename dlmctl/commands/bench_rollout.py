@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dlmctl.commands.options import BatchSize, Device, Dtype, Json, Seed
+from dlmctl.commands.options import BatchSize, Device, Dtype, Json, Quiet, Seed
+from dlmctl.commands.progress import counted
 from dlmctl.commands.sampling import (
     BlockLength,
     GenLength,
@@ -66,6 +67,7 @@ def command(
     factor: Annotated[float, typer.Option(help="Of the paths that name it.")] = 1.0,
     refresh: Refresh = None,
     refresh_below: RefreshBelow = 0.0,
+    quiet: Quiet = False,
     json: Json = False,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
@@ -111,6 +113,7 @@ def command(
         raise UsageError(f"{model} wants prompts: name a FILE, or - for standard input")
     requests = [Request(p, stream_key(seed, index)) for index, p in enumerate(ids)]
     rows = compare_samplers(policy, requests, settings, chosen, batch_size, reference, judge)
+    rows = counted(rows, "rows", quiet, len(chosen) + bool(reference))
     names = ["path", "tokens_per_second", "ratio", "nfe", "same", "accuracy", "peak_memory_mb"]
     write_rows(rows, names if judge else [n for n in names if n != "accuracy"], json)
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from dlmctl.commands.corpora import layer_numbers, position_kinds
-from dlmctl.commands.options import Device, Dtype, Json, Seed, whole_numbers
+from dlmctl.commands.options import Device, Dtype, Json, Quiet, Seed, whole_numbers
+from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import UsageError
 
@@ -87,6 +88,7 @@ def command(
         int, typer.Option("-b", "--batch-size", min=1, help="Sequences in a pass of the model.")
     ] = 8,
     context: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 128,
+    quiet: Quiet = False,
     json: Json = False,
     seed: Seed = 0,
     device: Device = "auto",
@@ -117,7 +119,7 @@ def command(
             raise UsageError(f"--measure has no '{name}'; there are: {', '.join(MEASURES)}")
     numbers = whole_numbers("-k", ks)
     if "steps" in chosen:
-        _steps(activations, numbers, width, latents, sae_batch, steps, json, seed, device)
+        _steps(activations, numbers, width, latents, sae_batch, steps, json, seed, device, quiet)
     if "pipeline" not in chosen:
         return
     from dlmctl.bench.sae import Pipeline, compare_pipelines
@@ -135,7 +137,8 @@ def command(
         context,
         seed,
     )
-    write_rows(compare_pipelines(policy, pipeline), PIPELINE_COLUMNS, json)
+    rows = counted(compare_pipelines(policy, pipeline), "rows", quiet, 2)
+    write_rows(rows, PIPELINE_COLUMNS, json)
 
 
 def _steps(
@@ -148,6 +151,7 @@ def _steps(
     json: bool,
     seed: int,
     device: str,
+    quiet: bool,
 ) -> None:
     if max(ks) > latents:
         raise UsageError(f"-k {max(ks)} is more than the {latents} --latents")
@@ -160,4 +164,5 @@ def _steps(
         data = planted_activations(width, size, batches, seed, where)
     else:
         data = stored_activations(StoredActivations(activations), size, batches, where)
-    write_rows(compare_steps(data, latents, ks, seed), STEPS_COLUMNS, json)
+    rows = counted(compare_steps(data, latents, ks, seed), "rows", quiet, 2 * len(ks))
+    write_rows(rows, STEPS_COLUMNS, json)

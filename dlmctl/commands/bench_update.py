@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from dlmctl.commands.options import Device, Dtype, Json, Seed, whole_numbers
+from dlmctl.commands.options import Device, Dtype, Json, Quiet, Seed, whole_numbers
+from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
 
 
@@ -47,6 +48,7 @@ def command(
         ),
     ] = "4,1",
     repeats: Annotated[int, typer.Option(min=1, help="Runs; the fastest counts.")] = 2,
+    quiet: Quiet = False,
     json: Json = False,
     seed: Seed = 0,
     device: Device = "auto",
@@ -78,6 +80,7 @@ def command(
         other = bench_policy(model, device, dtype)
     if gradient_checkpointing:
         checkpoint_activations(policy.core)
+    sizes = whole_numbers("--batch-size", batch_sizes)
     rows = compare_gradients(
         policy,
         other,
@@ -85,7 +88,7 @@ def command(
         gen_length,
         completions,
         samples,
-        whole_numbers("--batch-size", batch_sizes),
+        sizes,
         repeats,
         seed,
     )
@@ -98,4 +101,4 @@ def command(
         "memory_ratio",
         "difference",
     ]
-    write_rows(rows, names, json)
+    write_rows(counted(rows, "rows", quiet, 1 + len(sizes)), names, json)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.mask_options import FillTo
 from dlmctl.commands.optimizer_options import (
     OPTIMIZER,
@@ -137,6 +138,7 @@ def command(
     from dlmctl.training.distributed import is_first
     from dlmctl.training.run import Adapter, Optimization, open_run
 
+    lines = input_lines(files)
     records = read_records(files or [], on_error)
     if is_first():
         print(f"dlmctl: writing {output}", file=sys.stderr)
@@ -160,4 +162,7 @@ def command(
     plan = MaskedConsistency(order, divergence, decided, rounds, steps_per_round, until_eos, seed)
     run.about = {**asdict(plan), "records per step": records_per_step, "fill to": fill_to}
     metrics = distill_masked(rest, run, plan, records_per_step, batch_size, fill_to, keep)
-    write_metrics(metrics, "steps", quiet, run.standing)
+    before = run.progress.step if resume else 0
+    most = rounds * steps_per_round - run.progress.step + before
+    total = lines.times(1 / records_per_step, most)
+    write_metrics(metrics, quiet, run.standing, total, before)

@@ -159,6 +159,13 @@ def train(run: TrainingRun, log_every: int, save_minutes: float, quiet: bool) ->
     said = f"{run.directory} is trained already"
     if not run.finished:
         said = f"{run.directory}/latest is the model"
-        write_metrics(run.train(log_every, 60 * save_minutes), "logged", quiet, run.standing)
+        write_metrics(
+            run.train(log_every, 60 * save_minutes),
+            quiet,
+            run.standing,
+            run.recipe.steps,
+            run.step,
+            at=lambda: run.step,
+        )
     if is_first():
         print(f"dlmctl: {said}", file=sys.stderr)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dlmctl.commands.options import Device, Json, Seed, whole_numbers
+from dlmctl.commands.options import Device, Json, Quiet, Seed, whole_numbers
+from dlmctl.commands.progress import counting
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import CannotCreateError, UsageError
 
@@ -70,6 +71,7 @@ def command(
     ] = 256,
     seed: Seed = 0,
     device: Device = "auto",
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Sample images or vectors from a teacher or a student.
@@ -92,28 +94,32 @@ def command(
     from dlmctl.models.loading import resolve_device
 
     place = resolve_device(device)
+    points = _checkpoints(model, at, output)
     rows = []
-    for point in _checkpoints(model, at, output):
-        found = load_model(model, place, point)
-        if found.kind == "consistency" and solver:
-            raise UsageError(f"--solver is for denoisers, and {model} is a student without an ODE")
-        taken = steps or (1 if found.kind == "consistency" else 18)
-        samples = draw(found, count, seed, taken, solver or "heun", batch_size)
-        trained = (found.training or {}).get("step")
-        file = Path(str(output).replace("{step}", str(trained)))
-        row = {
-            "samples": str(file),
-            "count": count,
-            "model": model,
-            "kind": found.kind,
-            "step": trained,
-            "revision": found.revision,
-            "seed": seed,
-            "steps": taken,
-            "evaluations": evaluations(found, taken, solver or "heun"),
-        }
-        _write(file, samples, row)
-        rows.append(row)
+    with counting("samples", quiet, count * len(points)) as gauge:
+        for point in points:
+            found = load_model(model, place, point)
+            if found.kind == "consistency" and solver:
+                raise UsageError(
+                    f"--solver is for denoisers, and {model} is a student without an ODE"
+                )
+            taken = steps or (1 if found.kind == "consistency" else 18)
+            samples = draw(found, count, seed, taken, solver or "heun", batch_size, gauge.advance)
+            trained = (found.training or {}).get("step")
+            file = Path(str(output).replace("{step}", str(trained)))
+            row = {
+                "samples": str(file),
+                "count": count,
+                "model": model,
+                "kind": found.kind,
+                "step": trained,
+                "revision": found.revision,
+                "seed": seed,
+                "steps": taken,
+                "evaluations": evaluations(found, taken, solver or "heun"),
+            }
+            _write(file, samples, row)
+            rows.append(row)
     columns = ("samples", "count", "kind", "step", "seed", "steps", "evaluations")
     write_rows(rows, columns, json)
 

@@ -40,11 +40,13 @@ def command(
     else:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(box=None, show_header=False, pad_edge=False)
         colours = {"ok": "green", "missing": "yellow", "broken": "red"}
         for name, state, detail in found:
-            table.add_row(name, f"[{colours[state]}]{state}[/]", detail)
+            # As text: [eval] of a command is no markup.
+            table.add_row(name, Text(state, colours[state]), Text(detail))
         Console().print(table)
     broken = [finding.name for finding in found if finding.state == "broken"]
     if broken:

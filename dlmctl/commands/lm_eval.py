@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
+import os
 import sys
 from typing import Annotated
 
 import typer
 
+from dlmctl.commands.options import Quiet
+from dlmctl.commands.progress import counted
 from dlmctl.records.errors import missing_package
 
 PASSES_ON = True
@@ -24,6 +26,7 @@ def command(
             show_default=False,
         ),
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Evaluate a model on the tasks of lm-evaluation-harness.
 
@@ -48,12 +51,21 @@ def command(
     dlmctl lm-eval --model_args pretrained=GSAI-ML/LLaDA-8B-Base,masks_per_sample=128,greedy=false
     --tasks arc_challenge
     """
+    # The harness's own bars: none, or in a log a line a minute.
+    if quiet:
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    elif not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "60")
     try:
         import lm_eval.__main__ as harness
     except ImportError as error:
         package = (error.name or "lm_eval").split(".")[0].replace("_", "-")
         raise missing_package(package, "eval", "lm-eval") from None
-    importlib.import_module("dlmctl.diffusion.harness")  # registers the model
+    from dlmctl.diffusion.harness import HarnessModel  # registers it
+
+    HarnessModel.counted = staticmethod(
+        lambda items, what, total: counted(items, what, quiet, total)
+    )
 
     sys.argv = ["lm_eval", *completed(arguments or [])]
     harness.cli_evaluate()

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.labels import Labels, label_fields, labelled
-from dlmctl.commands.options import Files, Json, OnErrorOption, whole_numbers
+from dlmctl.commands.options import Files, Json, OnErrorOption, Quiet, whole_numbers
+from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import print_table
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import OnError, Record, read_records, write_records
@@ -83,6 +85,7 @@ def command(
     labels: Labels = None,
     json: Json = False,
     on_error: OnErrorOption = "fail",
+    quiet: Quiet = False,
 ) -> None:
     """How much of generated texts stands word for word in a corpus.
 
@@ -111,7 +114,9 @@ def command(
     numbers: dict[Hashable, int] = {}
 
     def documents(paths: list[str], on_error: OnError) -> tuple[list[Document], list[Record]]:
-        return read_documents(read_records(paths, on_error), chosen, numbers, on_error)
+        total = input_lines(paths)
+        records = counted(read_records(paths, on_error), "texts", quiet, total)
+        return read_documents(records, chosen, numbers, on_error)
 
     # There is no output that a faulty document of a corpus could be kept in.
     of_corpus: OnError = "fail" if on_error == "fail" else "skip"

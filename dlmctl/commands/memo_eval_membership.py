@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from dlmctl.commands.options import BatchSize, Device, Dtype, Json, Model, OnErrorOption, Seed
+from dlmctl.commands.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    OnErrorOption,
+    Quiet,
+    Seed,
+)
+from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record, read_records, write_records
@@ -71,6 +82,7 @@ def command(
     device: Device = "auto",
     dtype: Dtype = "auto",
     on_error: OnErrorOption = "fail",
+    quiet: Quiet = False,
 ) -> None:
     """How well it can be told which texts a language model was trained on.
 
@@ -104,8 +116,9 @@ def command(
     beside = load_policy(reference, device, dtype) if reference else None
     every = [*records[0], *records[1]]
     count = len(records[0])
+    shown = counted(chosen, "methods", quiet, len(chosen))
     scores = _scores(
-        chosen, policy, beside, every, samples, sama_steps, sama_tokens, seed, batch_size
+        shown, policy, beside, every, samples, sama_steps, sama_tokens, seed, batch_size
     )
     if curve is not None:
         source = {"model": policy.name, "revision": policy.revision}
@@ -127,7 +140,7 @@ def command(
 
 
 def _scores(
-    methods: list[str],
+    methods: Iterable[str],
     policy: Policy,
     reference: Policy | None,
     records: list[Record],

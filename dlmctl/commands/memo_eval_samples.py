@@ -237,11 +237,13 @@ def command(
         return labelled(about, summary(found, result, study)), found, result
 
     if len(samples) > 1:
-        write_records((studied(name)[0] for name in samples), output)
+        found_rows = (studied(name)[0] for name in samples)
+        write_records(counted(found_rows, "sets", quiet, len(samples)), output)
         return
     row, found, result = studied(samples[0])
     if rows:
-        write_records(counted(sample_rows(found, result, study), "samples", quiet), rows)
+        made = sample_rows(found, result, study)
+        write_records(counted(made, "samples", quiet, len(found.samples.images)), rows)
     if gallery:
         write_file(gallery, picture(found, result, study.threshold, gallery_rows, gallery_spread))
     if json or output != "-" or not sys.stdout.isatty():

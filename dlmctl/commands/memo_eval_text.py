@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -15,9 +16,11 @@ from dlmctl.commands.options import (
     Json,
     Model,
     OnErrorOption,
+    Quiet,
     Seed,
     whole_numbers,
 )
+from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import read_records, write_records
@@ -91,6 +94,7 @@ def command(
     device: Device = "auto",
     dtype: Dtype = "auto",
     on_error: OnErrorOption = "fail",
+    quiet: Quiet = False,
 ) -> None:
     """How many texts a language model gives back when it is shown a part of them.
 
@@ -121,6 +125,10 @@ def command(
     policy = load_policy(model, device, dtype)
     found: list[dict[str, Any]] = []
     summary = text_memory(policy, texts, unseen, plan, batch_size, found.append if rows else None)
-    write_rows(summary, COLUMNS, json)
+    # A row takes as long as its steps.
+    reached = list(accumulate([*plan.steps] * len(chosen) if policy.diffusion else [1]))
+    places = iter(reached)
+    shown = counted(summary, "steps", quiet, reached[-1], at=lambda _: next(places))
+    write_rows(shown, COLUMNS, json)
     if rows is not None:
         write_records(found, str(rows))

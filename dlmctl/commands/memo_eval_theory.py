@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from dlmctl.commands.options import Seed
+from dlmctl.commands.options import Quiet, Seed
+from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
 from dlmctl.records.files import write_file
 from dlmctl.records.jsonl import write_records
@@ -95,6 +96,7 @@ def command(
             metavar="FILE", help="Picture of spectrum and curves, PNG or SVG by its ending."
         ),
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Memorization and distillation of a random-feature network, in closed form.
 
@@ -135,7 +137,8 @@ def command(
         from safetensors.torch import save
 
         write_file(output, save({n: t.contiguous() for n, t in found.tensors().items()}))
-    header, rows = found.header(), [*found.rows()]
+    count = len(times) * (1 + len(found.students))
+    header, rows = found.header(), [*counted(found.rows(), "rows", quiet, count)]
     write_records([header, *rows])
     if plot:
         from dlmctl.report.spectrum import draw_theory

@@ -94,7 +94,13 @@ Memory = Annotated[
     ),
 ]
 Quiet = Annotated[
-    bool, typer.Option("-q", "--quiet", envvar="DLMCTL_QUIET", help="No progress on stderr.")
+    bool,
+    typer.Option(
+        "-q",
+        "--quiet",
+        envvar="DLMCTL_QUIET",
+        help="No progress on stderr: neither the line on a terminal nor, in a log, one a minute.",
+    ),
 ]
 Algorithm = Literal[
     "rspo", "reinforce", "diffu-grpo", "wd1", "espo", "spg", "gdsd", "vrpo", "grpo", "srpo", "sft"

@@ -1,46 +1,197 @@
-"""A count on standard error while a stage runs, shown by the last stage of a pipe."""
+"""How far a command is, said on standard error while it runs.
+
+On a terminal a line that is drawn again and again, by the last stage of a pipe alone; elsewhere, as
+in a log of cron or Slurm, a line a minute, so that short commands say nothing:
+
+    dlmctl rollout: 340 of 1,200 samples, 5.6/s, 2 min 34 s left
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from dlmctl.commands.input_lines import Lines
+from dlmctl.records import interrupts, stderr
 
 T = TypeVar("T")
+Total = int | Lines | None
+"""How many there will be in all: known, told by the length of the input, or not known."""
+
+DRAWN_S = 0.5
+"""Seconds between two drawings of the line on a terminal."""
+WRITTEN_S = 60.0
+"""Seconds between two lines elsewhere."""
 
 
-def counted(items: Iterable[T], what: str, quiet: bool) -> Iterator[T]:
-    """Pass items through and show how many there were and how fast they come."""
-    if quiet or not sys.stderr.isatty() or _writes_into_a_pipe():
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+def counted(
+    items: Iterable[T],
+    what: str,
+    quiet: bool,
+    total: Total = None,
+    done: int = 0,
+    at: Callable[[T], int] | None = None,
+    figures: Sequence[str] = (),
+) -> Iterator[T]:
+    """Pass items through and say how many there were, how fast they come, and how long it takes.
 
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description} {task.completed}"),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-    )
-    shared = sys.stdout.isatty()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=None, rate="")
+    Args:
+        what: what an item is, in the plural.
+        total: how many there will be, with those that were done before.
+        done: how many were done before, as by a command that goes on; no part of the rate.
+        at: how many are done with an item; None counts them one by one.
+        figures: fields of an item that are shown beside the count, where it has them.
+    """
+    with counting(what, quiet, total, done) as gauge:
         for item in items:
-            if shared:  # the item is about to be written where the count stands
-                progress.stop()
             yield item
-            if shared:
-                progress.start()
-            speed = progress.tasks[task].speed
-            progress.update(task, advance=1, rate=f"{speed:.1f}/s" if speed else "")
+            gauge.reach(gauge.count + 1 if at is None else at(item), _chosen(item, figures))
 
 
-def _writes_into_a_pipe() -> bool:
-    """Whether another stage follows, whose count would be drawn over this one."""
+@contextlib.contextmanager
+def counting(what: str, quiet: bool, total: Total = None, done: int = 0) -> Iterator[Gauge]:
+    """A gauge for the block to tell how far it is; see `counted`."""
+    gauge = Gauge(what, total, done)
+    way = None if quiet else _way()
+    if way is None:
+        yield gauge
+        return
+    ended = threading.Event()
+    say, seconds = (_draw, DRAWN_S) if way == "drawn" else (_write, WRITTEN_S)
+
+    def speak() -> None:
+        while not ended.wait(seconds):
+            say(gauge, ended)
+
+    threading.Thread(target=speak, daemon=True).start()
     try:
-        return stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode)
+        yield gauge
+    finally:
+        ended.set()
+        with stderr.aside():  # takes the line away
+            pass
+
+
+class Gauge:
+    """How much is done of how much, since when."""
+
+    def __init__(
+        self,
+        what: str,
+        total: Total = None,
+        done: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._what, self._total, self._clock = what, total, clock
+        self._before = self.count = done
+        self._began = self._reached = clock()
+        self._figures: Mapping[str, float] = {}
+
+    def reach(self, count: int, figures: Mapping[str, float] | None = None) -> None:
+        """Take note that so many are done, and of figures that belong to the last of them."""
+        self.count, self._reached = count, self._clock()
+        self._figures = figures or self._figures
+
+    def advance(self, by: int = 1) -> None:
+        """Take note that so many more are done."""
+        self.reach(self.count + by)
+
+    def text(self, width: int | None = None) -> str:
+        """Where it stands, in a line.
+
+        Args:
+            width: of a terminal that shows it; what matters least is left out to fit. None is a
+                line of a log.
+        """
+        total, about = self._whole()
+        known = total is not None and total >= self.count
+        parts = [f"{self.count:,} of {about}{total:,}" if known else f"{self.count:,}"]
+        parts[0] += f" {self._what}"
+        now, left = self._clock(), 0.0
+        new, took = self.count - self._before, self._reached - self._began
+        if known and width is not None:
+            parts.append(f"{int(100 * self.count / max(1, total or 0))} %")
+        if new > 0 and took > 0:
+            parts.append(pace(new / took))
+            if known:
+                left = ((total or 0) - self.count) * took / new - (now - self._reached)
+        if left >= 0.5:  # what takes longer than it seemed has no such time
+            parts.append(f"{duration(left)} left")
+        if width is not None or left < 0.5:
+            parts.append(f"{duration(now - self._began)} so far")
+        parts += [f"{name} {value:.3g}" for name, value in self._figures.items()]
+        while width is not None and len(", ".join(parts)) >= width and len(parts) > 1:
+            parts.pop()
+        return ", ".join(parts)[:width]
+
+    def _whole(self) -> tuple[int | None, str]:
+        """The total, and what stands before one that is estimated."""
+        if isinstance(self._total, Lines):
+            found = self._total.count()
+            return (None, "") if found is None else (found[0], "" if found[1] else "about ")
+        return self._total, ""
+
+
+def times(total: Total, factor: float) -> Total:
+    """A total in another unit, rounded up."""
+    if isinstance(total, Lines):
+        return total.times(factor)
+    return None if total is None else -int(-total * factor // 1)
+
+
+def pace(per_second: float) -> str:
+    """A rate, by the first unit in which it is 1 or more: 5.6/s, 12/min, 3.2/h."""
+    per, unit = per_second, "s"
+    for longer in ("min", "h"):
+        if per < 1:
+            per, unit = 60 * per, longer
+    return f"{per:.1f}/{unit}" if per < 10 else f"{per:,.0f}/{unit}"
+
+
+def duration(seconds: float) -> str:
+    """A time by its two largest units: 34 s, 2 min 34 s, 5 h 12 min, 3 d 4 h."""
+    rest, parts = round(seconds), list[str]()
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        if rest >= size or (unit == "s" and not parts):
+            parts.append(f"{rest // size} {unit}")
+        elif parts:
+            break
+        rest %= size
+    return " ".join(parts[:2])
+
+
+def _way() -> str | None:
+    """How it is said here; None: not at all."""
+    if os.environ.get("RANK", "0") != "0":  # torchrun: the first rank speaks for all
+        return None
+    if not sys.stderr.isatty():
+        return "written"
+    try:
+        another = stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode)
     except (OSError, ValueError, AttributeError):
-        return False
+        another = False
+    if another:  # a stage follows, whose line would be drawn over this one
+        return None
+    return "drawn" if stderr.has_codes() else "written"
+
+
+def _draw(gauge: Gauge, ended: threading.Event) -> None:
+    stderr.draw(gauge.text(stderr.columns() or 80), lambda: not ended.is_set())
+
+
+def _write(gauge: Gauge, ended: threading.Event) -> None:
+    line = f"dlmctl {interrupts.command()}: {gauge.text()}\n"
+    if not ended.is_set():
+        sys.stderr.write(line)
+
+
+def _chosen(item: Any, figures: Sequence[str]) -> dict[str, float]:
+    if not figures or not isinstance(item, Mapping):
+        return {}
+    return {name: item[name] for name in figures if isinstance(item.get(name), (int, float))}

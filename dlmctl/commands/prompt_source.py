@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from dlmctl.commands.input_lines import Lines, input_lines
 from dlmctl.records.jsonl import OnError, Record, read_records
 from dlmctl.records.shards import Shard, check_files, parse_shard, read_shard
 
@@ -53,6 +54,19 @@ def prompt_records(
 
     for epoch in count() if repeat else range(1):
         yield from prompts(task or "sudoku", limit=limit, seed=seed + epoch, shard=shard)
+
+
+def prompt_total(
+    files: list[str], task: str | None, limit: int, shard: Shard | None
+) -> int | Lines:
+    """How many prompts such a source has, to be called before it is read."""
+    if files or (task is None and _has_input()):
+        lines = input_lines(files)
+        return lines if shard is None else lines.times(1 / shard.count)
+    if shard is None:
+        return limit
+    first, end = shard.bounds(limit)
+    return end - first
 
 
 def prompt_shard(text: str | None, files: list[str], task: str | None) -> Shard | None:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dlmctl.commands.options import OnErrorOption, Output, Seed, ShardOption
+from dlmctl.commands.options import OnErrorOption, Output, Quiet, Seed, ShardOption
+from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
 from dlmctl.records.shards import parse_shard
@@ -127,6 +128,7 @@ def command(
     shard: ShardOption = None,
     seed: Seed = 0,
     on_error: OnErrorOption = "fail",
+    quiet: Quiet = False,
     output: Output = "-",
 ) -> None:
     """Make prompts, or read them from files and datasets.
@@ -168,6 +170,10 @@ def command(
 
     if limit is None and source in GENERATORS and origin is None:
         limit = DEFAULT_PROBLEMS
+    part, total = parse_shard(shard), None
+    if limit and source in GENERATORS and origin is None:
+        first, end = part.bounds(limit) if part else (0, limit)
+        total = end - first
     records = prompts(
         source,
         limit=limit or None,
@@ -185,9 +191,9 @@ def command(
         task=task,
         renamed=dict(_pair("--map", "FIELD=COLUMN", text) for text in renamed or []),
         on_error=on_error,
-        shard=parse_shard(shard),
+        shard=part,
     )
-    write_records(records, output)
+    write_records(counted(records, "prompts", quiet, total), output)
 
 
 def _range(text: str, option: str, least: int, most: int) -> tuple[int, int]:

@@ -9,10 +9,10 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
-from dlmctl.commands.progress import counted
+from dlmctl.commands.progress import Total, counted
 from dlmctl.records.errors import UsageError, UserFacingError
 from dlmctl.records.jsonl import write_records
 
@@ -66,21 +66,34 @@ def on_every_rank(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def write_metrics(
-    metrics: Generator[Any, None, None], what: str, quiet: bool, standing: Callable[[], str]
+    metrics: Generator[Any, None, None],
+    quiet: bool,
+    standing: Callable[[], str],
+    total: Total,
+    done: int = 0,
+    at: Callable[[], int] | None = None,
 ) -> None:
-    """Write the records that every rank makes, once.
+    """Write the records that every rank makes of its steps, once.
 
     Args:
         standing: what is said where the command is interrupted.
+        total: steps that there will be, with those that were `done` before.
+        at: how many are done now; None is one for each record.
     """
+    place = None if at is None else lambda _: at()
+
+    def shown(records: Iterable[Any]) -> Iterator[Any]:
+        figures = ("reward", "loss", "fve")
+        return counted(records, "steps", quiet, total, done, place, figures)
+
     if not several():
-        write_records(counted(metrics, what, quiet), standing=standing)
+        write_records(shown(metrics), standing=standing)
         return
     from dlmctl.training.distributed import in_step, is_first
 
     with contextlib.closing(in_step(metrics)) as records:
         if is_first():
-            write_records(counted(records, what, quiet), standing=standing)
+            write_records(shown(records), standing=standing)
         else:
             for _ in records:
                 pass

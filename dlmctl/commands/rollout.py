@@ -20,8 +20,14 @@ from dlmctl.commands.options import (
     Seed,
     ShardOption,
 )
-from dlmctl.commands.progress import counted
-from dlmctl.commands.prompt_source import Prompts, Task, prompt_records, prompt_shard
+from dlmctl.commands.progress import Total, counted, times
+from dlmctl.commands.prompt_source import (
+    Prompts,
+    Task,
+    prompt_records,
+    prompt_shard,
+    prompt_total,
+)
 from dlmctl.commands.sampling import (
     BlockLength,
     Cache,
@@ -136,7 +142,7 @@ def command(
     dlmctl rollout -m runs/a --shard 3/8 -o samples-3.jsonl prompts.jsonl
     """
     from dlmctl.diffusion.corrupted import with_corrupted_images
-    from dlmctl.diffusion.follow import follow_run
+    from dlmctl.diffusion.follow import follow_run, rounds_done
     from dlmctl.diffusion.rollout import batch_begins, made_by, rollout
     from dlmctl.diffusion.sampling import settings_for
     from dlmctl.models.loading import load_policy
@@ -193,7 +199,10 @@ def command(
     going = Resume(output, resume)
     if going.done:
         return
+    total: Total = times(prompt_total(files or [], task, prompts, part), samples)
+    done = 0
     if follow is not None:
+        done, total = (n * prompts * samples for n in (rounds_done(follow), rounds))
         source = prompt_records(files or [], task, None, seed, on_error, repeat=True)
         records = follow_run(
             source,
@@ -235,4 +244,5 @@ def command(
             records = watch.around(records)
         if steering:
             records = Steering(policy, settings, steering, reach).around(records)
-    write_records(counted(records, "sampled", quiet), output, None if follow else going)
+    shown = counted(records, "samples", quiet, total, done or going.lines)
+    write_records(shown, output, None if follow else going)

@@ -22,6 +22,7 @@ from dlmctl.commands.corpora import (
     level_range,
     position_kinds,
 )
+from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.options import Device, Dtype, Model, OnErrorOption, Quiet, Seed
 from dlmctl.commands.progress import counted
 from dlmctl.records.files import check_free, make_directory
@@ -72,6 +73,7 @@ def command(
     policy = load_policy(model, device, dtype)
     check_keys(policy, chosen, kinds)
     make_directory(directory)
+    total = None if pack else input_lines(corpus).times(1 / batch_size)
     batches = corpus_batches(
         corpus or [], policy, law, context, bool(pack), hide_prompt, batch_size, on_error
     )
@@ -82,4 +84,4 @@ def command(
         "dlm_hide_prompt": hide_prompt,
     }
     records = store_activations(policy, batches, chosen, kinds, about, directory)
-    write_records(counted(records, "stored", quiet))
+    write_records(counted(records, "batches", quiet, total))

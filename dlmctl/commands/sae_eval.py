@@ -19,7 +19,9 @@ from dlmctl.commands.corpora import (
     level_range,
     own_model,
 )
-from dlmctl.commands.options import Device, Dtype, Json, OnErrorOption, Seed
+from dlmctl.commands.input_lines import input_lines
+from dlmctl.commands.options import Device, Dtype, Json, OnErrorOption, Quiet, Seed
+from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import UsageError
 
@@ -73,6 +75,7 @@ def command(
     device: Device = "auto",
     dtype: Dtype = "auto",
     on_error: OnErrorOption = "fail",
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Measure how well sparse autoencoders give activations back, and the loss on insertion.
@@ -101,12 +104,13 @@ def command(
     saes = [place(name, saved, policy, layer) for name, saved in found.items()]
     levels = level_range(level) if level else common_levels(saes)
     law = Corruption(*levels, bool(per_batch), seed)
+    total = None if pack else input_lines(files).times(1 / batch_size)
     batches = corpus_batches(
         files, policy, law, context, bool(pack), hide_prompt, batch_size, on_error
     )
     if logit_shift != "auto":
         policy = dataclasses.replace(policy, shift=int(logit_shift))
-    rows = evaluate(policy, batches, saes, scope, insert, law)
+    rows = evaluate(policy, counted(batches, "batches", quiet, total), saes, scope, insert, law)
     more = ("delta_mask", "delta_unmask") if insert else ()
     write_rows(rows, (*COLUMNS, *more), json)
 

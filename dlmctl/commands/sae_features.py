@@ -20,6 +20,7 @@ from dlmctl.commands.corpora import (
     corpus_batches,
     level_range,
 )
+from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.options import Device, Dtype, Output, Quiet, Seed
 from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
@@ -161,10 +162,12 @@ def command(
     kind = _positions(positions, known, policy)
 
     latents = torch.tensor(choice.features or range(sae.d_sae))
+    lines = input_lines(files)
     batches: Iterator[Batch] = corpus_batches(
         files or [], policy, law, context, bool(pack), hide_prompt, batch_size, on_error
     )
-    batches = counted(batches, "batches", quiet)
+    total = None if pack else lines.times(1 / batch_size)
+    batches = counted(batches, "batches", quiet, total)
     stream: Iterable[Active] = active_features(batches, policy, layer, sae, kind, latents)
     with ExitStack() as stack:
         if delphi is not None:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.options import (
     BatchSize,
     Device,
@@ -70,6 +71,7 @@ def command(
     def step(records: Iterable[Record]) -> Iterator[Record]:
         return each(records, lambda record: advance(record, seed), on_error)
 
+    total = input_lines(files)
     records = step(read_records(files or [], on_error))
     if judge is not None:
         from dlmctl.diffusion.rollout import rollout
@@ -82,7 +84,7 @@ def command(
             records = step(rollout(records, policy, settings, 1, seed, batch_size, on_error))
     if html is not None:
         records = with_page(records, html)
-    write_records(_summed(counted(records, "features", quiet)), output)
+    write_records(_summed(counted(records, "features", quiet, total)), output)
 
 
 def _summed(records: Iterable[Record]) -> Iterator[Record]:

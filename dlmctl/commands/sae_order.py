@@ -21,8 +21,8 @@ from dlmctl.commands.options import (
     Quiet,
     Seed,
 )
-from dlmctl.commands.progress import counted
-from dlmctl.commands.prompt_source import Task, prompt_records
+from dlmctl.commands.progress import counted, times
+from dlmctl.commands.prompt_source import Task, prompt_records, prompt_total
 from dlmctl.commands.sampling import (
     BlockLength,
     CfgScale,
@@ -158,9 +158,10 @@ def command(
         early_stop=early_stop,
     )
     study = OrderStudy(policy, read_dictionaries(sae, policy), settings, chosen, truth)
+    total = times(prompt_total(files or [], task, prompts, None), samples * len(chosen))
     source = prompt_records(files or [], task, prompts, seed, on_error, repeat=False)
     made = study.run(source, samples, seed, batch_size, on_error)
-    records = counted(made, "sampled", quiet)
+    records = counted(made, "completions", quiet, total)
     shown = output == "-" and not json and sys.stdout.isatty()
     if shown:
         for _ in records:

@@ -14,6 +14,7 @@ from dlmctl.commands.corpora import (
     level_range,
     own_model,
 )
+from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.options import Device, Dtype, Json, OnErrorOption, Quiet, Seed
 from dlmctl.commands.progress import counted
 from dlmctl.commands.sae_eval import split_paths
@@ -73,7 +74,8 @@ def command(
     saes = [place(name, saved, policy) for name, saved in found_saes.items()]
     law = Corruption(*(level_range(level) if level else common_levels(saes)), seed=seed)
     places = list(dict.fromkeys((placed.layer, placed.positions) for placed in saes))
+    total = input_lines(files)
     records = each(read_records(files, on_error), labelled, on_error)
-    stream = documents(counted(records, "texts", quiet), policy, context, on_error=on_error)
+    stream = documents(counted(records, "texts", quiet, total), policy, context, on_error=on_error)
     found = collect(stream, policy, places, law, batch_size)
     write_rows(probe(saes, found, seed, policy.device), COLUMNS, json)

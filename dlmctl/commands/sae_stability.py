@@ -19,7 +19,9 @@ from dlmctl.commands.corpora import (
     level_range,
     own_model,
 )
-from dlmctl.commands.options import Device, Dtype, Json, OnErrorOption, Seed
+from dlmctl.commands.input_lines import input_lines
+from dlmctl.commands.options import Device, Dtype, Json, OnErrorOption, Quiet, Seed
+from dlmctl.commands.progress import counted
 from dlmctl.commands.sae_eval import Insert, Scope, split_paths
 from dlmctl.commands.tables import write_rows
 
@@ -59,6 +61,7 @@ def command(
     device: Device = "auto",
     dtype: Dtype = "auto",
     on_error: OnErrorOption = "fail",
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Measure whether a model's sparse autoencoders still fit it after more training.
@@ -83,9 +86,11 @@ def command(
     tuned_found = read_saes(tuned_saes) if tuned_saes else {}
     others = [place(name, saved, after) for name, saved in tuned_found.items()]
     law = Corruption(*(level_range(level) if level else common_levels(saes)), bool(per_batch), seed)
+    total = None if pack else input_lines(files).times(1 / batch_size)
     batches = corpus_batches(
         files, base, law, context, bool(pack), hide_prompt, batch_size, on_error
     )
+    batches = counted(batches, "batches", quiet, total)
     rows = stability(base, after, batches, saes, scope, insert, law, others)
     more = ("base_delta_mask", "tuned_delta_mask") if insert else ()
     write_rows(rows, (*COLUMNS, *more, *(("matched",) if others else ())), json)

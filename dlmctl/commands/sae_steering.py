@@ -18,7 +18,7 @@ from dlmctl.commands.options import (
     Quiet,
     Seed,
 )
-from dlmctl.commands.progress import counted
+from dlmctl.commands.progress import counted, counting
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record, read_records, write_records
@@ -176,7 +176,7 @@ def command(
     if judge is not None:
         asked = questions(pairs, _concepts(concept, concepts))
         made = _answered(asked, judge, judge_length, batch_size, device, dtype)
-        answered = list(counted(made, "judged", quiet))
+        answered = list(counted(made, "answers", quiet, len(pairs)))
         if judge_prompts is not None:
             write_records(answered, judge_prompts)
         answers = Answers(answered)
@@ -184,9 +184,10 @@ def command(
         answers = Answers(read_records([judge_answers], on_error))
     found, bound = None, None
     if fluency is not None:
-        found, bound = _perplexities(
-            pairs, fluency, fluency_tokens, masks, seed, batch_size, device, dtype
-        )
+        with counting("texts", quiet, 2 * len(pairs)) as gauge:
+            found, bound = _perplexities(
+                pairs, fluency, fluency_tokens, masks, seed, batch_size, device, dtype, gauge.reach
+            )
     outcomes = list(outcomes_of(pairs, answers.of if answers else None, found))
     if answers is not None and not answers.used:
         raise DataError("none of the scores is about a text of these records", judge_answers or "")
@@ -242,6 +243,7 @@ def _perplexities(
     batch_size: int,
     device: str,
     dtype: str,
+    reach: Callable[[int], None],
 ) -> tuple[Perplexities, bool]:
     """Those of all texts, and whether they are upper bounds."""
     from dlmctl.diffusion.scoring import MaskPlan
@@ -251,4 +253,4 @@ def _perplexities(
     policy = load_policy(model, device, dtype)
     plan = MaskPlan(samples=masks, seed=seed)
     texts = [text for pair in pairs for text in (pair.before, pair.after)]
-    return perplexities(policy, texts, tokens, plan, batch_size), policy.diffusion
+    return perplexities(policy, texts, tokens, plan, batch_size, reach), policy.diffusion

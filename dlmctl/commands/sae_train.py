@@ -248,8 +248,14 @@ def command(
         for key in source.keys
     ]
     run = SaeRun(directory, streams, settings, source.metadata, source.device)
-    records = run.train(source.blocks(run.blocks, run.takers), log_every, 60 * save_minutes)
-    write_metrics(records, "logged", quiet, run.standing)
+    write_metrics(
+        run.train(source.blocks(run.blocks, run.takers), log_every, 60 * save_minutes),
+        quiet,
+        run.standing,
+        run.whole,
+        run.steps,
+        at=lambda: run.steps,
+    )
     for shortfall in run.shortfalls():
         _say(shortfall)
     _say(f"{len(run.finish())} autoencoders in {directory}")

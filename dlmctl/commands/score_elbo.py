@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.options import (
     BatchSize,
     Device,
@@ -92,7 +93,9 @@ def command(
     named = dict(_labelled(text) for text in model or ["builtin:puzzles"])
     if len(named) < len(model or [""]):
         raise UsageError("two models have the same label: write --model LABEL=MODEL")
-    source = read_shard(files or [], parse_shard(shard), on_error)
+    part = parse_shard(shard)
+    total = input_lines(files).times(1 / part.count if part else 1)
+    source = read_shard(files or [], part, on_error)
     going = Resume(output, resume)
     if going.done:
         return
@@ -106,7 +109,7 @@ def command(
     )
     rest = going.rest(source, rule)
     records = score(rest, policies, plan, batch_size, on_error)
-    write_records(counted(records, "scored", quiet), output, going)
+    write_records(counted(records, "records", quiet, total, going.lines), output, going)
 
 
 def _labelled(text: str) -> tuple[str, str]:

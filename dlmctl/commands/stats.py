@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from dlmctl.commands.options import Files, OnErrorOption, Output
+from dlmctl.commands.input_lines import input_lines
+from dlmctl.commands.options import Files, OnErrorOption, Output, Quiet
+from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import print_table
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import read_records, write_records
@@ -51,6 +53,7 @@ def command(
         ),
     ] = None,
     on_error: OnErrorOption = "fail",
+    quiet: Quiet = False,
     output: Output = "-",
 ) -> None:
     """Accuracy, pass@k, reward and length per task.
@@ -78,7 +81,8 @@ def command(
     from dlmctl.report.statistics import tally
 
     limits = [_limit(text) for text in fail_under or []]
-    records = read_records(files or [], on_error)
+    total = input_lines(files)
+    records = counted(read_records(files or [], on_error), "records", quiet, total)
     first = next(records, None)
     records = chain([] if first is None else [first], records)
     if first is not None and is_measurement(first):

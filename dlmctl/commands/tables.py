@@ -7,6 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dlmctl.records.jsonl import write_records
+from dlmctl.records.stderr import aside
+
+GAP = 2
+"""Between two columns."""
+LONG = 40
+"""Characters of a cell that is no number, but text that may need several lines."""
 
 
 def print_table(
@@ -16,19 +22,61 @@ def print_table(
 ) -> None:
     """Print rows to standard output.
 
+    A table that is wider than the terminal becomes several, one below the other, each with the
+    columns that tell its rows apart.
+
     Args:
-        columns: key of a row to the heading of its column; the first is set flush left.
+        columns: key of a row to the heading of its column; flush left are the first, and long text.
         cell: text of a row's value by its key; numbers have four digits without it.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for number, heading in enumerate(columns.values()):
-        table.add_column(heading, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*((cell or _plain)(row, name) for name in columns))
-    Console().print(table)
+    console = Console()
+    texts = {
+        heading: [(cell or _plain)(row, name) for row in rows] for name, heading in columns.items()
+    }
+    with aside():
+        for number, block in enumerate(_blocks(texts, console.width)):
+            table = Table(box=None, header_style="bold", pad_edge=False)
+            for heading in block:
+                flush = heading == next(iter(texts)) or max(map(len, texts[heading])) > LONG
+                table.add_column(heading, justify="left" if flush else "right")
+            for row in zip(*(texts[heading] for heading in block), strict=True):
+                table.add_row(*map(escape, row))
+            if number:
+                print()
+            console.print(table)
+
+
+def _blocks(texts: Mapping[str, Sequence[str]], width: int) -> list[list[str]]:
+    """The columns of each table, by their headings."""
+    wide = {heading: max(map(len, [heading, *cells])) + GAP for heading, cells in texts.items()}
+    headings = list(texts)
+    if sum(wide.values()) - GAP <= width:
+        return [headings]
+    first = headings[: _telling(list(texts.values()))]
+    room = width + GAP - sum(wide[heading] for heading in first)
+    if room < min(max(wide[heading] for heading in headings[len(first) :]), width // 2):
+        first = first[:1]
+        room = width + GAP - wide[first[0]]
+    blocks: list[list[str]] = []
+    left = 0
+    for heading in headings[len(first) :]:
+        if not blocks or wide[heading] > left:
+            blocks.append(list(first))
+            left = room
+        blocks[-1].append(heading)
+        left -= wide[heading]
+    return blocks
+
+
+def _telling(columns: Sequence[Sequence[str]]) -> int:
+    """How many of the first columns it takes to tell all rows apart."""
+    rows = list(zip(*columns, strict=True))
+    numbers = range(1, len(columns))
+    return next((n for n in numbers if len({row[:n] for row in rows}) == len(rows)), 1)
 
 
 def write_rows(rows: Iterable[dict[str, Any]], columns: Sequence[str], json: bool) -> None:

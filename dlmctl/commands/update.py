@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from dlmctl.commands.corpora import level_range
+from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.mask_options import (
     FillTo,
     Level,
@@ -65,8 +66,9 @@ from dlmctl.commands.options import (
     Seed,
 )
 from dlmctl.commands.ranks import on_every_rank, write_metrics
-from dlmctl.records.errors import UsageError
-from dlmctl.records.jsonl import Record, read_records
+from dlmctl.records.errors import DataError, UsageError
+from dlmctl.records.groups import group_size
+from dlmctl.records.jsonl import Record, object_field, read_records
 from dlmctl.records.locks import Lock, hold_run
 
 
@@ -218,15 +220,22 @@ def command(
     }
     objective = None if algo == "sft" else make_objective(algo, **own)
     recipe = objective.recipe if objective else Recipe(samples=2)
+    lines = input_lines(files)
+    group: int | None = None
+    passes = 1
     records: Iterator[Record] = iter(())
     _lock: Lock | None = None
 
     def begin() -> tuple[str | None, str]:
-        nonlocal records, _lock
+        nonlocal records, group, _lock
         directory = output or next_run(algo)
         # Refused before the first record, which may be long in coming; kept until the run has it.
         _lock = hold_run(directory) if directory.is_dir() else None
-        records, sampled_from = _first_model(read_records(files or [], on_error))
+        records, first = _with_first(read_records(files or [], on_error))
+        group = 1 if algo == "sft" else group_size(first)
+        sampled_from = object_field(first, "rollout").get("model")
+        if not isinstance(sampled_from, str | None):
+            raise DataError("field 'rollout.model' is not the name of a model", first.where)
         print(f"dlmctl: writing {directory}", file=sys.stderr)
         return sampled_from, str(directory)
 
@@ -268,11 +277,12 @@ def command(
             rest, run, plan, prompts_per_step, batch_size, fill_to, save_every, keep
         )
     else:
+        passes = inner or recipe.inner
         batching = Batching(
             plan,
             baseline or recipe.baseline,
             scale or recipe.scale,
-            inner or recipe.inner,
+            passes,
             drop_zero_adv,
             residual_masks == "independent",
         )
@@ -280,12 +290,13 @@ def command(
             rest, run, objective, batching, prompts_per_step, batch_size, save_every, keep,
             any_policy,
         )  # fmt: skip
-    write_metrics(metrics, "steps", quiet, run.standing)
+    total = lines.times(passes / (group * prompts_per_step)) if group and group > 0 else None
+    write_metrics(metrics, quiet, run.standing, total, run.progress.step if resume else 0)
 
 
-def _first_model(records: Iterator[Record]) -> tuple[Iterator[Record], str | None]:
-    """The same records, and the model that the first of them was sampled from."""
+def _with_first(records: Iterator[Record]) -> tuple[Iterator[Record], Record]:
+    """The same records, and the first of them."""
     first = next(records, None)
     if first is None:
         raise UsageError("no records came in; nothing to train on")
-    return chain([first], records), (first.get("rollout") or {}).get("model")
+    return chain([first], records), first

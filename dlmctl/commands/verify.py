@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.options import (
     Files,
     OnErrorOption,
@@ -137,6 +138,7 @@ def command(
     if preset and (verifier or program):
         raise UsageError("--preset chooses the verifiers: leave out --verifier and --exec")
     part = parse_shard(shard)
+    total = input_lines(files).times(1 / part.count if part else 1)
     source = read_shard(files or [], part, on_error)
     going = Resume(output, resume)
     if going.done:
@@ -174,7 +176,8 @@ def command(
         records, verifier, weights, preset, extra, adapted, on_error, time_limit, used
     )
     try:
-        write_records(counted(verified, "verified", quiet), output, going)
+        shown = counted(verified, "records", quiet, total, going.lines)
+        write_records(shown, output, going)
     finally:
         if judge:
             judge.close()

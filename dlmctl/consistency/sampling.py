@@ -7,6 +7,7 @@ of samples, so that teacher and student can be compared point by point.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -42,12 +43,21 @@ def levels(model: Model, steps: int) -> Tensor:
 
 
 def draw(
-    model: Model, count: int, seed: int, steps: int, solver: Solver = "heun", batch_size: int = 256
+    model: Model,
+    count: int,
+    seed: int,
+    steps: int,
+    solver: Solver = "heun",
+    batch_size: int = 256,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
     """Samples, float32 [count, *shape] on the CPU.
 
     A denoiser follows the ODE down to 0 and takes 2 steps - 1 evaluations with `heun`, `steps` with
     `euler`; a consistency model takes `steps`.
+
+    Args:
+        advance: is told how many more are made.
     """
     sigmas, made = levels(model, steps), []
     for first in range(0, count, batch_size):
@@ -62,6 +72,7 @@ def draw(
         else:
             x = solve(model.function, x, sigmas, solver)
         made.append(x.cpu())
+        advance(len(batch))
     return torch.cat(made)
 
 

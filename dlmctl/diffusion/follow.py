@@ -46,7 +46,7 @@ def follow_run(
         BrokenPipeError: the reader of standard output went away while a checkpoint was awaited.
     """
     checkpoint = latest_checkpoint(run)
-    first = read_progress(checkpoint).round if checkpoint else 0
+    first = rounds_done(run)
     policy = load_policy(str(checkpoint or model), device, dtype)
     loaded = checkpoint
     # Prompts of rounds that an earlier process sampled are not sampled again.
@@ -62,6 +62,12 @@ def follow_run(
         place = Round(number, len(batch) * samples, max_lag)
         settings = settings_for(policy)
         yield from rollout(batch, policy, settings, samples, seed, batch_size, on_error, place)
+
+
+def rounds_done(run: Path) -> int:
+    """Rounds that the newest checkpoint of a run has been trained on."""
+    checkpoint = latest_checkpoint(run)
+    return read_progress(checkpoint).round if checkpoint else 0
 
 
 def _await_round(run: Path, wanted: int) -> Path | None:

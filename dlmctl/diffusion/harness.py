@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, get_args
 
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -79,6 +79,9 @@ class Pair(NamedTuple):
 @register_model("dlmctl")
 class HarnessModel(LM):
     """A policy as lm-evaluation-harness asks it."""
+
+    counted: ClassVar[Any] = staticmethod(lambda items, what, total: items)
+    """Passes on what takes long, and may say how far it is: of items, their name and number."""
 
     def __init__(
         self,
@@ -278,7 +281,8 @@ class HarnessModel(LM):
 
     def _elbos(self, pairs: Sequence[Pair]) -> list[float]:
         values: list[float] = []
-        for start in range(0, len(pairs), self.batch_size):
+        starts = range(0, len(pairs), self.batch_size)
+        for start in self.counted(starts, "batches", len(starts)):
             examples = [self._example(pair) for pair in pairs[start : start + self.batch_size]]
             samples = elbo_samples(self.policy, examples, self.batch_size)
             values += samples.mean(dim=1).tolist()
@@ -329,9 +333,10 @@ class HarnessModel(LM):
             self.policy, gen_length=length, temperature=float(temperature), **self.sampler
         )
 
-    def _sample(self, requests: Iterable[Request], settings: Sampling) -> list[list[int]]:
+    def _sample(self, requests: Sequence[Request], settings: Sampling) -> list[list[int]]:
         sampler = sample_stream if self.policy.diffusion else sample_autoregressive
-        return [made.tokens for made in sampler(self.policy, requests, settings, self.batch_size)]
+        samples = sampler(self.policy, requests, settings, self.batch_size)
+        return [made.tokens for made in self.counted(samples, "completions", len(requests))]
 
 
 def stops_of(asked: dict[str, Any]) -> list[str]:

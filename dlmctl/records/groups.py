@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
 
+from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record, field, object_field
 
 
@@ -83,4 +84,7 @@ def group_batches(records: Iterable[Record], size: int) -> Iterator[list[list[Re
 def group_size(record: Record) -> int | None:
     """How many samples the group of this record has, where `rollout` wrote it."""
     samples: int | None = object_field(record, "rollout").get("samples")
+    if samples is not None and type(samples) is not int:
+        kind = type(samples).__name__
+        raise DataError(f"field 'rollout.samples' is {kind}, expected int", record.where)
     return samples

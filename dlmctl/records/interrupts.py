@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from dlmctl.records import stderr
+
 GRACE = 0.6
 """Seconds from the signal to the end by force."""
 
@@ -43,6 +45,16 @@ class _State:
 def describe(summary: Callable[[], str]) -> None:
     """Set what the command says of itself where it is interrupted from now on."""
     _State.summary = summary
+
+
+def call(name: str) -> None:
+    """Set the command's full name, which `install` may know the beginning of."""
+    _State.name = name
+
+
+def command() -> str:
+    """The command's name."""
+    return _State.name
 
 
 def stopping() -> bool:
@@ -106,9 +118,8 @@ def end(forced: bool = False) -> NoReturn:
         line += f": {_State.summary()}" if _State.summary else ""
     if os.environ.get("RANK", "0") != "0":  # torchrun ends all ranks, and the first speaks for them
         line = ""
-    shown = "\x1b[?25h" if forced and sys.stderr.isatty() else ""  # a progress display hid it
     with contextlib.suppress(OSError):
-        os.write(2, f"{shown}{line}\n".encode() if line else b"")
+        os.write(2, stderr.close() + (stderr.shown(f"{line}\n".encode()) if line else b""))
     with contextlib.suppress(Exception):
         import ctypes
 
@@ -123,7 +134,14 @@ def _raise(number: int, _frame: object) -> None:
     _State.number = _State.number or number
     if not _State.raised:
         _State.raised = True
+        sys.unraisablehook = _unraisable  # it may be raised where nothing can be, as in a __del__
         raise Interrupted
+
+
+def _unraisable(about: sys.UnraisableHookArgs) -> None:
+    """Say nothing of our own exception: the end comes all the same, by the thread that watches."""
+    if about.exc_type is not Interrupted:
+        sys.__unraisablehook__(about)
 
 
 def _watch(reading: int, numbers: set[signal.Signals]) -> None:

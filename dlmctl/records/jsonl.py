@@ -23,6 +23,7 @@ from dlmctl.records.errors import (
 )
 from dlmctl.records.interrupts import Interrupted, describe
 from dlmctl.records.locks import hold
+from dlmctl.records.stderr import aside
 from dlmctl.records.stdin import stdin_lines
 
 if TYPE_CHECKING:
@@ -199,12 +200,14 @@ def write_records(
         return f"{lines} records are in {output}.partial{_how(going)}"
 
     describe(standing or stands)
+    shared = output == "-" and os.isatty(1)  # with the line of progress
     with _sink(output, going) as stream:
         for record in records:
             line = dump(record)
             try:
-                stream.write(line)
-                stream.flush()
+                with aside() if shared else contextlib.nullcontext():
+                    stream.write(line)
+                    stream.flush()
             except BrokenPipeError:
                 raise
             except OSError as error:

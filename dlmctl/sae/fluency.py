@@ -8,7 +8,7 @@ the exponential of an estimate is too large on average, few masks make it looser
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from dlmctl.diffusion.elbo import Example, elbo_samples
 from dlmctl.diffusion.scoring import MaskPlan, completion_masks
@@ -24,12 +24,20 @@ BATCHES = 8
 
 
 def perplexities(
-    policy: Policy, texts: Iterable[Text], context: int, plan: MaskPlan, batch_size: int
+    policy: Policy,
+    texts: Iterable[Text],
+    context: int,
+    plan: MaskPlan,
+    batch_size: int,
+    reach: Callable[[int], None] = lambda _: None,
 ) -> Perplexities:
     """Perplexity of prompt and completion of each text, of their first `context` tokens.
 
     Masks, for a diffusion model, depend on the seed of the plan, the id and the sample, so that two
     texts that differ by steering have the same noise levels.
+
+    Args:
+        reach: is told how many are done.
 
     Raises:
         DataError: a text is not there, or the model has no tokens for it.
@@ -48,6 +56,7 @@ def perplexities(
     for start in range(0, len(waiting), chunk):
         names, examples = zip(*waiting[start : start + chunk], strict=True)
         found |= zip(names, _of_examples(policy, examples, batch_size), strict=True)
+        reach(len(found))
     return found
 
 

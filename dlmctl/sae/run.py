@@ -104,6 +104,16 @@ class SaeRun:
         """The ranks that train on each kind of activations."""
         return {stream.key: set(stream.owners.values()) for stream in self.streams}
 
+    @property
+    def steps(self) -> int:
+        """Steps that were taken here, of all autoencoders together."""
+        return sum(t.step for stream in self.streams for t in stream.trainers.values())
+
+    @property
+    def whole(self) -> int:
+        """Steps that are to be taken here in all."""
+        return sum(stream.recipe.steps * len(stream.trainers) for stream in self.streams)
+
     def train(
         self, source: Iterator[Block], log_every: int, save_seconds: float
     ) -> Generator[dict[str, Any], None, None]:

@@ -1,5 +1,7 @@
 """The command line as a whole: the table, versions, exit codes, start-up."""
 
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from conftest import shell
 from typer.testing import CliRunner
 
 from dlmctl import __version__
-from dlmctl.cli import SUBCOMMANDS, app
+from dlmctl.cli import SUBCOMMANDS, app, functions
 
 
 def test_the_version_is_shown():
@@ -29,7 +31,21 @@ def test_every_subcommand_has_a_help_screen(name):
     for flag in ("-h", "--help"):
         result = CliRunner().invoke(app, [name, flag], env={"COLUMNS": "100"})
         assert result.exit_code == 0
-        assert SUBCOMMANDS[name].summary in result.stdout
+        assert SUBCOMMANDS[name].summary in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_the_help_of_a_command_fits_a_terminal_of_80_with_every_name_whole(name):
+    for full, function in functions(name).items():
+        group, *rest = full.split()
+        said = CliRunner().invoke(app, [group, *rest, "--help"], env={"COLUMNS": "80"}).stdout
+        assert max(map(len, said.splitlines())) <= 80, full
+        for option in re.findall(r"--[a-z][a-z0-9-]+", inspect.getsource(inspect.unwrap(function))):
+            assert re.search(rf"(^|\W){option}(?![a-z-])", said), (full, option)
+
+
+def test_a_wrong_name_is_answered_by_those_that_are_like_it():
+    assert "Did you mean 'rollout'" in CliRunner().invoke(app, ["rolout"]).stderr
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """Ctrl-C and SIGTERM: a line that says where the command stands, and the end within a second."""
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import orjson
@@ -42,7 +45,9 @@ class Running:
     def stop(self, *signals):
         """The exit code after these signals, and what was said."""
         for number in signals:
-            self.command.send_signal(number)
+            with contextlib.suppress(ProcessLookupError):
+                self.command.send_signal(number)
+            time.sleep(0.1)  # of several that wait for a process the lowest is given first
         code = self.command.wait(timeout=SOON)
         os.close(self.input)
         return code, self.errors.read_text()
@@ -137,6 +142,56 @@ def test_a_long_training_is_left_at_its_newest_state(tmp_path):
     running.wait_for((tmp_path / "run" / "state" / "latest").exists)
     code, said = running.stop(signal.SIGINT)
     assert code == -signal.SIGINT
-    assert said.startswith("dlmctl: distill interrupted: run was at step ")
+    assert said.startswith("dlmctl: distill teacher interrupted: run was at step ")
     assert "; what is saved is of step " in said
     assert said.count("\n") == 1
+
+
+LISTENS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+"""We ourselves may be in the background of a shell, which ignores Ctrl-C."""
+SIGNALLED_AT = """
+import os, sys
+from dlmctl.__main__ import main
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            os.kill(os.getpid(), {number})
+sys.meta_path.insert(0, Finder())
+sys.argv = ["dlmctl", *{line!r}]
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", ["dlmctl.cli", "orjson", "typer.main", "dlmctl.commands.verify"])
+def test_a_signal_amid_the_imports_is_no_traceback(name, number):
+    code = SIGNALLED_AT.format(name=name, number=int(number), line=["verify"])
+    done = subprocess.run(
+        [sys.executable, "-c", LISTENS + code],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -number
+    assert done.stderr in ("", "dlmctl: verify interrupted\n")
+
+
+def test_ctrl_c_where_nothing_can_be_raised_is_no_traceback_either():
+    code = (
+        "import os, signal, time\n"
+        "from dlmctl.records import interrupts\n"
+        "class Last:\n"
+        "    def __del__(self): os.kill(os.getpid(), signal.SIGINT); time.sleep(0.01)\n"
+        "interrupts.install('verify')\n"
+        "Last()\n"
+        "time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", LISTENS + code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "dlmctl: verify interrupted\n")
+
+
+def test_an_ignored_ctrl_c_stays_ignored():
+    code = SIGNALLED_AT.format(name="typer.main", number=int(signal.SIGINT), line=["--version"])
+    line = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{code}"
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

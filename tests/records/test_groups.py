@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from dlmctl.records.errors import DataError
 from dlmctl.records.groups import group_batches, groups
 from dlmctl.records.jsonl import Record
 
@@ -63,3 +66,8 @@ def test_batches_of_a_plain_stream_and_records_with_an_error():
     stream = [error, *samples("a", 2, 2, round=0, round_size=3), *samples("b", 1)]
     assert [len(batch) for batch in group_batches(stream, 9)] == [1, 1]
     assert [len(batch) for batch in group_batches(samples("a", 2) + samples("b", 2), 9)] == [2]
+
+
+def test_a_size_that_is_no_number_is_refused():
+    with pytest.raises(DataError, match=r"'rollout\.samples' is str, expected int"):
+        list(groups([Record(id="a", rollout={"samples": "x"})]))

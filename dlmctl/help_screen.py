@@ -1,0 +1,82 @@
+"""The help of a subcommand, in two columns that a terminal of 80 has room for.
+
+The boxes of typer have a column each for names, short names, opposites and kinds, which leaves 18
+characters a line for what an option does, and cuts long names.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from textwrap import fill
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+NAMES = 24
+"""Characters of the first column; what is longer has a line of its own."""
+WIDEST = 100
+"""Characters of a line at most, on any terminal."""
+KINDS = {"int": "N", "float": "X", "str": "TEXT", "list[str]": ""}
+"""What stands for a value of such a type."""
+
+
+class TwoColumns(TyperCommand):
+    """A subcommand whose options stand under the headings of their panels."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "rich_markup_mode": None})
+        self.context_settings.setdefault("max_content_width", WIDEST)
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        """Write what the subcommand does."""
+        for paragraph in (self.help or "").split("\n\n"):
+            formatter.write(f"\n{_filled(paragraph, formatter.width, '  ')}\n")
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options, names in bold on a terminal."""
+        panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            row = parameter.get_help_record(ctx)
+            if row is not None:
+                usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                panel = getattr(parameter, "rich_help_panel", None) or usual
+                panels.setdefault(panel, []).append((_names(row[0]), row[1]))
+        for heading, rows in panels.items():
+            if rows:
+                formatter.write(f"\n{_bold(heading + ':')}\n")
+            for names, text in rows:
+                formatter.write(_row(names, text, formatter.width))
+
+
+def _row(names: str, text: str, width: int) -> str:
+    """An option: its names, and what it does beside them, or below."""
+    column = NAMES + 4
+    lines = _filled(text, width, column * " ").strip()
+    if len(names) > NAMES:
+        return f"  {_bold(names)}\n{column * ' '}{lines}\n"
+    return f"  {_bold(names)}{(column - 2 - len(names)) * ' '}{lines}\n"
+
+
+def _names(text: str) -> str:
+    """-n, --samples N: short for the type that typer writes there."""
+    return re.sub(r"<(int|float|str|list\[str\])( range)?>", lambda m: KINDS[m[1]], text).strip()
+
+
+def _filled(text: str, width: int, indent: str) -> str:
+    """Filled between words: the name of an option is one, hyphens and all."""
+    return fill(
+        text,
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _bold(text: str) -> str:
+    dumb = os.environ.get("TERM", "dumb") == "dumb"
+    return text if dumb or not sys.stdout.isatty() else typer.style(text, bold=True)
