@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from dlmctl.records import stderr
@@ -130,12 +131,24 @@ def end(forced: bool = False) -> NoReturn:
     os._exit(128 + number)
 
 
-def _raise(number: int, _frame: object) -> None:
+def _raise(number: int, frame: FrameType | None) -> None:
     _State.number = _State.number or number
-    if not _State.raised:
+    if not _State.raised and not _imports(frame):
         _State.raised = True
         sys.unraisablehook = _unraisable  # it may be raised where nothing can be, as in a __del__
         raise Interrupted
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being imported, which some written in C++ or Rust do not survive.
+
+    The thread that watches says it again, or ends us.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _unraisable(about: sys.UnraisableHookArgs) -> None:
@@ -149,9 +162,18 @@ def _watch(reading: int, numbers: set[signal.Signals]) -> None:
     while came := os.read(reading, 1):
         if came[0] in numbers:  # else somebody else's, who handles it
             _State.number = _State.number or came[0]
-            time.sleep(GRACE)
+            _wait(came[0])
             end(forced=True)
     os.close(reading)
+
+
+def _wait(number: int) -> None:
+    """Give the main thread its time, and say it again until it has heard, as behind an import."""
+    over = time.monotonic() + GRACE
+    while time.monotonic() < over:
+        time.sleep(GRACE / 12)
+        if not _State.raised:
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _forget() -> None:
