@@ -172,7 +172,7 @@ def command(
     Takes the options of 'dlmctl rollout' and 'dlmctl update' and writes a record for each stage
     that has the model on the device, and one for the step that they make. Bytes for each device, by
     part: weights; gradients; moments of the optimizer; reference, which an adapter does without;
-    gathered, weights and gradients of a block as FSDP2 moves them; cache, keys and values; casts,
+    gathered, weights and gradients that FSDP2 moves, at most; cache, keys and values; casts,
     the weights in the dtype of the products; activations; logits of the scored positions; working,
     what the optimizer's step makes when the passes are over. total is what is there at once. With
     --gpu-memory: whether it fits, and changes that would. flops are those of all devices together;

@@ -47,7 +47,7 @@ from dlmctl.training.lora import add_adapter
 from dlmctl.training.optimizer import apply_step, make_optimizer, trained_parameters
 
 HERE = Path(__file__)
-BIG = HERE.parents[2] / "examples" / "big"
+BIG = HERE.parents[2] / "examples" / "large"
 
 
 def records(count=4, prompt=5, length=12):
@@ -193,7 +193,7 @@ def unused_port():
 # --- bytes that come and go ----------------------------------------------------------------------
 
 ROWS, LENGTH, SCORED = 2, 256, 128
-CASES = [(0, False, "float32"), (4, False, "bfloat16")]
+CASES = [(0, False, "float32"), (4, False, "bfloat16"), (0, True, "bfloat16")]
 
 
 def resident_peaks():
