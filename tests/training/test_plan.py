@@ -192,16 +192,16 @@ def unused_port():
 
 # --- bytes that come and go ----------------------------------------------------------------------
 
-ROWS, LENGTH, SCORED = 2, 256, 128
+ROWS, LENGTH, SCORED = 2, 192, 96
 CASES = [(0, False, "float32"), (4, False, "bfloat16"), (0, True, "bfloat16")]
 
 
 def resident_peaks():
-    """Megabytes of a gradient as the system sees them, and as planned; a line for each case."""
+    """Megabytes of a gradient as the system sees them, as its tensors have them, as planned."""
     from dlmctl.bench.memory import Peak
 
     for rank, recomputes, dtype in CASES:
-        policy = random_policy(8, 128, 4000, dtype if rank else "float32")
+        policy = random_policy(6, 256, 1000, dtype if rank else "float32")
         if rank:
             policy = add_adapter(policy, rank, 8.0, 0.0)
         if recomputes:
@@ -219,8 +219,10 @@ def resident_peaks():
         step()  # gradients are there from the second micro-batch on
         with Peak(policy.device) as peak:
             step()
+        with LiveMemory() as live:
+            step()
         planned = gradient_memory(weightless(policy), ROWS, LENGTH, SCORED, compute, False)
-        print(json.dumps([peak.megabytes, planned.total / 1e6]))
+        print(json.dumps([peak.megabytes, live.peak / 1e6, planned.total / 1e6]))
 
     policy, settings = (
         random_policy(8, 128, 4000),
@@ -230,8 +232,10 @@ def resident_peaks():
     sample(policy, prompts, keys, settings)
     with Peak(policy.device) as peak:
         sample(policy, prompts, keys, settings)
+    with LiveMemory() as live:
+        sample(policy, prompts, keys, settings)
     _, planned = sampling_memory(weightless(policy), settings, 16, 64)
-    print(json.dumps([peak.megabytes, planned.total / 1e6]))
+    print(json.dumps([peak.megabytes, live.peak / 1e6, planned.total / 1e6]))
 
 
 @pytest.mark.skipif(not CLEAR.exists(), reason="no resident set to measure here")
@@ -248,9 +252,10 @@ def test_the_memory_of_gradients_and_of_sampling_is_as_planned():
     )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    for case, (measured, planned) in zip([*CASES, "sampling"], lines, strict=True):
-        # Two megabytes are the library's own.
-        assert planned == pytest.approx(measured, rel=0.07, abs=2), case
+    for case, (resident, alive, planned) in zip([*CASES, "sampling"], lines, strict=True):
+        assert planned == pytest.approx(alive, rel=0.02), case
+        # Up to three megabytes are the libraries' own.
+        assert planned == pytest.approx(resident, rel=0.05, abs=3), case
 
 
 def test_a_few_blocks_tell_what_all_of_them_need(monkeypatch):
