@@ -181,8 +181,8 @@ def command(
 
     Everything is computed: bytes by following the passes of this code without values, operations
     by formula. Seconds are operations by what one device was measured to do, plus traffic by
-    --bandwidth, as if neither hid the other; for completions of full length. For small models on the
-    CPU bytes were within a twentieth of the resident memory; on GPUs nothing was measured.
+    --bandwidth, as if neither hid the other; for completions of full length. Of small models on the
+    CPU the bytes were within a twentieth of what was resident; on GPUs nothing was measured.
 
     Examples:
 
