@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -27,8 +27,7 @@ from dlmctl.records.jsonl import write_records
 
 SEEN, RUN, MACHINE = "What a step sees", "The run", "The machine"
 
-COLUMNS = {
-    "stage": "bytes in GB",
+BYTES = {
     "weights": "weights",
     "gradients": "gradients",
     "moments": "moments",
@@ -38,13 +37,18 @@ COLUMNS = {
     "casts": "casts",
     "activations": "activations",
     "logits": "logits",
-    "working": "step",
-    "total": "at once",
+    "working": "working",
+    "total": "total at once",
+    "gather": "gather in a step",
+    "scatter": "scatter in a step",
+}
+OTHERS = {
     "fits": "fits",
     "flops": "PFLOP",
-    "gather": "gather",
-    "scatter": "scatter",
     "seconds": "seconds",
+    "tokens_per_second": "tokens per second",
+    "hours": "hours",
+    "cost": "cost",
 }
 
 
@@ -195,6 +199,7 @@ def command(
     from dlmctl.models.loading import DTYPES
     from dlmctl.models.weightless import weightless_policy
     from dlmctl.rl.algorithms import make_objective
+    from dlmctl.rl.credit_stage import credit_passes
     from dlmctl.rl.policy_gradient import passes_for
     from dlmctl.rl.scores import Recipe
     from dlmctl.training.flops import Passes
@@ -230,7 +235,7 @@ def command(
         masks=(masks_per_sample or recipe.samples) if policy.diffusion else 1,
         scored=1.0 if whole else 0.5,
         passes=passes,
-        contrasts=3 if algo == "srpo" else 0,
+        contrasts=credit_passes(policy.diffusion) if algo == "srpo" else 0,
         sampling=settings_for(policy, **given),
         sampling_batch=0 if algo == "sft" else rollout_batch_size,
     )
@@ -245,10 +250,21 @@ def command(
     if json or not sys.stdout.isatty():
         write_records(rows)
         return
-    shown = {name: head for name, head in COLUMNS.items() if any(name in row for row in rows)}
-    print_table(rows, shown, _cell)
+    _table(rows)
     for change in rows[-1].get("changes", []):
         print(f"would fit: {change}")
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A column for each stage."""
+    names = [
+        name for name in {**BYTES, **OTHERS} if any(row.get(name) not in (None, 0) for row in rows)
+    ]
+    lines = [
+        {"": {**BYTES, **OTHERS}[name], **{row["stage"]: _cell(row, name) for row in rows}}
+        for name in names
+    ]
+    print_table(lines, {"": "", **{row["stage"]: row["stage"] for row in rows}})
 
 
 def _whole_run(
@@ -265,9 +281,11 @@ def _whole_run(
 def _cell(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     if value is None:
-        return "-"
-    if name in ("stage", "fits"):
-        return {True: "yes", False: "no"}.get(value, str(value))
-    if name == "seconds":
+        return ""
+    if name == "fits":
+        return "yes" if value else "no"
+    if name == "flops":
+        return f"{value / 1e15:.4g}"
+    if name not in BYTES:
         return f"{value:.4g}"
-    return f"{value / (1e15 if name == 'flops' else 1e9):.2f}"
+    return f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.2f} MB"

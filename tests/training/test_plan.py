@@ -466,3 +466,20 @@ def test_what_is_no_model_is_refused(tmp_path):
     assert invoke("plan", "-m", tmp_path / "none").exit_code == 66
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
     assert invoke("plan", "-m", tmp_path).exit_code == 65
+
+
+def test_the_table_has_a_column_for_each_stage(capsys):
+    from dlmctl.commands.plan import _table
+
+    _table([
+        {"stage": "rollout", "weights": 16_031_162_368, "flops": 2e15, "fits": True, "cache": 0},
+        {"stage": "step", "total": 2_500_000, "flops": 3e15, "fits": False},
+    ])  # fmt: skip
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        ["rollout", "step"],
+        ["weights", "16.03", "GB"],
+        ["total", "at", "once", "2.50", "MB"],
+        ["fits", "yes", "no"],
+        ["PFLOP", "2", "3"],
+    ]
