@@ -373,15 +373,17 @@ def test_a_vision_tower_keeps_about_what_a_llama_of_its_shape_does():
     assert planned == pytest.approx(kept, rel=0.2)
 
 
-@pytest.mark.parametrize("algo", sorted(ALGORITHMS))
-def test_every_algorithm_takes_the_passes_that_are_planned(algo):
-    policy = tiny_policy()
-    given = records()
+@pytest.mark.parametrize(
+    ("algo", "family"), [*((algo, "llada") for algo in sorted(ALGORITHMS)), ("grpo", "ar")]
+)
+def test_every_algorithm_takes_the_passes_that_are_planned(algo, family):
+    policy, given = tiny_policy(family), records()
     for record in given:
         record["weights"] = [1.0] * 12
+        record["rollout"] = {"log_probs": [-1.0] * 12}
     objective = make_objective(algo)
-    seen = {"policy": 0, "reference": 0, "gradient": 0}
     inner = min(2, objective.recipe.inner)
+    seen = {"policy": 0, "reference": 0, "gradient": 0}
 
     def score(examples):
         seen["reference"] += 1
@@ -393,7 +395,7 @@ def test_every_algorithm_takes_the_passes_that_are_planned(algo):
     policy.model.model.register_forward_hook(hook)
     batching = Batching(MaskPlan("full", 2), inner=inner)
     list(policy_gradients(policy, Reference("r", score), [given], objective, batching, 99))
-    assert tuple(seen.values()) == passes_for(objective, inner, False)
+    assert tuple(seen.values()) == passes_for(objective, inner, family == "ar")
 
 
 # --- the command -------------------------------------------------------------------------------
