@@ -96,6 +96,7 @@ SUBCOMMANDS = {
         "lm_eval", LOOK, "Evaluate a model on the tasks of lm-evaluation-harness."
     ),
     "bench": Subcommand("bench", LOOK, "Measure speed, memory and variance beside a baseline."),
+    "plan": Subcommand("plan", SETUP, "Say what a training run needs, from config.json alone."),
     "init": Subcommand("init", SETUP, "Make a small new model of any family."),
     "doctor": Subcommand("doctor", SETUP, "Say what this machine has and what is missing."),
 }

@@ -53,7 +53,7 @@ def _batch(
     log_probs = torch.zeros(len(requests), gen_length, dtype=torch.float64)
     for step in range(gen_length):
         logits = rows.next_logits()
-        token = _chosen(policy, logits, rows.noise_keys, step, temperature)
+        token = next_tokens(policy, logits, rows.noise_keys, step, temperature)
         scored = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(dim=1)
         where = rows.numbers.cpu()
         made[where, step], log_probs[where, step] = token.cpu(), scored.cpu()
@@ -64,7 +64,7 @@ def _batch(
     ]
 
 
-def _chosen(
+def next_tokens(
     policy: Policy, logits: Tensor, noise_keys: Tensor, step: int, temperature: float
 ) -> Tensor:
     """The next token of each row, int64 [B]."""

@@ -35,16 +35,30 @@ def propose(
     Returns:
         int64 [N] and float64 [N].
     """
-    # As large as pays: a chunk reads the whole output projection once.
-    chunk = max(1, (1 << 27 if keys.is_cuda else 1 << 23) // policy.vocab_size)
+    chunk = positions_per_chunk(policy.vocab_size, keys.is_cuda)
     parts = [
-        _decide(policy, _logits(policy, pieces, settings.cfg_scale), where, settings)
+        propose_chunk(policy, pieces, where, settings)
         for *pieces, where in zip(*(x.split(chunk) for x in (*states, keys)), strict=True)
     ]
     if not parts:
         return keys, keys.double()
     tokens, confidence = zip(*parts, strict=True)
     return torch.cat(tokens), torch.cat(confidence)
+
+
+def positions_per_chunk(vocab_size: int, cuda: bool) -> int:
+    """Positions whose logits are made at once.
+
+    As many as pay: a chunk reads the whole output projection once.
+    """
+    return max(1, (1 << 27 if cuda else 1 << 23) // vocab_size)
+
+
+def propose_chunk(
+    policy: Policy, states: Sequence[Tensor], keys: Tensor, settings: Sampling
+) -> tuple[Tensor, Tensor]:
+    """`propose` with the logits of all positions in memory at once."""
+    return _decide(policy, _logits(policy, states, settings.cfg_scale), keys, settings)
 
 
 def _logits(policy: Policy, states: Sequence[Tensor], cfg_scale: float) -> Tensor:

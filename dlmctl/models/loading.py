@@ -152,16 +152,9 @@ def _download(name: str, files: list[str]) -> Path:
 
 def _build(plan: Architecture, files: list[Path], dtype: torch.dtype, directory: Path) -> Any:
     """The model with its weights; every weight must be there, and no other."""
-    kinds = {"mlm": AutoModelForMaskedLM, "vlm": AutoModelForImageTextToText}
-    auto = kinds.get(plan.family, AutoModelForCausalLM)
     tensors = read_weights(files, plan.rename)
-    try:
-        # The class that `auto` maps to, so that from_pretrained takes tensors instead of a path.
-        factory = auto._model_mapping[type(plan.config)]
-    except KeyError:
-        raise DataError(
-            f"{directory}: a model of type '{plan.config.model_type}' is no language model"
-        ) from None
+    # Of the class itself, so that from_pretrained takes tensors instead of a path.
+    factory = model_class(plan, str(directory))
     try:
         model, report = factory.from_pretrained(
             None,
@@ -180,6 +173,18 @@ def _build(plan: Architecture, files: list[Path], dtype: torch.dtype, directory:
             f"{directory}: {len(missing)} weights are missing or misshapen, first {missing[0]}"
         )
     return model
+
+
+def model_class(plan: Architecture, where: str) -> Any:
+    """The class of transformers that a checkpoint is read as; raises DataError where none is."""
+    kinds = {"mlm": AutoModelForMaskedLM, "vlm": AutoModelForImageTextToText}
+    auto: Any = kinds.get(plan.family, AutoModelForCausalLM)
+    try:
+        return auto._model_mapping[type(plan.config)]
+    except KeyError:
+        raise DataError(
+            f"{where}: a model of type '{plan.config.model_type}' is no language model"
+        ) from None
 
 
 def load_tokenizer(directory: Path, plan: Architecture) -> Any:

@@ -21,7 +21,7 @@ from dlmctl.records.groups import group_batches
 from dlmctl.records.jsonl import OnError, Record, faulty, field, object_field
 from dlmctl.rl.contrast import Contrast, Response, signals
 from dlmctl.rl.credit import Credit, token_weights
-from dlmctl.rl.evidence import diffusion_signals, evidence_tokens
+from dlmctl.rl.evidence import MASKS, diffusion_signals, evidence_tokens
 from dlmctl.rl.per_token import number_list
 from dlmctl.rl.roles import OTHER, PERCEPTION, REASONING, token_roles
 from dlmctl.tasks.layout import Tags
@@ -70,6 +70,12 @@ class Sampler:
         if self._texts is None:
             self._texts = TokenTexts(policy.tokenizer)
         return self._texts
+
+
+def credit_passes(diffusion: bool) -> int:
+    """Passes over a completion at most: with image, without, and without the perception; for
+    diffusion, as many masks for each side of both contrasts."""
+    return 4 * MASKS if diffusion else 3
 
 
 def credited(

@@ -24,6 +24,7 @@ from dlmctl.rl.advantages import Baseline, Scale, advantages
 from dlmctl.rl.gradient import accumulate_gradient
 from dlmctl.rl.per_token import sampled_log_probs, token_weights
 from dlmctl.rl.scores import Objective, Scores
+from dlmctl.training.flops import Passes
 
 
 class Reference(NamedTuple):
@@ -47,6 +48,21 @@ class Batching:
     drop_zero_advantage: bool = False
     independent_residual: bool = False
     """The log-ratio to the reference is measured under a second draw of masks."""
+
+
+def passes_for(objective: Objective, inner: int, sampled: bool) -> Passes:
+    """The passes that `policy_gradients` takes.
+
+    Args:
+        inner: steps on a batch.
+        sampled: the old policy is what `rollout` recorded of it.
+    """
+    if objective.needs == "nothing":
+        return Passes(0, 0, inner)
+    if objective.needs == "relative":
+        return Passes(inner, inner, inner)
+    old, current = (0, inner) if sampled else (inner, inner - 1)
+    return Passes(old + current, inner if objective.needs_reference else 0, inner)
 
 
 def policy_gradients(

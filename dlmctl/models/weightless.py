@@ -1,0 +1,111 @@
+"""A policy from config.json alone: its tensors have shapes and dtypes, but no values and no memory.
+
+On torch's meta device a model can be built and counted. To follow a pass, its tensors are those of
+`FakeTensorMode`, for which everything else is as it is: autocast, autograd and what it saves. So
+the product's own passes can be looked at for a model of any size on any machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dlmctl.models.families import FAULTS, Architecture, architecture
+from dlmctl.models.loading import adapter_base, model_class, model_directory
+from dlmctl.models.policy import LEFT_TO_RIGHT, Policy
+from dlmctl.records.errors import DataError, MissingInputError
+from dlmctl.records.files import read_json
+
+CONFIG_FILES = ["config.json", "adapter_config.json"]
+
+
+def weightless_policy(name: str, dtype: torch.dtype) -> Policy:
+    """The policy of a model on the meta device. It has no tokenizer.
+
+    Args:
+        name: as `load_policy` takes it, or the path of a config.json. Nothing else is read.
+
+    Raises:
+        MissingInputError: there is no config.json.
+        DataError: it is of no model that is known here.
+        TryAgainError: the hub does not answer.
+    """
+    config_file = _config_file(name)
+    plan = architecture(read_json(config_file), str(config_file))
+    try:
+        with torch.device("meta"):
+            factory: Any = model_class(plan, str(config_file))
+            model = factory._from_config(plan.config, dtype=dtype, attn_implementation="sdpa")
+    except FAULTS as error:
+        reason = str(error).strip().split("\n")[-1][:200]
+        raise DataError(f"no model can be made of it ({reason})", str(config_file)) from None
+    return _policy(name, plan, model)
+
+
+def followable(policy: Policy, layers: int) -> Policy:
+    """A copy of a weightless policy for passes under FakeTensorMode, under which this is called.
+
+    Args:
+        layers: blocks of the language model that it has, the first ones; what passes need is linear
+            in their number.
+    """
+    model = policy.model
+    fake: dict[int, Any] = {
+        id(b): torch.empty(b.shape, dtype=b.dtype)
+        for b in chain(model.parameters(), model.buffers())
+    }
+    for parameter in model.parameters():
+        fake[id(parameter)] = nn.Parameter(fake[id(parameter)], parameter.requires_grad)
+    copied = dataclasses.replace(policy, model=copy.deepcopy(model, fake))
+    del text_blocks(copied)[layers:]
+    copied.core.config.get_text_config().num_hidden_layers = layers
+    return copied
+
+
+def text_blocks(policy: Policy) -> nn.ModuleList:
+    """The blocks of a language model, those of a vision tower left out.
+
+    Raises:
+        DataError: they are of a kind not known here.
+    """
+    count = policy.core.config.get_text_config().num_hidden_layers
+    for name, module in policy.core.named_modules():
+        is_list = isinstance(module, nn.ModuleList) and len(module) == count
+        if is_list and name.rsplit(".", 1)[-1] in ("layers", "layer", "h") and "vis" not in name:
+            return module
+    raise DataError(f"{type(policy.core).__name__} has no list of blocks that is known here")
+
+
+def _config_file(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.suffix == ".json" and path.is_file():
+        return path
+    directory = model_directory(name, CONFIG_FILES)
+    if (directory / "adapter_config.json").exists():
+        directory = model_directory(adapter_base(directory), CONFIG_FILES)
+    if not (directory / "config.json").exists():
+        raise MissingInputError(f"{directory} has no config.json: it is not a model")
+    return directory / "config.json"
+
+
+def _policy(name: str, plan: Architecture, model: Any) -> Policy:
+    diffusion = plan.family not in LEFT_TO_RIGHT
+    return Policy(
+        model=model.eval(),
+        tokenizer=None,
+        family=plan.family,
+        mask_id=(plan.mask_id or 0) if diffusion else None,
+        eos_id=0,
+        pad_id=0,
+        shift=plan.shift,
+        vocab_size=plan.config.get_text_config().vocab_size,
+        name=name,
+        revision="none",
+        sampling=plan.sampling,
+    )
