@@ -19,6 +19,11 @@ NAMES = 24
 """Characters of the first column; what is longer has a line of its own."""
 WIDEST = 100
 """Characters of a line at most, on any terminal."""
+EXAMPLES = ("Example:", "Examples:")
+"""The paragraph that examples follow; they are the last of a help text."""
+_WORD = r"""(?:'[^']*'|"[^"]*"|\S)+"""
+WORD = re.compile(rf"-[\w-]+ (?![-|&]){_WORD}|{_WORD}")
+"""Of a line of shell; an option and what follows are one."""
 KINDS = {"int": "N", "float": "X", "str": "TEXT", "list[str]": ""}
 """What stands for a value of such a type."""
 
@@ -32,8 +37,11 @@ class TwoColumns(TyperCommand):
 
     def format_help_text(self, ctx: Any, formatter: Any) -> None:
         """Write what the subcommand does."""
+        examples = False
         for paragraph in (self.help or "").split("\n\n"):
-            formatter.write(f"\n{_filled(paragraph, formatter.width, '  ')}\n")
+            form = _command if examples else _filled
+            formatter.write(f"\n{form(paragraph, formatter.width, '  ')}\n")
+            examples |= paragraph in EXAMPLES
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options, names in bold on a terminal."""
@@ -75,6 +83,17 @@ def _filled(text: str, width: int, indent: str) -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
+
+
+def _command(text: str, width: int, indent: str) -> str:
+    """Lines of shell to copy: broken between words, and not within quotes."""
+    lines, line = list[str](), indent
+    for word in WORD.findall(text):
+        if len(line) + len(word) + len(" \\") > width and line.strip():
+            lines.append(line if line.endswith(("|", "&&", ";")) else f"{line} \\")
+            line = 2 * indent
+        line += word if not line.strip() else f" {word}"
+    return "\n".join([*lines, line])
 
 
 def _bold(text: str) -> str:

@@ -31,7 +31,7 @@ def simple_commands(text: str) -> Iterator[list[str]]:
     for inner in substituted:
         yield from simple_commands(inner)
     text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
-    known = dict(re.findall(r"\bfor (\w+) in (\S+)", text))
+    known = dict(re.findall(r"\bfor (\w+) in ([^\s;]+)", text))
     text = re.sub(r"\$\{(\w+)\}|\$(\w+)", lambda m: known.get(m[1] or m[2], "1"), text)
     text = re.sub(r"(?<!\S)2>", ">", text)
     lexer = shlex.shlex(text, posix=True, punctuation_chars="|&;()<>\n")

@@ -68,7 +68,8 @@ def of_help_texts() -> list[Example]:
 
 
 def readmes() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "examples").glob("*/README.md"))]
+    folder = ROOT / "examples"
+    return [ROOT / "README.md", folder / "README.md", *sorted(folder.glob("*/README.md"))]
 
 
 def of_readmes() -> list[Example]:

@@ -29,6 +29,9 @@ REDUCTIONS = {
     "--gen-length 256 --steps 128 -n 6": "--gen-length 8 --steps 2 -n 2",
     "-n 6": "-n 2",
     "-n 32": "-n 2",
+    "-n 5": "-n 1",
+    "-n 13": "-n 1",
+    "PROMPTS=2 ROUNDS=2": "PROMPTS=2 ROUNDS=1",
     "-n 512": "-n 2",
     "-n 1000": "-n 8",
     "-n 2048": "-n 2",
@@ -75,6 +78,7 @@ REDUCTIONS = {
 Of two that fit the longer is taken."""
 
 STANDS_FOR = {
+    "-m llada-8b.json --gen-length": {"llada-8b.json": "config.json"},
     "saes/layer26-": {"saes": "saes-of-llada"},
     "--image-free train.jsonl": {
         "train.jsonl": "scenes.jsonl",
@@ -98,6 +102,10 @@ NOT_RUN = {
     "dlmctl bench loop": "starts its stages from nothing; see tests/bench/test_loop.py",
     "parallel -j 8": "needs GNU parallel",
     "ray_shards.py": "needs Ray",
+    "make plans": "plans models of billions of parameters; see tests/training/test_plan.py",
+    "make gpus": "likewise",
+    "make measure": "has a model of 8 billion parameters",
+    "make -C rivals": "goes through six studies",
     "make -j2": "takes hours; see test_recipes.py",
 }
 """Examples with this text are only parsed, for this reason."""

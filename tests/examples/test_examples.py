@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from command_lines import dlmctl_commands, known_options, parse, redirected, texts_of
 from conftest import shell
-from pages import Example, as_typed, divided, help_texts, of_help_texts, of_readmes, readmes
+from pages import ROOT, Example, as_typed, divided, help_texts, of_help_texts, of_readmes, readmes
 from reductions import EXIT_CODES, NOT_RUN, PATTERN, REDUCTIONS, STANDS_FOR, entry, reduced
 from typer.testing import CliRunner
 from world import World, make_world
@@ -57,6 +57,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def test_the_example_runs_as_it_is_printed(example: Example, world: World, tmp_path: Path) -> None:
     here = tmp_path / "here"
     shutil.copytree(world.files, here, symlinks=True, copy_function=_copy)
+    if example.page.startswith("examples/"):
+        _add_recipe((ROOT / example.page).parent, here)
     for name, other in entry(STANDS_FOR, example.text, {}).items():
         _remove(here / name)
         (here / other).rename(here / name)
@@ -70,6 +72,17 @@ def test_the_example_runs_as_it_is_printed(example: Example, world: World, tmp_p
         written = [p for path in _paths(here, name) for p in (path, *path.rglob("*"))]
         assert any(p.is_file() and p.stat().st_size for p in written), f"{text}\n{name} is empty"
     assert outputs or done.stdout, f"{text}\nwrites nothing"
+
+
+def _add_recipe(folder: Path, here: Path) -> None:
+    """What stands beside a README, and the folders that its Makefile calls for scripts."""
+    files = [file for file in folder.iterdir() if file.is_file()]
+    for file in files:
+        shutil.copy2(file, here)
+    for script in (ROOT / "examples").glob("*/*.py"):
+        target = here.parent / script.parent.name
+        target.mkdir(exist_ok=True)
+        shutil.copy2(script, target)
 
 
 def _copy(source: str, target: str) -> None:
@@ -121,11 +134,13 @@ def test_every_help_text_has_an_example_of_its_command(page: str, function) -> N
     assert page in shown if " " in page else shown
 
 
-def test_help_shows_the_examples_as_one_line_each() -> None:
+@pytest.mark.parametrize("columns", ["60", "80", "100"])
+def test_help_shows_the_examples_as_a_shell_takes_them(columns: str) -> None:
     for page, function in help_texts():
-        done = CliRunner().invoke(app, [*page.split()[1:], "--help"], env={"COLUMNS": "400"})
+        done = CliRunner().invoke(app, [*page.split()[1:], "--help"], env={"COLUMNS": columns})
+        shown = " ".join(done.stdout.replace("\\\n", "").split())
         for text in divided(function)[2]:
-            assert f" {' '.join(text.split())} " in done.stdout.replace("\n", " \n"), page
+            assert f" {' '.join(text.split())} " in f"{shown} ", page
 
 
 def test_the_steps_that_examples_ask_for_have_checkpoints() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -61,11 +62,11 @@ def test_the_lines_of_make_in_the_pages_name_targets_that_there_are() -> None:
     calls = [
         (example.page, re.split(r"\s{3,}", line)[0])  # what it does may stand behind
         for example in of_readmes()
-        for line in re.findall(r"\bmake( [^&\n]*)?", example.text)
+        for line in re.findall(r"\bmake( [^&\n]*)?", example.text.replace("\\\n", ""))
     ]
     assert len(calls) > 5
     for page, call in calls:
-        _make((ROOT / page).parent, *call.split())
+        _make((ROOT / page).parent, *shlex.split(call))
 
 
 def test_the_calls_of_make_in_prose_name_targets_that_there_are() -> None:

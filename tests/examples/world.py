@@ -23,8 +23,8 @@ LLADA = "--family llada --original-naming --tokenizer byte --intermediate-size 1
 MODELS = {
     "GSAI-ML/LLaDA-8B-Base": LLADA,
     "GSAI-ML/LLaDA-8B-Instruct": LLADA,
-    "Qwen/Qwen2.5-VL-3B-Instruct": f"--family qwen2.5-vl --tokenizer word {SMALL} --layers 2 "
-    "--gen-length 8 --vocabulary scenes.jsonl",
+    "Qwen/Qwen2.5-VL-3B-Instruct": f"--family qwen2.5-vl --tokenizer byte {SMALL} --layers 2 "
+    "--gen-length 8",
     "openai-community/gpt2": f"--family ar --tokenizer byte {SMALL} --layers 2",
 }
 """Models of the hub, and how `dlmctl init` makes one of their layout."""
@@ -63,6 +63,7 @@ dlmctl rollout -n 2 --temperature 2 prompts.jsonl -o samples.jsonl
 dlmctl verify samples.jsonl -o verified.jsonl
 cp samples.jsonl completions.jsonl
 dlmctl update --algo rspo verified.jsonl -o runs/a > metrics.jsonl
+mkdir runs/large && cp metrics.jsonl runs/large/llada.jsonl
 for run in b base few; do cp -R runs/a runs/$run; done
 
 dlmctl prompts sudoku -n 24 --completions -o corpus.jsonl
@@ -98,6 +99,7 @@ for model in JUDGE runs/judge; do dlmctl init $model --tokenizer byte --gen-leng
 dlmctl sae-judge features.jsonl | dlmctl rollout -m JUDGE -n 1 -o explained.jsonl
 dlmctl init runs/untrained --hidden-size 16 --heads 2 --gen-length 16
 dlmctl init MODEL --hidden-size 16 --heads 2 --layers 11 --gen-length 16
+cp MODEL/config.json .
 
 dlmctl distill teacher builtin:digits#0:16 --width 8 --steps 2 --batch-size 8 -o runs/teacher
 dlmctl distill cd builtin:digits#0:16 --teacher runs/teacher --steps 2 --batch-size 8 \
