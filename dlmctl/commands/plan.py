@@ -34,7 +34,6 @@ BYTES = {
     "reference": "reference",
     "gathered": "gathered",
     "cache": "cache",
-    "casts": "casts",
     "activations": "activations",
     "logits": "logits",
     "working": "working",
@@ -176,9 +175,9 @@ def command(
     Takes the options of 'dlmctl rollout' and 'dlmctl update' and writes a record for each stage
     that has the model on the device, and one for the step that they make. Bytes for each device, by
     part: weights; gradients; moments of the optimizer; reference, which an adapter does without;
-    gathered, weights and gradients that FSDP2 moves, at most; cache, keys and values; casts,
-    the weights in the dtype of the products; activations; logits of the scored positions; working,
-    what the optimizer's step makes when the passes are over. total is what is there at once. With
+    gathered, weights and gradients that FSDP2 moves, at most; cache, keys and values;
+    activations; logits of the scored positions; working, what the optimizer's step makes when the
+    passes are over. total is what is there at once. With
     --gpu-memory: whether it fits, and changes that would. flops are those of all devices together;
     gather and scatter the bytes that a device receives. One device has all stages at once, as in a
     pipe; several have them in turn.

@@ -37,7 +37,7 @@ def blocks(policy: Policy) -> nn.ModuleList:
 
 def decoder_blocks(policy: Policy) -> nn.ModuleList:
     """The same; of a model that takes images, those of its language model."""
-    if policy.vision is None:
+    if policy.family != "vlm":
         return blocks(policy)
     layers: nn.ModuleList = _body(policy).get_submodule("language_model.layers")
     return layers

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dlmctl.models.blocks import decoder_blocks
 from dlmctl.models.families import FAULTS, Architecture, architecture
 from dlmctl.models.loading import adapter_base, model_class, model_directory
 from dlmctl.models.policy import LEFT_TO_RIGHT, Policy
@@ -63,23 +64,9 @@ def followable(policy: Policy, layers: int) -> Policy:
     for parameter in model.parameters():
         fake[id(parameter)] = nn.Parameter(fake[id(parameter)], parameter.requires_grad)
     copied = dataclasses.replace(policy, model=copy.deepcopy(model, fake))
-    del text_blocks(copied)[layers:]
+    del decoder_blocks(copied)[layers:]
     copied.core.config.get_text_config().num_hidden_layers = layers
     return copied
-
-
-def text_blocks(policy: Policy) -> nn.ModuleList:
-    """The blocks of a language model, those of a vision tower left out.
-
-    Raises:
-        DataError: they are of a kind not known here.
-    """
-    count = policy.core.config.get_text_config().num_hidden_layers
-    for name, module in policy.core.named_modules():
-        is_list = isinstance(module, nn.ModuleList) and len(module) == count
-        if is_list and name.rsplit(".", 1)[-1] in ("layers", "layer", "h") and "vis" not in name:
-            return module
-    raise DataError(f"{type(policy.core).__name__} has no list of blocks that is known here")
 
 
 def _config_file(name: str) -> Path:

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from dlmctl.diffusion.sampling import Sampling
+from dlmctl.models.blocks import decoder_blocks
 from dlmctl.models.policy import Policy
-from dlmctl.models.weightless import text_blocks
 from dlmctl.records.errors import UsageError
 
 TOWERS = ("visual", "vision_tower")
@@ -165,7 +165,7 @@ def counts(policy: Policy, recomputes: bool) -> Counts:
         tower = _tower(policy.core.config.vision_config, patches, tokens)
     again = None
     if recomputes:
-        last = [_products(block)[-1].weight for block in text_blocks(policy)]
+        last = [_products(block)[-1].weight for block in decoder_blocks(policy)]
         again = blocks.all - sum(weight.numel() for weight in last)
     return Counts(blocks, head, attention, again, tower)
 

@@ -24,8 +24,9 @@ from dlmctl.diffusion.autoregressive import next_tokens
 from dlmctl.diffusion.projection import target_log_probs, weighted_log_prob
 from dlmctl.diffusion.proposals import positions_per_chunk, propose_chunk
 from dlmctl.diffusion.sampling import Sampling
+from dlmctl.models.blocks import decoder_blocks
 from dlmctl.models.policy import Policy
-from dlmctl.models.weightless import followable, text_blocks
+from dlmctl.models.weightless import followable
 from dlmctl.training.activations import checkpoint_activations, checkpoints_activations
 from dlmctl.training.live_memory import LiveMemory
 
@@ -36,22 +37,19 @@ FEW = (3, 6)
 class Passing(NamedTuple):
     """Bytes of what comes and goes, at the moment when there is most of it."""
 
-    casts: float
-    """Copies of the weights in the dtype of the products, which stay for a step."""
     activations: float
-    """What blocks keep for the backward pass and work with, gradients of casts among it."""
+    """What blocks keep for the backward pass and work with."""
     logits: float
     """Of a chunk of scored positions, and what the output head keeps."""
 
     @property
     def total(self) -> float:
-        return self.casts + self.activations + self.logits
+        return self.activations + self.logits
 
 
 class _Phases(NamedTuple):
     """Bytes alive in a pass: between its parts, and at most within them."""
 
-    casts: float
     forward: float
     saved: float
     head: float
@@ -60,7 +58,7 @@ class _Phases(NamedTuple):
 
 
 def gradient_memory(
-    policy: Policy, rows: int, length: int, scored: int, compute: torch.dtype, spread: bool
+    policy: Policy, rows: int, length: int, scored: int, compute: torch.dtype
 ) -> Passing:
     """A micro-batch of `update` on top of weights, gradients and moments.
 
@@ -68,28 +66,21 @@ def gradient_memory(
         policy: weightless, its adapter and gradient checkpointing in place.
         rows: sequences of this length, of each of which the last `scored` tokens are scored.
         compute: dtype of the matrix products.
-        spread: the model is spread over several ranks, so that no casts are kept.
     """
     found = _for_all_blocks(
-        policy, lambda few: _gradient(policy, few, rows, length, scored, compute, spread)
+        policy, lambda few: _gradient(policy, few, rows, length, scored, compute)
     )
     at = _Phases(*found)
     peak = max(at.forward, at.head, at.backward)
     if peak == at.head:
-        return Passing(at.casts, at.saved - at.casts, at.head - at.saved)
+        return Passing(at.saved, at.head - at.saved)
     if peak == at.backward:
-        return Passing(at.casts, peak - at.casts - (at.kept - at.saved), at.kept - at.saved)
-    return Passing(at.casts, peak - at.casts, 0.0)
+        return Passing(peak - (at.kept - at.saved), at.kept - at.saved)
+    return Passing(peak, 0.0)
 
 
 def _gradient(
-    policy: Policy,
-    few: int,
-    rows: int,
-    length: int,
-    scored: int,
-    compute: torch.dtype,
-    spread: bool,
+    policy: Policy, few: int, rows: int, length: int, scored: int, compute: torch.dtype
 ) -> _Phases:
     with FakeTensorMode():
         model = followable(policy, few)
@@ -98,14 +89,8 @@ def _gradient(
                 parameter.grad = torch.zeros_like(parameter)
         ids, row, column = _places(model, rows, length, scored)
         goals = torch.zeros(rows * scored, dtype=torch.int64)
-        with _followed(compute, not spread) as live:
-            with torch.no_grad():
-                states = model.hidden(ids, None)[row, column]
-                values = target_log_probs(model, states, goals)
-            del states, values
-            casts = live.now
-            live.begin_peak()
-            model.model.train()
+        model.model.train()
+        with _followed(compute) as live:
             states = model.hidden(ids, None)[row, column]
             saved, forward = live.now, live.peak
             live.begin_peak()
@@ -114,7 +99,7 @@ def _gradient(
             live.begin_peak()
             del states
             value.backward(torch.tensor(1.0))
-            return _Phases(casts, forward, saved, head, kept, live.peak)
+            return _Phases(forward, saved, head, kept, live.peak)
 
 
 def scoring_memory(
@@ -127,7 +112,7 @@ def scoring_memory(
             model = followable(policy, few)
             ids, row, column = _places(model, rows, length, scored)
             goals = torch.zeros(rows * scored, dtype=torch.int64)
-            with _followed(compute, True) as live, torch.no_grad():
+            with _followed(compute) as live, torch.no_grad():
                 states = model.hidden(ids, None)[row, column]
                 forward = live.peak
                 live.begin_peak()
@@ -135,7 +120,7 @@ def scoring_memory(
                 return forward, live.peak, live.now
 
     forward, head, kept = _for_all_blocks(policy, follow)
-    return Passing(0.0, max(forward, kept), max(0.0, head - max(forward, kept)))
+    return Passing(max(forward, kept), max(0.0, head - max(forward, kept)))
 
 
 def sampling_memory(
@@ -159,7 +144,7 @@ def sampling_memory(
             model = followable(policy, few)
             width = length if policy.diffusion else prompt_length
             ids = torch.zeros(rows, width, dtype=torch.int64)
-            with _followed(torch.float32, True) as live, torch.no_grad():
+            with _followed(torch.float32) as live, torch.no_grad():
                 hidden = model.hidden(ids, None)
                 forward = live.peak
                 live.begin_peak()
@@ -167,7 +152,7 @@ def sampling_memory(
                 return forward, live.peak
 
     forward, head = _for_all_blocks(policy, follow)
-    return cached, Passing(0.0, forward, max(0.0, head - forward))
+    return cached, Passing(forward, max(0.0, head - forward))
 
 
 def _propose(policy: Policy, hidden: Tensor, settings: Sampling) -> None:
@@ -210,7 +195,7 @@ def tower_memory(policy: Policy, patches: int, trained: bool, compute: torch.dty
                 checkpoint_activations(tower)
             tower.train(trained)
             given = torch.zeros(1, patches, config.hidden_size, dtype=dtype, requires_grad=trained)
-            with _followed(compute, False) as live, torch.set_grad_enabled(trained):
+            with _followed(compute) as live, torch.set_grad_enabled(trained):
                 seen = tower(inputs_embeds=given, use_cache=False).last_hidden_state
                 return (live.now if trained else live.peak, float(seen.numel()))
 
@@ -219,11 +204,11 @@ def tower_memory(policy: Policy, patches: int, trained: bool, compute: torch.dty
 
 
 @contextlib.contextmanager
-def _followed(compute: torch.dtype, cached: bool) -> Iterator[LiveMemory]:
+def _followed(compute: torch.dtype) -> Iterator[LiveMemory]:
     """Within the block memory is followed, under autocast as training has it."""
     enabled = compute != torch.float32
     half = compute if enabled else torch.bfloat16
-    with LiveMemory() as live, torch.autocast("cpu", half, enabled, cached):
+    with LiveMemory() as live, torch.autocast("cpu", half, enabled, False):
         yield live
 
 
@@ -239,7 +224,7 @@ def _for_all_blocks(
     policy: Policy, follow: Callable[[int], tuple[float, ...]]
 ) -> tuple[float, ...]:
     """What `follow(blocks)` would give for all blocks of the policy."""
-    depth = len(text_blocks(policy))
+    depth = len(decoder_blocks(policy))
     if depth <= FEW[1]:
         return tuple(follow(depth))
     few, more = follow(FEW[0]), follow(FEW[1])
@@ -305,7 +290,7 @@ def units(policy: Policy, devices: int) -> Units:
         chosen = (p for p in parameters if p.requires_grad or not trained)
         return devices * sum(shard_bytes(p, devices) for p in chosen)
 
-    parts = list(text_blocks(policy))
+    parts = list(decoder_blocks(policy))
     blocks = [whole(block.parameters()) for block in parts]
     gradients = [whole(block.parameters(), True) for block in parts]
     root = whole(policy.model.parameters()) - sum(blocks)

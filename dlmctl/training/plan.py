@@ -27,7 +27,6 @@ import torch
 from dlmctl.diffusion.sampling import Sampling
 from dlmctl.models.policy import Policy
 from dlmctl.models.weightless import weightless_policy
-from dlmctl.records.errors import UsageError
 from dlmctl.training.activations import checkpoint_activations
 from dlmctl.training.flops import Counts, Passes, counts, denoising, left_to_right
 from dlmctl.training.footprint import (
@@ -121,7 +120,6 @@ def plan(options: Options, work: Work, machine: Machine) -> Iterator[dict[str, A
     """A record for each stage that has the model, and one for the whole step.
 
     Raises:
-        UsageError: the model cannot be trained on several devices.
     """
     records = [*_before_update(options, work), update_record(options, work)]
     if machine.tokens_per_second is not None and work.sampling_batch:
@@ -190,15 +188,11 @@ def update_record(options: Options, work: Work) -> dict[str, Any]:
     policy = trainer(
         options.model, options.dtype, options.lora_rank, options.gradient_checkpointing
     )
-    if options.gpus > 1 and policy.family == "vlm":
-        raise UsageError(f"{policy.name} takes images: it cannot be trained under torchrun")
     kept = kept_memory(policy, options.gpus)
     copy = work.passes.reference and not options.lora_rank
     reference = kept.weights if copy else 0
     gathered = units(policy, options.gpus).gathered if options.gpus > 1 else 0
     passing = _training_passes(policy, options, work)
-    if copy and options.gpus == 1:  # the reference is cast under the same autocast
-        passing = passing._replace(casts=2 * passing.casts)
     parts = {
         **{name: getattr(kept, name) for name in ("weights", "gradients", "moments")},
         "reference": reference,
@@ -218,9 +212,7 @@ def update_record(options: Options, work: Work) -> dict[str, Any]:
 def _training_passes(policy: Policy, options: Options, work: Work) -> Passing:
     """What a micro-batch needs, images among it."""
     rows = min(options.batch_size, work.completions * work.masks)
-    passing = gradient_memory(
-        policy, rows, work.length, work.sampling.gen_length, options.dtype, options.gpus > 1
-    )
+    passing = gradient_memory(policy, rows, work.length, work.sampling.gen_length, options.dtype)
     found = counts(policy, options.gradient_checkpointing)
     if found.tower is None or not work.image_tokens:
         return passing
@@ -323,9 +315,8 @@ def changes(options: Options, work: Work, machine: Machine) -> Iterator[Options]
     for kind in kinds:
         if (found := _largest_batch(kind, work, machine)) is not None:
             yield found
-    policy = trainer(options.model, options.dtype, options.lora_rank, True)
     gpus = 2 * options.gpus
-    while policy.family != "vlm" and gpus <= MOST_DEVICES:
+    while gpus <= MOST_DEVICES:
         wider = dataclasses.replace(again, gpus=gpus)
         if (found := _largest_batch(wider, work, machine)) is not None:
             yield found

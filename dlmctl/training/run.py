@@ -113,12 +113,9 @@ class Run:
     def precision(self) -> Iterator[None]:
         """Within the block matrix products run in the compute dtype."""
         enabled = self.compute_dtype != torch.float32
-        # A cache of weights in the compute dtype would keep what ranks gather for a pass.
+        # A cache would keep all weights in the compute dtype, too, until the step is over.
         with torch.autocast(
-            self.policy.device.type,
-            self.compute_dtype,
-            enabled=enabled,
-            cache_enabled=self._form is None,
+            self.policy.device.type, self.compute_dtype, enabled=enabled, cache_enabled=False
         ):
             yield
 
