@@ -27,8 +27,8 @@ solve builtin:puzzles | tee "$run.before.jsonl"
 dlmctl rollout --follow "$run" --rounds "$rounds" -n 8 --prompts 32 --temperature 1 \
         --batch-size 256 --seed "$seed" |
     dlmctl verify |
-    dlmctl update --algo rspo -k 2 -o "$run" --lr 3e-4 --grad-norm 1 --weight-decay 0 \
-        --batch-size 256 --seed "$seed" > /dev/null
+    dlmctl update --algo rspo -k 2 -o "$run" --lr 3e-4 --schedule cosine --total-steps "$rounds" \
+        --grad-norm 1 --weight-decay 0 --batch-size 256 --seed "$seed" > /dev/null
 
 echo "after $rounds rounds of RSPO" >&2
 solve "$run" | tee "$run.after.jsonl"
