@@ -87,12 +87,18 @@ def _filled(text: str, width: int, indent: str) -> str:
 
 def _command(text: str, width: int, indent: str) -> str:
     """Lines of shell to copy: broken between words, and not within quotes."""
-    lines, line = list[str](), indent
+    most = width - len(" \\")
+    words: list[str] = []
     for word in WORD.findall(text):
-        if len(line) + len(word) + len(" \\") > width and line.strip():
+        too_long = word.startswith("-") and len(2 * indent + word) > most
+        words += word.split(" ", 1) if too_long else [word]
+    lines, line = list[str](), indent + words[0]
+    for word in words[1:]:
+        if len(line) + len(word) < most:
+            line += f" {word}"
+        else:
             lines.append(line if line.endswith(("|", "&&", ";")) else f"{line} \\")
-            line = 2 * indent
-        line += word if not line.strip() else f" {word}"
+            line = 2 * indent + word
     return "\n".join([*lines, line])
 
 

@@ -22,7 +22,7 @@ from dlmctl.records import interrupts, stderr
 
 RECORD = {"id": "a", "task": "countdown", "numbers": [1, 2], "target": 3, "completion": "1+2"}
 LINE = orjson.dumps(RECORD) + b"\n"
-QUICK = {"doctor", "init", "plot", "sae-convert", "tensorboard", "view"}
+QUICK = {"doctor", "init", "plan", "plot", "sae-convert", "tensorboard", "view"}
 """Commands that are done within a minute."""
 
 
