@@ -159,6 +159,9 @@ def _unraisable(about: sys.UnraisableHookArgs) -> None:
 
 def _watch(reading: int, numbers: set[signal.Signals]) -> None:
     """End the process in time, whatever the main thread does."""
+    # For `end`: once the signal is there, an import may have to wait for one that hangs.
+    import ctypes  # noqa: F401
+
     while came := os.read(reading, 1):
         if came[0] in numbers:  # else somebody else's, who handles it
             _State.number = _State.number or came[0]
