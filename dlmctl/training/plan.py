@@ -25,8 +25,10 @@ from typing import Any
 import torch
 
 from dlmctl.diffusion.sampling import Sampling
+from dlmctl.models.families import FAULTS
 from dlmctl.models.policy import Policy
 from dlmctl.models.weightless import weightless_policy
+from dlmctl.records.errors import DataError
 from dlmctl.training.activations import checkpoint_activations
 from dlmctl.training.flops import Counts, Passes, counts, denoising, left_to_right
 from dlmctl.training.footprint import (
@@ -120,8 +122,13 @@ def plan(options: Options, work: Work, machine: Machine) -> Iterator[dict[str, A
     """A record for each stage that has the model, and one for the whole step.
 
     Raises:
+        DataError: the model cannot run, whatever its weights.
     """
-    records = [*_before_update(options, work), update_record(options, work)]
+    try:
+        records = [*_before_update(options, work), update_record(options, work)]
+    except FAULTS as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise DataError(f"no model of this shape can run ({reason})", options.model) from None
     if machine.tokens_per_second is not None and work.sampling_batch:
         found = records[0]["flops"] / work.tokens * machine.tokens_per_second
         machine = dataclasses.replace(machine, speed=machine.speed or found)

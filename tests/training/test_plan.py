@@ -467,8 +467,14 @@ def test_a_measured_speed_gives_time_and_cost(saved_models):
 
 def test_what_is_no_model_is_refused(tmp_path):
     assert invoke("plan", "-m", tmp_path / "none").exit_code == 66
-    (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
+    file = tmp_path / "config.json"
+    file.write_text('{"model_type": "resnet"}')
     assert invoke("plan", "-m", tmp_path).exit_code == 65
+    shape = {"model_type": "llada", "d_model": 32, "n_layers": 1, "n_heads": 4, "vocab_size": 9}
+    for wrong in ({"n_kv_heads": 3}, {"embedding_size": 0, "vocab_size": 0}):
+        file.write_text(json.dumps({**shape, "mlp_hidden_size": 8, "mask_token_id": 1, **wrong}))
+        refused = invoke("plan", "-m", file)
+        assert (refused.exit_code, str(file) in refused.output) == (65, True), refused.output
 
 
 def test_the_table_has_a_column_for_each_stage(capsys):
