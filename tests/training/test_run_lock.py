@@ -24,8 +24,12 @@ import os, sys, time
 from pathlib import Path
 from dlmctl.records.locks import hold, hold_run
 lock = hold_run(Path(sys.argv[1])) if sys.argv[2] == "run" else hold(Path(sys.argv[1]), "it")
-if sys.argv[3] == "fork" and os.fork() == 0:
-    time.sleep(30)
+if sys.argv[3] == "fork":
+    reads, writes = os.pipe()
+    if os.fork() == 0:
+        os.write(writes, b"x")
+        time.sleep(30)
+    os.read(reads, 1)  # until the child has run what it runs first, on a busy machine too
 if sys.argv[3] == "exec":
     import subprocess
     subprocess.Popen(["sleep", "30"])
