@@ -172,6 +172,14 @@ def _moment(harness: Harness, job: Job, dice: random.Random) -> float:
     return dice.random() * harness.seconds[job.name]
 
 
+def _done(harness: Harness, job: Job, home: Path) -> bool:
+    """Whether all outputs are there, of a command that may still be at work."""
+    try:
+        return not differences(tree(home / "out", job), harness.trees[job.name])
+    except FileNotFoundError:  # renamed while we looked
+        return False
+
+
 def _signal(number: int, harness: Harness, job: Job, home: Path, dice: random.Random) -> Ended:
     """A signal at a random moment; SIGINT and SIGTERM once the command listens."""
     begun, command = time.monotonic(), _begin(harness, job, home)
@@ -180,7 +188,7 @@ def _signal(number: int, harness: Harness, job: Job, home: Path, dice: random.Ra
     moment = _moment(harness, job, dice)
     time.sleep(max(0.0, begun + moment - time.monotonic()))
     waits = Waits(command.pid)
-    done = not differences(tree(home / "out", job), harness.trees[job.name])
+    done = _done(harness, job, home)
     sent = time.monotonic()
     try:
         command.send_signal(number)
