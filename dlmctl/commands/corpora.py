@@ -137,11 +137,10 @@ def corpus_batches(
     on_error: OnError = "fail",
 ) -> Iterator[Batch]:
     """Batches of a corpus."""
-    from dlmctl.sae.corpus import corrupted_batch
+    from dlmctl.sae.corpus import corrupted_batches
 
     windows = corpus_windows(files, policy, context, pack, hide_prompt, batch_size, on_error)
-    for number, window in enumerate(windows):
-        yield corrupted_batch(window, policy, law, number)
+    return corrupted_batches(windows, policy, law)
 
 
 def corpus_windows(

@@ -194,8 +194,10 @@ def command(
 
     dlmctl plan -m config.json --gpus 8 --gpu-memory 80G --bandwidth 200 --tflops 300
     """
+    import torch
+
     from dlmctl.diffusion.sampling import settings_for
-    from dlmctl.models.loading import DTYPES
+    from dlmctl.models.loading import resolve_dtype
     from dlmctl.models.weightless import weightless_policy
     from dlmctl.rl.algorithms import make_objective
     from dlmctl.rl.credit_stage import credit_passes
@@ -204,9 +206,7 @@ def command(
     from dlmctl.training.flops import Passes
     from dlmctl.training.plan import Machine, Options, Work, plan
 
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype} is not one of auto, {', '.join(DTYPES)}")
-    chosen = DTYPES["bfloat16" if dtype == "auto" else dtype]
+    chosen = resolve_dtype(dtype, torch.device("cuda"))
     policy = weightless_policy(model, chosen)
     if image_tokens and policy.family != "vlm":
         raise UsageError(f"{model} takes no images: leave --image-tokens out")

@@ -154,7 +154,14 @@ def corrupted(
     stream: Iterable[Document], policy: Policy, law: Corruption, batch_size: int
 ) -> Iterator[Batch]:
     """The batches of a corpus."""
-    for number, window in enumerate(together(stream, batch_size)):
+    return corrupted_batches(together(stream, batch_size), policy, law)
+
+
+def corrupted_batches(
+    windows: Iterable[list[Document]], policy: Policy, law: Corruption
+) -> Iterator[Batch]:
+    """A batch of each of these lists of documents."""
+    for number, window in enumerate(windows):
         yield corrupted_batch(window, policy, law, number)
 
 

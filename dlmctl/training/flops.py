@@ -158,8 +158,7 @@ def counts(policy: Policy, recomputes: bool) -> Counts:
         else:
             blocks += part
     config = policy.core.config.get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = config.num_hidden_layers * config.num_attention_heads * size
+    attention = config.num_hidden_layers * config.num_attention_heads * head_size(config)
     tower = None
     if patches.all:
         tower = _tower(policy.core.config.vision_config, patches, tokens)
@@ -168,6 +167,11 @@ def counts(policy: Policy, recomputes: bool) -> Counts:
         last = [_products(block)[-1].weight for block in decoder_blocks(policy)]
         again = blocks.all - sum(weight.numel() for weight in last)
     return Counts(blocks, head, attention, again, tower)
+
+
+def head_size(config: Any) -> int:
+    """Of an attention head of a language model with this configuration."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _products(module: nn.Module) -> list[Any]:

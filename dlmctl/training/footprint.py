@@ -28,6 +28,7 @@ from dlmctl.models.blocks import decoder_blocks
 from dlmctl.models.policy import Policy
 from dlmctl.models.weightless import followable
 from dlmctl.training.activations import checkpoint_activations, checkpoints_activations
+from dlmctl.training.flops import head_size
 from dlmctl.training.live_memory import LiveMemory
 
 FEW = (3, 6)
@@ -133,11 +134,18 @@ def sampling_memory(
     length = prompt_length + settings.gen_length
     config = policy.core.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dtype = next(policy.model.parameters()).dtype
     cached = 0.0
     if not policy.diffusion or settings.cache != "none":
-        cached = 2.0 * rows * length * config.num_hidden_layers * heads * size * dtype.itemsize
+        cached = (
+            2.0
+            * rows
+            * length
+            * config.num_hidden_layers
+            * heads
+            * head_size(config)
+            * dtype.itemsize
+        )
 
     def follow(few: int) -> tuple[float, ...]:
         with FakeTensorMode():
