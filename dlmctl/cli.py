@@ -21,6 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from dlmctl import __version__
 from dlmctl.help_screen import TwoColumns
+from dlmctl.options import with_options
 from dlmctl.records import interrupts, stderr
 from dlmctl.records.errors import UsageError, UserFacingError
 
@@ -97,6 +98,7 @@ SUBCOMMANDS = {
     ),
     "bench": Subcommand("bench", LOOK, "Measure speed, memory and variance beside a baseline."),
     "plan": Subcommand("plan", SETUP, "Say what a training run needs, from config.json alone."),
+    "merge": Subcommand("merge", SETUP, "Write a model as plain weights, its adapters merged in."),
     "init": Subcommand("init", SETUP, "Make a small new model of any family."),
     "doctor": Subcommand("doctor", SETUP, "Say what this machine has and what is missing."),
 }
@@ -177,8 +179,8 @@ def functions(name: str) -> dict[str, Callable[..., None]]:
     """The functions behind a subcommand by their full names: itself, or those under it."""
     module = _module(name)
     if hasattr(module, "COMMANDS"):
-        return {f"{name} {under}": function for under, function in module.COMMANDS.items()}
-    return {name: module.command}
+        return {f"{name} {under}": with_options(f) for under, f in module.COMMANDS.items()}
+    return {name: with_options(module.command)}
 
 
 def _module(name: str) -> Any:

@@ -24,7 +24,8 @@ from dlmctl.rl.policy_gradient import Batching
 from dlmctl.rl.update import update_policy
 from dlmctl.tasks.layout import Tags
 from dlmctl.tasks.sources import prompts
-from dlmctl.training.run import Adapter, Optimization, Run, open_run
+from dlmctl.training.lora import Adapter
+from dlmctl.training.run import Optimization, Run, open_run
 from dlmctl.verifiers.registry import verify
 
 CREDIT = "advantage --algo srpo"

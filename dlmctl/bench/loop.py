@@ -24,7 +24,8 @@ from dlmctl.rl.rspo import Rspo
 from dlmctl.rl.update import update_policy
 from dlmctl.tasks.sources import prompts
 from dlmctl.training.checkpoint import latest_checkpoint
-from dlmctl.training.run import Adapter, Optimization, Run, open_run
+from dlmctl.training.lora import Adapter
+from dlmctl.training.run import Optimization, Run, open_run
 from dlmctl.verifiers.registry import verify
 
 DLMCTL = (sys.executable, "-m", "dlmctl")

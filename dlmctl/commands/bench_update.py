@@ -70,12 +70,12 @@ def command(
     from dlmctl.bench.shapes import bench_policy
     from dlmctl.bench.update import compare_gradients
     from dlmctl.training.activations import checkpoint_activations
-    from dlmctl.training.lora import add_adapter
+    from dlmctl.training.lora import Adapter, add_adapter
 
     policy = bench_policy(model, device, dtype)
     other = None
     if lora_rank:
-        policy = add_adapter(policy, lora_rank, 64.0, 0.0)
+        policy = add_adapter(policy, Adapter(lora_rank))
     else:
         other = bench_policy(model, device, dtype)
     if gradient_checkpointing:

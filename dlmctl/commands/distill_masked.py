@@ -28,6 +28,7 @@ from dlmctl.commands.optimizer_options import (
 from dlmctl.commands.options import BatchSize, Device, Dtype, Files, OnErrorOption, Quiet, Seed
 from dlmctl.commands.ranks import on_every_rank, write_metrics
 from dlmctl.records.jsonl import read_records
+from dlmctl.settings.models import Prompting, Reading
 
 CONSISTENCY = "Consistency"
 
@@ -39,16 +40,19 @@ def command(
     ],
     files: Files = None,
     teacher: Annotated[
-        str,
+        str | None,
         typer.Option(
             "-m",
             "--model",
             "--teacher",
             metavar="MODEL",
             envvar="DLMCTL_MODEL",
+            show_default="builtin:puzzles",
             help="The teacher, from whose weights the student begins.",
         ),
-    ] = "builtin:puzzles",
+    ] = None,
+    reading: Reading = Reading(),
+    prompting: Prompting = Prompting(),
     order: Annotated[
         Literal["random", "trajectory"],
         typer.Option(
@@ -136,7 +140,8 @@ def command(
     """
     from dlmctl.consistency.masked import ALGO, MaskedConsistency, distill_masked
     from dlmctl.training.distributed import is_first
-    from dlmctl.training.run import Adapter, Optimization, open_run
+    from dlmctl.training.lora import Adapter
+    from dlmctl.training.run import Optimization, open_run
 
     lines = input_lines(files)
     records = read_records(files or [], on_error)
@@ -144,7 +149,7 @@ def command(
         print(f"dlmctl: writing {output}", file=sys.stderr)
     run = open_run(
         output,
-        teacher,
+        reading.of(teacher),
         ALGO,
         Optimization(rate, (beta1, beta2), weight_decay, max_norm, warmup),
         Adapter(lora_rank, lora_alpha, lora_dropout),
@@ -152,6 +157,7 @@ def command(
         dtype,
         gradient_checkpointing,
         seed,
+        prompting=prompting,
     )
     rest = run.untrained(records) if resume else records
     if rest is None:

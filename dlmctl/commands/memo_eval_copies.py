@@ -174,7 +174,7 @@ def _unit(name: UnitName | None, model: str | None) -> Unit:
         return CHARACTER
     if name == "word" or model is None:
         return WORD
-    from dlmctl.models.policy import text_ids
+    from dlmctl.models.prompting import text_ids
     from dlmctl.models.token_text import tokenizer_of_model
 
     tokenizer, whose = tokenizer_of_model(model), model

@@ -22,6 +22,7 @@ from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record, read_records, write_records
+from dlmctl.settings.models import Prompting, Reading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +40,8 @@ def command(
         Path, typer.Option(metavar="FILE", help="Texts of the same kind that it was not.")
     ],
     model: Model = "builtin:puzzles",
+    reading: Reading = Reading(),
+    prompting: Prompting = Prompting(),
     reference: Annotated[
         str | None,
         typer.Option(
@@ -112,8 +115,8 @@ def command(
     for path, rows in zip((members, others), records, strict=True):
         if not rows:
             raise UsageError(f"{path} holds no texts")
-    policy = load_policy(model, device, dtype)
-    beside = load_policy(reference, device, dtype) if reference else None
+    policy = load_policy(reading.name(model), device, dtype, prompting)
+    beside = load_policy(reference, device, dtype, prompting) if reference else None
     every = [*records[0], *records[1]]
     count = len(records[0])
     shown = counted(chosen, "methods", quiet, len(chosen))

@@ -24,6 +24,7 @@ from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import read_records, write_records
+from dlmctl.settings.models import Prompting, Reading
 
 COLUMNS = (
     "mode",
@@ -40,6 +41,8 @@ COLUMNS = (
 def command(
     files: Files = None,
     model: Model = "builtin:puzzles",
+    reading: Reading = Reading(),
+    prompting: Prompting = Prompting(),
     heldout: Annotated[
         Path | None,
         typer.Option(
@@ -122,7 +125,7 @@ def command(
     plan = Extraction(chosen, given, whole_numbers("--steps", steps), orders, n, p, seed)
     texts = read_records(files or [], on_error)
     unseen = read_records([str(heldout)], on_error) if heldout else iter(())
-    policy = load_policy(model, device, dtype)
+    policy = load_policy(reading.name(model), device, dtype, prompting)
     found: list[dict[str, Any]] = []
     summary = text_memory(policy, texts, unseen, plan, batch_size, found.append if rows else None)
     # A row takes as long as its steps.

@@ -53,11 +53,14 @@ from dlmctl.commands.sampling import (
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
 from dlmctl.records.resume import Resume, Rule
+from dlmctl.settings.models import Prompting, Reading
 
 
 def command(
     files: Files = None,
     model: Model = "builtin:puzzles",
+    reading: Reading = Reading(),
+    prompting: Prompting = Prompting(),
     samples: Annotated[
         int, typer.Option("-n", "--samples", min=1, help="Completions for each prompt.")
     ] = 8,
@@ -151,6 +154,7 @@ def command(
 
     if files and task is not None:
         raise UsageError("prompts come from FILE or from --task, not from both")
+    model = reading.name(model)
     part = prompt_shard(shard, files or [], task)
     if follow is not None and part is not None:
         raise UsageError(
@@ -218,9 +222,10 @@ def command(
             device,
             dtype,
             on_error,
+            prompting,
         )
     else:
-        policy = load_policy(model, device, dtype)
+        policy = load_policy(model, device, dtype, prompting)
         if corrupt is not None:
             policy = with_corrupted_images(policy, corrupt, corrupt_prob, seed)
         source = prompt_records(files or [], task, prompts, seed, on_error, False, part)

@@ -28,6 +28,7 @@ from dlmctl.commands.options import Device, Dtype, Model, Quiet, Seed, byte_coun
 from dlmctl.commands.ranks import on_every_rank, write_metrics
 from dlmctl.records.errors import UsageError
 from dlmctl.records.locks import Lock, hold_run
+from dlmctl.settings.models import Reading
 
 if TYPE_CHECKING:
     from dlmctl.sae.corpus import Document
@@ -59,6 +60,7 @@ def command(
         typer.Option("-o", "--output", metavar="DIRECTORY", help="Where the autoencoders go."),
     ] = Path("saes"),
     model: Model = "builtin:puzzles",
+    reading: Reading = Reading(),
     layers: Layers = None,
     ks: Annotated[
         str, typer.Option("-k", metavar="K,…", help="Latents that are active for a token.")
@@ -217,7 +219,7 @@ def command(
     from_first(begin)
     source = _source(
         corpus or [],
-        model,
+        reading.name(model),
         layers,
         positions,
         law,

@@ -26,6 +26,7 @@ from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
 from dlmctl.records.resume import Resume, Rule
 from dlmctl.records.shards import parse_shard, read_shard
+from dlmctl.settings.models import Prompting, Reading
 
 
 def command(
@@ -40,6 +41,8 @@ def command(
             "may be given more than once. Default: builtin:puzzles.",
         ),
     ] = None,
+    reading: Reading = Reading(),
+    prompting: Prompting = Prompting(),
     masks: Annotated[
         Law,
         typer.Option(
@@ -99,7 +102,10 @@ def command(
     going = Resume(output, resume)
     if going.done:
         return
-    policies = {label: load_policy(name, device, dtype) for label, name in named.items()}
+    policies = {
+        label: load_policy(reading.name(name), device, dtype, prompting)
+        for label, name in named.items()
+    }
     plan = MaskPlan(masks, samples, seed, until_eos, prompt_mask, mask_block)
     rule = Rule(
         frozenset({"elbo"}),

@@ -70,6 +70,7 @@ from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.groups import group_size
 from dlmctl.records.jsonl import Record, object_field, read_records
 from dlmctl.records.locks import Lock, hold_run
+from dlmctl.settings.models import Prompting, Reading
 
 
 @on_every_rank
@@ -88,6 +89,8 @@ def command(
             "from its own checkpoint.",
         ),
     ] = None,
+    reading: Reading = Reading(),
+    prompting: Prompting = Prompting(),
     output: Annotated[
         Path | None,
         typer.Option(
@@ -195,7 +198,8 @@ def command(
     from dlmctl.rl.scores import Recipe
     from dlmctl.rl.update import update_policy, update_supervised
     from dlmctl.training.distributed import from_first
-    from dlmctl.training.run import Adapter, Optimization, next_run, open_run
+    from dlmctl.training.lora import Adapter
+    from dlmctl.training.run import Optimization, next_run, open_run
 
     if schedule == "cosine" and total_steps is None:
         raise UsageError("--schedule cosine needs --total-steps")
@@ -242,7 +246,7 @@ def command(
     sampled_from, directory = from_first(begin)
     run = open_run(
         Path(directory),
-        model or sampled_from or "builtin:puzzles",
+        reading.of(model),
         algo,
         Optimization(rate, (beta1, beta2), weight_decay, max_norm, warmup, schedule, total_steps),
         Adapter(lora_rank, lora_alpha, lora_dropout),
@@ -250,6 +254,8 @@ def command(
         dtype,
         gradient_checkpointing,
         seed,
+        sampled_from or "builtin:puzzles",
+        prompting,
     )
     rest = run.untrained(records) if resume else records
     if rest is None:

@@ -32,8 +32,9 @@ from torch import Tensor
 
 from dlmctl.consistency.matching import Divergence, weighted_divergence
 from dlmctl.consistency.nested import Nested, Order, draw_nested
-from dlmctl.diffusion.elbo import own_parts, scored_states
+from dlmctl.diffusion.elbo import own_parts, scored_states, scored_tokens
 from dlmctl.diffusion.projection import weighted_log_prob
+from dlmctl.models.adapters import merged
 from dlmctl.models.loading import load_policy
 from dlmctl.models.policy import Policy
 from dlmctl.models.saving import save_policy
@@ -174,9 +175,8 @@ def distill_masked(
 def _pair(record: Record, policy: Policy, plan: MaskedConsistency, decided: int, step: int) -> Pair:
     tokens = record["tokens"]
     keys = (plan.seed, step, record["id"], record.get("sample", 0), "levels")
-    levels = draw_nested(
-        record, tokens["completion"], policy.eos_id, plan.until_eos, plan.order, decided, keys
-    )
+    scored = scored_tokens(tokens["completion"], policy, plan.until_eos)
+    levels = draw_nested(record, scored, plan.order, decided, keys)
     return Pair(tokens["prompt"], tokens["completion"], levels)
 
 
@@ -201,7 +201,7 @@ class _Targets:
         run = self._run
         device = str(run.policy.device)
         if number == 0:
-            return load_policy(run.progress.reference, device, "float32")
+            return merged(load_policy(run.progress.reference, device, "float32"))
         place = self._place(number)
         if run.progress.step == number * self._steps:
             # First the checkpoint: a run that dies in between comes back to this very step.

@@ -20,7 +20,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dlmctl.diffusion.elbo import scored_tokens
 from dlmctl.diffusion.noise import stream_uniform
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record, object_field
@@ -59,9 +58,7 @@ def nested_masks(scored: Tensor, ranks: Tensor, hidden: int, decided: int) -> Ne
 
 def draw_nested(
     record: Record,
-    completion: Sequence[int],
-    eos_id: int | None,
-    until_eos: bool,
+    scored: Tensor,
     order: Order,
     decided: int,
     keys: Sequence[str | int],
@@ -69,19 +66,19 @@ def draw_nested(
     """Two levels of a record's completion, drawn by these keys alone.
 
     Args:
+        scored: bool [G], the tokens that count.
         decided: m, tokens that a step decides.
 
     Raises:
         DataError: `trajectory` of a record that does not say in which order it was decided.
     """
-    scored = scored_tokens(completion, eos_id, until_eos)
     length = int(scored.sum())
     numbers = stream_uniform(keys, length + 1)
     hidden = 1 + int(numbers[0] * length)
     late = numbers[1:]
     if order == "trajectory":
         # The latest step first; tokens of one step by chance.
-        late = late - _steps(record, len(completion))[scored]
+        late = late - _steps(record, len(scored))[scored]
     return nested_masks(scored, late.argsort().argsort(), hidden, decided)
 
 

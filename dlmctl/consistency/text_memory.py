@@ -109,7 +109,8 @@ def _known(record: Record, policy: Policy) -> _Known:
     tokens = record.get("tokens") or {}
     prompt = tokens.get("prompt")
     if prompt is None:
-        prompt = policy.encode(record) if record.get("prompt") or record.get("messages") else []
+        asks = record.get("prompt") or record.get("messages")
+        prompt = policy.encode(record) if asks else policy.encode_context("")
     ids = tokens.get("completion")
     if ids is None:
         ids = policy.encode_text(text_of(record))

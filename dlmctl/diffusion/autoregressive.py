@@ -59,9 +59,7 @@ def _batch(
         made[where, step], log_probs[where, step] = token.cpu(), scored.cpu()
         if not rows.go_on(token):
             break
-    return [
-        _finish(*row, policy.eos_id) for row in zip(made.tolist(), log_probs.tolist(), strict=True)
-    ]
+    return [_finish(policy, *row) for row in zip(made.tolist(), log_probs.tolist(), strict=True)]
 
 
 def next_tokens(
@@ -94,6 +92,7 @@ class _Rows:
         self.noise_keys = key_tensor([request.key for request in requests], device)
         self.numbers = torch.arange(len(requests), device=device)
         """Which requests the rows are of."""
+        self.ends = torch.tensor(sorted(policy.ends), dtype=torch.int64, device=device)
         self.ended = torch.zeros(len(requests), dtype=torch.bool, device=device)
         self.extra: dict[str, Any] = {}
         places = None
@@ -123,8 +122,7 @@ class _Rows:
 
     def go_on(self, token: Tensor) -> bool:
         """Append a token to each row, int64 [B]; whether any of them goes on."""
-        eos_id = self.policy.eos_id
-        self.ended |= token == (eos_id if eos_id is not None else -1)
+        self.ended |= torch.isin(token, self.ends)
         going = int((~self.ended).sum())
         # The next place is one after the largest in any of the dimensions.
         places = self.places.movedim(-2, 0).flatten(1).amax(1) + 1
@@ -153,8 +151,6 @@ def _left_padded(
     return ids.to(device), attention.to(device)
 
 
-def _finish(tokens: list[int], log_probs: list[float], eos_id: int | None) -> Sample:
-    if eos_id is not None and eos_id in tokens:
-        tokens = tokens[: tokens.index(eos_id) + 1]
-    length = len(tokens)
-    return Sample(tokens, list(range(length)), length, log_probs[:length])
+def _finish(policy: Policy, tokens: list[int], log_probs: list[float]) -> Sample:
+    length = policy.length(tokens)
+    return Sample(tokens[:length], list(range(length)), length, log_probs[:length])

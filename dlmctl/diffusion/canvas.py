@@ -131,7 +131,8 @@ class Canvas:
     def _stop_at_eos(self, slot: int) -> bool:
         """Fill the rest of a row whose decided part holds end-of-sequence."""
         eos, start, stop = self.policy.eos_id, self.starts[slot], self.window(slot)[1]
-        if eos is None or not bool((self.ids[slot, start:stop] == eos).any()):
+        decided = self.ids[slot, start:stop].tolist()
+        if eos is None or self.policy.ends.isdisjoint(decided):
             return False
         self.ids[slot, stop : self.length(slot)] = eos
         last = (self.block[slot] + 1) * self.settings.steps_per_block - 1

@@ -54,11 +54,11 @@ class Score(NamedTuple):
     """float64 [K], one estimate for each mask."""
 
 
-def scored_tokens(completion: Sequence[int], eos_id: int | None, until_eos: bool) -> Tensor:
-    """bool [G]: every token, or those up to and including the first end-of-sequence token."""
+def scored_tokens(completion: Sequence[int], policy: Policy, until_eos: bool) -> Tensor:
+    """bool [G]: every token, or those up to and including the first that ends a completion."""
     scored = torch.ones(len(completion), dtype=torch.bool)
-    if until_eos and eos_id is not None and eos_id in completion:
-        scored[list(completion).index(eos_id) + 1 :] = False
+    if until_eos:
+        scored[policy.length(completion) :] = False
     return scored
 
 

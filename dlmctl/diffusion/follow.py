@@ -20,6 +20,7 @@ from dlmctl.models.loading import load_policy, reload_policy
 from dlmctl.models.policy import Policy
 from dlmctl.records.jsonl import OnError, Record
 from dlmctl.records.stdin import reader_is_gone
+from dlmctl.settings.models import Prompting
 from dlmctl.training.checkpoint import latest_checkpoint, read_progress
 
 POLL_SECONDS = 0.02
@@ -39,6 +40,7 @@ def follow_run(
     device: str,
     dtype: str,
     on_error: OnError,
+    prompting: Prompting | None = None,
 ) -> Iterator[Record]:
     """Sample round after round, each from weights at most `max_lag` rounds old.
 
@@ -47,7 +49,7 @@ def follow_run(
     """
     checkpoint = latest_checkpoint(run)
     first = rounds_done(run)
-    policy = load_policy(str(checkpoint or model), device, dtype)
+    policy = load_policy(str(checkpoint or model), device, dtype, prompting)
     loaded = checkpoint
     # Prompts of rounds that an earlier process sampled are not sampled again.
     prompts = islice(prompts, first * prompts_per_round, None)

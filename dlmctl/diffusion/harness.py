@@ -36,6 +36,7 @@ from dlmctl.diffusion.sampling import (
 from dlmctl.diffusion.scoring import MaskPlan, completion_masks
 from dlmctl.models.loading import load_policy
 from dlmctl.records.errors import DataError, UsageError
+from dlmctl.settings.models import Reading
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")
 """Names that tasks have for the length of a completion."""
@@ -95,6 +96,9 @@ class HarnessModel(LM):
         dtype: str = "auto",
         device: str | None = None,
         batch_size: int | str | None = None,
+        family: Any = None,
+        shift: int | None = None,
+        mask_id: int | None = None,
         max_batch_size: int | None = None,
         **sampler: Any,
     ) -> None:
@@ -107,6 +111,7 @@ class HarnessModel(LM):
                 otherwise it is false. Tasks of several choices do not use it.
             gen_length: tokens of a completion, whatever the task says.
             max_length: tokens of context and continuation; a longer context loses its beginning.
+            family, shift, mask_id: how to read the model, as in `Reading`.
             sampler: of SAMPLER.
 
         Raises:
@@ -116,14 +121,16 @@ class HarnessModel(LM):
         if unknown := set(sampler) - set(SAMPLER):
             raise UsageError(
                 f"--model_args {min(unknown)} is not known; there are pretrained, masks, "
-                f"masks_per_sample, seed, greedy, gen_length, max_length, dtype, "
+                f"masks_per_sample, seed, greedy, gen_length, max_length, dtype, family, shift, "
+                f"mask_id, "
                 f"{', '.join(SAMPLER)}"
             )
         for name, value in {**sampler, "masks": masks}.items():
             if name in CHOICES and value not in CHOICES[name]:
                 there = ", ".join(CHOICES[name])
                 raise UsageError(f"--model_args {name}={value} is none of {there}")
-        self.policy = load_policy(pretrained, device or "auto", dtype)
+        name = Reading(family, shift, mask_id).name(pretrained)
+        self.policy = load_policy(name, device or "auto", dtype)
         self.plan = MaskPlan(masks, masks_per_sample, seed)  # type: ignore[arg-type]
         self.seed, self.greedy, self.sampler, self.gen_length = seed, greedy, sampler, gen_length
         automatic = str(batch_size or "auto").startswith("auto")
@@ -185,7 +192,7 @@ class HarnessModel(LM):
             name = self._record_id(request)
             key = stream_key(self.seed, 0, name, repeats[request.task_name, name])
             repeats[request.task_name, name] += 1
-            ids = self._latest(self.policy.encode_text(context), settings.gen_length)
+            ids = self._latest(self._context(context), settings.gen_length)
             groups.setdefault(settings, []).append((number, Request(ids or self._beginning(), key)))
         for settings, members in groups.items():
             made = self._sample([request for _, request in members], settings)
@@ -236,8 +243,8 @@ class HarnessModel(LM):
         spaces = len(context) - len(context.rstrip())
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
-        before = self.policy.encode_text(context) if context else []
-        ids = self.policy.encode_text(context + continuation)[len(before) :]
+        before = self._context(context)
+        ids = self._context(context + continuation)[len(before) :]
         if not ids:
             raise DataError(f"a continuation of {request.task_name} is empty: nothing to score")
         if len(ids) >= self.max_length:
@@ -256,10 +263,16 @@ class HarnessModel(LM):
             raise UsageError(f"gen_length {reserved} is more than max_length {self.max_length}")
         return context[len(context) - room :] if len(context) > room else context
 
+    def _context(self, text: str) -> list[int]:
+        """Ids of a text that is continued; one from a chat template brings its special tokens."""
+        plain, lead = self.policy.encode_text(text), self.policy.encode_context("")
+        return plain if plain[: len(lead)] == lead else self.policy.encode_context(text)
+
     def _beginning(self) -> list[int]:
         """What stands before the first token of a text."""
-        if self.policy.diffusion:
-            return []
+        lead = self.policy.encode_context("")
+        if lead or self.policy.diffusion:
+            return lead
         first = self.policy.tokenizer.bos_token_id
         first = self.policy.eos_id if first is None else first
         return [] if first is None else [first]

@@ -76,8 +76,8 @@ def _decide(
     policy: Policy, logits: Tensor, keys: Tensor, settings: Sampling
 ) -> tuple[Tensor, Tensor]:
     """`propose` for one chunk of logits [N, V], which are overwritten."""
-    if settings.eos == "never" and policy.eos_id is not None:
-        logits[:, policy.eos_id] = -torch.inf
+    if settings.eos == "never":
+        logits[:, sorted(policy.ends)] = -torch.inf
     # The mask token is a state of the process, not an outcome: it counts in p, but is not sampled.
     aside = logits[:, policy.mask_id].clone()
     logits[:, policy.mask_id] = -torch.inf
@@ -89,9 +89,10 @@ def _decide(
         token = logits.argmax(dim=1)
     logits[:, policy.mask_id] = aside
     sure = _confidence(logits, token, keys, settings.remasking)
-    if settings.eos == "late" and policy.eos_id is not None:
-        # Finite, so that end-of-sequence still comes before positions that are not masked.
-        sure = torch.where(token == policy.eos_id, sure - 1e9, sure)
+    if settings.eos == "late":
+        # Finite, so that these tokens still come before positions that are not masked.
+        late = torch.tensor(sorted(policy.ends | policy.turn_ends), device=token.device)
+        sure = torch.where(torch.isin(token, late), sure - 1e9, sure)
     return token, sure
 
 

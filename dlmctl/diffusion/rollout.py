@@ -142,8 +142,8 @@ def _completed(
         "nfe": result.nfe,
         "order": result.order,
         **_recorded(result, policy),
-        "length": _length(result.tokens, policy.eos_id),
-        "finish": "eos" if policy.eos_id in result.tokens else "length",
+        "length": policy.length(result.tokens),
+        "finish": "length" if policy.ends.isdisjoint(result.tokens) else "eos",
     }
     return done
 
@@ -154,8 +154,3 @@ def _recorded(result: Sample, policy: Policy) -> dict[str, Any]:
         return {}
     dtype = str(next(policy.model.parameters()).dtype).removeprefix("torch.")
     return {"log_probs": result.log_probs, "dtype": dtype}
-
-
-def _length(tokens: list[int], eos_id: int | None) -> int:
-    """Tokens up to and including the first end-of-sequence."""
-    return tokens.index(eos_id) + 1 if eos_id in tokens else len(tokens)

@@ -78,7 +78,7 @@ def completion_masks(
     sample: int,
 ) -> MaskSet:
     """The masks of one completion; for an autoregressive policy one set that scores every token."""
-    scored = scored_tokens(completion, policy.eos_id, plan.until_eos)
+    scored = scored_tokens(completion, policy, plan.until_eos)
     if not policy.diffusion:
         return MaskSet(scored[None], torch.ones(1, dtype=torch.float64), scored)
     block_length = plan.block_length or policy.sampling.get("block_length", 32)

@@ -9,21 +9,29 @@
 
 A config with `is_causal = False` makes a stock decoder of transformers attend in both directions,
 so that no model brings code of its own. Models are read without their dropout.
+
+What decides, in this order: settings behind the model's name (`DIR,family=a2d,mask_id=151669`);
+the object `dlmctl` in config.json, with `family`, `mask_token_id`, `shift` and `sampling`, which
+every checkpoint written here has; the rest of config.json. A checkpoint that the rest of its
+config.json does not describe rightly is refused: one with a class that transformers does not have,
+with a mask token in a model that goes from left to right, or with signs of block diffusion.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from dlmctl.models.policy import LEFT_TO_RIGHT, Family
+from dlmctl.models.policy import LEFT_TO_RIGHT
 from dlmctl.models.vision import KINDS
 from dlmctl.models.weights import from_llada
 from dlmctl.records.errors import DataError
+from dlmctl.settings.models import Family, Reading
 
 LLADA_MASK_ID, DREAM_MASK_ID = 126336, 151666
 
@@ -38,6 +46,16 @@ NOT_LLAMA = {
 
 
 MOST_LAYERS = 10_000
+TURN_ENDS = {"llada": ("<|eot_id|>",)}
+"""Tokens of a family that end a turn and not the completion."""
+
+BLOCK_SIGNS = ("block_size", "block_length", "bd_size", "diffusion_block_size", "dlm_paradigm")
+"""Fields of config.json that tell of block diffusion, in models that have a mask token."""
+
+HOW = (
+    "say how to read it with --family, --shift and --mask-id, or behind its name as in "
+    "MODEL,family=a2d,mask_id=ID"
+)
 FAULTS = (
     LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError,
     StrictDataclassError,
@@ -57,17 +75,23 @@ class Architecture:
     """Where the config names it; otherwise the tokenizer does."""
     shift: int = 0
     sampling: dict[str, int] = field(default_factory=dict)
+    doubtful: bool = False
+    """It is of a class of transformers, and its authors' code may be another of the same name."""
 
 
-def architecture(raw: dict[str, Any], where: str) -> Architecture:
+def architecture(raw: dict[str, Any], where: str, reading: Reading | None = None) -> Architecture:
     """Read a config.json.
 
+    Args:
+        reading: what is to be taken in its place.
+
     Raises:
-        DataError: the model is of no kind that is known here.
+        DataError: the model is of no kind that is known here, or its config.json says of it what
+            cannot be.
     """
     _check_layers(raw, where)
     try:
-        plan = _planned(raw, where)
+        plan = _planned(raw, where, reading or Reading())
     except FAULTS as error:
         reason = str(error).strip().split("\n")[-1].strip()[:200]
         raise DataError(f"not a model's configuration ({reason})", where) from None
@@ -89,23 +113,98 @@ def _check_layers(raw: dict[str, Any], where: str) -> None:
             raise DataError(f"{name} = {str(value)[:20]} is more than any model has", where)
 
 
-def _planned(raw: dict[str, Any], where: str) -> Architecture:
+def _planned(raw: dict[str, Any], where: str, reading: Reading) -> Architecture:
     kind = str(raw.get("model_type", "")).lower()
-    if kind == "llada":
-        return _llada(raw, where)
-    if kind == "dream":
-        return _dream(raw)
+    if kind in ("llada", "dream"):
+        if reading.family not in (None, kind):
+            raise DataError(f"it is of family {kind}, not {reading.family}", where)
+        plan = _llada(raw, where) if kind == "llada" else _dream(raw)
+    else:
+        plan = _by_transformers(raw, where, reading)
+    return replace(
+        plan,
+        mask_id=plan.mask_id if reading.mask_id is None else reading.mask_id,
+        shift=plan.shift if reading.shift is None else reading.shift,
+    )
+
+
+def _by_transformers(raw: dict[str, Any], where: str, reading: Reading) -> Architecture:
+    """A checkpoint that is of a type of transformers, or that of A2D for one."""
+    kind = str(raw.get("model_type", "")).lower()
     marker = raw.get("dlmctl") or {}
+    converted = kind.startswith("a2d-")
+    config = _stock({**raw, "model_type": kind.removeprefix("a2d-")} if converted else raw, where)
+    family: Family = (
+        reading.family or marker.get("family") or ("a2d" if converted else _stock_family(raw))
+    )
+    if reading.family is None and not marker:
+        _check_described(raw, family, where)
+    if family not in (*LEFT_TO_RIGHT, "mlm"):
+        config.is_causal = False
+    elif family in LEFT_TO_RIGHT and getattr(config, "is_causal", True) is False:
+        config.is_causal = True
+    shift = marker.get("shift", 1 if family in (*LEFT_TO_RIGHT, "dream") else 0)
+    if reading.family not in (None, marker.get("family")):
+        shift = 1 if family in (*LEFT_TO_RIGHT, "dream") else 0
     mask_id = marker.get("mask_token_id", raw.get("mask_token_id"))
     sampling = dict(marker.get("sampling") or {})
-    if kind.startswith("a2d-"):
-        config = _stock({**raw, "model_type": kind.removeprefix("a2d-")}, where)
-        config.is_causal = False
-        return Architecture("a2d", config, mask_id=mask_id, sampling=sampling)
-    config = _stock(raw, where)
-    family = marker.get("family") or _stock_family(raw)
-    shift = marker.get("shift", 1 if family in (*LEFT_TO_RIGHT, "dream") else 0)
-    return Architecture(family, config, mask_id=mask_id, shift=shift, sampling=sampling)
+    doubtful = bool(raw.get("auto_map")) and reading.family is None and not marker
+    return Architecture(
+        family, config, mask_id=mask_id, shift=shift, sampling=sampling, doubtful=doubtful
+    )
+
+
+def _check_described(raw: dict[str, Any], family: Family, where: str) -> None:
+    """Refuse a config.json which transformers would read as another model than it is of."""
+    if str(raw.get("model_type", "")).lower().startswith("a2d-"):
+        _check_a2d(raw, where)
+        return
+    signs = [name for name in BLOCK_SIGNS if name in raw]
+    if signs and (family == "a2d" or raw.get("mask_token_id") is not None):
+        raise DataError(
+            f"its {signs[0]} tells of block diffusion, which is not read yet; if the model attends "
+            f"to the whole text, {HOW}",
+            where,
+        )
+    there = dir(transformers)
+    unknown = [name for name in _classes(raw) if name not in there]
+    if unknown:
+        raise DataError(
+            f"its class {unknown[0]} is not of transformers, so that its type "
+            f"'{raw.get('model_type')}' does not say how it attends; {HOW}",
+            where,
+        )
+    if family in LEFT_TO_RIGHT and raw.get("mask_token_id") is not None:
+        raise DataError(
+            "it has a mask token and would be read from left to right: is it a diffusion model? "
+            f"Then {HOW}; or write family=ar",
+            where,
+        )
+
+
+def _classes(raw: dict[str, Any]) -> list[str]:
+    """Names of the classes that a config.json says the model is of."""
+    own = raw.get("auto_map") or {}
+    mapped = [own[name] for name in ("AutoModelForCausalLM", "AutoModelForMaskedLM") if name in own]
+    named = [*(raw.get("architectures") or []), *(str(name).rpartition(".")[2] for name in mapped)]
+    return [str(name) for name in named]
+
+
+def _check_a2d(raw: dict[str, Any], where: str) -> None:
+    """Refuse a model of A2D unless it says that it attends to the whole text.
+
+    Its block diffusion (BD3LM) and its plain one (MDLM) have the same config.json but for names.
+    """
+    names = f"{where} {raw.get('_name_or_path', '')}".lower()
+    if "bd3lm" in names or any(name in raw for name in BLOCK_SIGNS):
+        raise DataError("it is a model of block diffusion (BD3LM), which is not read yet", where)
+    if "mdlm" not in names:
+        raise DataError(
+            "A2D's config.json does not say whether the model attends to the whole text (MDLM) or "
+            "block by block (BD3LM, not read yet); if to the whole text, write --family a2d, or "
+            "MODEL,family=a2d",
+            where,
+        )
 
 
 def _stock(raw: dict[str, Any], where: str) -> PretrainedConfig:

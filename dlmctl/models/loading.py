@@ -21,8 +21,9 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from dlmctl.models.adapters import adapter_base, merged, with_adapter
 from dlmctl.models.allocator import keep_freed_memory
-from dlmctl.models.families import FAULTS, Architecture, architecture
+from dlmctl.models.families import FAULTS, HOW, TURN_ENDS, Architecture, architecture
 from dlmctl.models.policy import LEFT_TO_RIGHT, Policy
 from dlmctl.models.vision import Vision, vision_of
 from dlmctl.models.weights import read_weights, weight_files, weights_hash
@@ -32,9 +33,9 @@ from dlmctl.records.errors import (
     TryAgainError,
     UnavailableError,
     UsageError,
-    missing_package,
 )
 from dlmctl.records.files import read_json
+from dlmctl.settings.models import Prompting, split_name
 
 ASSETS = Path(__file__).parent.parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,14 +43,25 @@ TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 HUB_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 
 
-def load_policy(name: str, device: str = "auto", dtype: str = "auto") -> Policy:
+NOT_WEIGHTS = ("rotary_emb.inv_freq", ".position_ids", ".masked_bias")
+"""Ends of names of tensors that older versions of transformers saved and that are computed."""
+
+OTHER_HEADS = ("cls.seq_relationship.", "bert.pooler.")
+"""BERT's parts for guessing whether a sentence follows another."""
+
+
+def load_policy(
+    name: str, device: str = "auto", dtype: str = "auto", prompting: Prompting | None = None
+) -> Policy:
     """Load a model for inference.
 
     Args:
         name: `builtin:NAME`, a directory (a checkpoint, a run with `latest`, a peft adapter), or a
-            hub name, with `@REVISION` if wanted.
+            hub name, with `@REVISION` if wanted; behind it settings of `Reading`, as in
+            `NAME,family=a2d`.
         device: auto, cpu, cuda or cuda:N.
         dtype: auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16.
+        prompting: how it is prompted; None: by its chat template, with nothing added.
 
     Raises:
         MissingInputError: the model is not there, or lacks a file.
@@ -61,16 +73,17 @@ def load_policy(name: str, device: str = "auto", dtype: str = "auto") -> Policy:
     precision = resolve_dtype(dtype, where)
     directory = model_directory(name)
     if (directory / "adapter_config.json").exists():
-        return _load_adapter(name, directory, device, dtype)
+        return _load_adapter(name, directory, device, dtype, prompting or Prompting())
 
     config_file = directory / "config.json"
     if not config_file.exists():
         raise MissingInputError(f"{directory} has no config.json: it is not a model")
-    plan = architecture(read_json(config_file), str(config_file))
+    plan = architecture(read_json(config_file), str(config_file), split_name(name)[1])
     files = weight_files(directory)
     model = _build(plan, files, precision, directory).to(where).eval()
     tokenizer = load_tokenizer(directory, plan)
-    policy = _policy(name, plan, model, tokenizer, weights_hash(files))
+    policy = _policy(name, plan, model, tokenizer, weights_hash(files), directory)
+    policy = dataclasses.replace(policy, prompting=prompting or Prompting())
     if plan.family == "vlm":
         policy = dataclasses.replace(policy, vision=_load_vision(directory, plan, tokenizer))
     return policy
@@ -104,11 +117,15 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 def fixed_name(name: str) -> str:
     """A name that means the same from everywhere and later on: of a run, its checkpoint of now."""
-    return str(model_directory(name).resolve()) if Path(name).expanduser().is_dir() else name
+    path, reading = split_name(name)
+    if not Path(path).expanduser().is_dir():
+        return name
+    return reading.name(str(model_directory(path).resolve()))
 
 
 def model_directory(name: str, files: list[str] = HUB_FILES) -> Path:
     """The directory that holds a model; of a hub name, these files are downloaded."""
+    name, _ = split_name(name)
     if name.startswith("builtin:"):
         directory = ASSETS / name.removeprefix("builtin:")
         if not directory.is_dir():
@@ -122,6 +139,14 @@ def model_directory(name: str, files: list[str] = HUB_FILES) -> Path:
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise MissingInputError(f"no model at {name}: it is no directory, and not a hub name")
     return _download(name, files)
+
+
+def base_directory(name: str) -> Path:
+    """The directory that holds the weights below all adapters of a model."""
+    directory = model_directory(name)
+    while (directory / "adapter_config.json").exists():
+        directory = model_directory(adapter_base(directory))
+    return directory
 
 
 def _download(name: str, files: list[str]) -> Path:
@@ -172,6 +197,16 @@ def _build(plan: Architecture, files: list[Path], dtype: torch.dtype, directory:
         raise DataError(
             f"{directory}: {len(missing)} weights are missing or misshapen, first {missing[0]}"
         )
+    further = [
+        name
+        for name in sorted(report["unexpected_keys"])
+        if not name.endswith(NOT_WEIGHTS) and not name.startswith(OTHER_HEADS)
+    ]
+    if further:
+        raise DataError(
+            f"{directory}: {len(further)} weights are of no part of a {type(model).__name__}, "
+            f"first {further[0]}: config.json does not describe this model"
+        )
     return model
 
 
@@ -211,22 +246,34 @@ def _load_vision(directory: Path, plan: Architecture, tokenizer: Any) -> Vision:
     return vision_of(plan.config.model_type, plan.config, tokenizer, processor)
 
 
-def _policy(name: str, plan: Architecture, model: Any, tokenizer: Any, revision: str) -> Policy:
+def _policy(
+    name: str, plan: Architecture, model: Any, tokenizer: Any, revision: str, directory: Path
+) -> Policy:
     config = plan.config
     mask_id = plan.mask_id if plan.mask_id is not None else tokenizer.mask_token_id
+    vocab_size = config.get_text_config().vocab_size
     if plan.family in LEFT_TO_RIGHT:
+        if plan.doubtful and mask_id is not None:
+            raise DataError(
+                f"{name} brings code of its own and its tokenizer has a mask token: if it is a "
+                f"diffusion model, {HOW}; if not, write family=ar"
+            )
         mask_id = None
     elif mask_id is None:
         raise DataError(
-            f"{name} has no mask token: neither config.json (mask_token_id) nor its tokenizer"
+            f"{name} has no mask token: neither config.json (mask_token_id) nor its tokenizer; "
+            "say which one it is with --mask-id"
         )
+    elif mask_id >= vocab_size:
+        raise DataError(f"the mask token {mask_id} of {name} is beyond its {vocab_size} tokens")
+    ends = _end_ids(directory, plan)
     eos_id = tokenizer.eos_token_id
     if eos_id is None:
-        given = getattr(config, "eos_token_id", None)
-        eos_id = given[0] if isinstance(given, list) else given
+        eos_id = ends[0] if ends else None
     if eos_id is None and plan.family == "mlm":
         eos_id = tokenizer.sep_token_id
     pad_id = tokenizer.pad_token_id
+    turn_ends = {tokenizer.get_vocab().get(token) for token in TURN_ENDS.get(plan.family, ())}
     return Policy(
         model=model,
         tokenizer=tokenizer,
@@ -235,11 +282,30 @@ def _policy(name: str, plan: Architecture, model: Any, tokenizer: Any, revision:
         eos_id=eos_id,
         pad_id=pad_id if pad_id is not None else (eos_id or 0),
         shift=plan.shift,
-        vocab_size=config.get_text_config().vocab_size,
+        vocab_size=vocab_size,
         name=name,
         revision=revision,
         sampling=plan.sampling,
+        other_ends=frozenset(ends) - {eos_id},
+        turn_ends=frozenset(turn_ends - {None}),
     )
+
+
+def _end_ids(directory: Path, plan: Architecture) -> list[int]:
+    """Tokens that end a completion, by generation_config.json, else by config.json.
+
+    Raises:
+        DataError: they are not token ids.
+    """
+    where = directory / "generation_config.json"
+    stated = read_json(where).get("eos_token_id") if where.exists() else None
+    if stated is None:
+        where = directory / "config.json"
+        stated = getattr(plan.config.get_text_config(), "eos_token_id", None)
+    ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise DataError("eos_token_id is not a token id, nor a list of some", str(where))
+    return ids
 
 
 def checkpoint_revision(directory: Path, base_revision: str) -> str:
@@ -260,7 +326,7 @@ def reload_policy(policy: Policy, name: str, device: str, dtype: str) -> Policy:
     adapter = directory / "adapter_model.safetensors"
     here = policy.model.state_dict()
     if adapter.exists() != hasattr(policy.model, "peft_config"):
-        return load_policy(name, device, dtype)
+        return load_policy(name, device, dtype, policy.prompting)
     files = [adapter] if adapter.exists() else weight_files(directory)
     tensors = read_weights(files, lambda key: key)
     if adapter.exists():
@@ -270,7 +336,7 @@ def reload_policy(policy: Policy, name: str, device: str, dtype: str) -> Policy:
             f"{a}.default.{b}": t for (a, _, b), t in zip(parts, tensors.values(), strict=True)
         }
         wanted = {key for key in here if "lora_" in key}
-        base = policy.revision.split(".")[0]
+        base = policy.revision.rpartition(".")[0]
     else:
         tied = getattr(policy.model, "all_tied_weights_keys", None) or {}
         here = _as_on_disk(policy.model, here)
@@ -278,7 +344,7 @@ def reload_policy(policy: Policy, name: str, device: str, dtype: str) -> Policy:
     if not wanted <= tensors.keys() <= here.keys() or any(
         here[key].shape != tensor.shape for key, tensor in tensors.items()
     ):
-        return load_policy(name, device, dtype)
+        return load_policy(name, device, dtype, policy.prompting)
     with torch.no_grad():
         for key, tensor in tensors.items():
             here[key].copy_(tensor)
@@ -298,47 +364,23 @@ def _as_on_disk(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch
     return renamed if all(id(tensor) in own for tensor in renamed.values()) else tensors
 
 
-def adapter_base(directory: Path) -> str:
-    """The name of the model that an adapter belongs to.
+def _load_adapter(
+    name: str, directory: Path, device: str, dtype: str, prompting: Prompting
+) -> Policy:
+    """A base model with the peft adapter that `directory` holds.
 
     Raises:
-        DataError: it names none, or another adapter, perhaps itself.
+        DataError: the base model has other weights than when the adapter was trained on it here.
     """
-    where = directory / "adapter_config.json"
-    base = read_json(where).get("base_model_name_or_path")
-    if not base or not isinstance(base, str) or "\0" in base:
-        raise DataError("it does not name its base model", str(where))
-    path = Path(base).expanduser()
-    if any(os.path.exists(p / "adapter_config.json") for p in (path, path / "latest")):
-        raise DataError(f"its base model {base} is an adapter itself", str(where))
-    return base
-
-
-def _load_adapter(name: str, directory: Path, device: str, dtype: str) -> Policy:
-    """A base model with the peft adapter that `directory` holds."""
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise missing_package("peft", "lora", f"the adapter {name}") from None
-    weights = directory / "adapter_model.safetensors"
-    if not weights.exists():
-        raise MissingInputError(f"{directory} has no adapter_model.safetensors")
-    settings = read_json(directory / "adapter_config.json")
-    if settings.get("peft_type") != "LORA":
+    base_name = adapter_base(directory)
+    base = merged(load_policy(base_name, device, dtype, prompting))
+    run = directory / "dlmctl.json"
+    trained_on = read_json(run).get("reference_revision") if run.exists() else None
+    if trained_on not in (None, base.revision):
         raise DataError(
-            f"an adapter of type {str(settings.get('peft_type'))[:40]!r}: LoRA alone is read here",
-            str(directory / "adapter_config.json"),
+            f"{base_name}, the model that it was trained on, has other weights now; put them back, "
+            "or train anew",
+            str(directory),
         )
-    if settings.get("megatron_config"):
-        # With it peft imports whatever module the file names as its megatron_core.
-        raise DataError("it needs Megatron, which is not loaded", str(directory))
-    base = load_policy(adapter_base(directory), device, dtype)
-    try:
-        model = PeftModel.from_pretrained(base.model, str(directory))
-    except Exception as error:  # of many kinds
-        reason = str(error).strip().split("\n")[0][:200]
-        raise DataError(
-            f"the adapter does not fit its base model ({reason})", str(directory)
-        ) from None
-    revision = checkpoint_revision(directory, base.revision)
-    return dataclasses.replace(base, model=model.eval(), name=name, revision=revision)
+    policy = with_adapter(base, name, directory)
+    return dataclasses.replace(policy, revision=checkpoint_revision(directory, base.revision))

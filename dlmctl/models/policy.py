@@ -11,21 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from shutil import which
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dlmctl.models.vision import Picture, Vision, image_parts
+from dlmctl.models.prompting import context_ids, prompt_ids, text_ids
+from dlmctl.models.vision import Picture, Vision
 from dlmctl.records.errors import DataError, UnavailableError
-from dlmctl.tasks.image_columns import MARK as IMAGE_MARK
+from dlmctl.settings.models import Family, Prompting
 from dlmctl.tasks.images import image_sources
 
 COMPILER = "inductor"
 """Backend of torch.compile."""
 
-Family = Literal["llada", "dream", "a2d", "mlm", "ar", "vlm"]
 LEFT_TO_RIGHT = ("ar", "vlm")
 """Families that predict the next token; the others denoise."""
 
@@ -40,6 +40,7 @@ class Policy:
     mask_id: int | None
     """Token that stands for "not decided yet"; None for an autoregressive model."""
     eos_id: int | None
+    """The end-of-sequence token that completions are filled up with."""
     pad_id: int
     shift: int
     """The logits of position i are found at position i - shift."""
@@ -52,11 +53,26 @@ class Policy:
     """The model's own gen_length, block_length and steps, where it has any."""
     vision: Vision | None = None
     """How it takes images, if it does."""
+    prompting: Prompting = field(default_factory=Prompting)
+    other_ends: frozenset[int] = frozenset()
+    """Further tokens that end a completion, as generation_config.json names them."""
+    turn_ends: frozenset[int] = frozenset()
+    """Tokens that end a turn and not the completion, as LLaDA's <|eot_id|>."""
 
     @property
     def diffusion(self) -> bool:
         """Whether it denoises; otherwise it is autoregressive."""
         return self.family not in LEFT_TO_RIGHT
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """All tokens that end a completion."""
+        return self.other_ends if self.eos_id is None else self.other_ends | {self.eos_id}
+
+    def length(self, tokens: Sequence[int]) -> int:
+        """How many tokens there are up to and including the first that ends a completion."""
+        ends = self.ends
+        return next((n for n, token in enumerate(tokens, 1) if token in ends), len(tokens))
 
     @property
     def device(self) -> torch.device:
@@ -136,7 +152,7 @@ class Policy:
     def encode(self, record: Mapping[str, Any]) -> list[int]:
         """The ids of a record's prompt: `tokens.prompt` as it is, else `messages` or `prompt`.
 
-        A prompt goes through the chat template where the tokenizer has one, and as it is otherwise.
+        A prompt is written as `prompting` says.
 
         Raises:
             DataError: there is no prompt, or the tokenizer cannot express it.
@@ -148,7 +164,9 @@ class Policy:
             hidden = self.vision is not None and self.vision.hidden
             return self.vision.without_images(ids) if self.vision and hidden else list(ids)
         pictures = self.pictures(record)
-        ids = self.encode_text(self._prompt_text(record, len(pictures)))
+        ids = prompt_ids(
+            record, self.tokenizer, self.name, self.prompting, len(pictures), self.vision
+        )
         return self.vision.expand(ids, pictures) if self.vision else ids
 
     def pictures(self, record: Mapping[str, Any]) -> list[Picture]:
@@ -167,94 +185,23 @@ class Policy:
             raise DataError("its images are not those that the completion was sampled with")
         return pictures
 
-    def _prompt_text(self, record: Mapping[str, Any], images: int) -> str:
-        messages = record.get("messages")
-        if messages is None:
-            messages = record.get("prompt")
-        chat = self.tokenizer.chat_template is not None
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        if not isinstance(messages, list) or not messages:
-            raise DataError("the record has no 'prompt' and no 'messages'; nothing to complete")
-        if images:
-            messages = _with_images(messages, images)
-        if not chat:
-            text = _only_content(messages, self.name)
-            return text.replace(IMAGE_MARK, self.vision.mark) if self.vision else text
-        if images:
-            messages = [{**m, "content": image_parts(m["content"])} for m in messages]
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
-            )
-        except Exception as error:  # the template is a program of the model's author
-            raise DataError(f"the chat template of {self.name} refuses it: {error}") from None
-
     def encode_text(self, text: str) -> list[int]:
         """Ids of a text, nothing added; raises DataError where a character has no token."""
         return text_ids(self.tokenizer, text, self.name)
 
+    def encode_whole(self, text: str) -> list[int]:
+        """Ids of a text with the special tokens that the tokenizer puts around one."""
+        return text_ids(self.tokenizer, text, self.name, special=True)
+
+    def encode_context(self, text: str) -> list[int]:
+        """Ids of a text that is continued, with the special tokens before it alone."""
+        return context_ids(self.tokenizer, text, self.name)
+
     def decode(self, ids: Sequence[int]) -> str:
-        """Text up to the first end-of-sequence, special tokens left out."""
-        ids = list(ids)
-        if self.eos_id is not None and self.eos_id in ids:
-            ids = ids[: ids.index(self.eos_id)]
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def text_ids(tokenizer: Any, text: str, name: str) -> list[int]:
-    """Ids of a text by the tokenizer of the model `name`, nothing added.
-
-    Raises:
-        DataError: a character has no token.
-    """
-    try:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise DataError(f"{name} has no tokens for {text!r} ({error})") from None
-    unknown = tokenizer.unk_token_id
-    if unknown is not None and unknown in ids and not tokenizer.chat_template:
-        raise DataError(f"{name} has no tokens for some characters of {text!r}")
-    return ids
-
-
-def _with_images(messages: list[Any], images: int) -> list[dict[str, Any]]:
-    """Messages whose contents are texts with as many image marks as there are images, at least.
-
-    Marks that are missing come first.
-
-    Raises:
-        DataError: a message is no object with a content.
-    """
-    texts = [_text_of(message) for message in messages]
-    first = next((i for i, m in enumerate(messages) if m.get("role") == "user"), 0)
-    missing = images - sum(text.count(IMAGE_MARK) for text in texts)
-    texts[first] = IMAGE_MARK * missing + texts[first]  # as `prompts` puts them
-    return [{**m, "content": text} for m, text in zip(messages, texts, strict=True)]
-
-
-def _text_of(message: Any) -> str:
-    """The content of a message, its image parts as marks."""
-    content = message.get("content") if isinstance(message, dict) else None
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        raise DataError("a message has no 'content' that is a text or a list of parts")
-    return "".join(
-        IMAGE_MARK if str(part.get("type", "")).startswith("image") else str(part.get("text", ""))
-        for part in content
-    )
-
-
-def _only_content(messages: list[Any], name: str) -> str:
-    if len(messages) == 1 and isinstance(messages[0], dict):
-        return str(messages[0].get("content", ""))
-    raise DataError(
-        f"{name} has no chat template, so that a conversation of {len(messages)} messages cannot "
-        "be written down: give 'prompt' instead"
-    )
+        """Text up to the first token that ends a completion, special tokens left out."""
+        length = self.length(ids)
+        kept = [i for i in ids[:length] if i not in self.ends]
+        return str(self.tokenizer.decode(kept, skip_special_tokens=True))
 
 
 def cache_argument(model: nn.Module) -> str:

@@ -17,6 +17,10 @@ def save_policy(policy: Policy, directory: Path) -> None:
     if hasattr(model, "peft_config"):
         model.save_pretrained(directory, save_embedding_layers=False)
         return
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and policy.ends:
+        ends = sorted(policy.ends)
+        generation.eos_token_id = ends if len(ends) > 1 else ends[0]
     model.config.dlmctl = {
         "family": policy.family,
         "mask_token_id": policy.mask_id,

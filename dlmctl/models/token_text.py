@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+from dlmctl.models.adapters import adapter_base
 from dlmctl.models.families import architecture
 from dlmctl.models.loading import (
     TOKENIZER_FILES,
-    adapter_base,
     load_tokenizer,
     model_directory,
 )
 from dlmctl.records.errors import MissingInputError
 from dlmctl.records.files import read_json
+from dlmctl.settings.models import split_name
 
 PART = "\ufffd"
 """What a decoder writes for part of a character."""
@@ -34,7 +35,9 @@ def tokenizer_of_model(name: str) -> Any:
         return tokenizer_of_model(adapter_base(directory))
     if not config.exists():
         raise MissingInputError(f"{directory} has no config.json: it is not a model")
-    return load_tokenizer(directory, architecture(read_json(config), str(config)))
+    return load_tokenizer(
+        directory, architecture(read_json(config), str(config), split_name(name)[1])
+    )
 
 
 def texts_of_model(name: str) -> TokenTexts:

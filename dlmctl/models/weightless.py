@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from dlmctl.models.adapters import adapter_base
 from dlmctl.models.blocks import decoder_blocks
 from dlmctl.models.families import FAULTS, Architecture, architecture
-from dlmctl.models.loading import adapter_base, model_class, model_directory
+from dlmctl.models.loading import model_class, model_directory
 from dlmctl.models.policy import LEFT_TO_RIGHT, Policy
 from dlmctl.records.errors import DataError, MissingInputError
 from dlmctl.records.files import read_json
+from dlmctl.settings.models import Reading, split_name
 
 CONFIG_FILES = ["config.json", "adapter_config.json"]
 
@@ -37,8 +39,8 @@ def weightless_policy(name: str, dtype: torch.dtype) -> Policy:
         DataError: it is of no model that is known here.
         TryAgainError: the hub does not answer.
     """
-    config_file = _config_file(name)
-    plan = architecture(read_json(config_file), str(config_file))
+    config_file, reading = _config_file(name)
+    plan = architecture(read_json(config_file), str(config_file), reading)
     try:
         with torch.device("meta"):
             factory: Any = model_class(plan, str(config_file))
@@ -69,16 +71,17 @@ def followable(policy: Policy, layers: int) -> Policy:
     return copied
 
 
-def _config_file(name: str) -> Path:
-    path = Path(name).expanduser()
+def _config_file(name: str) -> tuple[Path, Reading]:
+    plain, reading = split_name(name)
+    path = Path(plain).expanduser()
     if path.suffix == ".json" and path.is_file():
-        return path
-    directory = model_directory(name, CONFIG_FILES)
+        return path, reading
+    directory = model_directory(plain, CONFIG_FILES)
     if (directory / "adapter_config.json").exists():
-        directory = model_directory(adapter_base(directory), CONFIG_FILES)
+        return _config_file(adapter_base(directory))
     if not (directory / "config.json").exists():
         raise MissingInputError(f"{directory} has no config.json: it is not a model")
-    return directory / "config.json"
+    return directory / "config.json", reading
 
 
 def _policy(name: str, plan: Architecture, model: Any) -> Policy:

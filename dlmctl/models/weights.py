@@ -35,11 +35,10 @@ SAMPLE_BYTES, SAMPLES = 2**20, 64
 
 def from_llada(name: str) -> str:
     """Llama's name for a weight of an original LLaDA checkpoint; other names stay."""
-    name = name.removeprefix("model.")
-    if match := re.fullmatch(r"transformer\.blocks\.(\d+)\.(\w+)\.(weight|bias)", name):
+    if match := re.fullmatch(r"(?:model\.)?transformer\.blocks\.(\d+)\.(\w+)\.(weight|bias)", name):
         layer, part, kind = match.groups()
         return f"model.layers.{layer}.{LLADA_LAYER.get(part, part)}.{kind}"
-    if match := re.fullmatch(r"transformer\.(\w+)\.(weight|bias)", name):
+    if match := re.fullmatch(r"(?:model\.)?transformer\.(\w+)\.(weight|bias)", name):
         part, kind = match.groups()
         return f"{LLADA_TOP.get(part, part)}.{kind}"
     return name
@@ -91,12 +90,24 @@ def read_weights(files: list[Path], rename: Callable[[str], str]) -> dict[str, T
         try:
             with safe_open(file, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 (not a dict)
+                    if rename(name) in tensors:
+                        raise DataError(f"weight {rename(name)} is there twice", str(file))
                     tensors[rename(name)] = shard.get_tensor(name)
         except FileNotFoundError:
             raise MissingInputError(f"{file} is not there") from None
         except (SafetensorError, OSError) as error:
             raise DataError(f"not a whole safetensors file ({error})", str(file)) from None
     return tensors
+
+
+def stored_dtype(files: list[Path]) -> str:
+    """The dtype of the first tensor, as torch names it; raises DataError."""
+    try:
+        with safe_open(files[0], framework="pt") as shard:
+            first = next(iter(shard.keys()))
+            return str(shard.get_tensor(first).dtype).removeprefix("torch.")
+    except (SafetensorError, OSError, StopIteration) as error:
+        raise DataError(f"not a whole safetensors file ({error})", str(files[0])) from None
 
 
 def weights_hash(files: list[Path]) -> str:

@@ -207,8 +207,7 @@ def _token_ids(record: Record, policy: Policy) -> tuple[list[int], list[int]]:
         return list(tokens.get("prompt") or []), list(tokens["completion"])
     text = record.get("text")
     if isinstance(text, str):
-        bos = policy.tokenizer.bos_token_id
-        return [], [*([] if bos is None else [bos]), *policy.encode_text(text)]
+        return [], policy.encode_whole(text)
     if "prompt" not in record and "messages" not in record:
         raise DataError("the record has no 'text', no 'tokens' and no 'prompt'", record.where)
     completion = record.get("completion", "")

@@ -73,7 +73,7 @@ def _ids(policy: Policy, text: Text) -> list[int]:
         raise DataError("there is no 'prompt' and no 'messages' to read before it", text.where)
     try:
         # By themselves, as in training: a tokenizer of words would join the last and the first.
-        return policy.encode_text(text.prompt) + policy.encode_text(text.completion)
+        return policy.encode_context(text.prompt) + policy.encode_text(text.completion)
     except DataError as error:
         error.where = error.where or text.where
         raise

@@ -130,12 +130,11 @@ def _character_ends(document: Document, policy: Policy) -> list[int]:
     text = text if isinstance(text, str) else field(record, "completion", str)
     lead = len(record["tokens"]["prompt"])
     ids = document.ids[lead:]
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
-    for special in (0, 1):  # a beginning-of-sequence token
-        rest = ids[special:]
-        if tokenizer.is_fast and encoded["input_ids"][: len(rest)] == rest:
-            ends = [end for _, end in encoded["offset_mapping"][: len(rest)]]
-            return [*[0] * (lead + special), *ends][: len(document.ids)]
+    for special in (False, True) if tokenizer.is_fast else ():
+        encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        if encoded["input_ids"][: len(ids)] == ids:
+            ends = [end for _, end in encoded["offset_mapping"][: len(ids)]]
+            return [*[0] * lead, *ends][: len(document.ids)]
     # Ids that were sampled may not be those that the tokenizer would choose.
     ends = [len(policy.decode(ids[:number])) for number in range(1, len(ids) + 1)]
     return [*[0] * lead, *ends][: len(document.ids)]

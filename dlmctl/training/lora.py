@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import missing_package
@@ -20,7 +21,16 @@ MASKED_LM_TARGETS = ("query", "key", "value", "dense", "Wqkv", "Wo", "Wi")
 """The same in BERT-like encoders."""
 
 
-def add_adapter(policy: Policy, rank: int, alpha: float, dropout: float) -> Policy:
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA settings; rank 0 trains the full weights."""
+
+    rank: int = 0
+    alpha: float = 64.0
+    dropout: float = 0.0
+
+
+def add_adapter(policy: Policy, settings: Adapter) -> Policy:
     """The policy with a new adapter that alone is trained; it changes nothing until it learns.
 
     Raises:
@@ -32,7 +42,12 @@ def add_adapter(policy: Policy, rank: int, alpha: float, dropout: float) -> Poli
         raise missing_package("peft", "lora", "--lora-rank") from None
     modules = {name.rsplit(".", 1)[-1] for name, _ in policy.model.named_modules()}
     targets = [name for name in (*TARGETS, *MASKED_LM_TARGETS) if name in modules]
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+    )
     model = get_peft_model(policy.model, config)
     # The name that the checkpoint of the adapter finds its base model by.
     model.peft_config["default"].base_model_name_or_path = policy.name
@@ -42,6 +57,14 @@ def add_adapter(policy: Policy, rank: int, alpha: float, dropout: float) -> Poli
 def has_adapter(policy: Policy) -> bool:
     """Whether the policy is a base model with an adapter."""
     return hasattr(policy.model, "peft_config")
+
+
+def adapter_settings(policy: Policy) -> Adapter | None:
+    """The settings of the policy's adapter; None: it has none."""
+    if not has_adapter(policy):
+        return None
+    config = policy.model.peft_config["default"]
+    return Adapter(config.r, float(config.lora_alpha), config.lora_dropout)
 
 
 def set_adapter_trainable(policy: Policy) -> None:

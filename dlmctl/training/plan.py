@@ -40,7 +40,7 @@ from dlmctl.training.footprint import (
     tower_memory,
     units,
 )
-from dlmctl.training.lora import add_adapter
+from dlmctl.training.lora import Adapter, add_adapter
 
 MARGIN = 0.1
 """Share of a device's memory that is left to CUDA, its libraries and fragmentation."""
@@ -152,7 +152,7 @@ def trainer(model: str, dtype: torch.dtype, lora_rank: int, recomputes: bool) ->
     """The weightless policy as `open_run` loads it."""
     policy = weightless_policy(model, dtype if lora_rank else torch.float32)
     if lora_rank:
-        policy = add_adapter(policy, lora_rank, 64.0, 0.0)
+        policy = add_adapter(policy, Adapter(lora_rank))
     if recomputes:
         checkpoint_activations(policy.core)
     return policy
@@ -162,7 +162,7 @@ def sampling_record(options: Options, work: Work) -> tuple[Policy, dict[str, Any
     """`rollout`, which has the whole model on each device, and the policy that it has."""
     policy = weightless_policy(options.model, options.dtype)
     if options.lora_rank:
-        policy = add_adapter(policy, options.lora_rank, 64.0, 0.0)
+        policy = add_adapter(policy, Adapter(options.lora_rank))
     found = counts(policy, False)
     if policy.diffusion:
         each = denoising(found, work.sampling, work.prompt_length, policy.shift)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dlmctl.diffusion.elbo import Example, log_probs
+from dlmctl.models.adapters import merged
 from dlmctl.models.loading import checkpoint_revision, fixed_name, load_policy
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
@@ -27,6 +28,7 @@ from dlmctl.records.files import make_directory
 from dlmctl.records.interrupts import standing
 from dlmctl.records.jsonl import Record
 from dlmctl.records.locks import Lock, hold_run
+from dlmctl.settings.models import Prompting, Reading, split_name
 from dlmctl.training.activations import checkpoint_activations
 from dlmctl.training.card import last_metrics
 from dlmctl.training.checkpoint import (
@@ -38,7 +40,14 @@ from dlmctl.training.checkpoint import (
     save_checkpoint,
 )
 from dlmctl.training.distributed import agreed, is_first, size
-from dlmctl.training.lora import adapter_off, add_adapter, has_adapter, set_adapter_trainable
+from dlmctl.training.lora import (
+    Adapter,
+    adapter_off,
+    adapter_settings,
+    add_adapter,
+    has_adapter,
+    set_adapter_trainable,
+)
 from dlmctl.training.optimizer import (
     Schedule,
     apply_step,
@@ -61,15 +70,6 @@ class Optimization:
     warmup: int = 0
     schedule: Schedule = "constant"
     total_steps: int | None = None
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """LoRA settings; rank 0 trains the full weights."""
-
-    rank: int = 0
-    alpha: float = 64.0
-    dropout: float = 0.0
 
 
 class Run:
@@ -126,8 +126,8 @@ class Run:
                 return log_probs(self.policy, examples, batch_size)
         if self._reference is None:
             # Scored under the same autocast as the policy, so that equal weights score equal.
-            self._reference = load_policy(
-                self.progress.reference, str(self.policy.device), "float32"
+            self._reference = merged(
+                load_policy(self.progress.reference, str(self.policy.device), "float32")
             )
             if self._reference.revision != self.progress.reference_revision:
                 raise DataError(
@@ -216,7 +216,7 @@ def next_run(algo: str) -> Path:
 
 def open_run(
     directory: Path,
-    model: str,
+    model: str | None,
     algo: str,
     optimization: Optimization,
     adapter: Adapter,
@@ -224,14 +224,20 @@ def open_run(
     dtype: str,
     gradient_checkpointing: bool,
     seed: int,
+    otherwise: str = "builtin:puzzles",
+    prompting: Prompting | None = None,
 ) -> Run:
-    """Begin a run in `directory`, or go on with the one that is there.
+    """Begin a run in `directory`, or resume the one that is there.
 
-    Of several ranks each loads the whole model, and keeps its share of it.
+    A model with an adapter is trained with the adapter merged into its weights, which are then the
+    reference. Of several ranks each loads the whole model, and keeps its share of it.
+
+    Args:
+        model: what to begin from, as the user names it; None: from `otherwise`.
 
     Raises:
-        UsageError: the run in the directory trains by another algorithm, or several ranks cannot
-            train the model.
+        UsageError: the run in the directory trains by another algorithm, from another model or
+            other parts of it, or several ranks cannot train the model.
         MissingInputError: the model is not there.
         TryAgainError: another process trains in the directory.
     """
@@ -243,10 +249,11 @@ def open_run(
     checkpoint = latest_checkpoint(directory)
     compute = torch.float32
     if checkpoint is None:
-        policy = load_policy(fixed_name(model), device, "float32" if adapter.rank == 0 else dtype)
+        precision = "float32" if adapter.rank == 0 else dtype
+        policy = merged(load_policy(fixed_name(model or otherwise), device, precision, prompting))
         progress = Progress(algo, policy.name, policy.revision)
         if adapter.rank:
-            policy = add_adapter(policy, adapter.rank, adapter.alpha, adapter.dropout)
+            policy = add_adapter(policy, adapter)
     else:
         progress = read_progress(checkpoint)
         if progress.algo != algo:
@@ -254,8 +261,11 @@ def open_run(
                 f"{directory} is a run of --algo {progress.algo}, not {algo}: choose another -o, "
                 f"or begin from it with --model {directory}"
             )
+        if model is not None:
+            _check_model(model, directory, progress.reference)
         full = not (checkpoint / "adapter_config.json").exists()
-        policy = load_policy(str(checkpoint), device, "float32" if full else dtype)
+        policy = load_policy(str(checkpoint), device, "float32" if full else dtype, prompting)
+        _check_adapter(adapter, policy, directory)
         if has_adapter(policy):
             set_adapter_trainable(policy)
     if dtype != "auto":
@@ -275,3 +285,39 @@ def open_run(
     if is_first():
         forget_steps(directory, progress.step)
     return run
+
+
+def _check_model(model: str, directory: Path, reference: str) -> None:
+    """Refuse to resume a run with another model than it began with, or a checkpoint of its own."""
+    named = _run_and_reading(fixed_name(model))
+    if named != _run_and_reading(reference) and named[0] != directory.resolve():
+        raise UsageError(
+            f"{directory} began with {reference}, not with {model}: leave --model out to resume "
+            "it, or choose another -o to begin anew"
+        )
+
+
+def _run_and_reading(name: str) -> tuple[Path, Reading]:
+    """The run that a fixed name is a checkpoint of, later ones being of it too; else its path."""
+    plain, reading = split_name(name)
+    path = Path(plain)
+    of_run = path.is_absolute() and (path.parent / "latest").is_symlink()
+    return path.parent if of_run else path, reading
+
+
+def _check_adapter(wanted: Adapter, policy: Policy, directory: Path) -> None:
+    """Refuse to resume a run with an adapter that it does not have."""
+    if wanted.rank == 0:
+        return
+    has = adapter_settings(policy)
+    if has is None:
+        raise UsageError(
+            f"{directory} trains all weights, not an adapter: leave --lora-rank out to resume it, "
+            f"or begin from it with --model {directory} and another -o"
+        )
+    if has != wanted:
+        raise UsageError(
+            f"{directory} trains an adapter of rank {has.rank}, alpha {has.alpha:g} and dropout "
+            f"{has.dropout:g}: give --lora-rank, --lora-alpha and --lora-dropout as it has them, "
+            "or choose another -o"
+        )

@@ -6,7 +6,7 @@ from conftest import shell, tiny_policy
 
 from dlmctl.bench.memory import CLEAR
 from dlmctl.bench.update import compare_gradients
-from dlmctl.training.lora import add_adapter
+from dlmctl.training.lora import Adapter, add_adapter
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
@@ -24,7 +24,7 @@ def test_the_plain_gradient_is_that_of_update(family):
 
 
 def test_with_an_adapter_the_reference_is_the_model_without_it():
-    policy = add_adapter(tiny_policy(), 2, 4.0, 0.0)
+    policy = add_adapter(tiny_policy(), Adapter(2, 4.0))
     plain, ours = compare_gradients(policy, None, 5, 7, 3, 2, [3], 1, 0)
     assert plain["difference"] == 0
     assert ours["difference"] < 1e-6

@@ -237,7 +237,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, saved_models, mo
     from dlmctl.records.errors import CannotWriteError
     from dlmctl.training import checkpoint as module
     from dlmctl.training.checkpoint import latest_checkpoint
-    from dlmctl.training.run import Adapter, Optimization, open_run
+    from dlmctl.training.lora import Adapter
+    from dlmctl.training.run import Optimization, open_run
 
     run = open_run(
         tmp_path / "run", saved_models("llada"), "rspo", Optimization(), Adapter(), "cpu",

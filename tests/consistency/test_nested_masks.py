@@ -14,14 +14,12 @@ from dlmctl.diffusion.sampling import settings_for
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record
 
-EOS = 9
-COMPLETION = [3, 4, 5, 6, EOS, EOS]
+EVERY = torch.ones(6, dtype=torch.bool)
 
 
-def drawn(number: int, decided: int = 2, until_eos: bool = False, **record):
+def drawn(number: int, decided: int = 2, scored: torch.Tensor = EVERY, **record):
     order = "trajectory" if "rollout" in record else "random"
-    row = Record(record)
-    return draw_nested(row, COMPLETION, EOS, until_eos, order, decided, ("seed", number))
+    return draw_nested(Record(record), scored, order, decided, ("seed", number))
 
 
 @pytest.mark.parametrize("hidden", range(1, 6))
@@ -54,9 +52,10 @@ def test_levels_are_uniform_and_tokens_alike():
     assert (share - 3.5 / 6).abs().max() < 5 * (0.25 / number) ** 0.5
 
 
-def test_tokens_behind_the_first_end_of_sequence_can_be_left_out():
-    assert not any(drawn(n, until_eos=True).hidden[5] for n in range(50))
-    assert any(drawn(n, until_eos=True).hidden[4] for n in range(50))
+def test_tokens_that_do_not_count_are_never_masked():
+    scored = torch.tensor([True] * 5 + [False])
+    assert not any(drawn(n, scored=scored).hidden[5] for n in range(50))
+    assert any(drawn(n, scored=scored).hidden[4] for n in range(50))
 
 
 def test_along_a_trajectory_what_is_hidden_is_what_the_sampler_had_not_decided():
@@ -65,9 +64,9 @@ def test_along_a_trajectory_what_is_hidden_is_what_the_sampler_had_not_decided()
     prompts = [Record(id="p", prompt="12=")]
     [record] = rollout(prompts, policy, settings, 1, 0, 1)
     order = torch.tensor(record["rollout"]["order"])
-    completion = record["tokens"]["completion"]
+    scored = torch.ones(len(order), dtype=torch.bool)
     for n in range(30):
-        made = draw_nested(record, completion, None, False, "trajectory", 2, (n,))
+        made = draw_nested(record, scored, "trajectory", 2, (n,))
         for level in made:
             undecided = int(level.sum())
             assert torch.equal(level, order >= len(order) - undecided)
@@ -90,4 +89,4 @@ def test_a_record_without_its_order_is_refused(order):
     record = Record(rollout={"order": order})
     record.where = "f.jsonl:4"
     with pytest.raises(DataError, match=r"f\.jsonl:4: .*rollout\.order"):
-        draw_nested(record, COMPLETION, EOS, False, "trajectory", 1, (0,))
+        draw_nested(record, EVERY, "trajectory", 1, (0,))

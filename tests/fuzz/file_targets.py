@@ -253,7 +253,7 @@ def _consistency(name: str, data: bytes, folder: Path) -> None:
 
 
 def _tokenizer(name: str, data: bytes, folder: Path) -> None:
-    from dlmctl.models.policy import text_ids
+    from dlmctl.models.prompting import text_ids
     from dlmctl.models.token_text import TokenTexts, tokenizer_of_model
 
     place = _within(folder, _models() / "llada", name, data)

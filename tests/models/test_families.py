@@ -1,10 +1,12 @@
 """What every family of models must do: directions of attention, padding, saving, tokens."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 from conftest import tiny_policy
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from dlmctl.diffusion.elbo import scored_states
@@ -12,6 +14,7 @@ from dlmctl.diffusion.projection import weighted_log_prob
 from dlmctl.models.loading import load_policy
 from dlmctl.models.policy import Policy
 from dlmctl.models.saving import save_policy
+from dlmctl.models.small import save_original
 from dlmctl.models.tokenizers import byte_tokenizer, character_tokenizer
 from dlmctl.records.errors import DataError, MissingInputError, UnavailableError, UsageError
 from dlmctl.records.jsonl import Record
@@ -119,8 +122,6 @@ def test_heads_of_masked_language_models_give_their_own_logits(kind, tmp_path):
 
 
 def test_a_model_with_dropout_is_read_without_it(tmp_path):
-    import json
-
     policy = tiny_policy("mlm")
     save_policy(policy, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -133,22 +134,148 @@ def test_a_model_with_dropout_is_read_without_it(tmp_path):
     assert torch.equal(all_logits(again, ids), expected)
 
 
-def test_a2d_names_of_decoders_are_read_as_bidirectional(tmp_path):
-    import json
-
-    policy = tiny_policy("a2d")
+def saved_as(directory, family="ar", **fields):
+    """A small model whose config.json has these fields, and not ours."""
+    policy = tiny_policy(family)
     policy.model.float()
-    save_policy(policy, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    save_policy(policy, directory)
+    config = json.loads((directory / "config.json").read_text())
     for name in ("dlmctl", "is_causal"):
-        del config[name]
-    config |= {"model_type": "a2d-qwen3", "auto_map": {"AutoModel": "evil.Model"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+        config.pop(name, None)
+    (directory / "config.json").write_text(json.dumps(config | fields))
+    return policy
+
+
+def test_a2d_names_of_decoders_are_read_as_bidirectional(tmp_path):
+    policy = saved_as(
+        tmp_path,
+        "a2d",
+        model_type="a2d-qwen3",
+        auto_map={"AutoModel": "evil.Model"},
+        _name_or_path="dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1",
+    )
     again = load_policy(str(tmp_path), "cpu")
     ids = torch.tensor([[3, 4, 5, 2, 7]])
     assert again.family == "a2d"
     assert again.mask_id == 2
     assert torch.equal(all_logits(policy, ids), all_logits(again, ids))
+
+
+UNKNOWN = {
+    "architectures": ["StableDiffcoderForCausalLM"],
+    "auto_map": {"AutoModelForCausalLM": "modeling_stable.StableDiffcoderForCausalLM"},
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (UNKNOWN, "StableDiffcoderForCausalLM is not of transformers"),
+        (
+            {"architectures": None, "auto_map": {"AutoModelForCausalLM": "modeling_x.XDiffusion"}},
+            "XDiffusion is not of transformers",
+        ),
+        ({"mask_token_id": 2}, "has a mask token and would be read from left to right"),
+        ({"mask_token_id": 2, "dlm_paradigm": "bidirectional"}, "tells of block diffusion"),
+        ({"mask_token_id": 2, "block_size": 32}, "block_size tells of block diffusion"),
+        ({"is_causal": False, "block_length": 4}, "block_length tells of block diffusion"),
+        (
+            {"auto_map": {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}},
+            "its tokenizer has a mask token",
+        ),
+        (
+            {"model_type": "a2d-llama", "_name_or_path": "x/Qwen3-0.6B-diffusion-bd3lm-v0.1"},
+            "block diffusion",
+        ),
+        ({"model_type": "a2d-llama", "block_size": 32, "_name_or_path": "mdlm"}, "block diffusion"),
+        ({"model_type": "a2d-llama"}, "does not say whether the model attends to the whole text"),
+    ],
+)
+def test_a_checkpoint_that_its_config_does_not_describe_is_refused(tmp_path, fields, message):
+    saved_as(tmp_path, **fields)
+    with pytest.raises(DataError, match=message):
+        load_policy(str(tmp_path), "cpu")
+
+
+def test_a_model_of_transformers_that_brings_its_code_too_is_read(tmp_path):
+    """As Phi-3 and DeepSeek-V3 are published: their classes are in transformers by now."""
+    auto = {"AutoConfig": "configuration_llama.LlamaConfig", "AutoModel": "modeling_llama.Own"}
+    saved_as(tmp_path, auto_map={**auto, "AutoModelForCausalLM": "m.LlamaForCausalLM"})
+    tokenizer = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del tokenizer["mask_token"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    assert load_policy(str(tmp_path), "cpu").family == "ar"
+
+
+@pytest.mark.parametrize(
+    ("behind", "expected"),
+    [
+        (",family=a2d", ("a2d", 2, 0)),
+        (",family=llada,mask_id=8", ("llada", 8, 0)),
+        (",family=dream", ("dream", 2, 1)),
+        (",family=a2d,shift=1,mask_id=7", ("a2d", 7, 1)),
+        (",family=ar", ("ar", None, 1)),
+    ],
+)
+def test_settings_behind_the_name_say_how_to_read_a_model(tmp_path, behind, expected):
+    saved_as(tmp_path, **UNKNOWN)
+    policy = load_policy(f"{tmp_path}{behind}", "cpu")
+    assert (policy.family, policy.mask_id, policy.shift) == expected
+    assert policy.name == f"{tmp_path}{behind}"
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    changed = torch.tensor([[3, 4, 5, 6, 8]])
+    first = (all_logits(policy, ids) - all_logits(policy, changed))[0, 0].abs().max()
+    assert bool(first > 1e-6) == policy.diffusion
+
+
+def test_a_marker_in_config_json_says_how_to_read_a_model(tmp_path):
+    marker = {"family": "a2d", "mask_token_id": 7, "shift": 1}
+    saved_as(tmp_path, **UNKNOWN, dlmctl=marker)
+    policy = load_policy(str(tmp_path), "cpu")
+    assert (policy.family, policy.mask_id, policy.shift) == ("a2d", 7, 1)
+    # What the user says comes first; the shift is then that of the family.
+    again = load_policy(f"{tmp_path},family=llada", "cpu")
+    assert (again.family, again.mask_id, again.shift) == ("llada", 7, 0)
+
+
+def test_settings_of_a_family_that_config_json_contradicts_are_refused(tmp_path):
+    save_original(tiny_policy("llada"), tmp_path)
+    with pytest.raises(DataError, match="it is of family llada, not ar"):
+        load_policy(f"{tmp_path},family=ar", "cpu")
+    with pytest.raises(DataError, match=r"mask token 99 .* is beyond its 9 tokens"):
+        load_policy(f"{tmp_path},mask_id=99", "cpu")
+    with pytest.raises(UsageError, match=r"mask_id=x .* not a whole number"):
+        load_policy(f"{tmp_path},mask_id=x", "cpu")
+
+
+def test_a_directory_whose_name_has_a_comma_is_a_directory(tmp_path):
+    place = tmp_path / "a,b=c"
+    save_policy(tiny_policy(), place)
+    assert load_policy(str(place), "cpu").family == "llada"
+
+
+def test_weights_that_belong_nowhere_are_refused_by_name(tmp_path):
+    save_policy(tiny_policy(), tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "model.layers.0.rotary_emb.inv_freq": torch.ones(4)}, file)
+    load_policy(str(tmp_path), "cpu")
+    extra = {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}
+    save_file({**tensors, **extra}, file)
+    with pytest.raises(DataError, match=r"1 weights are of no part .*layers\.0\.self_attn\.q_norm"):
+        load_policy(str(tmp_path), "cpu")
+
+
+def test_berts_other_head_is_no_part_of_a_masked_language_model(tmp_path):
+    policy = tiny_policy("mlm")
+    save_policy(policy, tmp_path)
+    file = tmp_path / "model.safetensors"
+    more = {
+        "cls.seq_relationship.weight": torch.ones(2, 16),
+        "bert.pooler.dense.bias": torch.ones(16),
+    }
+    save_file({**load_file(file), **more}, file)
+    assert load_policy(str(tmp_path), "cpu").family == "mlm"
 
 
 def test_a_score_takes_gradients_through_every_family():

@@ -23,7 +23,7 @@ def adapter(directory: Path, **settings: object) -> str:
 def test_an_adapter_that_is_its_own_base_is_refused(tmp_path):
     name = adapter(tmp_path / "a", base_model_name_or_path=str(tmp_path / "a"))
     for read in (load_policy, tokenizer_of_model):
-        with pytest.raises(DataError, match="is an adapter itself"):
+        with pytest.raises(DataError, match="is an adapter on itself"):
             read(name)
 
 

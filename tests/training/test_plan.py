@@ -43,7 +43,7 @@ from dlmctl.training.footprint import (
     units,
 )
 from dlmctl.training.live_memory import LiveMemory
-from dlmctl.training.lora import add_adapter
+from dlmctl.training.lora import Adapter, add_adapter
 from dlmctl.training.optimizer import apply_step, make_optimizer, trained_parameters
 
 HERE = Path(__file__)
@@ -98,7 +98,7 @@ def size(tensors):
 def test_weights_gradients_and_moments_are_those_of_a_step_to_the_byte(rank):
     policy = random_policy(dtype="bfloat16" if rank else "float32")
     if rank:
-        policy = add_adapter(policy, rank, 8.0, 0.0)
+        policy = add_adapter(policy, Adapter(rank, 8.0))
     expected = kept_memory(weightless(policy), 1)
     examples = [example_of(record, policy, MaskPlan("full", 1)) for record in records()]
     accumulate_gradient(policy, examples, torch.ones(4, 1, 12, dtype=torch.float64), 4)
@@ -203,7 +203,7 @@ def resident_peaks():
     for rank, recomputes, dtype in CASES:
         policy = random_policy(6, 256, 1000, dtype if rank else "float32")
         if rank:
-            policy = add_adapter(policy, rank, 8.0, 0.0)
+            policy = add_adapter(policy, Adapter(rank, 8.0))
         if recomputes:
             checkpoint_activations(policy.core)
         given = records(2, LENGTH - SCORED, SCORED)
@@ -259,7 +259,7 @@ def test_the_memory_of_gradients_and_of_sampling_is_as_planned():
 
 
 def test_a_few_blocks_tell_what_all_of_them_need(monkeypatch):
-    policy = add_adapter(weightless(random_policy(layers=8)), 2, 8.0, 0.0)
+    policy = add_adapter(weightless(random_policy(layers=8)), Adapter(2, 8.0))
     checkpoint_activations(policy.core)
 
     def needed():
@@ -303,7 +303,7 @@ def counted(work):
 def test_operations_of_a_step_are_counted_within_two_percent(rank, recomputes):
     policy, reference = random_policy(layers=8), random_policy(layers=8)
     if rank:
-        policy = add_adapter(policy, rank, 8.0, 0.0)
+        policy = add_adapter(policy, Adapter(rank, 8.0))
     if recomputes:
         checkpoint_activations(policy.core)
     objective, plan = make_objective("rspo"), MaskPlan("full", 2)

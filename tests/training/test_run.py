@@ -20,7 +20,8 @@ from dlmctl.rl.policy_gradient import Batching
 from dlmctl.rl.rspo import Rspo
 from dlmctl.rl.update import update_policy, update_supervised
 from dlmctl.training.checkpoint import latest_checkpoint, read_progress
-from dlmctl.training.run import Adapter, Optimization, open_run
+from dlmctl.training.lora import Adapter
+from dlmctl.training.run import Optimization, open_run
 
 OBJECTIVE = Rspo(strength=0.05)
 BATCHING = Batching(MaskPlan(samples=2))
@@ -70,7 +71,7 @@ def test_a_run_in_two_parts_ends_where_one_in_one_part_does(tmp_path, saved_mode
     settings = {"warmup": 3, "schedule": "cosine", "total_steps": 4}
     whole, _ = train(tmp_path / "whole", model, verified(4), rank, **settings)
     first, _ = train(tmp_path / "parts", model, verified(2), rank, **settings)
-    second, _ = train(tmp_path / "parts", "ignored", verified(2, first=2), rank, **settings)
+    second, _ = train(tmp_path / "parts", None, verified(2, first=2), rank, **settings)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     assert [m["step"] for m in first + second] == [1, 2, 3, 4]
     for a, b in zip(whole, first + second, strict=True):
@@ -315,7 +316,7 @@ def test_killing_a_run_leaves_the_newest_checkpoint_whole(tmp_path, saved_models
     step = read_progress(checkpoint).step
     assert step >= 3
     load_policy(str(checkpoint), "cpu")
-    metrics, _ = train(tmp_path / "run", "ignored", verified(1, first=step))
+    metrics, _ = train(tmp_path / "run", None, verified(1, first=step))
     assert metrics[0]["step"] == step + 1
 
 
