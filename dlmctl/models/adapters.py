@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlmctl.models.policy import Policy
 from dlmctl.models.weights import from_llada, read_weights
@@ -34,7 +34,7 @@ NAMED = 3
 
 
 def with_adapter(base: Policy, name: str, directory: Path) -> Policy:
-    """A base model with the adapter that `directory` holds, ready for inference.
+    """A base model with the adapter that `directory` holds, merged if it changes the head.
 
     Raises:
         UnavailableError: peft is not installed.
@@ -67,7 +67,10 @@ def with_adapter(base: Policy, name: str, directory: Path) -> Policy:
         raise DataError(
             f"the adapter does not fit its base model ({reason})", str(directory)
         ) from None
-    return dataclasses.replace(base, model=model.eval(), name=name)
+    policy = dataclasses.replace(base, model=model.eval(), name=name)
+    # Scores multiply by the weights of the head, without the layer that peft puts in its place.
+    plain_head = isinstance(model.get_base_model().get_output_embeddings(), nn.Linear)
+    return policy if plain_head else merged(policy)
 
 
 def merged(policy: Policy) -> Policy:
