@@ -78,7 +78,8 @@ def merged(policy: Policy) -> Policy:
     if not hasattr(policy.model, "peft_config"):
         return policy
     model: Any = policy.model
-    return dataclasses.replace(policy, model=model.merge_and_unload().eval())
+    plain = model.merge_and_unload().requires_grad_(True)  # which peft took from it
+    return dataclasses.replace(policy, model=plain.eval())
 
 
 def adapter_base(directory: Path) -> str:
