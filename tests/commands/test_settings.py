@@ -1,0 +1,103 @@
+"""Settings classes become options of the command line, and come back filled in."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from dlmctl.cli import SUBCOMMANDS, functions
+from dlmctl.options import with_options
+from dlmctl.records.errors import UsageError
+from dlmctl.settings import knob, knob_of
+from dlmctl.settings.models import Prompting, Reading, split_name
+
+
+@dataclass(frozen=True)
+class Sizes:
+    width: int = knob(3, "How wide it is.", minimum=1, maximum=9, panel="Sizes")
+    kind: Literal["round", "square"] | None = knob(None, "Its form.", shown_default="round")
+    bare: bool = knob(True, "Without anything.", "--bare/--dressed")
+
+
+def run(*arguments: str, environment: dict[str, str] | None = None):
+    seen: list[tuple[str, Sizes]] = []
+
+    def command(name: Annotated[str, typer.Argument()] = "x", sizes: Sizes = Sizes()) -> None:
+        """Do nothing."""
+        seen.append((name, sizes))
+
+    app = typer.Typer()
+    app.command()(with_options(command))
+    result = CliRunner().invoke(app, arguments, env=environment)
+    return result, seen
+
+
+def test_a_command_receives_its_settings_filled_in():
+    assert run()[1] == [("x", Sizes(3, None, True))]
+    arguments = ["y", "--width", "4", "--kind", "square", "--dressed"]
+    assert run(*arguments)[1] == [("y", Sizes(4, "square", False))]
+    assert run(environment={"DLMCTL_WIDTH": "5"})[1] == [("x", Sizes(5))]
+
+
+@pytest.mark.parametrize("arguments", [["--width", "0"], ["--width", "10"], ["--kind", "flat"]])
+def test_values_out_of_bounds_do_not_reach_it(arguments):
+    result, seen = run(*arguments)
+    assert result.exit_code == 2
+    assert not seen
+
+
+def test_help_says_what_the_fields_say():
+    shown = " ".join(run("--help")[0].output.split())
+    for text in ("How wide it is.", "Its form.", "(round)", "--dressed", "DLMCTL_WIDTH", "Sizes"):
+        assert text in shown
+
+
+def test_a_command_without_settings_is_as_it_was():
+    def command(name: str = "x") -> None: ...
+
+    assert with_options(command) is command
+
+
+def test_every_field_of_the_settings_is_an_option_of_the_commands_that_take_them():
+    parameters = inspect.signature(functions("rollout")["rollout"]).parameters
+    for kind in (Reading, Prompting):
+        for field in dataclasses.fields(kind):
+            assert knob_of(field).help
+            assert parameters[field.name].default == field.default
+    taking = {n for n in SUBCOMMANDS for f in functions(n).values() if "family" in _names(f)}
+    assert {"rollout", "score-elbo", "update", "sae-train", "distill", "memo-eval"} <= taking
+
+
+def _names(function) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a/b", ("a/b", Reading())),
+        ("a/b@main,family=a2d", ("a/b@main", Reading("a2d"))),
+        ("x,mask_id=7,shift=0,family=ar", ("x", Reading("ar", 0, 7))),
+        ("x,family=ar,family=a2d", ("x", Reading("a2d"))),
+        ("a,b=c", ("a,b=c", Reading())),
+        ("a,b=c,shift=1", ("a,b=c", Reading(shift=1))),
+        ("a,family", ("a,family", Reading())),
+    ],
+)
+def test_settings_stand_behind_the_name_of_a_model(name, expected):
+    assert split_name(name) == expected
+    plain, reading = expected
+    assert split_name(reading.name(plain)) == expected
+
+
+def test_settings_of_a_model_need_one():
+    assert Reading().of(None) is None
+    assert Reading("a2d").of("x") == "x,family=a2d"
+    with pytest.raises(UsageError, match="give it too"):
+        Reading("a2d").of(None)
