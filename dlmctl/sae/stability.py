@@ -12,14 +12,14 @@ cosine of their decoder row with a row of the other, and `matched_above` the sha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dlmctl.models.policy import Policy
-from dlmctl.sae.corpus import Batch, Corruption
+from dlmctl.sae.corpus import Batch
 from dlmctl.sae.evaluation import Evaluation, Placed
 from dlmctl.sae.insertion import Scope
 from dlmctl.sae.topk import Codes
@@ -79,13 +79,17 @@ def stability(
     saes: Sequence[Placed],
     scope: Scope,
     insert: bool,
-    law: Corruption,
+    corpus: Mapping[str, Any],
     others: Sequence[Placed] = (),
 ) -> list[dict[str, Any]]:
     """A record for each autoencoder; `base_` and `tuned_` stand before the measures on each model.
 
     Args:
+        corpus: what is said of it in each record.
         others: autoencoders of the tuned model; the one of like layer, K and positions is matched.
+
+    Raises:
+        DataError: the corpus has no token of the kind that one of them is for.
     """
     sides = [Evaluation(policy, saes, scope, insert) for policy in (base, tuned)]
     likeness = [Likeness() for _ in saes]
@@ -94,7 +98,7 @@ def stability(
             seen.add(first, second)
     rows = []
     for number, placed in enumerate(saes):
-        row = {**placed.about, "model": base.name, "tuned": tuned.name, "t": [law.t_min, law.t_max]}
+        row = {**placed.about, "model": base.name, "tuned": tuned.name, **corpus}
         row |= likeness[number].row()
         for name, side in zip(("base", "tuned"), sides, strict=True):
             row |= {f"{name}_{key}": value for key, value in side.row(number).items()}
