@@ -107,12 +107,12 @@ def text_memory(
 
 def _known(record: Record, policy: Policy) -> _Known:
     tokens = record.get("tokens") or {}
-    prompt = tokens.get("prompt")
-    if prompt is None:
-        prompt = policy.encode(record) if record.get("prompt") or record.get("messages") else []
-    ids = tokens.get("completion")
-    if ids is None:
+    prompted = tokens.get("prompt") or record.get("prompt") or record.get("messages")
+    prompt = policy.encode(record) if prompted else []
+    if tokens.get("completion") is None:
         ids = policy.encode_text(text_of(record))
+    else:
+        ids = policy.encode_completion(record)
     if len(ids) < 2:
         raise DataError(
             "a text of two tokens or more is needed: one given, one asked for", record.where

@@ -48,12 +48,7 @@ def example_of(record: Record, policy: Policy, plan: MaskPlan) -> Example:
         DataError: the record has neither ids nor text, an empty completion, or no prompt for an
             autoregressive model to begin from.
     """
-    tokens = record.get("tokens") or {}
-    prompt = tokens.get("prompt") or policy.encode(record)
-    completion = tokens.get("completion")
-    if completion is None:
-        text = field(record, "completion", str, "'dlmctl rollout' writes it")
-        completion = policy.encode_text(text)
+    prompt, completion = policy.encode(record), policy.encode_completion(record)
     if not completion:
         raise DataError("the completion is empty; there is nothing to score", record.where)
     if not prompt and not policy.diffusion:
@@ -164,6 +159,13 @@ def relative_score(record: Record, label: str, reference: str) -> Tensor:
             f"scores '{label}' and '{reference}' were made with different masks "
             f"({first['masks']} and {second['masks']}); their difference means nothing: "
             "score both with the same --masks, -k and --seed",
+            record.where,
+        )
+    counts = first.get("tokens"), second.get("tokens")
+    if counts[0] != counts[1]:
+        raise DataError(
+            f"scores '{label}' and '{reference}' are of {counts[0]} and {counts[1]} tokens, as of "
+            "models with different tokenizers; their difference means nothing",
             record.where,
         )
     return torch.tensor(first["samples"], dtype=torch.float64) - torch.tensor(

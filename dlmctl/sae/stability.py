@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlmctl.models.policy import Policy
+from dlmctl.models.policy import Policy, check_same_tokens
+from dlmctl.records.errors import UsageError
 from dlmctl.sae.corpus import Batch
 from dlmctl.sae.evaluation import Evaluation, Placed
 from dlmctl.sae.insertion import Scope
@@ -90,10 +91,14 @@ def stability(
 
     Raises:
         DataError: the corpus has no token of the kind that one of them is for.
+        UsageError: the models have different tokenizers.
     """
+    if base.mask_id != tuned.mask_id:
+        raise UsageError(f"{base.name} and {tuned.name} have different mask tokens")
     sides = [Evaluation(policy, saes, scope, insert) for policy in (base, tuned)]
     likeness = [Likeness() for _ in saes]
     for batch in batches:
+        check_same_tokens(base, tuned, batch.seen.unique().tolist())
         for seen, first, second in zip(likeness, *(side.add(batch) for side in sides), strict=True):
             seen.add(first, second)
     rows = []
