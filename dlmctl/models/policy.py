@@ -174,7 +174,8 @@ class Policy:
         if not isinstance(held, Mapping):
             raise DataError(f"field 'tokens' is {type(held).__name__}, expected an object", where)
         for part in ("prompt", "completion"):
-            ids = held.get(part) or []
+            if (ids := held.get(part)) is None:
+                continue
             if not isinstance(ids, list) or not all(type(i) is int for i in ids):
                 raise DataError(f"tokens.{part} is not a list of ids", where)
             if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:

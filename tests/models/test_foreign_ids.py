@@ -90,7 +90,7 @@ def test_ids_are_taken_as_they_are_where_they_read_as_the_text() -> None:
         ({"completion": [-1]}, "tokens.completion holds ids beyond"),
         ({"completion": [True]}, "tokens.completion is not a list"),
         ({"completion": "01"}, "tokens.completion is not a list"),
-        ({"completion": 7}, "tokens.completion is not a list"),
+        ({"completion": 0}, "tokens.completion is not a list"),
         ({"prompt": [9]}, "tokens.prompt holds ids beyond"),
         ([3], "'tokens' is list"),
     ],
