@@ -90,6 +90,30 @@ def completion_masks(
     )
 
 
+def scorable(
+    records: Iterable[Record], policies: Sequence[Policy], plan: MaskPlan, on_error: OnError
+) -> list[Record]:
+    """The records that all of the policies can score.
+
+    Raises:
+        DataError: one is another (only with `on_error="fail"`).
+    """
+    return [r for r in _checked(records, policies, plan, on_error) if "error" not in r]
+
+
+def _checked(
+    records: Iterable[Record], policies: Sequence[Policy], plan: MaskPlan, on_error: OnError
+) -> Iterator[Record]:
+    def prepare(record: Record) -> Record:
+        ready = Record(record)
+        ready.where = record.where
+        for policy in policies:
+            example_of(ready, policy, plan)
+        return ready
+
+    return each(records, prepare, on_error)
+
+
 def score(
     records: Iterable[Record],
     policies: Mapping[str, Policy],
@@ -98,15 +122,7 @@ def score(
     on_error: OnError = "fail",
 ) -> Iterator[Record]:
     """Add `elbo[label]` for every labelled policy."""
-
-    def prepare(record: Record) -> Record:
-        ready = Record(record)
-        ready.where = record.where
-        for policy in policies.values():
-            example_of(ready, policy, plan)
-        return ready
-
-    stream = each(records, prepare, on_error)
+    stream = _checked(records, [*policies.values()], plan, on_error)
     while batch := list(islice(stream, batch_size)):
         sound = [record for record in batch if "error" not in record]
         for label, policy in policies.items() if sound else ():
