@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 import typer
 
@@ -70,24 +70,30 @@ PerBatch = Annotated[
         help="Draw t once for a batch, or for each sequence.",
     ),
 ]
-Context = Annotated[
-    int, typer.Option(min=2, help="Most tokens of a sequence; what is longer is cut.")
-]
-Pack = Annotated[
-    bool | None,
-    typer.Option(
-        "--pack/--no-pack",
-        show_default="no-pack",
-        help="Join documents by end-of-sequence and cut them into sequences of --context tokens.",
-    ),
-]
-HidePrompt = Annotated[
-    bool,
-    typer.Option(
-        "--hide-prompt/--keep-prompt",
-        help="Whether the tokens of a record's 'prompt' may be hidden like others.",
-    ),
-]
+
+
+def _context(shown: str | bool) -> Any:
+    text = "Most tokens of a sequence; what is longer is cut."
+    return typer.Option("--context", min=2, show_default=shown, help=text)
+
+
+def _pack(shown: str) -> Any:
+    text = "Join documents by end-of-sequence and cut them into sequences of --context tokens."
+    return typer.Option("--pack/--no-pack", show_default=shown, help=text)
+
+
+def _hide_prompt(shown: str | bool) -> Any:
+    text = "Whether the tokens of a record's 'prompt' may be hidden like others."
+    return typer.Option("--hide-prompt/--keep-prompt", show_default=shown, help=text)
+
+
+OWN = "the autoencoder's own, else "
+Context = Annotated[int, _context(True)]
+Pack = Annotated[bool | None, _pack("no-pack")]
+HidePrompt = Annotated[bool, _hide_prompt(True)]
+OwnContext = Annotated[int | None, _context(f"{OWN}2048")]
+OwnPack = Annotated[bool | None, _pack(f"{OWN}no-pack")]
+OwnHidePrompt = Annotated[bool | None, _hide_prompt(f"{OWN}keep-prompt")]
 Sequences = Annotated[
     int,
     typer.Option("-b", "--batch-size", min=1, help="Sequences per forward pass of the model."),
@@ -121,26 +127,83 @@ def level_range(text: str) -> tuple[float, float]:
 
 
 def own_model(saved: Mapping[str, SavedSae], model: str | None) -> str:
-    """The model that is given, else the one that the first autoencoder names."""
-    first = next(iter(saved.values()))
-    return model or str(first.metadata.get("model_name") or "builtin:puzzles")
+    """The model that is given, else the one that the autoencoders name.
+
+    Raises:
+        UsageError: they name several.
+    """
+    from dlmctl.sae.folders import trained_with
+
+    return model or str(trained_with(saved, "model_name", "builtin:puzzles", "--model"))
+
+
+class CorpusPlan(NamedTuple):
+    """How a corpus is cut into sequences, and masked."""
+
+    law: Corruption
+    context: int
+    pack: bool
+    hide_prompt: bool
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """As it stands in a record."""
+        return {"t": [self.law.t_min, self.law.t_max], **self.cut}
+
+    @property
+    def cut(self) -> dict[str, Any]:
+        """The same without the masks."""
+        return {"context": self.context, "pack": self.pack, "hide_prompt": self.hide_prompt}
+
+
+def own_plan(
+    saved: Mapping[str, SavedSae],
+    level: str | None,
+    context: int | None,
+    pack: bool | None,
+    hide_prompt: bool | None,
+    per_batch: bool | None = None,
+    seed: int = 0,
+) -> CorpusPlan:
+    """What is given, else what the autoencoders were trained on, by their folders' names.
+
+    Whether the level was drawn for a batch is not taken from them: of a token it is the same law.
+
+    Raises:
+        UsageError: the autoencoders differ in what is not given.
+        DataError: a folder says something else than a number, or than true or false.
+    """
+    from dlmctl.sae.corpus import Corruption
+    from dlmctl.sae.folders import trained_with
+
+    def own(given: Any, name: str, default: Any, option: str) -> Any:
+        return trained_with(saved, name, default, option) if given is None else given
+
+    low, high = level_range(level) if level else (None, None)
+    t = own(low, "dlm_t_min", 0.0, "--t"), own(high, "dlm_t_max", 1.0, "--t")
+    size = own(context, "context_size", 2048, "--context")
+    if size < 2:
+        raise UsageError(f"the autoencoders were trained on a context of {size}: give --context")
+    return CorpusPlan(
+        Corruption(*t, bool(per_batch), seed),
+        size,
+        own(pack, "dlm_pack", False, "--pack or --no-pack"),
+        own(hide_prompt, "dlm_hide_prompt", False, "--hide-prompt or --keep-prompt"),
+    )
 
 
 def corpus_batches(
     files: Sequence[str],
     policy: Policy,
-    law: Corruption,
-    context: int,
-    pack: bool,
-    hide_prompt: bool,
+    plan: CorpusPlan,
     batch_size: int,
     on_error: OnError = "fail",
 ) -> Iterator[Batch]:
     """Batches of a corpus."""
     from dlmctl.sae.corpus import corrupted_batches
 
-    windows = corpus_windows(files, policy, context, pack, hide_prompt, batch_size, on_error)
-    return corrupted_batches(windows, policy, law)
+    windows = corpus_windows(files, policy, **plan.cut, batch_size=batch_size, on_error=on_error)
+    return corrupted_batches(windows, policy, plan.law)
 
 
 def corpus_windows(

@@ -81,7 +81,7 @@ def command(
         int | None,
         typer.Option(
             min=1,
-            show_default="a quarter of --steps",
+            show_default="an eighth of --steps",
             help="Steps after which ect halves the distance of its levels.",
             rich_help_panel=OBJECTIVE,
         ),
@@ -144,7 +144,7 @@ def command(
 
     dlmctl distill cd builtin:digits#0:128 --objective ect --init scratch -o runs/ect
     """
-    from dlmctl.consistency.consistency import Distillation
+    from dlmctl.consistency.consistency import ECT_STAGES, Distillation
     from dlmctl.consistency.images import read_images
     from dlmctl.consistency.models import load_model
     from dlmctl.consistency.runs import student_run
@@ -169,7 +169,7 @@ def command(
         scales or 40,
         (0.0 if ect else 0.95) if target_ema is None else target_ema,
         loss or ("huber" if ect else "l2"),
-        stage_steps or max(1, steps // 4),
+        stage_steps or steps / ECT_STAGES,
     )
     recipe = Recipe(
         steps,

@@ -12,7 +12,7 @@ import typer
 
 from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.labels import Labels, label_fields, labelled
-from dlmctl.commands.options import Files, Json, OnErrorOption, Quiet, whole_numbers
+from dlmctl.commands.options import Files, Json, OnErrorOption, Quiet, kept_in, whole_numbers
 from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import print_table
 from dlmctl.records.errors import UsageError
@@ -118,10 +118,9 @@ def command(
         records = counted(read_records(paths, on_error), "texts", quiet, total)
         return read_documents(records, chosen, numbers, on_error)
 
-    # There is no output that a faulty document of a corpus could be kept in.
-    of_corpus: OnError = "fail" if on_error == "fail" else "skip"
+    of_corpus = kept_in(None, on_error)
     corpus = documents([str(train)], of_corpus)[0]
-    texts, faulty = documents(files or [], on_error)
+    texts, faulty = documents(files or [], kept_in(rows, on_error))
     for name, found in (("--train", corpus), ("the input", texts)):
         if not found:
             raise UsageError(f"{name} holds no texts; there is nothing to compare")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -17,6 +18,7 @@ from dlmctl.commands.options import (
     OnErrorOption,
     Quiet,
     Seed,
+    kept_in,
 )
 from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
@@ -27,6 +29,7 @@ from dlmctl.settings.models import Prompting, Reading
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dlmctl.diffusion.scoring import MaskPlan
     from dlmctl.models.policy import Policy
 
 COLUMNS = ("method", "members", "others", "auc", "tpr_at_0.1", "tpr_at_0.01", "tpr_at_0.001")
@@ -103,6 +106,7 @@ def command(
     dlmctl plot c.jsonl -x fpr --log-x -y tpr --log-y --by method -o roc.png
     """
     from dlmctl.consistency.membership import NEED_REFERENCE, Method, roc_curve, separation
+    from dlmctl.diffusion.scoring import MaskPlan, scorable
     from dlmctl.models.loading import load_policy
 
     known = get_args(Method)
@@ -111,18 +115,19 @@ def command(
         raise UsageError(f"--method {unknown[0]} is not one of {', '.join(known)}")
     if reference is None and (needs := [name for name in chosen if name in NEED_REFERENCE]):
         raise UsageError(f"--method {needs[0]} needs a --reference")
-    records = [list(read_records([str(path)], on_error)) for path in (members, others)]
-    for path, rows in zip((members, others), records, strict=True):
-        if not rows:
-            raise UsageError(f"{path} holds no texts")
+    faulty = kept_in(None, on_error)
+    files = [list(read_records([str(path)], faulty)) for path in (members, others)]
     policy = load_policy(reading.name(model), device, dtype, prompting)
     beside = load_policy(reference, device, dtype, prompting) if reference else None
-    every = [*records[0], *records[1]]
-    count = len(records[0])
+    plan = MaskPlan(samples=samples, seed=seed)
+    readers = [policy, *([beside] if beside and "ratio" in chosen else [])]
+    records = [scorable(rows, readers, plan, faulty) for rows in files]
+    for path, rows in zip((members, others), records, strict=True):
+        if not rows:
+            raise UsageError(f"{path} holds no texts that can be scored")
+    every, count = [*chain(*records)], len(records[0])
     shown = counted(chosen, "methods", quiet, len(chosen))
-    scores = _scores(
-        shown, policy, beside, every, samples, sama_steps, sama_tokens, seed, batch_size
-    )
+    scores = _scores(shown, policy, beside, every, plan, sama_steps, sama_tokens, batch_size)
     if curve is not None:
         source = {"model": policy.name, "revision": policy.revision}
         points = (
@@ -147,19 +152,17 @@ def _scores(
     policy: Policy,
     reference: Policy | None,
     records: list[Record],
-    samples: int,
+    plan: MaskPlan,
     steps: int,
     tokens: int,
-    seed: int,
     batch_size: int,
 ) -> dict[str, Tensor]:
     """The scores of all texts by method, float64 [N] each."""
     import torch
 
     from dlmctl.consistency.membership import Sama, compressed_size, likelihoods, sama_scores
-    from dlmctl.diffusion.scoring import MaskPlan, example_of
+    from dlmctl.diffusion.scoring import example_of
 
-    plan = MaskPlan(samples=samples, seed=seed)
     completions = [example_of(record, policy, plan).completion for record in records]
     lengths = torch.tensor([len(ids) for ids in completions], dtype=torch.float64)
     own = likelihoods(policy, records, plan, batch_size)
@@ -173,6 +176,6 @@ def _scores(
         elif name == "ratio" and reference is not None:
             made[name] = (own - likelihoods(reference, records, plan, batch_size)) / lengths
         elif reference is not None:
-            own_plan = Sama(steps, tokens=tokens, seed=seed)
+            own_plan = Sama(steps, tokens=tokens, seed=plan.seed)
             made[name] = sama_scores(policy, reference, records, own_plan, batch_size)
     return made

@@ -216,12 +216,13 @@ def command(
     )  # fmt: skip
     if len(samples) > 1 and (rows or gallery or features):
         raise UsageError("--rows, --gallery and --features are for one --samples")
-    known = read_images(train, gray)
-    fresh = read_images(heldout, gray) if heldout else None
+    ranges: dict[tuple[float, float], str] = {}
+    known = read_images(train, gray, ranges)
+    fresh = read_images(heldout, gray, ranges) if heldout else None
     said: set[str] = set()
 
     def studied(name: str) -> tuple[dict[str, Any], Parts, Result]:
-        found = parts(read_images(name, gray), known, fresh, study)
+        found = parts(read_images(name, gray, ranges), known, fresh, study)
         for note in found.notes:
             if note not in said:
                 print(f"dlmctl: {note}", file=sys.stderr)

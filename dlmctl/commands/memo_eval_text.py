@@ -18,6 +18,7 @@ from dlmctl.commands.options import (
     OnErrorOption,
     Quiet,
     Seed,
+    kept_in,
     whole_numbers,
 )
 from dlmctl.commands.progress import counted
@@ -123,11 +124,13 @@ def command(
     if not 0 < p < 1:
         raise UsageError(f"-p {p:g} is not between 0 and 1")
     plan = Extraction(chosen, given, whole_numbers("--steps", steps), orders, n, p, seed)
-    texts = read_records(files or [], on_error)
-    unseen = read_records([str(heldout)], on_error) if heldout else iter(())
+    faulty = kept_in(rows, on_error)
+    texts = read_records(files or [], faulty)
+    unseen = read_records([str(heldout)], faulty) if heldout else iter(())
     policy = load_policy(reading.name(model), device, dtype, prompting)
     found: list[dict[str, Any]] = []
-    summary = text_memory(policy, texts, unseen, plan, batch_size, found.append if rows else None)
+    note = found.append if rows else None
+    summary = text_memory(policy, texts, unseen, plan, batch_size, note, faulty)
     # A row takes as long as its steps.
     reached = list(accumulate([*plan.steps] * len(chosen) if policy.diffusion else [1]))
     places = iter(reached)

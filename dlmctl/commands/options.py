@@ -149,6 +149,11 @@ def tag_names(perception: str, reasoning: str) -> Tags:
     return Tags(perception, reasoning)
 
 
+def kept_in(output: object, on_error: OnError) -> OnError:
+    """What becomes of faulty records: those that no output can keep are left out, and named."""
+    return on_error if output or on_error == "fail" else "skip"
+
+
 def whole_numbers(option: str, text: str) -> list[int]:
     """The numbers of a list like 2,4,8; raises UsageError where one is not a whole number >= 1."""
     parts = text.split(",")

@@ -10,6 +10,7 @@ import typer
 from dlmctl.commands.corpora import (
     Context,
     Corpus,
+    CorpusPlan,
     HidePrompt,
     Layers,
     Level,
@@ -69,18 +70,17 @@ def command(
 
     chosen, kinds = layer_numbers(layers or "0"), position_kinds(positions or "mask")
     law = Corruption(*level_range(level or "0-1"), bool(per_batch), seed)
+    plan = CorpusPlan(law, context, bool(pack), hide_prompt)
     check_free(directory)
     policy = load_policy(model, device, dtype)
     check_keys(policy, chosen, kinds)
     make_directory(directory)
     total = None if pack else input_lines(corpus).times(1 / batch_size)
-    batches = corpus_batches(
-        corpus or [], policy, law, context, bool(pack), hide_prompt, batch_size, on_error
-    )
+    batches = corpus_batches(corpus or [], policy, plan, batch_size, on_error)
     about = {
         **source_metadata(policy, law),
         "context_size": context,
-        "dlm_pack": bool(pack),
+        "dlm_pack": plan.pack,
         "dlm_hide_prompt": hide_prompt,
     }
     records = store_activations(policy, batches, chosen, kinds, about, directory)

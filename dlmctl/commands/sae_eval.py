@@ -8,16 +8,16 @@ from typing import Annotated, Literal
 import typer
 
 from dlmctl.commands.corpora import (
-    Context,
-    HidePrompt,
     Level,
+    OwnContext,
+    OwnHidePrompt,
     OwnModel,
-    Pack,
+    OwnPack,
     PerBatch,
     Sequences,
     corpus_batches,
-    level_range,
     own_model,
+    own_plan,
 )
 from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.options import Device, Dtype, Json, OnErrorOption, Quiet, Seed
@@ -67,9 +67,9 @@ def command(
     ] = "auto",
     level: Level = None,
     per_batch: PerBatch = None,
-    context: Context = 2048,
-    pack: Pack = None,
-    hide_prompt: HidePrompt = False,
+    context: OwnContext = None,
+    pack: OwnPack = None,
+    hide_prompt: OwnHidePrompt = None,
     batch_size: Sequences = 8,
     seed: Seed = 1,
     device: Device = "auto",
@@ -82,8 +82,8 @@ def command(
 
     Writes a record for each: the variance explained by three definitions and without tokens of
     massive norm, NMSE, cosine, L0, dead latents; and the change of the loss of hidden and of
-    visible tokens while the autoencoder stands in for the activations. Masks are drawn at the
-    levels that it was trained at.
+    visible tokens while the autoencoder stands in for the activations. The corpus is cut and masked
+    as that was which they were trained on, where no option says otherwise.
 
     Examples:
 
@@ -94,23 +94,20 @@ def command(
     import dataclasses
 
     from dlmctl.models.loading import load_policy
-    from dlmctl.sae.corpus import Corruption
-    from dlmctl.sae.evaluation import common_levels, evaluate, place
+    from dlmctl.sae.evaluation import evaluate, place
     from dlmctl.sae.folders import read_saes
 
     folders, files = split_paths(paths)
     found = read_saes(folders)
+    plan = own_plan(found, level, context, pack, hide_prompt, per_batch, seed)
     policy = load_policy(own_model(found, model), device, dtype)
     saes = [place(name, saved, policy, layer) for name, saved in found.items()]
-    levels = level_range(level) if level else common_levels(saes)
-    law = Corruption(*levels, bool(per_batch), seed)
-    total = None if pack else input_lines(files).times(1 / batch_size)
-    batches = corpus_batches(
-        files, policy, law, context, bool(pack), hide_prompt, batch_size, on_error
-    )
+    total = None if plan.pack else input_lines(files).times(1 / batch_size)
+    batches = corpus_batches(files, policy, plan, batch_size, on_error)
     if logit_shift != "auto":
         policy = dataclasses.replace(policy, shift=int(logit_shift))
-    rows = evaluate(policy, counted(batches, "batches", quiet, total), saes, scope, insert, law)
+    shown = counted(batches, "batches", quiet, total)
+    rows = evaluate(policy, shown, saes, scope, insert, plan.about)
     more = ("delta_mask", "delta_unmask") if insert else ()
     write_rows(rows, (*COLUMNS, *more), json)
 

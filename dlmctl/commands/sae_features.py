@@ -12,13 +12,15 @@ import typer
 
 from dlmctl.commands.corpora import (
     Corpus,
-    HidePrompt,
     Level,
+    OwnContext,
+    OwnHidePrompt,
     OwnModel,
-    Pack,
+    OwnPack,
     Sequences,
     corpus_batches,
-    level_range,
+    own_model,
+    own_plan,
 )
 from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.options import Device, Dtype, Output, Quiet, Seed
@@ -58,16 +60,9 @@ def command(
         ),
     ] = None,
     level: Level = None,
-    pack: Pack = None,
-    hide_prompt: HidePrompt = False,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            show_default="the autoencoder's own, else 2048",
-            help="Most tokens of a sequence; what is longer is cut.",
-        ),
-    ] = None,
+    pack: OwnPack = None,
+    hide_prompt: OwnHidePrompt = None,
+    context: OwnContext = None,
     features: Annotated[
         str,
         typer.Option(
@@ -138,7 +133,6 @@ def command(
     from dlmctl.models.blocks import check_layers
     from dlmctl.models.loading import load_policy
     from dlmctl.sae.active import active_features
-    from dlmctl.sae.corpus import Corruption
     from dlmctl.sae.feature_page import with_page
     from dlmctl.sae.feature_records import feature_records
     from dlmctl.sae.features import chosen_slots, look, parse_choice
@@ -151,29 +145,27 @@ def command(
     if delphi is not None:
         check_free(delphi)
     plan = Plan(top, weighted, inactive, radius, seed)
-    levels = level_range(level) if level else (known.get("dlm_t_min", 0), known.get("dlm_t_max", 1))
-    law = Corruption(float(levels[0]), float(levels[1]), seed=seed)
-    context = _first(context, known.get("context_size"), 2048)
+    own = {str(source): saved}
+    corpus = own_plan(own, level, context, pack, hide_prompt, seed=seed)
+    law = corpus.law
     layer = _first(layer, known.get("dlm_layer"))
     if layer is None:
         raise UsageError(f"{source} does not say which layer it is for: give --layer")
-    policy = load_policy(_first(model, known.get("model_name"), "builtin:puzzles"), device, dtype)
+    policy = load_policy(own_model(own, model), device, dtype)
     check_layers(policy, [layer])
     kind = _positions(positions, known, policy)
 
     latents = torch.tensor(choice.features or range(sae.d_sae))
     lines = input_lines(files)
-    batches: Iterator[Batch] = corpus_batches(
-        files or [], policy, law, context, bool(pack), hide_prompt, batch_size, on_error
-    )
-    total = None if pack else lines.times(1 / batch_size)
+    batches: Iterator[Batch] = corpus_batches(files or [], policy, corpus, batch_size, on_error)
+    total = None if corpus.pack else lines.times(1 / batch_size)
     batches = counted(batches, "batches", quiet, total)
     stream: Iterable[Active] = active_features(batches, policy, layer, sae, kind, latents)
     with ExitStack() as stack:
         if delphi is not None:
-            corpus = " ".join(files or ["-"])
+            name = " ".join(files or ["-"])
             stream = stack.enter_context(
-                _cached(stream, delphi, policy, layer, sae.d_sae, latents, corpus, batch_size)
+                _cached(stream, delphi, policy, layer, sae.d_sae, latents, name, batch_size)
             )
         findings = look(stream, latents, plan, law.t_min, law.t_max)
     activity = findings.activity

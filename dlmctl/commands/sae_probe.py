@@ -7,12 +7,12 @@ from typing import Annotated
 import typer
 
 from dlmctl.commands.corpora import (
-    Context,
     Level,
+    OwnContext,
     OwnModel,
     Sequences,
-    level_range,
     own_model,
+    own_plan,
 )
 from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.options import Device, Dtype, Json, OnErrorOption, Quiet, Seed
@@ -35,7 +35,7 @@ def command(
     ],
     model: OwnModel = None,
     level: Level = None,
-    context: Context = 2048,
+    context: OwnContext = None,
     seed: Seed = 0,
     batch_size: Sequences = 32,
     device: Device = "auto",
@@ -62,20 +62,22 @@ def command(
     dlmctl prompts concepts --split test -n 1000 | dlmctl sae-probe saes -m runs/concepts
     """
     from dlmctl.models.loading import load_policy
-    from dlmctl.sae.corpus import Corruption, documents
-    from dlmctl.sae.evaluation import common_levels, place
+    from dlmctl.sae.corpus import documents
+    from dlmctl.sae.evaluation import place
     from dlmctl.sae.folders import read_saes
     from dlmctl.sae.probe import probe
     from dlmctl.sae.sentences import collect, labelled
 
     folders, files = split_paths(paths)
     found_saes = read_saes(folders)
+    # Offsets of sentences are of one text, so that texts are not packed.
+    plan = own_plan(found_saes, level, context, pack=False, hide_prompt=False, seed=seed)
     policy = load_policy(own_model(found_saes, model), device, dtype)
     saes = [place(name, saved, policy) for name, saved in found_saes.items()]
-    law = Corruption(*(level_range(level) if level else common_levels(saes)), seed=seed)
     places = list(dict.fromkeys((placed.layer, placed.positions) for placed in saes))
     total = input_lines(files)
     records = each(read_records(files, on_error), labelled, on_error)
-    stream = documents(counted(records, "texts", quiet, total), policy, context, on_error=on_error)
-    found = collect(stream, policy, places, law, batch_size)
+    shown = counted(records, "texts", quiet, total)
+    stream = documents(shown, policy, plan.context, on_error=on_error)
+    found = collect(stream, policy, places, plan.law, batch_size)
     write_rows(probe(saes, found, seed, policy.device), COLUMNS, json)

@@ -8,16 +8,16 @@ from typing import Annotated
 import typer
 
 from dlmctl.commands.corpora import (
-    Context,
-    HidePrompt,
     Level,
+    OwnContext,
+    OwnHidePrompt,
     OwnModel,
-    Pack,
+    OwnPack,
     PerBatch,
     Sequences,
     corpus_batches,
-    level_range,
     own_model,
+    own_plan,
 )
 from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.options import Device, Dtype, Json, OnErrorOption, Quiet, Seed
@@ -53,9 +53,9 @@ def command(
     insert: Insert = True,
     level: Level = None,
     per_batch: PerBatch = None,
-    context: Context = 2048,
-    pack: Pack = None,
-    hide_prompt: HidePrompt = False,
+    context: OwnContext = None,
+    pack: OwnPack = None,
+    hide_prompt: OwnHidePrompt = None,
     batch_size: Sequences = 8,
     seed: Seed = 1,
     device: Device = "auto",
@@ -66,7 +66,8 @@ def command(
 ) -> None:
     """Measure whether a model's sparse autoencoders still fit it after more training.
 
-    Base and tuned model see the same tokens under the same masks. Writes a record for each
+    Base and tuned model see the same tokens under the same masks, cut and masked as those were that
+    the autoencoders were trained on, where no option says otherwise. Writes a record for each
     autoencoder: the measures of 'dlmctl sae-eval' on both, and how alike the codes are.
 
     Example:
@@ -74,23 +75,20 @@ def command(
     dlmctl sae-stability saes/ corpus.jsonl -m builtin:puzzles --tuned runs/a
     """
     from dlmctl.models.loading import load_policy
-    from dlmctl.sae.corpus import Corruption
-    from dlmctl.sae.evaluation import common_levels, place
+    from dlmctl.sae.evaluation import place
     from dlmctl.sae.folders import read_saes
     from dlmctl.sae.stability import stability
 
     folders, files = split_paths(paths)
     found = read_saes(folders)
+    plan = own_plan(found, level, context, pack, hide_prompt, per_batch, seed)
     base, after = (load_policy(m, device, dtype) for m in (own_model(found, model), tuned))
     saes = [place(name, saved, base) for name, saved in found.items()]
     tuned_found = read_saes(tuned_saes) if tuned_saes else {}
     others = [place(name, saved, after) for name, saved in tuned_found.items()]
-    law = Corruption(*(level_range(level) if level else common_levels(saes)), bool(per_batch), seed)
-    total = None if pack else input_lines(files).times(1 / batch_size)
-    batches = corpus_batches(
-        files, base, law, context, bool(pack), hide_prompt, batch_size, on_error
-    )
+    total = None if plan.pack else input_lines(files).times(1 / batch_size)
+    batches = corpus_batches(files, base, plan, batch_size, on_error)
     batches = counted(batches, "batches", quiet, total)
-    rows = stability(base, after, batches, saes, scope, insert, law, others)
+    rows = stability(base, after, batches, saes, scope, insert, plan.about, others)
     more = ("base_delta_mask", "tuned_delta_mask") if insert else ()
     write_rows(rows, (*COLUMNS, *more, *(("matched",) if others else ())), json)

@@ -94,10 +94,15 @@ class Extractor:
 
 
 def _size(config: Any, about: dict[str, Any]) -> tuple[int, int]:
-    """Height and width that the model takes."""
+    """Height and width that the model takes.
+
+    What the preprocessor crops comes first: a model whose positions are interpolated may name a
+    larger size than it is fed, as DINOv2 does.
+    """
     inner = getattr(config, "vision_config", None)
-    held: Any = getattr(config, "image_size", None) or getattr(inner, "image_size", None)
-    held = held or about.get("crop_size") or about.get("size") or _SIZE
+    crop = about.get("crop_size") if about.get("do_center_crop", True) else None
+    held: Any = crop or getattr(config, "image_size", None) or getattr(inner, "image_size", None)
+    held = held or about.get("size") or _SIZE
     if isinstance(held, dict):
         edge = held.get("shortest_edge", _SIZE)
         held = (held.get("height", edge), held.get("width", edge))

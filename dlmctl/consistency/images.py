@@ -4,7 +4,12 @@
                         mixes the classes
     FILE.safetensors    the tensor `images`, or the only one
     DIRECTORY           the images in it, by name
-    FILE, NAME          records, tables and data sets with a column of images
+    FILE, NAME          records, tables and data sets with a column of images: images, image, img,
+                        pixel_values, or the only one that is of images by `datasets`
+
+Images of a safetensors file are bytes, or floats in [-1, 1] or [0, 1]: all that are not negative
+are taken for the latter. Its metadata may say instead what stands for black and white, as
+`range: 0:255`, or `range: any` for what is no brightness, as latents.
 
 With `#A:B` behind it a source is cut to the images from A to B, so that training and held-out sets
 of one source are disjoint: `builtin:digits#0:128`, `builtin:digits#128:256`.
@@ -13,7 +18,9 @@ of one source are disjoint: `builtin:digits#0:128`, `builtin:digits#128:256`.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,24 +40,30 @@ DIGITS_SEED = 0
 NAME = "images"
 """The tensor of a safetensors file."""
 KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+RANGE = "range"
+"""In the metadata of such a file: what is black and what white, as 0:1, or any."""
+Range = tuple[float, float]
 _CUT = re.compile(r"(.+)#(\d*):(\d*)")
 
 
-def read_images(source: str, gray: bool = False) -> Tensor:
+def read_images(source: str, gray: bool = False, taken: dict[Range, str] | None = None) -> Tensor:
     """A set of images or vectors: float32, images [N, C, H, W] in [-1, 1], vectors [N, D].
 
     Args:
         source: as above.
         gray: of files with colours: one channel, the luminance.
+        taken: of sets that are compared: the ranges that floats were taken to be in, with a file of
+            each. One that no file stated is put in.
 
     Raises:
         MissingInputError: there is no such file or data set.
-        DataError: it holds no images, or images of several sizes.
+        DataError: it holds no images, images of several sizes, or floats of no known range; or
+            floats of another range than those that it is compared with.
         UsageError: the part asked for is empty.
         UnavailableError: a package is missing.
     """
     name, begin, end = _parts(source)
-    found = _read(name, gray)
+    found = _read(name, gray, {} if taken is None else taken)
     part = found[int(begin or 0) : int(end) if end else None]
     if not len(part):
         raise UsageError(f"{source} is empty: {name} has {len(found)} images")
@@ -59,7 +72,8 @@ def read_images(source: str, gray: bool = False) -> Tensor:
 
 def write_images(path: Path, images: Tensor, about: dict[str, str] | None = None) -> None:
     """Images, or vectors, as the safetensors file that `read_images` reads."""
-    save_file({NAME: images.contiguous().cpu()}, path, metadata=about)
+    metadata = {RANGE: "-1:1", **(about or {})}
+    save_file({NAME: images.contiguous().cpu()}, path, metadata=metadata)
 
 
 def read_about(source: str) -> dict[str, str]:
@@ -83,16 +97,21 @@ def _parts(source: str) -> tuple[str, str, str]:
     return name, begin, end
 
 
-def _read(name: str, gray: bool) -> Tensor:
+def _read(name: str, gray: bool, taken: dict[Range, str]) -> Tensor:
     if name.startswith("builtin:"):
         return _digits(name)
     path = Path(name)
     if path.suffix == ".safetensors":
-        return _of_file(path)
+        return _of_file(path, taken)
     if path.is_dir() and (files := sorted(p for p in path.iterdir() if p.suffix.lower() in KINDS)):
         return _stacked([_pixels(load_image(str(file)), gray) for file in files], name)
-    rows = read_rows(name, "train", None, "fail")
-    return _stacked([_pixels(image, gray) for row in rows for image in record_images(row)], name)
+    rows, images, row = read_rows(name, "train", None, "fail"), [], None
+    for row in rows:
+        images += [_pixels(image, gray) for image in record_images(row)]
+    if row is not None and not images:
+        columns = ", ".join(row)
+        raise DataError(f"{name} holds no images in its columns {columns}: name one of them image")
+    return _stacked(images, name)
 
 
 def _digits(name: str) -> Tensor:
@@ -118,8 +137,9 @@ def _opened(path: Path) -> Iterator[Any]:
         raise DataError(f"{path} cannot be read as safetensors ({error})") from None
 
 
-def _of_file(path: Path) -> Tensor:
+def _of_file(path: Path, taken: dict[Range, str]) -> Tensor:
     with _opened(path) as file:
+        stated = (file.metadata() or {}).get(RANGE)
         names = list(file.keys())
         if NAME not in names and len(names) != 1:
             raise DataError(f"{path} has no tensor '{NAME}', and {len(names)} others")
@@ -131,11 +151,51 @@ def _of_file(path: Path) -> Tensor:
     if tensor.dtype == torch.uint8:
         return tensor.float() / 127.5 - 1
     if not tensor.is_floating_point():
-        raise DataError(f"{path}: images are numbers in [-1, 1] or bytes, not {tensor.dtype}")
+        raise DataError(f"{path}: images are floats or bytes, not {tensor.dtype}")
     tensor = tensor.float()  # of 8 bits torch cannot say whether they are finite
     if not bool(tensor.isfinite().all()):
         raise DataError(f"{path}: not all of its numbers are finite")
-    return tensor
+    if tensor.dim() == 2 or stated == "any":
+        return tensor
+    black, white = _stated(stated, path) if stated else _taken(tensor, path, taken)
+    if (black, white) == (-1, 1):
+        return tensor
+    # By way of bytes, so that images that were bytes come out as those do, to the last bit.
+    return (tensor - black) * (255 / (white - black)) / 127.5 - 1
+
+
+def _stated(text: str, path: Path) -> Range:
+    try:
+        black, white = map(float, text.split(":"))
+        if not -math.inf < black < white < math.inf:
+            raise ValueError
+    except ValueError:
+        what = f"{path}: its metadata has the {RANGE} {text!r}, expected as 0:1, or any"
+        raise DataError(what) from None
+    return black, white
+
+
+def _taken(tensor: Tensor, path: Path, taken: dict[Range, str]) -> Range:
+    """The range of floats of which no one has said it."""
+    least, most = map(float, tensor.aminmax())
+    if not -1 <= least <= most <= 1:
+        raise DataError(
+            f"{path}: floats from {least:g} to {most:g}, and those of images are in [-1, 1] or "
+            "[0, 1]: scale or clamp them, or say in the file's metadata what black and white are "
+            f"({RANGE}: 0:255, for one; {RANGE}: any takes them as they are)"
+        )
+    found = (0.0, 1.0) if least >= 0 else (-1.0, 1.0)
+    for (black, white), other in taken.items():
+        if (black, white) != found:
+            raise DataError(
+                f"{path} has floats in [{found[0]:g}, {found[1]:g}], and {other} in [{black:g}, "
+                f"{white:g}]: sets that are compared are in one range, or state it in their "
+                f"metadata ({RANGE}: 0:1)"
+            )
+    if found == (0, 1) and found not in taken:
+        print(f"dlmctl: {path}: no number is negative, so 0 is black and 1 white", file=sys.stderr)
+    taken.setdefault(found, str(path))
+    return found
 
 
 def _pixels(image: Any, gray: bool) -> Tensor:

@@ -31,7 +31,7 @@ from dlmctl.consistency.extraction import mask_of
 from dlmctl.diffusion.elbo import elbo_samples, token_log_probs
 from dlmctl.diffusion.noise import key_tensor, stream_key, stream_uniform, uniform
 from dlmctl.diffusion.scoring import MaskPlan, example_of
-from dlmctl.models.policy import Policy
+from dlmctl.models.policy import Policy, check_same_tokens
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.report.auroc import auroc
@@ -79,13 +79,16 @@ def sama_scores(
 ) -> Tensor:
     """The score of each text, float64 [N] in [0, 1].
 
+    Both models read the same tokens, of which the losses are compared one by one.
+
     Raises:
-        UsageError: a model does not denoise.
+        UsageError: a model does not denoise, or they have different tokenizers.
     """
     for model in (policy, reference):
         if not model.diffusion:
             raise UsageError(f"{model.name} is autoregressive, and sama hides tokens")
     rows = [example_of(record, policy, MaskPlan(samples=2)) for record in records]
+    check_same_tokens(policy, reference, (i for r in rows for i in (*r.prompt, *r.completion)))
     keys = [(plan.seed, str(record.get("id", n))) for n, record in enumerate(records)]
     orders = [
         stream_uniform((*key, "order"), len(row.completion)).argsort()

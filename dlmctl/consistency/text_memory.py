@@ -25,7 +25,7 @@ from dlmctl.consistency.extraction import (
 from dlmctl.consistency.verbatim import bleu, common_run, edit_distance
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
-from dlmctl.records.jsonl import Record
+from dlmctl.records.jsonl import OnError, Record, each
 
 NEAR = 0.1
 """Edit distance per token asked for, up to which a text counts as given back nearly."""
@@ -62,22 +62,24 @@ def text_memory(
     heldout: Iterable[Record],
     plan: Extraction,
     batch_size: int,
-    each: Callable[[dict[str, Any]], None] | None = None,
+    note: Callable[[dict[str, Any]], None] | None = None,
+    on_error: OnError = "fail",
 ) -> Iterator[dict[str, Any]]:
     """A row for each geometry and number of steps.
 
     Args:
         heldout: texts that the model has not seen; none: the columns are left out.
-        each: is given a row for each text, geometry and number of steps.
+        note: is given a row for each text, geometry and number of steps, and the records that
+            cannot be used, where these are kept.
 
     Raises:
-        UsageError: the model cannot be asked so.
-        DataError: a record has no completion of two tokens or more.
+        UsageError: the model cannot be asked so, or there is nothing to ask for.
+        DataError: a record has no completion of two tokens or more (only with
+            `on_error="fail"`).
     """
     if not policy.diffusion and tuple(plan.modes) != ("prefix",):
         raise UsageError(f"{policy.name} is autoregressive: --mode prefix is all it can be asked")
-    own = [_known(record, policy) for record in texts]
-    other = [_known(record, policy) for record in heldout]
+    (own, faulty), (other, more) = (_all_known(r, policy, on_error) for r in (texts, heldout))
     if not own:
         raise UsageError("no texts came in; there is nothing to ask for")
     for mode in plan.modes:
@@ -85,10 +87,10 @@ def text_memory(
         for steps in plan.steps if policy.diffusion else (0,):
             rows = _rows(policy, own, mode, steps, plan, batch_size)
             beside = _rows(policy, other, mode, steps, plan, batch_size)
-            if each is not None:
+            if note is not None:
                 for name, found in (("train", rows), ("heldout", beside)):
                     for row in found:
-                        each({"set": name, **row})
+                        note({"set": name, **row})
             summary: dict[str, Any] = {
                 "model": policy.name,
                 "revision": policy.revision,
@@ -103,17 +105,33 @@ def text_memory(
                 unseen = {f"heldout_{name}": value for name, value in _summary(beside).items()}
                 summary |= {"heldout_texts": len(beside), **unseen}
             yield summary
+    if note is not None:
+        for record in (*faulty, *more):
+            note(record)
+
+
+def _all_known(
+    records: Iterable[Record], policy: Policy, on_error: OnError
+) -> tuple[list[_Known], list[Record]]:
+    """The texts of records, and the records that cannot be used, where these are kept."""
+    made: list[_Known] = []
+
+    def read(record: Record) -> Record:
+        made.append(_known(record, policy))
+        return record
+
+    faulty = [record for record in each(records, read, on_error) if "error" in record]
+    return made, faulty
 
 
 def _known(record: Record, policy: Policy) -> _Known:
     tokens = record.get("tokens") or {}
-    prompt = tokens.get("prompt")
-    if prompt is None:
-        asks = record.get("prompt") or record.get("messages")
-        prompt = policy.encode(record) if asks else policy.encode_context("")
-    ids = tokens.get("completion")
-    if ids is None:
+    prompted = tokens.get("prompt") or record.get("prompt") or record.get("messages")
+    prompt = policy.encode(record) if prompted else policy.encode_context("")
+    if tokens.get("completion") is None:
         ids = policy.encode_text(text_of(record))
+    else:
+        ids = policy.encode_completion(record)
     if len(ids) < 2:
         raise DataError(
             "a text of two tokens or more is needed: one given, one asked for", record.where

@@ -48,12 +48,7 @@ def example_of(record: Record, policy: Policy, plan: MaskPlan) -> Example:
         DataError: the record has neither ids nor text, an empty completion, or no prompt for an
             autoregressive model to begin from.
     """
-    tokens = record.get("tokens") or {}
-    prompt = tokens.get("prompt") or policy.encode(record)
-    completion = tokens.get("completion")
-    if completion is None:
-        text = field(record, "completion", str, "'dlmctl rollout' writes it")
-        completion = policy.encode_text(text)
+    prompt, completion = policy.encode(record), policy.encode_completion(record)
     if not completion:
         raise DataError("the completion is empty; there is nothing to score", record.where)
     if not prompt and not policy.diffusion:
@@ -95,6 +90,30 @@ def completion_masks(
     )
 
 
+def scorable(
+    records: Iterable[Record], policies: Sequence[Policy], plan: MaskPlan, on_error: OnError
+) -> list[Record]:
+    """The records that all of the policies can score.
+
+    Raises:
+        DataError: one is another (only with `on_error="fail"`).
+    """
+    return [r for r in _checked(records, policies, plan, on_error) if "error" not in r]
+
+
+def _checked(
+    records: Iterable[Record], policies: Sequence[Policy], plan: MaskPlan, on_error: OnError
+) -> Iterator[Record]:
+    def prepare(record: Record) -> Record:
+        ready = Record(record)
+        ready.where = record.where
+        for policy in policies:
+            example_of(ready, policy, plan)
+        return ready
+
+    return each(records, prepare, on_error)
+
+
 def score(
     records: Iterable[Record],
     policies: Mapping[str, Policy],
@@ -103,15 +122,7 @@ def score(
     on_error: OnError = "fail",
 ) -> Iterator[Record]:
     """Add `elbo[label]` for every labelled policy."""
-
-    def prepare(record: Record) -> Record:
-        ready = Record(record)
-        ready.where = record.where
-        for policy in policies.values():
-            example_of(ready, policy, plan)
-        return ready
-
-    stream = each(records, prepare, on_error)
+    stream = _checked(records, [*policies.values()], plan, on_error)
     while batch := list(islice(stream, batch_size)):
         sound = [record for record in batch if "error" not in record]
         for label, policy in policies.items() if sound else ():
@@ -164,6 +175,13 @@ def relative_score(record: Record, label: str, reference: str) -> Tensor:
             f"scores '{label}' and '{reference}' were made with different masks "
             f"({first['masks']} and {second['masks']}); their difference means nothing: "
             "score both with the same --masks, -k and --seed",
+            record.where,
+        )
+    counts = first.get("tokens"), second.get("tokens")
+    if counts[0] != counts[1]:
+        raise DataError(
+            f"scores '{label}' and '{reference}' are of {counts[0]} and {counts[1]} tokens, as of "
+            "models with different tokenizers; their difference means nothing",
             record.where,
         )
     return torch.tensor(first["samples"], dtype=torch.float64) - torch.tensor(

@@ -6,9 +6,10 @@ stand: 0 at the token itself (LLaDA, masked LMs), 1 at the token before it (Drea
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from inspect import signature
 from shutil import which
 from typing import Any, NamedTuple
@@ -19,7 +20,8 @@ from torch.nn import functional
 
 from dlmctl.models.prompting import context_ids, prompt_ids, text_ids
 from dlmctl.models.vision import Picture, Vision
-from dlmctl.records.errors import DataError, UnavailableError
+from dlmctl.records.errors import DataError, UnavailableError, UsageError
+from dlmctl.records.jsonl import Record, field
 from dlmctl.settings.models import Family, Prompting
 from dlmctl.tasks.images import image_sources
 
@@ -49,11 +51,11 @@ class Policy:
     """What it was loaded by: a hub name or a path."""
     revision: str
     """Hash of the weights."""
-    sampling: Mapping[str, int] = field(default_factory=dict)
+    sampling: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """The model's own gen_length, block_length and steps, where it has any."""
     vision: Vision | None = None
     """How it takes images, if it does."""
-    prompting: Prompting = field(default_factory=Prompting)
+    prompting: Prompting = dataclasses.field(default_factory=Prompting)
     other_ends: frozenset[int] = frozenset()
     """Further tokens that end a completion, as generation_config.json names them."""
     turn_ends: frozenset[int] = frozenset()
@@ -155,12 +157,11 @@ class Policy:
         A prompt is written as `prompting` says.
 
         Raises:
-            DataError: there is no prompt, or the tokenizer cannot express it.
+            DataError: there is no prompt, the tokenizer cannot express it, or the ids are of
+                another one.
         """
-        ids = (record.get("tokens") or {}).get("prompt")
+        ids = self._stored(record, "prompt")
         if ids:
-            if min(ids) < 0 or max(ids) >= self.vocab_size:
-                raise DataError(f"tokens.prompt holds ids beyond the vocabulary of {self.name}")
             hidden = self.vision is not None and self.vision.hidden
             return self.vision.without_images(ids) if self.vision and hidden else list(ids)
         pictures = self.pictures(record)
@@ -168,6 +169,44 @@ class Policy:
             record, self.tokenizer, self.name, self.prompting, len(pictures), self.vision
         )
         return self.vision.expand(ids, pictures) if self.vision else ids
+
+    def encode_completion(self, record: Record) -> list[int]:
+        """The ids of a record's completion: `tokens.completion` as it is, else of the text.
+
+        Raises:
+            DataError: there is none, the tokenizer cannot express it, or the ids are of another
+                one.
+        """
+        ids = self._stored(record, "completion")
+        if ids is not None:
+            return ids
+        return self.encode_text(field(record, "completion", str, "'dlmctl rollout' writes it"))
+
+    def _stored(self, record: Mapping[str, Any], name: str) -> list[int] | None:
+        """Ids that a record holds, which must be those of this tokenizer; None where it has none.
+
+        Whose ids they are, the record does not say. They are known for another tokenizer's where
+        they do not read as the text that was decoded from them.
+        """
+        held, where = record.get("tokens") or {}, getattr(record, "where", "")
+        if not isinstance(held, Mapping):
+            raise DataError(f"field 'tokens' is {type(held).__name__}, expected an object", where)
+        for part in ("prompt", "completion"):
+            if (ids := held.get(part)) is None:
+                continue
+            if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+                raise DataError(f"tokens.{part} is not a list of ids", where)
+            if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+                what = f"tokens.{part} holds ids beyond the vocabulary of {self.name}"
+                raise DataError(what, where)
+        ids, text = held.get("completion"), record.get("completion")
+        if ids is not None and isinstance(text, str) and self.decode(ids).strip() != text.strip():
+            raise DataError(
+                f"its tokens do not read as its completion by the tokenizer of {self.name}: they "
+                "are another model's, or the text was changed; without 'tokens' the text counts",
+                where,
+            )
+        return held.get(name)
 
     def pictures(self, record: Mapping[str, Any]) -> list[Picture]:
         """The images of a record.
@@ -202,6 +241,20 @@ class Policy:
         length = self.length(ids)
         kept = [i for i in ids[:length] if i not in self.ends]
         return str(self.tokenizer.decode(kept, skip_special_tokens=True))
+
+
+def check_same_tokens(first: Policy, second: Policy, ids: Iterable[int]) -> None:
+    """Raise UsageError if one of these ids, which one model reads from the other, means another
+    token there."""
+    used = sorted(set(ids))
+    tokens = (policy.tokenizer.convert_ids_to_tokens(used) for policy in (first, second))
+    for number, here, there in zip(used, *tokens, strict=True):
+        if here != there or number >= min(first.vocab_size, second.vocab_size):
+            raise UsageError(
+                f"{first.name} and {second.name} have different tokenizers (id {number} is "
+                f"{here!r} in one, {there!r} in the other), and are to read the same ids: take "
+                "models with one tokenizer"
+            )
 
 
 def cache_argument(model: nn.Module) -> str:

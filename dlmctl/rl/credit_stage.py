@@ -119,13 +119,13 @@ def credited(
 
 def _response(record: Record, policy: Policy, texts: TokenTexts, tags: Tags) -> Response | None:
     """The record as a response whose tokens have roles; None where it is malformed."""
-    ids = (record.get("tokens") or {}).get("completion")
-    if not ids:
+    if not (record.get("tokens") or {}).get("completion"):
         raise DataError(
             "the record has no ids of its completion ('tokens.completion'), and text is not "
             "tokenized again; 'dlmctl rollout' writes them",
             record.where,
         )
+    ids = policy.encode_completion(record)
     roles = token_roles(texts.row(ids), tags)
     if roles is None:
         return None

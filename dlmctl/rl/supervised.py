@@ -42,10 +42,7 @@ def with_completion_ids(record: Record, policy: Policy, fill_to: int | None) -> 
         DataError: the tokenizer cannot express it.
         UsageError: the completion does not fit, or the model has no end-of-sequence token.
     """
-    tokens = dict(record.get("tokens") or {})
-    ids = tokens.get("completion")
-    if ids is None:
-        ids = policy.encode_text(str(record.get("completion", "")))
+    ids = policy.encode_completion(record)
     if fill_to is not None:
         if policy.eos_id is None:
             raise UsageError("--fill-to needs a model with an end-of-sequence token")
@@ -58,5 +55,5 @@ def with_completion_ids(record: Record, policy: Policy, fill_to: int | None) -> 
         ids = [*ids, *[policy.eos_id] * (room if policy.diffusion else min(room, 1))]
     done = Record(record)
     done.where = record.where
-    done["tokens"] = {"prompt": tokens.get("prompt") or policy.encode(record), "completion": ids}
+    done["tokens"] = {"prompt": policy.encode(record), "completion": ids}
     return done

@@ -11,11 +11,25 @@ from torch import Tensor
 class ShuffleBuffer:
     """Holds at most `capacity` rows between draws; a draw takes rows from all that are there."""
 
-    def __init__(self, capacity: int, seed: int) -> None:
-        self.capacity = capacity
+    def __init__(self, room: int, seed: int, least: int = 1, most: int | None = None) -> None:
+        """Args:
+        room: bytes of the rows, whose dtype decides how many that are.
+        least, most: rows of the capacity, whatever the room; the least gives way.
+        """
+        self.room, self.least, self.most = room, least, most
         self._rows: Tensor | None = None
         self._count = 0
         self._generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def capacity(self) -> int:
+        """In rows, once the first are there."""
+        assert self._rows is not None
+        return self._fitting(self._rows)
+
+    def _fitting(self, rows: Tensor) -> int:
+        fitting = max(self.least, self.room // (rows.shape[1] * rows.element_size()))
+        return fitting if self.most is None else min(fitting, self.most)
 
     def __len__(self) -> int:
         return self._count
@@ -29,7 +43,7 @@ class ShuffleBuffer:
     def add(self, rows: Tensor) -> None:
         """Put in rows [N, d]; beyond the capacity the buffer grows until it is drawn from."""
         if self._rows is None:
-            self._rows = rows.new_empty(max(self.capacity, len(rows)), rows.shape[1])
+            self._rows = rows.new_empty(max(self._fitting(rows), len(rows)), rows.shape[1])
         need = self._count + len(rows)
         if need > len(self._rows):
             more = self._rows.new_empty(need - len(self._rows), rows.shape[1])

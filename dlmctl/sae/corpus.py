@@ -204,7 +204,8 @@ def _token_ids(record: Record, policy: Policy) -> tuple[list[int], list[int]]:
     """Ids of the prompt, which may be none, and of what follows."""
     tokens = record.get("tokens") or {}
     if tokens.get("completion") is not None:
-        return list(tokens.get("prompt") or []), list(tokens["completion"])
+        prompt = policy.encode(record) if tokens.get("prompt") else []
+        return prompt, policy.encode_completion(record)
     text = record.get("text")
     if isinstance(text, str):
         return [], policy.encode_whole(text)

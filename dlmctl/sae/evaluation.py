@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dlmctl.models.blocks import Edit
 from dlmctl.models.policy import Policy
-from dlmctl.records.errors import DataError, UsageError
+from dlmctl.records.errors import DataError
 from dlmctl.sae.activations import check_keys
-from dlmctl.sae.corpus import Batch, Corruption, Positions
+from dlmctl.sae.corpus import Batch, Positions
 from dlmctl.sae.folders import SavedSae
 from dlmctl.sae.insertion import Losses, Scope, differences, splice
 from dlmctl.sae.measures import Reconstruction
@@ -67,17 +67,6 @@ def place(name: str, saved: SavedSae, policy: Policy, layer: int | None = None) 
     return Placed(name, saved.sae.to(policy.device), int(layer), positions, saved)
 
 
-def common_levels(saes: Sequence[Placed]) -> tuple[float, float]:
-    """The levels that all were trained at; raises UsageError where they differ."""
-    found = {
-        (float(s.saved.metadata.get("dlm_t_min", 0)), float(s.saved.metadata.get("dlm_t_max", 1)))
-        for s in saes
-    }
-    if len(found) > 1:
-        raise UsageError("the autoencoders were trained at different levels: give --t")
-    return found.pop()
-
-
 class Evaluation:
     """Measures of autoencoders on one policy, summed over batches."""
 
@@ -118,9 +107,12 @@ class Evaluation:
         return codes
 
     def row(self, number: int) -> dict[str, Any]:
-        """The measures of an autoencoder."""
+        """The measures of an autoencoder; raises DataError where no token was of its kind."""
+        positions = self.saes[number].positions
+        if not self.measures[number].tokens:
+            raise DataError(f"the corpus has no token at positions {positions}")
         found: dict[str, Any] = self.measures[number].row()
-        clean = self.clean[self.saes[number].positions == "clean"]
+        clean = self.clean[positions == "clean"]
         found |= {f"loss_{name}": value for name, value in clean.means().items()}
         if self.insert:
             found |= differences(self.spliced[number], clean)
@@ -133,9 +125,12 @@ def evaluate(
     saes: Sequence[Placed],
     scope: Scope,
     insert: bool,
-    law: Corruption,
+    corpus: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """A record for each autoencoder.
+
+    Args:
+        corpus: what is said of it in each record.
 
     Raises:
         DataError: the corpus has no token of the kind that one of them is for.
@@ -145,9 +140,7 @@ def evaluate(
         evaluation.add(batch)
     rows = []
     for number, placed in enumerate(saes):
-        if not evaluation.measures[number].tokens:
-            raise DataError(f"the corpus has no token at positions {placed.positions}")
-        about: dict[str, Any] = {"model": policy.name, "t": [law.t_min, law.t_max]}
+        about: dict[str, Any] = {"model": policy.name, **corpus}
         if insert:
             about |= {"scope": scope, "logit_shift": policy.shift}
         rows.append({**placed.about, **about, **evaluation.row(number)})

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dlmctl.models.weights import read_weights
-from dlmctl.records.errors import DataError, MissingInputError
+from dlmctl.records.errors import DataError, MissingInputError, UsageError
 from dlmctl.records.files import publish_directory, read_json
 from dlmctl.sae.topk import TopKSae
 from dlmctl.sae.torch_archive import read_torch_archive
@@ -35,6 +35,8 @@ WEIGHT_FILES: dict[str, Layout] = {
     "sae.safetensors": "sparsify",
 }
 """What is in a folder, and whose it is."""
+_CORPUS = ("dlm_t_min", "dlm_t_max", "dlm_pack", "dlm_hide_prompt")
+"""How the corpus was masked and cut: in our metadata and in dictionary_learning's by one name."""
 _FILES = ", ".join(f"{file} ({layout})" for file, layout in WEIGHT_FILES.items())
 
 
@@ -45,7 +47,7 @@ class SavedSae:
     sae: TopKSae
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """SAELens's names (model_name, hook_name, context_size) and, with dlm_ before them, ours:
-    dlm_layer, dlm_positions, dlm_t_min, dlm_t_max."""
+    dlm_layer, dlm_positions, dlm_t_min, dlm_t_max, dlm_pack, dlm_hide_prompt."""
     firing_rate: Tensor | None = None
     """[F], share of the tokens on which each latent was active, where it was counted."""
 
@@ -81,6 +83,37 @@ def find_saes(directories: Sequence[Path]) -> list[Path]:
 def read_saes(directories: Sequence[Path]) -> dict[str, SavedSae]:
     """All of `find_saes`, by their folders' names."""
     return {str(folder): read_sae(folder) for folder in find_saes(directories)}
+
+
+def trained_with(saved: Mapping[str, SavedSae], name: str, default: Any, option: str) -> Any:
+    """What the metadata of autoencoders, by their folders, say of how all were trained.
+
+    Args:
+        default: what a folder that does not say it stands for; of the type of the value.
+        option: that says it instead.
+
+    Raises:
+        UsageError: they differ.
+        DataError: it is of another type in one of them.
+    """
+    folders: dict[Any, str] = {}
+    for folder, one in saved.items():
+        value = one.metadata.get(name)
+        value = default if value is None else value
+        # True is an int, and 1 a float here.
+        kind = (float, int) if isinstance(default, float) else type(default)
+        if not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool):
+            raise DataError(
+                f"'{name}' is {value!r}, expected as {default!r}: give {option}", folder
+            )
+        folders.setdefault(value, folder)
+    if len(folders) > 1:
+        (first, here), (second, there) = list(folders.items())[:2]
+        raise UsageError(
+            f"the autoencoders were trained with another {name}: {here} with {first}, {there} "
+            f"with {second}: give {option}, or take each kind by itself"
+        )
+    return next(iter(folders))
 
 
 def _natural_order(path: Path) -> list[tuple[int, str]]:
@@ -186,8 +219,7 @@ def _read_dictionary_learning(directory: Path) -> SavedSae:
         "dlm_layer": trainer.get("layer"),
         "context_size": buffer.get("ctx_len"),
         "dlm_positions": buffer.get("dlm_mask_policy"),
-        "dlm_t_min": buffer.get("dlm_t_min"),
-        "dlm_t_max": buffer.get("dlm_t_max"),
+        **{name: buffer.get(name) for name in _CORPUS},
     }
     if isinstance(found["dlm_layer"], int):
         found["hook_name"] = f"model.layers.{found['dlm_layer']}"
@@ -220,8 +252,7 @@ def _write_dictionary_learning(saved: SavedSae, directory: Path) -> None:
         "d_submodule": sae.d_in,
         "ctx_len": known.get("context_size"),
         "dlm_mask_policy": known.get("dlm_positions"),
-        "dlm_t_min": known.get("dlm_t_min"),
-        "dlm_t_max": known.get("dlm_t_max"),
+        **{name: known.get(name) for name in _CORPUS},
     }
     _write_json(directory / "config.json", {"trainer": trainer, "buffer": buffer})
 

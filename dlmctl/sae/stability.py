@@ -12,14 +12,15 @@ cosine of their decoder row with a row of the other, and `matched_above` the sha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dlmctl.models.policy import Policy
-from dlmctl.sae.corpus import Batch, Corruption
+from dlmctl.models.policy import Policy, check_same_tokens
+from dlmctl.records.errors import UsageError
+from dlmctl.sae.corpus import Batch
 from dlmctl.sae.evaluation import Evaluation, Placed
 from dlmctl.sae.insertion import Scope
 from dlmctl.sae.topk import Codes
@@ -79,22 +80,30 @@ def stability(
     saes: Sequence[Placed],
     scope: Scope,
     insert: bool,
-    law: Corruption,
+    corpus: Mapping[str, Any],
     others: Sequence[Placed] = (),
 ) -> list[dict[str, Any]]:
     """A record for each autoencoder; `base_` and `tuned_` stand before the measures on each model.
 
     Args:
+        corpus: what is said of it in each record.
         others: autoencoders of the tuned model; the one of like layer, K and positions is matched.
+
+    Raises:
+        DataError: the corpus has no token of the kind that one of them is for.
+        UsageError: the models have different tokenizers.
     """
+    if base.mask_id != tuned.mask_id:
+        raise UsageError(f"{base.name} and {tuned.name} have different mask tokens")
     sides = [Evaluation(policy, saes, scope, insert) for policy in (base, tuned)]
     likeness = [Likeness() for _ in saes]
     for batch in batches:
+        check_same_tokens(base, tuned, batch.seen.unique().tolist())
         for seen, first, second in zip(likeness, *(side.add(batch) for side in sides), strict=True):
             seen.add(first, second)
     rows = []
     for number, placed in enumerate(saes):
-        row = {**placed.about, "model": base.name, "tuned": tuned.name, "t": [law.t_min, law.t_max]}
+        row = {**placed.about, "model": base.name, "tuned": tuned.name, **corpus}
         row |= likeness[number].row()
         for name, side in zip(("base", "tuned"), sides, strict=True):
             row |= {f"{name}_{key}": value for key, value in side.row(number).items()}

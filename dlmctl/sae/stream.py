@@ -39,10 +39,9 @@ class Stream:
             buffer.
         """
         seed = stream_key(recipe.seed, "sae", key.layer, key.positions)
-        capacity = max(2 * recipe.batch_size, buffer_bytes // (4 * width))
-        capacity = min(capacity, recipe.steps * recipe.batch_size)
         self.key, self.recipe, self.drop_norms = key, recipe, drop_norms
-        self.buffer = ShuffleBuffer(capacity, seed)
+        least, every = 2 * recipe.batch_size, recipe.steps * recipe.batch_size
+        self.buffer = ShuffleBuffer(buffer_bytes, seed, least, every)
         self.ks, self.width = ks, width
         self.owners = owners or dict.fromkeys(ks, rank())
         own = [k for k in ks if self.owners[k] == rank()]

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from dlmctl.sae.folders import SavedSae
 from dlmctl.sae.gradient import Aux, Dictionary, Outcome, add_gradient
+from dlmctl.sae.measures import CONSTANT
 from dlmctl.sae.topk import Codes, TopKSae, combine
 from dlmctl.training.optimizer import apply_step
 
@@ -231,19 +232,19 @@ def remove_parallel(sae: Dictionary) -> None:
     gradient.addcmul_(along, sae.decoder, value=-1)
 
 
-def fit(x: Tensor, residual: Tensor) -> dict[str, float]:
+def fit(x: Tensor, residual: Tensor) -> dict[str, float | None]:
     """Mean squared error, and how much of the variance is explained, by both definitions.
 
     `fve` subtracts the mean of the residual, as the published figures do, and so forgives a
-    constant error; `fvu` = |residual|^2 / |x - mean|^2 does not.
+    constant error; `fvu` = |residual|^2 / |x - mean|^2 does not. Both are None of a batch without
+    variance.
     """
-    squared, about = residual.square().sum(), (x - x.mean(dim=0)).square().sum()
-    varied = (residual - residual.mean(dim=0)).square().sum()
-    return {
-        "l2": float(squared) / len(x),
-        "fve": 1 - float(varied) / max(float(about), 1e-30),
-        "fvu": float(squared) / max(float(about), 1e-30),
-    }
+    squared, about = residual.square().sum(), float((x - x.mean(dim=0)).square().sum())
+    found: dict[str, float | None] = {"l2": float(squared) / len(x), "fve": None, "fvu": None}
+    if about > CONSTANT**2 * float(x.square().sum()):
+        varied = (residual - residual.mean(dim=0)).square().sum()
+        found |= {"fve": 1 - float(varied) / about, "fvu": float(squared) / about}
+    return found
 
 
 def geometric_median(x: Tensor, rounds: int = 100, tolerance: float = 1e-6) -> Tensor:

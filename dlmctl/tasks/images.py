@@ -27,6 +27,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MOST_PIXELS = 64_000_000
 MOST_BYTES = 64 * 2**20
 """Of a file, or of the text of a data URI."""
+COLUMNS = ("images", "image", "img", "pixel_values")
+"""Names of a column of images, the first that is there."""
 _BEGINNINGS = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"BM": "bmp"}
 
 
@@ -58,13 +60,15 @@ def load_image(source: Any, base: str = "") -> Image:
 
 
 def record_images(record: Mapping[str, Any]) -> list[Image]:
-    """The images of a record, from `images` or `image`; relative paths also beside its file.
+    """The images of a record or a row; relative paths also beside its file.
 
     Raises:
-        DataError: one of them cannot be read; it says which.
+        DataError: one of them cannot be read, or there are several columns of images; it says
+            which.
     """
     where = getattr(record, "where", "")
-    listed = image_sources(record)
+    column = image_column(record)
+    listed = _listed(record[column]) if column else []
     images = []
     for number, source in enumerate(listed, start=1):
         try:
@@ -75,12 +79,38 @@ def record_images(record: Mapping[str, Any]) -> list[Image]:
     return images
 
 
+def image_column(row: Mapping[str, Any]) -> str | None:
+    """The column of a row that holds images: by its name, else by what `datasets` stores there.
+
+    Raises:
+        DataError: several columns hold images, and none of them has one of the names.
+    """
+    for name in COLUMNS:
+        if row.get(name) is not None:
+            return name
+    found = [name for name, held in row.items() if held and all(map(_stored, _listed(held)))]
+    if len(found) > 1:
+        raise DataError(
+            f"there are images in the columns {', '.join(found)}: name the one that is meant "
+            f"{COLUMNS[1]}",
+            getattr(row, "where", ""),
+        )
+    return found[0] if found else None
+
+
+def _stored(held: Any) -> bool:
+    """Whether it is an image as `datasets` stores one."""
+    return isinstance(held, Mapping) and held.keys() == {"bytes", "path"}
+
+
 def image_sources(record: Mapping[str, Any]) -> list[Any]:
     """What `images` (a list, or one) or `image` of a record holds; nothing where both are empty."""
     held = record.get("images")
     held = record.get("image") if held is None else held
-    if held is None:
-        return []
+    return [] if held is None else _listed(held)
+
+
+def _listed(held: Any) -> list[Any]:
     return list(held) if isinstance(held, (list, tuple)) else [held]
 
 

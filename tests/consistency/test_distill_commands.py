@@ -52,6 +52,30 @@ def test_checkpoints_are_models_with_their_story(folder):
     assert student.config.network == found.config.network
 
 
+@pytest.mark.parametrize("steps", [8, 21, 40])
+def test_ect_goes_through_all_its_stages_whatever_the_steps(folder, tmp_path, steps, monkeypatch):
+    from dlmctl.consistency import consistency
+
+    stages, level = [], consistency.ect_level
+
+    def watched(sigma, stage):
+        stages.append(stage)
+        return level(sigma, stage)
+
+    monkeypatch.setattr(consistency, "ect_level", watched)
+    line = f"{folder}/set.safetensors --objective ect --init scratch -o {tmp_path}/ect {TINY}"
+    line = line.replace("--steps 6", f"--steps {steps}")
+    run("cd", *line.split())
+    assert stages == sorted(stages)
+    assert len(stages) == steps
+    assert set(stages) == set(range(8))  # each for as long as any other
+    assert max(map(stages.count, range(8))) - min(map(stages.count, range(8))) <= 1
+    near = torch.tensor([1e-3], dtype=torch.float64)
+    assert float(level(near, stages[-1]) / near) > 0.98
+    run("cd", *line.replace("/ect ", "/own ").split(), "--stage-steps", 2)
+    assert stages[steps:] == [n // 2 for n in range(steps)]
+
+
 def test_samples_do_not_depend_on_how_many_or_the_batch(folder):
     for model, steps in (("teacher", "3"), ("student", "1"), ("student", "3")):
         many, row = sampled(folder, model, "-n", "9", "--steps", steps, "-b", "4")

@@ -82,6 +82,124 @@ def test_records_with_images_are_read(tmp_path):
     assert found.unique().tolist() == [1]
 
 
+LEVELS = torch.arange(256, dtype=torch.uint8).view(2, 2, 8, 8)
+
+
+def stored(path, tensor, **metadata) -> str:
+    save_file({"images": tensor}, path, metadata=metadata or None)
+    return str(path)
+
+
+def test_floats_are_read_in_the_range_that_they_are_in(tmp_path, capsys):
+    """To the last bit as the bytes that they were."""
+    wanted = read_images(stored(tmp_path / "bytes.safetensors", LEVELS))
+    both = stored(tmp_path / "both.safetensors", wanted)
+    assert torch.equal(read_images(both), wanted)
+    assert capsys.readouterr().err == ""
+    unit = stored(tmp_path / "unit.safetensors", LEVELS.float() / 255)
+    assert torch.equal(read_images(unit), wanted)
+    said = capsys.readouterr().err
+    assert "unit.safetensors: no number is negative, so 0 is black and 1 white" in said
+    # The whole file decides, not the part that is asked for.
+    assert torch.equal(read_images(f"{both}#1:"), wanted[1:])
+    assert wanted[1:].min() > 0
+
+
+def test_metadata_states_the_range(tmp_path, capsys):
+    wanted = read_images(stored(tmp_path / "bytes.safetensors", LEVELS))
+    for text, tensor in (("0:255", LEVELS.float()), ("0:1", LEVELS.float() / 255)):
+        name = stored(tmp_path / "a.safetensors", tensor, range=text)
+        assert torch.equal(read_images(name), wanted)
+    latents = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0)) * 5
+    name = stored(tmp_path / "b.safetensors", latents, range="any")
+    assert torch.equal(read_images(name), latents)
+    write_images(tmp_path / "c.safetensors", latents)  # samples overshoot
+    assert torch.equal(read_images(str(tmp_path / "c.safetensors")), latents)
+    bright = torch.rand(2, 1, 3, 3)
+    write_images(tmp_path / "d.safetensors", bright)
+    assert torch.equal(read_images(str(tmp_path / "d.safetensors")), bright)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("tensor", "metadata", "message"),
+    [
+        (torch.full((1, 1, 2, 2), 1.5), {}, "floats from 1.5 to 1.5"),
+        (LEVELS.float(), {}, "floats from 0 to 255.*range: 0:255"),
+        (torch.full((1, 1, 2, 2), -1.01), {}, "floats from -1.01"),
+        (torch.zeros(1, 1, 2, 2), {"range": "1:0"}, "range '1:0'"),
+        (torch.zeros(1, 1, 2, 2), {"range": "bytes"}, "range 'bytes'"),
+        (torch.zeros(1, 1, 2, 2), {"range": "0:inf"}, "range '0:inf'"),
+    ],
+)
+def test_floats_of_no_known_range_are_refused(tmp_path, tensor, metadata, message):
+    with pytest.raises(DataError, match=message):
+        read_images(stored(tmp_path / "a.safetensors", tensor, **metadata))
+
+
+def test_sets_that_are_compared_are_taken_to_be_in_one_range(tmp_path):
+    unit = stored(tmp_path / "unit.safetensors", LEVELS.float() / 255)
+    both = stored(tmp_path / "both.safetensors", LEVELS.float() / 127.5 - 1)
+    known = stored(tmp_path / "known.safetensors", LEVELS)
+    for first, second in ((unit, both), (both, unit)):
+        taken: dict = {}
+        for fine in (known, first, known, first):
+            read_images(fine, taken=taken)
+        with pytest.raises(DataError, match="sets that are compared are in one range"):
+            read_images(second, taken=taken)
+        read_images(second)
+
+
+@pytest.mark.parametrize("name", ["images", "image", "img", "pixel_values", "scan"])
+def test_the_column_of_images_is_found(tmp_path, name):
+    """By its name, or as the one that `datasets` knows to be of images; in files and on disk."""
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    picture(tmp_path / "a.png", (255, 255, 255))
+    cell = {"bytes": (tmp_path / "a.png").read_bytes(), "path": "a.png"}
+    rows = [{"label": n, name: cell} for n in range(3)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    features = {"label": datasets.Value("int64"), name: datasets.Image()}
+    datasets.disable_progress_bars()
+    saved = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    saved.save_to_disk(tmp_path / "saved")
+    for place in ("x.parquet", "saved"):
+        found = read_images(str(tmp_path / place))
+        assert found.shape == (3, 3, 3, 4)
+        assert found.unique().tolist() == [1]
+    path = dict(rows[0], **{name: "a.png"})
+    (tmp_path / "rows.jsonl").write_bytes(orjson.dumps(path))
+    if name == "scan":  # a text may be anything
+        with pytest.raises(DataError, match="no images in its columns label, scan"):
+            read_images(str(tmp_path / "rows.jsonl"))
+    else:
+        assert read_images(str(tmp_path / "rows.jsonl")).shape == (1, 3, 3, 4)
+
+
+def test_of_several_columns_of_images_one_must_be_named(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    picture(tmp_path / "a.png", (255, 255, 255))
+    picture(tmp_path / "b.png", (0, 0, 0))
+    white, black = (
+        {"bytes": (tmp_path / name).read_bytes(), "path": name} for name in ("a.png", "b.png")
+    )
+    for row, value in (
+        ({"left": white, "right": black}, None),
+        ({"left": white, "img": black}, -1),
+        ({"mask": {"bytes": 3}, "left": white}, 1),
+    ):
+        parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "x.parquet")
+        if value is None:
+            with pytest.raises(DataError, match=r"parquet:1: .*columns left, right: name the one"):
+                read_images(str(tmp_path / "x.parquet"))
+        else:
+            assert read_images(str(tmp_path / "x.parquet")).unique().tolist() == [value]
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [

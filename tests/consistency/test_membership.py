@@ -225,3 +225,41 @@ def test_curves_go_to_a_file_that_plot_draws(models, tmp_path):
 def test_wrong_options_are_one_line(models, options, message):
     done, _ = attacked(models, *options)
     assert (done.exit_code, message in done.stderr) == (2, True), done.stderr
+
+
+BROKEN = {
+    b"{": "not JSON",
+    b'{"id": "a", "prompt": "="}': "'completion' is missing",
+    b'{"id": "a", "completion": "01"}': "no 'prompt'",
+    b'{"prompt": "=", "completion": "01"}': "'id' is missing",
+    b'{"id": "a", "prompt": "=", "completion": "?"}': "has no tokens for '?'",
+}
+
+
+def test_faulty_records_are_refused_or_left_out(models, tmp_path):
+    run, beside, members, others = models
+    options = ["--json", "--device", "cpu", "--bootstrap", "2", "-m", run, "--reference", beside]
+    plain = invoke("memo-eval", "membership", *options, "--members", members, "--others", others)
+    mixed = tmp_path / "mixed.jsonl"
+    with open(members, "rb") as file:
+        mixed.write_bytes(b"\n".join([*BROKEN, file.read()]))
+    for on_error in ("skip", "keep"):  # nothing could keep them
+        done = invoke(
+            *("memo-eval", "membership", *options, "--on-error", on_error),
+            *("--members", mixed, "--others", others),
+        )
+        assert done.exit_code == 0, done.output
+        assert done.stdout == plain.stdout
+        for number, said in enumerate(BROKEN.values(), start=1):
+            assert f"skipped: {mixed}:{number}: " in done.stderr
+            assert said in done.stderr
+    for number, line in enumerate(BROKEN):
+        one = tmp_path / f"{number}.jsonl"
+        one.write_bytes(line)
+        done = invoke("memo-eval", "membership", *options, "--members", members, "--others", one)
+        assert done.exit_code == 65
+        assert f"{one}:1: " in done.stderr
+        line = ["--members", members, "--others", one, "--on-error", "skip"]
+        done = invoke("memo-eval", "membership", *options, *line)
+        assert done.exit_code == 2
+        assert f"{one} holds no texts that can be scored" in done.stderr

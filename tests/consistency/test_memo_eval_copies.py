@@ -161,3 +161,5 @@ def test_faulty_records_are_skipped_or_kept_beside_the_rows(sets, tmp_path):
     measured("--train", train, "--on-error", "keep", "--rows", rows, mixed)
     assert [row["id"] for row in read_jsonl(rows)] == ["own0", "own1", "bad"]
     assert "no text" in read_jsonl(rows)[2]["error"]["message"]
+    nowhere = measured("--train", train, "--on-error", "keep", mixed)
+    assert "mixed:1: the record has no text" in nowhere["stderr"]

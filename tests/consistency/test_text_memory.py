@@ -111,3 +111,34 @@ def test_records_and_models_that_cannot_be_asked_are_named(parrot, tmp_path, sav
     done = invoke("memo-eval", "text", "-m", saved_models("ar"), "--json", source)
     assert done.exit_code == 0
     assert orjson.loads(done.stdout)["steps"] is None
+
+
+BROKEN = [b"{", b'{"id": "a", "prompt": "="}', b'{"id": "b", "prompt": "=", "completion": "?1"}']
+SAID = ["not JSON", "the record has no text", "has no tokens for '?1'"]
+
+
+def test_faulty_records_are_refused_skipped_or_kept_beside_the_rows(parrot, tmp_path):
+    source, mixed, rows = (tmp_path / name for name in ("t.jsonl", "mixed.jsonl", "rows.jsonl"))
+    written(source, TAUGHT)
+    mixed.write_bytes(b"\n".join([*BROKEN, source.read_bytes()]))
+    for number, said in enumerate(SAID):
+        (tmp_path / "one.jsonl").write_bytes(BROKEN[number])
+        done = invoke("memo-eval", "text", "-m", parrot, "--steps", "1", tmp_path / "one.jsonl")
+        assert done.exit_code == 65
+        assert "one.jsonl:1: " in done.stderr
+        assert said in done.stderr
+    line = ["memo-eval", "text", "--json", "-m", parrot, "--steps", "1", "--heldout", mixed]
+    plain = invoke(*line[:-1], source, source)
+    for options in (["--on-error", "skip"], ["--on-error", "keep"]):  # nothing could keep them
+        done = invoke(*line, *options, mixed)
+        assert done.exit_code == 0, done.output
+        assert done.stdout == plain.stdout
+        for number, said in enumerate(SAID, start=1):
+            assert f"skipped: {mixed}:{number}: " in done.stderr
+            assert said in done.stderr
+    done = invoke(*line, "--on-error", "keep", "--rows", rows, mixed)
+    assert done.stdout == plain.stdout
+    written_rows = read_jsonl(rows)
+    assert [row["set"] for row in written_rows[:6]] == ["train"] * 3 + ["heldout"] * 3
+    errors = [row["error"] for row in written_rows[6:]]
+    assert [error["where"] for error in errors] == [f"{mixed}:{n}" for n in (1, 2, 3)] * 2

@@ -6,22 +6,25 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import invoke, tiny_policy
 
+from dlmctl.commands.corpora import CorpusPlan, own_model, own_plan
 from dlmctl.models.policy import Policy
-from dlmctl.records.errors import UsageError
+from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record, parse_record
 from dlmctl.sae.corpus import Batch, Corruption, corrupted, documents
-from dlmctl.sae.evaluation import Evaluation, Placed, common_levels, evaluate
+from dlmctl.sae.evaluation import Evaluation, Placed, evaluate
 from dlmctl.sae.folders import SavedSae, write_sae
 from dlmctl.sae.insertion import Losses
 from dlmctl.sae.stability import compare, match_decoders, stability
 from dlmctl.sae.topk import Codes, TopKSae
 
 LAW = Corruption(0.2, 0.8, seed=1)
+CORPUS = {"t": [0.2, 0.8]}
 
 
 def _batches(policy: Policy, count: int = 20) -> list[Batch]:
@@ -55,7 +58,7 @@ def test_an_autoencoder_that_changes_nothing_changes_no_loss(family: str, scope:
     policy = tiny_policy(family)  # type: ignore[arg-type]
     kinds = ("mask", "unmask", "clean") if policy.diffusion else ("all",)
     saes = [_placed(_identity(16), n, kind) for n in (0, 1) for kind in kinds]
-    for row in evaluate(policy, _batches(policy), saes, scope, True, LAW):  # type: ignore[arg-type]
+    for row in evaluate(policy, _batches(policy), saes, scope, True, CORPUS):  # type: ignore[arg-type]
         deltas = [value for name, value in row.items() if name.startswith("delta_")]
         assert {value for value in deltas if value is not None} == {0.0}
         assert row["fve"] == 1.0
@@ -103,10 +106,10 @@ def test_matching_positions_leave_the_others_as_they_are() -> None:
     policy = tiny_policy(layers=1)  # what is put in behind the last block stays at its place
     sae = _random(16)
     batches = _batches(policy)
-    matching = evaluate(policy, batches, [_placed(sae, 0, "mask")], "matching", True, LAW)[0]
+    matching = evaluate(policy, batches, [_placed(sae, 0, "mask")], "matching", True, CORPUS)[0]
     assert matching["delta_unmask"] == 0.0
     assert matching["delta_mask"] != 0.0
-    everywhere = evaluate(policy, batches, [_placed(sae, 0, "mask")], "all", True, LAW)[0]
+    everywhere = evaluate(policy, batches, [_placed(sae, 0, "mask")], "all", True, CORPUS)[0]
     assert everywhere["delta_unmask"] != 0.0
     assert everywhere["delta_mask"] == pytest.approx(matching["delta_mask"])
 
@@ -115,20 +118,20 @@ def test_measures_do_not_depend_on_what_is_evaluated_beside_it() -> None:
     policy = tiny_policy()
     batches = _batches(policy)
     many = [_placed(_random(16, n), n % 2, kind) for n, kind in enumerate(("mask", "clean", "all"))]
-    together = evaluate(policy, batches, many, "all", True, LAW)
-    assert together[1] == evaluate(policy, batches, many[1:2], "all", True, LAW)[0]
+    together = evaluate(policy, batches, many, "all", True, CORPUS)
+    assert together[1] == evaluate(policy, batches, many[1:2], "all", True, CORPUS)[0]
 
 
 def test_the_same_model_is_stable() -> None:
     policy = tiny_policy()
     saes = [_placed(_random(16), 1, "mask")]
-    [row] = stability(policy, policy, _batches(policy), saes, "all", True, LAW, saes)
+    [row] = stability(policy, policy, _batches(policy), saes, "all", True, CORPUS, saes)
     assert row["jaccard"] == pytest.approx(1.0)
     assert row["code_cosine"] == pytest.approx(1.0)
     assert row["base_fve"] == row["tuned_fve"]
     assert row["base_delta_mask"] == row["tuned_delta_mask"]
     other = tiny_policy(seed=1)
-    [row] = stability(policy, other, _batches(policy), saes, "all", False, LAW)
+    [row] = stability(policy, other, _batches(policy), saes, "all", False, CORPUS)
     assert row["jaccard"] < 0.9
     assert row["base_fve"] != row["tuned_fve"]
 
@@ -162,15 +165,46 @@ def test_decoders_are_matched_whatever_their_order() -> None:
     assert found == {"matched": 0.5, "matched_above": 0.5}
 
 
-def test_levels_must_agree() -> None:
-    sae = TopKSae(4, 8, 2)
+@pytest.mark.parametrize(
+    ("name", "value", "option"),
+    [
+        ("dlm_t_min", 0.1, "--t"),
+        ("context_size", 128, "--context"),
+        ("dlm_pack", True, "--pack or --no-pack"),
+        ("dlm_hide_prompt", True, "--hide-prompt or --keep-prompt"),
+    ],
+)
+def test_autoencoders_of_one_corpus_decide_how_it_is_read(
+    name: str, value: float, option: str
+) -> None:
+    def plan(*metadata: dict[str, Any], **given: Any) -> CorpusPlan:
+        saved = {str(n): SavedSae(TopKSae(4, 8, 2), about) for n, about in enumerate(metadata)}
+        options = dict.fromkeys(("level", "context", "pack", "hide_prompt")) | given
+        return own_plan(saved, **options)
 
-    def placed(**levels: float) -> Placed:
-        return Placed("s", sae, 0, "mask", SavedSae(sae, levels))
+    fields = {
+        "dlm_t_min": lambda found: found.law.t_min,
+        "context_size": lambda found: found.context,
+        "dlm_pack": lambda found: found.pack,
+        "dlm_hide_prompt": lambda found: found.hide_prompt,
+    }
+    assert fields[name](plan({name: value}, {name: value})) == value
+    assert plan({}, {"layer": 3}) == CorpusPlan(Corruption(), 2048, False, False)
+    with pytest.raises(UsageError, match=f"another {name}: 0 with {value}, .*give {option}"):
+        plan({name: value}, {})
+    given = {"level": "0.3", "context": 64, "pack": False, "hide_prompt": False}
+    wanted = CorpusPlan(Corruption(0.3, 0.3), 64, False, False)
+    assert plan({name: value}, {}, **given) == wanted
+    with pytest.raises(DataError, match=f"'{name}' is 'much'"):
+        plan({name: "much"})
 
-    assert common_levels([placed(dlm_t_min=0.1, dlm_t_max=0.5)]) == (0.1, 0.5)
-    with pytest.raises(UsageError, match="give --t"):
-        common_levels([placed(dlm_t_min=0.1), placed()])
+
+def test_a_mix_of_models_is_refused() -> None:
+    saved = {name: SavedSae(TopKSae(4, 8, 2), {"model_name": name}) for name in ("a", "b")}
+    assert own_model(saved, "c") == "c"
+    with pytest.raises(UsageError, match="give --model"):
+        own_model(saved, None)
+    assert own_model({"a": saved["a"]}, None) == "a"
 
 
 def test_evaluation_gives_codes_at_its_own_positions() -> None:
@@ -207,3 +241,51 @@ def test_commands_write_a_record_for_each(
     done = invoke("sae-eval", corpus, "-m", model)
     assert done.exit_code == 2
     assert "is no folder of an autoencoder" in done.stderr
+
+
+def test_an_autoencoder_is_judged_on_the_corpus_of_its_training(
+    tmp_path: Path, saved_models: Callable[[str], str]
+) -> None:
+    """`--pack --context 32` and `--hide-prompt` as `sae-train` writes them down."""
+    model, corpus, sae = saved_models("llada"), tmp_path / "c.jsonl", tmp_path / "saes"
+    invoke("prompts", "sudoku", "-n", "40", "--completions", "-o", corpus)
+    sizes = ["--latents", "16", "-k", "2", "--tokens", "64", "--sae-batch-size", "16"]
+    cut = ["--pack", "--context", "32", "--hide-prompt"]
+    done = invoke("sae-train", corpus, "-m", model, *sizes, *cut, "-o", sae)
+    assert done.exit_code == 0, done.stderr
+
+    def row(command: str, *options: str) -> dict[str, Any]:
+        done = invoke(command, sae, corpus, "-m", model, "--no-insert", *options)
+        assert done.exit_code == 0, done.stderr
+        [line] = done.stdout.splitlines()
+        return parse_record(line.encode(), "")
+
+    for command, more in (("sae-eval", []), ("sae-stability", ["--tuned", model])):
+        own, given = row(command, *more), row(command, *more, *cut)
+        assert own == given
+        assert (own["context"], own["pack"], own["hide_prompt"]) == (32, True, True)
+        other = row(command, *more, "--no-pack", "--context", "64", "--keep-prompt")
+        assert (other["context"], other["pack"], other["hide_prompt"]) == (64, False, False)
+        name = "tokens" if command == "sae-eval" else "base_tokens"
+        assert other[name] != own[name]
+    features = [
+        invoke("sae-features", sae / "layer0-k2-mask", corpus, "-m", model, "--features", "all", *o)
+        for o in ([], cut, ["--no-pack"])
+    ]
+    assert features[0].stdout == features[1].stdout != features[2].stdout
+    tokens = [one.stderr.split(" tokens looked at")[0].split()[-1] for one in features]
+    assert tokens[0] == str(row("sae-eval", "--seed", "0")["tokens"]) == tokens[1] != tokens[2]
+
+
+@pytest.mark.parametrize("command", ["sae-eval", "sae-stability"])
+def test_a_corpus_without_a_token_of_the_kind_is_an_error(
+    command: str, tmp_path: Path, saved_models: Callable[[str], str]
+) -> None:
+    model, corpus = saved_models("llada"), tmp_path / "c.jsonl"
+    about = {"dlm_layer": 0, "dlm_positions": "mask", "dlm_t_min": 0.0, "dlm_t_max": 0.0}
+    write_sae(SavedSae(_random(16).float(), about), tmp_path / "sae")
+    invoke("prompts", "sudoku", "-n", "4", "--completions", "-o", corpus)
+    tuned = ["--tuned", model] if command == "sae-stability" else []
+    done = invoke(command, tmp_path / "sae", corpus, "-m", model, "--no-insert", *tuned)
+    assert done.exit_code == 65
+    assert "no token at positions mask" in done.stderr

@@ -20,6 +20,8 @@ KNOWN = {
     "dlm_positions": "mask",
     "dlm_t_min": 0.05,
     "dlm_t_max": 0.5,
+    "dlm_pack": True,
+    "dlm_hide_prompt": False,
 }
 
 

@@ -300,3 +300,21 @@ def test_a_record_without_labels_is_named_or_left_out(study):
     assert "u.jsonl:121: field 'sentences' is missing" in done.stderr
     skipped = run("sae-probe saes/mask u.jsonl -m model --on-error skip")
     assert skipped.stdout == run("sae-probe saes/mask t.jsonl -m model").stdout
+
+
+def test_texts_are_read_in_the_context_of_the_training(study):
+    from pathlib import Path
+
+    found = {}
+    for context in (24, 2048):
+        metadata = {"dlm_layer": 1, "dlm_positions": "mask", "context_size": context}
+        write_sae(SavedSae(study, metadata), Path(f"saes{context}/mask"))
+        for given in ("", " --context 24"):
+            done = run(f"sae-probe saes{context} t.jsonl -m model{given}")
+            assert done.exit_code == 0, done.stderr
+            found[context, given] = done.stdout.replace(f"saes{context}", "saes")
+    assert found[24, ""] == found[24, " --context 24"] == found[2048, " --context 24"]
+    assert found[24, ""] != found[2048, ""]
+    refused = run("sae-probe saes24 saes2048 t.jsonl -m model")
+    assert refused.exit_code == 2
+    assert "give --context" in refused.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def _source(layers: list[int], positions: list[Any]) -> Source:
 
 
 def _run(directory: Path, source: Source, ks: list[int], **changes: Any) -> SaeRun:
-    streams = [Stream(key, ks, RECIPE, source.width, 8192, None, CPU) for key in source.keys]
+    streams = [Stream(key, ks, RECIPE, source.width, 16384, None, CPU) for key in source.keys]
     return SaeRun(directory, streams, {"ks": ks, **changes}, source.metadata, CPU)
 
 
@@ -153,6 +154,15 @@ def test_massive_activations_are_dropped() -> None:
     assert stream.limit < 100
     stream.add(torch.full((3, 4), 1e3))
     assert len(stream.buffer) == 99 % 32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_buffer_takes_its_bytes_whatever_the_dtype(dtype: torch.dtype) -> None:
+    recipe = dataclasses.replace(RECIPE, tokens=RECIPE.batch_size * 1000)
+    room = 300 * 4 * dtype.itemsize
+    stream = Stream(Key(0, "mask"), [2], recipe, 4, room, None, CPU)
+    stream.add(torch.ones(5, 4, dtype=dtype))
+    assert stream.buffer.capacity == 300
 
 
 def test_too_short_a_corpus_is_an_error(tmp_path: Path) -> None:

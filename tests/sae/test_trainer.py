@@ -154,6 +154,14 @@ def test_variance_explained_by_both_definitions() -> None:
     assert fit(x, x.mean(dim=0) - x)["fve"] == pytest.approx(0.0)
 
 
+@pytest.mark.parametrize("count", [1, 50])
+def test_a_batch_without_variance_has_none_to_explain(count: int) -> None:
+    x = torch.randn(1, 4, generator=torch.Generator().manual_seed(3)).expand(count, -1)
+    found = fit(x, torch.ones(count, 4))
+    assert (found["fve"], found["fvu"]) == (None, None)
+    assert found["l2"] == 4.0
+
+
 def test_geometric_median_is_where_unit_pulls_balance() -> None:
     x = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     x[0] = 1e6  # which a mean would follow
