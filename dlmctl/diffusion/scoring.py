@@ -18,6 +18,7 @@ from dlmctl.diffusion.elbo import Example, elbo_samples, scored_tokens, summariz
 from dlmctl.diffusion.masks import PAIRED, Law, MaskSet, draw_masks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
+from dlmctl.records.groups import group_size
 from dlmctl.records.jsonl import OnError, Record, each, field, object_field
 
 
@@ -32,7 +33,7 @@ class MaskPlan:
     until_eos: bool = False
     """Score tokens up to and including the first end-of-sequence, instead of all of them."""
     prompt_mask: float = 0.0
-    """Probability that a prompt token is hidden as well."""
+    """Probability that a prompt token is masked as well; for `block`, one before the block too."""
     block_length: int | None = None
     """Of the law `block`; None is the model's own."""
     draw: int = 0
@@ -64,8 +65,9 @@ def example_of(record: Record, policy: Policy, plan: MaskPlan) -> Example:
     record_id = field(record, "id", (str, int), "'dlmctl prompts' writes it")
     # A prompt that comes again in a later round has masks of its own there.
     keys = (plan.seed, record_id, object_field(record, "rollout").get("round", 0), plan.draw)
-    sample = record.get("sample", 0)
-    masks = completion_masks(policy, len(prompt), completion, plan, keys, sample)
+    sample = field(record, "sample", int) if "sample" in record else 0
+    group = group_size(record) or 1
+    masks = completion_masks(policy, len(prompt), completion, plan, keys, sample, group)
     return Example(prompt, completion, masks, policy.pictures(record))
 
 
@@ -76,23 +78,32 @@ def completion_masks(
     plan: MaskPlan,
     keys: Sequence[str | int],
     sample: int,
+    group: int = 1,
 ) -> MaskSet:
-    """The masks of one completion; for an autoregressive policy one set that scores every token."""
+    """The masks of one completion; for an autoregressive policy one set that scores every token.
+
+    Args:
+        group: how many samples its prompt has.
+    """
     scored = scored_tokens(completion, policy.eos_id, plan.until_eos)
     if not policy.diffusion:
         return MaskSet(scored[None], torch.ones(1, dtype=torch.float64), scored)
-    block_length = plan.block_length or policy.sampling.get("block_length", 32)
     return draw_masks(
         plan.law,
         plan.samples,
         scored,
         keys,
         sample,
-        block_length,
+        _block_length(policy, plan),
         prompt_length,
         plan.prompt_mask,
         plan.levels,
+        group,
     )
+
+
+def _block_length(policy: Policy, plan: MaskPlan) -> int:
+    return plan.block_length or policy.sampling.get("block_length", 32)
 
 
 def score(

@@ -8,7 +8,7 @@ from conftest import tiny_policy
 
 from dlmctl.diffusion.rollout import Round, rollout
 from dlmctl.diffusion.sampling import Sampling
-from dlmctl.diffusion.scoring import MaskPlan, relative_score, score
+from dlmctl.diffusion.scoring import MaskPlan, example_of, relative_score, score
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
 
@@ -93,6 +93,28 @@ def test_every_label_is_scored_under_the_same_masks():
         assert relative_score(a, "policy", "reference").tolist() == pytest.approx(
             relative_score(b, "policy", "reference").tolist(), abs=1e-9
         )
+
+
+def test_the_levels_of_complementary_masks_are_spread_over_the_samples_that_rollout_drew(policy):
+    def levels(samples):
+        place = {} if samples is None else {"samples": samples}
+        records = [
+            Record(id="a", sample=i, prompt="1=", completion="0123012", rollout=place)
+            for i in range(4)
+        ]
+        examples = [example_of(r, policy, MaskPlan("complementary", 2)) for r in records]
+        return [int(example.masks.hidden[0].sum()) for example in examples]
+
+    first, *others = levels(4)
+    assert others == [(first + 2 * i) % 8 for i in (1, 2, 3)]
+    # Of completions from elsewhere nobody knows how many there are.
+    assert levels(None) == levels(1) != levels(4)
+
+
+def test_a_sample_that_is_no_number_is_refused(policy):
+    record = Record(id="a", sample="one", prompt="1=", completion="01")
+    with pytest.raises(DataError, match="field 'sample' is str, expected int"):
+        example_of(record, policy, MaskPlan())
 
 
 def test_scores_of_different_masks_or_labels_are_not_subtracted(policy):
