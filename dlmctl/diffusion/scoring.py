@@ -152,31 +152,16 @@ def score_entry(
 def made_by(policy: Policy, plan: MaskPlan) -> dict[str, Any]:
     """What a score depends on beside the record."""
     return {
-        "masks": asdict(plan) if policy.diffusion else "exact",
+        "masks": masks_by(policy, plan),
         "model": policy.name,
         "revision": policy.revision,
     }
 
 
-def relative_score(record: Record, label: str, reference: str) -> Tensor:
-    """Difference of two scores of a record, one for each mask: float64 [K], in nats.
-
-    Raises:
-        DataError: a score is missing, or the two were made with different masks.
-    """
-    scores = field(record, "elbo", dict, "'dlmctl score-elbo' writes it")
-    for name in (label, reference):
-        if name not in scores:
-            there = ", ".join(scores) or "none"
-            raise DataError(f"no score labelled '{name}'; there are: {there}", record.where)
-    first, second = scores[label], scores[reference]
-    if first["masks"] != second["masks"]:
-        raise DataError(
-            f"scores '{label}' and '{reference}' were made with different masks "
-            f"({first['masks']} and {second['masks']}); their difference means nothing: "
-            "score both with the same --masks, -k and --seed",
-            record.where,
-        )
-    return torch.tensor(first["samples"], dtype=torch.float64) - torch.tensor(
-        second["samples"], dtype=torch.float64
-    )
+def masks_by(policy: Policy, plan: MaskPlan) -> dict[str, Any] | str:
+    """The masks of a plan as a score names them: the same for two scores if their masks are."""
+    if not policy.diffusion:
+        return "exact until eos" if plan.until_eos else "exact"
+    # Of `block` alone, so that two models with blocks of their own share the masks of other laws.
+    block_length = _block_length(policy, plan) if plan.law == "block" else None
+    return {**asdict(plan), "block_length": block_length, "levels": list(plan.levels)}

@@ -36,7 +36,7 @@ class Gdsd:
 
     @property
     def needs(self) -> Needs:
-        return "log_probs"
+        return "ratios"
 
     @property
     def needs_reference(self) -> bool:
