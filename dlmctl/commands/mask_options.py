@@ -46,8 +46,9 @@ PromptMask = Annotated[
     typer.Option(
         min=0.0,
         max=1.0,
-        show_default="diffu-grpo and wd1 0.15, others 0",
-        help="Probability that a token of the prompt is hidden as well.",
+        show_default="diffu-grpo, wd1 and spg 0.15, others 0",
+        help="Probability that a token of the prompt is masked as well; for --masks block also a "
+        "token of the blocks before.",
         rich_help_panel=MASKS,
     ),
 ]

@@ -47,10 +47,10 @@ def command(
         Law,
         typer.Option(
             help="Mask law. Unbiased for the ELBO: independent t ~ U(0,1); a uniform number of "
-            "masks with weight L/l; complementary pairs, which score every token once; stratified, "
-            "such pairs with levels spread evenly over the masks and the samples of a prompt. "
-            "Others: quadrature, at Gauss nodes in t; block, one block in part and those behind it "
-            "whole; full, everything hidden."
+            "masks with weight L/l; complementary pairs, which score every token once, with levels "
+            "spread evenly over the samples of a prompt; stratified, such pairs with levels spread "
+            "over the masks of a completion, too. Others: quadrature, at Gauss nodes in t; block, "
+            "one block in part and those behind it whole; full, everything masked."
         ),
     ] = "stratified",
     samples: Annotated[
@@ -59,7 +59,10 @@ def command(
     prompt_mask: Annotated[
         float,
         typer.Option(
-            min=0.0, max=1.0, help="Probability that a token of the prompt is hidden as well."
+            min=0.0,
+            max=1.0,
+            help="Probability that a token of the prompt is masked as well; for block also a token "
+            "of the blocks before.",
         ),
     ] = 0.0,
     mask_block: MaskBlock = None,

@@ -172,8 +172,14 @@ def command(
     input.
 
     What the records lack is computed: advantages from rewards, scores of policy and reference.
-    grpo and srpo take the log-probabilities that 'dlmctl rollout' recorded of an autoregressive
-    model as those of the policy before the step.
+    Scores of 'dlmctl score-elbo' are used if they are of these weights and masks.
+
+    diffu-grpo, espo, gdsd, grpo and srpo take ratios to the weights that the completions were
+    sampled from: those that this run had then, a copy of which stays in main memory while a round
+    has further batches, the reference, or the model that the records name, if it still has these
+    weights. For grpo and srpo the log-probabilities are enough that 'dlmctl rollout' recorded of an
+    autoregressive model. Completions that do not say where they are from count as sampled from the
+    weights before the step.
 
     On several GPUs, or CPUs, weights, gradients and the optimizer's moments are spread over the
     processes by FSDP2, each of which computes its share of every step: the steps, and the files,

@@ -9,25 +9,31 @@ integrating (1/t) t^l (1-t)^(L-l) C(L,l) over t gives 1/l. These laws have this 
 
     independent    t ~ U(0,1), each token hidden with probability t            weight 1/t
     uniform        l ~ U{1..L}, M uniform of size l                            weight L/l
-    complementary  l ~ U{0..L}, M uniform of size l, then its complement       weight (L+1)/|M|
+    complementary  l ~ U{0..L}, M uniform of size l, then its complement       weight (L+1)/|M|;
+                   for each pair the levels l of the n samples of a prompt are spread evenly:
+                   sample i has k + round(i (L+1)/n) mod L+1, k ~ U{0..L}
     stratified     complementary pairs whose levels l are spread evenly over the masks of a
                    completion and, turned by the golden ratio, over the samples of its prompt
 
-(LLaDA, arXiv 2502.09992, equations 3, 6 and 14; coupled pairs with the weight (L+1)/l as in ESPO,
-arXiv 2512.03759.) And these have another one, for the algorithms that are made with them:
+(LLaDA, arXiv 2502.09992, equations 3, 6 and 14; coupled pairs with the weight (L+1)/l and levels
+spread over a batch as in the code of ESPO, arXiv 2512.03759.) And these have another one, for the
+algorithms that are made with them:
 
     quadrature     t at the K nodes of Gauss-Legendre on (0,1), weight K w_k/t_k: little variance,
                    and the bias of quadrature with few nodes (GDPO, arXiv 2510.08554)
-    block          a block drawn among those that hold scored tokens is hidden in part, the blocks
-                   behind it whole, those before it not; weight L/|M|, so that the score per token
-                   is a mean over the hidden tokens (SPG, arXiv 2510.09541)
-    full           everything is hidden: the mean-field score of d1 (arXiv 2504.12216)
+    block          in one block l ~ U{1..b} of its b scored tokens are masked, the blocks behind it
+                   whole, of those before it each token with the probability that prompt tokens
+                   have; weight L/|M|, so that the score per token is a mean over the masked tokens.
+                   The blocks of the masks of a completion are those of its canvas in random order,
+                   counted modulo the number of blocks with scored tokens (the code of SPG,
+                   arXiv 2510.09541)
+    full           everything is masked: the mean-field score of d1 (arXiv 2504.12216)
 
 With a range [a, b] of levels t is U(a, b), or the nodes lie there, with the same weights 1/t: the
 part of the bound between two noise levels, divided by b - a. Training on it has less variance (the
 clipped schedules of BD3-LM, arXiv 2503.09573).
 
-Under `block` and `full` tokens that are not scored are hidden too. Prompt tokens are hidden on
+Under `block` and `full` tokens that are not scored are masked too. Prompt tokens are masked on
 request. Masks are a pure function of the names that identify a completion, so that two processes
 score the same ones.
 """
@@ -83,16 +89,18 @@ class _Draw(NamedTuple):
     scored: Tensor
     keys: tuple[str | int, ...]
     sample: int
+    group: int
     block_length: int
+    before: float
     levels: tuple[float, float]
 
     @property
     def length(self) -> int:
         return int(self.scored.sum())
 
-    def numbers(self, draws: int, width: int) -> Tensor:
+    def numbers(self, draws: int, width: int, *what: str) -> Tensor:
         """Uniform numbers [draws, width]; draw k has them from a key of its own."""
-        keys = key_tensor([stream_key(*self.keys, self.sample, k) for k in range(draws)])
+        keys = key_tensor([stream_key(*self.keys, self.sample, k, *what) for k in range(draws)])
         return uniform(keys[:, None], torch.arange(width)[None])
 
     def between(self, share: Tensor) -> Tensor:
@@ -117,6 +125,7 @@ def draw_masks(
     prompt_length: int = 0,
     prompt_mask: float = 0.0,
     levels: tuple[float, float] = (0.0, 1.0),
+    group: int = 1,
 ) -> MaskSet:
     """Draw `samples` masks over one completion.
 
@@ -126,8 +135,10 @@ def draw_masks(
         sample: which of the samples of the prompt it is.
         block_length: length of a block, for `block`.
         prompt_length: P, tokens of the prompt.
-        prompt_mask: probability that a prompt token is hidden.
+        prompt_mask: probability that a prompt token is masked and, under `block`, a token of the
+            blocks before.
         levels: range of t, for the laws that draw one.
+        group: n, how many neighbouring samples of the prompt share the levels of `complementary`.
 
     Raises:
         UsageError: an unknown law, a range for one that draws no t, or an odd number of samples for
@@ -139,14 +150,12 @@ def draw_masks(
         raise UsageError(f"{law} masks come in pairs; {samples} samples is odd")
     if levels != (0.0, 1.0) and law not in LEVELLED:
         raise UsageError(f"--t goes with --masks {' or '.join(LEVELLED)}, not with {law}")
-    draw = _Draw(samples, scored, tuple(keys), sample, block_length, levels)
+    draw = _Draw(samples, scored, tuple(keys), sample, group, block_length, prompt_mask, levels)
     hidden, weights = _LAWS[law](draw)
     weights = torch.where((hidden & scored).any(dim=1), weights, torch.zeros_like(weights))
     prompt_hidden = None
     if prompt_mask > 0:
-        names = [stream_key(*keys, sample, k, "prompt") for k in range(samples)]
-        numbers = uniform(key_tensor(names)[:, None], torch.arange(prompt_length)[None])
-        prompt_hidden = numbers < prompt_mask
+        prompt_hidden = draw.numbers(samples, prompt_length, "prompt") < prompt_mask
     return MaskSet(hidden, weights, scored, prompt_hidden)
 
 
@@ -164,18 +173,21 @@ def _uniform(draw: _Draw) -> tuple[Tensor, Tensor]:
 
 
 def _complementary(draw: _Draw) -> tuple[Tensor, Tensor]:
-    numbers = draw.numbers(draw.samples // 2, draw.length + 1)
-    return _pairs(draw, numbers[:, 0], numbers[:, 1:])
+    pairs, levels = draw.samples // 2, draw.length + 1
+    together, place = divmod(draw.sample, draw.group)
+    names = [stream_key(*draw.keys, "levels", together, pair) for pair in range(pairs)]
+    first = (uniform(key_tensor(names), torch.zeros(pairs).long()) * levels).long()
+    offset = (2 * place * levels + draw.group) // (2 * draw.group)
+    return _pairs(draw, (first + offset) % levels)
 
 
 def _stratified(draw: _Draw) -> tuple[Tensor, Tensor]:
     pairs = draw.samples // 2
-    numbers = draw.numbers(pairs, draw.length + 1)
     start = uniform(key_tensor([stream_key(*draw.keys, "levels")]), torch.zeros(1).long())
     turned = (start + draw.sample * GOLDEN_RATIO) % 1
     # A pair with level u has the levels u and 1 - u, so that the strata divide (0, 1/2).
     level = (torch.arange(pairs, dtype=torch.float64) + turned) / (2 * pairs)
-    return _pairs(draw, level, numbers[:, 1:])
+    return _pairs(draw, (level * (draw.length + 1)).long())
 
 
 def _quadrature(draw: _Draw) -> tuple[Tensor, Tensor]:
@@ -188,14 +200,25 @@ def _quadrature(draw: _Draw) -> tuple[Tensor, Tensor]:
 def _block(draw: _Draw) -> tuple[Tensor, Tensor]:
     place = torch.arange(draw.scored.numel())
     end = int(place[draw.scored].max()) + 1 if draw.length else 1
-    numbers = draw.numbers(draw.samples, 2 + draw.scored.numel())
-    first = (numbers[:, 0] * -(-end // draw.block_length)).long() * draw.block_length
-    inside = (place >= first[:, None]) & (place < first[:, None] + draw.block_length) & draw.scored
-    counts = 1 + (numbers[:, 1] * inside.sum(dim=1)).long()
-    order = numbers[:, 2:].masked_fill(~inside, 2.0)
-    behind = place >= first[:, None] + draw.block_length
+    first = (_blocks(draw) % -(-end // draw.block_length) * draw.block_length)[:, None]
+    behind = place >= first + draw.block_length
+    inside = (place >= first) & ~behind & draw.scored
+    numbers = draw.numbers(draw.samples, 1 + place.numel())
+    counts = 1 + (numbers[:, 0] * inside.sum(dim=1)).long()
+    order = numbers[:, 1:].masked_fill(~inside, 2.0)
     hidden = _first_of_ranking(order, counts) & inside | behind | ~draw.scored
+    if draw.before > 0:
+        hidden |= (place < first) & (draw.numbers(*hidden.shape, "before") < draw.before)
     return hidden, draw.length / (hidden & draw.scored).sum(dim=1).double()
+
+
+def _blocks(draw: _Draw) -> Tensor:
+    """int64 [K], blocks of the canvas: permutations of them, one after the other."""
+    blocks = -(-draw.scored.numel() // draw.block_length)
+    turns = range(-(-draw.samples // blocks))
+    keys = key_tensor([stream_key(*draw.keys, draw.sample, "blocks", turn) for turn in turns])
+    order = uniform(keys[:, None], torch.arange(blocks)[None]).argsort(dim=1)
+    return order.flatten()[: draw.samples]
 
 
 def _full(draw: _Draw) -> tuple[Tensor, Tensor]:
@@ -203,8 +226,10 @@ def _full(draw: _Draw) -> tuple[Tensor, Tensor]:
     return hidden, torch.ones(draw.samples, dtype=torch.float64)
 
 
-def _pairs(draw: _Draw, level: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    first = _first_of_ranking(order, (level * (draw.length + 1)).long())
+def _pairs(draw: _Draw, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Masks of `counts` [K/2] tokens, each followed by its complement."""
+    order = draw.numbers(len(counts), draw.length + 1)[:, 1:]
+    first = _first_of_ranking(order, counts)
     hidden = torch.stack([first, ~first], dim=1).flatten(0, 1)
     return draw.spread(hidden), (draw.length + 1) / hidden.sum(dim=1).double()
 

@@ -18,6 +18,7 @@ from dlmctl.diffusion.elbo import Example, elbo_samples, scored_tokens, summariz
 from dlmctl.diffusion.masks import PAIRED, Law, MaskSet, draw_masks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
+from dlmctl.records.groups import group_size
 from dlmctl.records.jsonl import OnError, Record, each, field, object_field
 
 
@@ -32,7 +33,7 @@ class MaskPlan:
     until_eos: bool = False
     """Score tokens up to and including the first end-of-sequence, instead of all of them."""
     prompt_mask: float = 0.0
-    """Probability that a prompt token is hidden as well."""
+    """Probability that a prompt token is masked as well; for `block`, one before the block too."""
     block_length: int | None = None
     """Of the law `block`; None is the model's own."""
     draw: int = 0
@@ -59,8 +60,9 @@ def example_of(record: Record, policy: Policy, plan: MaskPlan) -> Example:
     record_id = field(record, "id", (str, int), "'dlmctl prompts' writes it")
     # A prompt that comes again in a later round has masks of its own there.
     keys = (plan.seed, record_id, object_field(record, "rollout").get("round", 0), plan.draw)
-    sample = record.get("sample", 0)
-    masks = completion_masks(policy, len(prompt), completion, plan, keys, sample)
+    sample = field(record, "sample", int) if "sample" in record else 0
+    group = group_size(record) or 1
+    masks = completion_masks(policy, len(prompt), completion, plan, keys, sample, group)
     return Example(prompt, completion, masks, policy.pictures(record))
 
 
@@ -71,22 +73,27 @@ def completion_masks(
     plan: MaskPlan,
     keys: Sequence[str | int],
     sample: int,
+    group: int = 1,
 ) -> MaskSet:
-    """The masks of one completion; for an autoregressive policy one set that scores every token."""
+    """The masks of one completion; for an autoregressive policy one set that scores every token.
+
+    Args:
+        group: how many samples its prompt has.
+    """
     scored = scored_tokens(completion, policy, plan.until_eos)
     if not policy.diffusion:
         return MaskSet(scored[None], torch.ones(1, dtype=torch.float64), scored)
-    block_length = plan.block_length or policy.sampling.get("block_length", 32)
     return draw_masks(
         plan.law,
         plan.samples,
         scored,
         keys,
         sample,
-        block_length,
+        _block_length(policy, plan),
         prompt_length,
         plan.prompt_mask,
         plan.levels,
+        group,
     )
 
 
@@ -112,6 +119,10 @@ def _checked(
         return ready
 
     return each(records, prepare, on_error)
+
+
+def _block_length(policy: Policy, plan: MaskPlan) -> int:
+    return plan.block_length or policy.sampling.get("block_length", 32)
 
 
 def score(
@@ -152,38 +163,16 @@ def score_entry(
 def made_by(policy: Policy, plan: MaskPlan) -> dict[str, Any]:
     """What a score depends on beside the record."""
     return {
-        "masks": asdict(plan) if policy.diffusion else "exact",
+        "masks": masks_by(policy, plan),
         "model": policy.name,
         "revision": policy.revision,
     }
 
 
-def relative_score(record: Record, label: str, reference: str) -> Tensor:
-    """Difference of two scores of a record, one for each mask: float64 [K], in nats.
-
-    Raises:
-        DataError: a score is missing, or the two were made with different masks.
-    """
-    scores = field(record, "elbo", dict, "'dlmctl score-elbo' writes it")
-    for name in (label, reference):
-        if name not in scores:
-            there = ", ".join(scores) or "none"
-            raise DataError(f"no score labelled '{name}'; there are: {there}", record.where)
-    first, second = scores[label], scores[reference]
-    if first["masks"] != second["masks"]:
-        raise DataError(
-            f"scores '{label}' and '{reference}' were made with different masks "
-            f"({first['masks']} and {second['masks']}); their difference means nothing: "
-            "score both with the same --masks, -k and --seed",
-            record.where,
-        )
-    counts = first.get("tokens"), second.get("tokens")
-    if counts[0] != counts[1]:
-        raise DataError(
-            f"scores '{label}' and '{reference}' are of {counts[0]} and {counts[1]} tokens, as of "
-            "models with different tokenizers; their difference means nothing",
-            record.where,
-        )
-    return torch.tensor(first["samples"], dtype=torch.float64) - torch.tensor(
-        second["samples"], dtype=torch.float64
-    )
+def masks_by(policy: Policy, plan: MaskPlan) -> dict[str, Any] | str:
+    """The masks of a plan as a score names them: the same for two scores if their masks are."""
+    if not policy.diffusion:
+        return "exact until eos" if plan.until_eos else "exact"
+    # Of `block` alone, so that two models with blocks of their own share the masks of other laws.
+    block_length = _block_length(policy, plan) if plan.law == "block" else None
+    return {**asdict(plan), "block_length": block_length, "levels": list(plan.levels)}

@@ -33,7 +33,7 @@ class DiffuGrpo:
 
     @property
     def needs(self) -> Needs:
-        return "log_probs"
+        return "ratios"
 
     @property
     def needs_reference(self) -> bool:

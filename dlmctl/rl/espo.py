@@ -7,7 +7,8 @@ With ELBO scores s under masks that current, old and reference policy share, L_i
             + beta (1/N) sum_i (s_i - s_ref_i)^2 / (2 L_i)
 
 The division of the penalty by L_i is that of the released code; the paper prints it without.
-Published: eps 0.2, two coupled pairs of masks, leave-one-out baseline, 8 inner steps, beta 1e-3 for
+Published: eps 0.2, two coupled pairs of masks whose levels are spread evenly over a device's batch
+(here: over the samples of a prompt), leave-one-out baseline, 8 inner steps, beta 1e-3 for
 mathematics, 3e-3 for Countdown, 1e-2 for Sudoku.
 """
 
@@ -32,7 +33,7 @@ class Espo:
 
     @property
     def needs(self) -> Needs:
-        return "log_probs"
+        return "ratios"
 
     @property
     def needs_reference(self) -> bool:

@@ -8,7 +8,8 @@ by a mask and its complement, and halved, for pair j:
 
 where S is that same halved sum. The clamp acts on a sum over the sequence and eps is small, so that
 the gradient of a sample ends as soon as its log-ratio has moved by 4e-4 nats either way.
-Published: eps 4e-4, psi 1 (up to 10), beta 1e-3 or 1e-4, two pairs of masks, 8 inner steps.
+Published: eps 4e-4, psi 1 (up to 10), beta 1e-3 or 1e-4, two pairs of masks as in ESPO, 8 inner
+steps.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Gdsd:
 
     @property
     def needs(self) -> Needs:
-        return "log_probs"
+        return "ratios"
 
     @property
     def needs_reference(self) -> bool:

@@ -67,7 +67,7 @@ class Grpo:
 
     @property
     def needs(self) -> Needs:
-        return "log_probs"
+        return "ratios"
 
     @property
     def needs_reference(self) -> bool:

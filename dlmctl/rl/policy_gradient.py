@@ -8,7 +8,7 @@ policy under one draw of masks. What they bear is taken, so that `rollout | veri
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,15 +16,20 @@ import torch
 from torch import Tensor
 
 from dlmctl.diffusion.elbo import Example, log_probs, mask_weights
-from dlmctl.diffusion.scoring import MaskPlan, example_of, relative_score
+from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.policy import Policy
-from dlmctl.records.jsonl import Record
+from dlmctl.records.errors import DataError
+from dlmctl.records.jsonl import Record, object_field
 from dlmctl.records.jsonl import field as record_field
 from dlmctl.rl.advantages import Baseline, Scale, advantages
 from dlmctl.rl.gradient import accumulate_gradient
 from dlmctl.rl.per_token import sampled_log_probs, token_weights
+from dlmctl.rl.recorded import recorded_difference
 from dlmctl.rl.scores import Objective, Scores
 from dlmctl.training.flops import Passes
+
+Scorer = Callable[[Sequence[Example]], Tensor]
+"""Log-probabilities [N, K, G] of the target tokens under some weights, in nats."""
 
 
 class Reference(NamedTuple):
@@ -32,8 +37,12 @@ class Reference(NamedTuple):
 
     revision: str
     """Hash of its weights."""
-    log_probs: Callable[[Sequence[Example]], Tensor]
-    """[N, K, G] of the target tokens, in nats."""
+    log_probs: Scorer
+
+
+def no_other_weights(record: Record) -> Scorer:
+    """For a batch that was sampled from the policy as it is now."""
+    raise DataError("sampled from other weights than those of now", record.where)
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class Batching:
 
 
 def passes_for(objective: Objective, inner: int, sampled: bool) -> Passes:
-    """The passes that `policy_gradients` takes.
+    """The passes that `policy_gradients` takes on a batch that was sampled from the policy.
 
     Args:
         inner: steps on a batch.
@@ -59,10 +68,9 @@ def passes_for(objective: Objective, inner: int, sampled: bool) -> Passes:
     """
     if objective.needs == "nothing":
         return Passes(0, 0, inner)
-    if objective.needs == "relative":
-        return Passes(inner, inner, inner)
-    old, current = (0, inner) if sampled else (inner, inner - 1)
-    return Passes(old + current, inner if objective.needs_reference else 0, inner)
+    # The old policy is that of the first step, which is not scored again.
+    again = inner - 1 if objective.needs == "ratios" and not sampled else 0
+    return Passes(inner + again, inner if objective.needs_reference else 0, inner)
 
 
 def policy_gradients(
@@ -72,15 +80,19 @@ def policy_gradients(
     objective: Objective,
     batching: Batching,
     batch_size: int,
+    sampler: Callable[[Record], Scorer] = no_other_weights,
 ) -> Iterator[dict[str, Any]]:
     """Accumulate the gradient of each inner step in turn; the caller applies it in between.
+
+    Args:
+        sampler: gives the weights that a record was sampled from, if these are not the policy's.
 
     Yields:
         Metrics of the batch: loss, advantage, KL estimate, mask variance, and the objective's own.
 
     Raises:
         DataError: a record lacks its completion, or both reward and advantage, or the weights that
-            the objective asks for.
+            the objective asks for; or it takes ratios to weights that are not there.
     """
     advantage = batch_advantages(groups, batching)
     kept = advantage != 0 if batching.drop_zero_advantage else torch.ones_like(advantage).bool()
@@ -92,26 +104,32 @@ def policy_gradients(
     records = [record for record, keep in zip(rows, kept.tolist(), strict=True) if keep]
     batch = _Batch(policy, reference, records, advantage[kept], prompt, batching, batch_size)
     draws = [batch.examples(2 * step) for step in range(batching.inner)]
-    sampled = batch.sampled(draws[0]) if objective.recipe.sampled_old else None
-    old: list[Tensor] = []
-    if sampled is not None:
-        old = [sampled] * len(draws)
-    elif objective.needs == "log_probs":
-        old = [batch.log_probs(examples) for examples in draws]
+    old = batch.old(draws, objective, sampler) if objective.needs == "ratios" else None
     for step, examples in enumerate(draws):
-        # Before the first step policy and old policy are the same, where sampling was not recorded.
-        moved = step > 0 or sampled is not None
-        scores = batch.scores(examples, objective, old[step] if old else None, step, moved)
+        scores = batch.scores(examples, objective, old, step)
         loss = objective.loss(scores)
         (coefficients,) = torch.autograd.grad(loss, scores.current)
         value = accumulate_gradient(policy, examples, coefficients, batch_size)
         yield {
-            "loss": float(loss.detach()) if old else value,
+            "loss": float(loss.detach()) if objective.needs in SCORED else value,
             "advantage_std": float(batch.advantage.std()) if len(records) > 1 else 0.0,
             **({} if kept.all() else {"dropped": len(kept) - len(records)}),
             **(_distance(scores) if objective.needs_reference else {}),
             **objective.metrics(scores),
         }
+
+
+SCORED = ("log_probs", "ratios")
+"""Needs that take the log-probabilities of the policy before its gradient."""
+
+
+class Old(NamedTuple):
+    """What the policy that sampled a batch made of it."""
+
+    log_probs: list[Tensor]
+    """[N, K, G] for each step."""
+    now: bool
+    """Whether it is the policy as it is before the first step."""
 
 
 @dataclass(frozen=True)
@@ -135,36 +153,49 @@ class _Batch:
         """Under the policy as it is now."""
         return log_probs(self.policy, examples, self.batch_size)
 
-    def sampled(self, examples: Sequence[Example]) -> Tensor | None:
-        """Under the policy that the completions were sampled from, where the records tell."""
-        return None if self.policy.diffusion else sampled_log_probs(self.records, examples)
+    def old(
+        self,
+        draws: Sequence[Sequence[Example]],
+        objective: Objective,
+        sampler: Callable[[Record], Scorer],
+    ) -> Old:
+        """Under the policy that each completion was sampled from.
+
+        One that does not say from which counts as sampled from the policy as it is now.
+        """
+        if objective.recipe.sampled_old and not self.policy.diffusion:
+            recorded = sampled_log_probs(self.records, draws[0])
+            if recorded is not None:
+                return Old([recorded] * len(draws), False)
+        now = self.policy.revision
+        rows: dict[str, list[int]] = {}
+        for n, record in enumerate(self.records):
+            rows.setdefault(object_field(record, "rollout").get("revision") or now, []).append(n)
+        tables = [_nothing(examples) for examples in draws]
+        for revision, own in rows.items():
+            score = self.log_probs if revision == now else sampler(self.records[own[0]])
+            for table, examples in zip(tables, draws, strict=True):
+                values = score([examples[n] for n in own])
+                table[own, :, : values.shape[2]] = values
+        return Old(tables, [*rows] == [now])
 
     def scores(
-        self,
-        examples: list[Example],
-        objective: Objective,
-        old: Tensor | None,
-        step: int,
-        moved: bool,
+        self, examples: list[Example], objective: Objective, old: Old | None, step: int
     ) -> Scores:
-        """What the objective needs and no more; the rest is zeros.
-
-        Args:
-            moved: the policy may be another one than the old.
-        """
-        weights = mask_weights(examples)
-        width = max(len(example.completion) for example in examples)
-        nothing = torch.zeros(*weights.shape, width, dtype=torch.float64)
-        current = reference = nothing
-        if old is not None:
-            current = self.log_probs(examples) if moved else old
+        """What the objective needs and no more; the rest is zeros."""
+        current = reference = nothing = _nothing(examples)
+        if objective.needs in SCORED:
+            if old is not None and old.now and step == 0:
+                current = old.log_probs[0]
+            else:
+                current = self.log_probs(examples)
             reference = self.reference.log_probs(examples) if objective.needs_reference else nothing
         return Scores(
             current.clone().requires_grad_(),
-            nothing if old is None else old,
+            nothing if old is None else old.log_probs[step],
             reference,
-            _targets(examples, width),
-            weights,
+            _targets(examples),
+            mask_weights(examples),
             _lengths(examples),
             self.advantage,
             self.prompt,
@@ -182,16 +213,16 @@ class _Batch:
     def relative(self, examples: list[Example], step: int) -> Tensor:
         """d of every record, one value for each mask: float64 [N, K], in nats.
 
-        Scores labelled `policy` and `reference` in the records are taken where they were made by
-        this reference and by the policy as it is now.
+        Before the first step that of the records, where they have it.
         """
+        draw = 2 * step + self.batching.independent_residual
+        if step == 0:
+            plan = dataclasses.replace(self.batching.plan, draw=draw)
+            taken = recorded_difference(self.records, self.policy, self.reference.revision, plan)
+            if taken is not None:
+                return taken
         if self.batching.independent_residual:
-            examples = self.examples(2 * step + 1)
-        else:
-            revisions = {"policy": self.policy.revision, "reference": self.reference.revision}
-            if step == 0 and all(_scored_by(record, revisions) for record in self.records):
-                taken = [relative_score(record, "policy", "reference") for record in self.records]
-                return torch.stack(taken)
+            examples = self.examples(draw)
         away = self.log_probs(examples) - self.reference.log_probs(examples)
         return away.sum(dim=2) * mask_weights(examples)
 
@@ -211,13 +242,14 @@ def batch_advantages(groups: Sequence[Sequence[Record]], batching: Batching) -> 
     return torch.tensor([a for group in made for a in group], dtype=torch.float64)
 
 
-def _scored_by(record: Record, revisions: Mapping[str, str]) -> bool:
-    scores = record.get("elbo") or {}
-    return all(scores.get(label, {}).get("revision") == made for label, made in revisions.items())
+def _nothing(examples: Sequence[Example]) -> Tensor:
+    """Zeros [N, K, G]."""
+    width = max(len(example.completion) for example in examples)
+    return torch.zeros(*mask_weights(examples).shape, width, dtype=torch.float64)
 
 
-def _targets(examples: Sequence[Example], width: int) -> Tensor:
-    targets = torch.zeros(*mask_weights(examples).shape, width, dtype=torch.bool)
+def _targets(examples: Sequence[Example]) -> Tensor:
+    targets = _nothing(examples).bool()
     for n, example in enumerate(examples):
         targets[n, :, : len(example.completion)] = example.masks.targets
     return targets

@@ -16,10 +16,10 @@ from torch import Tensor
 from dlmctl.diffusion.masks import Law
 from dlmctl.rl.advantages import Baseline, Scale
 
-Needs = Literal["nothing", "relative", "log_probs"]
+Needs = Literal["nothing", "relative", "log_probs", "ratios"]
 """nothing: the loss is linear in the log-probabilities of the policy, with weights that come from
 the advantages alone; relative: linear, with weights from the ELBO difference to the reference;
-log_probs: anything else."""
+log_probs: anything else; ratios: the same, with those of the policy that sampled, too."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Scores:
     """[N, K, G], log-probability of the target tokens under the policy that is trained; zeros where
     the loss is linear in them."""
     old: Tensor
-    """The same before the first step on this batch."""
+    """The same under the policy that the completions were sampled from; zeros where the objective
+    takes no ratio to it."""
     reference: Tensor
     """The same under the frozen reference; zeros where the objective does not need it."""
     targets: Tensor

@@ -1,15 +1,15 @@
 """SPG: a lower bound for what is good, an upper bound for what is bad (arXiv 2510.09541).
 
-With m_k target tokens hidden by mask k of K, and t_k = m_k / L_i:
+With m_k target tokens masked by mask k of K, and t_k = m_k / L_i:
 
     elbo_i = mean_k (1/m_k) sum_t log p_kt                         where A_i > 0
-    eubo_i = (1/beta) mean_t log mean_k (p_kt^beta / t_k)          over tokens hidden at least once
+    eubo_i = (1/beta) mean_t log mean_k (p_kt^beta / t_k)          over tokens masked at least once
     omega eubo_i + (1 - omega) elbo_i                              where A_i <= 0
     L      = -sum_i A_i score_i L_i / sum_i L_i
 
-A mask that does not hide a token counts as 0 in mean_k. omega = 1 is the pure upper bound. Neither
-an old policy nor a reference enters. Published: omega 0.5, beta 1 to 2 by task (1.5 here), two
-block-wise masks, 4 inner steps.
+A mask that leaves a token counts as 0 in mean_k. omega = 1 is the pure upper bound. Neither an old
+policy nor a reference enters. Published: omega 0.5, beta 1 to 2 by task (1.5 here), two block-wise
+masks, 0.15 of the prompt and of the blocks before masked as well (these are scored), 4 inner steps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class Spg:
     beta: float = 1.5
     omega: float = 0.5
 
-    recipe: ClassVar[Recipe] = Recipe(law="block", samples=2, inner=4, until_eos=True)
+    recipe: ClassVar[Recipe] = Recipe(
+        law="block", samples=2, inner=4, until_eos=True, prompt_mask=0.15
+    )
 
     @property
     def needs(self) -> Needs:
@@ -63,8 +65,8 @@ def upper_bound(scores: Scores, beta: float) -> Tensor:
     masks = scores.targets.shape[1]
     level = scores.targets.sum(dim=2) / scores.lengths[:, None]
     terms = beta * scores.current - level.clamp(min=1e-8).log()[:, :, None]
-    hidden_once = scores.targets.any(dim=1)
-    # Finite, so that tokens which no mask hides have gradient 0 instead of none.
+    masked_once = scores.targets.any(dim=1)
+    # Finite, so that tokens which no mask has have gradient 0 instead of none.
     terms = terms.masked_fill(~scores.targets, -1e9)
-    means = (terms.logsumexp(dim=1) - math.log(masks)) * hidden_once
-    return means.sum(dim=1) / hidden_once.sum(dim=1).clamp(min=1) / beta
+    means = (terms.logsumexp(dim=1) - math.log(masks)) * masked_once
+    return means.sum(dim=1) / masked_once.sum(dim=1).clamp(min=1) / beta

@@ -27,6 +27,7 @@ from dlmctl.records.jsonl import Record, dump, each
 from dlmctl.rl.batches import StepBatch, check_on_policy, packed, step_batches, unpacked
 from dlmctl.rl.credit_metrics import credit_metrics
 from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
+from dlmctl.rl.samplers import Samplers
 from dlmctl.rl.scores import Objective
 from dlmctl.rl.supervised import supervised_gradient, with_completion_ids
 from dlmctl.training.distributed import is_first, items_of_first, may_save
@@ -52,6 +53,8 @@ def update_policy(
         run.progress.reference_revision,
         lambda examples: run.reference_log_probs(examples, batch_size),
     )
+    samplers = Samplers(run, batch_size)
+    recorded = objective.recipe.sampled_old and not run.policy.diffusion
 
     def gradients(batch: StepBatch) -> Iterator[dict[str, Any]]:
         if not any_policy:
@@ -61,8 +64,10 @@ def update_policy(
                 f"dlmctl: {batch.partial} groups are not whole; their weights do not sum to zero",
                 file=sys.stderr,
             )
+        if objective.needs == "ratios" and not recorded:
+            samplers.keep(batch)
         for metrics in policy_gradients(
-            run.policy, reference, batch.groups, objective, batching, batch_size
+            run.policy, reference, batch.groups, objective, batching, batch_size, samplers
         ):
             credit = credit_metrics(batch.rows) if objective.recipe.token_weights else {}
             yield {**_rewards(batch), **metrics, **credit}

@@ -91,6 +91,13 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return whole.detach()
 
 
+def own_share(tensor: Tensor) -> Tensor:
+    """The share of a tensor that this rank has, in its own memory; of one that is whole, all."""
+    spread: Any = tensor
+    share: Tensor = spread.to_local() if hasattr(tensor, "to_local") else tensor
+    return share
+
+
 def to_first(tensor: Tensor) -> Tensor:
     """A full tensor on the CPU of the first rank, an empty one on the others."""
     whole = full_tensor(tensor)

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import combinations, permutations, product
 
 import pytest
 import torch
@@ -144,6 +145,117 @@ def test_a_block_mask_leaves_what_is_before_it_and_hides_what_is_behind():
     assert min(firsts.values()) > 70
     inside = Counter(int(h[4:8].sum()) for h in masks.hidden if not h[:4].any() and h[4:8].any())
     assert set(inside) == {1, 2, 3, 4}
+
+
+def expected_block_masks(prompt, canvas, scored, block, share):
+    """The law of one block mask by enumeration: {(prompt bits, completion bits): probability}."""
+    blocks, within = canvas // block, -(-scored // block)
+    law = Counter()
+    for order in permutations(range(blocks)):
+        start = order[0] % within * block
+        inside = range(start, min(start + block, scored))
+        for count in range(1, len(inside) + 1):
+            subsets = list(combinations(inside, count))
+            for subset in subsets:
+                chance = 1 / (math.factorial(blocks) * len(inside) * len(subsets))
+                for before in product([False, True], repeat=prompt + start):
+                    masked = sum(before)
+                    weight = share**masked * (1 - share) ** (prompt + start - masked)
+                    row = [*before[prompt:], *(i in subset for i in inside)]
+                    row += [True] * (canvas - len(row))
+                    law[before[:prompt], tuple(row)] += chance * weight
+    return law
+
+
+def test_a_block_mask_masks_the_prompt_and_the_blocks_before_it_with_one_probability():
+    """The forward process of SPG (arXiv 2510.09541): one law for everything before the block."""
+    law = expected_block_masks(prompt=2, canvas=6, scored=3, block=2, share=0.25)
+    assert sum(law.values()) == pytest.approx(1)
+    scored = torch.tensor([True, True, True, False, False, False])
+    seen, count = Counter(), 1500
+    for name in range(count):
+        masks = draw_masks("block", 2, scored, (0, name), 1, 2, 2, 0.25)
+        for before, row in zip(masks.prompt_hidden.tolist(), masks.hidden.tolist(), strict=True):
+            seen[tuple(before), tuple(row)] += 1
+    assert seen.keys() <= law.keys()
+    for outcome, chance in law.items():
+        # The two masks of a completion are not independent, which doubles the variance at most.
+        error = math.sqrt(2 * 2 * count * chance * (1 - chance))
+        assert abs(seen[outcome] - 2 * count * chance) < 4 * error
+
+
+def test_the_tokens_masked_before_a_block_are_scored():
+    scored = torch.tensor([True] * 10 + [False] * 6)
+    masks = draw_masks("block", 50, scored, (0, "a"), 0, 4, 0, 0.5)
+    earlier = masks.hidden[:, :4] & ~masks.hidden[:, :4].all(dim=1, keepdim=True)
+    assert earlier.any()
+    assert torch.equal(masks.targets[:, :10], masks.hidden[:, :10])
+    counts = masks.targets.sum(dim=1).double()
+    assert torch.equal(masks.weights, 10 / counts)
+
+
+def test_the_blocks_of_a_completion_are_a_permutation_of_those_of_the_canvas():
+    """Each is drawn once, and counted round where fewer of them have tokens that are scored."""
+    scored = torch.tensor([True] * 4 + [False] * 2)
+    pairs, count = Counter(), 1200
+    for name in range(count):
+        hidden = draw_masks("block", 2, scored, (0, name), 0, block_length=2).hidden
+        pairs[tuple((~hidden[:, :2]).all(dim=1).tolist())] += 1
+    # Of the orders of blocks 0, 1 and 2, where 2 counts as 0, none has block 1 twice.
+    expected = Counter((a % 2 == 1, b % 2 == 1) for a, b, _ in permutations(range(3)))
+    assert pairs.keys() == expected.keys()
+    for pair, ways in expected.items():
+        assert abs(pairs[pair] - count * ways / 6) < 4 * math.sqrt(count * ways / 6)
+    # More masks than blocks: another permutation, and so on.
+    many = draw_masks("block", 9, all_scored(6), (0, "a"), 0, block_length=2).hidden
+    firsts = [int(row.nonzero()[0, 0]) // 2 for row in many]
+    assert [sorted(firsts[n : n + 3]) for n in (0, 3, 6)] == [[0, 1, 2]] * 3
+    alone = draw_masks("block", 2, all_scored(3), (0, "a"), 0, block_length=32)
+    assert alone.hidden.any(dim=1).all()
+
+
+@pytest.mark.parametrize(
+    ("length", "group", "offsets"),
+    [(8, 3, [0, 3, 6]), (7, 4, [0, 2, 4, 6]), (9, 4, [0, 3, 5, 8]), (256, 6, None)],
+)
+def test_the_levels_of_a_pair_are_spread_evenly_over_the_samples_of_a_prompt(
+    length, group, offsets
+):
+    """The forward process of ESPO (arXiv 2512.03759): x_i = k + round(i (L + 1) / b) mod L + 1."""
+    offsets = offsets or [math.floor(i * (length + 1) / group + 0.5) for i in range(group)]
+    for name in range(5):
+        levels = torch.stack(
+            [
+                draw_masks("complementary", 6, all_scored(length), (0, name), i, group=group)
+                .hidden[::2]
+                .sum(dim=1)
+                for i in range(2 * group)
+            ]
+        )
+        for samples in levels.split(group):
+            assert torch.equal(
+                samples, (samples[0] + torch.tensor(offsets)[:, None]) % (length + 1)
+            )
+    assert len({tuple(row) for row in levels.tolist()}) == len(levels)
+
+
+@pytest.mark.parametrize("group", [1, 3, 5])
+def test_every_level_of_a_spread_pair_is_as_likely_as_any_other(group):
+    levels = {n: Counter() for n in range(group)}
+    for name in range(800):
+        for n, seen in levels.items():
+            masks = draw_masks("complementary", 2, all_scored(4), (0, name), n, group=group)
+            seen[int(masks.hidden[0].sum())] += 1
+    for seen in levels.values():
+        assert all(abs(seen[x] - 160) < 4 * math.sqrt(160) for x in range(5))
+
+
+def test_without_a_group_each_sample_has_a_level_of_its_own():
+    pairs = Counter()
+    for name in range(500):
+        rows = [draw_masks("complementary", 2, all_scored(2), (0, name), i) for i in range(2)]
+        pairs[tuple(int(row.hidden[0].sum()) for row in rows)] += 1
+    assert len(pairs) == 9
 
 
 def test_the_full_mask_hides_everything_and_scores_what_counts():

@@ -1,14 +1,16 @@
 """The stages `rollout` and `score-elbo` as functions on streams of records."""
 
 import itertools
+import json
 import re
+from dataclasses import replace
 
 import pytest
 from conftest import tiny_policy
 
 from dlmctl.diffusion.rollout import Round, rollout
 from dlmctl.diffusion.sampling import Sampling
-from dlmctl.diffusion.scoring import MaskPlan, relative_score, score
+from dlmctl.diffusion.scoring import MaskPlan, example_of, masks_by, score
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
 
@@ -90,18 +92,56 @@ def test_every_label_is_scored_under_the_same_masks():
     apart = list(score(completed(), {"reference": policies["reference"]}, plan, 1))
     apart = list(score(apart, {"policy": policies["policy"]}, plan, 3))
     for a, b in zip(together, apart, strict=True):
-        assert relative_score(a, "policy", "reference").tolist() == pytest.approx(
-            relative_score(b, "policy", "reference").tolist(), abs=1e-9
-        )
+        for label in policies:
+            assert a["elbo"][label]["samples"] == pytest.approx(b["elbo"][label]["samples"])
 
 
-def test_scores_of_different_masks_or_labels_are_not_subtracted(policy):
-    [record] = score(completed()[:1], {"a": policy}, MaskPlan(seed=1), 1)
-    [record] = score([record], {"b": policy}, MaskPlan(seed=2), 1)
-    with pytest.raises(DataError, match="different masks"):
-        relative_score(record, "a", "b")
-    with pytest.raises(DataError, match="no score labelled 'c'; there are: a, b"):
-        relative_score(record, "a", "c")
+def test_the_levels_of_complementary_masks_are_spread_over_the_samples_that_rollout_drew(policy):
+    def levels(samples):
+        place = {} if samples is None else {"samples": samples}
+        records = [
+            Record(id="a", sample=i, prompt="1=", completion="0123012", rollout=place)
+            for i in range(4)
+        ]
+        examples = [example_of(r, policy, MaskPlan("complementary", 2)) for r in records]
+        return [int(example.masks.hidden[0].sum()) for example in examples]
+
+    first, *others = levels(4)
+    assert others == [(first + 2 * i) % 8 for i in (1, 2, 3)]
+    # Of completions from elsewhere nobody knows how many there are.
+    assert levels(None) == levels(1) != levels(4)
+
+
+def test_a_sample_that_is_no_number_is_refused(policy):
+    record = Record(id="a", sample="one", prompt="1=", completion="01")
+    with pytest.raises(DataError, match="field 'sample' is str, expected int"):
+        example_of(record, policy, MaskPlan())
+
+
+def test_a_score_names_all_that_its_masks_depend_on():
+    policy = tiny_policy()
+    plans = [
+        MaskPlan(),
+        MaskPlan("uniform"),
+        MaskPlan(samples=2),
+        MaskPlan(seed=1),
+        MaskPlan(until_eos=True),
+        MaskPlan(prompt_mask=0.1),
+        MaskPlan(draw=1),
+        MaskPlan("independent", levels=(0.1, 0.5)),
+        MaskPlan("block", block_length=2),
+        MaskPlan("block", block_length=3),
+        # The model's own blocks.
+        MaskPlan("block"),
+    ]
+    names = [masks_by(policy, plan) for plan in plans]
+    assert all(a != b for n, a in enumerate(names) for b in names[:n])
+    assert json.loads(json.dumps(names)) == names
+    other = replace(policy, sampling={"block_length": 4})
+    assert masks_by(other, MaskPlan("block")) == masks_by(policy, MaskPlan("block", block_length=4))
+    assert masks_by(other, MaskPlan()) == masks_by(policy, MaskPlan(block_length=8)) == names[0]
+    exact = [masks_by(tiny_policy("ar"), MaskPlan(until_eos=cut)) for cut in (False, True)]
+    assert exact == ["exact", "exact until eos"]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from ranks import Ranks, same_files, same_metrics, write
 from dlmctl.diffusion import elbo
 from dlmctl.diffusion.elbo import Example, own_micro_batches
 from dlmctl.diffusion.masks import MaskSet
+from dlmctl.models.loading import load_policy
 
 STEPS = "--batch-size 3 --lr 1e-3 --warmup 3 --grad-norm 0.5 -q"
 COMMON = f"--prompts-per-step 2 {STEPS}"
@@ -98,6 +99,24 @@ def test_other_objectives_and_models(tmp_path, saved_models, family, options):
     assert alone.exit_code == 0, alone.output
     made = Ranks(f"{line} -o two", tmp_path, given).done()
     same_metrics(read_jsonl(tmp_path / "one" / "metrics.jsonl"), made)
+    same_files(tmp_path / "one" / "latest", tmp_path / "two" / "latest")
+
+
+@pytest.mark.parametrize("adapter", ["", "--lora-rank 4"])
+def test_ratios_to_the_weights_that_sampled_a_round(tmp_path, saved_models, adapter):
+    """The second batch is scored under a copy of each rank's share of the weights before."""
+    model = saved_models("llada")
+    place = {"samples": 2, "revision": load_policy(model, "cpu").revision}
+    given = write(tmp_path / "all.jsonl", [{**row, "rollout": place} for row in verified(3)])
+    line = f"update --algo espo --inner 2 -k 2 --clip 0.001 --prompts-per-step 2 -m {model} {STEPS}"
+    line = f"{line} {adapter}"
+    alone = invoke(*line.split(), "-o", tmp_path / "one", given)
+    assert alone.exit_code == 0, alone.output
+    made = Ranks(f"{line} -o two", tmp_path, given).done()
+    expected = read_jsonl(tmp_path / "one" / "metrics.jsonl")
+    assert expected[0]["clipped"] == 0
+    assert max(row["clipped"] for row in expected[2:]) > 0
+    same_metrics(expected, made)
     same_files(tmp_path / "one" / "latest", tmp_path / "two" / "latest")
 
 
