@@ -39,6 +39,11 @@ def recorded_difference(
             if reason := _unusable(entry, revision, masks):
                 _say(label, reason)
                 return None
+    for own, other in zip(*scores.values(), strict=True):
+        if own.get("tokens") != other.get("tokens"):
+            counts = f"of {own.get('tokens')} and of {other.get('tokens')} tokens"
+            _say("reference", f"they are not of the tokens of 'policy', {counts}")
+            return None
     tables = {
         label: torch.tensor([entry["samples"] for entry in entries], dtype=torch.float64)
         for label, entries in scores.items()

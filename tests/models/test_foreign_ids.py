@@ -11,11 +11,12 @@ import torch
 from conftest import invoke, read_jsonl, tiny_policy
 
 from dlmctl.consistency.membership import Sama, likelihoods, sama_scores
-from dlmctl.diffusion.scoring import MaskPlan, relative_score, score
+from dlmctl.diffusion.scoring import MaskPlan, score
 from dlmctl.models.policy import Policy, check_same_tokens
 from dlmctl.models.saving import save_policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
+from dlmctl.rl.recorded import recorded_difference
 from dlmctl.sae.corpus import Corruption, corrupted, documents
 from dlmctl.sae.stability import stability
 
@@ -104,13 +105,15 @@ def test_ids_that_cannot_be_its_own_are_refused(tokens: Any, message: str) -> No
             read(record)
 
 
-def test_scores_of_two_tokenizers_are_not_subtracted() -> None:
+def test_scores_of_two_tokenizers_are_not_subtracted(capsys: pytest.CaptureFixture[str]) -> None:
     own, plan = tiny_policy(alphabet=OWN), MaskPlan()
-    [record] = score(texts()[:1], {"a": own, "b": own}, plan, 1)
-    assert relative_score(record, "a", "b").tolist() == [0.0] * 4
-    record["elbo"]["b"]["tokens"] -= 1
-    with pytest.raises(DataError, match="of 7 and 6 tokens, as of models with different"):
-        relative_score(record, "a", "b")
+    [record] = score(texts()[:1], {"policy": own, "reference": own}, plan, 1)
+    taken = recorded_difference([record], own, own.revision, plan)
+    assert taken is not None
+    assert taken.tolist() == [[0.0] * 4]
+    record["elbo"]["reference"]["tokens"] -= 1
+    assert recorded_difference([record], own, own.revision, plan) is None
+    assert "of 7 and of 6 tokens" in capsys.readouterr().err
 
 
 def test_stability_is_of_models_with_one_tokenizer() -> None:
