@@ -51,7 +51,7 @@ class Batching:
 
 
 def passes_for(objective: Objective, inner: int, sampled: bool) -> Passes:
-    """The passes that `policy_gradients` takes.
+    """The passes that `policy_gradients` takes once the policy has left the reference.
 
     Args:
         inner: steps on a batch.
@@ -158,7 +158,9 @@ class _Batch:
         current = reference = nothing
         if old is not None:
             current = self.log_probs(examples) if moved else old
-            reference = self.reference.log_probs(examples) if objective.needs_reference else nothing
+        if old is not None and objective.needs_reference:
+            same = self.at_reference(step)
+            reference = current if same else self.reference.log_probs(examples)
         return Scores(
             current.clone().requires_grad_(),
             nothing if old is None else old,
@@ -171,6 +173,10 @@ class _Batch:
             self.relative(examples, step) if objective.needs == "relative" else None,
             self.token_weights(examples, objective),
         )
+
+    def at_reference(self, step: int) -> bool:
+        """Whether policy and reference have the same weights, so that one pass tells of both."""
+        return step == 0 and self.policy.revision == self.reference.revision
 
     def token_weights(self, examples: Sequence[Example], objective: Objective) -> Tensor:
         """[N, G]; 1 where the algorithm has none."""
@@ -185,6 +191,8 @@ class _Batch:
         Scores labelled `policy` and `reference` in the records are taken where they were made by
         this reference and by the policy as it is now.
         """
+        if self.at_reference(step):
+            return torch.zeros_like(mask_weights(examples))
         if self.batching.independent_residual:
             examples = self.examples(2 * step + 1)
         else:
