@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import orjson
 import pytest
 import torch
 from preload import dlmctl_script
+from preloaded import HANGS
 from typer.testing import CliRunner, Result
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the packages below are imported
@@ -128,7 +130,6 @@ def invoke(name: str, *arguments: str | Path) -> Result:
 def shell(
     line: str,
     cwd: Path,
-    timeout: float = 120.0,
     fresh: bool = False,
     more: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
@@ -148,8 +149,16 @@ def shell(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=HANGS,
     )
+
+
+def wait_for(condition: Callable[[], Any], said: Callable[[], str] = str) -> None:
+    """Return once the condition holds; `said` tells why it does not."""
+    deadline = time.monotonic() + HANGS
+    while not condition():
+        assert time.monotonic() < deadline, said()
+        time.sleep(0.01)
 
 
 def nearly(value: Any, rel: float = 1e-6, abs: float = 0.0) -> Any:

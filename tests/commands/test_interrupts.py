@@ -9,14 +9,12 @@ import time
 
 import orjson
 import pytest
-from conftest import read_jsonl
+from conftest import HANGS, read_jsonl, wait_for
 from preload import parent
 from preloaded import Command
 
 RECORD = {"id": "a", "task": "countdown", "numbers": [1, 2], "target": 3, "completion": "1+2"}
 LINE = orjson.dumps(RECORD) + b"\n"
-SOON = 10.0
-"""Seconds; one is enough on a machine that has nothing else to do."""
 
 
 class Running:
@@ -37,10 +35,7 @@ class Running:
         os.write(self.input, b"".join(lines))
 
     def wait_for(self, condition):
-        deadline = time.monotonic() + 60
-        while not condition():
-            assert time.monotonic() < deadline, self.errors.read_text()
-            time.sleep(0.01)
+        wait_for(condition, self.errors.read_text)
 
     def stop(self, *signals):
         """The exit code after these signals, and what was said."""
@@ -48,7 +43,7 @@ class Running:
             with contextlib.suppress(ProcessLookupError):
                 self.command.send_signal(number)
             time.sleep(0.1)  # of several that wait for a process the lowest is given first
-        code = self.command.wait(timeout=SOON)
+        code = self.command.wait()
         os.close(self.input)
         return code, self.errors.read_text()
 
@@ -194,7 +189,7 @@ def test_no_import_is_broken_off_by_an_exception(tmp_path):
         [sys.executable, "-c", LISTENS + f"import sys; sys.path.append({str(tmp_path)!r})\n{code}"],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=HANGS,
     )
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "")
     assert done.stderr == "dlmctl: verify interrupted\n"
