@@ -13,6 +13,8 @@ from conftest import HANGS, read_jsonl, wait_for
 from preload import parent
 from preloaded import Command
 
+from dlmctl.records import interrupts
+
 RECORD = {"id": "a", "task": "countdown", "numbers": [1, 2], "target": 3, "completion": "1+2"}
 LINE = orjson.dumps(RECORD) + b"\n"
 
@@ -91,6 +93,7 @@ def test_before_the_first_record_there_is_nothing_to_say(tmp_path):
 
 
 def test_what_does_not_listen_is_ended_all_the_same(tmp_path):
+    assert interrupts.GRACE < 1
     (tmp_path / "stubborn.py").write_text(
         "import time, pathlib\n"
         "def judge(record):\n"

@@ -47,9 +47,14 @@ class Ended:
 
 
 class Harness:
-    """The inputs, undisturbed runs and a place for faults."""
+    """The inputs, undisturbed runs and a place for faults.
 
-    def __init__(self, place: Path) -> None:
+    Args:
+        soon: seconds from a signal to the end of a command, without those for a processor.
+    """
+
+    def __init__(self, place: Path, soon: float = 1.0) -> None:
+        self.soon = soon
         self.place, self.kit = place, place / "kit"
         self.disk = place / "disk"
         self.trees: dict[str, Trees] = {}
@@ -202,9 +207,9 @@ def _signal(number: int, harness: Harness, job: Job, home: Path, dice: random.Ra
     seconds, waited = time.monotonic() - sent, waits.seconds()
     ended = _ended(harness, command, at=round(moment, 3), hit=command.returncode != 0,
                    end=round(seconds, 3), waited=round(waited, 3))  # fmt: skip
-    if not ended.facts["hit"] and not done and seconds > 1.0:
+    if not ended.facts["hit"] and not done and seconds > harness.soon:
         raise FaultError(f"the signal at {moment:.2f} s changed nothing")
-    if number != signal.SIGKILL and ended.facts["hit"] and seconds - waited > 1.0:
+    if number != signal.SIGKILL and ended.facts["hit"] and seconds - waited > harness.soon:
         raise FaultError(f"it took {seconds:.2f} s to end, {waited:.2f} of them for a processor")
     return ended
 
