@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
 import pytest
 import torch
 from preload import dlmctl_script
+from preloaded import HANGS
 from typer.testing import CliRunner, Result
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the packages below are imported
@@ -53,13 +57,7 @@ def tiny_policy(
         sampling={"gen_length": 6},
         seed=seed,
     )
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in policy.model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.4, generator=generator)
-    policy.model.double()
-    return policy
+    return _in_float64(policy, 0.4, seed)
 
 
 def tiny_vision_policy(
@@ -68,13 +66,28 @@ def tiny_vision_policy(
     """A vision-language model in float64, whose weights are large enough to have opinions."""
     tokenizer = character_tokenizer(alphabet)
     policy = make_vision_policy(kind, tokenizer, 16, 2, 2, sampling={"gen_length": 6}, seed=seed)
+    return _in_float64(policy, 0.3, seed)
+
+
+def _in_float64(policy: Policy, spread: float, seed: int) -> Policy:
+    """The policy with weights N(0, spread^2), a revision of its own, and float64 in all layers.
+
+    The RMSNorms of transformers compute in float32 whatever they are given, and a sum in another
+    order would show at 1e-7 where a test of float64 expects 1e-12.
+    """
+    model = policy.model
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in policy.model.parameters():
+        for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.3, generator=generator)
-    policy.model.double()
-    return policy
+                parameter.normal_(0.0, spread, generator=generator)
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            norm = torch.nn.RMSNorm(module.weight.shape, module.variance_epsilon)
+            norm.weight = module.weight
+            model.set_submodule(name, norm)
+    model.double()
+    return replace(policy, revision=f"{policy.family}-{seed}")
 
 
 def noise_image(seed: int, width: int = 84, height: int = 84) -> str:
@@ -117,7 +130,6 @@ def invoke(name: str, *arguments: str | Path) -> Result:
 def shell(
     line: str,
     cwd: Path,
-    timeout: float = 120.0,
     fresh: bool = False,
     more: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
@@ -137,8 +149,25 @@ def shell(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=HANGS,
     )
+
+
+def wait_for(condition: Callable[[], Any], said: Callable[[], str] = str) -> None:
+    """Return once the condition holds; `said` tells why it does not."""
+    deadline = time.monotonic() + HANGS
+    while not condition():
+        assert time.monotonic() < deadline, said()
+        time.sleep(0.01)
+
+
+def nearly(value: Any, rel: float = 1e-6, abs: float = 0.0) -> Any:
+    """What JSON equals that differs by the rounding of its floats alone."""
+    if isinstance(value, dict):
+        return {name: nearly(inner, rel, abs) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [nearly(inner, rel, abs) for inner in value]
+    return pytest.approx(value, rel=rel, abs=abs) if isinstance(value, float) else value
 
 
 def read_jsonl(path: Path) -> list[dict]:

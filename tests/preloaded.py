@@ -15,6 +15,10 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 
+HANGS = 600.0
+"""Seconds after which a process that a test waits for hangs: no sound one takes as long on a slow
+machine that does much else, so that no test fails by the clock."""
+
 
 class Command:
     """A command that runs; its process is `pid`.
@@ -52,7 +56,7 @@ class Command:
         """To the process itself."""
         os.kill(self.pid, number)
 
-    def wait(self, timeout: float | None = None) -> int:
+    def wait(self, timeout: float | None = HANGS) -> int:
         """Its exit code, or minus the signal that ended it.
 
         Raises:
@@ -72,7 +76,7 @@ def main(address: str, arguments: list[str]) -> None:
     # The command has them now: a pipe is to end with it, whatever becomes of this process.
     os.close(0)
     os.close(1)
-    code = command.wait()
+    code = command.wait(None)
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)

@@ -56,7 +56,7 @@ class Ranks:
 
     def done(self) -> list[dict]:
         """The metrics, when all have ended well."""
-        codes = [command.wait(120) for command in self.commands]
+        codes = [command.wait() for command in self.commands]
         assert codes == [0] * len(codes), "".join(err.read_text() for err in self.err)
         assert all(not out.read_bytes() for out in self.out[1:])
         return read_jsonl(self.out[0])

@@ -60,7 +60,8 @@ class Batching:
 
 
 def passes_for(objective: Objective, inner: int, sampled: bool) -> Passes:
-    """The passes that `policy_gradients` takes on a batch that was sampled from the policy.
+    """The passes that `policy_gradients` takes on a batch that was sampled from the policy, once
+    this has left the reference.
 
     Args:
         inner: steps on a batch.
@@ -189,7 +190,9 @@ class _Batch:
                 current = old.log_probs[0]
             else:
                 current = self.log_probs(examples)
-            reference = self.reference.log_probs(examples) if objective.needs_reference else nothing
+            if objective.needs_reference:
+                same = self.at_reference(step)
+                reference = current if same else self.reference.log_probs(examples)
         return Scores(
             current.clone().requires_grad_(),
             nothing if old is None else old.log_probs[step],
@@ -203,6 +206,10 @@ class _Batch:
             self.token_weights(examples, objective),
         )
 
+    def at_reference(self, step: int) -> bool:
+        """Whether policy and reference have the same weights, so that one pass tells of both."""
+        return step == 0 and self.policy.revision == self.reference.revision
+
     def token_weights(self, examples: Sequence[Example], objective: Objective) -> Tensor:
         """[N, G]; 1 where the algorithm has none."""
         if objective.recipe.token_weights:
@@ -215,6 +222,8 @@ class _Batch:
 
         Before the first step that of the records, where they have it.
         """
+        if self.at_reference(step):
+            return torch.zeros_like(mask_weights(examples))
         draw = 2 * step + self.batching.independent_residual
         if step == 0:
             plan = dataclasses.replace(self.batching.plan, draw=draw)

@@ -9,14 +9,14 @@ import time
 
 import orjson
 import pytest
-from conftest import read_jsonl
+from conftest import HANGS, read_jsonl, wait_for
 from preload import parent
 from preloaded import Command
 
+from dlmctl.records import interrupts
+
 RECORD = {"id": "a", "task": "countdown", "numbers": [1, 2], "target": 3, "completion": "1+2"}
 LINE = orjson.dumps(RECORD) + b"\n"
-SOON = 10.0
-"""Seconds; one is enough on a machine that has nothing else to do."""
 
 
 class Running:
@@ -37,10 +37,7 @@ class Running:
         os.write(self.input, b"".join(lines))
 
     def wait_for(self, condition):
-        deadline = time.monotonic() + 60
-        while not condition():
-            assert time.monotonic() < deadline, self.errors.read_text()
-            time.sleep(0.01)
+        wait_for(condition, self.errors.read_text)
 
     def stop(self, *signals):
         """The exit code after these signals, and what was said."""
@@ -48,7 +45,7 @@ class Running:
             with contextlib.suppress(ProcessLookupError):
                 self.command.send_signal(number)
             time.sleep(0.1)  # of several that wait for a process the lowest is given first
-        code = self.command.wait(timeout=SOON)
+        code = self.command.wait()
         os.close(self.input)
         return code, self.errors.read_text()
 
@@ -96,6 +93,7 @@ def test_before_the_first_record_there_is_nothing_to_say(tmp_path):
 
 
 def test_what_does_not_listen_is_ended_all_the_same(tmp_path):
+    assert interrupts.GRACE < 1
     (tmp_path / "stubborn.py").write_text(
         "import time, pathlib\n"
         "def judge(record):\n"
@@ -194,7 +192,7 @@ def test_no_import_is_broken_off_by_an_exception(tmp_path):
         [sys.executable, "-c", LISTENS + f"import sys; sys.path.append({str(tmp_path)!r})\n{code}"],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=HANGS,
     )
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "")
     assert done.stderr == "dlmctl: verify interrupted\n"

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import read_jsonl, shell
+from conftest import HANGS, read_jsonl, shell
 from preload import dlmctl_script
 from typer.testing import CliRunner
 
@@ -135,7 +135,6 @@ def test_the_end_of_the_last_stage_ends_all_that_wait(tmp_path, saved_models):
         f"dlmctl rollout --follow run -m {saved_models('llada')} --rounds 1000 --prompts 1 -n 2 "
         f"{SMALL} | dlmctl verify --verifier sudoku-cells | head -1 > one.jsonl",
         tmp_path,
-        timeout=60,
     )
     assert len(read_jsonl(tmp_path / "one.jsonl")) == 1
     assert done.stderr == ""
@@ -155,7 +154,7 @@ def test_rollout_writes_its_first_record_before_its_last_input_arrives(tmp_path,
     process.stdin.write(b'{"id": "b", "prompt": "34="}\n')
     process.stdin.close()
     assert [json.loads(line)["id"] for line in process.stdout] == ["a", "b", "b"]
-    assert process.wait(timeout=60) == 0
+    assert process.wait(HANGS) == 0
 
 
 def test_the_same_seed_gives_the_same_bytes_whatever_the_batch(tmp_path, saved_models):

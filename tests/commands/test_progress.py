@@ -12,7 +12,7 @@ import orjson
 import pytest
 from conftest import invoke, shell
 from preload import parent
-from preloaded import Command
+from preloaded import HANGS, Command
 
 from dlmctl.cli import SUBCOMMANDS, functions
 from dlmctl.commands import input_lines, progress
@@ -195,7 +195,7 @@ class OnTerminal:
         self.seen = b""
 
     def wait_for(self, text):
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + HANGS
         while text not in self.seen:
             assert time.monotonic() < deadline, self.seen
             self.seen += os.read(self.master, 4096)
@@ -217,7 +217,7 @@ def test_a_terminal_shows_a_line_that_ctrl_c_takes_away(tmp_path):
     running.wait_for(b"2 records, ")
     assert b"so far" in running.seen
     running.command.send_signal(signal.SIGINT)
-    assert running.command.wait(10) == -signal.SIGINT
+    assert running.command.wait() == -signal.SIGINT
     os.close(running.input)
     seen = running.rest()
     assert "\x1b[?25l" not in seen  # the cursor
@@ -233,7 +233,7 @@ def test_the_line_makes_way_for_records_and_messages_and_is_gone_in_the_end(tmp_
     os.write(running.input, b"nonsense\n" + LINE)
     running.wait_for(b"2 records, ")
     os.close(running.input)
-    assert running.command.wait(10) == 0
+    assert running.command.wait() == 0
     seen = running.rest()
     assert "\r\x1b[Kdlmctl: skipped: <stdin>:2: not JSON" in seen
     assert seen.count('\r\x1b[K{"id":"a"') + seen.startswith('{"id":"a"') >= 1
@@ -251,7 +251,7 @@ def test_nothing_is_drawn_within_a_pipe_or_on_a_dumb_terminal(case, tmp_path):
     os.write(running.input, LINE)
     time.sleep(progress.DRAWN_S + 0.3)
     os.close(running.input)
-    assert running.command.wait(10) == 0
+    assert running.command.wait() == 0
     assert running.rest() == ""
     os.close(reading)
 

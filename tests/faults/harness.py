@@ -24,11 +24,9 @@ from typing import Any
 
 from checks import Trees, check_whole, differences, steps_once, tree
 from jobs import JOBS, Job, make_kit, start
-from preloaded import Command
+from preloaded import HANGS, Command
 from processes import Waits, wait_for_handler
 
-LONGEST = 300.0
-"""Seconds that a command may take on a machine with other work."""
 PAGE = os.sysconf("SC_PAGE_SIZE")
 ROOM = 64 * 2**20
 
@@ -49,9 +47,14 @@ class Ended:
 
 
 class Harness:
-    """The inputs, undisturbed runs and a place for faults."""
+    """The inputs, undisturbed runs and a place for faults.
 
-    def __init__(self, place: Path) -> None:
+    Args:
+        soon: seconds from a signal to the end of a command, without those for a processor.
+    """
+
+    def __init__(self, place: Path, soon: float = 1.0) -> None:
+        self.soon = soon
         self.place, self.kit = place, place / "kit"
         self.disk = place / "disk"
         self.trees: dict[str, Trees] = {}
@@ -76,7 +79,7 @@ class Harness:
         """Run the job to its end."""
         line, begun = job.command(self.kit, again), time.monotonic()
         command = start(line, home, self.source(job), home / "stdout", home / "stderr")
-        code = command.wait(LONGEST)
+        code = command.wait()
         seconds = time.monotonic() - begun
         # The shortest, so that few moments are behind the end.
         self.seconds[job.name] = min(seconds, self.seconds.get(job.name, seconds))
@@ -163,7 +166,7 @@ def _begin(
 
 
 def _ended(harness: Harness, command: Command, **facts: Any) -> Ended:
-    code = command.wait(LONGEST)
+    code = command.wait()
     said = (harness.place / "stderr").read_text()
     return Ended(code, said, (harness.place / "stdout").read_bytes(), facts)
 
@@ -184,7 +187,7 @@ def _signal(number: int, harness: Harness, job: Job, home: Path, dice: random.Ra
     """A signal at a random moment; SIGINT and SIGTERM once the command listens."""
     begun, command = time.monotonic(), _begin(harness, job, home)
     if number != signal.SIGKILL:
-        wait_for_handler(command.pid, LONGEST)
+        wait_for_handler(command.pid, HANGS)
     moment = _moment(harness, job, dice)
     time.sleep(max(0.0, begun + moment - time.monotonic()))
     waits = Waits(command.pid)
@@ -199,14 +202,14 @@ def _signal(number: int, harness: Harness, job: Job, home: Path, dice: random.Ra
             command.wait(0.005)
         except TimeoutError:
             waits.look()
-            if time.monotonic() - sent > LONGEST:
+            if time.monotonic() - sent > HANGS:
                 raise FaultError("it goes on after the signal") from None
     seconds, waited = time.monotonic() - sent, waits.seconds()
     ended = _ended(harness, command, at=round(moment, 3), hit=command.returncode != 0,
                    end=round(seconds, 3), waited=round(waited, 3))  # fmt: skip
-    if not ended.facts["hit"] and not done and seconds > 1.0:
+    if not ended.facts["hit"] and not done and seconds > harness.soon:
         raise FaultError(f"the signal at {moment:.2f} s changed nothing")
-    if number != signal.SIGKILL and ended.facts["hit"] and seconds - waited > 1.0:
+    if number != signal.SIGKILL and ended.facts["hit"] and seconds - waited > harness.soon:
         raise FaultError(f"it took {seconds:.2f} s to end, {waited:.2f} of them for a processor")
     return ended
 
@@ -292,7 +295,7 @@ def _second(harness: Harness, job: Job, home: Path, dice: random.Random) -> Ende
     line = job.command(harness.kit, again=True)
     other = start(line, home, harness.source(job), harness.place / "stdout-2",
                   harness.place / "stderr-2")  # fmt: skip
-    second = other.wait(LONGEST)
+    second = other.wait()
     said = (harness.place / "stderr-2").read_text()
     ended = _ended(harness, command, at=round(moment, 3), second=second)
     refused = 0

@@ -110,7 +110,7 @@ def make_kit(kit: Path) -> None:
         ("distill sample teacher -n 12 --steps 4 -o samples.safetensors", "", ""),
     ):
         code = start(line, kit, kit / source if source else None, kit / (output or "said"),
-                     kit / "errors").wait(60)  # fmt: skip
+                     kit / "errors").wait()  # fmt: skip
         assert code == 0, f"{line}: {(kit / 'errors').read_text()}"
     # Rewards that differ, so that there is something to learn.
     import orjson

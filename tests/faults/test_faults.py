@@ -6,6 +6,7 @@ import random
 import pytest
 from harness import KINDS, Harness, plan
 from jobs import JOBS
+from preloaded import HANGS
 
 FAULTS = int(os.environ.get("DLMCTL_TEST_FAULTS", "10"))
 CHEAP = ["rollout", "verify", "score-elbo", "advantage", "update-sft", "sae-train",
@@ -14,7 +15,7 @@ CHEAP = ["rollout", "verify", "score-elbo", "advantage", "update-sft", "sae-trai
 
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory):
-    return Harness(tmp_path_factory.mktemp("faults"))
+    return Harness(tmp_path_factory.mktemp("faults"), soon=HANGS)  # a disk may be slow, too
 
 
 @pytest.mark.parametrize(

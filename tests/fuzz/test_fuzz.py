@@ -114,7 +114,7 @@ def test_hangs_and_crashes_are_kept_and_the_rest_goes_on(
             pass
 
     seeds = [b"a", b"hang", b"b"]
-    monkeypatch.setattr(fuzz, "AGAIN", 0.3)
+    monkeypatch.setattr(fuzz, "AGAIN", 2.0)
     # The sound inputs are tried before the watch begins.
     monkeypatch.setattr(fuzz.Runner, "warm", lambda self: None)
     hanging = Target("hanging", seeds, fragile, lambda data, draw: b"c", 1, wall=0.1)

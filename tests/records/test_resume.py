@@ -4,11 +4,10 @@ import io
 import json
 import os
 import random
-import time
 from itertools import pairwise
 
 import pytest
-from conftest import invoke, read_jsonl
+from conftest import invoke, read_jsonl, wait_for
 from preload import parent
 from preloaded import Command
 
@@ -303,28 +302,33 @@ def test_advantages_of_tokens_go_on_at_a_batch(tmp_path):
 
 
 def test_a_killed_rollout_goes_on_to_the_same_bytes(tmp_path, saved_models, problems):
-    line = ["rollout", "-q", str(problems), "-m", saved_models("llada"), "-n", "4", "-b", "4",
+    line = ["rollout", "-q", "-m", saved_models("llada"), "-n", "4", "-b", "4",
             *SAMPLER, "--on-error", "skip", "-o", "out.jsonl"]  # fmt: skip
 
-    def start(*more):
+    def start(source, *more):
         null = os.open(os.devnull, os.O_RDWR)
         errors = os.open(tmp_path / "err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        command = Command(parent(), [*line, *more], [null, null, errors], tmp_path)
-        os.close(null)
-        os.close(errors)
+        command = Command(parent(), [*line, *more], [source, null, errors], tmp_path)
+        for number in (source, null, errors):
+            os.close(number)
         return command
 
-    assert start().wait(timeout=60) == 0
+    def whole_input():
+        return os.open(problems, os.O_RDONLY)
+
+    assert start(whole_input()).wait() == 0
     whole = (tmp_path / "out.jsonl").read_bytes()
     (tmp_path / "out.jsonl").unlink()
     partial = tmp_path / "out.jsonl.partial"
-    victim = start()
-    while not (partial.exists() and partial.stat().st_size > 2000):
-        time.sleep(0.005)
+    # Its input does not end, so that it is not done before it is killed.
+    reading, writing = os.pipe()
+    victim = start(reading)
+    os.write(writing, problems.read_bytes())
+    wait_for(lambda: partial.exists() and partial.stat().st_size > 2000)
     victim.send_signal(9)
-    victim.wait(timeout=10)
-    assert partial.exists()
-    assert start("--resume").wait(timeout=60) == 0, (tmp_path / "err").read_text()
+    victim.wait()
+    os.close(writing)
+    assert start(whole_input(), "--resume").wait() == 0, (tmp_path / "err").read_text()
     assert (tmp_path / "out.jsonl").read_bytes() == whole
     assert "stay" in (tmp_path / "err").read_text()
     assert json.loads(whole.splitlines()[0])["sample"] == 0

@@ -3,11 +3,10 @@
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import read_jsonl, shell
+from conftest import HANGS, read_jsonl, shell
 
 LINE = '{"id":"a","task":"countdown","numbers":[1,2],"target":3,"completion":"1+2"}'
 ENDLESS = f"yes '{LINE}'"
@@ -17,7 +16,6 @@ def test_endless_input_ends_with_its_reader_silently_and_with_exit_0(tmp_path):
     done = shell(
         f"{ENDLESS} | dlmctl verify | head -3 > three.jsonl; echo ${{PIPESTATUS[@]}}",
         tmp_path,
-        timeout=30,
     )
     assert done.stdout.split()[1:] == ["0", "0"]
     assert done.stderr == ""
@@ -63,7 +61,7 @@ def test_a_record_leaves_before_the_next_one_comes():
         stage.stdin.flush()
         assert b'"reward":1.0' in stage.stdout.readline()
     stage.stdin.write(LINE.encode())  # no line end: the file of a writer that was cut off
-    out, _ = stage.communicate(timeout=20)
+    out, _ = stage.communicate(timeout=HANGS)
     assert b'"reward":1.0' in out
     assert stage.returncode == 0
 
@@ -79,10 +77,7 @@ def test_a_stage_that_waits_for_input_ends_when_its_reader_has_gone():
     stage.stdin.flush()
     stage.stdout.readline()
     stage.stdout.close()
-    deadline = time.monotonic() + 20
-    while stage.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert stage.returncode == 0
+    assert stage.wait(HANGS) == 0
     assert stage.stderr.read() == b""
 
 

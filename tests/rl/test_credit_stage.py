@@ -149,7 +149,7 @@ def test_records_of_several_policies_are_each_weighed_by_their_own(tmp_path, ver
     save_policy(make_vision_policy("qwen2.5-vl", tokenizer, 32, 2, 2, seed=7), directory)
     policy, other = load_policy(str(directory)), []
     for row in renamed(verified[:3], model=str(directory), revision=policy.revision):
-        prompt = policy.encode(row)
+        prompt = policy.encode({k: v for k, v in row.items() if k != "tokens"})
         ids = [*policy.encode_text(row["completion"]), policy.eos_id]
         other.append({**row, "tokens": {"prompt": prompt, "completion": ids}})
     apart = [*credited(tmp_path, verified[:3]), *credited(tmp_path, other)]

@@ -46,7 +46,7 @@ def records(first, groups, policy, **place):
 
 def opened(directory, model, algo="espo", rank=0, rate=0.03):
     return open_run(
-        directory, str(model), algo, Optimization(rate, max_norm=10.0), Adapter(rank), "cpu",
+        directory, model, algo, Optimization(rate, max_norm=10.0), Adapter(rank), "cpu",
         "auto", False, seed=0,
     )  # fmt: skip
 
@@ -214,7 +214,7 @@ def published(tmp_path, saved_models, algo="espo"):
 
 def test_a_loop_of_short_pipes_is_compared_with_what_each_began_from(tmp_path, saved_models):
     sampler, rows = published(tmp_path, saved_models)
-    run = opened(tmp_path / "run", "ignored")
+    run = opened(tmp_path / "run", None)
     made = steps(run, rows, beta=0.0, clip=0.02, save_every=1)
     assert next(made)["clipped"] == 0
     moved = frozen(run.policy)
@@ -235,20 +235,20 @@ def test_a_run_that_was_cut_between_two_batches_resumes_with_the_sampler(
     made = steps(first, rows, save_every=1, beta=0.0, clip=0.02)
     next(made)
     made.close()
-    run = opened(tmp_path / "run", "ignored")
+    run = opened(tmp_path / "run", None)
     moved = frozen(run.policy)
     check(next(steps(run, rows[4:], beta=0.0, clip=0.02)), "espo", moved, sampler, rows[4:])
 
 
 def test_where_the_weights_are_gone_the_batch_is_refused(tmp_path, saved_models):
     _, rows = published(tmp_path, saved_models)
-    first = opened(tmp_path / "run", "ignored")
+    first = opened(tmp_path / "run", None)
     list(steps(first, rows[:4]))
     for row in rows:
         row.where = "x.jsonl:5"
     # The name is that of the run, which has gone on.
     moved_on = [Record(r, rollout={**r["rollout"], "model": str(tmp_path / "run")}) for r in rows]
-    run = opened(tmp_path / "run", "ignored")
+    run = opened(tmp_path / "run", None)
     with pytest.raises(DataError, match=r"has others now.*sample again from this run"):
         next(steps(run, moved_on[4:]))
     checkpoint = latest_checkpoint(tmp_path / "run")

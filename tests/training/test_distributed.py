@@ -123,9 +123,9 @@ def test_ratios_to_the_weights_that_sampled_a_round(tmp_path, saved_models, adap
 def test_a_bad_record_ends_all_ranks_and_the_steps_before_it_are_kept(tmp_path, saved_models):
     given = write(tmp_path / "all.jsonl", [*verified(2), {"id": "x", "reward": "much"}])
     ranks = Ranks(f"update -m {saved_models('llada')} {COMMON} -o run", tmp_path, given)
-    assert ranks.commands[0].wait(120) == 65
+    assert ranks.commands[0].wait() == 65
     ranks.commands[1].send_signal(signal.SIGTERM)  # as torchrun does
-    ranks.commands[1].wait(120)
+    ranks.commands[1].wait()
     assert "reward" in ranks.err[0].read_text()
     assert os.readlink(tmp_path / "run" / "latest") == "step-000002"
     assert not ranks.err[1].read_text()
@@ -138,7 +138,7 @@ def test_a_reader_that_goes_away_ends_all_ranks_with_a_checkpoint(tmp_path, save
     line = f"update -m {saved_models('llada')} {COMMON} -o run {given}"
     ranks = Ranks(line, tmp_path, given, output=writer)
     os.close(writer)
-    assert [command.wait(120) for command in ranks.commands] == [0, 0]
+    assert [command.wait() for command in ranks.commands] == [0, 0]
     assert os.readlink(tmp_path / "run" / "latest") == "step-000001"
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
-from conftest import invoke, read_jsonl
+from conftest import invoke, read_jsonl, wait_for
 from ranks import Ranks, same_files, same_metrics
 
 from dlmctl.records.locks import hold_run
@@ -73,13 +72,13 @@ def test_a_student_that_was_stopped_goes_on_at_another_number_of_ranks(
         output = closed()
         stopped = Ranks(f"{line} -o {name}", tmp_path, NOTHING, before, output)
         os.close(output)
-        assert [command.wait(120) for command in stopped.commands] == [0] * before
+        assert [command.wait() for command in stopped.commands] == [0] * before
         # Step 3 is the first that is told of, and its reader is gone.
         assert os.readlink(tmp_path / name / "state" / "latest") == "step-000002"
         Ranks(f"{line} -o {name}", tmp_path, NOTHING, after).done()
         same_runs(tmp_path / "one", tmp_path / name)
     done = Ranks(f"{line} -o one-three", tmp_path, NOTHING)
-    assert [command.wait(120) for command in done.commands] == [0, 0]
+    assert [command.wait() for command in done.commands] == [0, 0]
     assert done.err[0].read_text().count("is trained already") == 1
     assert not done.err[1].read_text()
 
@@ -91,13 +90,10 @@ def test_a_signal_ends_all_ranks_and_the_first_says_where_it_stands(
     line = f"distill teacher builtin:digits#0:16 {SMALL} --steps 1000000 --log-every 1 -o run"
     ranks = Ranks(line, tmp_path, NOTHING)
     log = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (log.exists() and log.read_bytes().count(b"\n") > 3):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: log.exists() and log.read_bytes().count(b"\n") > 3)
     for command in ranks.commands:
         command.send_signal(number)
-    assert [command.wait(20) for command in ranks.commands] == [-number, -number]
+    assert [command.wait() for command in ranks.commands] == [-number, -number]
     assert "interrupted: run was at step" in ranks.err[0].read_text()
     assert not ranks.err[1].read_text()
 
@@ -115,9 +111,9 @@ def test_what_the_first_rank_refuses_ends_all_of_them(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     lock = hold_run(tmp_path / "run")
     ranks = Ranks(f"{TEACHER} -b 6 -o run", tmp_path, NOTHING)
-    assert ranks.commands[0].wait(60) == 75
+    assert ranks.commands[0].wait() == 75
     ranks.commands[1].send_signal(signal.SIGTERM)  # as torchrun does
-    assert ranks.commands[1].wait(60) == -signal.SIGTERM
+    assert ranks.commands[1].wait() == -signal.SIGTERM
     assert f"process {os.getpid()} is writing run" in ranks.err[0].read_text()
     assert not ranks.err[1].read_text()
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import orjson
 import pytest
-from conftest import invoke, read_jsonl
+from conftest import invoke, read_jsonl, wait_for
 from ranks import Ranks, same_files, same_metrics, write
 
 from dlmctl.sae import division
@@ -86,7 +85,7 @@ def test_a_run_that_was_stopped_goes_on_at_another_number_of_ranks(
         with os.fdopen(reader) as records:
             for _ in range(30):
                 records.readline()
-        assert [command.wait(120) for command in stopped.commands] == [0] * before
+        assert [command.wait() for command in stopped.commands] == [0] * before
         run = tmp_path / name
         state = os.readlink(run / "state" / "latest")
         assert int(state.rpartition("-")[2]) > 4
@@ -122,9 +121,9 @@ def test_what_cannot_be_trained_on_ends_all_ranks(
     size = "--sae-batch-size 4096" if "longer" in said else ""
     line = f"sae-train -m {saved_models('llada')} -k 2,3 {SMALL} {size} --tokens {tokens} -o run -"
     ranks = Ranks(line, tmp_path, corpus)
-    assert ranks.commands[0].wait(120) == 65
+    assert ranks.commands[0].wait() == 65
     ranks.commands[1].send_signal(signal.SIGTERM)  # as torchrun does
-    ranks.commands[1].wait(60)
+    ranks.commands[1].wait()
     assert said in ranks.err[0].read_text().replace("<stdin>", "corpus.jsonl")
     assert not ranks.err[1].read_text()
     assert not list((tmp_path / "run").glob("layer*"))
@@ -135,13 +134,10 @@ def test_a_signal_ends_all_ranks_and_the_first_says_where_it_stands(
 ) -> None:
     line = f"sae-train -m {saved_models('llada')} -k 2,3 {SMALL} --save-minutes 0 -o run {corpus}"
     ranks = Ranks(line, tmp_path, NOTHING)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "state" / "latest").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for((tmp_path / "run" / "state" / "latest").exists)
     for command in ranks.commands:
         command.send_signal(signal.SIGTERM)
-    assert [command.wait(20) for command in ranks.commands] == [-signal.SIGTERM] * 2
+    assert [command.wait() for command in ranks.commands] == [-signal.SIGTERM] * 2
     assert "interrupted: run was at block" in ranks.err[0].read_text()
     assert not ranks.err[1].read_text()
 

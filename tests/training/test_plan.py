@@ -13,7 +13,7 @@ from pathlib import Path
 import orjson
 import pytest
 import torch
-from conftest import invoke, tiny_policy, tiny_vision_policy
+from conftest import HANGS, invoke, tiny_policy, tiny_vision_policy
 from torch.utils.flop_counter import (
     FlopCounterMode,
     sdpa_backward_flop_count,
@@ -165,9 +165,9 @@ def test_shards_and_traffic_of_two_ranks_are_as_planned(unused_port):
     ranks = [context.Process(target=rank_report, args=(n, unused_port, results)) for n in range(2)]
     for process in ranks:
         process.start()
-    first, second = sorted((results.get(timeout=60) for _ in ranks), key=lambda r: r["rank"])
+    first, second = sorted((results.get(timeout=HANGS) for _ in ranks), key=lambda r: r["rank"])
     for process in ranks:
-        process.join(60)
+        process.join(HANGS)
     whole = weightless(random_policy(layers=2, vocabulary=501))
     expected, moves = kept_memory(whole, 2), units(whole, 2)
     assert first["weights"] == expected.weights
@@ -248,7 +248,7 @@ def test_the_memory_of_gradients_and_of_sampling_is_as_planned():
         env={**os.environ, **settings, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
     )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]

@@ -15,7 +15,7 @@ from preloaded import Command
 from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.loading import load_policy
 from dlmctl.records.errors import DataError, UsageError
-from dlmctl.records.jsonl import Record
+from dlmctl.records.jsonl import Record, dump
 from dlmctl.rl.policy_gradient import Batching
 from dlmctl.rl.rspo import Rspo
 from dlmctl.rl.update import update_policy, update_supervised
@@ -293,25 +293,21 @@ def test_a_completion_longer_than_the_filling_is_refused(tmp_path, saved_models)
 
 
 def test_killing_a_run_leaves_the_newest_checkpoint_whole(tmp_path, saved_models):
-    records = tmp_path / "records.jsonl"
-    with records.open("w") as stream:
-        for record in verified(400):
-            stream.write(json.dumps(record) + "\n")
     line = f"update -m {saved_models('llada')} -o run --prompts-per-step 2 --save-every 1"
+    source, records = os.pipe()
     reader, writer = os.pipe()
     with open(os.devnull, "r+b") as nothing, open(reader, "rb") as metrics_lines:
-        process = Command(
-            parent(),
-            [*line.split(), str(records)],
-            [nothing.fileno(), writer, nothing.fileno()],
-            tmp_path,
-        )
+        process = Command(parent(), line.split(), [source, writer, nothing.fileno()], tmp_path)
+        os.close(source)
         os.close(writer)
+        # More steps than are waited for, and no end, so that it is not done before it is killed.
+        os.write(records, b"".join(dump(record) for record in verified(50)))
         for _ in range(5):
             assert metrics_lines.readline()
         time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
-        assert process.wait(timeout=10) == -signal.SIGKILL
+        assert process.wait() == -signal.SIGKILL
+        os.close(records)
     checkpoint = latest_checkpoint(tmp_path / "run")
     step = read_progress(checkpoint).step
     assert step >= 3

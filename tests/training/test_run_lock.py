@@ -7,10 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from conftest import invoke, shell
+from conftest import HANGS, invoke, shell, wait_for
 from preload import parent
 from preloaded import Command
 
@@ -28,13 +27,13 @@ if sys.argv[3] == "fork":
     reads, writes = os.pipe()
     if os.fork() == 0:
         os.write(writes, b"x")
-        time.sleep(30)
+        time.sleep(3600)
     os.read(reads, 1)  # until the child has run what it runs first, on a busy machine too
 if sys.argv[3] == "exec":
     import subprocess
-    subprocess.Popen(["sleep", "30"])
+    subprocess.Popen(["sleep", "3600"])
 print("held", flush=True)
-time.sleep(30)
+sys.stdin.read()
 """
 
 
@@ -42,7 +41,9 @@ def owner(path, kind="run", child="none"):
     """A process that holds a lock."""
     line = [sys.executable, "-c", OWNER, str(path), kind, child]
     # In a session of its own, so that its children can be ended with it.
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
     assert process.stdout.readline() == b"held\n"
     return process
 
@@ -80,7 +81,7 @@ def test_a_lock_is_one_for_a_process_and_gone_with_its_last_holder(tmp_path):
     del first
     gc.collect()
     other = [sys.executable, "-c", OWNER, str(tmp_path), "run", "none"]
-    refused = subprocess.run(other, capture_output=True, text=True, timeout=20)
+    refused = subprocess.run(other, capture_output=True, text=True, timeout=HANGS)
     assert f"process {os.getpid()} is writing" in refused.stderr
     del second
     gc.collect()
@@ -97,13 +98,6 @@ def test_a_file_that_took_another_name_meanwhile_is_not_the_one_that_is_locked(t
     assert output.read_text() == "done"
     first.release()
     second.release()
-
-
-def wait_for(condition, seconds=20.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_second_trainer_is_refused_and_the_directory_left_as_it_is(tmp_path, saved_models):
@@ -178,7 +172,7 @@ def test_a_second_command_does_not_cut_what_the_first_has_written(tmp_path):
     assert refused.exit_code == 75
     assert f"process {first.pid} is writing out.jsonl" in refused.stderr
     os.close(end)
-    assert first.wait(timeout=20) == 0
+    assert first.wait() == 0
     assert (tmp_path / "out.jsonl").read_bytes().count(b"\n") == 1
 
 

@@ -5,7 +5,7 @@ import resource
 import time
 
 import pytest
-from conftest import invoke, read_jsonl
+from conftest import HANGS, invoke, read_jsonl, wait_for
 
 from dlmctl.records.errors import DataError, MissingInputError
 from dlmctl.records.jsonl import Record, dump
@@ -90,9 +90,7 @@ def test_an_alarm_stops_what_takes_too_long_all_the_same(monkeypatch):
     monkeypatch.setitem(VERIFIERS, "endless", f"{__name__}:endless")
     find_verifier.cache_clear()
     rows = [Record(completion="x"), Record(completion="y")]
-    begin = time.monotonic()
     done = list(verify(rows, ["endless"], time_limit=0.2))
-    assert time.monotonic() - begin < 5
     assert [row["reward"] for row in done] == [0, 0]
     assert done[0]["verdict"]["endless"] == {"correct": False, "why": "took longer than 0.2 s"}
 
@@ -100,24 +98,26 @@ def test_an_alarm_stops_what_takes_too_long_all_the_same(monkeypatch):
 def endless(record):
     import re
 
-    return float(re.fullmatch("(a+)+b", "a" * 40) is not None)  # within one call of the library
+    # Hours, within one call of the library.
+    return float(re.fullmatch("(a+)+b", "a" * 40) is not None)
 
 
-def test_math_and_vqa_give_up_on_towers_and_go_on():
+def test_math_and_vqa_give_up_on_towers_and_go_on(monkeypatch):
     judge()  # its start has time apart
     tower = r"\boxed{9^{9^{9^{9}}}}"
-    begin = time.monotonic()
     verdict = math({"answer": "1234", "completion": tower}, time_limit=0.5)
-    assert time.monotonic() - begin < 5
     assert verdict.reward == 0
     assert verdict.detail["why"] == "took longer than 0.5 s"
     half = {"answer": r"\frac{1}{2}", "completion": r"\boxed{\frac{2}{4}}"}
-    assert vqa(half, time_limit=5.0).reward == 1  # the process is started again
+    assert vqa(half, time_limit=HANGS).reward == 1  # the process is started again
 
     answers = [rf"\frac{{{i}}}{{7}}" for i in range(10)]
-    begin = time.monotonic()
+    asked = []
+    monkeypatch.setattr(
+        "dlmctl.verifiers.vqa.math", lambda *given: asked.append(given) or math(*given)
+    )
     verdict = vqa({"answers": answers, "completion": tower}, time_limit=0.5)
-    assert time.monotonic() - begin < 5  # once for all references
+    assert len(asked) == 1  # the limit is one for all references
     assert verdict.reward == 0
     assert "took longer" in verdict.detail["why"]
 
@@ -150,19 +150,18 @@ def own(tmp_path, monkeypatch):
 def test_functions_of_others_are_killed_and_started_again(own, capsys):
     """9**9**9**9 is one call of C, which no alarm interrupts."""
     rows = [Record(completion=text) for text in ("a", "power", "b", "sleep")]
-    begin = time.monotonic()
-    done = list(verify(rows, [own], time_limit=1.0))
-    assert time.monotonic() - begin < 20
+    # Long enough for those that judge at once, on a machine that does much else.
+    done = list(verify(rows, [own], time_limit=3.0))
     assert [row["reward"] for row in done] == [0.5, 0, 0.5, 0]
     assert done[2]["verdict"][own] == {"seen": "b"}
-    assert done[3]["verdict"][own]["why"] == "took longer than 1 s"
+    assert done[3]["verdict"][own]["why"] == "took longer than 3 s"
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.count("took longer than 1 s") == 1
+    assert said.err.count("took longer than 3 s") == 1
 
 
 def test_functions_of_others_that_fail_are_named(own):
-    worker = Worker(own, 5.0)
+    worker = Worker(own, HANGS)
     try:
         for text, message in (
             ("die", "exit 3"),
@@ -191,7 +190,7 @@ def test_an_alarm_leaves_the_handler_that_was_there():
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
-def asked(command, time_limit=5.0, memory=None, line=b"{}\n", times=1):
+def asked(command, time_limit=HANGS, memory=None, line=b"{}\n", times=1):
     judge = Program(command, time_limit, memory)
     try:
         return [judge.ask(line) for _ in range(times)]
@@ -218,7 +217,7 @@ def test_an_endless_line_is_no_verdict():
 
 
 def test_a_flood_of_lines_stays_in_its_pipe():
-    judge = Program(["yes", "0.5"], 5.0)
+    judge = Program(["yes", "0.5"], HANGS)
     try:
         assert [judge.ask(b"{}\n") for _ in range(3)] == [0.5] * 3
         time.sleep(0.2)
@@ -229,10 +228,8 @@ def test_a_flood_of_lines_stays_in_its_pipe():
 
 def test_a_program_that_does_not_read_has_a_limit_of_time_too():
     """The record is longer than a pipe holds, so that sending it would wait for ever."""
-    begin = time.monotonic()
     with pytest.raises(OverrunError, match=r"within 0\.3 s"):
         asked(["sleep", "1000"], 0.3, line=b"x" * (1 << 22) + b"\n")
-    assert time.monotonic() - begin < 5
 
 
 def test_long_records_and_long_verdicts_pass_at_once():
@@ -243,14 +240,15 @@ def test_long_records_and_long_verdicts_pass_at_once():
 
 def test_what_a_program_started_stops_with_it(tmp_path):
     mark = tmp_path / "pid"
-    with pytest.raises(OverrunError):
-        asked(["sh", "-c", f"sleep 1000 & echo $! > {mark}; wait"], 0.5)
+    starts = f"read first; sleep 1000 & echo $! > {mark}; echo 1; wait"
+    judge = Program(["sh", "-c", starts], HANGS)
+    assert judge.ask(b"{}\n") == 1
     pid = int(mark.read_text())
-    for _ in range(100):  # until whoever is its parent now has taken note
-        if not running(pid):
-            break
-        time.sleep(0.05)
-    assert not running(pid)
+    assert running(pid)
+    judge.time_limit = 0.3
+    with pytest.raises(OverrunError):
+        judge.ask(b"{}\n")
+    wait_for(lambda: not running(pid))  # until whoever is its parent now has taken note
 
 
 def running(pid: int) -> bool:

@@ -146,22 +146,23 @@ def test_own_functions_and_programs_judge_too(tmp_path):
         "print('{\"reward\": 0.5}', flush=True)"
     )
     line = 'yes \'{"completion": "x"}\' | dlmctl verify'
-    done = shell(f"{line} --verifier mine:short --exec 'python check.py' | head -2", tmp_path, 30)
+    done = shell(f"{line} --verifier mine:short --exec 'python check.py' | head -2", tmp_path)
     records = [json.loads(x) for x in done.stdout.splitlines()]
     assert [r["reward"] for r in records] == [0.75, 0.75]
     assert done.stderr == ""
 
 
 @pytest.mark.parametrize(
-    ("program", "message"),
-    [("false", "ended"), ("sleep 60", "no verdict within"), ("yes maybe", "not JSON")],
+    ("program", "limit", "message"),
+    [
+        ("false", 600, "ended"),
+        ("sleep 1000", 0.5, "no verdict within"),
+        ("yes maybe", 600, "not JSON"),
+    ],
 )
-def test_a_program_that_gives_no_verdict_is_named(tmp_path, program, message):
-    done = shell(
-        f"dlmctl verify --exec '{program}' --time-limit 0.5 <<< '{{\"completion\": \"x\"}}'",
-        tmp_path,
-        30,
-    )
+def test_a_program_that_gives_no_verdict_is_named(tmp_path, program, limit, message):
+    line = f"dlmctl verify --exec '{program}' --time-limit {limit}"
+    done = shell(f'{line} <<< \'{{"completion": "x"}}\'', tmp_path)
     assert done.returncode == 65
     assert "<stdin>:1" in done.stderr
     assert message in done.stderr
