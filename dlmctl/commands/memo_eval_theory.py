@@ -105,8 +105,12 @@ def command(
     student is distilled from it by consistency at one step of the probability flow; how the
     student is set up is ours. Writes a record with constants, bulks of the spectrum with their
     training times, and for each student the instability kappa of each bulk; then one for each role
-    and training time: loss on the training set and on fresh data, error of the score, norms within
-    the bulks.
+    and training time. A teacher has its loss on the training set and on fresh data (train, test)
+    and the error of the score, a student map_err, the error of the data that it makes of a noisy
+    sample against the end of the exact probability flow. Both have norms within the bulks and gap:
+    how much nearer to the data they come if it is of the training set, in units of the loss (test
+    less train of a teacher). A student moves a sample less than a denoiser does: gap and norms are
+    to be compared within a role.
 
     With --draws, as simulations have it, networks learn the draws of the noise too, and the error
     of the score is larger, in proportion to 1 / --draws.
@@ -117,7 +121,7 @@ def command(
 
     dlmctl memo-eval theory --draws 100 --taus 10,30,100 > drawn.jsonl
 
-    dlmctl plot theory.jsonl -x tau --log-x -y train -y test --by role,teacher_tau -o curves.png
+    dlmctl plot theory.jsonl -x tau --log-x -y map_err -y gap --by role,teacher_tau -o curves.png
     """
     if plot and plot.suffix.lower() not in (".png", ".svg"):
         raise UsageError(f"--plot {plot} ends neither in .png nor in .svg")

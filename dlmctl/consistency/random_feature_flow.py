@@ -18,9 +18,17 @@ R = E[(e^t x_t - e^s y_s) phi(x_t)^T] the flow is
 
     dS/dtau = -(2 alpha / psi_p) (S M + R),   S(tau) = S* + (S_0 - S*) exp(-(2 alpha/psi_p) M tau)
 
-with S* = -R M^-1. The score that f_S implies is S phi, so that S has the losses of B. R is exact;
-of C only the mean of (phi(y_s) - phi(x_t)) phi(x_t)^T is drawn, the rest is U. A teacher that
-learned from draws of the noise has a student that learns from the same.
+with S* = -R M^-1. R is exact; of C only the mean of (phi(y_s) - phi(x_t)) phi(x_t)^T is drawn, the
+rest is U. A teacher that learned from draws of the noise has a student that learns from the same.
+
+A student estimates no score: what f_S is to be is the end of the path, of which the score of the
+population is known. In a direction of variance lambda the probability flow
+dx/dt = -x + x / gamma_t, gamma_t = lambda e^-2t + D_t, keeps x / sqrt(gamma_t), so that
+
+    f*(y) = y sqrt(lambda / gamma_t)
+
+S phi = -y / gamma, for which f_S would be Tweedie's mean of the data given y, is not that map: the
+losses of a denoiser are wrong for a student.
 """
 
 from __future__ import annotations
@@ -128,6 +136,24 @@ def distill(
     if float(rates.real.min()) <= 0:
         raise UsageError(f"--noise-draws {draws} are too few: the student does not converge")
     return Student(drift, target, limit, rates, left, torch.linalg.inv(vectors), kappa)
+
+
+def map_error(problem: Problem, network: Tensor) -> float:
+    """E|f_S(y) - f*(y)|^2 / d over fresh y at time t, per dimension.
+
+    Args:
+        network: S in the eigenvectors of U, float64 [d, p]; of a teacher's B, the error of its
+            estimate of the data in one step, which is above 0 for the true score too.
+    """
+    setting = problem.setting
+    grown, spectrum = math.exp(setting.time), setting.spectrum()
+    gamma = math.exp(-2 * setting.time) * spectrum + setting.noise
+    weight = grown * setting.noise
+    away = grown - (spectrum / gamma).sqrt()  # f_S - f* = away y + weight S phi
+    error = float((away.square() * gamma).sum())
+    error += 2 * weight * float((network.T * problem.slope * (away * gamma)).sum())
+    error += weight**2 * float(((network @ problem.population) * network).sum())
+    return error / setting.dimension
 
 
 def _change(

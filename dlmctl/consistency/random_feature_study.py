@@ -10,7 +10,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dlmctl.consistency.random_feature_density import Density, density
-from dlmctl.consistency.random_feature_flow import Descent, Student, distill, teacher
+from dlmctl.consistency.random_feature_flow import (
+    Descent,
+    Student,
+    distill,
+    map_error,
+    teacher,
+)
 from dlmctl.consistency.random_features import (
     BULKS,
     Problem,
@@ -90,11 +96,11 @@ class Study(NamedTuple):
             row = {"role": "teacher", "tau": tau}
             if self.descent:
                 row["step"] = self.descent.steps(problem, tau)
-            yield {**row, **_measures(problem, teacher(problem, tau, self.descent))}
+            yield {**row, **_of_teacher(problem, teacher(problem, tau, self.descent))}
         for ended, student in zip(self.plan.teacher_taus, self.students, strict=True):
             for tau in self.plan.taus:
                 row = {"role": "student", "tau": tau, "teacher_tau": ended}
-                yield {**row, **_measures(problem, student.at(tau))}
+                yield {**row, **_of_student(problem, student.at(tau))}
 
     def tensors(self) -> dict[str, Tensor]:
         """Eigenvalues, networks, the features' own weights and the data, by name."""
@@ -138,8 +144,9 @@ class Study(NamedTuple):
                 "teacher_tau": tau,
                 "kappa": {name: float(student.kappa[part].mean()) for name, part in bulks},
                 "slowest": 1 / float(student.rates.real.min()),
-                "teacher": _measures(problem, network),
-                "converged": _measures(problem, student.limit),
+                # What the student begins as: its map_err is what distillation brings down.
+                "teacher": {**_of_teacher(problem, network), **_of_student(problem, network)},
+                "converged": _of_student(problem, student.limit),
             }
 
 
@@ -179,7 +186,24 @@ def expected_bulks(setting: Setting, limit: Density) -> dict[str, list[float]]:
     return made
 
 
-def _measures(problem: Problem, network: Tensor) -> dict[str, float]:
+def _of_teacher(problem: Problem, network: Tensor) -> dict[str, float]:
+    """The losses of a denoiser, and what both roles have."""
+    return {**losses(problem, network)._asdict(), **_memory(problem, network)}
+
+
+def _of_student(problem: Problem, network: Tensor) -> dict[str, float]:
+    """The error of the map, in place of these losses, and what both roles have."""
+    return {"map_err": map_error(problem, network), **_memory(problem, network)}
+
+
+def _memory(problem: Problem, network: Tensor) -> dict[str, float]:
+    """How much nearer to its training data than to fresh data it comes, and where its weights are.
+
+    With f_S(x_t) - x = e^t sqrt(D) (xi + sqrt(D) S phi), the loss of S as a denoiser is the squared
+    distance of f_S(x_t) from x, in e^2t D. What it is says nothing of a student; that it is less on
+    the training set does. Of N(0, I) a perfect student has (1 - e^-t) / D times the S of a perfect
+    denoiser, so that gap and norms compare networks of one role.
+    """
     found = losses(problem, network)
     sizes = {f"norm_{name}": size for name, size in norms(problem, network).items()}
-    return {**found._asdict(), "gap": found.test - found.train, **sizes}
+    return {"gap": found.test - found.train, **sizes}

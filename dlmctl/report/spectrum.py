@@ -1,4 +1,4 @@
-"""A picture of the random-feature model: its spectrum, and the losses over training time."""
+"""A picture of the random-feature model: its spectrum, and the errors over training time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BULK_NAMES = {"gen": "generalization", "mem": "memorization", "null": "null"}
 LINE_COLOURS = ("#1b6ca8", "#d98200", "#66508f", "#8a5a2b", "#2f2f2f")
 """Of the teacher and of its students; none that a bulk has."""
 BINS_PER_DECADE = 12
-WIDE, HIGH = 13.5, 4.0
+WIDE, HIGH = 17.0, 4.0
 
 
 def draw_theory(
@@ -40,18 +40,19 @@ def draw_theory(
         raise missing_package("matplotlib", "plot", "--plot") from None
     figure = Figure(figsize=(WIDE, HIGH), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    spectrum, loss, error = figure.subplots(1, 3)
+    spectrum, loss, gap, error = figure.subplots(1, 4)
     _spectrum(spectrum, header["bulks"], eigenvalues, limit)
     lines = _lines(rows)
     for axis, (solid, dashed), title in (
-        (loss, ("test", "train"), "loss: fresh data (solid), training set (dashed)"),
-        (error, ("score_err", None), "error of the score"),
+        (loss, ("test", "train"), "teacher's loss: fresh data (solid), training set"),
+        (gap, ("gap", None), "nearer to training than to fresh data"),
+        (error, ("map_err", "score_err"), "error: student's map (solid), teacher's score"),
     ):
         _times(axis, header["bulks"])
         _curves(axis, lines, solid, dashed)
         _dress(axis, title, "training time")
     error.set_yscale("log")
-    handles, labels = loss.get_legend_handles_labels()
+    handles, labels = gap.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     picture = io.BytesIO()
     figure.savefig(picture, format=kind, metadata={"Date": None} if kind == "svg" else None)
@@ -101,9 +102,9 @@ def _curves(axis: Any, lines: Mapping[str, Any], solid: str, dashed: str | None)
     for number, (label, rows) in enumerate(lines.items()):
         colour, taus = LINE_COLOURS[number % len(LINE_COLOURS)], [row["tau"] for row in rows]
         style = {"color": colour, "linewidth": 1.6}
-        axis.plot(taus, [row[solid] for row in rows], label=label, **style)
-        if dashed:
-            axis.plot(taus, [row[dashed] for row in rows], linestyle="--", **style)
+        for name, line in ((solid, {"label": label}), (dashed, {"linestyle": "--"})):
+            if name in rows[0]:  # a student has no loss, a teacher is no map
+                axis.plot(taus, [row[name] for row in rows], **style, **line)
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dlmctl.consistency.random_feature_flow import Descent, distill, teacher
+from dlmctl.consistency.random_feature_flow import Descent, distill, map_error, teacher
 from dlmctl.consistency.random_features import (
     Problem,
     Setting,
@@ -278,3 +278,51 @@ def test_norms_of_the_bulks_make_the_whole(problem, taught):
     parts = norms(problem, taught)
     assert list(parts) == ["gen", "mem", "null"]
     assert math.hypot(*parts.values()) == pytest.approx(float(taught.norm()))
+
+
+def ends_of_paths(y: torch.Tensor, setting: Setting, steps: int = 200) -> torch.Tensor:
+    """Points at time 0 of the probability flow dx/dt = -x - score(x, t) through y [d, N] at time t:
+    the classical method of Runge and Kutta, with the score of N(0, e^-2t Sigma + (1 - e^-2t) I)."""
+    spectrum = setting.spectrum()[:, None]
+
+    def slope(x: torch.Tensor, time: float) -> torch.Tensor:
+        shrunk = math.exp(-2 * time)
+        return -x + x / (shrunk * spectrum + 1 - shrunk)
+
+    x, h = y, -setting.time / steps
+    for step in range(steps):
+        at = setting.time + step * h
+        one = slope(x, at)
+        two = slope(x + h / 2 * one, at + h / 2)
+        three = slope(x + h / 2 * two, at + h / 2)
+        x = x + h / 6 * (one + 2 * two + 2 * three + slope(x + h * three, at + h))
+    return x
+
+
+def test_the_error_of_a_map_is_from_the_ends_of_the_probability_flow(network):
+    problem = draw_problem(SMALL, 0)
+    fresh = torch.randn(DRAWS, 6, generator=torch.Generator().manual_seed(5)).double()
+    y, _ = noised(fresh * SMALL.spectrum().sqrt(), DRAWS, 6)
+    assert len(SMALL.spectrum().unique()) > 1
+    for each in (network, torch.zeros_like(network), teacher(problem, 300.0)):
+        found = math.exp(SMALL.time) * (y + SMALL.noise * each @ features(problem, y))
+        missed = found - ends_of_paths(y, SMALL)
+        wanted = float((missed**2).sum(0).mean()) / 6
+        assert map_error(problem, each) == pytest.approx(wanted, rel=0.01)
+
+
+def test_a_perfect_student_has_no_error_and_is_no_denoiser():
+    """Features that are all but linear can be the map of N(0, I), f*(y) = y, itself."""
+    setting = Setting(psi_n=2, psi_p=3, dimension=6, time=0.05)
+    drawn = draw_problem(setting, 0)
+    # Where tanh is linear; its moments are of the order of the square of the weights.
+    problem = make_problem(setting, 1e-3 * drawn.weights, drawn.data)
+    inverse = torch.linalg.pinv(problem.weights / 6**0.5)
+    perfect = math.expm1(-setting.time) / setting.noise * inverse @ problem.vectors
+    assert map_error(problem, perfect) == pytest.approx(0, abs=1e-6)
+    assert losses(problem, perfect).score_err == pytest.approx(0.238, abs=5e-4)
+    true_score = -inverse @ problem.vectors
+    assert losses(problem, true_score).score_err == pytest.approx(0, abs=1e-6)
+    # Tweedie's mean of the data is e^-t y.
+    tweedie = math.expm1(-setting.time) ** 2
+    assert map_error(problem, true_score) == pytest.approx(tweedie, rel=1e-3)
