@@ -30,16 +30,18 @@ def ways(
     def cached(cache: CacheRule, **changes: Any) -> Sampling:
         return way(cache=cache, refresh=refresh, refresh_below=refresh_below, **changes)
 
+    by_threshold: dict[str, Any] = {"steps": None, "threshold": threshold}
+    by_factor: dict[str, Any] = {"steps": None, "factor": factor}
     return {
         "exact": settings,
         "compiled": way(compile=True),
-        "threshold": way(threshold=threshold),
-        "factor": way(factor=factor),
+        "threshold": way(**by_threshold),
+        "factor": way(**by_factor),
         "prefix": cached("prefix"),
         "dual": cached("dual"),
-        "prefix+threshold": cached("prefix", threshold=threshold),
-        "dual+threshold": cached("dual", threshold=threshold),
-        "dual+factor": cached("dual", factor=factor),
+        "prefix+threshold": cached("prefix", **by_threshold),
+        "dual+threshold": cached("dual", **by_threshold),
+        "dual+factor": cached("dual", **by_factor),
     }
 
 
@@ -79,7 +81,8 @@ def compare_samplers(
         base = dict(zip(chosen, tokens, strict=True))
         speed = len(chosen) * exact.gen_length / seconds
         whole = judge(tokens) if judge and len(chosen) == len(requests) else None
-        yield _row("reference", len(chosen), speed, 1.0, exact.steps, 1.0, whole, seconds, peak)
+        passes = exact.blocks * exact.steps_per_block
+        yield _row("reference", len(chosen), speed, 1.0, passes, 1.0, whole, seconds, peak)
     for name, settings in paths.items():
         _samples(policy, requests[:batch_size], _short(settings), batch_size)
         with Peak(policy.device) as peak:
@@ -111,9 +114,10 @@ def _samples(
 
 
 def _short(settings: Sampling) -> Sampling:
-    """A block of few steps, to have everything allocated and compiled."""
+    """A block, of few steps, to have everything allocated and compiled."""
     length = min(settings.gen_length, settings.block_length)
-    return dataclasses.replace(settings, gen_length=length, steps=min(2, settings.steps))
+    steps = None if settings.steps is None else min(2, settings.steps)
+    return dataclasses.replace(settings, gen_length=length, steps=steps)
 
 
 def _timed(policy: Policy, work: Callable[[], Any]) -> tuple[float, Any]:

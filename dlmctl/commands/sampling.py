@@ -23,7 +23,8 @@ Steps = Annotated[
     typer.Option(
         min=1,
         show_default="the model's own, else --gen-length",
-        help="Denoising steps over all blocks.",
+        help="Denoising steps over all blocks, which decide equally many tokens; not with "
+        "--threshold or --factor, which take as many steps as each block needs.",
     ),
 ]
 Temperature = Annotated[
@@ -51,9 +52,11 @@ Sae = Annotated[
 Threshold = Annotated[
     float | None,
     typer.Option(
+        min=0.0,
+        max=1.0,
         show_default="off",
-        help="Parallel decoding: in each step keep every token with confidence above this, "
-        "instead of a fixed number; --steps is then the most there can be.",
+        help="Parallel decoding, as in Fast-dLLM: in each step keep every token with at least this "
+        "confidence, and the surest one in any case, until the block is done.",
     ),
 ]
 Factor = Annotated[
@@ -61,8 +64,9 @@ Factor = Annotated[
     typer.Option(
         min=0.0,
         show_default="off",
-        help="Parallel decoding: in each step keep the n surest tokens, n as large as "
-        "(n + 1)(1 - confidence of the n-th) stays below this.",
+        help="Parallel decoding, as in Fast-dLLM: in each step keep the n surest tokens, at least "
+        "one, n as large as (n + 1)(1 - confidence of the n-th) is at most this, and with them a "
+        "last one left over; until the block is done.",
     ),
 ]
 Cache = Annotated[

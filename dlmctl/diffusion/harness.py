@@ -321,9 +321,10 @@ class HarnessModel(LM):
 
     def _greedy_settings(self, length: int) -> Sampling:
         """A completion of exactly `length` tokens; of no more steps than it has tokens."""
-        own = settings_for(self.policy, gen_length=length, **self._blocks(length))
-        steps = max(own.blocks, min(length, self.sampler.get("steps") or length))
-        given = {**self.sampler, **self._blocks(length), "steps": steps, "early_stop": False}
+        given = {**self.sampler, **self._blocks(length), "early_stop": False}
+        if given.get("steps"):
+            own = settings_for(self.policy, gen_length=length, **self._blocks(length))
+            given["steps"] = max(own.blocks, min(length, given["steps"]))
         return settings_for(self.policy, gen_length=length, temperature=0.0, **given)
 
     def _blocks(self, length: int) -> dict[str, int]:

@@ -116,24 +116,26 @@ def _confidence(logits: Tensor, token: Tensor, keys: Tensor, remasking: Remaskin
     return chosen / (1 + below.exp_().sum(dim=1).double())
 
 
-def kept(confidence: Tensor, quota: Tensor, last: Tensor, settings: Sampling) -> Tensor:
-    """bool [R, B]: the positions whose token stays.
+def kept(confidence: Tensor, quota: Tensor, settings: Sampling) -> Tensor:
+    """bool [R, B]: the positions whose token stays; at least one of each row but by quota.
+
+    `threshold` and `factor` are get_transfer_index and get_transfer_index_dynamic of Fast-dLLM.
 
     Args:
         confidence: float64 [R, B], -inf where nothing is masked.
-        quota: int64 [R], tokens to decide where their number is fixed.
-        last: bool [R], rows for which this is the last step of their block.
+        quota: int64 [R], tokens to decide if their number is fixed.
     """
     masked = confidence > -torch.inf
     ordered, order = confidence.sort(dim=1, descending=True, stable=True)
     rank = torch.arange(confidence.shape[1], device=confidence.device)
     if settings.threshold is not None:
-        stays = ordered > settings.threshold
+        stays = (ordered >= settings.threshold) | (rank == 0)
     elif settings.factor is not None:
-        sure = (rank + 2) * (1 - ordered) < settings.factor
-        stays = sure.int().cumprod(dim=1).bool()
+        # Confidence falls and its bound rises, so that these are the first of each row.
+        stays = (ordered >= 1 - settings.factor / (rank.double() + 2)) | (rank == 0)
+        number, left = stays.sum(dim=1), masked.sum(dim=1)
+        # Its loop ends at the last masked token alike whether that is sure enough or not.
+        stays = rank < torch.where(number == left - 1, left, number)[:, None]
     else:
         stays = rank < quota[:, None]
-    if settings.threshold is not None or settings.factor is not None:
-        stays = stays | (rank == 0) | last[:, None]
     return torch.zeros_like(masked).scatter_(1, order, stays) & masked

@@ -104,12 +104,7 @@ def batch_begins(policy: Policy, settings: Sampling, batch_size: int) -> Begins:
     there is no such place: a completion is then made again among others, and is the same but for
     floating-point noise, which can tip a choice only where two tokens are all but equally sure.
     """
-    early = (
-        settings.threshold is not None
-        or settings.factor is not None
-        or settings.early_stop
-        or settings.refresh_below > 0
-    )
+    early = settings.parallel or settings.early_stop or settings.refresh_below > 0
     if policy.diffusion and early:
         return always
     return lambda _, made: (made.lines - made.errors) % batch_size == 0

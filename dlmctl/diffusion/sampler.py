@@ -4,7 +4,7 @@ The completion starts as G mask tokens in blocks of `block_length`, decided from
 every step the model predicts all masked tokens of the block at once, and the ones it is most sure
 of stay; the others are masked again ("remasking"). A block of B tokens takes B / G of the `steps`.
 How many stay: n_t, as even as possible over the steps of the block; or with `threshold` every token
-with confidence above it; or by `factor` (both at least one).
+with at least this confidence, or by `factor`, at least one, in as many steps as the block takes.
 
 With temperature 0 in float32 this is, token for token, the `generate` of LLaDA (arXiv 2502.09992,
 algorithm 5 and its code); `threshold` and `factor` are the parallel decoding of Fast-dLLM (arXiv
@@ -110,10 +110,7 @@ def _denoise(canvas: Canvas, passes: Passes, watch: Watch) -> list[int]:
     confidence = torch.full(masked.shape, -torch.inf, dtype=torch.float64, device=canvas.device)
     confidence[masked.row, masked.offset] = sure
     quota = settings.quota()[[canvas.block[s] for s in rows], [canvas.step[s] for s in rows]]
-    last = [canvas.step[slot] == settings.steps_per_block - 1 for slot in rows]
-    stays = kept(
-        confidence, quota.to(canvas.device), torch.tensor(last, device=canvas.device), settings
-    )
+    stays = kept(confidence, quota.to(canvas.device), settings)
     again = passes.outdated(rows, confidence.amax(dim=1))
     stays &= ~again[:, None]
     canvas.decide(masked, stays[masked.row, masked.offset], token, steps)

@@ -16,6 +16,11 @@ Remasking = Literal["low_confidence", "random", "entropy", "margin", "sae"]
 EosRule = Literal["normal", "late", "never"]
 CacheRule = Literal["none", "prefix", "dual"]
 
+SURE: tuple[Remasking, ...] = ("low_confidence", "margin")
+"""Rules whose confidence says how sure the model is, between 0 and 1."""
+BETWEEN_0_AND_1: tuple[Remasking, ...] = (*SURE, "random", "sae")
+"""All rules whose confidence is between 0 and 1."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -25,16 +30,17 @@ class Sampling:
     """Tokens of the completion."""
     block_length: int = 32
     """Tokens of a block; the last block may be shorter."""
-    steps: int = 128
-    """Denoising steps over all blocks."""
+    steps: int | None = None
+    """Denoising steps over all blocks; None: as many as it takes, at most one a token."""
     temperature: float = 0.0
     cfg_scale: float = 0.0
     """Classifier-free guidance; 0 is off."""
     remasking: Remasking = "low_confidence"
     threshold: float | None = None
-    """Keep every token with confidence above this; None keeps a fixed number per step."""
+    """Keep every token with at least this confidence; None keeps a fixed number per step."""
     factor: float | None = None
-    """Keep the n surest tokens, n as large as (n + 1) (1 - confidence of the n-th) < this."""
+    """Keep the n surest tokens, n as large as (n + 1) (1 - confidence of the n-th) <= this, and
+    the last masked token of a block along with the others."""
     cache: CacheRule = "none"
     """Keys and values that a step takes from an earlier one: of none, of the tokens before the
     block (prefix), or of all tokens outside the block (dual)."""
@@ -51,24 +57,39 @@ class Sampling:
     """Run the model through torch.compile."""
 
     def __post_init__(self) -> None:
-        if min(self.gen_length, self.block_length, self.steps) < 1:
-            raise UsageError("--gen-length, --block-length and --steps are at least 1")
-        if self.steps < self.blocks:
+        if min(self.gen_length, self.block_length) < 1:
+            raise UsageError("--gen-length and --block-length are at least 1")
+        if self.steps is not None and self.steps < self.blocks:
             raise UsageError(
                 f"--steps {self.steps} is less than one step for each of the {self.blocks} blocks "
                 f"(--gen-length {self.gen_length} / --block-length {self.block_length})"
             )
         if self.threshold is not None and self.factor is not None:
             raise UsageError("--threshold and --factor are two rules for one thing: give one")
+        if self.parallel and self.steps is not None:
+            rule = "--threshold" if self.factor is None else "--factor"
+            raise UsageError(
+                f"--steps is a fixed number of steps, and {rule} takes as many as each block "
+                f"needs: leave one of them out"
+            )
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise UsageError(f"--threshold {self.threshold} is no confidence, from 0 to 1")
+        if self.factor is not None and not self.factor >= 0:
+            raise UsageError(f"--factor {self.factor} is not 0 or more")
         if self.refresh is not None and self.cache == "none":
             raise UsageError("--refresh says how long a cache is used: give --cache too")
         if self.refresh_below > 0 and self.cache == "none":
             raise UsageError("--refresh-below says when a cache is too old: give --cache too")
-        if self.refresh_below > 0 and self.remasking not in ("low_confidence", "margin"):
-            raise UsageError(
-                f"--refresh-below goes by a confidence between 0 and 1, which --remasking "
-                f"{self.remasking} has not: take low_confidence or margin"
-            )
+        for option, given, rules in (
+            ("--threshold", self.threshold is not None, BETWEEN_0_AND_1),
+            ("--factor", self.factor is not None, BETWEEN_0_AND_1),
+            ("--refresh-below", self.refresh_below > 0, SURE),
+        ):
+            if given and self.remasking not in rules:
+                raise UsageError(
+                    f"{option} compares a confidence between 0 and 1, and that of --remasking "
+                    f"{self.remasking} is none: take {' or '.join(rules)}"
+                )
         if self.compile and self.cache != "none":
             raise UsageError("--compile and --cache do not go together: leave one out")
         if self.cfg_scale > 0 and self.cache != "none":
@@ -79,8 +100,14 @@ class Sampling:
         return -(-self.gen_length // self.block_length)
 
     @property
+    def parallel(self) -> bool:
+        """Whether the confidence says how many tokens a step decides."""
+        return self.threshold is not None or self.factor is not None
+
+    @property
     def steps_per_block(self) -> int:
-        return self.steps // self.blocks
+        """The most that a block takes."""
+        return self.block_length if self.steps is None else self.steps // self.blocks
 
     def quota(self) -> Tensor:
         """int64 [blocks, steps_per_block]: tokens to decide where their number is fixed."""
@@ -96,14 +123,19 @@ def tokens_per_step(masked: int, steps: int) -> list[int]:
 
 
 def settings_for(policy: Policy, **given: Any) -> Sampling:
-    """Settings as given; lengths and steps that are None are the model's own, else LLaDA's."""
+    """Settings as given; lengths and steps that are None are the model's own, else LLaDA's.
+
+    With `threshold` or `factor` there are no steps but those given, which are refused.
+    """
     own = {key: value for key, value in given.items() if value is not None}
     gen_length = own.get("gen_length", policy.sampling.get("gen_length", 128))
     lengths = {
         "gen_length": gen_length,
         "block_length": min(gen_length, policy.sampling.get("block_length", 32)),
-        "steps": gen_length if "gen_length" in own else policy.sampling.get("steps", gen_length),
     }
+    if not own.keys() & {"threshold", "factor"}:
+        steps = gen_length if "gen_length" in own else policy.sampling.get("steps", gen_length)
+        lengths["steps"] = steps
     return Sampling(**{**lengths, **own})
 
 

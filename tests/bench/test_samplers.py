@@ -41,12 +41,23 @@ def test_rows_are_of_the_paths_asked_for_beside_the_reference():
         assert row["ratio"] == pytest.approx(speed / rows[0]["tokens_per_second"])
 
 
+def test_paths_by_confidence_take_the_passes_they_need_beside_fewer_steps():
+    policy = bench_policy("random:tiny", "cpu", "float32")
+    requests = [Request(p, n) for n, p in enumerate(random_prompts(policy, 6, 4, 20))]
+    exact = Sampling(16, 8, 5)
+    known = ways(exact, 0.9, 0.0, None, 0.0)
+    paths = {name: known[name] for name in ("dual", "dual+threshold", "dual+factor")}
+    nfe = [row["nfe"] for row in compare_samplers(policy, requests, exact, paths, 4, 3)]
+    assert nfe[:2] == [4, 4]  # two for each block
+    assert 4 < nfe[2] <= nfe[3] == 14  # at a factor of 0 the last two of a block go together
+
+
 def test_a_random_model_is_sure_of_some_tokens_and_not_of_others():
     policy = bench_policy("random:tiny", "cpu", "float32")
     requests = random_prompts(policy, 8, 4, 40)
     assert [len(p) for p in requests][::7] == [4, 40]
     passes = [
-        sum(s.nfe for s in sample(policy, requests, list(range(8)), Sampling(32, 32, 32, **way)))
+        sum(s.nfe for s in sample(policy, requests, list(range(8)), Sampling(32, 32, **way)))
         for way in ({"threshold": 0.0}, {"threshold": 0.6}, {})
     ]
     assert passes[0] < passes[1] < passes[2]

@@ -6,7 +6,7 @@ from conftest import tiny_policy
 from transformers import DynamicCache
 
 from dlmctl.diffusion.passes import SMALL_PASS, buckets
-from dlmctl.diffusion.proposals import kept, propose
+from dlmctl.diffusion.proposals import propose
 from dlmctl.diffusion.sampler import sample, sample_stream
 from dlmctl.diffusion.sampling import Request, Sampling
 from dlmctl.models.policy import cache_argument
@@ -21,7 +21,7 @@ def test_results_do_not_depend_on_how_many_are_under_way_and_keep_their_order():
     policy = tiny_policy()
     requests = [Request(p, key) for key, p in enumerate(PROMPTS * 3)]
     for way in WAYS:
-        settings = Sampling(12, 4, 12, temperature=0.9, early_stop=True, **way)
+        settings = Sampling(12, 4, temperature=0.9, early_stop=True, **way)
         alone = [sample(policy, [r.prompt], [r.key], settings)[0] for r in requests]
         for batch_size in (1, 4, 15, 40):
             assert list(sample_stream(policy, requests, settings, batch_size)) == alone
@@ -166,27 +166,6 @@ def test_a_cache_wants_a_decoder_and_no_guidance():
         Sampling(4, 4, 4, refresh_below=0.9)
     with pytest.raises(UsageError, match="--remasking entropy"):
         Sampling(4, 4, 4, cache="dual", refresh_below=0.9, remasking="entropy")
-    with pytest.raises(UsageError, match="--threshold and --factor"):
-        Sampling(4, 4, 4, threshold=0.9, factor=1.0)
-
-
-def test_the_factor_keeps_as_many_as_fast_dllm_says():
-    """(n + 1)(1 - c_n) < 0.5: c_1 > 0.75, c_2 > 5/6, c_3 > 0.875, and one in any case."""
-    rows = torch.tensor(
-        [
-            [0.90, 0.99, 0.80, 0.95],  # 0.99, 0.95, 0.90 and not 0.80, which had to exceed 0.9
-            [0.80, 0.70, 0.60, 0.10],  # 0.80 alone
-            [0.30, 0.20, 0.10, 0.05],  # not sure of any: the surest
-            [0.99, -torch.inf, -torch.inf, 0.98],  # two are decided already
-        ],
-        dtype=torch.float64,
-    )
-    settings = Sampling(4, 4, 4, factor=0.5)
-    no = torch.zeros(4, dtype=torch.bool)
-    stays = kept(rows, torch.ones(4, dtype=torch.int64), no, settings)
-    assert stays.int().tolist() == [[1, 1, 0, 1], [1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 1]]
-    all_of_them = kept(rows, torch.ones(4, dtype=torch.int64), ~no, settings)
-    assert all_of_them.tolist() == (rows > -1).tolist()
 
 
 @pytest.mark.parametrize("remasking", ["low_confidence", "entropy", "margin"])

@@ -124,22 +124,6 @@ def test_confidence_is_measured_without_temperature_and_guides_the_order():
     assert orders["entropy"].index(0) == int(entropy.argmin())
 
 
-def test_a_threshold_of_one_decides_one_token_per_step_and_zero_all_at_once():
-    policy = tiny_policy()
-    one = sample(policy, [PROMPT], [0], Sampling(8, 4, 8, threshold=1.0))[0]
-    assert one.tokens == sample(policy, [PROMPT], [0], Sampling(8, 4, 8))[0].tokens
-    all_at_once = sample(policy, [PROMPT], [0], Sampling(8, 4, 8, threshold=0.0))[0]
-    assert all_at_once.order == [0, 0, 0, 0, 4, 4, 4, 4]
-    assert all_at_once.nfe == 2
-
-
-def test_a_threshold_ends_within_its_steps():
-    policy = tiny_policy()
-    done = sample(policy, [PROMPT], [0], Sampling(8, 8, 2, threshold=1.0))[0]
-    assert policy.mask_id not in done.tokens
-    assert done.nfe == 2
-
-
 def test_end_of_sequence_can_be_left_out_or_put_last():
     policy = tiny_policy()
     settings = {"gen_length": 24, "block_length": 24, "steps": 24, "temperature": 2.0}

@@ -180,6 +180,6 @@ def test_scoring_until_the_end_of_sequence_counts_no_token_after_it(policy):
     ],
 )
 def test_an_autoregressive_model_refuses_what_only_denoising_has(option, setting):
-    settings = Sampling(gen_length=4, block_length=2, steps=4, **setting)
+    settings = Sampling(gen_length=4, block_length=2, **setting)
     with pytest.raises(UsageError, match=f"{option} means nothing to"):
         list(sampled(tiny_policy("ar"), prompts("12="), settings=settings))

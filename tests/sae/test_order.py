@@ -224,7 +224,7 @@ def test_records_and_summary_do_not_depend_on_the_batch(family: Family) -> None:
     policy, dictionaries = tiny_policy(family), _dictionaries(0, 1)
     made = []
     for batch_size in (1, 3):
-        settings = Sampling(10, 4, 12, 0.9, threshold=0.4, early_stop=True)
+        settings = Sampling(10, 4, None, 0.9, threshold=0.4, early_stop=True)
         study = OrderStudy(policy, dictionaries, settings, ["random", "sae"], "answer")
         records = sorted(
             study.run(_records(answer="01234012"), 1, 3, batch_size),
@@ -293,7 +293,7 @@ def test_the_order_that_goes_by_features_written_out(family: Family) -> None:
 def test_completions_by_features_do_not_depend_on_their_neighbours() -> None:
     policy = tiny_policy()
     watch = FeatureWatch(policy, _dictionaries(1))
-    settings = Sampling(10, 4, 12, 0.9, threshold=0.4, remasking="sae")
+    settings = Sampling(10, 4, None, 0.9, threshold=0.4, remasking="sae")
     alone = _guided(policy, settings, watch, 1)
     assert _guided(policy, settings, watch, 4) == alone
     assert _guided(policy, settings, watch, 64) == alone

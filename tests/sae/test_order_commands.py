@@ -40,6 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("ar", {}, "sae-order means nothing to"),
         ("llada", {"cache": "prefix"}, "leave out --cache"),
         ("llada", {"compile": True}, "sae-order and --compile"),
+        ("llada", {"threshold": 0.9}, "--threshold compares a confidence"),
     ],
 )
 def test_what_features_cannot_be_followed_in_is_refused(
@@ -50,7 +51,7 @@ def test_what_features_cannot_be_followed_in_is_refused(
             tiny_policy(family),
             [Dictionary("d", 0, random_sae().double())],
             Sampling(**settings),
-            ["random"],
+            ["random", "entropy"],
         )
 
 

@@ -227,7 +227,7 @@ def test_time_counts_the_masked_tokens_of_the_row_with_a_prefix_cache_too(
         for batch_size in (1, 2):
             seen.clear()
             # With a threshold rows get to stand in different blocks, which a pass pads.
-            settings = Sampling(10, 4, 30, 0.9, threshold=0.4, cache=cache)
+            settings = Sampling(10, 4, None, 0.9, threshold=0.4, cache=cache)
             _sampled(policy, settings, batch_size, Steer(folder, 0, 7, 0.0), time=(0.0, 0.5))
             counts.append(sorted(seen))
     assert counts[0] == counts[1]
