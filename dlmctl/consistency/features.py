@@ -37,12 +37,24 @@ class Extractor:
             raise MissingInputError(f"{directory} has no config.json: it is not a model")
         weight_files(directory)
         try:
-            model = AutoModel.from_pretrained(
-                directory, trust_remote_code=False, use_safetensors=True, local_files_only=True
+            model, report = AutoModel.from_pretrained(
+                directory,
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
             )
         except Exception as error:  # of many kinds
             reason = str(error).strip().split("\n")[0]
             raise DataError(f"{directory} cannot be loaded as a model ({reason})") from None
+        missing = sorted(report["missing_keys"])
+        self.pools = not any("pooler" in name for name in missing)
+        """Whether the checkpoint has the pooler, which that of a classifier lacks."""
+        if others := [name for name in missing if "pooler" not in name]:
+            raise DataError(
+                f"{directory}: {len(others)} weights are missing, first {others[0]}: features "
+                "would be random"
+            )
         self.model = model.to(device).float().eval()
         self.name, self.device = str(directory), device
         held = directory / "preprocessor_config.json"
@@ -85,7 +97,7 @@ class Extractor:
         if isinstance(found, Tensor):
             return found.flatten(1)
         pooled = getattr(found, "pooler_output", None)
-        if pooled is not None:
+        if pooled is not None and self.pools:
             return pooled.flatten(1)
         states = getattr(found, "last_hidden_state", None)
         if states is None:

@@ -275,37 +275,6 @@ def test_an_extractor_gives_features_of_images(sets, extractor):
     torch.testing.assert_close(halved, extract(pale / 2), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("about", "edge"),
-    [
-        ({"crop_size": {"height": 32, "width": 32}, "size": {"shortest_edge": 40}}, 32),
-        ({"crop_size": 32, "do_center_crop": False, "size": {"shortest_edge": 40}}, 64),
-        ({"size": {"height": 32, "width": 32}}, 64),
-        ({}, 64),
-    ],
-)
-def test_a_model_is_fed_what_its_preprocessor_crops(tmp_path, about, edge):
-    """DINOv2 names the size of its last training, 518, and is fed 224."""
-    from transformers import Dinov2Config, Dinov2Model
-
-    from dlmctl.consistency.features import Extractor
-
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=8,
-    )  # fmt: skip
-    model = Dinov2Model(config).eval()
-    model.save_pretrained(tmp_path)
-    about = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], **about}
-    (tmp_path / "preprocessor_config.json").write_text(orjson.dumps(about).decode())
-    images = torch.rand(2, 3, edge, edge, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    mean, std = (torch.tensor(about[n]).view(3, 1, 1) for n in ("image_mean", "image_std"))
-    with torch.no_grad():
-        wanted = model(pixel_values=((images + 1) / 2 - mean) / std).pooler_output
-    found = Extractor(tmp_path, torch.device("cpu"))(images)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-
-
 def test_copies_are_found_whatever_the_range_of_the_floats(tmp_path):
     levels = torch.randint(256, (60, 1, 4, 4), generator=torch.Generator().manual_seed(0))
     train = tmp_path / "train.safetensors"
