@@ -52,5 +52,5 @@ def test_no_part_of_an_extractor_is_random(tmp_path):
     file = tmp_path / "model.safetensors"
     kept = {name: t for name, t in load_file(file).items() if "attention" not in name}
     save_file(kept, file, metadata={"format": "pt"})
-    with pytest.raises(DataError, match="weights are missing, first .*attention"):
+    with pytest.raises(DataError, match=r"weights are missing, first .*attention"):
         Extractor(tmp_path, torch.device("cpu"))
