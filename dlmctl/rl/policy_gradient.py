@@ -222,14 +222,14 @@ class _Batch:
 
         Before the first step that of the records, where they have it.
         """
-        if self.at_reference(step):
-            return torch.zeros_like(mask_weights(examples))
         draw = 2 * step + self.batching.independent_residual
         if step == 0:
             plan = dataclasses.replace(self.batching.plan, draw=draw)
             taken = recorded_difference(self.records, self.policy, self.reference.revision, plan)
             if taken is not None:
                 return taken
+        if self.at_reference(step):
+            return torch.zeros_like(mask_weights(examples))
         if self.batching.independent_residual:
             examples = self.examples(draw)
         away = self.log_probs(examples) - self.reference.log_probs(examples)

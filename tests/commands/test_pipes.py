@@ -114,7 +114,6 @@ def test_a_record_that_failed_does_not_stop_a_loop_with_advantage_in_it(tmp_path
             f"{SMALL} | dlmctl verify --verifier checks:place --on-error keep | {stage} | "
             f"dlmctl update --lr 1e-2 {scale} -o {run}",
             tmp_path,
-            timeout=90,
         )
         assert done.returncode == 0, done.stderr
         seen = [(m["round"], m["completions"]) for m in map(json.loads, done.stdout.splitlines())]

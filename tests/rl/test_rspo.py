@@ -99,8 +99,8 @@ def test_at_the_reference_the_log_ratio_is_exactly_zero_and_the_step_is_reinforc
 @pytest.mark.parametrize(
     "objective",
     [
-        Rspo(strength=0.5),
-        Rspo(strength=0.5, residual_masks="independent"),
+        make_objective("rspo", strength=0.5),
+        make_objective("rspo", strength=0.5, residual_masks="independent"),
         make_objective("diffu-grpo", beta=0.1),
         make_objective("gdsd"),
     ],
