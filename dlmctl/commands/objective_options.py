@@ -15,8 +15,9 @@ Algo = Annotated[
     typer.Option(
         help="rspo: residual feedback towards a target log-ratio; reinforce: the same with "
         "lambda 0; diffu-grpo (d1), wd1, espo, spg, gdsd, vrpo: its rivals, each with the "
-        "constants it was published with (gdsd is for diffusion models alone); grpo: PPO's clip "
-        "on every token, for autoregressive models as in TRL, for diffusion with the masks of the ELBO; srpo: the same with the "
+        "constants it was published with (gdsd is for diffusion models alone); grpo: PPO's clip on "
+        "every token, for autoregressive models as in TRL, for diffusion with the masks of the "
+        "ELBO; srpo: the same with the "
         "advantage weighted by token, by the weights of the records (implements the mechanism "
         "described in the abstract of arXiv 2605.07274; constants are ours); sft: masked "
         "cross-entropy on the given completions.",

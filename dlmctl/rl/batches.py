@@ -139,6 +139,25 @@ def of_one_model(records: Iterable[Record], model: str | None) -> Iterator[Recor
         yield record
 
 
+def sampled_from(record: Record) -> str | None:
+    """Revision of the weights that a completion was sampled from, where it says so."""
+    revision = object_field(record, "rollout").get("revision")
+    if revision is not None and not isinstance(revision, str):
+        kind = type(revision).__name__
+        raise DataError(f"field 'rollout.revision' is {kind}, expected str", record.where)
+    return revision
+
+
+def max_lag(record: Record) -> int:
+    """Rounds that the weights may be old which a completion was sampled from."""
+    lag = object_field(record, "rollout").get("max_lag", 0)
+    if type(lag) is not int or lag < 0:
+        raise DataError(
+            f"field 'rollout.max_lag' is {lag!r}, expected a number of rounds", record.where
+        )
+    return lag
+
+
 def check_on_policy(batch: StepBatch, revisions: Sequence[str], trained_rounds: int) -> None:
     """Refuse records of a training loop that were not sampled from the weights of this run.
 
@@ -160,10 +179,10 @@ def check_on_policy(batch: StepBatch, revisions: Sequence[str], trained_rounds: 
                 "takes it all the same)",
                 record.where,
             )
-        lag = place.get("max_lag", 0)
-        if place["revision"] not in revisions[-(lag + 1) :]:
+        lag, revision = max_lag(record), sampled_from(record)
+        if revision not in revisions[-(lag + 1) :]:
             raise DataError(
-                f"sampled from weights {place['revision']}, which are not those of this run "
+                f"sampled from weights {revision}, which are not those of this run "
                 f"(now {revisions[-1]}) within {lag} rounds (--any-policy takes it all the same)",
                 record.where,
             )

@@ -19,10 +19,11 @@ from dlmctl.diffusion.elbo import Example, log_probs, mask_weights
 from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
-from dlmctl.records.jsonl import Record, object_field
+from dlmctl.records.jsonl import Record
 from dlmctl.records.jsonl import field as record_field
 from dlmctl.rl.advantage_stage import from_rewards
 from dlmctl.rl.advantages import Normalization
+from dlmctl.rl.batches import sampled_from
 from dlmctl.rl.gradient import accumulate_gradient
 from dlmctl.rl.per_token import sampled_log_probs, token_weights
 from dlmctl.rl.recorded import recorded_difference
@@ -171,7 +172,7 @@ class _Batch:
         now = self.policy.revision
         rows: dict[str, list[int]] = {}
         for n, record in enumerate(self.records):
-            rows.setdefault(object_field(record, "rollout").get("revision") or now, []).append(n)
+            rows.setdefault(sampled_from(record) or now, []).append(n)
         tables = [_nothing(examples) for examples in draws]
         for revision, own in rows.items():
             score = self.log_probs if revision == now else sampler(self.records[own[0]])

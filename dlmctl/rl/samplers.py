@@ -18,7 +18,7 @@ from dlmctl.models.loading import load_policy
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UserFacingError
 from dlmctl.records.jsonl import Record, object_field
-from dlmctl.rl.batches import StepBatch
+from dlmctl.rl.batches import StepBatch, max_lag, sampled_from
 from dlmctl.rl.policy_gradient import Scorer
 from dlmctl.training.distributed import size
 from dlmctl.training.run import Run
@@ -38,9 +38,8 @@ class Samplers:
     def keep(self, batch: StepBatch) -> None:
         """Copy the weights of now, before a step, if batches sampled from them may follow."""
         run, revision = self._run, self._run.policy.revision
-        places = [object_field(record, "rollout") for record in batch.rows]
-        lag = max(place.get("max_lag", 0) for place in places)
-        more = batch.finished_round is None and revision in [p.get("revision") for p in places]
+        lag = max(map(max_lag, batch.rows))
+        more = batch.finished_round is None and revision in map(sampled_from, batch.rows)
         if revision in run.revisions and (more or lag):
             self._kept.pop(revision, None)
             self._kept[revision] = [own_share(p).to("cpu", copy=True) for p in self._trained()]
@@ -53,7 +52,7 @@ class Samplers:
         Raises:
             DataError: they are not there.
         """
-        revision = object_field(record, "rollout").get("revision")
+        revision = sampled_from(record)
         if revision in self._kept:
             return functools.partial(self._under_kept, revision)
         if revision == self._run.progress.reference_revision:
@@ -86,16 +85,17 @@ class Samplers:
 
     def _named(self, record: Record) -> Policy:
         """The model that a record names, if it has the weights that the record was sampled from."""
-        place, own = object_field(record, "rollout"), self._run.policy
-        if self._loaded is not None and self._loaded.revision == place["revision"]:
+        own, revision = self._run.policy, sampled_from(record)
+        if self._loaded is not None and self._loaded.revision == revision:
             return self._loaded
         self._loaded = None  # one at a time is in memory
         try:
             dtype = str(next(own.model.parameters()).dtype).removeprefix("torch.")
-            policy = load_policy(str(place.get("model")), str(own.device), dtype)
+            name = str(object_field(record, "rollout").get("model"))
+            policy = load_policy(name, str(own.device), dtype)
         except UserFacingError as error:
             raise self._refusal(record, str(error)) from None
-        if policy.revision != place["revision"] or policy.diffusion != own.diffusion:
+        if policy.revision != revision or policy.diffusion != own.diffusion:
             raise self._refusal(record, f"{policy.name} has others now")
         if size() > 1:
             shard(policy)
@@ -103,11 +103,10 @@ class Samplers:
         return policy
 
     def _refusal(self, record: Record, reason: str) -> DataError:
-        revision, algo = object_field(record, "rollout")["revision"], self._run.progress.algo
         return DataError(
-            f"--algo {algo} takes ratios to the weights that this was sampled from, {revision}, "
-            f"which this run no longer has ({reason}): put them back under the name that the "
-            "record has in 'rollout.model', sample again from this run, or choose an algorithm "
-            "that takes no ratios (rspo, wd1, spg, vrpo)",
+            f"--algo {self._run.progress.algo} takes ratios to the weights that this was sampled "
+            f"from, {sampled_from(record)}, which are not there any more ({reason}): put them back "
+            "under the name that the record has in 'rollout.model', sample again from this run, or "
+            "choose an algorithm that takes no ratios (rspo, wd1, spg, vrpo)",
             record.where,
         )

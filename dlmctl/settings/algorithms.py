@@ -63,6 +63,7 @@ class Recipe:
     scale: Scale = "none"
     until_eos: bool = False
     prompt_mask: float = 0.0
+    """Share of the prompt that is masked and, under the law `block`, of the blocks before."""
     token_weights: bool = False
     """The records have a weight for each token."""
     sampled_old: bool = False

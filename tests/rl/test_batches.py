@@ -122,6 +122,15 @@ def test_only_completions_of_the_own_newest_weights_are_taken():
     check_on_policy(of_round(2, "old", lag=1), ["old", "new"], 2)
 
 
+@pytest.mark.parametrize(
+    ("lag", "revision", "told"),
+    [("1", "new", "max_lag' is '1'"), (-2, "new", "max_lag' is -2"), (0, ["new"], "on' is list")],
+)
+def test_what_says_otherwise_where_it_is_from_is_refused(lag, revision, told):
+    with pytest.raises(DataError, match=rf"x\.jsonl:4: field 'rollout\..*{told}"):
+        check_on_policy(of_round(2, revision, lag=lag), ["new"], 2)
+
+
 def test_a_round_that_is_not_the_next_one_is_refused():
     with pytest.raises(DataError, match=r"a completion of round 5; .* goes on with round 2"):
         check_on_policy(of_round(5, "new"), ["new"], 2)
