@@ -16,12 +16,14 @@ from dlmctl.diffusion.sampling import settings_for
 from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.records.jsonl import Record
 from dlmctl.rl.advantage_stage import advantage
+from dlmctl.rl.advantages import Normalization
 from dlmctl.rl.algorithms import make_objective
 from dlmctl.rl.contrast import Contrast
 from dlmctl.rl.credit import Credit
 from dlmctl.rl.credit_stage import Sampler, credited
 from dlmctl.rl.policy_gradient import Batching
 from dlmctl.rl.update import update_policy
+from dlmctl.settings.algorithms import RECIPES
 from dlmctl.tasks.layout import Tags
 from dlmctl.tasks.sources import prompts
 from dlmctl.training.run import Adapter, Optimization, Run, open_run
@@ -73,7 +75,11 @@ def _rounds(
         return records
 
     source, size = prompts(plan.task, seed=plan.seed), plan.batch_size
-    batching = Batching(MaskPlan(until_eos=True), scale="group")
+    recipe = RECIPES["srpo"]
+    normalization = Normalization.of("srpo")
+    batching = Batching(
+        MaskPlan(recipe.law, recipe.samples, until_eos=recipe.until_eos), normalization
+    )
     sampler = Sampler(plan.model, plan.device, plan.dtype, False)
     for number in range(plan.rounds):
         policy = sampler.policy = run.policy
@@ -81,7 +87,7 @@ def _rounds(
         batch = list(islice(source, plan.prompts))
         records = timed("rollout", rollout(batch, policy, settings, plan.samples, seed, size))
         records = timed("verify", verify(records))
-        records = timed("advantage", advantage(records, "mean", "group"))
+        records = timed("advantage", advantage(records, normalization))
         records = timed(CREDIT, credited(records, sampler, contrast, Credit(), Tags(), size))
         yield sum(record["credit"]["scored"] for record in records) / len(records)
         trained = update_policy(

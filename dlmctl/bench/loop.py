@@ -19,8 +19,8 @@ from dlmctl.diffusion.sampling import settings_for
 from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.records.errors import CannotWriteError
 from dlmctl.records.jsonl import Record
+from dlmctl.rl.algorithms import make_objective
 from dlmctl.rl.policy_gradient import Batching
-from dlmctl.rl.rspo import Rspo
 from dlmctl.rl.update import update_policy
 from dlmctl.tasks.sources import prompts
 from dlmctl.training.checkpoint import latest_checkpoint
@@ -90,7 +90,7 @@ def in_process(loop: Loop, directory: Path) -> Iterator[dict[str, Any]]:
     return update_policy(
         verified,
         run,
-        Rspo(),
+        make_objective("rspo"),
         Batching(MaskPlan(seed=loop.seed)),
         loop.prompts,
         loop.batch_size,

@@ -18,8 +18,10 @@ from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
+from dlmctl.rl.algorithms import make_objective
 from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
-from dlmctl.rl.rspo import Rspo, residual_weights
+from dlmctl.rl.rspo import residual_weights
+from dlmctl.settings.algorithms import RECIPES
 from dlmctl.training.lora import adapter_off, has_adapter
 
 Scorer = Callable[[Sequence[Example]], Tensor]
@@ -52,19 +54,20 @@ def compare_gradients(
         raise UsageError("bench update measures diffusion models")
     records = _records(policy, prompt_length, gen_length, completions)
     plan = MaskPlan("stratified", masks, seed)
+    objective, strength = make_objective("rspo"), RECIPES["rspo"].constants["strength"]
 
     def reference(score: Callable[[Policy], Tensor]) -> Tensor:
         with adapter_off(policy) if has_adapter(policy) else contextlib.nullcontext():
             return score(other or policy)
 
     def plain() -> None:
-        plain_gradient(policy, reference, records, plan, Rspo().strength)
+        plain_gradient(policy, reference, records, plan, strength)
 
     def ours(batch_size: int) -> None:
         frozen = Reference(
             "reference", lambda examples: reference(lambda p: log_probs(p, examples, batch_size))
         )
-        for _ in policy_gradients(policy, frozen, [records], Rspo(), Batching(plan), batch_size):
+        for _ in policy_gradients(policy, frozen, [records], objective, Batching(plan), batch_size):
             pass
 
     base: dict[str, Any] = {}

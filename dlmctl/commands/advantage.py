@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -24,6 +24,7 @@ from dlmctl.commands.credit_options import (
     bounds,
 )
 from dlmctl.commands.input_lines import input_lines
+from dlmctl.commands.objective_options import ADVANTAGES, BaselineOption, ScaleOption
 from dlmctl.commands.options import (
     BatchSize,
     Device,
@@ -44,34 +45,31 @@ from dlmctl.records.groups import BatchEnds
 from dlmctl.records.jsonl import write_records
 from dlmctl.records.resume import Resume, Rule
 from dlmctl.records.shards import parse_shard, read_shard
+from dlmctl.settings.algorithms import PROMPTS_PER_STEP, Reinforcement
 from dlmctl.tasks.layout import TAGS
 
 
 def command(
     files: Files = None,
     algo: Annotated[
-        Literal["grpo", "srpo"],
+        Reinforcement,
         typer.Option(
-            help="grpo: one advantage for a completion; srpo: a weight for each of its tokens "
-            "beside it, by its role. srpo implements the mechanism described in the abstract of "
-            "arXiv 2605.07274; form and constants are ours."
+            help="Algorithm of 'dlmctl update' that the advantages are for: it says what "
+            "--baseline and --scale are by default. srpo also gives each token a weight, by its "
+            "role: it implements the mechanism described in the abstract of arXiv 2605.07274; "
+            "form and constants are ours."
         ),
-    ] = "grpo",
-    baseline: Annotated[
-        Literal["mean", "loo", "none"],
+    ] = "rspo",
+    baseline: BaselineOption = None,
+    scale: ScaleOption = None,
+    prompts_per_step: Annotated[
+        int,
         typer.Option(
-            help="What is taken from a reward: the group's mean, the mean of the others "
-            "(leave-one-out), or nothing."
+            min=1,
+            help="For --scale batch: prompts in a step of 'dlmctl update', which are a batch.",
+            rich_help_panel=ADVANTAGES,
         ),
-    ] = "mean",
-    scale: Annotated[
-        Literal["none", "group", "batch"] | None,
-        typer.Option(
-            show_default="srpo group, grpo none",
-            help="Divide by the standard deviation of the group, or of the whole input (which is "
-            "then held in memory).",
-        ),
-    ] = None,
+    ] = PROMPTS_PER_STEP,
     model: Annotated[
         str | None,
         typer.Option(
@@ -119,8 +117,9 @@ def command(
 
     Reads records with `reward`, where the samples of a prompt are neighbours, and writes them with
     `advantage`: how much better the sample is than the others of its group. A group of one, and a
-    group with equal rewards, has advantage 0. 'dlmctl update' computes the same by itself where
-    records lack it.
+    group with equal rewards, has advantage 0. 'dlmctl update' with the same --algo, --baseline and
+    --scale computes the same by itself; `advantage_settings` says how it was made, and update
+    refuses advantages that were made otherwise.
 
     --algo srpo adds `weights`, one positive number for each token of the completion: tokens that
     perceive count more where they depend on the image, tokens that reason where they depend on what
@@ -137,22 +136,20 @@ def command(
     dlmctl verify | dlmctl advantage --algo srpo | dlmctl update --algo srpo -o runs/vlm
     """
     from dlmctl.rl.advantage_stage import advantage
+    from dlmctl.rl.advantages import Normalization
 
-    if shard is not None and scale == "batch":
+    normalization = Normalization.of(algo, baseline, scale, prompts_per_step)
+    if shard is not None and normalization.scale == "batch":
         raise UsageError(
-            "--scale batch divides by the deviation of the whole input, and a shard is a part of "
-            "it: leave one out"
+            "--scale batch goes by the steps of the whole input, and a shard is a part of it: "
+            "leave one out"
         )
     going = Resume(output, resume)
     if going.done:
         return
     part = parse_shard(shard)
     total = input_lines(files).times(1 / part.count if part else 1)
-    records = advantage(
-        read_shard(files or [], part, on_error),
-        baseline,
-        scale or ("group" if algo == "srpo" else "none"),
-    )
+    records = advantage(read_shard(files or [], part, on_error), normalization)
     # Advantages are quick to make again, of the whole input if need be; not so the weights.
     rule = Rule(frozenset())
     if algo == "srpo":

@@ -121,9 +121,16 @@ def level_range(text: str) -> tuple[float, float]:
 
 
 def own_model(saved: Mapping[str, SavedSae], model: str | None) -> str:
-    """The model that is given, else the one that the first autoencoder names."""
-    first = next(iter(saved.values()))
-    return model or str(first.metadata.get("model_name") or "builtin:puzzles")
+    """The model that is given, else the one that the autoencoders name.
+
+    Raises:
+        UsageError: they name several, and none is given.
+    """
+    names = {str(sae.metadata.get("model_name") or "builtin:puzzles") for sae in saved.values()}
+    if model is None and len(names) > 1:
+        several = ", ".join(sorted(names))
+        raise UsageError(f"the autoencoders are of several models ({several}): give --model")
+    return model or names.pop()
 
 
 def corpus_batches(

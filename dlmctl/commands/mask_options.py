@@ -7,14 +7,14 @@ from typing import Annotated
 import typer
 
 from dlmctl.commands.options import Law
+from dlmctl.settings.algorithms import defaults
 
 MASKS = "Masks"
 
 Masks = Annotated[
     Law | None,
     typer.Option(
-        show_default="diffu-grpo and wd1 full, spg block, espo and gdsd complementary, "
-        "vrpo uniform, others stratified",
+        show_default=defaults("law"),
         help="Mask law, as in 'dlmctl score-elbo'.",
         rich_help_panel=MASKS,
     ),
@@ -36,7 +36,7 @@ MasksPerSample = Annotated[
         "-k",
         "--masks-per-sample",
         min=1,
-        show_default="diffu-grpo and wd1 1, spg and sft 2, vrpo 8, others 4",
+        show_default=defaults("samples"),
         help="Masks for each completion.",
         rich_help_panel=MASKS,
     ),
@@ -46,7 +46,7 @@ PromptMask = Annotated[
     typer.Option(
         min=0.0,
         max=1.0,
-        show_default="diffu-grpo, wd1 and spg 0.15, others 0",
+        show_default=defaults("prompt_mask"),
         help="Probability that a token of the prompt is masked as well; for --masks block also a "
         "token of the blocks before.",
         rich_help_panel=MASKS,
@@ -56,7 +56,7 @@ UntilEos = Annotated[
     bool | None,
     typer.Option(
         "--until-eos/--all-tokens",
-        show_default="diffu-grpo, wd1, spg, grpo and srpo until-eos, others all-tokens",
+        show_default=defaults("until_eos", {True: "until-eos", False: "all-tokens"}),
         help="Score tokens up to the first end-of-sequence, or the whole completion.",
         rich_help_panel=MASKS,
     ),

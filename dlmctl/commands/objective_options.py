@@ -6,20 +6,20 @@ from typing import Annotated, Literal
 
 import typer
 
-from dlmctl.commands.options import Algorithm
+from dlmctl.settings.algorithms import CISPO_BOUND, Algorithm, Baseline, Scale, defaults
 
-OBJECTIVE = "Objective"
+OBJECTIVE, ADVANTAGES = "Objective", "Advantages"
 
 Algo = Annotated[
     Algorithm,
     typer.Option(
         help="rspo: residual feedback towards a target log-ratio; reinforce: the same with "
         "lambda 0; diffu-grpo (d1), wd1, espo, spg, gdsd, vrpo: its rivals, each with the "
-        "constants it was published with; grpo: PPO's clip on every token, for autoregressive "
-        "models as in TRL, for diffusion with the masks of the ELBO; srpo: the same with the "
-        "advantage weighted by token, where the records bear weights (implements the mechanism "
-        "described in the abstract of arXiv 2605.07274; constants are ours); sft: masked "
-        "cross-entropy on the given completions.",
+        "constants it was published with (gdsd is for diffusion models alone); grpo: PPO's clip "
+        "on every token, for autoregressive models as in TRL, for diffusion with the masks of the "
+        "ELBO; srpo: the same with the advantage weighted by token, by the weights of the records "
+        "(implements the mechanism described in the abstract of arXiv 2605.07274; constants are "
+        "ours); sft: masked cross-entropy on the given completions.",
         rich_help_panel=OBJECTIVE,
     ),
 ]
@@ -28,7 +28,7 @@ Strength = Annotated[
     typer.Option(
         "--lambda",
         min=0.0,
-        show_default="rspo 0.01",
+        show_default=defaults("strength"),
         help="Feedback coefficient of RSPO; the target of the log-ratio is advantage/lambda.",
         rich_help_panel=OBJECTIVE,
     ),
@@ -36,7 +36,7 @@ Strength = Annotated[
 ScoreNorm = Annotated[
     Literal["sequence", "token"] | None,
     typer.Option(
-        show_default="rspo sequence",
+        show_default=defaults("score_norm"),
         help="Score of a completion: its ELBO, or the ELBO per token. One lambda of `token` "
         "is length times one of `sequence`. The paper could not be read on this; the default "
         "is ours.",
@@ -46,7 +46,7 @@ ScoreNorm = Annotated[
 Center = Annotated[
     Literal["batch", "prompt"] | None,
     typer.Option(
-        show_default="rspo batch",
+        show_default=defaults("center"),
         help="Where the mean of the log-ratios is taken.",
         rich_help_panel=OBJECTIVE,
     ),
@@ -54,7 +54,7 @@ Center = Annotated[
 ResidualMasks = Annotated[
     Literal["shared", "independent"] | None,
     typer.Option(
-        show_default="rspo shared",
+        show_default=defaults("residual_masks"),
         help="Masks that the log-ratio is measured under: those of the gradient, or a second "
         "draw, which makes the gradient unbiased for twice the forward passes.",
         rich_help_panel=OBJECTIVE,
@@ -63,7 +63,7 @@ ResidualMasks = Annotated[
 LossType = Annotated[
     Literal["dapo", "grpo", "bnpo", "dr_grpo", "cispo"] | None,
     typer.Option(
-        show_default="grpo and srpo dapo",
+        show_default=defaults("loss_type"),
         help="Average over tokens, under TRL's names: of the whole batch (dapo, and bnpo, as a "
         "step is one batch here); of each completion, then over completions (grpo); the sum over "
         "--max-length (dr_grpo); cispo: as dapo, the ratio a bounded constant.",
@@ -74,7 +74,7 @@ Clip = Annotated[
     float | None,
     typer.Option(
         min=0.0,
-        show_default="diffu-grpo 0.5, espo, grpo and srpo 0.2, gdsd 0.0004",
+        show_default=defaults("clip"),
         help="Half-width of the interval that ratios (gdsd: log-ratios) are clipped to; cispo "
         "has --clip-high alone.",
         rich_help_panel=OBJECTIVE,
@@ -84,7 +84,7 @@ ClipHigh = Annotated[
     float | None,
     typer.Option(
         min=0.0,
-        show_default="that of --clip; cispo 5",
+        show_default=f"that of --clip; cispo {CISPO_BOUND:g}",
         help="For grpo and srpo: how far above 1 ratios are clipped; for cispo their bound.",
         rich_help_panel=OBJECTIVE,
     ),
@@ -102,7 +102,7 @@ Beta = Annotated[
     float | None,
     typer.Option(
         min=0.0,
-        show_default="diffu-grpo 0.04, espo 0.001, gdsd 0.001, spg 1.5, vrpo 0.1, grpo and srpo 0",
+        show_default=defaults("beta"),
         help="Coefficient of the KL penalty; for spg the exponent of the upper bound, for vrpo "
         "the temperature of the preference.",
         rich_help_panel=OBJECTIVE,
@@ -111,7 +111,7 @@ Beta = Annotated[
 Psi = Annotated[
     float | None,
     typer.Option(
-        show_default="gdsd 1.0",
+        show_default=defaults("psi"),
         help="Scale of the advantage as a target.",
         rich_help_panel=OBJECTIVE,
     ),
@@ -121,7 +121,7 @@ Omega = Annotated[
     typer.Option(
         min=0.0,
         max=1.0,
-        show_default="spg 0.5",
+        show_default=defaults("omega"),
         help="Share of the upper bound in the score of bad completions; 1 is the bound alone.",
         rich_help_panel=OBJECTIVE,
     ),
@@ -139,25 +139,29 @@ Inner = Annotated[
     int | None,
     typer.Option(
         min=1,
-        show_default="diffu-grpo 12, wd1, espo and gdsd 8, spg 4, others 1",
+        show_default=defaults("inner"),
         help="Optimizer steps on a batch, each with masks of its own.",
         rich_help_panel=OBJECTIVE,
     ),
 ]
-Baseline = Annotated[
-    Literal["mean", "loo", "none"] | None,
+BaselineOption = Annotated[
+    Baseline | None,
     typer.Option(
-        show_default="espo loo, others mean",
-        help="Advantages of records that bear none: as in 'dlmctl advantage'.",
-        rich_help_panel=OBJECTIVE,
+        "--baseline",
+        show_default=defaults("baseline"),
+        help="What is taken from a reward: the group's mean, the mean of the others "
+        "(leave-one-out), or nothing.",
+        rich_help_panel=ADVANTAGES,
     ),
 ]
-Scale = Annotated[
-    Literal["none", "group", "batch"] | None,
+ScaleOption = Annotated[
+    Scale | None,
     typer.Option(
-        show_default="grpo and srpo group, others none",
-        help="Standard deviation that those advantages are divided by.",
-        rich_help_panel=OBJECTIVE,
+        "--scale",
+        show_default=defaults("scale"),
+        help="Divide by the standard deviation of the rewards of the group, or of the batch: all "
+        "groups of a step.",
+        rich_help_panel=ADVANTAGES,
     ),
 ]
 DropZeroAdvantage = Annotated[

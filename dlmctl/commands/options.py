@@ -102,9 +102,6 @@ Quiet = Annotated[
         help="No progress on stderr: neither the line on a terminal nor, in a log, one a minute.",
     ),
 ]
-Algorithm = Literal[
-    "rspo", "reinforce", "diffu-grpo", "wd1", "espo", "spg", "gdsd", "vrpo", "grpo", "srpo", "sft"
-]
 Law = Literal[
     "independent", "uniform", "complementary", "stratified", "quadrature", "block", "full"
 ]

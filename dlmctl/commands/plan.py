@@ -24,6 +24,7 @@ from dlmctl.commands.sampling import (
 from dlmctl.commands.tables import print_table
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
+from dlmctl.settings.algorithms import PROMPTS_PER_STEP, RECIPES, check_kind, constants
 
 SEEN, RUN, MACHINE = "What a step sees", "The run", "The machine"
 
@@ -70,7 +71,7 @@ def command(
     masks_per_sample: MasksPerSample = None,
     prompts_per_step: Annotated[
         int, typer.Option(min=1, help="Prompts (groups) in a step.", rich_help_panel=SEEN)
-    ] = 32,
+    ] = PROMPTS_PER_STEP,
     samples: Annotated[
         int,
         typer.Option(
@@ -202,7 +203,6 @@ def command(
     from dlmctl.rl.algorithms import make_objective
     from dlmctl.rl.credit_stage import credit_passes
     from dlmctl.rl.policy_gradient import passes_for
-    from dlmctl.rl.scores import Recipe
     from dlmctl.training.flops import Passes
     from dlmctl.training.plan import Machine, Options, Work, plan
 
@@ -210,10 +210,11 @@ def command(
     policy = weightless_policy(model, chosen)
     if image_tokens and policy.family != "vlm":
         raise UsageError(f"{model} takes no images: leave --image-tokens out")
-    recipe, passes = Recipe(samples=2), Passes(0, 0, 1)
+    constants(algo, beta=beta)
+    check_kind(algo, policy.diffusion, model)
+    recipe, passes = RECIPES[algo], Passes(0, 0, 1)
     if algo != "sft":
         objective = make_objective(algo, beta=beta)
-        recipe = objective.recipe
         sampled = recipe.sampled_old and not policy.diffusion
         passes = passes_for(objective, inner or recipe.inner, sampled)
     whole = not policy.diffusion or (masks or recipe.law) == "full"

@@ -22,7 +22,7 @@ from dlmctl.commands.mask_options import (
 )
 from dlmctl.commands.objective_options import (
     Algo,
-    Baseline,
+    BaselineOption,
     Beta,
     Center,
     Clip,
@@ -35,7 +35,7 @@ from dlmctl.commands.objective_options import (
     Omega,
     Psi,
     ResidualMasks,
-    Scale,
+    ScaleOption,
     ScoreNorm,
     Strength,
 )
@@ -70,6 +70,7 @@ from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.groups import group_size
 from dlmctl.records.jsonl import Record, object_field, read_records
 from dlmctl.records.locks import Lock, hold_run
+from dlmctl.settings.algorithms import PROMPTS_PER_STEP, RECIPES, check_kind, constants
 
 
 @on_every_rank
@@ -111,8 +112,8 @@ def command(
     omega: Omega = None,
     max_length: MaxLength = None,
     inner: Inner = None,
-    baseline: Baseline = None,
-    scale: Scale = None,
+    baseline: BaselineOption = None,
+    scale: ScaleOption = None,
     drop_zero_adv: DropZeroAdvantage = False,
     prompts_per_step: Annotated[
         int,
@@ -121,7 +122,7 @@ def command(
             help="Prompts (groups) in an optimizer step; for sft, completions.",
             rich_help_panel=OPTIMIZER,
         ),
-    ] = 32,
+    ] = PROMPTS_PER_STEP,
     masks: Masks = None,
     level: Level = None,
     samples: MasksPerSample = None,
@@ -169,7 +170,8 @@ def command(
     input.
 
     What the records lack is computed: advantages from rewards, scores of policy and reference.
-    Scores of 'dlmctl score-elbo' are used if they are of these weights and masks.
+    Scores of 'dlmctl score-elbo' are used if they are of these weights and masks. Advantages that
+    'dlmctl advantage' made with other --baseline or --scale are refused.
 
     diffu-grpo, espo, gdsd, grpo and srpo take ratios to the weights that the completions were
     sampled from: those that this run had then, a copy of which stays in main memory while a round
@@ -196,9 +198,11 @@ def command(
     verified.jsonl
     """
     from dlmctl.diffusion.scoring import MaskPlan
+    from dlmctl.rl.advantage_stage import consistent
+    from dlmctl.rl.advantages import Normalization
     from dlmctl.rl.algorithms import make_objective
+    from dlmctl.rl.batches import of_one_model
     from dlmctl.rl.policy_gradient import Batching
-    from dlmctl.rl.scores import Recipe
     from dlmctl.rl.update import update_policy, update_supervised
     from dlmctl.training.distributed import from_first
     from dlmctl.training.run import Adapter, Optimization, next_run, open_run
@@ -210,7 +214,18 @@ def command(
         raise UsageError("--t is for --algo sft: other objectives need the whole bound")
     if not 0 <= levels[0] <= levels[1] <= 1 or not levels[1]:
         raise UsageError(f"--t {level} is not a range of shares between 0 and 1")
-    own = {
+    rewarded = {
+        "--inner": inner,
+        "--baseline": baseline,
+        "--scale": scale,
+        "--drop-zero-adv": drop_zero_adv or None,
+    }
+    for option, value in rewarded.items():
+        if algo == "sft" and value is not None:
+            raise UsageError(f"{option} means nothing to --algo sft, which has no rewards")
+    if algo != "sft" and fill_to is not None:
+        raise UsageError(f"--fill-to is for --algo sft: the completions of {algo} are as sampled")
+    given = {
         "strength": strength,
         "score_norm": score_norm,
         "center": center,
@@ -224,11 +239,13 @@ def command(
         "omega": omega,
         "max_length": max_length,
     }
-    objective = None if algo == "sft" else make_objective(algo, **own)
-    recipe = objective.recipe if objective else Recipe(samples=2)
+    settings = constants(algo, **given)
+    objective = None if algo == "sft" else make_objective(algo, **given)
+    recipe = RECIPES[algo]
+    normalization = Normalization.of(algo, baseline, scale, prompts_per_step)
     lines = input_lines(files)
     group: int | None = None
-    passes = 1
+    passes = inner or recipe.inner
     records: Iterator[Record] = iter(())
     _lock: Lock | None = None
 
@@ -257,9 +274,12 @@ def command(
         gradient_checkpointing,
         seed,
     )
+    check_kind(algo, run.policy.diffusion, run.policy.name)
     rest = run.untrained(records) if resume else records
     if rest is None:
         return
+    if model is None and not run.progress.step:
+        rest = of_one_model(rest, sampled_from)
     plan = MaskPlan(
         masks or ("independent" if level else recipe.law),
         samples or recipe.samples,
@@ -276,33 +296,30 @@ def command(
         "prompt mask": plan.prompt_mask,
         "until eos": plan.until_eos,
         "prompts per step": prompts_per_step,
-        **{name: value for name, value in own.items() if value is not None},
+        **{name: value for name, value in settings.items() if value is not None},
     }
     if objective is None:
         metrics = update_supervised(
             rest, run, plan, prompts_per_step, batch_size, fill_to, save_every, keep
         )
     else:
-        passes = inner or recipe.inner
+        run.about |= {"inner steps": passes, **normalization.settings()}
         batching = Batching(
-            plan,
-            baseline or recipe.baseline,
-            scale or recipe.scale,
-            passes,
-            drop_zero_adv,
-            residual_masks == "independent",
+            plan, normalization, passes, drop_zero_adv, residual_masks == "independent"
         )
         metrics = update_policy(
-            rest, run, objective, batching, prompts_per_step, batch_size, save_every, keep,
-            any_policy,
+            consistent(rest, normalization), run, objective, batching, prompts_per_step, batch_size,
+            save_every, keep, any_policy,
         )  # fmt: skip
     total = lines.times(passes / (group * prompts_per_step)) if group and group > 0 else None
     write_metrics(metrics, quiet, run.standing, total, run.progress.step if resume else 0)
 
 
 def _with_first(records: Iterator[Record]) -> tuple[Iterator[Record], Record]:
-    """The same records, and the first of them."""
-    first = next(records, None)
-    if first is None:
-        raise UsageError("no records came in; nothing to train on")
-    return chain([first], records), first
+    """The same records, and the first of them that is not an error from before `rollout`."""
+    errors: list[Record] = []
+    for record in records:
+        if "error" not in record or "rollout" in record:
+            return chain(errors, [record], records), record
+        errors.append(record)
+    raise UsageError("no records came in; nothing to train on")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record, field, object_field
@@ -15,24 +15,56 @@ def group_key(record: Record) -> Hashable:
 
 
 def groups(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Lists of neighbouring records that share `id` (and round); records with `error` left out.
+    """Lists of neighbouring records that share `id` (and round); records with `error` left out."""
+    for group in whole_groups(records):
+        sound = [record for record in group if "error" not in record]
+        if sound:
+            yield sound
 
-    A group leaves as soon as it has as many samples as `rollout` says: in a training loop the next
-    record comes only after this group has been trained on.
+
+def whole_groups(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Groups with the records in them that have an `error`, all in their order.
+
+    A group leaves as soon as it has as many samples as `rollout` says, failed ones among them: in a
+    training loop the next record comes only after this group has been trained on. An error that
+    does not say which sample it was is no sample, and goes with the group before it.
     """
     group: list[Record] = []
+    samples, key = 0, None
     for record in records:
-        if "error" in record:
+        if not is_sample(record):
+            if not group:
+                yield [record]
+            else:
+                group.append(record)
             continue
-        if group and group_key(group[0]) != group_key(record):
+        now = group_key(record)
+        if group and now != key:
             yield group
-            group = []
+            group, samples = [], 0
+        key = now
         group.append(record)
-        if len(group) == group_size(record):
+        samples += 1
+        if samples == group_size(record):
             yield group
-            group = []
+            group, samples = [], 0
     if group:
         yield group
+
+
+def is_whole(group: Sequence[Record]) -> bool:
+    """Whether one of `whole_groups` has as many samples as `rollout` says."""
+    sizes = [group_size(record) for record in group if is_sample(record)]
+    return bool(sizes) and len(sizes) == sizes[0]
+
+
+def is_sample(record: Record) -> bool:
+    """Whether a record is a sample of a group; one with an `error` may be anything."""
+    if "error" not in record:
+        return True
+    place = record.get("rollout")
+    sized = isinstance(place, dict) and type(place.get("samples")) is int
+    return sized and type(record.get("id")) in (str, int)
 
 
 class BatchEnds:
@@ -54,37 +86,46 @@ class BatchEnds:
         if "error" not in record:
             self._count, self._last = self._count + 1, record
         self._seen += 1
-        whole_round = object_field(record, "rollout").get("round_size")
-        self.round_done = isinstance(whole_round, int) and self._seen >= whole_round
+        whole_round = round_size(record) if is_sample(record) else None
+        self.round_done = whole_round is not None and self._seen >= whole_round
         if self.round_done:
             self._count, self._seen, self._last = 0, 0, None
         return begins
 
 
-def group_batches(records: Iterable[Record], size: int) -> Iterator[list[list[Record]]]:
-    """Groups of at least `size` records together, at most to the end of a round of a training loop.
+def group_batches(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
+    """Whole groups of at least `size` records together, at most to the end of a training round.
 
-    Within a round nothing waits for what comes behind it.
+    Records with an `error` are in their places, and not counted. At the end of a round nothing
+    waits for what comes behind it.
     """
     batch: list[Record] = []
     ends = BatchEnds(size)
     for record in records:
         if ends.begins(record) and batch:
-            yield list(groups(batch))
+            yield batch
             batch = []
-        if "error" not in record:
-            batch.append(record)
+        batch.append(record)
         if ends.round_done:
-            yield list(groups(batch))
+            yield batch
             batch = []
     if batch:
-        yield list(groups(batch))
+        yield batch
 
 
 def group_size(record: Record) -> int | None:
     """How many samples the group of this record has, where `rollout` wrote it."""
-    samples: int | None = object_field(record, "rollout").get("samples")
-    if samples is not None and type(samples) is not int:
-        kind = type(samples).__name__
-        raise DataError(f"field 'rollout.samples' is {kind}, expected int", record.where)
-    return samples
+    return _count(record, "samples")
+
+
+def round_size(record: Record) -> int | None:
+    """How many completions the round of a training loop has that this record is of, if of one."""
+    return _count(record, "round_size")
+
+
+def _count(record: Record, name: str) -> int | None:
+    number: int | None = object_field(record, "rollout").get(name)
+    if number is not None and type(number) is not int:
+        kind = type(number).__name__
+        raise DataError(f"field 'rollout.{name}' is {kind}, expected int", record.where)
+    return number

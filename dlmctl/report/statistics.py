@@ -115,8 +115,9 @@ def tally(
             yield record
 
     for group in groups(counted()):
-        name = _label(group[0], by)
-        tallies.setdefault(name, Tally(ks)).add(group)
+        for name in dict.fromkeys(_label(record, by) for record in group):
+            own = [record for record in group if _label(record, by) == name]
+            tallies.setdefault(name, Tally(ks)).add(own)
         total.add(group)
     rows = [t.row(name, confidence) for name, t in tallies.items()]
     if len(rows) != 1:

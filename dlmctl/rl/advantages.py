@@ -1,39 +1,86 @@
 """Group-relative advantages: how much better a completion is than its prompt's others.
 
-    A_i = r_i - mean_g r                                       group mean      (GRPO, d1)
-    A_i = (G r_i - sum_g r) / (G - 1)                          leave-one-out   (RLOO, ESPO)
-    then, on request, divided by std_g r + eps or by the standard deviation over the batch.
+    A_i = r_i - mean_g r                                       group mean      (GRPO, d1, wd1, SPG)
+    A_i = (G r_i - sum_g r) / (G - 1)                          leave-one-out   (RLOO, ESPO, GDSD)
+    then, on request, divided by std r + eps, over the group or over the batch.
 
-The unbiased standard deviation and eps = 1e-4 are TRL's.
+The standard deviation is that of the rewards themselves, unbiased, and eps = 1e-4: TRL's
+`scale_rewards`, and that of ESPO and GDSD, whose recipes switch it off. d1, wd1 and SPG have none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
-Baseline = Literal["mean", "loo", "none"]
-Scale = Literal["none", "group", "batch"]
+from dlmctl.records.errors import UsageError
+from dlmctl.settings.algorithms import PROMPTS_PER_STEP, RECIPES, Algorithm, Baseline, Scale
 
 EPSILON = 1e-4
 
 
-def advantages(
-    rewards: Sequence[Sequence[float]], baseline: Baseline = "mean", scale: Scale = "none"
-) -> list[list[float]]:
-    """Advantages of each group of rewards, in the same shape.
+@dataclass(frozen=True)
+class Normalization:
+    """How rewards become advantages.
 
-    A group of one has advantage 0, and so has a group with equal rewards.
+    Raises:
+        UsageError: something without a baseline is to be scaled; equal rewards, which have no
+            deviation, would be multiplied by 1 / eps.
     """
-    centred = [_centre(torch.tensor(group, dtype=torch.float64), baseline) for group in rewards]
-    if scale == "batch":
-        std = _std(torch.cat(centred)) if centred else 0.0
-        return [(group / (std + EPSILON)).tolist() for group in centred]
-    if scale == "group":
-        return [(group / (_std(group) + EPSILON)).tolist() for group in centred]
-    return [group.tolist() for group in centred]
+
+    baseline: Baseline = "mean"
+    scale: Scale = "none"
+    prompts_per_step: int = PROMPTS_PER_STEP
+    """Groups that are a batch, for the scale of one."""
+
+    def __post_init__(self) -> None:
+        if self.baseline == "none" and self.scale != "none":
+            raise UsageError(
+                f"--scale {self.scale} divides the distance from a baseline, and --baseline none "
+                "leaves the reward: leave one of them out"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        algo: Algorithm,
+        baseline: Baseline | None = None,
+        scale: Scale | None = None,
+        prompts_per_step: int = PROMPTS_PER_STEP,
+    ) -> Normalization:
+        """That of an algorithm, but for what is given."""
+        recipe = RECIPES[algo]
+        return cls(baseline or recipe.baseline, scale or recipe.scale, prompts_per_step)
+
+    def settings(self) -> dict[str, Any]:
+        """What an advantage depends on beside the rewards, as a record has it."""
+        values = asdict(self)
+        if self.scale != "batch":
+            del values["prompts_per_step"]
+        return values
+
+
+def advantages(
+    rewards: Sequence[Sequence[float]], normalization: Normalization
+) -> list[list[float]]:
+    """Advantages of each group of a batch of rewards, in the same shape.
+
+    A group of one has advantage 0, and so has a group with equal rewards, unless there is no
+    baseline.
+    """
+    groups = [torch.tensor(group, dtype=torch.float64) for group in rewards]
+    whole = _std(torch.cat(groups)) if groups and normalization.scale == "batch" else 0.0
+    made = []
+    for group in groups:
+        centred = _centre(group, normalization.baseline)
+        if normalization.scale != "none":
+            deviation = whole if normalization.scale == "batch" else _std(group)
+            centred = centred / (deviation + EPSILON)
+        made.append(centred.tolist())
+    return made
 
 
 def _centre(group: torch.Tensor, baseline: Baseline) -> torch.Tensor:

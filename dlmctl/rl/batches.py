@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dlmctl.records.errors import DataError, TryAgainError
-from dlmctl.records.groups import group_key, group_size
+from dlmctl.records.groups import group_size, is_sample, is_whole, round_size, whole_groups
 from dlmctl.records.jsonl import Record, object_field
 
 
@@ -58,44 +58,85 @@ class CutRoundError(TryAgainError):
 
 
 def step_batches(records: Iterable[Record], prompts_per_step: int) -> Iterator[StepBatch]:
+    """The batches of `whole_batches`, of the records without an `error`.
+
+    Raises:
+        CutRoundError: the last round of a training loop lacks completions.
+    """
+    for batch, finished_round in whole_batches(records, prompts_per_step, cut_rounds=False):
+        groups = without_errors(batch)
+        partial = sum(len(group) < (group_size(group[0]) or 0) for group in groups)
+        yield StepBatch(groups, partial, finished_round)
+
+
+def whole_batches(
+    records: Iterable[Record], prompts_per_step: int, cut_rounds: bool
+) -> Iterator[tuple[list[list[Record]], int | None]]:
     """Collect neighbouring groups; a batch leaves with `prompts_per_step` of them, or at round end.
 
-    A group is known to be whole once it has as many samples as `rollout` says it has, so that a
-    step need not wait for the next group. Records with an `error` are left out and counted as seen.
+    Each with the round that is complete with it. The groups are those of `whole_groups`: a record
+    with an `error` counts as seen, and a group of nothing else is no prompt.
+
+    Args:
+        cut_rounds: the last round may lack completions.
+
+    Raises:
+        CutRoundError: it lacks some, and may not.
     """
-    groups: list[list[Record]] = []
-    seen_in_round = 0
-    place: dict[str, Any] = {}
+    batch: list[list[Record]] = []
+    prompts = seen = 0
+    round_: Any = None
+    size: int | None = None
+    for group in whole_groups(records):
+        if is_sample(group[0]):
+            place = object_field(group[0], "rollout")
+            if place.get("round") != round_:
+                if batch:
+                    yield batch, None
+                batch, prompts, seen = [], 0, 0
+            round_, size = place.get("round"), round_size(group[0])
+        if prompts == prompts_per_step:
+            yield batch, None
+            batch, prompts = [], 0
+        batch.append(group)
+        prompts += bool(without_errors([group]))
+        seen += len(group)
+        if size is not None and seen >= size:
+            yield batch, round_
+            batch, prompts, seen = [], 0, 0
+        elif prompts == prompts_per_step and (size is None or is_whole(group)):
+            yield batch, None
+            batch, prompts = [], 0
+    if seen and size is not None and not cut_rounds:
+        raise CutRoundError(round_, seen, size)
+    if batch:
+        yield batch, None
+
+
+def without_errors(groups: Iterable[Sequence[Record]]) -> list[list[Record]]:
+    """The groups of the records that have no `error`; those that have no other are left out."""
+    sound = ([record for record in group if "error" not in record] for group in groups)
+    return [group for group in sound if group]
+
+
+def of_one_model(records: Iterable[Record], model: str | None) -> Iterator[Record]:
+    """The records, if all that name a model in `rollout` name this one.
+
+    Records of a training loop are left to `check_on_policy`.
+
+    Raises:
+        DataError: a record was sampled from another model.
+    """
     for record in records:
-        place = object_field(record, "rollout")
-        seen_in_round += 1
-        round_done = "round_size" in place and seen_in_round >= place["round_size"]
-        if "error" not in record:
-            if not groups or _starts_group(groups[-1], record):
-                if len(groups) == prompts_per_step:
-                    yield _batch(groups, None)
-                    groups = []
-                groups.append([])
-            groups[-1].append(record)
-        if round_done:
-            yield _batch(groups, place.get("round"))
-            groups, seen_in_round = [], 0
-        elif len(groups) == prompts_per_step and len(groups[-1]) == group_size(groups[-1][0]):
-            yield _batch(groups, None)
-            groups = []
-    if seen_in_round and "round_size" in place:
-        raise CutRoundError(place["round"], seen_in_round, place["round_size"])
-    if groups:
-        yield _batch(groups, None)
-
-
-def _starts_group(group: list[Record], record: Record) -> bool:
-    return group_key(group[0]) != group_key(record) or len(group) == group_size(group[0])
-
-
-def _batch(groups: list[list[Record]], finished_round: int | None) -> StepBatch:
-    partial = sum(len(group) < (group_size(group[0]) or 0) for group in groups)
-    return StepBatch(groups, partial, finished_round)
+        place = {} if "error" in record else object_field(record, "rollout")
+        if "round" not in place and place.get("model", model) != model:
+            before = "of no model" if model is None else f"from {model}"
+            raise DataError(
+                f"sampled from {place['model']}, and the records before it {before}: say with "
+                "--model which one is trained",
+                record.where,
+            )
+        yield record
 
 
 def sampled_from(record: Record) -> str | None:

@@ -8,8 +8,8 @@ checkpoint is loaded again whenever the records come from a newer one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import chain
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,49 +27,74 @@ from dlmctl.rl.roles import OTHER, PERCEPTION, REASONING, token_roles
 from dlmctl.tasks.layout import Tags
 
 
+class Source(NamedTuple):
+    """What a record was sampled from, as `rollout` wrote it."""
+
+    model: str | None
+    revision: str | None
+
+
+def source_of(record: Record) -> Source:
+    """Raises DataError if `rollout` has no names in these places."""
+    place = object_field(record, "rollout")
+    for name in Source._fields:
+        if not isinstance(place.get(name), str | None):
+            kind = type(place[name]).__name__
+            raise DataError(f"field 'rollout.{name}' is {kind}, expected str", record.where)
+    return Source(place.get("model"), place.get("revision"))
+
+
 class Sampler:
     """The policy that sampled the records, whichever round they are of."""
 
     def __init__(self, model: str | None, device: str, dtype: str, any_policy: bool) -> None:
         self._model, self._device, self._dtype = model, device, dtype
         self._any_policy = any_policy
+        self._name = model
+        """What `policy` was loaded by."""
         self.policy: Policy | None = None
         """Loaded at the first record, and anew whenever the weights that sampled are others."""
-        self._texts: TokenTexts | None = None
+        self._texts: tuple[Any, TokenTexts] | None = None
 
-    def of(self, record: Record) -> Policy:
-        """The policy of a record.
+    def of(self, source: Source) -> Policy:
+        """The policy of the records from a source.
 
         Raises:
-            DataError: the record does not say what it was sampled from, or the model has other
-                weights by now.
+            DataError: they do not say what they were sampled from, or the model has other weights
+                by now.
         """
-        place = object_field(record, "rollout")
-        name, wanted = self._model or place.get("model"), place.get("revision")
+        name, wanted = self._model or source.model, source.revision
         if name is None:
             raise DataError(
                 "the record does not say which model it was sampled from ('rollout.model'): "
-                "give --model",
-                record.where,
+                "give --model"
             )
-        if self.policy is None:
+        known = None if self._any_policy else wanted
+        if self.policy is None or not (name == self._name or _same_run(name, self._name)):
+            self.policy = None  # so that there is memory for the next
             self.policy = load_policy(name, self._device, self._dtype)
-        elif not self._any_policy and wanted != self.policy.revision:
+        elif name != self._name or known not in (None, self.policy.revision):
             self.policy = reload_policy(self.policy, name, self._device, self._dtype)
-        if not self._any_policy and wanted is not None and wanted != self.policy.revision:
+        self._name = name
+        if known not in (None, self.policy.revision):
             raise DataError(
                 f"sampled from weights {wanted}, and {name} now has {self.policy.revision}: a "
                 "weight is to be that of the policy that sampled (--any-policy takes it all the "
-                "same)",
-                record.where,
+                "same)"
             )
         return self.policy
 
     def texts(self, policy: Policy) -> TokenTexts:
         """What the policy's tokens spell; the tokenizer does not change from round to round."""
-        if self._texts is None:
-            self._texts = TokenTexts(policy.tokenizer)
-        return self._texts
+        if self._texts is None or self._texts[0] is not policy.tokenizer:
+            self._texts = policy.tokenizer, TokenTexts(policy.tokenizer)
+        return self._texts[1]
+
+
+def _same_run(name: str, other: str | None) -> bool:
+    """Whether two names are of checkpoints in the directory of one run."""
+    run = Path(name).parent
+    return other is not None and run == Path(other).parent and (run / "latest").is_symlink()
 
 
 def credit_passes(diffusion: bool) -> int:
@@ -87,34 +112,68 @@ def credited(
     batch_size: int,
     on_error: OnError = "fail",
 ) -> Iterator[Record]:
-    """Add `roles`, `signal`, `weights` and `credit` to records that bear an `advantage`.
+    """Add `roles`, `signal`, `weights` and `credit` to records that have an `advantage`.
 
-    Groups of about `batch_size` completions are in memory at a time. A malformed response has no
-    roles and weights 1. Where the advantage is 0 the weights change nothing: they are 1, unscored.
+    Groups of about `batch_size` completions are in memory at a time, and those of them that were
+    sampled from one policy are scored together. A malformed response has no roles and weights 1. If
+    the advantage is 0 the weights change nothing: they are 1, unscored.
     """
     for batch in group_batches(records, batch_size):
-        if not batch:
-            continue
-        policy = sampler.of(batch[0][0])
-        texts = sampler.texts(policy)
-        ready: list[tuple[Record, Response | None]] = []
-        for record in chain.from_iterable(batch):
+        for source, rows in _by_source(batch):
             try:
-                ready.append((record, _response(record, policy, texts, tags)))
+                policy = sampler.of(source)
             except DataError as error:
-                error.where = error.where or record.where
-                ready += [(marked, None) for marked in faulty(record, error, on_error)]
-        scored = [
-            (record, response)
-            for record, response in ready
-            if response is not None and field(record, "advantage", (int, float)) != 0
-        ]
-        score = diffusion_signals if policy.diffusion else signals
-        made = score(policy, [r for _, r in scored], contrast, batch_size) if scored else []
-        signal = {id(record): s for (record, _), s in zip(scored, made, strict=True)}
-        for record, response in ready:
-            marked = "error" in record
-            yield record if marked else _weighted(record, response, signal.get(id(record)), credit)
+                yield from _refused(rows, error.message, on_error)
+                continue
+            ready = _responses(rows, policy, sampler.texts(policy), tags, on_error)
+            scored = [
+                (record, response)
+                for record, response in ready
+                if response is not None and field(record, "advantage", (int, float)) != 0
+            ]
+            score = diffusion_signals if policy.diffusion else signals
+            made = score(policy, [r for _, r in scored], contrast, batch_size) if scored else []
+            signal = {id(record): s for (record, _), s in zip(scored, made, strict=True)}
+            for record, response in ready:
+                own = signal.get(id(record))
+                yield record if "error" in record else _weighted(record, response, own, credit)
+
+
+def _by_source(batch: Iterable[Record]) -> Iterator[tuple[Source, list[Record]]]:
+    """Neighbours that were sampled from the same; records with an `error` go with those before."""
+    rows: list[Record] = []
+    source: Source | None = None
+    for record in batch:
+        own = source if "error" in record else source_of(record)
+        if source is not None and own != source:
+            yield source, rows
+            rows = []
+        rows.append(record)
+        source = own
+    yield source or Source(None, None), rows
+
+
+def _refused(rows: Iterable[Record], message: str, on_error: OnError) -> Iterator[Record]:
+    for record in rows:
+        fault = DataError(message, record.where)
+        yield from [record] if "error" in record else faulty(record, fault, on_error)
+
+
+def _responses(
+    rows: Iterable[Record], policy: Policy, texts: TokenTexts, tags: Tags, on_error: OnError
+) -> list[tuple[Record, Response | None]]:
+    """Each record with its response; None if it is malformed, or the record has an `error`."""
+    ready: list[tuple[Record, Response | None]] = []
+    for record in rows:
+        if "error" in record:
+            ready.append((record, None))
+            continue
+        try:
+            ready.append((record, _response(record, policy, texts, tags)))
+        except DataError as error:
+            error.where = error.where or record.where
+            ready += [(marked, None) for marked in faulty(record, error, on_error)]
+    return ready
 
 
 def _response(record: Record, policy: Policy, texts: TokenTexts, tags: Tags) -> Response | None:

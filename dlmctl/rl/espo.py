@@ -7,9 +7,9 @@ With ELBO scores s under masks that current, old and reference policy share, L_i
             + beta (1/N) sum_i (s_i - s_ref_i)^2 / (2 L_i)
 
 The division of the penalty by L_i is that of the released code; the paper prints it without.
-Published: eps 0.2, two coupled pairs of masks whose levels are spread evenly over a device's batch
-(here: over the samples of a prompt), leave-one-out baseline, 8 inner steps, beta 1e-3 for
-mathematics, 3e-3 for Countdown, 1e-2 for Sudoku.
+Published: eps 0.2 (Countdown: 0), two coupled pairs of masks whose levels are spread evenly over a
+device's batch (here: over the samples of a prompt), leave-one-out baseline, 8 inner steps, beta
+1e-3 for mathematics, 3e-3 for Countdown, 1e-2 for Sudoku and code.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dlmctl.rl.scores import Needs, Recipe, Scores, clipped_share, clipped_surrogate
+from dlmctl.rl.scores import Needs, Scores, clipped_share, clipped_surrogate
+from dlmctl.settings.algorithms import RECIPES, Recipe
 
 
 @dataclass(frozen=True)
 class Espo:
     """The objective `espo`."""
 
-    clip: float = 0.2
-    beta: float = 1e-3
+    clip: float
+    beta: float
 
-    recipe: ClassVar[Recipe] = Recipe(law="complementary", samples=4, inner=8, baseline="loo")
+    recipe: ClassVar[Recipe] = RECIPES["espo"]
 
     @property
     def needs(self) -> Needs:

@@ -8,8 +8,8 @@ by a mask and its complement, and halved, for pair j:
 
 where S is that same halved sum. The clamp acts on a sum over the sequence and eps is small, so that
 the gradient of a sample ends as soon as its log-ratio has moved by 4e-4 nats either way.
-Published: eps 4e-4, psi 1 (up to 10), beta 1e-3 or 1e-4, two pairs of masks as in ESPO, 8 inner
-steps.
+Published: leave-one-out baseline, eps 4e-4, psi 10, beta 1e-3 (MATH: 1e-4), two pairs of masks as
+in ESPO, 8 inner steps; the scripts for Sudoku and Countdown, called demos, have psi 1 and one pair.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from dlmctl.records.errors import UsageError
-from dlmctl.rl.scores import Needs, Recipe, Scores
+from dlmctl.rl.scores import Needs, Scores
+from dlmctl.settings.algorithms import RECIPES, Recipe
 
 
 @dataclass(frozen=True)
 class Gdsd:
     """The objective `gdsd`."""
 
-    clip: float = 4e-4
-    beta: float = 1e-3
-    psi: float = 1.0
+    clip: float
+    beta: float
+    psi: float
 
-    recipe: ClassVar[Recipe] = Recipe(law="complementary", samples=4, inner=8)
+    recipe: ClassVar[Recipe] = RECIPES["gdsd"]
 
     @property
     def needs(self) -> Needs:
@@ -43,8 +44,11 @@ class Gdsd:
         return self.beta > 0
 
     def loss(self, scores: Scores) -> Tensor:
-        if scores.current.shape[1] % 2:
-            raise UsageError("gdsd scores every token once: it needs masks in pairs")
+        if not _in_pairs(scores):
+            raise UsageError(
+                "gdsd scores every token once, by a mask and its complement: its masks come in "
+                "pairs, --masks complementary or stratified"
+            )
         lengths = scores.lengths[:, None]
         moved = _pair_sums(scores.current - scores.old)
         clamped = moved.clamp(math.log(1 - self.clip), math.log(1 + self.clip))
@@ -59,6 +63,15 @@ class Gdsd:
         moved = _pair_sums(scores.current - scores.old).detach()
         out = (moved < math.log(1 - self.clip)) | (moved > math.log(1 + self.clip))
         return {"clipped": float(out.double().mean())}
+
+
+def _in_pairs(scores: Scores) -> bool:
+    """Whether masks 2j and 2j + 1 divide the scored tokens of each completion among them."""
+    if scores.targets.shape[1] % 2:
+        return False
+    first, second = scores.targets[:, ::2], scores.targets[:, 1::2]
+    counts = (first | second).sum(dim=2)
+    return not bool((first & second).any()) and bool((counts == scores.lengths[:, None]).all())
 
 
 def _pair_sums(values: Tensor) -> Tensor:

@@ -27,37 +27,35 @@ the group, one step on a batch; EasyR1 has beta 0.01, eps_high 0.3, C = 3. cispo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from dlmctl.records.errors import UsageError
-from dlmctl.rl.scores import Needs, Recipe, Scores
+from dlmctl.rl.scores import Needs, Scores
+from dlmctl.settings.algorithms import CISPO_BOUND, RECIPES, Recipe
 
 LossType = Literal["dapo", "grpo", "bnpo", "dr_grpo", "cispo"]
-
-CISPO_BOUND = 5.0
-RECIPE = Recipe(scale="group", until_eos=True, sampled_old=True)
 
 
 @dataclass(frozen=True)
 class Grpo:
     """The objective `grpo`; token weights of the records are not looked at."""
 
-    loss_type: LossType = "dapo"
-    clip: float = 0.2
+    loss_type: LossType
+    clip: float
     """eps: ratios are clipped at 1 - eps, and at 1 + eps unless `clip_high` is given."""
-    clip_high: float | None = None
+    clip_high: float | None
     """1 + clip_high is where ratios are clipped above; for cispo, clip_high itself."""
-    dual_clip: float | None = None
+    dual_clip: float | None
     """C > 1; None: no bound."""
-    beta: float = 0.0
-    max_length: int | None = None
+    beta: float
+    max_length: int | None
     """C_max of dr_grpo in tokens; None: the most that a completion of the batch has."""
 
-    recipe: ClassVar[Recipe] = RECIPE
+    recipe: ClassVar[Recipe] = RECIPES["grpo"]
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.loss_type != "dr_grpo":
@@ -129,7 +127,7 @@ class Grpo:
 class Srpo(Grpo):
     """The objective `srpo`; every record bears the weights of its tokens."""
 
-    recipe: ClassVar[Recipe] = replace(RECIPE, token_weights=True)
+    recipe: ClassVar[Recipe] = RECIPES["srpo"]
 
     def metrics(self, scores: Scores) -> dict[str, Any]:
         size = scores.advantage.abs()[:, None, None].expand_as(scores.current)[scores.targets]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,8 @@ from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record
 from dlmctl.records.jsonl import field as record_field
-from dlmctl.rl.advantages import Baseline, Scale, advantages
+from dlmctl.rl.advantage_stage import from_rewards
+from dlmctl.rl.advantages import Normalization
 from dlmctl.rl.batches import sampled_from
 from dlmctl.rl.gradient import accumulate_gradient
 from dlmctl.rl.per_token import sampled_log_probs, token_weights
@@ -51,8 +52,7 @@ class Batching:
     """How records become the batch that an objective sees."""
 
     plan: MaskPlan
-    baseline: Baseline = "mean"
-    scale: Scale = "none"
+    normalization: Normalization = field(default_factory=Normalization)
     inner: int = 1
     """Steps on a batch, each with masks of its own."""
     drop_zero_advantage: bool = False
@@ -235,11 +235,7 @@ def batch_advantages(groups: Sequence[Sequence[Record]], batching: Batching) -> 
             float(record_field(r, "advantage", (int, float))) for group in groups for r in group
         ]
         return torch.tensor(values, dtype=torch.float64)
-    hint = "'dlmctl verify' writes it"
-    rewards = [
-        [float(record_field(r, "reward", (int, float), hint)) for r in group] for group in groups
-    ]
-    made = advantages(rewards, batching.baseline, batching.scale)
+    made = from_rewards(groups, batching.normalization)
     return torch.tensor([a for group in made for a in group], dtype=torch.float64)
 
 

@@ -29,7 +29,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
-from dlmctl.rl.scores import Needs, Recipe, Scores
+from dlmctl.rl.scores import Needs, Scores
+from dlmctl.settings.algorithms import RECIPES, Recipe
 
 Center = Literal["batch", "prompt"]
 ScoreNorm = Literal["sequence", "token"]
@@ -40,13 +41,13 @@ ResidualMasks = Literal["shared", "independent"]
 class Rspo:
     """The objective `rspo`."""
 
-    strength: float = 0.01
+    strength: float
     """lambda, per nat."""
-    score_norm: ScoreNorm = "sequence"
-    center: Center = "batch"
-    residual_masks: ResidualMasks = "shared"
+    score_norm: ScoreNorm
+    center: Center
+    residual_masks: ResidualMasks
 
-    recipe: ClassVar[Recipe] = Recipe()
+    recipe: ClassVar[Recipe] = RECIPES["rspo"]
 
     @property
     def needs(self) -> Needs:

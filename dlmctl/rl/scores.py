@@ -13,8 +13,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from dlmctl.diffusion.masks import Law
-from dlmctl.rl.advantages import Baseline, Scale
+from dlmctl.settings.algorithms import Recipe
 
 Needs = Literal["nothing", "relative", "log_probs", "ratios"]
 """nothing: the loss is linear in the log-probabilities of the policy, with weights that come from
@@ -58,25 +57,6 @@ class Scores:
         if self.relative is not None:
             return self.relative
         return (self.weights * (self.current - self.reference).sum(dim=2)).detach()
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What an algorithm was published with, beside its loss."""
-
-    law: Law = "stratified"
-    samples: int = 4
-    """Masks for each completion."""
-    inner: int = 1
-    """Steps on a batch, each with masks of its own."""
-    baseline: Baseline = "mean"
-    scale: Scale = "none"
-    until_eos: bool = False
-    prompt_mask: float = 0.0
-    token_weights: bool = False
-    """The records bear a weight for each token."""
-    sampled_old: bool = False
-    """The old policy of an autoregressive model is what `rollout` recorded of it, where it did."""
 
 
 class Objective(Protocol):

@@ -21,19 +21,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dlmctl.rl.scores import Needs, Recipe, Scores
+from dlmctl.rl.scores import Needs, Scores
+from dlmctl.settings.algorithms import RECIPES, Recipe
 
 
 @dataclass(frozen=True)
 class Spg:
     """The objective `spg`."""
 
-    beta: float = 1.5
-    omega: float = 0.5
+    beta: float
+    omega: float
 
-    recipe: ClassVar[Recipe] = Recipe(
-        law="block", samples=2, inner=4, until_eos=True, prompt_mask=0.15
-    )
+    recipe: ClassVar[Recipe] = RECIPES["spg"]
 
     @property
     def needs(self) -> Needs:

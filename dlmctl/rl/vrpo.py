@@ -17,16 +17,17 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from dlmctl.rl.scores import Needs, Recipe, Scores
+from dlmctl.rl.scores import Needs, Scores
+from dlmctl.settings.algorithms import RECIPES, Recipe
 
 
 @dataclass(frozen=True)
 class Vrpo:
     """The objective `vrpo`."""
 
-    beta: float = 0.1
+    beta: float
 
-    recipe: ClassVar[Recipe] = Recipe(law="uniform", samples=8)
+    recipe: ClassVar[Recipe] = RECIPES["vrpo"]
 
     @property
     def needs(self) -> Needs:

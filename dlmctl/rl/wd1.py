@@ -6,7 +6,7 @@ With the mean-field score s_i = sum_t log p(y_it | x), everything hidden, and fo
     L     = -sum_i (w_i^+ - w_i^-) s_i
 
 which neither an old policy nor a reference enters; the mean over the groups of a batch. The weights
-of a group sum to zero. Published: one full mask, prompt mask 0.15, 8 inner steps.
+of a group sum to zero. Published: one full mask, prompt mask 0.15, 12 inner steps (Sudoku: 8).
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dlmctl.rl.scores import Needs, Recipe, Scores
+from dlmctl.rl.scores import Needs, Scores
+from dlmctl.settings.algorithms import RECIPES, Recipe
 
 
 @dataclass(frozen=True)
 class Wd1:
     """The objective `wd1`."""
 
-    recipe: ClassVar[Recipe] = Recipe(
-        law="full", samples=1, inner=8, until_eos=True, prompt_mask=0.15
-    )
+    recipe: ClassVar[Recipe] = RECIPES["wd1"]
 
     @property
     def needs(self) -> Needs:

@@ -14,7 +14,11 @@ from dlmctl.models.policy import Policy
 from dlmctl.records.errors import missing_package
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Projections of Llama- and Qwen-like decoders (LLaDA, Dream, A2D); the layers that d1 adapts."""
+"""Projections of Llama- and Qwen-like decoders (LLaDA, Dream, A2D): all linear layers of a block.
+
+d1's diffu-GRPO lists the same names, of which LLaDA's own code has q_proj, k_proj, v_proj and
+up_proj; its SFT lists q_proj, k_proj and v_proj.
+"""
 
 MASKED_LM_TARGETS = ("query", "key", "value", "dense", "Wqkv", "Wo", "Wi")
 """The same in BERT-like encoders."""

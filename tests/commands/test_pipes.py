@@ -99,6 +99,29 @@ def test_a_loop_in_one_pipe_trains_round_after_round_and_resumes(tmp_path, saved
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
+def test_a_record_that_failed_does_not_stop_a_loop_with_advantage_in_it(tmp_path, saved_models):
+    (tmp_path / "checks.py").write_text(
+        "from dlmctl.records.errors import DataError\n"
+        "def place(record):\n"
+        "    if record['sample'] == 1: raise DataError('no')\n"
+        "    return record['sample']\n"
+    )
+    for stage in ("cat", "dlmctl advantage", "dlmctl advantage --scale batch"):
+        scale = "--scale batch" if "batch" in stage else ""
+        run = f"run-{len(stage)}"
+        done = shell(
+            f"dlmctl rollout --follow {run} -m {saved_models('llada')} --rounds 2 --prompts 2 -n 3 "
+            f"{SMALL} | dlmctl verify --verifier checks:place --on-error keep | {stage} | "
+            f"dlmctl update --lr 1e-2 {scale} -o {run}",
+            tmp_path,
+            timeout=90,
+        )
+        assert done.returncode == 0, done.stderr
+        seen = [(m["round"], m["completions"]) for m in map(json.loads, done.stdout.splitlines())]
+        assert seen == [(0, 4), (1, 4)]
+    assert same(weights(tmp_path / "run-3"), weights(tmp_path / "run-16"))
+
+
 def test_a_round_is_trained_on_by_the_run_that_it_was_sampled_from(tmp_path, saved_models):
     (tmp_path / "checks.py").write_text("def place(record): return record['sample'] % 2")
     loop = (

@@ -16,6 +16,7 @@ from target import Target
 from dlmctl.records.errors import UserFacingError
 from dlmctl.records.groups import group_batches, groups
 from dlmctl.records.jsonl import Record, dump, parse_record, read_records
+from dlmctl.rl.batches import whole_batches
 from dlmctl.verifiers import registry, vqa
 from dlmctl.verifiers.evaluations import from_evaluation
 
@@ -180,6 +181,7 @@ def _groups(data: bytes, folder: Path) -> None:
     path.write_bytes(data)
     list(groups(read_records([str(path)], "keep")))
     list(group_batches(read_records([str(path)], "keep"), 2))
+    list(whole_batches(read_records([str(path)], "keep"), 2, cut_rounds=True))
 
 
 def _stats(data: bytes, folder: Path) -> None:

@@ -60,6 +60,20 @@ def test_rows_are_by_task_and_in_all():
     assert rows[2]["reward"] == pytest.approx(1.0)
 
 
+def test_each_sample_of_a_prompt_counts_in_the_row_of_its_own_value():
+    records = samples("a", [1.0, 0.0, 1.0])
+    for record, finish in zip(records, ("eos", "length", "length"), strict=True):
+        record["rollout"] = {"finish": finish}
+    rows = {row["task"]: row for row in tally(records, "finish", [1], 0.95)}
+    assert {name: row["completions"] for name, row in rows.items()} == {
+        "eos": 1,
+        "length": 2,
+        "all": 3,
+    }
+    assert rows["eos"]["accuracy"] == 1.0
+    assert rows["length"]["accuracy"] == 0.5
+
+
 def test_right_is_what_the_verifiers_say_and_not_a_dense_reward():
     assert is_correct(Record(reward=0.5, verdict={"sudoku": {"correct": True}}))
     assert not is_correct(

@@ -4,7 +4,7 @@ import pytest
 
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record
-from dlmctl.rl.batches import CutRoundError, check_on_policy, step_batches
+from dlmctl.rl.batches import CutRoundError, check_on_policy, of_one_model, step_batches
 
 
 def samples(prompt, count, of=None, round_=None, round_size=None):
@@ -75,6 +75,36 @@ def test_a_round_whose_stream_ends_early_is_not_trained_on_to_its_end():
         next(batches)
 
 
+def test_a_round_that_was_cut_divides_no_group_of_the_next():
+    stream = samples("a", 2, round_=0, round_size=4) + samples("b", 1, of=2, round_=0, round_size=4)
+    stream += samples("c", 2, round_=1, round_size=4) + samples("d", 2, round_=1, round_size=4)
+    batches = list(step_batches(stream, 8))
+    assert [[(g[0]["id"], len(g)) for g in b.groups] for b in batches] == [
+        [("a", 2), ("b", 1)],
+        [("c", 2), ("d", 2)],
+    ]
+    assert [b.finished_round for b in batches] == [None, 1]
+
+
+def test_a_group_is_whole_when_its_failed_samples_came():
+    stream = samples("a", 2) + samples("b", 2)
+    stream[1]["error"] = {}
+    read = []
+
+    def watched():
+        for record in stream:
+            read.append(record)
+            yield record
+
+    assert [len(g) for g in next(step_batches(watched(), 1)).groups] == [1]
+    assert len(read) == 2
+
+
+def test_a_round_size_that_is_no_number_is_refused():
+    with pytest.raises(DataError, match=r"'rollout\.round_size' is str, expected int"):
+        list(step_batches([Record(id="a", rollout={"round_size": "9"})], 1))
+
+
 def of_round(number, revision, lag=0):
     place = {"samples": 1, "round": number, "round_size": 1, "max_lag": lag, "revision": revision}
     record = Record(id="a", sample=0, rollout=place)
@@ -109,3 +139,24 @@ def test_a_round_that_is_not_the_next_one_is_refused():
 def test_records_outside_a_training_loop_come_from_any_policy():
     [batch] = step_batches(samples("a", 2), 1)
     check_on_policy(batch, ["new"], 7)
+
+
+def sampled(*models, **more):
+    rows = [Record(id=n, rollout={"model": m} if m else {}, **more) for n, m in enumerate(models)]
+    for n, row in enumerate(rows, 1):
+        row.where = f"x.jsonl:{n}"
+    return rows
+
+
+def test_the_model_that_all_records_name_is_trained():
+    rows = [*sampled("m", "m", None), Record(error={}, rollout={"model": "other"})]
+    rows.append(Record(id=9, rollout={"model": "run/step-1", "round": 1}))
+    assert list(of_one_model(rows, "m")) == rows
+    stream = of_one_model(sampled("m", "m", "other"), "m")
+    assert [next(stream)["id"], next(stream)["id"]] == [0, 1]
+    with pytest.raises(
+        DataError, match=r"^x\.jsonl:3: sampled from other, .* from m: say with --mod"
+    ):
+        next(stream)
+    with pytest.raises(DataError, match=r"^x\.jsonl:2: sampled from m, .* of no model"):
+        list(of_one_model(sampled(None, "m"), None))

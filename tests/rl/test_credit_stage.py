@@ -121,6 +121,53 @@ def test_weights_of_another_policy_are_refused(tmp_path, verified):
     assert len(credited(tmp_path, rows, "--any-policy")) == 6
 
 
+def renamed(rows, **place):
+    """The rows as of another prompt, sampled elsewhere."""
+    rows = [{**row, "rollout": {**row["rollout"], **place}} for row in rows]
+    return [{**row, "id": f"other-{row['id']}"} for row in rows]
+
+
+@pytest.mark.parametrize("size", ["4", "32"])
+def test_every_record_of_a_batch_is_of_the_policy_that_weighs_it(tmp_path, verified, size):
+    rows = [*verified[:3], *renamed(verified[:3], revision="other")]
+    source = written(tmp_path / "in.jsonl", rows)
+    model = verified[0]["rollout"]["model"]
+    result = invoke("advantage", "--algo", "srpo", "-m", model, "-b", size, source)
+    assert result.exit_code == 65
+    assert "in.jsonl:4: sampled from weights other" in result.output
+    for on_error, rest in (("skip", []), ("keep", rows[3:])):
+        made = credited(tmp_path, rows, "-m", model, "-b", size, "--on-error", on_error)
+        assert [("weights" in row) for row in made] == [True] * 3 + [False] * len(rest)
+        assert [row["error"]["where"].rpartition(":")[2] for row in made[3:]] == [
+            str(n) for n in range(4, 4 + len(rest))
+        ]
+
+
+def test_records_of_several_policies_are_each_weighed_by_their_own(tmp_path, verified):
+    tokenizer = character_tokenizer("?0123456789=<>/descriptonhkbx\\{} a")  # other ids
+    directory = tmp_path / "another"
+    save_policy(make_vision_policy("qwen2.5-vl", tokenizer, 32, 2, 2, seed=7), directory)
+    policy, other = load_policy(str(directory)), []
+    for row in renamed(verified[:3], model=str(directory), revision=policy.revision):
+        prompt = policy.encode(row)
+        ids = [*policy.encode_text(row["completion"]), policy.eos_id]
+        other.append({**row, "tokens": {"prompt": prompt, "completion": ids}})
+    apart = [*credited(tmp_path, verified[:3]), *credited(tmp_path, other)]
+    assert apart[0]["roles"] == apart[3]["roles"]
+    assert apart[0]["weights"] != apart[3]["weights"]
+    assert credited(tmp_path, [*verified[:3], *other]) == apart
+    assert credited(tmp_path, [*verified[:3], *other], "--any-policy") == apart
+
+
+def test_records_with_an_error_keep_their_places(tmp_path, verified):
+    rows = [dict(row) for row in verified]
+    rows[1]["error"] = rows[5]["error"] = {"message": "no"}
+    rows.insert(2, {"line": "{", "error": {"message": "no JSON"}})
+    made = credited(tmp_path, rows)
+    assert [("weights" in row) for row in made] == [("error" not in row) for row in rows]
+    assert [row.get("sample") for row in made] == [row.get("sample") for row in rows]
+
+
 def test_text_is_not_tokenized_again(tmp_path, verified):
     rows = [{**verified[0], "tokens": {"prompt": verified[0]["tokens"]["prompt"]}}]
     result = invoke("advantage", "--algo", "srpo", written(tmp_path / "in.jsonl", rows))

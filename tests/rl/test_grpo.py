@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dlmctl.records.errors import UsageError
-from dlmctl.rl.advantages import advantages
+from dlmctl.rl.advantages import Normalization, advantages
 from dlmctl.rl.algorithms import make_objective
 from dlmctl.rl.scores import Scores
 
@@ -54,7 +54,7 @@ def gold_scores(weights=None):
     reference = torch.tensor(REFERENCE, dtype=torch.float64)[:, None]
     lengths = torch.tensor(LENGTHS)
     targets = (torch.arange(5) < lengths[:, None])[:, None]
-    [advantage] = advantages([[1, 0, 1, 0]], scale="group")
+    [advantage] = advantages([[1, 0, 1, 0]], Normalization.of("grpo"))
     more = {}
     if weights is not None:
         more["token_weights"] = torch.tensor(weights, dtype=torch.float64)
@@ -79,7 +79,7 @@ def gold_loss(algo, loss_type, weights=None, **settings):
 
 
 def test_advantages_are_those_of_trl():
-    [made] = advantages([[1, 0, 0, 1, 1, 0, 0, 0]], scale=make_objective("grpo").recipe.scale)
+    [made] = advantages([[1, 0, 0, 1, 1, 0, 0, 0]], Normalization.of("grpo"))
     expected = {1: 1.207381, 0: -0.724429}
     assert made == pytest.approx([expected[r] for r in [1, 0, 0, 1, 1, 0, 0, 0]], abs=1e-6)
 

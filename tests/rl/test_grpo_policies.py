@@ -14,7 +14,7 @@ from dlmctl.diffusion.sampling import Sampling
 from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record
-from dlmctl.rl.advantages import advantages
+from dlmctl.rl.advantages import Normalization, advantages
 from dlmctl.rl.algorithms import make_objective
 from dlmctl.rl.gradient import accumulate_gradient
 from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
@@ -35,7 +35,7 @@ def step(policy, groups, algo="grpo", reference=None, **settings):
     policy.model.zero_grad()
     objective = make_objective(algo, **settings)
     frozen = Reference("r", lambda examples: log_probs(reference or policy, examples, 8))
-    batching = Batching(PLAN, scale=objective.recipe.scale)
+    batching = Batching(PLAN, Normalization.of(algo))
     [metrics] = policy_gradients(policy, frozen, groups, objective, batching, 3)
     return metrics, gradient_of(policy)
 
@@ -56,7 +56,7 @@ def completed(policy, rewards=(1, 0, 0, 1), weights=False):
 
 def plain_loss(policy, group, loss_type, weighted):
     """GRPO at ratio 1 as it is written, from whole logits."""
-    [advantage] = advantages([[r["reward"] for r in group]], scale="group")
+    [advantage] = advantages([[r["reward"] for r in group]], Normalization.of("grpo"))
     losses, lengths = [], []
     for record, value in zip(group, advantage, strict=True):
         prompt, completion = record["tokens"]["prompt"], record["tokens"]["completion"]
@@ -195,7 +195,7 @@ def test_recorded_log_probabilities_are_those_of_the_policy_that_sampled():
     before = without_log_probs(groups)
     frozen = Reference("r", lambda examples: log_probs(sampler, examples, 8))
     objective = make_objective("grpo")
-    batching = Batching(PLAN, scale="group", inner=2)
+    batching = Batching(PLAN, Normalization.of("grpo"), inner=2)
     moving = tiny_policy("ar", seed=1)
     steps = policy_gradients(moving, frozen, before, objective, batching, 3)
     next(steps)

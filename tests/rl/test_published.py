@@ -15,6 +15,7 @@ from conftest import tiny_policy
 from dlmctl.diffusion.elbo import log_probs
 from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.records.jsonl import Record
+from dlmctl.rl.advantages import Normalization
 from dlmctl.rl.algorithms import make_objective
 from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
 
@@ -117,7 +118,7 @@ def espo(of, now, old, reference, clip=0.2, beta=1e-3):
     return -surrogate.mean() + beta * penalty.sum() / (len(now) * LENGTH)
 
 
-def gdsd(of, now, old, reference, clip=4e-4, beta=1e-3, psi=1.0):
+def gdsd(of, now, old, reference, clip=4e-4, beta=1e-3, psi=10.0):
     """Half of the pair's whole log-likelihood, clamped and regressed on the advantage."""
     coupled(of)
 
@@ -176,7 +177,7 @@ def test_loss_and_gradient_at_the_defaults(algo):
     objective = make_objective(algo)
     recipe, groups = objective.recipe, verified(policy)
     plan = MaskPlan(recipe.law, recipe.samples, 0, recipe.until_eos, recipe.prompt_mask, 4)
-    batching = Batching(plan, recipe.baseline, recipe.scale, inner=2)
+    batching = Batching(plan, Normalization.of(algo), inner=2)
     frozen = Reference("r", lambda examples: log_probs(reference, examples, 8))
     steps = policy_gradients(policy, frozen, groups, objective, batching, 3)
     for step, metrics in enumerate(steps):

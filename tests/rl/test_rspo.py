@@ -14,7 +14,7 @@ from dlmctl.records.jsonl import Record
 from dlmctl.rl.algorithms import make_objective
 from dlmctl.rl.gradient import accumulate_gradient, elbo_coefficients
 from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
-from dlmctl.rl.rspo import Rspo, residual_weights, rspo_loss
+from dlmctl.rl.rspo import residual_weights, rspo_loss
 
 PLAN = MaskPlan(samples=4)
 
@@ -284,13 +284,12 @@ def test_scores_of_another_reference_are_made_again(pair):
 def test_the_gradient_does_not_depend_on_the_micro_batch(pair):
     policy, reference = pair
     groups = groups_of([[1, 0, 0.5], [0, 0, 1]])
+    objective = make_objective("rspo", strength=0.2)
     gradients = []
     for size in (1, 2, 100):
         policy.model.zero_grad()
         list(
-            policy_gradients(
-                policy, scored_by(reference), groups, Rspo(strength=0.2), Batching(PLAN), size
-            )
+            policy_gradients(policy, scored_by(reference), groups, objective, Batching(PLAN), size)
         )
         gradients.append(gradient_of(policy))
     assert torch.allclose(gradients[0], gradients[1], atol=1e-12)
@@ -327,7 +326,7 @@ def test_weights_from_masks_of_their_own_make_the_gradient_unbiased():
             batching = Batching(
                 MaskPlan("uniform", 1, seed), independent_residual=residual == "independent"
             )
-            objective = Rspo(strength=1.0, residual_masks=residual)
+            objective = make_objective("rspo", strength=1.0, residual_masks=residual)
             list(policy_gradients(policy, scored_by(reference), groups, objective, batching, 8))
             total.append(gradient_of(policy))
         stacked = torch.stack(total)

@@ -11,7 +11,7 @@ from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.loading import fixed_name, load_policy
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record, write_records
-from dlmctl.rl.algorithms import ALGORITHMS, make_objective
+from dlmctl.rl.algorithms import OBJECTIVES, make_objective
 from dlmctl.rl.policy_gradient import Batching
 from dlmctl.rl.samplers import Samplers
 from dlmctl.rl.update import update_policy
@@ -264,7 +264,7 @@ def test_where_the_weights_are_gone_the_batch_is_refused(tmp_path, saved_models)
 
 
 def test_algorithms_without_ratios_take_completions_of_any_weights(tmp_path, saved_models):
-    without = [a for a in ALGORITHMS if make_objective(a).needs != "ratios"]
+    without = [a for a in OBJECTIVES if make_objective(a).needs != "ratios"]
     assert sorted(without) == ["reinforce", "rspo", "spg", "vrpo", "wd1"]
     sampler = replace(load_policy(saved_models("llada"), "cpu"), name="nowhere", revision="gone")
     for algo in without:

@@ -7,7 +7,8 @@ import torch
 from conftest import shell
 from safetensors.torch import load_file, save_file
 
-from dlmctl.records.errors import DataError, MissingInputError
+from dlmctl.commands.corpora import own_model
+from dlmctl.records.errors import DataError, MissingInputError, UsageError
 from dlmctl.sae.folders import SavedSae, layout_of, read_sae, write_sae
 from dlmctl.sae.topk import TopKSae
 
@@ -148,3 +149,11 @@ def test_the_command_converts_there_and_back(tmp_path, saved):
     again = shell("dlmctl sae-convert released a", tmp_path)
     assert again.returncode == 73
     assert "not empty" in again.stderr
+
+
+def test_autoencoders_of_several_models_need_one_to_be_named(saved):
+    other = SavedSae(saved.sae, {**saved.metadata, "model_name": "other"}, saved.firing_rate)
+    assert own_model({"a": saved, "b": saved}, None) == KNOWN["model_name"]
+    assert own_model({"a": saved, "b": other}, "given") == "given"
+    with pytest.raises(UsageError, match=r"several models \(GSAI-ML/LLaDA-8B-Base, other\)"):
+        own_model({"a": saved, "b": other}, None)

@@ -29,7 +29,7 @@ from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.saving import save_policy
 from dlmctl.models.weightless import weightless_policy
 from dlmctl.records.jsonl import Record
-from dlmctl.rl.algorithms import ALGORITHMS, make_objective
+from dlmctl.rl.algorithms import OBJECTIVES, make_objective
 from dlmctl.rl.gradient import accumulate_gradient
 from dlmctl.rl.policy_gradient import Batching, Reference, passes_for, policy_gradients
 from dlmctl.training import footprint
@@ -374,7 +374,7 @@ def test_a_vision_tower_keeps_about_what_a_llama_of_its_shape_does():
 
 
 @pytest.mark.parametrize(
-    ("algo", "family"), [*((algo, "llada") for algo in sorted(ALGORITHMS)), ("grpo", "ar")]
+    ("algo", "family"), [*((algo, "llada") for algo in sorted(OBJECTIVES)), ("grpo", "ar")]
 )
 def test_every_algorithm_takes_the_passes_that_are_planned(algo, family):
     policy, given = tiny_policy(family), records()
@@ -393,7 +393,7 @@ def test_every_algorithm_takes_the_passes_that_are_planned(algo, family):
         seen["gradient" if torch.is_grad_enabled() else "policy"] += 1
 
     policy.model.model.register_forward_hook(hook)
-    batching = Batching(MaskPlan("full", 2), inner=inner)
+    batching = Batching(MaskPlan("complementary", 2), inner=inner)
     list(policy_gradients(policy, Reference("r", score), [given], objective, batching, 99))
     assert tuple(seen.values()) == passes_for(objective, inner, family == "ar")
 

@@ -16,13 +16,13 @@ from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.loading import load_policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
+from dlmctl.rl.algorithms import make_objective
 from dlmctl.rl.policy_gradient import Batching
-from dlmctl.rl.rspo import Rspo
 from dlmctl.rl.update import update_policy, update_supervised
 from dlmctl.training.checkpoint import latest_checkpoint, read_progress
 from dlmctl.training.run import Adapter, Optimization, open_run
 
-OBJECTIVE = Rspo(strength=0.05)
+OBJECTIVE = make_objective("rspo", strength=0.05)
 BATCHING = Batching(MaskPlan(samples=2))
 
 
