@@ -23,8 +23,8 @@ Steps = Annotated[
     typer.Option(
         min=1,
         show_default="the model's own, else --gen-length",
-        help="Denoising steps over all blocks, which decide equally many tokens; not with "
-        "--threshold or --factor, which take as many steps as each block needs.",
+        help="Denoising steps over all blocks, which decide equally many tokens; by --threshold or "
+        "--factor a block takes as many as it needs instead.",
     ),
 ]
 Temperature = Annotated[
