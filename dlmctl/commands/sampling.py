@@ -97,7 +97,8 @@ RefreshBelow = Annotated[
 Eos = Annotated[
     Literal["normal", "late", "never"],
     typer.Option(
-        help="End-of-sequence: like any token; decided last in its block; or not sampled at all."
+        help="End-of-sequence: like any token; decided last in its block, and with it LLaDA's end "
+        "of a turn; or not sampled at all."
     ),
 ]
 EarlyStop = Annotated[
