@@ -82,8 +82,8 @@ def command(
 
     Writes a record for each: the variance explained by three definitions and without tokens of
     massive norm, NMSE, cosine, L0, dead latents; and the change of the loss of hidden and of
-    visible tokens while the autoencoder stands in for the activations. Masks are drawn at the
-    levels that it was trained at.
+    visible tokens while the autoencoder stands in for the activations, each with a standard error
+    over texts (delta_mask_se and so on). Masks are drawn at the levels that it was trained at.
 
     Examples:
 
@@ -111,7 +111,8 @@ def command(
     if logit_shift != "auto":
         policy = dataclasses.replace(policy, shift=int(logit_shift))
     rows = evaluate(policy, counted(batches, "batches", quiet, total), saes, scope, insert, law)
-    more = ("delta_mask", "delta_unmask") if insert else ()
+    deltas = ("delta_mask", "delta_unmask") if insert else ()
+    more = [name for delta in deltas for name in (delta, f"{delta}_se")]
     write_rows(rows, (*COLUMNS, *more), json)
 
 
