@@ -1,11 +1,11 @@
 """The loss of a model while an autoencoder stands in for the output of one of its blocks.
 
-Negative log-likelihood per token in nats, of hidden tokens (`mask`), of visible ones (`unmask`),
-and the bound on that of the text, `nelbo` = sum (1/t) CE of hidden tokens / tokens that may be
-hidden. The logits of a token are taken where its family has them; the published script takes them
-at the token itself, which for Dream are those of the next one.
+Negative log-likelihood per token in nats, of masked tokens (`mask`), of visible ones behind the
+prompt (`unmask`), and the bound on that of the text, `nelbo` = sum (1/t) CE of masked tokens /
+tokens that may be masked. The logits of a token are taken where its family has them; the published
+script takes them at the token itself, which for Dream are those of the next one.
 
-`mask_per_t` is the mean over hidden tokens of CE / t and `unmask_per_t` that over visible ones of
+`mask_per_t` is the mean over masked tokens of CE / t and `unmask_per_t` that over visible ones of
 CE / (1 - t), the published definitions (DLM-Scope, arXiv 2602.05859, section 3.2).
 """
 
@@ -74,8 +74,14 @@ def document_losses(
 def _by_document(
     policy: Policy, batch: Batch, states: Tensor, kind: Literal["mask", "unmask"]
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy summed over each document's tokens of a kind, and their number; [B] each."""
-    row, position = batch.selected(kind).nonzero(as_tuple=True)
+    """Cross-entropy summed over each document's tokens of a kind, and their number; [B] each.
+
+    Tokens of a prompt that is never masked do not count: no training has taught the model them.
+    """
+    kept = torch.tensor([document.kept for document in batch.documents], device=batch.ids.device)
+    column = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    wanted = batch.selected(kind) & (column >= kept[:, None])  # [B, T]
+    row, position = wanted.nonzero(as_tuple=True)
     chosen = states[row, policy.source(position)]  # [N, H]
     loss = -target_log_probs(policy, chosen, batch.ids[row, position])
     # Summed on the CPU: an index_add of CUDA has no fixed order.

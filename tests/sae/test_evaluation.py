@@ -97,6 +97,29 @@ def test_losses_are_those_of_the_whole_logits(family: str) -> None:
         assert found["nelbo"] == pytest.approx(weighted / tokens)
 
 
+@pytest.mark.parametrize("family", ["llada", "ar"])
+def test_a_prompt_that_is_never_masked_has_no_loss(family: str) -> None:
+    policy = tiny_policy(family)  # type: ignore[arg-type]
+    prompts = ["012", "4", "33210"]
+    records = [Record(id=n, prompt=p, completion="0123=4") for n, p in enumerate(prompts)]
+    [batch] = corrupted(documents(records, policy, 99), policy, LAW, 3)
+    found = document_losses(policy, batch)
+    with torch.no_grad():
+        logits = policy.core(
+            input_ids=batch.seen, attention_mask=batch.there.long(), use_cache=False
+        ).logits
+    for b, document in enumerate(batch.documents):
+        scored = [t for t in range(document.kept, len(document.ids)) if not batch.hidden[b, t]]
+        places = [t - 1 if family == "ar" else t for t in scored]
+        values = [
+            -float(logits[b, place].log_softmax(-1)[batch.ids[b, t]])
+            for place, t in zip(places, scored, strict=True)
+        ]
+        assert document.kept == len(prompts[document.record["id"]])
+        assert int(found.tokens[1, b]) == len(scored)
+        assert float(found.sums[1, b]) == pytest.approx(sum(values))
+
+
 def test_the_wrong_shift_measures_another_token() -> None:
     policy = tiny_policy("dream")
     batches = _batches(policy)
