@@ -80,6 +80,7 @@ Of two that fit the longer is taken."""
 STANDS_FOR = {
     "-m llada-8b.json --gen-length": {"llada-8b.json": "config.json"},
     "saes/layer26-": {"saes": "saes-of-llada"},
+    "update -m GSAI-ML/LLaDA-8B-Instruct": {"verified.jsonl": "of-llada.jsonl"},
     "--image-free train.jsonl": {
         "train.jsonl": "scenes.jsonl",
         "verified.jsonl": "judged-scenes.jsonl",

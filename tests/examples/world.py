@@ -112,7 +112,8 @@ dlmctl memo-eval theory -d 4 --taus 1:1e4:3 > theory.jsonl
 dlmctl memo-eval membership --members seen.jsonl --others unseen.jsonl --curve c.jsonl
 """
 
-AUTOENCODERS_OF_LLADA = """
+OF_LLADA = """
+dlmctl rollout -m GSAI-ML/LLaDA-8B-Instruct -n 2 prompts.jsonl | dlmctl verify -o of-llada.jsonl
 dlmctl sae-train corpus.jsonl -m GSAI-ML/LLaDA-8B-Base --layers 26 -k 50,160 --latents 2048 \
     --tokens 500 --sae-batch-size 100 -o saes-of-llada
 dlmctl sae-convert --to dictionary_learning saes-of-llada/layer26-k160-mask \
@@ -161,7 +162,7 @@ def make_world(directory: Path) -> World:
     _run(COMMANDS, world)
     for name, options in MODELS.items():
         _add_model(world, name, options)
-    _run(AUTOENCODERS_OF_LLADA, world)
+    _run(OF_LLADA, world)
     scene = orjson.loads((world.files / "scenes.jsonl").read_bytes().split(b"\n")[0])
     picture = base64.b64decode(scene["images"][0].partition(",")[2])
     for name, (config, row) in DATASETS.items():

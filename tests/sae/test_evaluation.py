@@ -150,7 +150,7 @@ def test_the_error_of_a_change_is_that_of_a_ratio_over_documents() -> None:
     batches = _batches(policy)
     batches[0].hidden[1] = False  # a document without a masked token does not count
     batches[0].seen[1] = batches[0].ids[1]
-    [row] = evaluate(policy, batches, [_placed(sae, 0, "mask")], "matching", True, LAW)
+    [row] = evaluate(policy, batches, [_placed(sae, 0, "mask")], "matching", True, {})
     edits = {0: splice(policy, sae, "mask", "matching")}
     changes: list[tuple[float, int]] = []
     for batch in batches:
