@@ -100,12 +100,11 @@ def trained_with(saved: Mapping[str, SavedSae], name: str, default: Any, option:
     for folder, one in saved.items():
         value = one.metadata.get(name)
         value = default if value is None else value
-        # True is an int, and 1 a float here.
+        # To Python True is an int and 1 no float; here it is the other way round.
         kind = (float, int) if isinstance(default, float) else type(default)
         if not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool):
-            raise DataError(
-                f"'{name}' is {value!r}, expected as {default!r}: give {option}", folder
-            )
+            wanted = type(default).__name__
+            raise DataError(f"'{name}' is {value!r}, expected {wanted}: give {option}", folder)
         folders.setdefault(value, folder)
     if len(folders) > 1:
         (first, here), (second, there) = list(folders.items())[:2]
