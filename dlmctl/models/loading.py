@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ from dlmctl.settings.models import Prompting, split_name
 ASSETS = Path(__file__).parent.parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+ALIGNMENT = 64
+"""Bytes of which the address of each tensor is a multiple."""
 HUB_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 
 
@@ -81,6 +84,7 @@ def load_policy(
     plan = architecture(read_json(config_file), str(config_file), split_name(name)[1])
     files = weight_files(directory)
     model = _build(plan, files, precision, directory).to(where).eval()
+    _align(model)
     tokenizer = load_tokenizer(directory, plan)
     policy = _policy(name, plan, model, tokenizer, weights_hash(files), directory)
     policy = dataclasses.replace(policy, prompting=prompting or Prompting())
@@ -208,6 +212,18 @@ def _build(plan: Architecture, files: list[Path], dtype: torch.dtype, directory:
             f"first {further[0]}: config.json does not describe this model"
         )
     return model
+
+
+def _align(model: Any) -> None:
+    """Copy the weights that a file, which is mapped, has where torch would not begin a tensor.
+
+    The products of a CPU round by where their operands begin, and the weights of a file begin where
+    its names end. Without this a model and a checkpoint with equal weights differ in their last
+    digits, and so would a run that is resumed.
+    """
+    for tensor in chain(model.parameters(), model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def model_class(plan: Architecture, where: str) -> Any:
