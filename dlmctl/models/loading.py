@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from dlmctl.models.allocator import keep_freed_memory
 from dlmctl.models.families import FAULTS, HOW, TURN_ENDS, Architecture, architecture
 from dlmctl.models.policy import LEFT_TO_RIGHT, Policy
 from dlmctl.models.vision import Vision, vision_of
-from dlmctl.models.weights import read_weights, weight_files, weights_hash
+from dlmctl.models.weights import align, read_weights, weight_files, weights_hash
 from dlmctl.records.errors import (
     DataError,
     MissingInputError,
@@ -41,8 +40,6 @@ from dlmctl.settings.models import Prompting, split_name
 ASSETS = Path(__file__).parent.parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
-ALIGNMENT = 64
-"""Bytes of which the address of each tensor is a multiple."""
 HUB_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 
 
@@ -84,7 +81,7 @@ def load_policy(
     plan = architecture(read_json(config_file), str(config_file), split_name(name)[1])
     files = weight_files(directory)
     model = _build(plan, files, precision, directory).to(where).eval()
-    _align(model)
+    align(model)
     tokenizer = load_tokenizer(directory, plan)
     policy = _policy(name, plan, model, tokenizer, weights_hash(files), directory)
     policy = dataclasses.replace(policy, prompting=prompting or Prompting())
@@ -212,18 +209,6 @@ def _build(plan: Architecture, files: list[Path], dtype: torch.dtype, directory:
             f"first {further[0]}: config.json does not describe this model"
         )
     return model
-
-
-def _align(model: Any) -> None:
-    """Copy the weights that a file, which is mapped, has where torch would not begin a tensor.
-
-    The products of a CPU round by where their operands begin, and the weights of a file begin where
-    its names end. Without this a model and a checkpoint with equal weights differ in their last
-    digits, and so would a run that is resumed.
-    """
-    for tensor in chain(model.parameters(), model.buffers()):
-        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
-            tensor.data = tensor.data.clone()
 
 
 def model_class(plan: Architecture, where: str) -> Any:
