@@ -23,7 +23,7 @@ from dlmctl import __version__
 from dlmctl.help_screen import TwoColumns
 from dlmctl.options import with_options
 from dlmctl.records import interrupts, stderr
-from dlmctl.records.errors import UsageError, UserFacingError
+from dlmctl.records.errors import DataError, UsageError, UserFacingError
 
 
 class Subcommand(NamedTuple):
@@ -118,7 +118,10 @@ def with_exit_codes(function: Callable[..., None], name: str) -> Callable[..., N
             _check_processes(function)
             function(*args, **kwargs)
         except UserFacingError as error:
-            print(f"dlmctl: {error}", file=sys.stderr)
+            hint = ""
+            if isinstance(error, DataError) and error.skippable and "on_error" in kwargs:
+                hint = "; --on-error skip goes on without it"
+            print(f"dlmctl: {error}{hint}", file=sys.stderr)
             raise typer.Exit(error.exit_code) from None
         except BrokenPipeError:
             # The reader has seen enough; point stdout elsewhere so that the exit flush is silent.

@@ -22,8 +22,8 @@ Images = Annotated[
     str,
     typer.Argument(
         metavar="IMAGES",
-        help="builtin:digits, a folder of images, a safetensors file, or a data set; #A:B behind "
-        "it takes the images from A to B.",
+        help="builtin:digits, a folder of images, a safetensors file (bytes, or floats in [-1, 1] "
+        "or [0, 1]), or a data set; #A:B behind it takes the images from A to B.",
     ),
 ]
 Run = Annotated[

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 OF_SAMPLER = ("model", "step", "steps", "evaluations")
 """What 'distill sample' says of itself in a file, as the record of 'memo-eval' has it."""
-SOURCE = "builtin:digits, FILE.safetensors, a directory of images, JSONL, a data set; #A:B cuts it"
+SOURCE = (
+    "builtin:digits, FILE.safetensors (bytes, or floats in [-1, 1] or [0, 1]), a directory of "
+    "images, JSONL, a data set; #A:B cuts it"
+)
 
 
 def command(

@@ -82,8 +82,9 @@ def command(
 
     Writes a record for each: the variance explained by three definitions and without tokens of
     massive norm, NMSE, cosine, L0, dead latents; and the change of the loss of hidden and of
-    visible tokens while the autoencoder stands in for the activations. The corpus is cut and masked
-    as that was which they were trained on, where no option says otherwise.
+    visible tokens while the autoencoder stands in for the activations, each with a standard error
+    over texts (delta_mask_se and so on). The corpus is cut and masked as that was which they were
+    trained on, where no option says otherwise.
 
     Examples:
 
@@ -108,7 +109,8 @@ def command(
         policy = dataclasses.replace(policy, shift=int(logit_shift))
     shown = counted(batches, "batches", quiet, total)
     rows = evaluate(policy, shown, saes, scope, insert, plan.about)
-    more = ("delta_mask", "delta_unmask") if insert else ()
+    deltas = ("delta_mask", "delta_unmask") if insert else ()
+    more = [name for delta in deltas for name in (delta, f"{delta}_se")]
     write_rows(rows, (*COLUMNS, *more), json)
 
 

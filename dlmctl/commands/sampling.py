@@ -23,8 +23,8 @@ Steps = Annotated[
     typer.Option(
         min=1,
         show_default="the model's own, else --gen-length",
-        help="Denoising steps over all blocks, which decide equally many tokens; not with "
-        "--threshold or --factor, which take as many steps as each block needs.",
+        help="Denoising steps over all blocks, which decide equally many tokens; by --threshold or "
+        "--factor a block takes as many as it needs instead.",
     ),
 ]
 Temperature = Annotated[
@@ -97,7 +97,8 @@ RefreshBelow = Annotated[
 Eos = Annotated[
     Literal["normal", "late", "never"],
     typer.Option(
-        help="End-of-sequence: like any token; decided last in its block; or not sampled at all."
+        help="End-of-sequence: like any token; decided last in its block, and with it LLaDA's end "
+        "of a turn; or not sampled at all."
     ),
 ]
 EarlyStop = Annotated[

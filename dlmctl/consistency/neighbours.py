@@ -6,10 +6,16 @@ are asked for, whose distances are then taken from differences. Rounding could h
 neighbour out where the last candidate is hardly farther than the last neighbour; such rows are
 searched again in float64. The bound on rounding is the probabilistic one, sqrt(D) u (Higham and
 Mary 2019, SIAM J. Sci. Comput. 41(5)), times four.
+
+GPUs may round the operands of a float32 product to TF32, and do so in NVIDIA's containers, which
+set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1. That is switched off for the search; and as it is not known
+who else has a say in it, the error of a few products is measured and added to the bound.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,6 +32,8 @@ MEMORY = 512 * 2**20
 CACHE = 2**20
 """Bytes of differences at once on a processor: what stays in its cache."""
 _FACTOR = 4.0
+_PROBES = 256
+"""Numbers on either side whose products are looked at."""
 
 
 class Neighbours(NamedTuple):
@@ -68,7 +76,8 @@ def nearest(
     x, y = samples.to(where), references.to(where)
     search = _Search(y, k, max(memory, 2**16), own)
     rows = torch.arange(len(x), device=where)
-    found, sure = search.run(x, rows, torch.float32)
+    with _whole_products():
+        found, sure = search.run(x, rows, torch.float32)
     if not bool(sure.all()):
         again, _ = search.run(x[~sure], rows[~sure], torch.float64)
         found.distances[~sure], found.indices[~sure] = again
@@ -83,9 +92,12 @@ class _Search:
         self.memory = memory
         self.candidates = min(k + SPARE, len(references) - own)
         self.mean = references.mean(0)
+        self.error = 0.0
+        """Of a product of two numbers, relative, in the dtype in use."""
 
     def run(self, x: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Neighbours, Tensor]:
         """Neighbours of `x`, which are the samples `rows`; and of which rows that is certain."""
+        self.error = product_error(x.device, dtype)
         size, columns = self._block(len(x), dtype)
         parts = [
             self._rows(part, numbers, columns, dtype)
@@ -128,7 +140,9 @@ class _Search:
 
         Only references nearer than `last` matter: their norm is at most |x| + `last`.
         """
+        # x.y errs by |x| |y| times the error of a product at most, a quarter of what it adds.
         rounding = _FACTOR * self.references.shape[1] ** 0.5 * torch.finfo(dtype).eps / 2
+        rounding += 2 * self.error
         return last.square() + rounding * (2 * norms.sqrt() + last).square()
 
     def _sorted(self, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,6 +179,33 @@ class _Search:
             differences.sub_(part[:, None]).square_()
             made.append(differences.sum(2, dtype=torch.float64).sqrt_())
         return torch.cat(made)
+
+
+@contextlib.contextmanager
+def _whole_products() -> Iterator[None]:
+    """float32 products of all 24 bits, as far as torch decides."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # someone set it by the newer switches, of which torch wants no mix
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def product_error(device: torch.device, dtype: torch.dtype) -> float:
+    """The largest relative error of products of two numbers, by the operation that scores are made
+    by: half an ulp, unless operands are rounded to fewer bits."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.zeros(2, _PROBES, _PROBES, dtype=dtype, device=device)
+    for each in (x, y):
+        each[:, 0] = 1 + torch.rand(_PROBES, generator=generator, dtype=torch.float64)
+    found = torch.addmm(x.new_zeros(1, _PROBES), x, y.T)
+    exact = x[:, :1].double() * y[:, 0].double()
+    return float(((found.double() - exact) / exact).abs().max())
 
 
 def _least(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

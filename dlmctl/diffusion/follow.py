@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from dlmctl.diffusion.rollout import Round, rollout
+from dlmctl.diffusion.rollout import Round, rollout, with_prompt_ids
 from dlmctl.diffusion.sampling import Sampling
 from dlmctl.models.loading import load_policy, reload_policy
 from dlmctl.models.policy import Policy
+from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import OnError, Record
 from dlmctl.records.stdin import reader_is_gone
 from dlmctl.settings.models import Prompting
@@ -61,7 +62,12 @@ def follow_run(
         batch = list(islice(prompts, prompts_per_round))
         if not batch:
             return
-        place = Round(number, len(batch) * samples, max_lag)
+        # A prompt that cannot be written down has no samples that the round would wait for.
+        batch = list(with_prompt_ids(batch, policy, on_error))
+        sound = sum("error" not in record for record in batch)
+        if not sound:
+            raise DataError(f"none of the prompts of round {number} can be used: nothing to train")
+        place = Round(number, sound * samples, max_lag)
         settings = settings_for(policy)
         yield from rollout(batch, policy, settings, samples, seed, batch_size, on_error, place)
 

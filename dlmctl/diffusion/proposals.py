@@ -117,9 +117,10 @@ def _confidence(logits: Tensor, token: Tensor, keys: Tensor, remasking: Remaskin
 
 
 def kept(confidence: Tensor, quota: Tensor, settings: Sampling) -> Tensor:
-    """bool [R, B]: the positions whose token stays; at least one of each row but by quota.
+    """bool [R, B]: the positions whose token stays.
 
-    `threshold` and `factor` are get_transfer_index and get_transfer_index_dynamic of Fast-dLLM.
+    By `threshold` and `factor`, as in Fast-dLLM's get_transfer_index and
+    get_transfer_index_dynamic, that is at least one in each row with a masked token.
 
     Args:
         confidence: float64 [R, B], -inf where nothing is masked.
@@ -131,10 +132,10 @@ def kept(confidence: Tensor, quota: Tensor, settings: Sampling) -> Tensor:
     if settings.threshold is not None:
         stays = (ordered >= settings.threshold) | (rank == 0)
     elif settings.factor is not None:
-        # Confidence falls and its bound rises, so that these are the first of each row.
+        # As confidence falls and its bound rises, these are the first of their row.
         stays = (ordered >= 1 - settings.factor / (rank.double() + 2)) | (rank == 0)
         number, left = stays.sum(dim=1), masked.sum(dim=1)
-        # Its loop ends at the last masked token alike whether that is sure enough or not.
+        # Fast-dLLM's loop ends at the last masked token, sure enough or not, and keeps it.
         stays = rank < torch.where(number == left - 1, left, number)[:, None]
     else:
         stays = rank < quota[:, None]

@@ -51,21 +51,11 @@ def rollout(
     Raises:
         UsageError: the settings, or a watch, do not go with the kind of model.
     """
-
-    def prepare(record: Record) -> Record:
-        record_id = field(record, "id", (str, int), "'dlmctl prompts' writes it")
-        prompt = policy.encode(record)
-        ready = Record(record)
-        ready.where = record.where
-        ready["id"] = record_id
-        ready["tokens"] = {**(record.get("tokens") or {}), "prompt": prompt}
-        return ready
-
     # What was read and not yet answered: a record with its number in the group, or an error.
     waiting: deque[tuple[Record, int]] = deque()
 
     def requests() -> Iterator[Request]:
-        for record in each(records, prepare, on_error):
+        for record in with_prompt_ids(records, policy, on_error):
             if "error" in record:
                 waiting.append((record, -1))
                 continue
@@ -84,6 +74,21 @@ def rollout(
         record, index = waiting.popleft()
         yield _completed(record, index, result, policy, settings, samples, seed, round_)
     yield from (record for record, _ in waiting)
+
+
+def with_prompt_ids(
+    records: Iterable[Record], policy: Policy, on_error: OnError
+) -> Iterator[Record]:
+    """The records with the ids of their prompts; those that have none as `on_error` says."""
+
+    def prepare(record: Record) -> Record:
+        ready = Record(record)
+        ready.where = record.where
+        ready["id"] = field(record, "id", (str, int), "'dlmctl prompts' writes it")
+        ready["tokens"] = {**(record.get("tokens") or {}), "prompt": policy.encode(record)}
+        return ready
+
+    return each(records, prepare, on_error)
 
 
 def made_by(policy: Policy, settings: Sampling, samples: int, seed: int) -> dict[str, Any]:

@@ -186,7 +186,8 @@ class Policy:
         """Ids that a record holds, which must be those of this tokenizer; None where it has none.
 
         Whose ids they are, the record does not say. They are known for another tokenizer's where
-        they do not read as the text that was decoded from them.
+        they do not read as the text that was decoded from them; or begin so, since a model with
+        another end-of-sequence token may read on.
         """
         held, where = record.get("tokens") or {}, getattr(record, "where", "")
         if not isinstance(held, Mapping):
@@ -200,7 +201,9 @@ class Policy:
                 what = f"tokens.{part} holds ids beyond the vocabulary of {self.name}"
                 raise DataError(what, where)
         ids, text = held.get("completion"), record.get("completion")
-        if ids is not None and isinstance(text, str) and self.decode(ids).strip() != text.strip():
+        if ids is None or not isinstance(text, str):
+            return held.get(name)
+        if not self.decode(ids).strip().startswith(text.strip()):
             raise DataError(
                 f"its tokens do not read as its completion by the tokenizer of {self.name}: they "
                 "are another model's, or the text was changed; without 'tokens' the text counts",

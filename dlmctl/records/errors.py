@@ -22,6 +22,8 @@ class DataError(UserFacingError):
     """
 
     exit_code = 65
+    skippable = False
+    """Whether the stage would go on without the record, were it asked to."""
 
     def __init__(self, message: str, where: str = "") -> None:
         super().__init__(message)

@@ -100,9 +100,12 @@ def _is_deep(value: Any) -> bool:
 
 
 def each(
-    records: Iterable[Record], function: Callable[[Record], Record], on_error: OnError = "fail"
+    records: Iterable[Record], function: Callable[[Record], Record], on_error: OnError | None = None
 ) -> Iterator[Record]:
-    """Apply `function` to every record; a record that already bears an `error` passes untouched."""
+    """Apply `function` to every record; a record that already has an `error` passes untouched.
+
+    `on_error` is None if there is no choice but to fail.
+    """
     for record in records:
         if "error" in record:
             yield record
@@ -116,9 +119,10 @@ def each(
             yield result
 
 
-def faulty(record: Record, error: DataError, on_error: OnError) -> Iterator[Record]:
+def faulty(record: Record, error: DataError, on_error: OnError | None) -> Iterator[Record]:
     """What becomes of a record that cannot be used: raise, leave it out, or pass it on marked."""
-    if on_error == "fail":
+    if on_error is None or on_error == "fail":
+        error.skippable = on_error is not None
         raise error
     if on_error == "skip":
         print(f"dlmctl: skipped: {error}", file=sys.stderr)

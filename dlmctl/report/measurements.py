@@ -23,7 +23,8 @@ def averages(records: Iterable[Record], by: Sequence[str]) -> list[dict[str, Any
     """A row for each group of records with like values of `by`, and one for all of several.
 
     Every number becomes its mean; of several records there is the standard error beside it, with
-    `_se` behind its name.
+    `_se` behind its name. Such an error that the records have already, of another spread, stays
+    if there is one record alone.
     """
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
@@ -53,6 +54,9 @@ def _means(records: Sequence[Record], by: Sequence[str]) -> dict[str, Any]:
                 found.setdefault(name, []).append(value)
     row: dict[str, Any] = {"records": len(records)}
     for name, values in found.items():
+        measure = name.removesuffix("_se")
+        if measure != name and len(found.get(measure, [])) > 1:
+            continue
         row[name] = statistics.fmean(values)
         if len(values) > 1:
             row[f"{name}_se"] = statistics.stdev(values) / math.sqrt(len(values))

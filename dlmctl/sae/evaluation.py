@@ -14,7 +14,14 @@ from dlmctl.records.errors import DataError
 from dlmctl.sae.activations import check_keys
 from dlmctl.sae.corpus import Batch, Positions
 from dlmctl.sae.folders import SavedSae
-from dlmctl.sae.insertion import Losses, Scope, differences, splice
+from dlmctl.sae.insertion import (
+    Changes,
+    DocumentLosses,
+    Losses,
+    Scope,
+    document_losses,
+    splice,
+)
 from dlmctl.sae.measures import Reconstruction
 from dlmctl.sae.topk import Codes, TopKSae
 
@@ -76,7 +83,7 @@ class Evaluation:
         """
         self.policy, self.saes, self.scope, self.insert = policy, saes, scope, insert
         self.measures = [Reconstruction(placed.sae) for placed in saes]
-        self.spliced = [Losses() for _ in saes]
+        self.changes = [Changes() for _ in saes]
         self.clean = {False: Losses(), True: Losses()}
         """By whether it is text of which nothing is hidden."""
 
@@ -91,19 +98,21 @@ class Evaluation:
             view = batch.clean() if bare else batch
             outputs: dict[int, Tensor] = {}
             look = {self.saes[n].layer: _keep(outputs, self.saes[n].layer) for n in mine}
-            self.clean[bare].add(self.policy, view, look)
+            before = document_losses(self.policy, view, look)
+            self.clean[bare].add(before)
             for n in mine:
-                codes[n] = self._count(n, view, outputs[self.saes[n].layer])
+                codes[n] = self._count(n, view, outputs[self.saes[n].layer], before)
         return codes
 
-    def _count(self, number: int, batch: Batch, output: Tensor) -> Codes:
+    def _count(self, number: int, batch: Batch, output: Tensor, before: DocumentLosses) -> Codes:
         placed = self.saes[number]
         x = output[batch.selected(placed.positions)].to(placed.sae.W_enc.dtype)
         codes = placed.sae.encode(x)
         self.measures[number].add(x, placed.sae.decode(codes), codes)
         if self.insert:
             edit = splice(self.policy, placed.sae, placed.positions, self.scope)
-            self.spliced[number].add(self.policy, batch, {placed.layer: edit})
+            after = document_losses(self.policy, batch, {placed.layer: edit})
+            self.changes[number].add(before, after)
         return codes
 
     def row(self, number: int) -> dict[str, Any]:
@@ -115,7 +124,7 @@ class Evaluation:
         clean = self.clean[positions == "clean"]
         found |= {f"loss_{name}": value for name, value in clean.means().items()}
         if self.insert:
-            found |= differences(self.spliced[number], clean)
+            found |= self.changes[number].row()
         return found
 
 

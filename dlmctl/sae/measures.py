@@ -25,8 +25,6 @@ from dlmctl.sae.topk import Codes, TopKSae
 
 MASSIVE = 10.0
 """Times the median norm above which a token is left out of `fve_normal`."""
-
-
 CONSTANT = 1e-6
 """Standard deviation of a dimension, by its root mean square, up to which it has no variance: what
 rounding to float32 makes of a constant is below that."""

@@ -14,15 +14,15 @@ from typing import Any
 
 from dlmctl.records.errors import DataError
 from dlmctl.verifiers.answer import Verdict, answer_text, completion_text, judged, required
+from dlmctl.verifiers.typography import plain
 
 LONGEST = 200
 """Characters of an expression; beyond that it is no answer to six numbers."""
 
 LATEX = [
     (r"\\(?:left|right|,|!|;|:|quad|displaystyle)(?![a-zA-Z])", " "),
-    (r"\\(?:times|cdot|ast)(?![a-zA-Z])|[×·∗⋅]", "*"),
-    (r"\\div(?![a-zA-Z])|÷", "/"),
-    (r"[−–]", "-"),
+    (r"\\(?:times|cdot|ast)(?![a-zA-Z])", "*"),
+    (r"\\div(?![a-zA-Z])", "/"),
     (r"\\text\s*\{([^{}]*)\}", r" \1 "),
     (r"\\[()\[\]]|\$|`", " "),
     (r"\[", "("),
@@ -74,8 +74,9 @@ def find_expression(text: str) -> str | None:
 
     In prose it is the last stretch that has an operator between numbers.
     """
-    for pattern, plain in LATEX:
-        text = re.sub(pattern, plain, text)
+    text = plain(text)
+    for pattern, written in LATEX:
+        text = re.sub(pattern, written, text)
     # One pass opens the innermost; more levels than this make more than LONGEST characters.
     for _ in range(LONGEST // len("((1)/(1))") + 1):
         text, opened = FRACTION.subn(r"((\1)/(\2))", text)

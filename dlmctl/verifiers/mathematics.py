@@ -18,6 +18,7 @@ from dlmctl.records.errors import DataError, missing_package
 from dlmctl.records.jsonl import dump
 from dlmctl.verifiers.answer import Verdict, answer_text, completion_text, judged, required
 from dlmctl.verifiers.program import OverrunError, Program
+from dlmctl.verifiers.typography import plain
 
 TIME_LIMIT = 10.0
 """Seconds for one answer, once the package is loaded."""
@@ -46,7 +47,9 @@ def math(record: Mapping[str, Any], time_limit: float = TIME_LIMIT) -> Verdict:
     program = judge()
     program.time_limit = time_limit
     try:
-        reply = program.ask(dump({"answer": wanted, "text": text, "seconds": time_limit}))
+        reply = program.ask(
+            dump({"answer": plain(wanted), "text": plain(text), "seconds": time_limit})
+        )
     except OverrunError:
         return judged(False, f"took longer than {time_limit:g} s", found_in=place)
     except DataError as error:

@@ -14,11 +14,16 @@ from typing import Any
 
 from dlmctl.records.errors import DataError
 from dlmctl.verifiers.answer import Verdict, answer_text, completion_text, judged, required
+from dlmctl.verifiers.typography import plain
 
-NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s*/\s*\d+(?![\d/]))?|-?\.\d+")
+SIGN = r"(?:(?<![\w)])-)?"
+"""A minus that nothing stands before: 10-5 is no -5."""
+NUMBER = re.compile(
+    SIGN + r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s*/\s*\d+(?![\d/]))?|\.\d+)"
+)
 # For texts without two spaces in a row: several \s* would try every way to share a long run.
 FRACTION = re.compile(r"\\[dt]?frac ?\{? ?(\d+) ?\}? ?\{? ?(\d+) ?\}?")
-MIXED = re.compile(r"(?<!\d)(\d+) ?\\[dt]?frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}")
+MIXED = re.compile(rf"(?<!\d)({SIGN})(\d+) ?\\[dt]?frac ?\{{ ?(\d+) ?\}} ?\{{ ?(\d+) ?\}}")
 LONGEST = 300
 """Characters of a number; a longer one is no answer, and has no floating-point value."""
 
@@ -41,15 +46,18 @@ def gsm8k(record: Mapping[str, Any]) -> Verdict:
 
 def parse_number(text: str) -> Fraction | None:
     """The number that a short text states: after the last equals sign, else the last one in it."""
-    text = re.sub(r"\\[,!;:]|\\text\s*\{[^{}]*\}|\\%|[$%]", "", text.replace("{,}", ","))
+    text = re.sub(r"\\[,!;:]|\\text\s*\{[^{}]*\}|[$€£¥%]", "", plain(text))
     text = re.sub(r"\s+", " ", text)
     before, _, after = text.rpartition("=")
     text = after if before and re.search(r"\d", after) else text
     if mixed := MIXED.search(text):
         if len(mixed.group()) > LONGEST:
             return None
-        whole, top, bottom = map(int, mixed.groups())
-        return whole + Fraction(top, bottom) if bottom else None
+        whole, top, bottom = map(int, mixed.groups()[1:])
+        if bottom == 0:
+            return None
+        value = whole + Fraction(top, bottom)
+        return -value if mixed[1] else value
     text = FRACTION.sub(r"\1/\2", text)
     found = NUMBER.findall(text)
     if not found or len(found[-1]) > LONGEST:

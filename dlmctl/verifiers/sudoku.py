@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from dlmctl.records.errors import DataError
 from dlmctl.verifiers.answer import Verdict, answer_text, completion_text, required
+from dlmctl.verifiers.typography import plain
 
 UNITS: tuple[tuple[int, ...], ...] = (
     *(tuple(range(4 * r, 4 * r + 4)) for r in range(4)),
@@ -75,6 +76,7 @@ def _read(record: Mapping[str, Any]) -> Reading:
     if solution is not None and not re.fullmatch(r"[1-4]{16}", solution):
         raise DataError(f"solution {solution!r} is not 16 digits from 1 to 4")
     text, place = answer_text(completion_text(record))
+    text = plain(text)
     if place == "text":
         # Prose has other digits too: take the last run that can be a grid.
         found = GRID_IN_PROSE.findall(text)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dlmctl.verifiers.answer import Verdict, answer_text, completion_text, judged, required
+from dlmctl.verifiers.typography import plain
 
 BETWEEN = re.compile(r"</reasoning>\s*<answer>")
 """What stands between a reasoning block and an answer block. A pattern of both whole blocks would
@@ -39,7 +40,7 @@ def choice(record: Mapping[str, Any]) -> Verdict:
     text, _ = answer_text(completion_text(record))
     found = None
     for pattern in CHOICES:
-        if matches := pattern.findall(text.strip()):
+        if matches := pattern.findall(plain(text).strip()):
             found = matches[-1]
             break
     return judged(found == wanted, choice=found)

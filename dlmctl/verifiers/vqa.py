@@ -21,6 +21,7 @@ from dlmctl.records.errors import DataError
 from dlmctl.tasks.boxes import last_boxed
 from dlmctl.verifiers.answer import Verdict, answer_text, completion_text, required
 from dlmctl.verifiers.mathematics import TIME_LIMIT, judge, math
+from dlmctl.verifiers.typography import plain
 
 PEOPLE = 10
 """So many references are those of VQAv2."""
@@ -87,14 +88,14 @@ def matches(given: str, wanted: str, end: float | None = None) -> bool:
         return False
     if given.lower() == wanted.lower():
         return True
-    plain = normalised(wanted)
-    if plain and normalised(given) == plain:
+    words = normalised(wanted)
+    if words and normalised(given) == words:
         return True
     value = number(wanted)
     if value is not None and number(given) == value:
         return True
     if re.fullmatch("[A-Z]", wanted):
-        chosen = _CHOICE.fullmatch(given)
+        chosen = _CHOICE.fullmatch(plain(given))
         return chosen is not None and chosen[1] == wanted
     left = TIME_LIMIT if end is None else end - time.monotonic()
     return left > 0 and _equal_latex(given, wanted, left)
@@ -106,7 +107,7 @@ def normalised(text: str) -> str:
     Signs of arithmetic stay, and brackets beside digits. An article stays where nothing else is
     there, since it may name a choice.
     """
-    text = _TEXT.sub(r"\1", text.lower()).replace("−", "-")
+    text = _TEXT.sub(r"\1", plain(text).lower())
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|['’]", "", text)
     text = re.sub(r"\.(?!\d)|[,;!?\"]|(?<=[a-z]{2})-(?=[a-z]{2})", " ", text)
     if not re.search(r"\d", text):
@@ -117,10 +118,11 @@ def normalised(text: str) -> str:
 
 def number(text: str) -> Fraction | None:
     """The value of an answer that is a number and nothing else but a sign of currency or unit."""
-    text = text.strip()
+    text = plain(text).strip()
     if len(text) > LONGEST_LATEX:
         return None
-    text = _UNIT.sub("", text.strip("$").strip().rstrip("."))
+    text = re.sub(r"^-[$€£¥]", "-", text).strip("$€£¥").strip()
+    text = _UNIT.sub("", text.rstrip("."))
     text = _DIGITS.get(text.lower(), text)
     if not re.search(r"\d", text) or not _NUMBER.fullmatch(text):
         return None

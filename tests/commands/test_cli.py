@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import shell
+from conftest import invoke, shell
 from typer.testing import CliRunner
 
 from dlmctl import __version__
@@ -75,6 +75,34 @@ def test_options_are_read_from_the_environment(tmp_path):
     done = shell("DLMCTL_ON_ERROR=skip dlmctl verify <<< 'nonsense'", tmp_path)
     assert done.returncode == 0
     assert "<stdin>:1" in done.stderr
+
+
+def test_a_record_that_ends_a_stage_comes_with_what_goes_on_without_it(tmp_path):
+    good = '{"task": "gsm8k", "id": "a", "prompt": "1+1", "answer": "2", "completion": "2"}'
+    bad = good.replace('"2"', "null", 1)
+    lines, hint = tmp_path / "lines.jsonl", "; --on-error skip goes on without it\n"
+    lines.write_text(f"{good}\n{bad}\n{good}\n")
+    done = invoke("verify", lines)
+    assert (done.exit_code, done.stdout.count("\n")) == (65, 1)
+    assert done.stderr.startswith(f"dlmctl: {lines}:2: field 'answer' is missing")
+    assert done.stderr.endswith(hint)
+    for choice, count in (("skip", 2), ("keep", 3)):
+        done = invoke("verify", lines, "--on-error", choice)
+        assert (done.exit_code, done.stdout.count("\n")) == (0, count)
+        assert hint.strip() not in done.stderr + done.stdout
+    lines.write_text(f"{good}\nnonsense\n")
+    for command in (["verify"], ["stats"], ["plot"], ["rollout", "-n", "1"]):
+        done = invoke(*command, lines)
+        assert (done.exit_code, f"{lines}:2: not JSON" in done.stderr) == (65, True)
+        assert done.stderr.endswith(hint)
+
+
+@pytest.mark.parametrize("line", ["bench rollout -m builtin:puzzles", "update --algo sft"])
+def test_where_nothing_can_be_skipped_that_is_not_said(tmp_path, line):
+    (tmp_path / "lines.jsonl").write_text('{"id": "a"}\n')
+    done = shell(f"dlmctl {line} lines.jsonl", tmp_path)
+    assert done.returncode == 65
+    assert "--on-error" not in done.stderr
 
 
 @pytest.mark.parametrize("name", ["bash", "zsh", "fish"])

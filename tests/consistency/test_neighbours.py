@@ -94,3 +94,79 @@ def test_too_few_references_and_two_widths_are_refused():
         nearest(normal(2, 3, 0), normal(2, 3, 0), 2, own=True)
     with pytest.raises(DataError, match="of 3 and of 4 numbers"):
         nearest(normal(2, 3, 0), normal(2, 4, 0))
+
+
+TF32, BF16 = 11, 8
+"""Bits of a number, with the first."""
+
+
+def rounded(values: Tensor, bits: int) -> Tensor:
+    mantissa, exponent = torch.frexp(values)
+    return torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent)
+
+
+def coarse_addmm(bits: int, only_if_allowed: bool = False):
+    """`torch.addmm` with operands rounded to so many bits if they are float32, as tensor cores do;
+    the sum is exact."""
+    plain = torch.addmm
+
+    def addmm(start: Tensor, x: Tensor, y: Tensor, **options) -> Tensor:
+        allowed = torch.get_float32_matmul_precision() != "highest"
+        if x.dtype == torch.float32 and (allowed or not only_if_allowed):
+            x, y = rounded(x, bits), rounded(y, bits)
+            return plain(start.double(), x.double(), y.double(), **options).float()
+        return plain(start, x, y, **options)
+
+    return addmm
+
+
+def near_copies() -> tuple[Tensor, Tensor]:
+    """Groups of references so near to each other that their distances are lost in rounding."""
+    base = 10 * normal(40, 768, 13)
+    y = base.repeat_interleave(10, 0) + 0.02 * normal(400, 768, 14)
+    return base.repeat(2, 1) + 0.02 * normal(80, 768, 15), y
+
+
+@pytest.mark.parametrize("bits", [TF32, BF16])
+@pytest.mark.parametrize("memory", [2**20, 2**29])
+def test_neighbours_are_exact_whatever_the_precision_of_a_product(monkeypatch, bits, memory):
+    """Also where it is lower than it is said to be."""
+    x, y = near_copies()
+    wanted = brute(x, y, 2)
+    monkeypatch.setattr(torch, "addmm", coarse_addmm(bits))
+    found = nearest(x, y, 2, memory)
+    assert torch.equal(found.indices, wanted[1])
+    torch.testing.assert_close(found.distances, wanted[0], rtol=1e-6, atol=0)
+    error = neighbours.product_error(torch.device("cpu"), torch.float32)
+    assert error == pytest.approx(2 * 2.0**-bits, rel=0.2)  # half an ulp of each operand
+    # Without that error in the bound some would be wrong.
+    monkeypatch.setattr(neighbours, "product_error", lambda *_: 0.0)
+    assert not torch.equal(nearest(x, y, 2, memory).indices, wanted[1])
+
+
+def test_products_of_few_bits_are_switched_off_for_the_search(monkeypatch):
+    """So that none of the rows are searched again; afterwards all is as it was."""
+    x, y = normal(50, 64, 16), normal(300, 64, 17)
+    dtypes, run = [], neighbours._Search.run
+
+    def watched(search, part, rows, dtype):
+        dtypes.append((dtype, torch.get_float32_matmul_precision()))
+        return run(search, part, rows, dtype)
+
+    monkeypatch.setattr(neighbours._Search, "run", watched)
+    monkeypatch.setattr(torch, "addmm", coarse_addmm(TF32, only_if_allowed=True))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        found = nearest(x, y)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(found.indices, brute(x, y, 2)[1])
+    assert dtypes == [(torch.float32, "highest")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_err_by_half_an_ulp(dtype):
+    error = neighbours.product_error(torch.device("cpu"), dtype)
+    assert error <= torch.finfo(dtype).eps / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,12 @@ def test_ids_are_taken_as_they_are_where_they_read_as_the_text() -> None:
     record = Record(prompt="=", completion="0123401", tokens={"completion": [*ids, end, end]})
     assert policy.encode_completion(record) == [*ids, end, end]
     assert policy.encode_completion(Record(prompt="=", completion="0123401")) == ids
+    # As of a model with the same tokenizer that ends elsewhere.
+    other = dataclasses.replace(policy, eos_id=None)
+    assert other.encode_completion(record) == [*ids, end, end]
+    beyond = Record(record, tokens={"completion": [*ids, end, *ids]})
+    for each in (policy, other):
+        assert each.encode_completion(beyond) == [*ids, end, *ids]
     assert policy.encode_completion(Record(tokens={"completion": ids})) == ids
     assert policy.encode(Record(record, tokens={"prompt": ids[:2]})) == ids[:2]
 

@@ -31,6 +31,16 @@ def test_rows_have_means_and_standard_errors_over_seeds() -> None:
     assert "fve_se" not in averages(ROWS[:1], ["layer"])[0]
 
 
+def test_the_error_of_a_record_is_no_measure_to_average() -> None:
+    rows = [Record(delta=d, delta_se=0.5, firing_se=f) for d, f in ((1.0, 1.0), (3.0, 2.0))]
+    [row] = averages(rows, [])
+    assert row["delta"] == 2.0
+    assert row["delta_se"] == pytest.approx(1.0)  # between the records, not the mean of theirs
+    assert row["firing_se"] == 1.5  # stands behind no measure
+    assert averages(rows[:1], [])[0]["delta_se"] == 0.5
+    assert averages([*rows[1:], *rows[:1]], [])[0] == row
+
+
 def test_completions_are_no_measurements() -> None:
     assert is_measurement(ROWS[0])
     assert not is_measurement(Record(id=1, completion="x", reward=0.5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dlmctl.records.jsonl import Record, parse_record
 from dlmctl.sae.corpus import Batch, Corruption, corrupted, documents
 from dlmctl.sae.evaluation import Evaluation, Placed, evaluate
 from dlmctl.sae.folders import SavedSae, write_sae
-from dlmctl.sae.insertion import Losses
+from dlmctl.sae.insertion import Changes, DocumentLosses, Losses, document_losses, splice
 from dlmctl.sae.stability import compare, match_decoders, stability
 from dlmctl.sae.topk import Codes, TopKSae
 
@@ -48,6 +49,12 @@ def _random(width: int, seed: int = 0) -> TopKSae:
     return sae.double()
 
 
+def _row(batch: Batch, b: int) -> dict[str, Any]:
+    """The fields of a batch of one document alone, still padded."""
+    tensors = {name: getattr(batch, name)[b : b + 1] for name in Batch._fields[1:]}
+    return {"documents": [batch.documents[b]], **tensors}
+
+
 def _placed(sae: TopKSae, layer: int, positions: str) -> Placed:
     return Placed("s", sae, layer, positions, SavedSae(sae))  # type: ignore[arg-type]
 
@@ -69,7 +76,7 @@ def test_losses_are_those_of_the_whole_logits(family: str) -> None:
     policy = tiny_policy(family)  # type: ignore[arg-type]
     losses, nats, weighted = Losses(), {"mask": [], "unmask": []}, 0.0
     for batch in _batches(policy):
-        losses.add(policy, batch)
+        losses.add(document_losses(policy, batch))
         with torch.no_grad():
             logits = policy.core(
                 input_ids=batch.seen, attention_mask=batch.there.long(), use_cache=False
@@ -92,13 +99,36 @@ def test_losses_are_those_of_the_whole_logits(family: str) -> None:
         assert found["nelbo"] == pytest.approx(weighted / tokens)
 
 
+@pytest.mark.parametrize("family", ["llada", "ar"])
+def test_a_prompt_that_is_never_masked_has_no_loss(family: str) -> None:
+    policy = tiny_policy(family)  # type: ignore[arg-type]
+    prompts = ["012", "4", "33210"]
+    records = [Record(id=n, prompt=p, completion="0123=4") for n, p in enumerate(prompts)]
+    [batch] = corrupted(documents(records, policy, 99), policy, LAW, 3)
+    found = document_losses(policy, batch)
+    with torch.no_grad():
+        logits = policy.core(
+            input_ids=batch.seen, attention_mask=batch.there.long(), use_cache=False
+        ).logits
+    for b, document in enumerate(batch.documents):
+        scored = [t for t in range(document.kept, len(document.ids)) if not batch.hidden[b, t]]
+        places = [t - 1 if family == "ar" else t for t in scored]
+        values = [
+            -float(logits[b, place].log_softmax(-1)[batch.ids[b, t]])
+            for place, t in zip(places, scored, strict=True)
+        ]
+        assert document.kept == len(prompts[document.record["id"]])
+        assert int(found.tokens[1, b]) == len(scored)
+        assert float(found.sums[1, b]) == pytest.approx(sum(values))
+
+
 def test_the_wrong_shift_measures_another_token() -> None:
     policy = tiny_policy("dream")
     batches = _batches(policy)
     right, wrong = Losses(), Losses()
     for batch in batches:
-        right.add(policy, batch)
-        wrong.add(dataclasses.replace(policy, shift=0), batch)
+        right.add(document_losses(policy, batch))
+        wrong.add(document_losses(dataclasses.replace(policy, shift=0), batch))
     assert right.means()["mask"] != pytest.approx(wrong.means()["mask"], rel=1e-3)
 
 
@@ -112,6 +142,51 @@ def test_matching_positions_leave_the_others_as_they_are() -> None:
     everywhere = evaluate(policy, batches, [_placed(sae, 0, "mask")], "all", True, CORPUS)[0]
     assert everywhere["delta_unmask"] != 0.0
     assert everywhere["delta_mask"] == pytest.approx(matching["delta_mask"])
+
+
+def test_the_error_of_a_change_is_that_of_a_ratio_over_documents() -> None:
+    policy = tiny_policy()
+    sae = _random(16)
+    batches = _batches(policy)
+    batches[0].hidden[1] = False  # a document without a masked token does not count
+    batches[0].seen[1] = batches[0].ids[1]
+    [row] = evaluate(policy, batches, [_placed(sae, 0, "mask")], "matching", True, LAW)
+    edits = {0: splice(policy, sae, "mask", "matching")}
+    changes: list[tuple[float, int]] = []
+    for batch in batches:
+        for b in range(len(batch.documents)):
+            alone = Batch(**_row(batch, b))
+            before, after = (document_losses(policy, alone, e) for e in (None, edits))
+            changes.append((float(after.sums[0] - before.sums[0]), int(batch.hidden[b].sum())))
+    changes = [(d, n) for d, n in changes if n]
+    assert len(changes) == 19
+    total = sum(n for _, n in changes)
+    mean = sum(d for d, _ in changes) / total
+    square = sum((d - mean * n) ** 2 for d, n in changes) * len(changes) / (len(changes) - 1)
+    assert row["delta_mask"] == pytest.approx(mean)
+    assert row["delta_mask_se"] == pytest.approx(square**0.5 / total)
+    assert row["delta_mask_per_t_se"] != row["delta_mask_se"]
+
+
+def test_the_error_of_a_mean_of_equal_documents_is_that_of_their_changes() -> None:
+    changes, d = Changes(), [0.5, -0.25, 1.0, 0.0]
+    nothing = torch.zeros(5, 2, dtype=torch.float64)
+    for first in (0, 2):
+        after = torch.tensor([d[first : first + 2]] * 5, dtype=torch.float64)
+        tokens = torch.full_like(nothing, 3.0)
+        changes.add(DocumentLosses(nothing, tokens), DocumentLosses(after, tokens))
+    row = changes.row()
+    assert row["delta_unmask"] == pytest.approx(statistics.fmean(d) / 3)
+    assert row["delta_unmask_se"] == pytest.approx(statistics.stdev(d) / 2 / 3)
+
+
+def test_a_single_document_has_no_error_and_no_document_no_change() -> None:
+    changes = Changes()
+    assert set(changes.row().values()) == {None}
+    one = torch.ones(5, 1, dtype=torch.float64)
+    changes.add(DocumentLosses(one, one), DocumentLosses(3 * one, one))
+    assert changes.row()["delta_mask"] == 2.0
+    assert changes.row()["delta_mask_se"] is None
 
 
 def test_measures_do_not_depend_on_what_is_evaluated_beside_it() -> None:
