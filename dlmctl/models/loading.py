@@ -26,7 +26,7 @@ from dlmctl.models.allocator import keep_freed_memory
 from dlmctl.models.families import FAULTS, HOW, TURN_ENDS, Architecture, architecture
 from dlmctl.models.policy import LEFT_TO_RIGHT, Policy
 from dlmctl.models.vision import Vision, vision_of
-from dlmctl.models.weights import read_weights, weight_files, weights_hash
+from dlmctl.models.weights import align, read_weights, weight_files, weights_hash
 from dlmctl.records.errors import (
     DataError,
     MissingInputError,
@@ -81,6 +81,7 @@ def load_policy(
     plan = architecture(read_json(config_file), str(config_file), split_name(name)[1])
     files = weight_files(directory)
     model = _build(plan, files, precision, directory).to(where).eval()
+    align(model)
     tokenizer = load_tokenizer(directory, plan)
     policy = _policy(name, plan, model, tokenizer, weights_hash(files), directory)
     policy = dataclasses.replace(policy, prompting=prompting or Prompting())

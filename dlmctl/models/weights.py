@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlmctl.records.errors import DataError, MissingInputError
 from dlmctl.records.files import read_json
@@ -31,6 +32,8 @@ LLADA_TOP = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_he
 
 WHOLE_HASH_BYTES = 2**30
 SAMPLE_BYTES, SAMPLES = 2**20, 64
+ALIGNMENT = 64
+"""Bytes of which the address of a tensor is a multiple, where torch allocates it."""
 
 
 def from_llada(name: str) -> str:
@@ -108,6 +111,18 @@ def stored_dtype(files: list[Path]) -> str:
             return str(shard.get_tensor(first).dtype).removeprefix("torch.")
     except (SafetensorError, OSError, StopIteration) as error:
         raise DataError(f"not a whole safetensors file ({error})", str(files[0])) from None
+
+
+def align(model: nn.Module) -> None:
+    """Copy the weights that a file, which is mapped, has where torch would not begin a tensor.
+
+    The products of a CPU round by where their operands begin, and the weights of a file begin where
+    its names end. Without this a model and a checkpoint with equal weights differ in their last
+    digits, and so would a run that is resumed.
+    """
+    for tensor in chain(model.parameters(), model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def weights_hash(files: list[Path]) -> str:

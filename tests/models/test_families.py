@@ -54,6 +54,22 @@ def test_padding_changes_logits_by_less_than_1e_5_in_float32(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_equal_weights_compute_equal_bits_wherever_their_file_has_them(family, tmp_path):
+    """A product rounds by where its operands begin, and a mapped file's begin behind its header."""
+    policy = tiny_policy(family)
+    policy.model.float()
+    save_policy(policy, tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    for size in range(0, 64, 8):
+        save_file(weights, file, metadata={"format": "pt", "note": " " * size})
+        again = load_policy(str(tmp_path), "cpu")
+        for ids in torch.tensor([[3]]), torch.tensor([[3, 4, 5, 2, 7]]):
+            assert torch.equal(all_logits(policy, ids), all_logits(again, ids))
+        assert {p.data_ptr() % 64 for p in again.model.parameters()} == {0}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_policy_loads_as_it_was(family, tmp_path):
     policy = tiny_policy(family)
     policy.model.float()
