@@ -122,9 +122,21 @@ def saved_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], st
     return get
 
 
-def invoke(name: str, *arguments: str | Path) -> Result:
+def invoke(name: str, *arguments: str | Path | int) -> Result:
     """Run a subcommand in this process, which saves the start of another."""
     return CliRunner().invoke(app, [name, *map(str, arguments)])
+
+
+def greedy_records(place: Path, model: str | Path, prompts: list[str], gen_length: int) -> Path:
+    """File of the completions that `dlmctl rollout` makes of these prompts, one each."""
+    lines = [orjson.dumps({"id": str(n), "prompt": text}) for n, text in enumerate(prompts)]
+    source, target = place / "prompts.jsonl", place / "greedy.jsonl"
+    source.write_bytes(b"\n".join(lines))
+    options = ["--temperature", "0", "--gen-length", gen_length, "-n", "1", "-o", target]
+    kind = ["--device", "cpu", "--dtype", "float32"]
+    result = invoke("rollout", source, "-m", model, *kind, *options)
+    assert result.exit_code == 0, result.output
+    return target
 
 
 def shell(

@@ -49,7 +49,7 @@ def example_of(record: Record, policy: Policy, plan: MaskPlan) -> Example:
         DataError: the record has neither ids nor text, an empty completion, or no prompt for an
             autoregressive model to begin from.
     """
-    prompt, completion = policy.encode(record), policy.encode_completion(record)
+    prompt, completion = policy.encode_both(record)
     if not completion:
         raise DataError("the completion is empty; there is nothing to score", record.where)
     if not prompt and not policy.diffusion:

@@ -27,7 +27,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from dlmctl.models.policy import LEFT_TO_RIGHT
+from dlmctl.models.policy import LEFT_TO_RIGHT, usual_shift
 from dlmctl.models.vision import KINDS
 from dlmctl.models.weights import from_llada
 from dlmctl.records.errors import DataError
@@ -143,9 +143,9 @@ def _by_transformers(raw: dict[str, Any], where: str, reading: Reading) -> Archi
         config.is_causal = False
     elif family in LEFT_TO_RIGHT and getattr(config, "is_causal", True) is False:
         config.is_causal = True
-    shift = marker.get("shift", 1 if family in (*LEFT_TO_RIGHT, "dream") else 0)
-    if reading.family not in (None, marker.get("family")):
-        shift = 1 if family in (*LEFT_TO_RIGHT, "dream") else 0
+    shift = usual_shift(family)
+    if reading.family in (None, marker.get("family")):
+        shift = marker.get("shift", shift)
     mask_id = marker.get("mask_token_id", raw.get("mask_token_id"))
     sampling = dict(marker.get("sampling") or {})
     doubtful = bool(raw.get("auto_map")) and reading.family is None and not marker

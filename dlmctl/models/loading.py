@@ -35,7 +35,7 @@ from dlmctl.records.errors import (
     UsageError,
 )
 from dlmctl.records.files import read_json
-from dlmctl.settings.models import Prompting, split_name
+from dlmctl.settings.models import Prompting, Reading, split_name
 
 ASSETS = Path(__file__).parent.parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -122,6 +122,14 @@ def fixed_name(name: str) -> str:
     if not Path(path).expanduser().is_dir():
         return name
     return reading.name(str(model_directory(path).resolve()))
+
+
+def run_of(name: str) -> tuple[Path, Reading]:
+    """The run that a fixed name is a checkpoint of, later ones being of it too; else its path."""
+    plain, reading = split_name(name)
+    path = Path(plain)
+    of_run = path.is_absolute() and (path.parent / "latest").is_symlink()
+    return path.parent if of_run else path, reading
 
 
 def model_directory(name: str, files: list[str] = HUB_FILES) -> Path:

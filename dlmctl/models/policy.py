@@ -32,6 +32,11 @@ LEFT_TO_RIGHT = ("ar", "vlm")
 """Families that predict the next token; the others denoise."""
 
 
+def usual_shift(family: Family) -> int:
+    """The shift of a family's models, as a rule."""
+    return int(family in (*LEFT_TO_RIGHT, "dream"))
+
+
 @dataclass(frozen=True)
 class Policy:
     """A loaded model."""
@@ -160,7 +165,24 @@ class Policy:
             DataError: there is no prompt, the tokenizer cannot express it, or the ids are of
                 another one.
         """
-        ids = self._stored(record, "prompt")
+        return self._prompt(record, self._own_tokens(record))
+
+    def encode_completion(self, record: Record) -> list[int]:
+        """The ids of a record's completion: `tokens.completion` as it is, else of the text.
+
+        Raises:
+            DataError: there is none, the tokenizer cannot express it, or the ids are of another
+                one.
+        """
+        return self._completion(record, self._own_tokens(record))
+
+    def encode_both(self, record: Record) -> tuple[list[int], list[int]]:
+        """`encode` and `encode_completion`, the tokens looked at once."""
+        own = self._own_tokens(record)
+        return self._prompt(record, own), self._completion(record, own)
+
+    def _prompt(self, record: Mapping[str, Any], own: Mapping[str, Any]) -> list[int]:
+        ids: list[int] | None = own.get("prompt")
         if ids:
             hidden = self.vision is not None and self.vision.hidden
             return self.vision.without_images(ids) if self.vision and hidden else list(ids)
@@ -170,20 +192,14 @@ class Policy:
         )
         return self.vision.expand(ids, pictures) if self.vision else ids
 
-    def encode_completion(self, record: Record) -> list[int]:
-        """The ids of a record's completion: `tokens.completion` as it is, else of the text.
-
-        Raises:
-            DataError: there is none, the tokenizer cannot express it, or the ids are of another
-                one.
-        """
-        ids = self._stored(record, "completion")
+    def _completion(self, record: Record, own: Mapping[str, Any]) -> list[int]:
+        ids: list[int] | None = own.get("completion")
         if ids is not None:
             return ids
         return self.encode_text(field(record, "completion", str, "'dlmctl rollout' writes it"))
 
-    def _stored(self, record: Mapping[str, Any], name: str) -> list[int] | None:
-        """Ids that a record holds, which must be those of this tokenizer; None where it has none.
+    def _own_tokens(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The ids that a record holds, which must be those of this tokenizer.
 
         Whose ids they are, the record does not say. They are known for another tokenizer's where
         they do not read as the text that was decoded from them; or begin so, since a model with
@@ -202,14 +218,14 @@ class Policy:
                 raise DataError(what, where)
         ids, text = held.get("completion"), record.get("completion")
         if ids is None or not isinstance(text, str):
-            return held.get(name)
+            return held
         if not self.decode(ids).strip().startswith(text.strip()):
             raise DataError(
                 f"its tokens do not read as its completion by the tokenizer of {self.name}: they "
                 "are another model's, or the text was changed; without 'tokens' the text counts",
                 where,
             )
-        return held.get(name)
+        return held
 
     def pictures(self, record: Mapping[str, Any]) -> list[Picture]:
         """The images of a record.

@@ -23,7 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from dlmctl.models.policy import LEFT_TO_RIGHT, Family, Policy
+from dlmctl.models.policy import LEFT_TO_RIGHT, Family, Policy, usual_shift
 from dlmctl.models.saving import save_policy, save_tokenizer
 from dlmctl.models.weights import to_llada
 from dlmctl.records.errors import UsageError
@@ -59,7 +59,7 @@ def make_policy(
         mask_id=None if family in LEFT_TO_RIGHT else tokenizer.mask_token_id,
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
-        shift=1 if family in (*LEFT_TO_RIGHT, "dream") else 0,
+        shift=usual_shift(family),
         vocab_size=len(tokenizer),
         name=f"new {family}",
         revision="new",

@@ -16,7 +16,12 @@ def group_key(record: Record) -> Hashable:
 
 def groups(records: Iterable[Record]) -> Iterator[list[Record]]:
     """Lists of neighbouring records that share `id` (and round); records with `error` left out."""
-    for group in whole_groups(records):
+    return without_errors(whole_groups(records))
+
+
+def without_errors(groups: Iterable[Sequence[Record]]) -> Iterator[list[Record]]:
+    """The groups of the records that have no `error`; those that have no other are left out."""
+    for group in groups:
         sound = [record for record in group if "error" not in record]
         if sound:
             yield sound

@@ -8,9 +8,10 @@ from itertools import chain
 from typing import Any
 
 from dlmctl.records.errors import DataError
+from dlmctl.records.groups import without_errors
 from dlmctl.records.jsonl import Record, field
 from dlmctl.rl.advantages import Normalization, advantages
-from dlmctl.rl.batches import whole_batches, without_errors
+from dlmctl.rl.batches import whole_batches
 
 SETTINGS = "advantage_settings"
 """The field that says how an advantage was made."""
@@ -23,7 +24,7 @@ def advantage(records: Iterable[Record], normalization: Normalization) -> Iterat
     """
     prompts = normalization.prompts_per_step if normalization.scale == "batch" else 1
     for batch, _ in whole_batches(records, prompts, cut_rounds=True):
-        sound = without_errors(batch)
+        sound = list(without_errors(batch))
         for group, values in zip(sound, from_rewards(sound, normalization), strict=True):
             for record, value in zip(group, values, strict=True):
                 record["advantage"], record[SETTINGS] = value, normalization.settings()

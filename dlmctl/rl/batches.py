@@ -6,7 +6,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dlmctl.records.errors import DataError, TryAgainError
-from dlmctl.records.groups import group_size, is_sample, is_whole, round_size, whole_groups
+from dlmctl.records.groups import (
+    group_size,
+    is_sample,
+    is_whole,
+    round_size,
+    whole_groups,
+    without_errors,
+)
 from dlmctl.records.jsonl import Record, object_field
 
 
@@ -64,7 +71,7 @@ def step_batches(records: Iterable[Record], prompts_per_step: int) -> Iterator[S
         CutRoundError: the last round of a training loop lacks completions.
     """
     for batch, finished_round in whole_batches(records, prompts_per_step, cut_rounds=False):
-        groups = without_errors(batch)
+        groups = list(without_errors(batch))
         partial = sum(len(group) < (group_size(group[0]) or 0) for group in groups)
         yield StepBatch(groups, partial, finished_round)
 
@@ -99,7 +106,7 @@ def whole_batches(
             yield batch, None
             batch, prompts = [], 0
         batch.append(group)
-        prompts += bool(without_errors([group]))
+        prompts += any(without_errors([group]))
         seen += len(group)
         if size is not None and seen >= size:
             yield batch, round_
@@ -111,12 +118,6 @@ def whole_batches(
         raise CutRoundError(round_, seen, size)
     if batch:
         yield batch, None
-
-
-def without_errors(groups: Iterable[Sequence[Record]]) -> list[list[Record]]:
-    """The groups of the records that have no `error`; those that have no other are left out."""
-    sound = ([record for record in group if "error" not in record] for group in groups)
-    return [group for group in sound if group]
 
 
 def of_one_model(records: Iterable[Record], model: str | None) -> Iterator[Record]:
@@ -139,13 +140,29 @@ def of_one_model(records: Iterable[Record], model: str | None) -> Iterator[Recor
         yield record
 
 
+class Source(NamedTuple):
+    """What a record was sampled from, as `rollout` wrote it."""
+
+    model: str | None
+    revision: str | None
+
+
+def source_of(record: Record) -> Source:
+    """Raises DataError if `rollout` has no names in these places."""
+    return Source(_name(record, "model"), _name(record, "revision"))
+
+
 def sampled_from(record: Record) -> str | None:
     """Revision of the weights that a completion was sampled from, where it says so."""
-    revision = object_field(record, "rollout").get("revision")
-    if revision is not None and not isinstance(revision, str):
-        kind = type(revision).__name__
-        raise DataError(f"field 'rollout.revision' is {kind}, expected str", record.where)
-    return revision
+    return _name(record, "revision")
+
+
+def _name(record: Record, field: str) -> str | None:
+    name = object_field(record, "rollout").get(field)
+    if name is not None and not isinstance(name, str):
+        kind = type(name).__name__
+        raise DataError(f"field 'rollout.{field}' is {kind}, expected str", record.where)
+    return name
 
 
 def max_lag(record: Record) -> int:

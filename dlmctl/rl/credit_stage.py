@@ -8,40 +8,23 @@ checkpoint is loaded again whenever the records come from a newer one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from dlmctl.models.loading import load_policy, reload_policy
+from dlmctl.models.loading import load_policy, reload_policy, run_of
 from dlmctl.models.policy import Policy
 from dlmctl.models.token_text import TokenTexts
 from dlmctl.records.errors import DataError
 from dlmctl.records.groups import group_batches
 from dlmctl.records.jsonl import OnError, Record, faulty, field, object_field
+from dlmctl.rl.batches import Source, source_of
 from dlmctl.rl.contrast import Contrast, Response, signals
 from dlmctl.rl.credit import Credit, token_weights
 from dlmctl.rl.evidence import MASKS, diffusion_signals, evidence_tokens
 from dlmctl.rl.per_token import number_list
 from dlmctl.rl.roles import OTHER, PERCEPTION, REASONING, token_roles
 from dlmctl.tasks.layout import Tags
-
-
-class Source(NamedTuple):
-    """What a record was sampled from, as `rollout` wrote it."""
-
-    model: str | None
-    revision: str | None
-
-
-def source_of(record: Record) -> Source:
-    """Raises DataError if `rollout` has no names in these places."""
-    place = object_field(record, "rollout")
-    for name in Source._fields:
-        if not isinstance(place.get(name), str | None):
-            kind = type(place[name]).__name__
-            raise DataError(f"field 'rollout.{name}' is {kind}, expected str", record.where)
-    return Source(place.get("model"), place.get("revision"))
 
 
 class Sampler:
@@ -70,7 +53,7 @@ class Sampler:
                 "give --model"
             )
         known = None if self._any_policy else wanted
-        if self.policy is None or not (name == self._name or _same_run(name, self._name)):
+        if self.policy is None or run_of(name) != run_of(self._name or name):
             self.policy = None  # so that there is memory for the next
             self.policy = load_policy(name, self._device, self._dtype)
         elif name != self._name or known not in (None, self.policy.revision):
@@ -89,12 +72,6 @@ class Sampler:
         if self._texts is None or self._texts[0] is not policy.tokenizer:
             self._texts = policy.tokenizer, TokenTexts(policy.tokenizer)
         return self._texts[1]
-
-
-def _same_run(name: str, other: str | None) -> bool:
-    """Whether two names are of checkpoints in the directory of one run."""
-    run = Path(name).parent
-    return other is not None and run == Path(other).parent and (run / "latest").is_symlink()
 
 
 def credit_passes(diffusion: bool) -> int:

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from dlmctl.diffusion.elbo import Example, log_probs
 from dlmctl.models.adapters import merged
-from dlmctl.models.loading import checkpoint_revision, fixed_name, load_policy
+from dlmctl.models.loading import checkpoint_revision, fixed_name, load_policy, run_of
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.files import make_directory
 from dlmctl.records.interrupts import standing
 from dlmctl.records.jsonl import Record
 from dlmctl.records.locks import Lock, hold_run
-from dlmctl.settings.models import Prompting, Reading, split_name
+from dlmctl.settings.models import Prompting
 from dlmctl.training.activations import checkpoint_activations
 from dlmctl.training.card import last_metrics
 from dlmctl.training.checkpoint import (
@@ -289,20 +289,12 @@ def open_run(
 
 def _check_model(model: str, directory: Path, reference: str) -> None:
     """Refuse to resume a run with another model than it began with, or a checkpoint of its own."""
-    named = _run_and_reading(fixed_name(model))
-    if named != _run_and_reading(reference) and named[0] != directory.resolve():
+    named = run_of(fixed_name(model))
+    if named != run_of(reference) and named[0] != directory.resolve():
         raise UsageError(
             f"{directory} began with {reference}, not with {model}: leave --model out to resume "
             "it, or choose another -o to begin anew"
         )
-
-
-def _run_and_reading(name: str) -> tuple[Path, Reading]:
-    """The run that a fixed name is a checkpoint of, later ones being of it too; else its path."""
-    plain, reading = split_name(name)
-    path = Path(plain)
-    of_run = path.is_absolute() and (path.parent / "latest").is_symlink()
-    return path.parent if of_run else path, reading
 
 
 def _check_adapter(wanted: Adapter, policy: Policy, directory: Path) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 
-import orjson
 import pytest
 import torch
-from conftest import invoke, read_jsonl, tiny_policy
+from conftest import greedy_records, read_jsonl, tiny_policy
 from transformers import AutoModelForCausalLM
 
 from dlmctl.diffusion.proposals import propose
@@ -44,11 +43,7 @@ def test_completions_end_where_transformers_ends_them(tmp_path):
     # Tokens that come second in some completion, so that they end it early.
     ends = sorted({tokens[1] for tokens in first_tokens(plain, PROMPTS)} | {1})
     place = saved(tmp_path / "m", eos_token_id=ends)
-    lines = [orjson.dumps({"id": str(n), "prompt": p}) for n, p in enumerate(PROMPTS)]
-    (tmp_path / "p.jsonl").write_bytes(b"\n".join(lines))
-    out = tmp_path / "out.jsonl"
-    options = ["-m", place, "--temperature", "0", "--gen-length", "6", "-n", "1", "-o", out]
-    assert invoke("rollout", tmp_path / "p.jsonl", *options).exit_code == 0
+    out = greedy_records(tmp_path, place, PROMPTS, 6)
     model = AutoModelForCausalLM.from_pretrained(place)
     lengths = set()
     for prompt, record in zip(PROMPTS, read_jsonl(out), strict=True):

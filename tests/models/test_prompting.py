@@ -8,7 +8,7 @@ from pathlib import Path
 import orjson
 import pytest
 import torch
-from conftest import invoke, read_jsonl, tiny_policy
+from conftest import greedy_records, invoke, read_jsonl, tiny_policy
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -52,11 +52,7 @@ def test_the_tokenizers_of_these_tests_add_what_they_say(tmp_path):
 def test_greedy_completions_are_those_of_transformers(tmp_path, added):
     place = with_special_tokens(tmp_path / "m", added)
     prompts = ["12", "3", "0042=", "1"]
-    lines = [orjson.dumps({"id": str(n), "prompt": p}) for n, p in enumerate(prompts)]
-    (tmp_path / "p.jsonl").write_bytes(b"\n".join(lines))
-    out = tmp_path / "out.jsonl"
-    options = ["-m", place, "--temperature", "0", "--gen-length", "9", "-n", "1", "-o", out]
-    assert invoke("rollout", tmp_path / "p.jsonl", *options).exit_code == 0
+    out = greedy_records(tmp_path, place, prompts, 9)
     model = AutoModelForCausalLM.from_pretrained(place)
     tokenizer = AutoTokenizer.from_pretrained(place)
     for prompt, record in zip(prompts, read_jsonl(out), strict=True):
@@ -202,12 +198,8 @@ PROMPTS = [
 
 @pytest.mark.skipif(not GEMMA, reason="DLMCTL_TEST_GEMMA names no directory of a Gemma 3 model")
 def test_a_real_language_model_says_what_transformers_has_it_say(tmp_path):
-    lines = [orjson.dumps({"id": str(n), "prompt": p}) for n, p in enumerate(PROMPTS)]
-    (tmp_path / "p.jsonl").write_bytes(b"\n".join(lines))
-    out, scored = tmp_path / "out.jsonl", tmp_path / "scored.jsonl"
+    out, scored = greedy_records(tmp_path, GEMMA, PROMPTS, 64), tmp_path / "scored.jsonl"
     place = ["-m", GEMMA, "--device", "cpu", "--dtype", "float32"]
-    options = ["--temperature", "0", "--gen-length", "64", "-n", "1", "-o", out]
-    assert invoke("rollout", tmp_path / "p.jsonl", *place, *options).exit_code == 0
     assert invoke("score-elbo", out, *place, "-o", scored).exit_code == 0
     model = AutoModelForCausalLM.from_pretrained(GEMMA, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(GEMMA)
