@@ -1,9 +1,10 @@
-"""Command-line options out of settings classes.
+"""Command-line options out of settings.
 
-    def command(files: Files = None, prompting: Prompting = Prompting()) -> None: ...
+    def command(files: Files = None, sampler: Sampler = Sampler(), seed: Seed = 0) -> None: ...
 
-`with_options` gives Typer a function that has an option for each field of `Prompting` in the place
-of the parameter, and calls the command with the object.
+`with_options` gives Typer a function that has, in the place of `sampler`, an option for each field
+of `Sampler`, and calls the command with the object. `Files` and `Seed` are annotated with a `Knob`
+and become one option each.
 """
 
 from __future__ import annotations
@@ -11,33 +12,34 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Annotated, Any, get_type_hints
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from dlmctl.settings import knob_of
+from dlmctl.settings import Knob, Shown, knob_of
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with options in the place of its settings; one without any is as it was."""
+    """The command with options in the place of its settings."""
     hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, Any] = {
-        name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)
-    }
-    if not groups:
-        return command
+    groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
-        if parameter.name in groups:
-            parameters += _options(groups[parameter.name])
+        kind, *notes = _unpacked(hints[parameter.name])
+        if dataclasses.is_dataclass(kind):
+            groups[parameter.name] = kind
+            shown = next((note for note in notes if isinstance(note, Shown)), Shown())
+            parameters += _options(kind, parameter.default, shown)
         else:
-            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+            parameters.append(_option(parameter.name, kind, parameter.default, notes))
+    if len({parameter.name for parameter in parameters}) < len(parameters):
+        raise TypeError(f"two settings of {command.__module__} have a field of one name")
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
         for name, kind in groups.items():
-            fields = [field.name for field in dataclasses.fields(kind)]
+            fields = [field.name for field in dataclasses.fields(kind) if field.init]
             given[name] = kind(**{field: given.pop(field) for field in fields})
         command(**given)
 
@@ -46,29 +48,48 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _options(kind: Any) -> list[inspect.Parameter]:
-    """A parameter with its option for each field of a settings class."""
+def _unpacked(hint: Any) -> list[Any]:
+    """The type of an annotation and its notes."""
+    return [*get_args(hint)] if get_origin(hint) is Annotated else [hint]
+
+
+def _options(kind: Any, defaults: Any, shown: Mapping[str, str]) -> Iterator[inspect.Parameter]:
+    """A parameter with its option for each field of a settings class.
+
+    Args:
+        defaults: an object of the class; Parameter.empty: its fields' own.
+        shown: what help says of defaults in place of what the knobs say.
+    """
     types = get_type_hints(kind)
-    return [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            default=field.default,
-            annotation=Annotated[types[field.name], _option(field)],
-        )
-        for field in dataclasses.fields(kind)
-    ]
+    for field in dataclasses.fields(kind):
+        declared = knob_of(field)
+        if field.name in shown:
+            declared = dataclasses.replace(declared, shown_default=shown[field.name])
+        own = field.default if field.default is not dataclasses.MISSING else inspect.Parameter.empty
+        default = getattr(defaults, field.name, own)
+        yield _option(field.name, types[field.name], default, [declared])
 
 
-def _option(field: dataclasses.Field[Any]) -> Any:
-    about = knob_of(field)
-    return typer.Option(
-        *about.flags,
-        help=about.help,
-        metavar=about.metavar,
-        rich_help_panel=about.panel,
-        min=about.minimum,
-        max=about.maximum,
-        show_default=about.shown_default,
-        envvar=f"DLMCTL_{field.name.upper()}",
+def _option(name: str, kind: Any, default: Any, notes: list[Any]) -> inspect.Parameter:
+    """A parameter whose `Knob`, if it has one, has become an option of Typer."""
+    made = [_typer_info(name, note) if isinstance(note, Knob) else note for note in notes]
+    annotation = Annotated[(kind, *made)] if made else kind
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
     )
+
+
+def _typer_info(name: str, declared: Knob) -> Any:
+    about: dict[str, Any] = {
+        "help": declared.help,
+        "metavar": declared.metavar,
+        "rich_help_panel": declared.panel,
+        "min": declared.minimum,
+        "max": declared.maximum,
+        "show_default": declared.shown_default,
+    }
+    if declared.argument:
+        return typer.Argument(**about)
+    long = next((flag for flag in declared.flags if flag.startswith("--")), f"--{name}")
+    variable = "DLMCTL_" + long.split("/")[0].strip("-").upper().replace("-", "_")
+    return typer.Option(*declared.flags, envvar=variable if declared.env else None, **about)

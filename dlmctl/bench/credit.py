@@ -17,17 +17,17 @@ from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.records.jsonl import Record
 from dlmctl.rl.advantage_stage import advantage
 from dlmctl.rl.advantages import Normalization
-from dlmctl.rl.algorithms import make_objective
-from dlmctl.rl.contrast import Contrast
-from dlmctl.rl.credit import Credit
 from dlmctl.rl.credit_stage import Sampler, credited
+from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Batching
+from dlmctl.rl.srpo.contrast import Contrast
+from dlmctl.rl.srpo.credit import Credit
 from dlmctl.rl.update import update_policy
 from dlmctl.settings.algorithms import RECIPES
 from dlmctl.tasks.layout import Tags
 from dlmctl.tasks.sources import prompts
-from dlmctl.training.lora import Adapter
-from dlmctl.training.run import Optimization, Run, open_run
+from dlmctl.train.lora import Adapter
+from dlmctl.train.run import Optimization, Run, open_run
 from dlmctl.verifiers.registry import verify
 
 CREDIT = "advantage --algo srpo"

@@ -11,8 +11,8 @@ import copy
 import torch
 from torch import Tensor
 
-from dlmctl.sae.trainer import SaeTrainer, remove_parallel
-from dlmctl.training.optimizer import apply_step
+from dlmctl.sae.training.trainer import SaeTrainer, remove_parallel
+from dlmctl.train.optimizer import apply_step
 
 
 class DenseTrainer:

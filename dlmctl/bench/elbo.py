@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from dlmctl.diffusion.elbo import elbo_samples
-from dlmctl.diffusion.masks import PAIRED, UNBIASED, Law
 from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.policy import Policy
 from dlmctl.records.groups import groups
 from dlmctl.records.jsonl import Record
+from dlmctl.settings.masks import PAIRED, UNBIASED, Law
 
 LAWS: tuple[Law, ...] = (*UNBIASED, "quadrature")
 

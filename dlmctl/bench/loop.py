@@ -19,13 +19,13 @@ from dlmctl.diffusion.sampling import settings_for
 from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.records.errors import CannotWriteError
 from dlmctl.records.jsonl import Record
-from dlmctl.rl.algorithms import make_objective
+from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Batching
 from dlmctl.rl.update import update_policy
 from dlmctl.tasks.sources import prompts
-from dlmctl.training.checkpoint import latest_checkpoint
-from dlmctl.training.lora import Adapter
-from dlmctl.training.run import Optimization, Run, open_run
+from dlmctl.train.checkpoint import latest_checkpoint
+from dlmctl.train.lora import Adapter
+from dlmctl.train.run import Optimization, Run, open_run
 from dlmctl.verifiers.registry import verify
 
 DLMCTL = (sys.executable, "-m", "dlmctl")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dlmctl.bench.memory import Peak, synchronize
-from dlmctl.consistency.neighbours import nearest
+from dlmctl.memorization.images.neighbours import nearest
 
 CHECKED = 16
 """Samples whose neighbours are compared with those by differences in float64."""

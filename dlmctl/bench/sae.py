@@ -20,9 +20,9 @@ from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.sae.activations import Block, Key, StoredActivations, check_keys, model_activations
 from dlmctl.sae.corpus import Corruption, Document, Positions, corrupted
-from dlmctl.sae.stream import Stream
 from dlmctl.sae.topk import Codes, combine
-from dlmctl.sae.trainer import Recipe, SaeTrainer
+from dlmctl.sae.training.stream import Stream
+from dlmctl.sae.training.trainer import Recipe, SaeTrainer
 
 UNTIMED = 2
 """First steps: one has everything allocated, one is for the memory."""

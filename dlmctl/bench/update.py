@@ -18,11 +18,11 @@ from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
-from dlmctl.rl.algorithms import make_objective
+from dlmctl.rl.objectives.rspo import residual_weights
+from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
-from dlmctl.rl.rspo import residual_weights
 from dlmctl.settings.algorithms import RECIPES
-from dlmctl.training.lora import adapter_off, has_adapter
+from dlmctl.train.lora import adapter_off, has_adapter
 
 Scorer = Callable[[Sequence[Example]], Tensor]
 

@@ -161,9 +161,9 @@ def command(
         )
     records = going.rest(records, rule)
     if algo == "srpo":
-        from dlmctl.rl.contrast import Contrast
-        from dlmctl.rl.credit import Credit
         from dlmctl.rl.credit_stage import Sampler, credited
+        from dlmctl.rl.srpo.contrast import Contrast
+        from dlmctl.rl.srpo.credit import Credit
 
         records = credited(
             records,

@@ -69,8 +69,8 @@ def command(
     """
     from dlmctl.bench.shapes import bench_policy
     from dlmctl.bench.update import compare_gradients
-    from dlmctl.training.activations import checkpoint_activations
-    from dlmctl.training.lora import Adapter, add_adapter
+    from dlmctl.train.activations import checkpoint_activations
+    from dlmctl.train.lora import Adapter, add_adapter
 
     policy = bench_policy(model, device, dtype)
     other = None

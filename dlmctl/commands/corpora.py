@@ -13,7 +13,7 @@ from dlmctl.records.jsonl import OnError, Record, read_records
 if TYPE_CHECKING:
     from dlmctl.models.policy import Policy
     from dlmctl.sae.corpus import Batch, Corruption, Document
-    from dlmctl.sae.folders import SavedSae
+    from dlmctl.sae.formats.folders import SavedSae
 
 PositionKind = Literal["mask", "unmask", "all", "clean"]
 
@@ -132,7 +132,7 @@ def own_model(saved: Mapping[str, SavedSae], model: str | None) -> str:
     Raises:
         UsageError: they name several.
     """
-    from dlmctl.sae.folders import trained_with
+    from dlmctl.sae.formats.folders import trained_with
 
     return model or str(trained_with(saved, "model_name", "builtin:puzzles", "--model"))
 
@@ -174,7 +174,7 @@ def own_plan(
         DataError: a folder says something else than a number, or than true or false.
     """
     from dlmctl.sae.corpus import Corruption
-    from dlmctl.sae.folders import trained_with
+    from dlmctl.sae.formats.folders import trained_with
 
     def own(given: Any, name: str, default: Any, option: str) -> Any:
         return trained_with(saved, name, default, option) if given is None else given

@@ -32,7 +32,7 @@ from dlmctl.commands.ranks import on_every_rank
 from dlmctl.records.errors import UsageError
 
 if TYPE_CHECKING:
-    from dlmctl.consistency.models import Model, ModelConfig
+    from dlmctl.distill.image_checkpoints import Model, ModelConfig
 
 OBJECTIVE = "Objective"
 Sizes = tuple[Literal["unet", "mlp"] | None, int | None, str | None, int | None, str | None]
@@ -144,11 +144,11 @@ def command(
 
     dlmctl distill cd builtin:digits#0:128 --objective ect --init scratch -o runs/ect
     """
-    from dlmctl.consistency.consistency import ECT_STAGES, Distillation
-    from dlmctl.consistency.images import read_images
-    from dlmctl.consistency.models import load_model
-    from dlmctl.consistency.runs import student_run
-    from dlmctl.consistency.training import Recipe
+    from dlmctl.distill.consistency_model import ECT_STAGES, Distillation
+    from dlmctl.distill.image_checkpoints import load_model
+    from dlmctl.distill.image_runs import student_run
+    from dlmctl.distill.image_sets import read_images
+    from dlmctl.distill.image_training import Recipe
     from dlmctl.models.loading import resolve_device
 
     for name, given in (("solver", solver), ("scales", scales), ("stage_steps", stage_steps)):
@@ -193,7 +193,7 @@ def student_config(
     teacher: Model | None, shape: tuple[int, ...], from_teacher: bool, sizes: Sizes
 ) -> ModelConfig:
     """The student of a teacher, or one without; raises UsageError where they do not fit."""
-    from dlmctl.consistency.models import ModelConfig
+    from dlmctl.distill.image_checkpoints import ModelConfig
 
     if teacher is not None:
         if teacher.kind == "consistency":

@@ -138,10 +138,10 @@ def command(
     dlmctl prompts sudoku -n 48000 | dlmctl rollout -n 1 --temperature 0 |
     dlmctl distill masked --order trajectory --lr 3e-4 -o runs/few
     """
-    from dlmctl.consistency.masked import ALGO, MaskedConsistency, distill_masked
-    from dlmctl.training.distributed import is_first
-    from dlmctl.training.lora import Adapter
-    from dlmctl.training.run import Optimization, open_run
+    from dlmctl.distill.masked_lm import ALGO, MaskedConsistency, distill_masked
+    from dlmctl.train.distributed import is_first
+    from dlmctl.train.lora import Adapter
+    from dlmctl.train.run import Optimization, open_run
 
     lines = input_lines(files)
     records = read_records(files or [], on_error)

@@ -14,8 +14,8 @@ from dlmctl.commands.ranks import write_metrics
 from dlmctl.records.errors import UsageError
 
 if TYPE_CHECKING:
-    from dlmctl.consistency.network import NetworkConfig
-    from dlmctl.consistency.training import TrainingRun
+    from dlmctl.distill.image_networks import NetworkConfig
+    from dlmctl.distill.image_training import TrainingRun
 
 NETWORK = "Network"
 Images = Annotated[
@@ -134,7 +134,7 @@ def network_config(
     attention: str | None,
 ) -> NetworkConfig:
     """The network of these options; raises UsageError where they do not go together."""
-    from dlmctl.consistency.network import NetworkConfig
+    from dlmctl.distill.image_networks import NetworkConfig
 
     kind = kind or ("unet" if len(shape) == 3 and min(shape[1:]) >= 16 else "mlp")
     if kind == "mlp":
@@ -154,7 +154,7 @@ def network_config(
 
 def train(run: TrainingRun, log_every: int, save_minutes: float, quiet: bool) -> None:
     """Take the steps of a run and write its records."""
-    from dlmctl.training.distributed import is_first
+    from dlmctl.train.distributed import is_first
 
     said = f"{run.directory} is trained already"
     if not run.finished:

@@ -89,8 +89,8 @@ def command(
 
     dlmctl distill sample runs/student --at all -o student-{step}.safetensors
     """
-    from dlmctl.consistency.models import load_model
-    from dlmctl.consistency.sampling import draw, evaluations
+    from dlmctl.distill.image_checkpoints import load_model
+    from dlmctl.distill.image_sampling import draw, evaluations
     from dlmctl.models.loading import resolve_device
 
     place = resolve_device(device)
@@ -126,7 +126,7 @@ def command(
 
 def _checkpoints(model: str, at: str | None, output: Path) -> list[int | None]:
     """The steps that --at names; None is the newest."""
-    from dlmctl.consistency.models import checkpoint_steps
+    from dlmctl.distill.image_checkpoints import checkpoint_steps
 
     if at is None:
         return [None]
@@ -145,7 +145,7 @@ def _checkpoints(model: str, at: str | None, output: Path) -> list[int | None]:
 def _write(file: Path, samples: Tensor, row: dict[str, Any]) -> None:
     from safetensors import SafetensorError
 
-    from dlmctl.consistency.images import write_images
+    from dlmctl.distill.image_sets import write_images
     from dlmctl.records.files import publish_file
 
     about = {name: str(value) for name, value in row.items() if name != "samples"}

@@ -101,11 +101,11 @@ def command(
 
     torchrun --nproc-per-node 4 -m dlmctl distill teacher images/ -b 512 -o runs/large
     """
-    from dlmctl.consistency.edm import NoiseLaw, NoiseRange
-    from dlmctl.consistency.images import read_images
-    from dlmctl.consistency.models import ModelConfig
-    from dlmctl.consistency.runs import teacher_run
-    from dlmctl.consistency.training import Recipe
+    from dlmctl.distill.edm import NoiseLaw, NoiseRange
+    from dlmctl.distill.image_checkpoints import ModelConfig
+    from dlmctl.distill.image_runs import teacher_run
+    from dlmctl.distill.image_sets import read_images
+    from dlmctl.distill.image_training import Recipe
     from dlmctl.models.loading import resolve_device
 
     if not 0 < sigma_min < sigma_max:

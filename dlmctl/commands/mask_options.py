@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from dlmctl.commands.options import Law
 from dlmctl.settings.algorithms import defaults
+from dlmctl.settings.masks import Law
 
 MASKS = "Masks"
 

@@ -19,7 +19,7 @@ from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import OnError, Record, read_records, write_records
 
 if TYPE_CHECKING:
-    from dlmctl.consistency.copies import Document, Unit
+    from dlmctl.memorization.text.copies import Document, Unit
 
 UnitName = Literal["token", "word", "character"]
 
@@ -106,7 +106,13 @@ def command(
     dlmctl memo-eval copies --train train.jsonl --heldout unseen.jsonl --novelty novel.jsonl
     samples.jsonl; dlmctl plot novel.jsonl -x n -y novel --by set --log-x -o novel.png
     """
-    from dlmctl.consistency.copies import compare, figures, held_out, read_documents, text_rows
+    from dlmctl.memorization.text.copies import (
+        compare,
+        figures,
+        held_out,
+        read_documents,
+        text_rows,
+    )
 
     fields = label_fields(labels)
     orders = whole_numbers("--ngrams", ngrams)
@@ -165,7 +171,7 @@ def _sizes(name: str, documents: Sequence[Document]) -> dict[str, int]:
 
 
 def _unit(name: UnitName | None, model: str | None) -> Unit:
-    from dlmctl.consistency.copies import CHARACTER, WORD, Unit
+    from dlmctl.memorization.text.copies import CHARACTER, WORD, Unit
 
     if name == "token" and model is None:
         raise UsageError("--unit token needs the model whose tokens they are: give -m")

@@ -105,8 +105,8 @@ def command(
 
     dlmctl plot c.jsonl -x fpr --log-x -y tpr --log-y --by method -o roc.png
     """
-    from dlmctl.consistency.membership import NEED_REFERENCE, Method, roc_curve, separation
     from dlmctl.diffusion.scoring import MaskPlan, scorable
+    from dlmctl.memorization.text.membership import NEED_REFERENCE, Method, roc_curve, separation
     from dlmctl.models.loading import load_policy
 
     known = get_args(Method)
@@ -160,8 +160,8 @@ def _scores(
     """The scores of all texts by method, float64 [N] each."""
     import torch
 
-    from dlmctl.consistency.membership import Sama, compressed_size, likelihoods, sama_scores
     from dlmctl.diffusion.scoring import example_of
+    from dlmctl.memorization.text.membership import Sama, compressed_size, likelihoods, sama_scores
 
     completions = [example_of(record, policy, plan).completion for record in records]
     lengths = torch.tensor([len(ids) for ids in completions], dtype=torch.float64)

@@ -20,7 +20,7 @@ from dlmctl.records.jsonl import write_records
 if TYPE_CHECKING:
     import torch
 
-    from dlmctl.consistency.sample_study import Part, Parts, Result
+    from dlmctl.memorization.images.sample_study import Part, Parts, Result
 
 OF_SAMPLER = ("model", "step", "steps", "evaluations")
 """What 'distill sample' says of itself in a file, as the record of 'memo-eval' has it."""
@@ -197,9 +197,9 @@ def command(
         raise UsageError("--extractor and --features are two ways to the same: give one")
     if gallery and gallery.suffix.lower() != ".png":
         raise UsageError(f"--gallery {gallery} does not end in .png")
-    from dlmctl.consistency.images import read_about, read_images
-    from dlmctl.consistency.memorization import Bootstrap
-    from dlmctl.consistency.sample_study import (
+    from dlmctl.distill.image_sets import read_about, read_images
+    from dlmctl.memorization.images.nearest_ratio import Bootstrap
+    from dlmctl.memorization.images.sample_study import (
         Study,
         parts,
         sample_rows,
@@ -210,7 +210,7 @@ def command(
     from dlmctl.models.loading import resolve_device
 
     if gallery:
-        from dlmctl.consistency.gallery import check_drawable, picture
+        from dlmctl.memorization.images.gallery import check_drawable, picture
 
     where = resolve_device(device)
     study = Study(
@@ -269,14 +269,14 @@ def _thresholds(text: str) -> tuple[float, ...]:
 
 
 def _extracted(directory: Path, device: torch.device) -> Callable[[str, Part], torch.Tensor]:
-    from dlmctl.consistency.features import Extractor
+    from dlmctl.memorization.images.image_encoder import Extractor
 
     extract = Extractor(directory, device)
     return lambda name, part: extract(part.images)
 
 
 def _read_features(text: str, heldout: bool) -> Callable[[str, Part], torch.Tensor]:
-    from dlmctl.consistency.images import read_images
+    from dlmctl.distill.image_sets import read_images
 
     files = text.split(",")
     names = ["samples", "train", *(["heldout"] if heldout else [])]

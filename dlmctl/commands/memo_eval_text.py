@@ -114,8 +114,8 @@ def command(
 
     dlmctl memo-eval text -m runs/base --mode prefix,edge --heldout unseen.jsonl canaries.jsonl
     """
-    from dlmctl.consistency.extraction import Mode
-    from dlmctl.consistency.text_memory import Extraction, text_memory
+    from dlmctl.memorization.text.extraction import Mode
+    from dlmctl.memorization.text.text_memory import Extraction, text_memory
     from dlmctl.models.loading import load_policy
 
     chosen: list[Any] = modes.split(",")

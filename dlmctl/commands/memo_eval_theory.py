@@ -128,7 +128,7 @@ def command(
     own_variances = numbers("--variances", variances)
     ends = [numbers("--teacher-tau", text) for text in teacher_tau or ["1e4"]]
     times = numbers("--taus", taus)
-    from dlmctl.consistency.random_feature_study import Plan, Setting, study
+    from dlmctl.memorization.theory.study import Plan, Setting, study
 
     setting = Setting(psi_n, psi_p, dimension, time, tuple(own_variances))
     found = study(

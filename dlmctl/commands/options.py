@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -101,9 +101,6 @@ Quiet = Annotated[
         envvar="DLMCTL_QUIET",
         help="No progress on stderr: neither the line on a terminal nor, in a log, one a minute.",
     ),
-]
-Law = Literal[
-    "independent", "uniform", "complementary", "stratified", "quadrature", "block", "full"
 ]
 MaskBlock = Annotated[
     int | None,

@@ -200,11 +200,10 @@ def command(
     from dlmctl.diffusion.sampling import settings_for
     from dlmctl.models.loading import resolve_dtype
     from dlmctl.models.weightless import weightless_policy
-    from dlmctl.rl.algorithms import make_objective
+    from dlmctl.plan.requirements import Machine, Options, Work, plan
     from dlmctl.rl.credit_stage import credit_passes
-    from dlmctl.rl.policy_gradient import passes_for
-    from dlmctl.training.flops import Passes
-    from dlmctl.training.plan import Machine, Options, Work, plan
+    from dlmctl.rl.objectives.table import make_objective
+    from dlmctl.rl.policy_gradient import Passes, passes_for
 
     chosen = resolve_dtype(dtype, torch.device("cuda"))
     policy = weightless_policy(model, chosen)

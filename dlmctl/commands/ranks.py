@@ -44,7 +44,7 @@ def on_every_rank(function: Callable[..., None]) -> Callable[..., None]:
             )
         import typer
 
-        from dlmctl.training.distributed import RankError, joined
+        from dlmctl.train.distributed import RankError, joined
 
         try:
             with joined(kwargs["device"]):
@@ -89,7 +89,7 @@ def write_metrics(
     if not several():
         write_records(shown(metrics), standing=standing)
         return
-    from dlmctl.training.distributed import in_step, is_first
+    from dlmctl.train.distributed import in_step, is_first
 
     with contextlib.closing(in_step(metrics)) as records:
         if is_first():

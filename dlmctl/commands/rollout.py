@@ -149,8 +149,8 @@ def command(
     from dlmctl.diffusion.rollout import batch_begins, made_by, rollout
     from dlmctl.diffusion.sampling import settings_for
     from dlmctl.models.loading import load_policy
-    from dlmctl.sae.feature_watch import FeatureWatch, check_watchable, read_dictionaries
-    from dlmctl.sae.steering import Reach, Steering, parse_steer, parse_time
+    from dlmctl.sae.order.feature_watch import FeatureWatch, check_watchable, read_dictionaries
+    from dlmctl.sae.steering.edit import Reach, Steering, parse_steer, parse_time
 
     if files and task is not None:
         raise UsageError("prompts come from FILE or from --task, not from both")

@@ -34,7 +34,7 @@ def command(
 
     dlmctl sae-convert --to sparsify saes/layer26-k160-mask layers.26
     """
-    from dlmctl.sae.folders import layout_of, read_sae, write_sae
+    from dlmctl.sae.formats.folders import layout_of, read_sae, write_sae
 
     check_free(target)
     saved = read_sae(source)

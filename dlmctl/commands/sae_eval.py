@@ -95,8 +95,8 @@ def command(
     import dataclasses
 
     from dlmctl.models.loading import load_policy
-    from dlmctl.sae.evaluation import evaluate, place
-    from dlmctl.sae.folders import read_saes
+    from dlmctl.sae.evaluation.evaluate import evaluate, place
+    from dlmctl.sae.formats.folders import read_saes
 
     folders, files = split_paths(paths)
     found = read_saes(folders)

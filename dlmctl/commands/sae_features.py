@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dlmctl.models.policy import Policy
-    from dlmctl.sae.active import Active
     from dlmctl.sae.corpus import Batch
+    from dlmctl.sae.features.active import Active
 
 PositionsOption = Literal["mask", "unmask", "all", "clean"]
 
@@ -132,12 +132,12 @@ def command(
 
     from dlmctl.models.blocks import check_layers
     from dlmctl.models.loading import load_policy
-    from dlmctl.sae.active import active_features
-    from dlmctl.sae.feature_page import with_page
-    from dlmctl.sae.feature_records import feature_records
-    from dlmctl.sae.features import chosen_slots, look, parse_choice
-    from dlmctl.sae.folders import read_sae
-    from dlmctl.sae.windows import Plan
+    from dlmctl.sae.features.active import active_features
+    from dlmctl.sae.features.page import with_page
+    from dlmctl.sae.features.records import feature_records
+    from dlmctl.sae.features.responses import chosen_slots, look, parse_choice
+    from dlmctl.sae.features.windows import Plan
+    from dlmctl.sae.formats.folders import read_sae
 
     saved = read_sae(source)
     sae, known = saved.sae, saved.metadata
@@ -202,7 +202,7 @@ def _cached(
 ) -> Iterator[Iterable[Active]]:
     """The stream; when it has gone by, the cache is put in its place."""
     from dlmctl.models.blocks import block_name
-    from dlmctl.sae.delphi import DelphiCache
+    from dlmctl.sae.features.delphi import DelphiCache
 
     names = {"dataset_repo": corpus, "dataset_column": "text", "model_name": policy.name}
     with DelphiCache(directory, d_sae, latents, policy.pad_id) as cache:

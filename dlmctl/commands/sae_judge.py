@@ -65,8 +65,8 @@ def command(
 
     dlmctl sae-judge --judge GSAI-ML/LLaDA-8B-Instruct --html features.html features.jsonl
     """
-    from dlmctl.sae.feature_page import with_page
-    from dlmctl.sae.judging import advance
+    from dlmctl.sae.features.autointerp import advance
+    from dlmctl.sae.features.page import with_page
 
     def step(records: Iterable[Record]) -> Iterator[Record]:
         return each(records, lambda record: advance(record, seed), on_error)

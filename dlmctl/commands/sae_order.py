@@ -136,8 +136,8 @@ def command(
     """
     from dlmctl.diffusion.sampling import settings_for
     from dlmctl.models.loading import load_policy
-    from dlmctl.sae.feature_watch import read_dictionaries
-    from dlmctl.sae.order_study import OrderStudy
+    from dlmctl.sae.order.feature_watch import read_dictionaries
+    from dlmctl.sae.order.study import OrderStudy
 
     if files and task is not None:
         raise UsageError("prompts come from FILE or from --task, not from both")

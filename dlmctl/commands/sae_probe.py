@@ -63,10 +63,10 @@ def command(
     """
     from dlmctl.models.loading import load_policy
     from dlmctl.sae.corpus import documents
-    from dlmctl.sae.evaluation import place
-    from dlmctl.sae.folders import read_saes
-    from dlmctl.sae.probe import probe
-    from dlmctl.sae.sentences import collect, labelled
+    from dlmctl.sae.evaluation.evaluate import place
+    from dlmctl.sae.evaluation.probe import probe
+    from dlmctl.sae.evaluation.sentences import collect, labelled
+    from dlmctl.sae.formats.folders import read_saes
 
     folders, files = split_paths(paths)
     found_saes = read_saes(folders)

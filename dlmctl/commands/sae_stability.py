@@ -75,9 +75,9 @@ def command(
     dlmctl sae-stability saes/ corpus.jsonl -m builtin:puzzles --tuned runs/a
     """
     from dlmctl.models.loading import load_policy
-    from dlmctl.sae.evaluation import place
-    from dlmctl.sae.folders import read_saes
-    from dlmctl.sae.stability import stability
+    from dlmctl.sae.evaluation.evaluate import place
+    from dlmctl.sae.evaluation.stability import stability
+    from dlmctl.sae.formats.folders import read_saes
 
     folders, files = split_paths(paths)
     found = read_saes(folders)

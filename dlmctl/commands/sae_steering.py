@@ -24,8 +24,8 @@ from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record, read_records, write_records
 
 if TYPE_CHECKING:
-    from dlmctl.sae.fluency import Perplexities
-    from dlmctl.sae.steering_scores import Pair, Treatment
+    from dlmctl.sae.steering.fluency import Perplexities
+    from dlmctl.sae.steering.scores import Pair, Treatment
 
 COLUMNS = (
     *("feature", "amplitude", "scope", "n", "c_before", "c_after"),
@@ -149,8 +149,8 @@ def command(
     steered.jsonl && dlmctl rollout -m runs/judge -n 1 --temperature 0 -o answers.jsonl asked.jsonl
     && dlmctl sae-steering --baseline plain.jsonl --judge-answers answers.jsonl steered.jsonl
     """
-    from dlmctl.sae.judge import Answers, questions
-    from dlmctl.sae.steering_scores import baseline_of, outcomes_of, pairs_of, rows_of, text_of
+    from dlmctl.sae.steering.judge import Answers, questions
+    from dlmctl.sae.steering.scores import baseline_of, outcomes_of, pairs_of, rows_of, text_of
 
     _check_judging(judge, judge_prompts, judge_answers, concept_from, concept, concepts)
     if fluency is not None and perplexity is not None:
@@ -214,7 +214,7 @@ def _check_judging(
 
 
 def _concepts(concept: str | None, file: str | None) -> Callable[[Treatment], str]:
-    from dlmctl.sae.judge import explanations
+    from dlmctl.sae.steering.judge import explanations
 
     if file is not None:
         return explanations(read_records([file]), file)
@@ -248,7 +248,7 @@ def _perplexities(
     """Those of all texts, and whether they are upper bounds."""
     from dlmctl.diffusion.scoring import MaskPlan
     from dlmctl.models.loading import load_policy
-    from dlmctl.sae.fluency import perplexities
+    from dlmctl.sae.steering.fluency import perplexities
 
     policy = load_policy(model, device, dtype)
     plan = MaskPlan(samples=masks, seed=seed)

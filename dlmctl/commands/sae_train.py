@@ -32,7 +32,7 @@ from dlmctl.settings.models import Reading
 
 if TYPE_CHECKING:
     from dlmctl.sae.corpus import Document
-    from dlmctl.sae.sources import Source
+    from dlmctl.sae.training.sources import Source
 
 PROFILES: dict[str, dict[str, Any]] = {
     "corrected": {
@@ -181,11 +181,11 @@ def command(
     torchrun --nproc-per-node 8 -m dlmctl sae-train corpus.jsonl -m GSAI-ML/LLaDA-8B-Base
     --layers 1,6,11,16,26,30 -k 50,160 --positions mask,unmask -o saes
     """
-    from dlmctl.sae.division import divided
-    from dlmctl.sae.run import SaeRun, finished, folder_name
-    from dlmctl.sae.stream import Stream
-    from dlmctl.sae.trainer import Recipe
-    from dlmctl.training.distributed import from_first, size
+    from dlmctl.sae.training.division import divided
+    from dlmctl.sae.training.run import SaeRun, finished, folder_name
+    from dlmctl.sae.training.stream import Stream
+    from dlmctl.sae.training.trainer import Recipe
+    from dlmctl.train.distributed import from_first, size
 
     preset = PROFILES[profile]
     numbers = list(dict.fromkeys(whole_numbers("-k", ks)))
@@ -264,7 +264,7 @@ def command(
 
 
 def _say(line: str) -> None:
-    from dlmctl.training.distributed import is_first
+    from dlmctl.train.distributed import is_first
 
     if is_first():
         print(f"dlmctl: {line}", file=sys.stderr)
@@ -286,9 +286,9 @@ def _source(
     """Stored activations where the corpus is a directory, else those of the model."""
     from dlmctl.models.loading import load_policy, resolve_device
     from dlmctl.sae.corpus import Corruption
-    from dlmctl.sae.sources import ModelSource, StoredSource
-    from dlmctl.training.distributed import size
-    from dlmctl.training.sharding import shard
+    from dlmctl.sae.training.sources import ModelSource, StoredSource
+    from dlmctl.train.distributed import size
+    from dlmctl.train.sharding import shard
 
     kinds = position_kinds(positions) if positions else None
     chosen = layer_numbers(layers) if layers else None

@@ -12,7 +12,6 @@ from dlmctl.commands.options import (
     Device,
     Dtype,
     Files,
-    Law,
     MaskBlock,
     OnErrorOption,
     Output,
@@ -26,6 +25,7 @@ from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
 from dlmctl.records.resume import Resume, Rule
 from dlmctl.records.shards import parse_shard, read_shard
+from dlmctl.settings.masks import Law
 from dlmctl.settings.models import Prompting, Reading
 
 

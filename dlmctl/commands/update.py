@@ -203,13 +203,13 @@ def command(
     from dlmctl.diffusion.scoring import MaskPlan
     from dlmctl.rl.advantage_stage import consistent
     from dlmctl.rl.advantages import Normalization
-    from dlmctl.rl.algorithms import make_objective
     from dlmctl.rl.batches import of_one_model
+    from dlmctl.rl.objectives.table import make_objective
     from dlmctl.rl.policy_gradient import Batching
     from dlmctl.rl.update import update_policy, update_supervised
-    from dlmctl.training.distributed import from_first
-    from dlmctl.training.lora import Adapter
-    from dlmctl.training.run import Optimization, next_run, open_run
+    from dlmctl.train.distributed import from_first
+    from dlmctl.train.lora import Adapter
+    from dlmctl.train.run import Optimization, next_run, open_run
 
     if schedule == "cosine" and total_steps is None:
         raise UsageError("--schedule cosine needs --total-steps")

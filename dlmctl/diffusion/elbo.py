@@ -20,8 +20,8 @@ from dlmctl.diffusion.masks import MaskSet
 from dlmctl.diffusion.projection import target_log_probs
 from dlmctl.models.policy import Policy
 from dlmctl.models.vision import Picture
-from dlmctl.training.distributed import rank, size, total
-from dlmctl.training.sharding import whole_pass
+from dlmctl.train.distributed import rank, size, total
+from dlmctl.train.sharding import whole_pass
 
 T = TypeVar("T")
 

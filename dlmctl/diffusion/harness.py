@@ -22,7 +22,6 @@ from lm_eval.api.registry import register_model
 
 from dlmctl.diffusion.autoregressive import sample_autoregressive
 from dlmctl.diffusion.elbo import Example, elbo_samples
-from dlmctl.diffusion.masks import LAWS
 from dlmctl.diffusion.noise import stream_key
 from dlmctl.diffusion.sampler import sample_stream
 from dlmctl.diffusion.sampling import (
@@ -36,6 +35,7 @@ from dlmctl.diffusion.sampling import (
 from dlmctl.diffusion.scoring import MaskPlan, completion_masks
 from dlmctl.models.loading import load_policy
 from dlmctl.records.errors import DataError, UsageError
+from dlmctl.settings.masks import LAWS
 from dlmctl.settings.models import Reading
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")

@@ -41,7 +41,7 @@ score the same ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from numpy.polynomial.legendre import leggauss
@@ -49,17 +49,7 @@ from torch import Tensor
 
 from dlmctl.diffusion.noise import key_tensor, stream_key, uniform
 from dlmctl.records.errors import UsageError
-
-Law = Literal[
-    "independent", "uniform", "complementary", "stratified", "quadrature", "block", "full"
-]
-LAWS: tuple[str, ...] = get_args(Law)
-UNBIASED: tuple[Law, ...] = ("independent", "uniform", "complementary", "stratified")
-PAIRED = frozenset({"complementary", "stratified"})
-"""Laws whose masks come as a mask and its complement."""
-
-LEVELLED: tuple[Law, ...] = ("independent", "quadrature")
-"""Laws that draw a level t."""
+from dlmctl.settings.masks import LAWS, LEVELLED, PAIRED
 
 GOLDEN_RATIO = 0.6180339887498949
 

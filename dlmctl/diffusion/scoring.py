@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from dlmctl.diffusion.elbo import Example, elbo_samples, scored_tokens, summarize
-from dlmctl.diffusion.masks import PAIRED, Law, MaskSet, draw_masks
+from dlmctl.diffusion.masks import MaskSet, draw_masks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
 from dlmctl.records.groups import group_size
 from dlmctl.records.jsonl import OnError, Record, each, field, object_field
+from dlmctl.settings.masks import PAIRED, Law
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
     grad = sum_{i,k,t} c_ikt grad log p_theta(y_it | y_i outside M_ik, x_i)
 
 Every objective here is a function of these log-probabilities, so that its gradient is this one with
-c = the derivative of the loss by each of them, taken first and without the model (rl/scores). The
-graph of one micro-batch is in memory, however many masks there are; where even that is too large
-for the device, activations are recomputed from then on.
+c = the derivative of the loss by each of them, taken first and without the model
+(rl/objectives/scores). The graph of one micro-batch is in memory, however many masks there are; if
+even that is too large for the device, activations are recomputed from then on.
 
 Under torchrun each rank takes its share of the micro-batches, with the coefficients of the whole
 step, and the gradients are summed.
@@ -29,9 +29,9 @@ from dlmctl.diffusion.elbo import (
 )
 from dlmctl.diffusion.projection import weighted_log_prob
 from dlmctl.models.policy import Policy
-from dlmctl.training.activations import checkpoint_activations, checkpoints_activations
-from dlmctl.training.distributed import size, total
-from dlmctl.training.sharding import whole_pass
+from dlmctl.train.activations import checkpoint_activations, checkpoints_activations
+from dlmctl.train.distributed import size, total
+from dlmctl.train.sharding import whole_pass
 
 
 def accumulate_gradient(

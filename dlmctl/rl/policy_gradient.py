@@ -25,10 +25,9 @@ from dlmctl.rl.advantage_stage import from_rewards
 from dlmctl.rl.advantages import Normalization
 from dlmctl.rl.batches import sampled_from
 from dlmctl.rl.gradient import accumulate_gradient
-from dlmctl.rl.per_token import sampled_log_probs, token_weights
+from dlmctl.rl.objectives.scores import Objective, Scores
 from dlmctl.rl.recorded import recorded_difference
-from dlmctl.rl.scores import Objective, Scores
-from dlmctl.training.flops import Passes
+from dlmctl.rl.srpo.per_token import sampled_log_probs, token_weights
 
 Scorer = Callable[[Sequence[Example]], Tensor]
 """Log-probabilities [N, K, G] of the target tokens under some weights, in nats."""
@@ -58,6 +57,17 @@ class Batching:
     drop_zero_advantage: bool = False
     independent_residual: bool = False
     """The log-ratio to the reference is measured under a second draw of masks."""
+
+
+class Passes(NamedTuple):
+    """How often a completion goes through the models under each of its masks, in all steps."""
+
+    policy: int
+    """Without gradient."""
+    reference: int
+    """Without gradient, under the frozen reference."""
+    gradient: int
+    """Forward and backward."""
 
 
 def passes_for(objective: Objective, inner: int, sampled: bool) -> Passes:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dlmctl.diffusion.scoring import MaskPlan, masks_by
 from dlmctl.models.policy import Policy
 from dlmctl.records.jsonl import Record, object_field
-from dlmctl.training.distributed import is_first
+from dlmctl.train.distributed import is_first
 
 
 def recorded_difference(

@@ -20,9 +20,15 @@ from dlmctl.records.errors import DataError, UserFacingError
 from dlmctl.records.jsonl import Record, object_field
 from dlmctl.rl.batches import StepBatch, max_lag, sampled_from
 from dlmctl.rl.policy_gradient import Scorer
-from dlmctl.training.distributed import size
-from dlmctl.training.run import Run
-from dlmctl.training.sharding import own_share, shard
+from dlmctl.train.distributed import size
+from dlmctl.train.run import Run
+from dlmctl.train.sharding import own_share, shard
+
+
+def reference_log_probs(run: Run, examples: Sequence[Example], batch_size: int) -> Tensor:
+    """Log-probabilities [N, K, G] of the target tokens under a run's frozen reference."""
+    with run.reference() as reference:
+        return log_probs(reference, examples, batch_size)
 
 
 class Samplers:
@@ -56,7 +62,7 @@ class Samplers:
         if revision in self._kept:
             return functools.partial(self._under_kept, revision)
         if revision == self._run.progress.reference_revision:
-            return lambda examples: self._run.reference_log_probs(examples, self._batch_size)
+            return lambda examples: reference_log_probs(self._run, examples, self._batch_size)
         policy = self._named(record)
         return lambda examples: log_probs(policy, examples, self._batch_size)
 

@@ -25,13 +25,13 @@ from dlmctl.records.files import append_line
 from dlmctl.records.interrupts import stopping
 from dlmctl.records.jsonl import Record, dump, each
 from dlmctl.rl.batches import StepBatch, check_on_policy, packed, step_batches, unpacked
-from dlmctl.rl.credit_metrics import credit_metrics
+from dlmctl.rl.objectives.scores import Objective
 from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
-from dlmctl.rl.samplers import Samplers
-from dlmctl.rl.scores import Objective
+from dlmctl.rl.samplers import Samplers, reference_log_probs
+from dlmctl.rl.srpo.credit_metrics import credit_metrics
 from dlmctl.rl.supervised import supervised_gradient, with_completion_ids
-from dlmctl.training.distributed import is_first, items_of_first, may_save
-from dlmctl.training.run import Run
+from dlmctl.train.distributed import is_first, items_of_first, may_save
+from dlmctl.train.run import Run
 
 Gradients = Callable[[StepBatch], Iterator[dict[str, Any]]]
 """Accumulates the gradient of each step on a batch in turn, and yields its metrics."""
@@ -51,7 +51,7 @@ def update_policy(
     """Reinforcement learning: one step, or `inner` of them, for each batch of groups."""
     reference = Reference(
         run.progress.reference_revision,
-        lambda examples: run.reference_log_probs(examples, batch_size),
+        lambda examples: reference_log_probs(run, examples, batch_size),
     )
     samplers = Samplers(run, batch_size)
     recorded = objective.recipe.sampled_old and not run.policy.diffusion

@@ -26,7 +26,7 @@ from dlmctl.models.weights import read_weights
 from dlmctl.records.errors import CannotWriteError, DataError, MissingInputError, UsageError
 from dlmctl.records.files import read_json, write_file
 from dlmctl.sae.corpus import Batch, Corruption, Positions
-from dlmctl.training.sharding import whole_pass
+from dlmctl.train.sharding import whole_pass
 
 INDEX = "activations.json"
 

@@ -1,38 +1,66 @@
-"""Every knob of the program, declared once: its type, default, bounds and help in one field.
+"""Every knob of the program, declared once: its type, default, bounds and help in one place.
 
 A settings class is a frozen dataclass whose fields are made by `knob`. A subcommand takes one as a
-parameter, `dlmctl.options` makes command-line options of its fields, and the body receives it
-filled in.
+parameter; `dlmctl.options` makes command-line options of its fields, and the body receives it
+filled in. The parameter's default is an object of the class, and a command whose default differs
+says so there: `compute: Compute = Compute(batch_size=64)`.
+
+A knob that stands alone is an annotation, `Seed = Annotated[int, Knob("…", "--seed")]`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Knob:
-    """What the command line says of a field beside its type and default."""
+    """What the command line says of a value beside its type and default."""
 
     help: str
-    flags: tuple[str, ...] = ()
+    flags: tuple[str, ...]
     """Names on the command line; none: that of the field."""
     metavar: str | None = None
     panel: str | None = None
+    """Heading in the help."""
     minimum: float | None = None
     maximum: float | None = None
     shown_default: str | bool = True
     """What help says of the default; False says nothing."""
+    env: bool = False
+    """DLMCTL_NAME in the environment sets it, NAME being that of the long flag."""
+    argument: bool = False
+    """It has no flag, but a place on the command line."""
+
+    def __init__(self, help: str, *flags: str, **about: Any) -> None:
+        unknown = about.keys() - {known.name for known in dataclasses.fields(Knob)}
+        if unknown:
+            raise TypeError(f"a knob has no {', '.join(sorted(unknown))}")
+        for name, value in {"help": help, "flags": flags, **about}.items():
+            object.__setattr__(self, name, value)
 
 
 def knob(default: Any, help: str, *flags: str, **about: Any) -> Any:
     """A field of a settings class; `about` is as in `Knob`."""
-    return field(default=default, metadata={"knob": Knob(help, flags, **about)})
+    return field(default=default, metadata={"knob": Knob(help, *flags, **about)})
+
+
+def same(default: Any, annotation: Any) -> Any:
+    """A field of a settings class with the knob of an annotation such as `Seed`."""
+    [declared] = get_args(annotation)[1:]
+    return field(default=default, metadata={"knob": declared})
 
 
 def knob_of(declared: dataclasses.Field[Any]) -> Knob:
     """What `knob` declared of a field."""
     found: Knob = declared.metadata["knob"]
     return found
+
+
+class Shown(dict[str, str]):
+    """What the help of one command says of the defaults of a settings class, by field:
+
+    corpus: Annotated[Corpus, Shown(context="the autoencoder's own, else 2048")]
+    """

@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from dlmctl.records.errors import UsageError
-
-if TYPE_CHECKING:
-    from dlmctl.diffusion.masks import Law
+from dlmctl.settings.masks import Law
 
 Reinforcement = Literal[
     "rspo", "reinforce", "diffu-grpo", "wd1", "espo", "spg", "gdsd", "vrpo", "grpo", "srpo"

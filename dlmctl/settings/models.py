@@ -34,6 +34,7 @@ class Reading:
         "masked language model, ar goes from left to right. The same as MODEL,family=FAMILY.",
         panel=READING,
         shown_default="as config.json says",
+        env=True,
     )
     shift: int | None = knob(
         None,
@@ -43,6 +44,7 @@ class Reading:
         minimum=0,
         maximum=1,
         shown_default="1 for ar and dream, else 0",
+        env=True,
     )
     mask_id: int | None = knob(
         None,
@@ -51,6 +53,7 @@ class Reading:
         metavar="ID",
         minimum=0,
         shown_default="as config.json or the tokenizer says",
+        env=True,
     )
 
     def of(self, model: str | None) -> str | None:
@@ -97,6 +100,7 @@ class Prompting:
         "model to continue. Without a template --raw is all there is.",
         "--chat/--raw",
         panel=PROMPT,
+        env=True,
     )
     template_arg: list[str] | None = knob(
         None,
@@ -105,6 +109,7 @@ class Prompting:
         metavar="NAME=VALUE",
         panel=PROMPT,
         shown_default="none",
+        env=True,
     )
     prefill: str = knob(
         "",
@@ -113,6 +118,7 @@ class Prompting:
         metavar="TEXT",
         panel=PROMPT,
         shown_default="nothing",
+        env=True,
     )
 
     def __post_init__(self) -> None:

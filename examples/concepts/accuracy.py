@@ -18,7 +18,7 @@ import torch
 from dlmctl.models.loading import load_policy
 from dlmctl.records.jsonl import read_records
 from dlmctl.sae.corpus import Corruption, corrupted, documents
-from dlmctl.sae.sentences import sentence_labels, token_sentences
+from dlmctl.sae.evaluation.sentences import sentence_labels, token_sentences
 
 model, file, *rest = sys.argv[1:]
 share = float(rest[0]) if rest else 0.3

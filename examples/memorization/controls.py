@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dlmctl.consistency.edm import solve
-from dlmctl.consistency.images import read_images, write_images
-from dlmctl.consistency.models import load_model
-from dlmctl.consistency.sampling import draw, gaussian
+from dlmctl.distill.edm import solve
+from dlmctl.distill.image_checkpoints import load_model
+from dlmctl.distill.image_sampling import draw, gaussian
+from dlmctl.distill.image_sets import read_images, write_images
 
 SEED = 7
 """That of the other samples of the study."""

@@ -6,7 +6,7 @@ from conftest import shell, tiny_policy
 
 from dlmctl.bench.memory import CLEAR
 from dlmctl.bench.update import compare_gradients
-from dlmctl.training.lora import Adapter, add_adapter
+from dlmctl.train.lora import Adapter, add_adapter
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])

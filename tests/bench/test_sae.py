@@ -23,8 +23,8 @@ from dlmctl.bench.sae import (
 )
 from dlmctl.records.errors import UsageError
 from dlmctl.sae.activations import StoredActivations
-from dlmctl.sae.gradient import Aux
-from dlmctl.sae.trainer import Recipe, SaeTrainer
+from dlmctl.sae.training.gradient import Aux
+from dlmctl.sae.training.trainer import Recipe, SaeTrainer
 
 CPU = torch.device("cpu")
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dlmctl.bench.sae import planted_activations
 from dlmctl.records.jsonl import write_records
-from dlmctl.sae.trainer import Recipe, SaeTrainer, fit
+from dlmctl.sae.training.trainer import Recipe, SaeTrainer, fit
 
 RATE = 3e-4
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlmctl.sae.folders import SavedSae, read_sae, write_sae
+from dlmctl.sae.formats.folders import SavedSae, read_sae, write_sae
 from dlmctl.sae.topk import TopKSae
 
 D, F, K = 16, 64, 5

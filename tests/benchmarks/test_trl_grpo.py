@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlmctl.rl.algorithms import make_objective
-from dlmctl.rl.scores import Scores
+from dlmctl.rl.objectives.scores import Scores
+from dlmctl.rl.objectives.table import make_objective
 
 N, G, MAX_LENGTH = 6, 9, 12
 LENGTHS = torch.tensor([9, 1, 4, 7, 2, 5])

@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 from dlmctl.cli import SUBCOMMANDS, functions
 from dlmctl.options import with_options
 from dlmctl.records.errors import UsageError
-from dlmctl.settings import knob, knob_of
+from dlmctl.settings import Knob, Shown, knob, knob_of
 from dlmctl.settings.models import Prompting, Reading, split_name
 
 
 @dataclass(frozen=True)
 class Sizes:
-    width: int = knob(3, "How wide it is.", minimum=1, maximum=9, panel="Sizes")
+    width: int = knob(3, "How wide it is.", minimum=1, maximum=9, panel="Sizes", env=True)
     kind: Literal["round", "square"] | None = knob(None, "Its form.", shown_default="round")
     bare: bool = knob(True, "Without anything.", "--bare/--dressed")
 
@@ -58,10 +58,37 @@ def test_help_says_what_the_fields_say():
         assert text in shown
 
 
-def test_a_command_without_settings_is_as_it_was():
-    def command(name: str = "x") -> None: ...
+def test_a_default_of_the_parameter_is_that_of_the_options():
+    seen = []
 
-    assert with_options(command) is command
+    def command(
+        sizes: Annotated[Sizes, Shown(kind="oval")] = Sizes(width=5),
+        name: Annotated[str, Knob("Its name.", "-N", "--called", env=True)] = "x",
+    ) -> None:
+        seen.append((name, sizes))
+
+    app = typer.Typer()
+    app.command()(with_options(command))
+    run = CliRunner().invoke
+    assert run(app, []).exit_code == 0
+    assert run(app, ["-N", "y"], env={"DLMCTL_CALLED": "z"}).exit_code == 0
+    assert run(app, [], env={"DLMCTL_CALLED": "z"}).exit_code == 0
+    assert seen == [("x", Sizes(5)), ("y", Sizes(5)), ("z", Sizes(5))]
+    shown = " ".join(run(app, ["--help"]).output.split())
+    assert "(oval)" in shown
+    assert "(round)" not in shown
+
+
+def test_two_fields_of_one_name_are_an_error():
+    def command(sizes: Sizes = Sizes(), width: int = 1) -> None: ...
+
+    with pytest.raises(TypeError, match="one name"):
+        with_options(command)
+
+
+def test_a_knob_has_only_what_it_can_say():
+    with pytest.raises(TypeError, match="minumum"):
+        knob(1, "x", minumum=0)
 
 
 def test_every_field_of_the_settings_is_an_option_of_the_commands_that_take_them():

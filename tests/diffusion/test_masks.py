@@ -7,8 +7,9 @@ from itertools import combinations, permutations, product
 import pytest
 import torch
 
-from dlmctl.diffusion.masks import LAWS, UNBIASED, draw_masks
+from dlmctl.diffusion.masks import draw_masks
 from dlmctl.records.errors import UsageError
+from dlmctl.settings.masks import LAWS, UNBIASED
 
 
 def all_scored(length):

@@ -105,7 +105,7 @@ NOT_RUN = {
     "dlmctl bench loop": "starts its stages from nothing; see tests/bench/test_loop.py",
     "parallel -j 8": "needs GNU parallel",
     "ray_shards.py": "needs Ray",
-    "make plans": "plans models of billions of parameters; see tests/training/test_plan.py",
+    "make plans": "plans models of billions of parameters; see tests/plan/test_plan.py",
     "make gpus": "likewise",
     "make measure": "has a model of 8 billion parameters",
     "make -C rivals": "goes through six studies",

@@ -23,7 +23,7 @@ from world import World, make_world
 
 from dlmctl.cli import app
 from dlmctl.commands import distill_cd
-from dlmctl.consistency.training import Recipe
+from dlmctl.distill.image_training import Recipe
 
 EXAMPLES = [*of_help_texts(), *of_readmes()]
 RUN = [example for example in EXAMPLES if not entry(NOT_RUN, example.text)]

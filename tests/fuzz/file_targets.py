@@ -55,8 +55,8 @@ def _models() -> Path:
 @cache
 def _denoiser() -> Path:
     """A small denoiser, written once for this process."""
-    from dlmctl.consistency.models import ModelConfig, save_model
-    from dlmctl.consistency.network import NetworkConfig, make_network
+    from dlmctl.distill.image_checkpoints import ModelConfig, save_model
+    from dlmctl.distill.image_networks import NetworkConfig, make_network
 
     config = ModelConfig("edm", NetworkConfig("mlp", (4,), width=8, blocks=1))
     folder = _models() / "denoiser"
@@ -108,7 +108,7 @@ def _weights(data: bytes, folder: Path) -> None:
 
 
 def _image_set(data: bytes, folder: Path) -> None:
-    from dlmctl.consistency.images import read_about, read_images
+    from dlmctl.distill.image_sets import read_about, read_images
 
     path = folder / "images.safetensors"
     path.write_bytes(data)
@@ -117,7 +117,7 @@ def _image_set(data: bytes, folder: Path) -> None:
 
 
 def _sae_weights(name: str, data: bytes, folder: Path) -> None:
-    from dlmctl.sae.folders import read_sae
+    from dlmctl.sae.formats.folders import read_sae
 
     for file, seed in zip(("sae_weights", "sparsity"), _weight_seeds()[2:], strict=True):
         (folder / f"{file}.safetensors").write_bytes(seed)
@@ -127,7 +127,7 @@ def _sae_weights(name: str, data: bytes, folder: Path) -> None:
 
 
 def _archive(data: bytes, folder: Path) -> None:
-    from dlmctl.sae.folders import read_sae
+    from dlmctl.sae.formats.folders import read_sae
 
     (folder / "ae.pt").write_bytes(data)
     (folder / "config.json").write_text(
@@ -151,7 +151,7 @@ def _program(data: bytes, folder: Path) -> None:
     """An archive that is whole, with the input as its program."""
     import zipfile
 
-    from dlmctl.sae.torch_archive import read_torch_archive
+    from dlmctl.sae.formats.torch_archive import read_torch_archive
 
     path = folder / "ae.pt"
     with (
@@ -180,7 +180,7 @@ def _index(data: bytes, folder: Path) -> None:
 
 
 def _progress(data: bytes, folder: Path) -> None:
-    from dlmctl.training.checkpoint import forget_steps, read_progress
+    from dlmctl.train.checkpoint import forget_steps, read_progress
 
     (folder / "dlmctl.json").write_bytes(data)
     (folder / "metrics.jsonl").write_bytes(data)
@@ -247,7 +247,7 @@ def _adapter_weights() -> bytes:
 
 
 def _consistency(name: str, data: bytes, folder: Path) -> None:
-    from dlmctl.consistency.models import load_model
+    from dlmctl.distill.image_checkpoints import load_model
 
     load_model(str(_within(folder, _denoiser(), name, data)))
 

@@ -229,8 +229,8 @@ def _options(data: bytes, folder: Path) -> None:
     """What parses the text of an option."""
     from dlmctl.commands.options import byte_count, tag_names, whole_numbers
     from dlmctl.commands.verify import _weight
-    from dlmctl.consistency.images import read_about
-    from dlmctl.sae.steering import Reach, parse_steer, parse_time
+    from dlmctl.distill.image_sets import read_about
+    from dlmctl.sae.steering.edit import Reach, parse_steer, parse_time
 
     text = data.decode("utf-8", "replace")
     parsers: tuple[Callable[[], Any], ...] = (

@@ -11,15 +11,15 @@ import pytest
 import torch
 from conftest import invoke, read_jsonl, tiny_policy
 
-from dlmctl.consistency.membership import Sama, likelihoods, sama_scores
 from dlmctl.diffusion.scoring import MaskPlan, score
+from dlmctl.memorization.text.membership import Sama, likelihoods, sama_scores
 from dlmctl.models.policy import Policy, check_same_tokens
 from dlmctl.models.saving import save_policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.rl.recorded import recorded_difference
 from dlmctl.sae.corpus import Corruption, corrupted, documents
-from dlmctl.sae.stability import stability
+from dlmctl.sae.evaluation.stability import stability
 
 OWN, OTHER = "01234=", "=43210"
 

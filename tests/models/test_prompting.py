@@ -21,7 +21,7 @@ from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.rl.supervised import with_completion_ids
 from dlmctl.sae.corpus import documents
-from dlmctl.sae.sentences import token_sentences
+from dlmctl.sae.evaluation.sentences import token_sentences
 from dlmctl.settings.models import Prompting
 
 ADDED = {"none": "$A", "bos": "<pad> $A", "eos": "$A <eos>", "both": "<pad> $A <eos>"}

@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import noise_image, tiny_vision_policy
 
-import dlmctl.rl.contrast as contrast_module
+import dlmctl.rl.srpo.contrast as contrast_module
 from dlmctl.diffusion.elbo import log_probs
 from dlmctl.models.policy import Policy
 from dlmctl.models.vision import Picture
-from dlmctl.rl.contrast import Contrast, Response, corrupted, signals
-from dlmctl.rl.roles import PERCEPTION, REASONING
+from dlmctl.rl.srpo.contrast import Contrast, Response, corrupted, signals
+from dlmctl.rl.srpo.roles import PERCEPTION, REASONING
 
 ROLES = [0, 1, 1, 1, 0, 2, 2, 0, 0]
 

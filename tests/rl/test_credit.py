@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dlmctl.records.errors import UsageError
-from dlmctl.rl.credit import Credit, Weighted, token_weights
-from dlmctl.rl.roles import token_roles
+from dlmctl.rl.srpo.credit import Credit, Weighted, token_weights
+from dlmctl.rl.srpo.roles import token_roles
 from dlmctl.tasks.layout import Tags
 
 ROLES = [[1, 1, 2, 2, 0], [1, 2, 2, 0, 0], [1, 1, 2, 2, 0], [0, 0, 0, 0, 0]]

@@ -3,7 +3,7 @@
 import pytest
 
 from dlmctl.records.jsonl import Record
-from dlmctl.rl.credit_metrics import credit_metrics
+from dlmctl.rl.srpo.credit_metrics import credit_metrics
 
 
 def record(roles, signal, weights, scored=True, **credit) -> Record:

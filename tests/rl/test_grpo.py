@@ -9,8 +9,8 @@ import torch
 
 from dlmctl.records.errors import UsageError
 from dlmctl.rl.advantages import Normalization, advantages
-from dlmctl.rl.algorithms import make_objective
-from dlmctl.rl.scores import Scores
+from dlmctl.rl.objectives.scores import Scores
+from dlmctl.rl.objectives.table import make_objective
 
 # A group of four completions of 5, 3, 4 and 2 tokens; the rest of each row is padding.
 OLD = [

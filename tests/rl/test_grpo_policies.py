@@ -15,10 +15,10 @@ from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record
 from dlmctl.rl.advantages import Normalization, advantages
-from dlmctl.rl.algorithms import make_objective
 from dlmctl.rl.gradient import accumulate_gradient
+from dlmctl.rl.objectives.scores import Scores
+from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
-from dlmctl.rl.scores import Scores
 
 PLAN = MaskPlan(until_eos=True)
 

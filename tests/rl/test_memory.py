@@ -7,7 +7,7 @@ from conftest import tiny_policy
 from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.records.jsonl import Record
 from dlmctl.rl.gradient import accumulate_gradient
-from dlmctl.training.activations import checkpoint_activations, checkpoints_activations
+from dlmctl.train.activations import checkpoint_activations, checkpoints_activations
 
 
 def batch(policy):

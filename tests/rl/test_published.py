@@ -16,7 +16,7 @@ from dlmctl.diffusion.elbo import log_probs
 from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.records.jsonl import Record
 from dlmctl.rl.advantages import Normalization
-from dlmctl.rl.algorithms import make_objective
+from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
 
 SAMPLES, LENGTH = 4, 8

@@ -9,7 +9,7 @@ from dlmctl.diffusion.elbo import log_probs
 from dlmctl.diffusion.scoring import MaskPlan, score
 from dlmctl.records.jsonl import Record, write_records
 from dlmctl.rl import recorded
-from dlmctl.rl.algorithms import make_objective
+from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
 
 PLAN = MaskPlan(samples=2)

@@ -11,9 +11,9 @@ from dlmctl.diffusion.elbo import log_probs
 from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
-from dlmctl.rl.algorithms import OBJECTIVES, make_objective
+from dlmctl.rl.objectives.scores import Scores
+from dlmctl.rl.objectives.table import OBJECTIVES, make_objective
 from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
-from dlmctl.rl.scores import Scores
 
 
 def scores_of(current, old=None, reference=None, advantage=(1.0,), prompt=None, **more):

@@ -11,10 +11,10 @@ from dlmctl.diffusion.elbo import Example, elbo_samples, log_probs
 from dlmctl.diffusion.masks import draw_masks
 from dlmctl.diffusion.scoring import MaskPlan, example_of, score_entry
 from dlmctl.records.jsonl import Record
-from dlmctl.rl.algorithms import make_objective
 from dlmctl.rl.gradient import accumulate_gradient, elbo_coefficients
+from dlmctl.rl.objectives.rspo import residual_weights, rspo_loss
+from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
-from dlmctl.rl.rspo import residual_weights, rspo_loss
 
 PLAN = MaskPlan(samples=4)
 

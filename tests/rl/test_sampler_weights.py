@@ -11,12 +11,12 @@ from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.loading import fixed_name, load_policy
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record, write_records
-from dlmctl.rl.algorithms import OBJECTIVES, make_objective
+from dlmctl.rl.objectives.table import OBJECTIVES, make_objective
 from dlmctl.rl.policy_gradient import Batching
 from dlmctl.rl.samplers import Samplers
 from dlmctl.rl.update import update_policy
-from dlmctl.training.checkpoint import latest_checkpoint
-from dlmctl.training.run import Adapter, Optimization, open_run
+from dlmctl.train.checkpoint import latest_checkpoint
+from dlmctl.train.run import Adapter, Optimization, open_run
 
 PLAN = MaskPlan("complementary", 2)
 

@@ -12,8 +12,8 @@ from conftest import tiny_policy
 from dlmctl.models.blocks import block_outputs
 from dlmctl.models.policy import Policy
 from dlmctl.records.jsonl import Record
-from dlmctl.sae.active import Active, active_features
 from dlmctl.sae.corpus import Corruption, Document, Positions, corrupted, documents
+from dlmctl.sae.features.active import Active, active_features
 from dlmctl.sae.topk import TopKSae
 
 LAYER = 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlmctl.sae.buffer import ShuffleBuffer
+from dlmctl.sae.training.buffer import ShuffleBuffer
 
 
 def _rows(first: int, count: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from safetensors.numpy import load_file
 from small_world import LATENTS, small_world
 
-from dlmctl.sae.delphi import DelphiCache, _split
+from dlmctl.sae.features.delphi import DelphiCache, _split
 
 WORLD = small_world()
 

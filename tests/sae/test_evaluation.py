@@ -18,10 +18,10 @@ from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record, parse_record
 from dlmctl.sae.corpus import Batch, Corruption, corrupted, documents
-from dlmctl.sae.evaluation import Evaluation, Placed, evaluate
-from dlmctl.sae.folders import SavedSae, write_sae
-from dlmctl.sae.insertion import Changes, DocumentLosses, Losses, document_losses, splice
-from dlmctl.sae.stability import compare, match_decoders, stability
+from dlmctl.sae.evaluation.evaluate import Evaluation, Placed, evaluate
+from dlmctl.sae.evaluation.insertion import Changes, DocumentLosses, Losses, document_losses, splice
+from dlmctl.sae.evaluation.stability import compare, match_decoders, stability
+from dlmctl.sae.formats.folders import SavedSae, write_sae
 from dlmctl.sae.topk import Codes, TopKSae
 
 LAW = Corruption(0.2, 0.8, seed=1)

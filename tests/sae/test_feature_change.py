@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from dlmctl.sae.feature_change import Change, Ledger, jaccard, progress
-from dlmctl.sae.order_signals import Pool, auroc
+from dlmctl.sae.order.feature_change import Change, Ledger, jaccard, progress
+from dlmctl.sae.order.signals import Pool, auroc
 
 
 def test_jaccard_of_sets_written_out() -> None:

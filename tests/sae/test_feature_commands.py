@@ -16,7 +16,7 @@ from dlmctl.cli import app
 from dlmctl.models.saving import save_policy
 from dlmctl.models.small import make_policy, save_new
 from dlmctl.models.tokenizers import byte_tokenizer
-from dlmctl.sae.folders import SavedSae, write_sae
+from dlmctl.sae.formats.folders import SavedSae, write_sae
 
 KNOWN = {"dlm_layer": 1, "dlm_positions": "unmask", "dlm_t_min": 0.2, "dlm_t_max": 0.6}
 

@@ -11,10 +11,10 @@ from small_world import LATENTS, small_world
 
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record
-from dlmctl.sae.feature_page import with_page
-from dlmctl.sae.feature_records import feature_records
-from dlmctl.sae.features import look
-from dlmctl.sae.windows import Plan
+from dlmctl.sae.features.page import with_page
+from dlmctl.sae.features.records import feature_records
+from dlmctl.sae.features.responses import look
+from dlmctl.sae.features.windows import Plan
 
 WORLD = small_world()
 FACTS = {

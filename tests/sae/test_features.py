@@ -13,12 +13,12 @@ from small_world import LATENTS, LAYER, Sight, random_sae, small_world
 from dlmctl.diffusion.noise import key_tensor, stream_key, uniform
 from dlmctl.models.token_text import TokenTexts
 from dlmctl.records.errors import UsageError
-from dlmctl.sae.active import Active, active_features
-from dlmctl.sae.activity import ALIVE
 from dlmctl.sae.corpus import Corruption, Positions, corrupted
-from dlmctl.sae.feature_records import EFFECTS, feature_records, logit_effects
-from dlmctl.sae.features import Findings, chosen_slots, look, parse_choice
-from dlmctl.sae.windows import LONGEST, Plan, Windows
+from dlmctl.sae.features.active import Active, active_features
+from dlmctl.sae.features.activity import ALIVE
+from dlmctl.sae.features.records import EFFECTS, feature_records, logit_effects
+from dlmctl.sae.features.responses import Findings, chosen_slots, look, parse_choice
+from dlmctl.sae.features.windows import LONGEST, Plan, Windows
 
 WORLD = small_world()
 PLAN = Plan(top=5, weighted=4, inactive=6, radius=4, seed=9)

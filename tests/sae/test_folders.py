@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from dlmctl.commands.corpora import own_model
 from dlmctl.records.errors import DataError, MissingInputError, UsageError
-from dlmctl.sae.folders import SavedSae, layout_of, read_sae, write_sae
+from dlmctl.sae.formats.folders import SavedSae, layout_of, read_sae, write_sae
 from dlmctl.sae.topk import TopKSae
 
 LAYOUTS = ["saelens", "dictionary_learning", "sparsify"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dlmctl.sae.gradient import Aux, Dictionary, add_gradient
+from dlmctl.sae.training.gradient import Aux, Dictionary, add_gradient
 
 D, F, N, K = 6, 20, 9, 3
 

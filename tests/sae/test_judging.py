@@ -9,7 +9,7 @@ import pytest
 
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record
-from dlmctl.sae.judging import EXPLAIN, accuracies, advance, excerpt, parse_numbers
+from dlmctl.sae.features.autointerp import EXPLAIN, accuracies, advance, excerpt, parse_numbers
 
 
 def window(kind: str, number: int, active: bool) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from dlmctl.diffusion.sampling import Sampling
 from dlmctl.models.blocks import block_outputs
 from dlmctl.models.policy import Family, Policy
 from dlmctl.records.jsonl import Record
-from dlmctl.sae.feature_watch import Dictionary, FeatureWatch
-from dlmctl.sae.order_signals import auroc
-from dlmctl.sae.order_study import OrderStudy
+from dlmctl.sae.order.feature_watch import Dictionary, FeatureWatch
+from dlmctl.sae.order.signals import auroc
+from dlmctl.sae.order.study import OrderStudy
 
 PROMPTS = ["012", "34", "0", "01234=0", "4321"]
 SETTINGS = Sampling(9, 5, 8, temperature=0.9)

@@ -18,9 +18,9 @@ from dlmctl.diffusion.sampling import Sampling
 from dlmctl.models.policy import Family
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
-from dlmctl.sae.feature_watch import Dictionary, read_dictionaries
-from dlmctl.sae.folders import SavedSae, write_sae
-from dlmctl.sae.order_study import OrderStudy
+from dlmctl.sae.formats.folders import SavedSae, write_sae
+from dlmctl.sae.order.feature_watch import Dictionary, read_dictionaries
+from dlmctl.sae.order.study import OrderStudy
 from dlmctl.sae.topk import TopKSae
 
 SETTINGS = Sampling(9, 5, 8, temperature=0.9)

@@ -16,8 +16,7 @@ from dlmctl.records.errors import DataError, MissingInputError
 from dlmctl.records.jsonl import Record, dump
 from dlmctl.report.auroc import auroc, average_ranks
 from dlmctl.sae.corpus import Corruption, corrupted, documents
-from dlmctl.sae.folders import SavedSae, find_saes, write_sae
-from dlmctl.sae.probe import (
+from dlmctl.sae.evaluation.probe import (
     Half,
     baseline_methods,
     best_features,
@@ -26,7 +25,8 @@ from dlmctl.sae.probe import (
     result_rows,
     sae_method,
 )
-from dlmctl.sae.sentences import Tokens, collect, sentence_labels, token_sentences
+from dlmctl.sae.evaluation.sentences import Tokens, collect, sentence_labels, token_sentences
+from dlmctl.sae.formats.folders import SavedSae, find_saes, write_sae
 from dlmctl.sae.topk import TopKSae
 from dlmctl.tasks.sources import prompts
 
@@ -103,7 +103,7 @@ def test_the_planted_coordinate_is_found_with_its_sign_and_chunks_change_nothing
     assert min(r["auroc"] for r in rows) > 0.99
     assert (rows[0]["positives"], rows[0]["sentences"]) == (20, 60)
     assert rows[2]["clear"] == 1.0
-    monkeypatch.setattr("dlmctl.sae.probe.NUMBERS_PER_CHUNK", 3 * 90)
+    monkeypatch.setattr("dlmctl.sae.evaluation.probe.NUMBERS_PER_CHUNK", 3 * 90)
     again = best_features(neurons, first, second)
     assert torch.equal(again.auroc, found.auroc)
     assert torch.equal(again.feature, found.feature)

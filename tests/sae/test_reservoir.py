@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dlmctl.sae.reservoir import Reservoir
+from dlmctl.sae.features.reservoir import Reservoir
 
 SLOTS, SIZE = 7, 4
 

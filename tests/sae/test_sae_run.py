@@ -16,11 +16,11 @@ from dlmctl.records.errors import CannotCreateError, DataError, UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.sae.activations import Key, model_activations, store_activations
 from dlmctl.sae.corpus import Batch, Corruption, Document, corrupted, documents, together
-from dlmctl.sae.folders import read_sae
-from dlmctl.sae.run import SaeRun
-from dlmctl.sae.sources import ModelSource, Source, StoredSource
-from dlmctl.sae.stream import Stream
-from dlmctl.sae.trainer import Recipe
+from dlmctl.sae.formats.folders import read_sae
+from dlmctl.sae.training.run import SaeRun
+from dlmctl.sae.training.sources import ModelSource, Source, StoredSource
+from dlmctl.sae.training.stream import Stream
+from dlmctl.sae.training.trainer import Recipe
 
 POLICY = tiny_policy()
 LAW = Corruption(0.2, 0.8, seed=3)

@@ -19,8 +19,8 @@ from dlmctl.diffusion.sampling import Sampling
 from dlmctl.models.policy import Family, Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
-from dlmctl.sae.folders import SavedSae, read_sae, write_sae
-from dlmctl.sae.steering import STRONGEST, Reach, Steer, Steering, parse_steer, parse_time
+from dlmctl.sae.formats.folders import SavedSae, read_sae, write_sae
+from dlmctl.sae.steering.edit import STRONGEST, Reach, Steer, Steering, parse_steer, parse_time
 from dlmctl.sae.topk import TopKSae
 
 IDS = torch.tensor([[3, 4, 2, 5, 2, 2, 6, 2], [4, 2, 2, 5, 6, -1, -1, -1]])

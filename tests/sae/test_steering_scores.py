@@ -22,9 +22,9 @@ from dlmctl.models.small import make_policy
 from dlmctl.models.tokenizers import byte_tokenizer
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record, read_records
-from dlmctl.sae.fluency import perplexities
-from dlmctl.sae.judge import Answers, explanations, questions, read_number
-from dlmctl.sae.steering_scores import (
+from dlmctl.sae.steering.fluency import perplexities
+from dlmctl.sae.steering.judge import Answers, explanations, questions, read_number
+from dlmctl.sae.steering.scores import (
     Outcome,
     Pair,
     Text,

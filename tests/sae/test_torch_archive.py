@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dlmctl.records.errors import DataError
-from dlmctl.sae.torch_archive import read_torch_archive
+from dlmctl.sae.formats.torch_archive import read_torch_archive
 
 
 def saved(path, value, **options):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dlmctl.sae.trainer import Recipe, SaeTrainer, fit, geometric_median, remove_parallel
+from dlmctl.sae.training.trainer import Recipe, SaeTrainer, fit, geometric_median, remove_parallel
 
 D = 8
 

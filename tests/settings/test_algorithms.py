@@ -9,7 +9,7 @@ import pytest
 
 from dlmctl.commands import advantage, plan, update
 from dlmctl.records.errors import UsageError
-from dlmctl.rl.algorithms import OBJECTIVES, make_objective
+from dlmctl.rl.objectives.table import OBJECTIVES, make_objective
 from dlmctl.settings.algorithms import (
     OPTIONS,
     RECIPES,

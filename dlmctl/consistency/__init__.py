@@ -1,1 +1,0 @@
-"""Continuous diffusion: teachers, consistency distillation, memorization and its theory."""

@@ -1,0 +1,42 @@
+"""The card of a checkpoint of `distill teacher` or `distill cd`: a model of images or vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dlmctl.distill.image_checkpoints import ModelConfig
+from dlmctl.train.card import DIRECTORY, Card
+
+KINDS = {"edm": "diffusion model", "consistency": "consistency model"}
+
+
+def image_card(
+    config: ModelConfig, training: Mapping[str, Any], metrics: Mapping[str, float]
+) -> Card:
+    """A card.
+
+    Args:
+        training: as it stands in the checkpoint's configuration, the step included.
+        metrics: of the last step.
+    """
+    kind = KINDS[config.kind]
+    shape = " x ".join(map(str, config.network.shape))
+    data = training.get("images")
+    of = f" of `{data}`" if data else ""
+    told = {name: v for name, v in training.items() if name not in ("checkpoints", "first")}
+    use = f"dlmctl distill sample {DIRECTORY} -n 1000 -o samples.safetensors"
+    ours = (
+        "from dlmctl.distill.image_checkpoints import load_model\n\n"
+        f'model = load_model("{DIRECTORY}")'
+    )
+    return Card(
+        title=f"A {kind}, step {training['step']}",
+        summary=f"A {kind}{of}, arrays of {shape}, trained by dlmctl.",
+        library="dlmctl",
+        tags=[kind.replace(" ", "-")],
+        pipeline="unconditional-image-generation" if len(config.network.shape) == 3 else None,
+        settings={"steps so far": training["step"], **told},
+        metrics=metrics,
+        usage=[("sh", use), ("python", ours)],
+    )

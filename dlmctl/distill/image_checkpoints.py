@@ -1,0 +1,193 @@
+"""Models in directories: `config.json`, and the weights of the network in `model.safetensors`.
+
+The configuration names the kind (`edm`: a denoiser; `consistency`: a student), the range of noise,
+and the sizes of the network; `training` says what it was trained on, and how.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dlmctl.distill.consistency_model import ConsistencyModel
+from dlmctl.distill.edm import Denoiser, EdmDenoiser, NoiseRange, OptimalDenoiser
+from dlmctl.distill.image_networks import NetworkConfig, make_network
+from dlmctl.distill.image_sets import read_images
+from dlmctl.models.weights import read_weights, weights_hash
+from dlmctl.records.errors import DataError, MissingInputError, UsageError
+from dlmctl.records.files import read_json
+
+Kind = Literal["edm", "consistency", "optimal"]
+OPTIMAL = "optimal:"
+"""Before a source of images: the closed-form denoiser of that set."""
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a network stands for."""
+
+    kind: Literal["edm", "consistency"]
+    network: NetworkConfig
+    sigma_data: float = 0.5
+    noise: NoiseRange = field(default_factory=NoiseRange)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A denoiser or a consistency model, ready to evaluate."""
+
+    name: str
+    kind: Kind
+    function: Denoiser
+    shape: tuple[int, ...]
+    """Of one image or vector."""
+    noise: NoiseRange
+    device: torch.device
+    config: ModelConfig | None = None
+    """None of the closed form."""
+    network: nn.Module | None = None
+    training: Mapping[str, Any] | None = None
+    """How it was trained; `step` is its checkpoint's."""
+    revision: str = ""
+    """Hash of the weights."""
+
+
+def wrap(config: ModelConfig, network: nn.Module) -> EdmDenoiser | ConsistencyModel:
+    """The model around a network."""
+    if config.kind == "edm":
+        return EdmDenoiser(network, config.sigma_data)
+    return ConsistencyModel(network, config.sigma_data, config.noise.sigma_min)
+
+
+def save_model(
+    directory: Path, config: ModelConfig, network: nn.Module, training: Mapping[str, Any]
+) -> None:
+    """Write a model into a directory that is there."""
+    about = {**asdict(config), "training": dict(training)}
+    (directory / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
+    state = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
+    save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_model(name: str, device: torch.device | str = "cpu", at: int | None = None) -> Model:
+    """A model by the name of its run or checkpoint, or `optimal:IMAGES`.
+
+    Args:
+        at: the step of a run's checkpoint; the newest without it.
+
+    Raises:
+        MissingInputError: there is no such directory or checkpoint.
+        DataError: its configuration or weights are not whole.
+        UsageError: the closed form has no checkpoints.
+    """
+    device = torch.device(device)
+    if name.startswith(OPTIMAL):
+        if at is not None:
+            raise UsageError(f"{name} is a closed form and has no checkpoints")
+        images = read_images(name[len(OPTIMAL) :])
+        exact = OptimalDenoiser(images).to(device)
+        return Model(name, "optimal", exact, tuple(images.shape[1:]), NoiseRange(), device)
+    directory = find_checkpoint(Path(name), at)
+    about = read_json(directory / CONFIG)
+    config = _config(about, directory / CONFIG)
+    tensors = read_weights([directory / WEIGHTS], lambda tensor: tensor)
+    network = _network(config.network, tensors, directory)
+    network.to(device).eval().requires_grad_(False)
+    return Model(
+        str(directory),
+        config.kind,
+        wrap(config, network),
+        config.network.shape,
+        config.noise,
+        device,
+        config,
+        network,
+        about.get("training"),
+        weights_hash([directory / WEIGHTS]),
+    )
+
+
+def _network(config: NetworkConfig, tensors: Mapping[str, Tensor], directory: Path) -> nn.Module:
+    """The network with its weights; none is allocated that the file does not have.
+
+    Raises:
+        DataError: the configuration is of another network.
+    """
+    try:
+        if config.blocks * max(1, len(config.multipliers)) > len(tensors):
+            raise ValueError(f"{len(tensors)} tensors are fewer than its blocks")
+        with torch.device("meta"):
+            shapes = {k: v.shape for k, v in make_network(config).state_dict().items()}
+        if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+            wrong = {k for k, v in tensors.items() if shapes.get(k) != v.shape}
+            wrong |= shapes.keys() - tensors.keys()
+            raise ValueError(f"{len(wrong)} of other names or shapes, first {min(wrong)}")
+        network = make_network(config)
+        network.load_state_dict(dict(tensors), strict=True)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()[:200]
+        raise DataError(f"not the weights of its {CONFIG}: {reason}", str(directory)) from None
+    return network
+
+
+def find_checkpoint(directory: Path, at: int | None = None) -> Path:
+    """The directory of a model: itself, a run's newest, or a run's at a step."""
+    if at is not None:
+        chosen = directory / checkpoint_name(at)
+        if not (chosen / WEIGHTS).exists():
+            steps = checkpoint_steps(directory)
+            there = ", ".join(map(str, steps)) if steps else "none"
+            raise MissingInputError(f"{directory} has no checkpoint at {at}; there are: {there}")
+        return chosen
+    link = directory / "latest"
+    newest = directory / link.readlink() if link.is_symlink() else link
+    for chosen in (newest, directory):
+        if (chosen / CONFIG).exists() and (chosen / WEIGHTS).exists():
+            return chosen
+    raise MissingInputError(
+        f"{directory} holds no model: it needs {CONFIG} and {WEIGHTS}, or a run's 'latest'"
+    )
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of a checkpoint's directory, as step-000128."""
+    return f"step-{step:06d}"
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    """The steps that a run has checkpoints of."""
+    names = [path.name[5:] for path in run.glob("step-*") if (path / WEIGHTS).exists()]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _config(about: Mapping[str, Any], path: Path) -> ModelConfig:
+    try:
+        network: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in about["network"].items()
+        }
+        if about["kind"] not in ("edm", "consistency"):
+            raise ValueError(f"kind is {about['kind']!r}")
+        sigma, noise = float(about["sigma_data"]), NoiseRange(**about["noise"])
+        if not all(0 < float(level) < math.inf for level in (sigma, *astuple(noise))):
+            raise ValueError("levels of noise are positive numbers")
+        return ModelConfig(about["kind"], NetworkConfig(**network), sigma, noise)
+    except (
+        ArithmeticError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        UsageError,
+    ) as error:
+        raise DataError(f"not the configuration of a model ({error})", str(path)) from None

@@ -1,0 +1,305 @@
+"""Memory of the passes of a training run, by following the passes themselves without values.
+
+What stays (weights, gradients, moments) is counted from shapes; what comes and goes is followed
+operation by operation (plan/live_memory) through the code that trains, under its autocast, on
+tensors without memory. Passes through two models of a few blocks are followed, since what they need
+is linear in the blocks.
+
+torch's allocator rounds up and fragments, and CUDA itself takes some hundred megabytes: neither is
+counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dlmctl.diffusion.autoregressive import next_tokens
+from dlmctl.diffusion.projection import target_log_probs, weighted_log_prob
+from dlmctl.diffusion.proposals import positions_per_chunk, propose_chunk
+from dlmctl.diffusion.sampling import Sampling
+from dlmctl.models.blocks import decoder_blocks
+from dlmctl.models.policy import Policy
+from dlmctl.models.weightless import followable
+from dlmctl.plan.flops import head_size
+from dlmctl.plan.live_memory import LiveMemory
+from dlmctl.train.activations import checkpoint_activations, checkpoints_activations
+
+FEW = (3, 6)
+"""Blocks of the models that are followed."""
+
+
+class Passing(NamedTuple):
+    """Bytes of what comes and goes, at the moment when there is most of it."""
+
+    activations: float
+    """What blocks keep for the backward pass and work with."""
+    logits: float
+    """Of a chunk of scored positions, and what the output head keeps."""
+
+    @property
+    def total(self) -> float:
+        return self.activations + self.logits
+
+
+class _Phases(NamedTuple):
+    """Bytes alive in a pass: between its parts, and at most within them."""
+
+    forward: float
+    saved: float
+    head: float
+    kept: float
+    backward: float
+
+
+def gradient_memory(
+    policy: Policy, rows: int, length: int, scored: int, compute: torch.dtype
+) -> Passing:
+    """A micro-batch of `update` on top of weights, gradients and moments.
+
+    Args:
+        policy: weightless, its adapter and gradient checkpointing in place.
+        rows: sequences of this length, of each of which the last `scored` tokens are scored.
+        compute: dtype of the matrix products.
+    """
+    found = _for_all_blocks(
+        policy, lambda few: _gradient(policy, few, rows, length, scored, compute)
+    )
+    at = _Phases(*found)
+    peak = max(at.forward, at.head, at.backward)
+    if peak == at.head:
+        return Passing(at.saved, at.head - at.saved)
+    if peak == at.backward:
+        return Passing(peak - (at.kept - at.saved), at.kept - at.saved)
+    return Passing(peak, 0.0)
+
+
+def _gradient(
+    policy: Policy, few: int, rows: int, length: int, scored: int, compute: torch.dtype
+) -> _Phases:
+    with FakeTensorMode():
+        model = followable(policy, few)
+        for parameter in model.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        ids, row, column = _places(model, rows, length, scored)
+        goals = torch.zeros(rows * scored, dtype=torch.int64)
+        model.model.train()
+        with _followed(compute) as live:
+            states = model.hidden(ids, None)[row, column]
+            saved, forward = live.now, live.peak
+            live.begin_peak()
+            value = weighted_log_prob(model, states, goals, torch.zeros(rows * scored))
+            kept, head = live.now, live.peak
+            live.begin_peak()
+            del states
+            value.backward(torch.tensor(1.0))
+            return _Phases(forward, saved, head, kept, live.peak)
+
+
+def scoring_memory(
+    policy: Policy, rows: int, length: int, scored: int, compute: torch.dtype
+) -> Passing:
+    """A micro-batch that is scored without gradient, on top of the weights."""
+
+    def follow(few: int) -> tuple[float, ...]:
+        with FakeTensorMode():
+            model = followable(policy, few)
+            ids, row, column = _places(model, rows, length, scored)
+            goals = torch.zeros(rows * scored, dtype=torch.int64)
+            with _followed(compute) as live, torch.no_grad():
+                states = model.hidden(ids, None)[row, column]
+                forward = live.peak
+                live.begin_peak()
+                target_log_probs(model, states, goals)
+                return forward, live.peak, live.now
+
+    forward, head, kept = _for_all_blocks(policy, follow)
+    return Passing(max(forward, kept), max(0.0, head - max(forward, kept)))
+
+
+def sampling_memory(
+    policy: Policy, settings: Sampling, rows: int, prompt_length: int
+) -> tuple[float, Passing]:
+    """Keys and values that `rollout` keeps, and the pass over its whole batch with the proposals.
+
+    The chunk of positions whose logits are made at once is that of CUDA.
+    """
+    length = prompt_length + settings.gen_length
+    config = policy.core.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dtype = next(policy.model.parameters()).dtype
+    cached = 0.0
+    if not policy.diffusion or settings.cache != "none":
+        cached = (
+            2.0
+            * rows
+            * length
+            * config.num_hidden_layers
+            * heads
+            * head_size(config)
+            * dtype.itemsize
+        )
+
+    def follow(few: int) -> tuple[float, ...]:
+        with FakeTensorMode():
+            model = followable(policy, few)
+            width = length if policy.diffusion else prompt_length
+            ids = torch.zeros(rows, width, dtype=torch.int64)
+            with _followed(torch.float32) as live, torch.no_grad():
+                hidden = model.hidden(ids, None)
+                forward = live.peak
+                live.begin_peak()
+                _propose(model, hidden, settings)
+                return forward, live.peak
+
+    forward, head = _for_all_blocks(policy, follow)
+    return cached, Passing(forward, max(0.0, head - forward))
+
+
+def _propose(policy: Policy, hidden: Tensor, settings: Sampling) -> None:
+    rows = len(hidden)
+    if not policy.diffusion:
+        logits = policy.logits(hidden[:, -1]).double()
+        keys = torch.zeros(rows, dtype=torch.int64)
+        next_tokens(policy, logits, keys, 0, settings.temperature)
+        return
+    block = min(settings.block_length, settings.gen_length)
+    states = hidden[:, -block:].flatten(0, 1)
+    chunk = min(len(states), positions_per_chunk(policy.vocab_size, cuda=True))
+    pieces = [states[:chunk]] * (2 if settings.cfg_scale > 0 else 1)
+    propose_chunk(policy, pieces, torch.zeros(chunk, dtype=torch.int64), settings)
+
+
+def tower_memory(policy: Policy, patches: int, trained: bool, compute: torch.dtype) -> float:
+    """What a vision tower keeps of images, its blocks taken for those of a Llama of its shape."""
+    from transformers import LlamaConfig, LlamaModel
+
+    config: Any = policy.core.config.vision_config
+    depth = getattr(config, "depth", None) or config.num_hidden_layers
+    heads = getattr(config, "num_heads", None) or config.num_attention_heads
+    shape: Any = LlamaConfig(
+        vocab_size=1,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        is_causal=False,
+    )
+    recomputes = checkpoints_activations(policy.core)
+    dtype = next(policy.model.parameters()).dtype
+
+    def follow(few: int) -> tuple[float, ...]:
+        shape.num_hidden_layers = few
+        with FakeTensorMode():
+            tower = LlamaModel._from_config(shape, dtype=dtype, attn_implementation="sdpa")
+            if recomputes:
+                checkpoint_activations(tower)
+            tower.train(trained)
+            given = torch.zeros(1, patches, config.hidden_size, dtype=dtype, requires_grad=trained)
+            with _followed(compute) as live, torch.set_grad_enabled(trained):
+                seen = tower(inputs_embeds=given, use_cache=False).last_hidden_state
+                return (live.now if trained else live.peak, float(seen.numel()))
+
+    few, more = ((n, follow(n)[0]) for n in FEW)
+    return _line(few, more, depth)
+
+
+@contextlib.contextmanager
+def _followed(compute: torch.dtype) -> Iterator[LiveMemory]:
+    """Within the block memory is followed, under autocast as training has it."""
+    enabled = compute != torch.float32
+    half = compute if enabled else torch.bfloat16
+    with LiveMemory() as live, torch.autocast("cpu", half, enabled, False):
+        yield live
+
+
+def _places(policy: Policy, rows: int, length: int, scored: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids [B, T], and the rows and columns of what is scored, [N] each."""
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    row = torch.arange(rows).repeat_interleave(scored)
+    column = torch.arange(length - scored, length).repeat(rows)
+    return ids, row, policy.source(column)
+
+
+def _for_all_blocks(
+    policy: Policy, follow: Callable[[int], tuple[float, ...]]
+) -> tuple[float, ...]:
+    """What `follow(blocks)` would give for all blocks of the policy."""
+    depth = len(decoder_blocks(policy))
+    if depth <= FEW[1]:
+        return tuple(follow(depth))
+    few, more = follow(FEW[0]), follow(FEW[1])
+    pairs = zip(few, more, strict=True)
+    return tuple(_line((FEW[0], a), (FEW[1], b), depth) for a, b in pairs)
+
+
+def _line(first: tuple[int, float], second: tuple[int, float], place: int) -> float:
+    slope = (second[1] - first[1]) / (second[0] - first[0])
+    return first[1] + slope * (place - first[0])
+
+
+class Kept(NamedTuple):
+    """Bytes that stay on a device: shards, where there are several."""
+
+    weights: int
+    gradients: int
+    moments: int
+    working: int
+    """What AdamW makes within its step on CUDA, when the passes are over."""
+
+
+def kept_memory(policy: Policy, devices: int) -> Kept:
+    """Of a policy that is trained on so many devices; each has as much as the first."""
+    everything = list(policy.model.parameters())
+    weights = sum(shard_bytes(p, devices) for p in everything)
+    gradients = sum(shard_bytes(p, devices) for p in everything if p.requires_grad)
+    return Kept(weights, gradients, 2 * gradients, gradients)
+
+
+def shard_bytes(parameter: Tensor, devices: int) -> int:
+    """FSDP2 cuts the first dimension, and fills the last share up."""
+    if devices == 1:
+        return parameter.numel() * parameter.itemsize
+    rows = math.ceil(len(parameter) / devices)
+    return rows * (parameter.numel() // len(parameter)) * parameter.itemsize
+
+
+class Units(NamedTuple):
+    """Bytes of a model as FSDP2 moves it: gathered weights and gradients of a unit."""
+
+    blocks: list[int]
+    gradients: list[int]
+    root: int
+    root_gradients: int
+
+    @property
+    def gathered(self) -> int:
+        """At most alive at once, in the backward pass.
+
+        The root, a block and the next that is fetched, the buffer it comes in; gradients of both
+        and the buffer they leave by. Two ranks on the CPU, where nothing is fetched ahead, had at
+        their peak 0.5 to 0.8 of this and the passes together.
+        """
+        weights = self.root + 3 * max(self.blocks)
+        return weights + 2 * self.root_gradients + 2 * max(self.gradients)
+
+
+def units(policy: Policy, devices: int) -> Units:
+    """Its units: every block, and what stands around the blocks."""
+
+    def whole(parameters: Iterator[nn.Parameter], trained: bool = False) -> int:
+        chosen = (p for p in parameters if p.requires_grad or not trained)
+        return devices * sum(shard_bytes(p, devices) for p in chosen)
+
+    parts = list(decoder_blocks(policy))
+    blocks = [whole(block.parameters()) for block in parts]
+    gradients = [whole(block.parameters(), True) for block in parts]
+    root = whole(policy.model.parameters()) - sum(blocks)
+    return Units(blocks, gradients, root, whole(policy.model.parameters(), True) - sum(gradients))

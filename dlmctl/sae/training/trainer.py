@@ -1,0 +1,260 @@
+"""Training of one Top-K autoencoder on batches of activations.
+
+The recipe is that of Gao et al. (2024, arXiv 2406.04093) as DLM-Scope (arXiv 2602.05859) has it:
+Adam, warm-up, a linear decay over the last fifth, gradients clipped, the part of the decoder's
+gradient along a row taken out and its rows brought back to norm 1 after every step. Activations are
+divided by the root of their mean squared norm, which is folded back into the weights that are
+saved, so that those take activations as they come.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dlmctl.sae.formats.folders import SavedSae
+from dlmctl.sae.measures import CONSTANT
+from dlmctl.sae.topk import Codes, TopKSae, combine
+from dlmctl.sae.training.gradient import Aux, Dictionary, Outcome, add_gradient
+from dlmctl.train.optimizer import apply_step
+
+MEDIAN_SAMPLE = 32_768
+"""Activations of which the first centre is the geometric median."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of the training; those of the published recipe but where they are said to differ."""
+
+    latents: int = 16_384
+    batch_size: int = 2048
+    """Activations in a step."""
+    tokens: int = 150_000_000
+    """Activations in all."""
+    rate: float = 3e-4
+    warmup: int = 1000
+    """Steps of linear warm-up, at most a tenth of all."""
+    decay_from: float = 0.8
+    """Share of the steps after which the rate falls to 0."""
+    max_norm: float = 1.0
+    aux_weight: float = 1 / 32
+    dead_after: int = 10_000_000
+    """Activations after which a latent that was not active counts as dead."""
+    aux: Aux = "straight"
+    """What the auxiliary loss is made of; rectified is the published recipe."""
+    fitted_encoder: bool = True
+    """Begin with an encoder of the length that explains most, and not of the decoder's."""
+    k_start: int | None = None
+    """K at the beginning, which falls to its own over the first `k_anneal` of the steps."""
+    k_anneal: float = 0.1
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        return max(1, self.tokens // self.batch_size)
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of step 0, 1, …"""
+        warmup = min(self.warmup, self.steps // 10)
+        decay = round(self.decay_from * self.steps)
+        if step < warmup:
+            return self.rate * (step + 1) / warmup
+        if step < decay:
+            return self.rate
+        return self.rate * max(0.0, (self.steps - step) / (self.steps - decay))
+
+    def k_at(self, step: int, k: int) -> int:
+        """K of step 0, 1, …"""
+        progress = step / max(1.0, self.k_anneal * self.steps)
+        if self.k_start is None or progress >= 1:
+            return k
+        return round(self.k_start + (k - self.k_start) * progress)
+
+
+class SaeTrainer:
+    """An autoencoder under training."""
+
+    def __init__(
+        self, recipe: Recipe, d_in: int, k: int, seed: int, device: torch.device | str
+    ) -> None:
+        self.recipe, self.k, self.seed = recipe, k, seed
+        self.sae = Dictionary(d_in, recipe.latents).to(device)
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), betas=(0.9, 0.999), fused=True)
+        self.scale = 1.0
+        """Root of the mean squared norm of the activations."""
+        self.step = 0
+        self.unused = torch.zeros(recipe.latents, dtype=torch.int64, device=device)
+        """[F], activations since a latent was last active."""
+        self.active = torch.zeros_like(self.unused)
+        """[F], activations in which it was active since the rate began to fall."""
+        self.counted = 0
+        """Activations in which that was counted."""
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.recipe.steps
+
+    @property
+    def tokens(self) -> int:
+        """Activations trained on."""
+        return self.step * self.recipe.batch_size
+
+    @property
+    def dead(self) -> Tensor:
+        """bool [F]."""
+        return self.unused >= self.recipe.dead_after
+
+    @torch.no_grad()
+    def begin(self, x: Tensor) -> None:
+        """First weights, from a sample of the activations [N, d].
+
+        The centre is their geometric median, the decoder random directions, the encoder the same
+        but for its length: directions are not orthogonal, so that of K codes of full length each
+        counts what the others have counted (Gao et al. 2024, appendix A.1). The published code
+        leaves it at that.
+        """
+        x = x.to(self.sae.centre.dtype)
+        self.scale = max(float(x.square().sum(dim=1).mean().sqrt()), 1e-12)
+        generator = torch.Generator().manual_seed(self.seed)
+        directions = torch.randn(self.sae.decoder.shape, generator=generator)
+        self.sae.decoder.copy_(functional.normalize(directions, dim=1))
+        self.sae.encoder.copy_(self.sae.decoder)
+        self.sae.centre.copy_(geometric_median(x[:MEDIAN_SAMPLE] / self.scale))
+        if self.recipe.fitted_encoder:
+            centred = x[: self.recipe.batch_size] / self.scale - self.sae.centre
+            self.sae.encoder *= best_length(self.sae, centred, self.recipe.k_at(0, self.k))
+
+    def train_step(self, x: Tensor, measured: bool = True) -> dict[str, Any]:
+        """One step on activations [N, d]; returns its metrics, or nothing where not `measured`."""
+        recipe, sae = self.recipe, self.sae
+        x = x.to(sae.centre.dtype) / self.scale
+        dead = self.dead.nonzero().flatten()
+        low = x.device.type == "cuda"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
+            outcome = add_gradient(
+                sae,
+                x,
+                recipe.k_at(self.step, self.k),
+                dead,
+                max(1, x.shape[1] // 2),
+                recipe.aux_weight,
+                recipe.aux,
+            )
+        remove_parallel(sae)
+        rate = recipe.rate_at(self.step)
+        norm, applied = apply_step(self.optimizer, sae.parameters(), rate, recipe.max_norm)
+        with torch.no_grad():
+            sae.decoder /= sae.decoder.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        self._count(outcome, len(x))
+        self.step += 1
+        if not measured:
+            return {}
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            **fit(x, outcome.residual),
+            "aux": float(outcome.auxiliary),
+            "l0": float((outcome.codes.values > 0).sum(dim=1).double().mean()),
+            "dead": int(self.dead.sum()),
+            "lr": rate,
+            "grad_norm": norm,
+            "applied": applied,
+        }
+
+    def _count(self, outcome: Outcome, count: int) -> None:
+        """Which latents were active in this step of `count` activations."""
+        codes = outcome.codes
+        found = codes.indices[codes.values > 0].bincount(minlength=self.recipe.latents)
+        self.unused += count
+        self.unused[found > 0] = 0
+        if self.step >= self.recipe.decay_from * self.recipe.steps:
+            self.active += found
+            self.counted += count
+
+    @torch.no_grad()
+    def saved(self, metadata: Mapping[str, Any]) -> SavedSae:
+        """What has been learnt, the scale folded into it."""
+        sae = TopKSae(self.sae.centre.numel(), self.recipe.latents, self.k)
+        sae.W_enc.copy_(self.sae.encoder.T)
+        sae.b_enc.copy_(self.sae.bias * self.scale)
+        sae.W_dec.copy_(self.sae.decoder)
+        sae.b_dec.copy_(self.sae.centre * self.scale)
+        rates = (self.active / self.counted).float().cpu() if self.counted else None
+        return SavedSae(sae, metadata, rates)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on."""
+        tensors: dict[str, Tensor] = dict(self.sae.named_parameters())
+        for name, parameter in self.sae.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{name}.{key}"] = value
+        numbers = torch.tensor([self.scale, self.step, self.counted], dtype=torch.float64)
+        tensors |= {"unused": self.unused, "active": self.active, "numbers": numbers}
+        return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state."""
+        for name, parameter in self.sae.named_parameters():
+            parameter.copy_(state[name])
+            if f"{name}.exp_avg" in state:
+                self.optimizer.state[parameter] = {
+                    key: state[f"{name}.{key}"].to(parameter.device)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+        self.unused.copy_(state["unused"])
+        self.active.copy_(state["active"])
+        self.scale, step, counted = state["numbers"].tolist()
+        self.step, self.counted = int(step), int(counted)
+
+
+@torch.no_grad()
+def best_length(sae: Dictionary, centred: Tensor, k: int) -> float:
+    """Factor of the encoder with which the first codes explain most, by least squares."""
+    values, indices = (centred @ sae.encoder.T).topk(k, dim=1, sorted=False)
+    made = combine(Codes(values.relu(), indices), sae.decoder)
+    factor = float((made * centred).sum() / made.square().sum().clamp(min=1e-30))
+    return factor if factor > 0 else 1.0
+
+
+@torch.no_grad()
+def remove_parallel(sae: Dictionary) -> None:
+    """Take out of the decoder's gradient what would only change the norm of its rows."""
+    gradient = sae.decoder.grad
+    assert gradient is not None
+    along = (gradient * sae.decoder).sum(dim=1, keepdim=True)
+    gradient.addcmul_(along, sae.decoder, value=-1)
+
+
+def fit(x: Tensor, residual: Tensor) -> dict[str, float | None]:
+    """Mean squared error, and how much of the variance is explained, by both definitions.
+
+    `fve` subtracts the mean of the residual, as the published figures do, and so forgives a
+    constant error; `fvu` = |residual|^2 / |x - mean|^2 does not. Both are None of a batch without
+    variance.
+    """
+    squared, about = residual.square().sum(), float((x - x.mean(dim=0)).square().sum())
+    found: dict[str, float | None] = {"l2": float(squared) / len(x), "fve": None, "fvu": None}
+    if about > CONSTANT**2 * float(x.square().sum()):
+        varied = (residual - residual.mean(dim=0)).square().sum()
+        found |= {"fve": 1 - float(varied) / about, "fvu": float(squared) / about}
+    return found
+
+
+def geometric_median(x: Tensor, rounds: int = 100, tolerance: float = 1e-6) -> Tensor:
+    """The point [d] with the least sum of distances to points [N, d], by Weiszfeld's iteration."""
+    guess = x.mean(dim=0)
+    for _ in range(rounds):
+        weights = 1 / (x - guess).norm(dim=1).clamp(min=1e-8)
+        following = (weights[:, None] * x).sum(dim=0) / weights.sum()
+        moved = float((following - guess).norm())
+        guess = following
+        if moved <= tolerance * max(1.0, math.sqrt(float(guess.square().sum()))):
+            break
+    return guess

@@ -1,0 +1,65 @@
+"""The card of a checkpoint of `update` or `distill masked`: a language model or its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dlmctl.models.policy import Policy
+from dlmctl.train.card import DIRECTORY, Card, told_metrics
+from dlmctl.train.checkpoint import Progress
+
+KINDS = {"vlm": "vision-language model", "ar": "autoregressive language model"}
+"""Families that do not denoise; the others are diffusion language models."""
+
+
+def policy_card(
+    policy: Policy, progress: Progress, settings: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> Card:
+    """A card.
+
+    Args:
+        settings: options of the training, by their names.
+        metrics: record of the last step.
+    """
+    adapter = getattr(policy.model, "peft_config", {}).get("default")
+    kind = KINDS.get(policy.family, "diffusion language model")
+    trained = "A LoRA adapter" if adapter else "All weights"
+    of = progress.reference.rstrip("/").split("/")[-1]
+    lora = {"LoRA rank": adapter.r, "LoRA alpha": adapter.lora_alpha} if adapter else {}
+    return Card(
+        title=f"{of}, {progress.algo}",
+        summary=f"{trained} of the {kind} `{progress.reference}` (weights "
+        f"`{progress.reference_revision}`), trained by `{progress.algo}` of dlmctl.",
+        library="peft" if adapter else "transformers",
+        base=progress.reference,
+        tags=[*_tags(policy), progress.algo, *(["lora"] if adapter else [])],
+        pipeline="image-text-to-text" if policy.vision else "text-generation",
+        settings={
+            "algorithm": progress.algo,
+            "steps": progress.step,
+            "rounds": progress.round or None,
+            "completions": progress.completions,
+            "tokens": progress.tokens,
+            "steps skipped": progress.skipped,
+            **lora,
+            **settings,
+        },
+        metrics=told_metrics(metrics),
+        usage=_usage(policy, bool(adapter)),
+    )
+
+
+def _tags(policy: Policy) -> list[str]:
+    return ["diffusion-language-model", policy.family] if policy.diffusion else [policy.family]
+
+
+def _usage(policy: Policy, adapter: bool) -> list[tuple[str, str]]:
+    here = f'"{DIRECTORY}"'
+    ours = f"from dlmctl.models.loading import load_policy\n\npolicy = load_policy({here})"
+    use = [("sh", f"dlmctl rollout --model {DIRECTORY} prompts.jsonl"), ("python", ours)]
+    if not adapter:
+        name = type(policy.core).__name__
+        theirs = f"from transformers import {name}\n\nmodel = {name}.from_pretrained({here})"
+        use.append(("python", theirs))
+    return use

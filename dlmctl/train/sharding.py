@@ -1,0 +1,115 @@
+"""Weights, gradients and moments spread over the ranks by FSDP2 (arXiv 2304.11277).
+
+Every block is a unit, and so is what stands around the blocks: embeddings, last norm and output
+head, and what looks at images. A unit's weights are gathered when it runs, and given up behind it,
+so that all ranks must run as many passes. Gradients are summed, since a loss is divided by what the
+whole step counts. Weights are gathered in their own dtype, so that a pass computes what it does in
+one process.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dlmctl.models.blocks import decoder_blocks
+from dlmctl.models.policy import Policy
+from dlmctl.records.errors import UsageError
+from dlmctl.train.distributed import is_first, size
+
+T = TypeVar("T")
+
+_PASS = "run_whole_pass"
+
+
+def check_trainable(policy: Policy) -> None:
+    """Raise UsageError where several ranks cannot train a model together."""
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.model.modules()):
+        raise UsageError("what dropout leaves out is drawn by one process: none under torchrun")
+
+
+def shard(policy: Policy) -> None:
+    """Spread a model, which every rank has loaded, over the ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(policy.device.type, (size(),))
+    model: Any = policy.model
+    for module in (*decoder_blocks(policy), model):
+        unit = fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        # A sum: gloo has no other, and a factor of its own needs NCCL.
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    setattr(model, _PASS, lambda call: call())
+    register_fsdp_forward_method(model, _PASS)
+
+
+def whole_pass(model: nn.Module, call: Callable[[], T]) -> T:
+    """`call()`, which runs parts of the model; of one that is spread, with its outer weights."""
+    run: Any = getattr(model, _PASS, None)
+    made: T = call() if run is None else run(call)
+    return made
+
+
+def outline(model: nn.Module) -> nn.Module:
+    """A copy of a model whose parameters have no values."""
+    empty = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+        for p in model.parameters()
+    }
+    return copy.deepcopy(model, empty)
+
+
+def gathered(policy: Policy, form: nn.Module) -> Policy:
+    """The policy with all its weights on the CPU; every rank calls this, the first has the result.
+
+    Args:
+        form: its outline.
+    """
+    whole: dict[int, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    for name, value in policy.model.state_dict(keep_vars=True).items():
+        if id(value) not in whole:  # weights that are tied stay so
+            whole[id(value)] = to_first(value)
+        values[name] = whole[id(value)]
+    if not is_first():
+        return policy
+    model = copy.deepcopy(form)
+    model.load_state_dict(values, assign=True)
+    return dataclasses.replace(policy, model=model)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A tensor; of one that is spread, all of it, for which every rank calls this."""
+    spread: Any = tensor
+    whole: Tensor = spread.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach()
+
+
+def own_share(tensor: Tensor) -> Tensor:
+    """The share of a tensor that this rank has, in its own memory; of one that is whole, all."""
+    spread: Any = tensor
+    share: Tensor = spread.to_local() if hasattr(tensor, "to_local") else tensor
+    return share
+
+
+def to_first(tensor: Tensor) -> Tensor:
+    """A full tensor on the CPU of the first rank, an empty one on the others."""
+    whole = full_tensor(tensor)
+    return whole.cpu().contiguous() if is_first() else torch.empty(0)
+
+
+def like(values: Tensor, parameter: Tensor) -> Tensor:
+    """Values as their parameter is: on its device and spread as it is."""
+    values = values.to(parameter.device)
+    if not hasattr(parameter, "placements"):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    spread: Any = parameter
+    return distribute_tensor(values, spread.device_mesh, spread.placements, src_data_rank=None)
