@@ -127,9 +127,10 @@ class SaeRecipe:
     )
     seed: int = same(0, Seed)
 
-    def __post_init__(self) -> None:
-        if self.dead_after is None:
-            object.__setattr__(self, "dead_after", max(1, self.tokens // 15))
+    @property
+    def dead_limit(self) -> int:
+        """`dead_after`, or what it is by default."""
+        return self.dead_after or max(1, self.tokens // 15)
 
     @property
     def steps(self) -> int:

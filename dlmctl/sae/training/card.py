@@ -41,6 +41,7 @@ def sae_card(
             "k": k,
             **{n: v for n, v in source.items() if n not in ("model_name", "hook_name")},
             **{n: v for n, v in asdict(recipe).items() if n != "tokens"},
+            "dead_after": recipe.dead_limit,
         },
         metrics=told_metrics(metrics, NAMED),
         usage=[("python", theirs), ("python", ours)],

@@ -59,7 +59,7 @@ class SaeTrainer:
     @property
     def dead(self) -> Tensor:
         """bool [F]."""
-        return self.unused >= self.recipe.dead_after
+        return self.unused >= self.recipe.dead_limit
 
     @torch.no_grad()
     def begin(self, x: Tensor) -> None:
