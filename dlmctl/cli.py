@@ -59,18 +59,13 @@ SUBCOMMANDS = {
     "sae-eval": Subcommand(
         "sae_eval",
         SAE,
-        "Measure how well sparse autoencoders give activations back, and the loss on insertion.",
-    ),
-    "sae-stability": Subcommand(
-        "sae_stability",
-        SAE,
-        "Measure whether a model's sparse autoencoders still fit it after more training.",
+        "Measure how well sparse autoencoders reconstruct activations, and the loss on insertion.",
     ),
     "sae-activations": Subcommand(
         "sae_activations", SAE, "Store activations of a model over a corpus."
     ),
     "sae-convert": Subcommand(
-        "sae_convert", SAE, "Turn a sparse autoencoder into another library's folder."
+        "sae_convert", SAE, "Convert a sparse autoencoder to the folder layout of another library."
     ),
     "sae-steering": Subcommand(
         "sae_steering", SAE, "Score what steering does to a concept and to fluency."
@@ -84,7 +79,9 @@ SUBCOMMANDS = {
     "sae-order": Subcommand(
         "sae_order", SAE, "Follow features while completions are sampled in several orders."
     ),
-    "sae-probe": Subcommand("sae_probe", SAE, "How well single features tell known concepts."),
+    "sae-probe": Subcommand(
+        "sae_probe", SAE, "Measure how well single features identify known concepts."
+    ),
     "distill": Subcommand("distill", MEMORY, "Distil a diffusion model into one of few steps."),
     "memo-eval": Subcommand("memo_eval", MEMORY, "Measure what a generative model memorized."),
     "stats": Subcommand("stats", LOOK, "Accuracy, pass@k, reward and length per task."),
@@ -102,6 +99,11 @@ SUBCOMMANDS = {
     "init": Subcommand("init", SETUP, "Make a small new model of any family."),
     "doctor": Subcommand("doctor", SETUP, "Say what this machine has and what is missing."),
 }
+FORMER = {
+    "sae-stability": Subcommand("sae_stability", SAE, "Former name of 'sae-eval --tuned MODEL'."),
+}
+"""Subcommands that still work under a former name, which help and manual do not list."""
+KNOWN = SUBCOMMANDS | FORMER
 
 
 def with_exit_codes(function: Callable[..., None], name: str) -> Callable[..., None]:
@@ -157,7 +159,7 @@ def load(name: str) -> Any:
         cls=_group(getattr(_module(name), "DEFAULT", None)),
         add_completion=False,
         context_settings=HELP_OPTIONS,
-        help=SUBCOMMANDS[name].summary,
+        help=KNOWN[name].summary,
         no_args_is_help=True,
     )
     if hasattr(_module(name), "COMMANDS"):
@@ -187,7 +189,7 @@ def functions(name: str) -> dict[str, Callable[..., None]]:
 
 
 def _module(name: str) -> Any:
-    return importlib.import_module(f"dlmctl.commands.{SUBCOMMANDS[name].module}")
+    return importlib.import_module(f"dlmctl.commands.{KNOWN[name].module}")
 
 
 def _group(default: str | None) -> type[TyperGroup]:
@@ -211,12 +213,12 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         # By these typer tells what a wrong name may have meant.
-        self.commands = {name: self.get_command(ctx, name) for name in SUBCOMMANDS}
+        self.commands = {name: self.get_command(ctx, name) for name in KNOWN}
         name, command, rest = super().resolve_command(ctx, args)
-        return name, load(name) if name in SUBCOMMANDS else command, rest
+        return name, load(name) if name in KNOWN else command, rest
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        row = SUBCOMMANDS.get(cmd_name)
+        row = KNOWN.get(cmd_name)
         if row is None:
             return None
         return TyperCommand(cmd_name, help=row.summary, rich_help_panel=row.panel)
@@ -252,7 +254,7 @@ def dlmctl(
 
 def _called() -> str:
     """The subcommand's name; before it is loaded, that of a group alone."""
-    return next((word for word in sys.argv[1:] if word in SUBCOMMANDS), NAME)
+    return next((word for word in sys.argv[1:] if word in KNOWN), NAME)
 
 
 def main() -> None:

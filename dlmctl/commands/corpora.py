@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -181,3 +182,15 @@ def corpus_batches(
     from dlmctl.sae.corpus import mask_batches, read_windows
 
     return mask_batches(read_windows(files, policy, plan, batch_size, on_error), policy, plan.law)
+
+
+def split_paths(paths: list[str]) -> tuple[list[Path], list[str]]:
+    """Directories, which contain autoencoders, and files of a corpus.
+
+    Raises:
+        UsageError: there is no directory.
+    """
+    folders = [Path(path) for path in paths if Path(path).is_dir()]
+    if not folders:
+        raise UsageError(f"{paths[0]} is no folder of an autoencoder")
+    return folders, [path for path in paths if not Path(path).is_dir()]

@@ -6,27 +6,26 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
-
 from dlmctl.records.files import check_free
+from dlmctl.settings import Knob
 
 
 def command(
     source: Annotated[
         Path,
-        typer.Argument(metavar="SAE", help="Folder of SAELens, dictionary_learning or sparsify."),
+        Knob("Folder of SAELens, dictionary_learning or sparsify.", metavar="SAE", argument=True),
     ],
-    target: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Where it is written.")],
+    target: Annotated[Path, Knob("Folder to write.", metavar="DIRECTORY", argument=True)],
     layout: Annotated[
         Literal["saelens", "dictionary_learning", "sparsify"],
-        typer.Option("--to", help="Library that is to load it."),
+        Knob("Library that will load the folder.", "--to"),
     ] = "saelens",
 ) -> None:
-    """Turn a sparse autoencoder into another library's folder.
+    """Convert a sparse autoencoder to the folder layout of another library.
 
     Reads the folders of SAELens (cfg.json, sae_weights.safetensors), of dictionary_learning
-    (config.json, ae.pt), as the autoencoders of DLM-Scope were released, and of sparsify (cfg.json,
-    sae.safetensors). ae.pt is read as data: nothing in it is run.
+    (config.json, ae.pt), in which the autoencoders of DLM-Scope were released, and of sparsify
+    (cfg.json, sae.safetensors). ae.pt is read as data: no code in it is run.
 
     Examples:
 

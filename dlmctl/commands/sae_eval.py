@@ -5,118 +5,118 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
-
-from dlmctl.commands.corpora import (
-    Level,
-    OwnContext,
-    OwnHidePrompt,
-    OwnModel,
-    OwnPack,
-    PerBatch,
-    Sequences,
-    corpus_batches,
-    own_model,
-    own_plan,
-)
+from dlmctl.commands.corpora import corpus_batches, corpus_plan, own_model, split_paths
 from dlmctl.commands.input_lines import input_lines
-from dlmctl.commands.options import Device, Dtype, Json, OnErrorOption, Quiet, Seed
 from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import UsageError
+from dlmctl.settings import Knob
+from dlmctl.settings.common import Compute, Json, OnErrorOption, Quiet, Seed
+from dlmctl.settings.corpus import AS_TRAINED, SHOWN_AS_TRAINED, Corpus, SaeModel
+from dlmctl.settings.sae import Insertion, SaePaths
 
-Scope = Annotated[
-    Literal["all", "matching"],
-    typer.Option(
-        help="Where an autoencoder stands in for the activations: at all positions, as published, "
-        "or at those that it was trained on."
-    ),
-]
-Insert = Annotated[
-    bool,
-    typer.Option(
-        "--insert/--no-insert",
-        help="Take the loss on insertion too: a pass of the model for each autoencoder.",
-    ),
-]
+TUNED = "After more training"
 COLUMNS = ("layer", "k", "positions", "fve", "nmse", "cos", "l0", "dead")
+TUNED_COLUMNS = ("layer", "k", "positions", "base_fve", "tuned_fve", "jaccard", "code_cosine")
 
 
 def command(
-    paths: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SAE… [CORPUS…]",
-            help="Folders of autoencoders, or directories of such; and JSONL files as 'dlmctl "
-            "sae-train' takes them: none, or -, is standard input.",
+    paths: SaePaths,
+    model: SaeModel = None,
+    tuned: Annotated[
+        str | None,
+        Knob(
+            "The same model after more training: measure on both models whether the autoencoders "
+            "still fit.",
+            "--tuned",
+            metavar="MODEL",
+            shown_default="none",
+            panel=TUNED,
         ),
-    ],
-    model: OwnModel = None,
+    ] = None,
+    tuned_saes: Annotated[
+        list[Path] | None,
+        Knob(
+            "Autoencoders trained on the tuned model, whose decoders are matched with those of the "
+            "same layer, K and positions.",
+            "--tuned-saes",
+            metavar="DIRECTORY",
+            panel=TUNED,
+        ),
+    ] = None,
     layer: Annotated[
         int | None,
-        typer.Option(min=0, show_default="as its folder says", help="Block that it is for."),
+        Knob(
+            "Block that the autoencoders are for.",
+            "--layer",
+            minimum=0,
+            shown_default="as their folders say",
+        ),
     ] = None,
-    scope: Scope = "all",
-    insert: Insert = True,
+    insertion: Insertion = Insertion(),
     logit_shift: Annotated[
         Literal["auto", "0", "1"],
-        typer.Option(
-            help="Where the logits of a token are: at the token (0), at the one before it (1), or "
-            "as the model's family has it. The published script took 0 for Dream, too."
+        Knob(
+            "Position of a token's logits: at the token (0), at the token before it (1), or as in "
+            "the model's family. The published script took 0 for Dream, too.",
+            "--logit-shift",
         ),
     ] = "auto",
-    level: Level = None,
-    per_batch: PerBatch = None,
-    context: OwnContext = None,
-    pack: OwnPack = None,
-    hide_prompt: OwnHidePrompt = None,
-    batch_size: Sequences = 8,
+    corpus: Annotated[Corpus, SHOWN_AS_TRAINED] = AS_TRAINED,
+    compute: Compute = Compute(batch_size=8),
     seed: Seed = 1,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
     on_error: OnErrorOption = "fail",
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Measure how well sparse autoencoders give activations back, and the loss on insertion.
+    """Measure how well sparse autoencoders reconstruct activations, and the loss on insertion.
 
-    Writes a record for each: the variance explained by three definitions and without tokens of
-    massive norm, NMSE, cosine, L0, dead latents; and the change of the loss of hidden and of
-    visible tokens while the autoencoder stands in for the activations, each with a standard error
-    over texts (delta_mask_se and so on). The corpus is cut and masked as that was which they were
-    trained on, where no option says otherwise.
+    Writes a record for each autoencoder: the variance explained, by three definitions and without
+    tokens of massive norm; NMSE, cosine, L0 and dead latents; and the change in the loss of masked
+    and of visible tokens while the autoencoder stands in for the activations, each with a standard
+    error over texts (delta_mask_se and so on). Unless an option says otherwise, the corpus is cut
+    and masked as the one that the autoencoders were trained on.
+
+    With --tuned, base and tuned model see the same tokens under the same masks. Each record has the
+    measures on both, with base_ and tuned_ before their names, and how similar the codes are:
+    jaccard, the share of the active latents of a token that both models have in common, and
+    code_cosine.
 
     Examples:
 
     dlmctl sae-eval saes/ -m GSAI-ML/LLaDA-8B-Base heldout.jsonl
 
     dlmctl sae-eval saes/ corpus.jsonl | dlmctl stats --by layer
+
+    dlmctl sae-eval saes/ corpus.jsonl -m builtin:puzzles --tuned runs/a
     """
     import dataclasses
 
     from dlmctl.models.loading import load_policy
-    from dlmctl.sae.evaluation.evaluate import evaluate, place
+    from dlmctl.sae.evaluation.evaluate import evaluate, place_sae
+    from dlmctl.sae.evaluation.stability import stability
     from dlmctl.sae.formats.folders import read_saes
 
+    if tuned_saes and tuned is None:
+        raise UsageError("--tuned-saes are autoencoders of the model after --tuned: give it too")
     folders, files = split_paths(paths)
-    found = read_saes(folders)
-    plan = own_plan(found, level, context, pack, hide_prompt, per_batch, seed)
-    policy = load_policy(own_model(found, model), device, dtype)
-    saes = [place(name, saved, policy, layer) for name, saved in found.items()]
-    total = None if plan.pack else input_lines(files).times(1 / batch_size)
-    batches = corpus_batches(files, policy, plan, batch_size, on_error)
+    saved = read_saes(folders)
+    plan = corpus_plan(corpus, seed, saved)
+    names = [own_model(saved, model), *([tuned] if tuned else [])]
+    base, *after = (load_policy(name, compute.device, compute.dtype) for name in names)
+    saes = [place_sae(name, one, base, layer) for name, one in saved.items()]
+    others = [place_sae(name, one, after[0]) for name, one in read_saes(tuned_saes or []).items()]
+    total = None if plan.pack else input_lines(files).times(1 / compute.batch_size)
+    batches = corpus_batches(files, base, plan, compute.batch_size, on_error)
+    batches = counted(batches, "batches", quiet, total)
     if logit_shift != "auto":
-        policy = dataclasses.replace(policy, shift=int(logit_shift))
-    shown = counted(batches, "batches", quiet, total)
-    rows = evaluate(policy, shown, saes, scope, insert, plan.about)
-    deltas = ("delta_mask", "delta_unmask") if insert else ()
-    more = [name for delta in deltas for name in (delta, f"{delta}_se")]
-    write_rows(rows, (*COLUMNS, *more), json)
-
-
-def split_paths(paths: list[str]) -> tuple[list[Path], list[str]]:
-    """Directories, which hold autoencoders, and files of a corpus; there must be a directory."""
-    folders = [Path(path) for path in paths if Path(path).is_dir()]
-    if not folders:
-        raise UsageError(f"{paths[0]} is no folder of an autoencoder")
-    return folders, [path for path in paths if not Path(path).is_dir()]
+        base, *after = (dataclasses.replace(p, shift=int(logit_shift)) for p in (base, *after))
+    if after:
+        rows = stability(base, after[0], batches, saes, insertion, plan.about, others)
+        deltas = ["base_delta_mask", "tuned_delta_mask"] if insertion.insert else []
+        columns = [*TUNED_COLUMNS, *deltas, *(["matched"] if others else [])]
+    else:
+        rows = evaluate(base, batches, saes, insertion, plan.about)
+        deltas = ["delta_mask", "delta_unmask"] if insertion.insert else []
+        columns = [*COLUMNS, *(name for delta in deltas for name in (delta, f"{delta}_se"))]
+    write_rows(rows, columns, json)

@@ -4,58 +4,41 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
-from dlmctl.commands.corpora import (
-    Level,
-    OwnContext,
-    OwnModel,
-    Sequences,
-    own_model,
-    own_plan,
-)
+from dlmctl.commands.corpora import corpus_plan, own_model, split_paths
 from dlmctl.commands.input_lines import input_lines
-from dlmctl.commands.options import Device, Dtype, Json, OnErrorOption, Quiet, Seed
 from dlmctl.commands.progress import counted
-from dlmctl.commands.sae_eval import split_paths
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.jsonl import each, read_records
+from dlmctl.settings.common import Compute, Json, OnErrorOption, Quiet, Seed
+from dlmctl.settings.corpus import AS_TRAINED, SHOWN_AS_TRAINED, Corpus, Masking, SaeModel
+from dlmctl.settings.sae import SaePaths
 
 COLUMNS = ("sae", "method", "concept", "value", "feature", "auroc", "clear")
 
 
 def command(
-    paths: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SAE… [CORPUS…]",
-            help="Folders of autoencoders, or directories of such; and JSONL files: none, or -, is "
-            "standard input.",
-        ),
-    ],
-    model: OwnModel = None,
-    level: Level = None,
-    context: OwnContext = None,
+    paths: SaePaths,
+    model: SaeModel = None,
+    masking: Annotated[Masking, SHOWN_AS_TRAINED] = AS_TRAINED,
     seed: Seed = 0,
-    batch_size: Sequences = 32,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    compute: Compute = Compute(),
     on_error: OnErrorOption = "fail",
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """How well single features tell known concepts.
+    """Measure how well single features identify known concepts.
 
     Reads records with a text and its `sentences`: a list of objects with `start` and `end`, offsets
     in characters of `text` or `completion`, and a value for each concept, as 'dlmctl prompts
     concepts' writes them.
 
-    A feature's score of a sentence is its largest activation on the tokens of the sentence that the
-    autoencoder is for (hidden ones, visible ones, all). For each value the feature with the highest
-    AUROC against the other values is chosen on every other text, and `auroc` is that of the rest.
-    The same is done with principal directions (pca), coordinates (neurons), each with their
-    opposites, and as many random directions as there are latents. `clear` is the share of the
-    values above 0.95. Writes a table on a terminal, JSON lines in a pipe.
+    A feature's score for a sentence is its largest activation on those tokens of the sentence that
+    the autoencoder is for (masked ones, visible ones, all). For each value, the feature with the
+    highest AUROC against the other values is chosen on every other text, and `auroc` is its AUROC
+    on the remaining texts. The same is done with principal directions (pca) and coordinates
+    (neurons), each with their opposites, and with as many random directions as there are latents.
+    `clear` is the share of the values above 0.95. Writes a table on a terminal, JSON lines in a
+    pipe.
 
     Example:
 
@@ -63,21 +46,22 @@ def command(
     """
     from dlmctl.models.loading import load_policy
     from dlmctl.sae.corpus import documents
-    from dlmctl.sae.evaluation.evaluate import place
+    from dlmctl.sae.evaluation.evaluate import place_sae
     from dlmctl.sae.evaluation.probe import probe
     from dlmctl.sae.evaluation.sentences import collect, labelled
     from dlmctl.sae.formats.folders import read_saes
 
     folders, files = split_paths(paths)
-    found_saes = read_saes(folders)
-    # Offsets of sentences are of one text, so that texts are not packed.
-    plan = own_plan(found_saes, level, context, pack=False, hide_prompt=False, seed=seed)
-    policy = load_policy(own_model(found_saes, model), device, dtype)
-    saes = [place(name, saved, policy) for name, saved in found_saes.items()]
+    saved = read_saes(folders)
+    # Sentences are offsets into one text, so texts are not packed.
+    corpus = Corpus(masking.level, masking.context, pack=False, hide_prompt=False)
+    plan = corpus_plan(corpus, seed, saved)
+    policy = load_policy(own_model(saved, model), compute.device, compute.dtype)
+    saes = [place_sae(name, one, policy) for name, one in saved.items()]
     places = list(dict.fromkeys((placed.layer, placed.positions) for placed in saes))
     total = input_lines(files)
     records = each(read_records(files, on_error), labelled, on_error)
-    shown = counted(records, "texts", quiet, total)
-    stream = documents(shown, policy, plan.context, on_error=on_error)
-    found = collect(stream, policy, places, plan.law, batch_size)
-    write_rows(probe(saes, found, seed, policy.device), COLUMNS, json)
+    records = counted(records, "texts", quiet, total)
+    stream = documents(records, policy, plan.context, on_error=on_error)
+    sentences = collect(stream, policy, places, plan.law, compute.batch_size)
+    write_rows(probe(saes, sentences, seed, policy.device), COLUMNS, json)

@@ -36,6 +36,16 @@ Profile = Annotated[
 ]
 Ks = Annotated[str, Knob("Number of active latents per token.", "-k", metavar="K,…")]
 
+SaePaths = Annotated[
+    list[str],
+    Knob(
+        "Folders of autoencoders, or directories of such folders; and JSONL files of a corpus, "
+        "none, or -, being standard input.",
+        metavar="SAE… [CORPUS…]",
+        argument=True,
+    ),
+]
+
 
 @dataclass(frozen=True)
 class SaeRecipe:

@@ -11,7 +11,7 @@ from conftest import invoke, shell
 from typer.testing import CliRunner
 
 from dlmctl import __version__
-from dlmctl.cli import SUBCOMMANDS, app, functions
+from dlmctl.cli import FORMER, SUBCOMMANDS, app, functions
 
 
 def test_the_version_is_shown():
@@ -24,6 +24,14 @@ def test_help_lists_every_subcommand_with_its_summary():
     for name, row in SUBCOMMANDS.items():
         assert name in text
         assert row.summary in text
+
+
+@pytest.mark.parametrize("name", FORMER)
+def test_a_former_name_works_and_says_so_but_is_not_listed(name):
+    assert name not in CliRunner().invoke(app, ["--help"]).stdout
+    said = CliRunner().invoke(app, [name, "--help"]).stdout
+    assert "Former name of" in said
+    assert "--tuned" in said
 
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)

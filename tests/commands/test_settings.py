@@ -128,3 +128,22 @@ def test_settings_of_a_model_need_one():
     assert Reading("a2d").of("x") == "x,family=a2d"
     with pytest.raises(UsageError, match="give it too"):
         Reading("a2d").of(None)
+
+
+def test_a_preset_decides_the_defaults_of_other_options_only():
+    seen = []
+
+    def command(
+        sizes: Sizes = Sizes(),
+        form: Annotated[str, Knob("Its form.", presets={"big": {"width": 8}, "usual": {}})] = (
+            "usual"
+        ),
+    ) -> None:
+        seen.append(sizes.width)
+
+    app = typer.Typer()
+    app.command()(with_options(command))
+    for arguments in ([], ["--form", "big"], ["--width", "2", "--form", "big"]):
+        assert CliRunner().invoke(app, arguments).exit_code == 0
+    CliRunner().invoke(app, ["--form", "big"], env={"DLMCTL_WIDTH": "4"})
+    assert seen == [3, 8, 2, 4]

@@ -20,6 +20,7 @@ from dlmctl.records.jsonl import Record
 from dlmctl.rl.recorded import recorded_difference
 from dlmctl.sae.corpus import MaskLaw, documents, masked_corpus
 from dlmctl.sae.evaluation.stability import stability
+from dlmctl.settings.sae import Insertion
 
 OWN, OTHER = "01234=", "=43210"
 
@@ -127,7 +128,7 @@ def test_stability_is_of_models_with_one_tokenizer() -> None:
     own, other = same_function()
     batches = list(masked_corpus(documents(texts(), own, 99), own, MaskLaw(0.5, 0.5), 2))
     with pytest.raises(UsageError, match="different tokenizers"):
-        stability(own, other, batches, [], "all", False, {})
+        stability(own, other, batches, [], Insertion(), {})
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,13 @@ from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record, parse_record
 from dlmctl.sae.corpus import CorpusPlan, MaskedBatch, MaskLaw, documents, masked_corpus
-from dlmctl.sae.evaluation.evaluate import Evaluation, Placed, evaluate
+from dlmctl.sae.evaluation.evaluate import Evaluation, PlacedSae, evaluate
 from dlmctl.sae.evaluation.insertion import Changes, DocumentLosses, Losses, document_losses, splice
 from dlmctl.sae.evaluation.stability import compare, match_decoders, stability
 from dlmctl.sae.formats.folders import SavedSae, write_sae
 from dlmctl.sae.topk import Codes, TopKSae
 from dlmctl.settings.corpus import AS_TRAINED
+from dlmctl.settings.sae import Insertion
 
 LAW = MaskLaw(0.2, 0.8, seed=1)
 CORPUS = {"t": [0.2, 0.8]}
@@ -56,8 +57,8 @@ def _row(batch: MaskedBatch, b: int) -> dict[str, Any]:
     return {"documents": [batch.documents[b]], **tensors}
 
 
-def _placed(sae: TopKSae, layer: int, positions: str) -> Placed:
-    return Placed("s", sae, layer, positions, SavedSae(sae))  # type: ignore[arg-type]
+def _placed(sae: TopKSae, layer: int, positions: str) -> PlacedSae:
+    return PlacedSae("s", sae, layer, positions)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", ["llada", "dream", "ar"])
@@ -66,7 +67,7 @@ def test_an_autoencoder_that_changes_nothing_changes_no_loss(family: str, scope:
     policy = tiny_policy(family)  # type: ignore[arg-type]
     kinds = ("mask", "unmask", "clean") if policy.diffusion else ("all",)
     saes = [_placed(_identity(16), n, kind) for n in (0, 1) for kind in kinds]
-    for row in evaluate(policy, _batches(policy), saes, scope, True, CORPUS):  # type: ignore[arg-type]
+    for row in evaluate(policy, _batches(policy), saes, Insertion(scope), CORPUS):  # type: ignore[arg-type]
         deltas = [value for name, value in row.items() if name.startswith("delta_")]
         assert {value for value in deltas if value is not None} == {0.0}
         assert row["fve"] == 1.0
@@ -137,10 +138,11 @@ def test_matching_positions_leave_the_others_as_they_are() -> None:
     policy = tiny_policy(layers=1)  # what is put in behind the last block stays at its place
     sae = _random(16)
     batches = _batches(policy)
-    matching = evaluate(policy, batches, [_placed(sae, 0, "mask")], "matching", True, CORPUS)[0]
+    placed = [_placed(sae, 0, "mask")]
+    [matching] = evaluate(policy, batches, placed, Insertion("matching"), CORPUS)
     assert matching["delta_unmask"] == 0.0
     assert matching["delta_mask"] != 0.0
-    everywhere = evaluate(policy, batches, [_placed(sae, 0, "mask")], "all", True, CORPUS)[0]
+    [everywhere] = evaluate(policy, batches, placed, Insertion(), CORPUS)
     assert everywhere["delta_unmask"] != 0.0
     assert everywhere["delta_mask"] == pytest.approx(matching["delta_mask"])
 
@@ -151,7 +153,7 @@ def test_the_error_of_a_change_is_that_of_a_ratio_over_documents() -> None:
     batches = _batches(policy)
     batches[0].masked[1] = False  # a document without a masked token does not count
     batches[0].masked_ids[1] = batches[0].ids[1]
-    [row] = evaluate(policy, batches, [_placed(sae, 0, "mask")], "matching", True, {})
+    [row] = evaluate(policy, batches, [_placed(sae, 0, "mask")], Insertion("matching"), {})
     edits = {0: splice(policy, sae, "mask", "matching")}
     changes: list[tuple[float, int]] = []
     for batch in batches:
@@ -194,20 +196,20 @@ def test_measures_do_not_depend_on_what_is_evaluated_beside_it() -> None:
     policy = tiny_policy()
     batches = _batches(policy)
     many = [_placed(_random(16, n), n % 2, kind) for n, kind in enumerate(("mask", "clean", "all"))]
-    together = evaluate(policy, batches, many, "all", True, CORPUS)
-    assert together[1] == evaluate(policy, batches, many[1:2], "all", True, CORPUS)[0]
+    together = evaluate(policy, batches, many, Insertion(), CORPUS)
+    assert together[1] == evaluate(policy, batches, many[1:2], Insertion(), CORPUS)[0]
 
 
 def test_the_same_model_is_stable() -> None:
     policy = tiny_policy()
     saes = [_placed(_random(16), 1, "mask")]
-    [row] = stability(policy, policy, _batches(policy), saes, "all", True, CORPUS, saes)
+    [row] = stability(policy, policy, _batches(policy), saes, Insertion(), CORPUS, saes)
     assert row["jaccard"] == pytest.approx(1.0)
     assert row["code_cosine"] == pytest.approx(1.0)
     assert row["base_fve"] == row["tuned_fve"]
     assert row["base_delta_mask"] == row["tuned_delta_mask"]
     other = tiny_policy(seed=1)
-    [row] = stability(policy, other, _batches(policy), saes, "all", False, CORPUS)
+    [row] = stability(policy, other, _batches(policy), saes, Insertion(insert=False), CORPUS)
     assert row["jaccard"] < 0.9
     assert row["base_fve"] != row["tuned_fve"]
 
@@ -286,7 +288,7 @@ def test_evaluation_gives_codes_at_its_own_positions() -> None:
     policy = tiny_policy()
     batch = _batches(policy)[0]
     evaluation = Evaluation(
-        policy, [_placed(_random(16), 0, kind) for kind in ("mask", "all")], "all", False
+        policy, [_placed(_random(16), 0, kind) for kind in ("mask", "all")], Insertion(insert=False)
     )
     first, second = evaluation.add(batch)
     assert len(first.values) == int(batch.masked.sum())
@@ -310,9 +312,17 @@ def test_commands_write_a_record_for_each(
     assert [(row["layer"], row["k"]) for row in rows] == [(0, 2), (0, 4), (1, 2), (1, 4)]
     assert {tuple(row["t"]) for row in rows} == {(0.3, 0.9)}
     sae = tmp_path / "saes/layer1-k4-mask"
-    done = invoke("sae-stability", sae, corpus, "-m", model, "--tuned", model, "--no-insert")
+    tuned = [sae, corpus, "-m", model, "--tuned", model, "--tuned-saes", sae, "--no-insert"]
+    done = invoke("sae-eval", *tuned)
     assert done.exit_code == 0, done.stderr
-    assert parse_record(done.stdout.encode(), "")["jaccard"] == pytest.approx(1.0)
+    row = parse_record(done.stdout.encode(), "")
+    assert row["jaccard"] == pytest.approx(1.0)
+    assert "matched" in row
+    assert invoke("sae-stability", *tuned).stdout == done.stdout
+    done = invoke("sae-stability", sae, corpus, "-m", model)
+    assert (done.exit_code, "'dlmctl sae-eval --tuned MODEL'" in done.stderr) == (2, True)
+    done = invoke("sae-eval", sae, corpus, "-m", model, "--tuned-saes", sae)
+    assert (done.exit_code, "--tuned" in done.stderr) == (2, True)
     done = invoke("sae-eval", corpus, "-m", model)
     assert done.exit_code == 2
     assert "is no folder of an autoencoder" in done.stderr
@@ -329,19 +339,19 @@ def test_an_autoencoder_is_judged_on_the_corpus_of_its_training(
     done = invoke("sae-train", corpus, "-m", model, *sizes, *cut, "-o", sae)
     assert done.exit_code == 0, done.stderr
 
-    def row(command: str, *options: str) -> dict[str, Any]:
-        done = invoke(command, sae, corpus, "-m", model, "--no-insert", *options)
+    def row(*options: str) -> dict[str, Any]:
+        done = invoke("sae-eval", sae, corpus, "-m", model, "--no-insert", *options)
         assert done.exit_code == 0, done.stderr
         [line] = done.stdout.splitlines()
         return parse_record(line.encode(), "")
 
-    for command, more in (("sae-eval", []), ("sae-stability", ["--tuned", model])):
-        own, given = row(command, *more), row(command, *more, *cut)
+    for more in ([], ["--tuned", model]):
+        own, given = row(*more), row(*more, *cut)
         assert own == given
         assert (own["context"], own["pack"], own["hide_prompt"]) == (32, True, True)
-        other = row(command, *more, "--no-pack", "--context", "64", "--keep-prompt")
+        other = row(*more, "--no-pack", "--context", "64", "--keep-prompt")
         assert (other["context"], other["pack"], other["hide_prompt"]) == (64, False, False)
-        name = "tokens" if command == "sae-eval" else "base_tokens"
+        name = "base_tokens" if more else "tokens"
         assert other[name] != own[name]
     features = [
         invoke("sae-features", sae / "layer0-k2-mask", corpus, "-m", model, "--features", "all", *o)
@@ -349,18 +359,18 @@ def test_an_autoencoder_is_judged_on_the_corpus_of_its_training(
     ]
     assert features[0].stdout == features[1].stdout != features[2].stdout
     tokens = [one.stderr.split(" tokens looked at")[0].split()[-1] for one in features]
-    assert tokens[0] == str(row("sae-eval", "--seed", "0")["tokens"]) == tokens[1] != tokens[2]
+    assert tokens[0] == str(row("--seed", "0")["tokens"]) == tokens[1] != tokens[2]
 
 
-@pytest.mark.parametrize("command", ["sae-eval", "sae-stability"])
+@pytest.mark.parametrize("tuned", [False, True])
 def test_a_corpus_without_a_token_of_the_kind_is_an_error(
-    command: str, tmp_path: Path, saved_models: Callable[[str], str]
+    tuned: bool, tmp_path: Path, saved_models: Callable[[str], str]
 ) -> None:
     model, corpus = saved_models("llada"), tmp_path / "c.jsonl"
     about = {"dlm_layer": 0, "dlm_positions": "mask", "dlm_t_min": 0.0, "dlm_t_max": 0.0}
     write_sae(SavedSae(_random(16).float(), about), tmp_path / "sae")
     invoke("prompts", "sudoku", "-n", "4", "--completions", "-o", corpus)
-    tuned = ["--tuned", model] if command == "sae-stability" else []
-    done = invoke(command, tmp_path / "sae", corpus, "-m", model, "--no-insert", *tuned)
+    more = ["--tuned", model] if tuned else []
+    done = invoke("sae-eval", tmp_path / "sae", corpus, "-m", model, "--no-insert", *more)
     assert done.exit_code == 65
     assert "no token at positions mask" in done.stderr

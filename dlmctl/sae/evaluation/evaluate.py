@@ -23,17 +23,16 @@ from dlmctl.sae.evaluation.insertion import (
 from dlmctl.sae.formats.folders import SavedSae
 from dlmctl.sae.measures import Reconstruction
 from dlmctl.sae.topk import Codes, TopKSae
-from dlmctl.settings.sae import Scope
+from dlmctl.settings.sae import Insertion
 
 
-class Placed(NamedTuple):
-    """An autoencoder and where it belongs."""
+class PlacedSae(NamedTuple):
+    """An autoencoder and the activations it is for."""
 
     name: str
     sae: TopKSae
     layer: int
     positions: Positions
-    saved: SavedSae
 
     @property
     def about(self) -> dict[str, Any]:
@@ -47,7 +46,7 @@ class Placed(NamedTuple):
         }
 
 
-def place(name: str, saved: SavedSae, policy: Policy, layer: int | None = None) -> Placed:
+def place_sae(name: str, saved: SavedSae, policy: Policy, layer: int | None = None) -> PlacedSae:
     """An autoencoder on the device of a policy.
 
     Args:
@@ -55,7 +54,7 @@ def place(name: str, saved: SavedSae, policy: Policy, layer: int | None = None) 
 
     Raises:
         UsageError: the policy has no such layer.
-        DataError: it does not say what it is for, or is for activations of another width.
+        DataError: the folder does not say what it is for, or it is for another width.
     """
     layer = saved.metadata.get("dlm_layer") if layer is None else layer
     if layer is None:
@@ -71,96 +70,91 @@ def place(name: str, saved: SavedSae, policy: Policy, layer: int | None = None) 
             f"it is for activations of width {saved.sae.d_in}, {policy.name} has {policy.width}",
             name,
         )
-    return Placed(name, saved.sae.to(policy.device), int(layer), positions, saved)
+    return PlacedSae(name, saved.sae.to(policy.device), int(layer), positions)
 
 
 class Evaluation:
     """Measures of autoencoders on one policy, summed over batches."""
 
-    def __init__(self, policy: Policy, saes: Sequence[Placed], scope: Scope, insert: bool) -> None:
-        """Args:
-        insert: take the loss on insertion too, a pass for each autoencoder.
-        """
-        self.policy, self.saes, self.scope, self.insert = policy, saes, scope, insert
+    def __init__(self, policy: Policy, saes: Sequence[PlacedSae], insertion: Insertion) -> None:
+        self.policy, self.saes, self.insertion = policy, saes, insertion
         self.measures = [Reconstruction(placed.sae) for placed in saes]
         self.changes = [Changes() for _ in saes]
-        self.clean = {False: Losses(), True: Losses()}
-        """By whether it is text of which nothing is hidden."""
+        self.losses = {False: Losses(), True: Losses()}
+        """Of the model as it is, on masked and (True) on clean text."""
 
     @torch.no_grad()
     def add(self, batch: MaskedBatch) -> list[Codes]:
-        """Take in a batch; returns the codes of each autoencoder at its own positions."""
-        codes: list[Codes] = [None] * len(self.saes)  # type: ignore[list-item]
-        for bare in (False, True):
-            mine = [n for n, s in enumerate(self.saes) if (s.positions == "clean") == bare]
-            if not mine:
+        """Take in a batch; returns the codes of each autoencoder at the positions it is for."""
+        codes: dict[int, Codes] = {}
+        for clean in (False, True):
+            numbers = [n for n, s in enumerate(self.saes) if (s.positions == "clean") == clean]
+            if not numbers:
                 continue
-            view = batch.clean() if bare else batch
-            outputs: dict[int, Tensor] = {}
-            look = {self.saes[n].layer: _keep(outputs, self.saes[n].layer) for n in mine}
-            before = document_losses(self.policy, view, look)
-            self.clean[bare].add(before)
-            for n in mine:
-                codes[n] = self._count(n, view, outputs[self.saes[n].layer], before)
-        return codes
+            view = batch.clean() if clean else batch
+            outputs: dict[int, Tensor] = {}  # by layer
+            edits = {self.saes[n].layer: _keep(outputs, self.saes[n].layer) for n in numbers}
+            before = document_losses(self.policy, view, edits)
+            self.losses[clean].add(before)
+            for n in numbers:
+                codes[n] = self._add_to(n, view, outputs[self.saes[n].layer], before)
+        return [codes[n] for n in range(len(self.saes))]
 
-    def _count(
+    def _add_to(
         self, number: int, batch: MaskedBatch, output: Tensor, before: DocumentLosses
     ) -> Codes:
-        placed = self.saes[number]
-        x = output[batch.selected(placed.positions)].to(placed.sae.W_enc.dtype)
-        codes = placed.sae.encode(x)
-        self.measures[number].add(x, placed.sae.decode(codes), codes)
-        if self.insert:
-            edit = splice(self.policy, placed.sae, placed.positions, self.scope)
-            after = document_losses(self.policy, batch, {placed.layer: edit})
-            self.changes[number].add(before, after)
+        """Take in a batch for one autoencoder, `output` [B, T, d] being that of its block."""
+        _, sae, layer, positions = self.saes[number]
+        x = output[batch.selected(positions)].to(sae.W_enc.dtype)  # [N, d]
+        codes = sae.encode(x)
+        self.measures[number].add(x, sae.decode(codes), codes)
+        if self.insertion.insert:
+            edit = splice(self.policy, sae, positions, self.insertion.scope)
+            self.changes[number].add(before, document_losses(self.policy, batch, {layer: edit}))
         return codes
 
     def row(self, number: int) -> dict[str, Any]:
-        """The measures of an autoencoder; raises DataError where no token was of its kind."""
+        """The measures of an autoencoder; raises DataError if no token was of its kind."""
         positions = self.saes[number].positions
         if not self.measures[number].tokens:
             raise DataError(f"the corpus has no token at positions {positions}")
-        found: dict[str, Any] = self.measures[number].row()
-        clean = self.clean[positions == "clean"]
-        found |= {f"loss_{name}": value for name, value in clean.means().items()}
-        if self.insert:
-            found |= self.changes[number].row()
-        return found
+        losses = self.losses[positions == "clean"].means()
+        return {
+            **self.measures[number].row(),
+            **{f"loss_{name}": value for name, value in losses.items()},
+            **(self.changes[number].row() if self.insertion.insert else {}),
+        }
 
 
 def evaluate(
     policy: Policy,
     batches: Iterable[MaskedBatch],
-    saes: Sequence[Placed],
-    scope: Scope,
-    insert: bool,
+    saes: Sequence[PlacedSae],
+    insertion: Insertion,
     corpus: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """A record for each autoencoder.
 
     Args:
-        corpus: what is said of it in each record.
+        corpus: what each record says about the corpus.
 
     Raises:
-        DataError: the corpus has no token of the kind that one of them is for.
+        DataError: the corpus has no token of the kind that an autoencoder is for.
     """
-    evaluation = Evaluation(policy, saes, scope, insert)
+    evaluation = Evaluation(policy, saes, insertion)
     for batch in batches:
         evaluation.add(batch)
-    rows = []
-    for number, placed in enumerate(saes):
-        about: dict[str, Any] = {"model": policy.name, **corpus}
-        if insert:
-            about |= {"scope": scope, "logit_shift": policy.shift}
-        rows.append({**placed.about, **about, **evaluation.row(number)})
-    return rows
+    about: dict[str, Any] = {"model": policy.name, **corpus}
+    if insertion.insert:
+        about |= {"scope": insertion.scope, "logit_shift": policy.shift}
+    return [{**placed.about, **about, **evaluation.row(n)} for n, placed in enumerate(saes)]
 
 
 def _keep(outputs: dict[int, Tensor], layer: int) -> Edit:
-    def look(output: Tensor, _: Tensor) -> Tensor:
+    """An edit that changes nothing and keeps the output of a block."""
+
+    def keep(output: Tensor, _: Tensor) -> Tensor:
         outputs[layer] = output
         return output
 
-    return look
+    return keep

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dlmctl.records.errors import DataError
 from dlmctl.report.auroc import auroc
-from dlmctl.sae.evaluation.evaluate import Placed
+from dlmctl.sae.evaluation.evaluate import PlacedSae
 from dlmctl.sae.evaluation.sentences import Labelled, Place, Tokens
 from dlmctl.sae.topk import Codes, TopKSae
 
@@ -182,7 +182,7 @@ def baseline_methods(first: Half, latents: int, seed: int) -> Iterator[Method]:
 
 
 def probe(
-    saes: Sequence[Placed],
+    saes: Sequence[PlacedSae],
     found: Labelled,
     seed: int,
     device: torch.device,

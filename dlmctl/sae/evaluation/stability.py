@@ -1,9 +1,9 @@
 """Whether the autoencoders of a model still fit it after more training (DLM-Scope, section 5).
 
-For the same tokens under the same masks, the base model and the tuned one are compared: how well
-the activations of each are given back, the loss on insertion in each, and how alike the codes are:
+The base model and the tuned one see the same tokens under the same masks. Compared are how well the
+activations of each are reconstructed, the loss on insertion in each, and how similar the codes are:
 
-    jaccard      share of the active latents of a token that both have, |A n B| / |A u B|
+    jaccard      |A n B| / |A u B|, the share of a token's active latents that both codes have
     code_cosine  cosine of the codes
 
 With autoencoders trained on the tuned model, `matched` is the mean over latents of the largest
@@ -21,9 +21,9 @@ from torch import Tensor
 from dlmctl.models.policy import Policy, check_same_tokens
 from dlmctl.records.errors import UsageError
 from dlmctl.sae.corpus import MaskedBatch
-from dlmctl.sae.evaluation.evaluate import Evaluation, Placed
+from dlmctl.sae.evaluation.evaluate import Evaluation, PlacedSae
 from dlmctl.sae.topk import Codes
-from dlmctl.settings.sae import Scope
+from dlmctl.settings.sae import Insertion
 
 MATCH = 0.9
 """Cosine above which two latents count as the same."""
@@ -31,8 +31,8 @@ ROWS = 1024
 """Latents that are compared with all others at once."""
 
 
-class Likeness:
-    """How alike pairs of codes are, summed over tokens."""
+class CodeSimilarity:
+    """Similarity of pairs of codes, summed over tokens."""
 
     def __init__(self) -> None:
         self._tokens = 0
@@ -52,23 +52,27 @@ class Likeness:
 
 
 def compare(first: Codes, second: Codes) -> tuple[Tensor, Tensor, Tensor]:
-    """Of codes of the same N tokens: latents active in both, in either, cosine; float64 [N]."""
-    indices = torch.cat([first.indices, second.indices], dim=1)
+    """Compare the codes of the same N tokens.
+
+    Returns:
+        float64 [N] each: number of latents active in both codes, in either, cosine. Two codes
+        without an active latent count as equal.
+    """
+    indices = torch.cat([first.indices, second.indices], dim=1)  # [N, 2K]
     values = torch.cat([first.values, second.values], dim=1).double()
     indices, order = indices.sort(dim=1)
     values = values.gather(1, order)
-    # A latent stands in each code once, so that a pair of neighbours is all that can be alike.
-    both = (indices[:, 1:] == indices[:, :-1]) * values[:, 1:] * values[:, :-1]
+    # A latent is in each code at most once, so after sorting only neighbours can be equal.
+    both = (indices[:, 1:] == indices[:, :-1]) * values[:, 1:] * values[:, :-1]  # [N, 2K - 1]
     shared = (both > 0).sum(dim=1).double()
     either = (values > 0).sum(dim=1) - shared
     size = first.values.double().norm(dim=1) * second.values.double().norm(dim=1)
-    # Two codes without an active latent are the same.
     cosine = (both.sum(dim=1) / size.clamp(min=1e-30)).where(either > 0, 1.0)
     return shared.where(either > 0, 1.0), either, cosine
 
 
 def match_decoders(first: Tensor, second: Tensor) -> dict[str, float]:
-    """How well rows [F, d] of norm 1 are found among rows [G, d]."""
+    """How well rows [F, d] of norm 1 have a counterpart among rows [G, d]."""
     best = torch.cat([(part @ second.T).amax(dim=1) for part in first.split(ROWS)])
     return {"matched": float(best.mean()), "matched_above": float((best > MATCH).double().mean())}
 
@@ -77,37 +81,37 @@ def stability(
     base: Policy,
     tuned: Policy,
     batches: Iterable[MaskedBatch],
-    saes: Sequence[Placed],
-    scope: Scope,
-    insert: bool,
+    saes: Sequence[PlacedSae],
+    insertion: Insertion,
     corpus: Mapping[str, Any],
-    others: Sequence[Placed] = (),
+    tuned_saes: Sequence[PlacedSae] = (),
 ) -> list[dict[str, Any]]:
-    """A record for each autoencoder; `base_` and `tuned_` stand before the measures on each model.
+    """A record for each autoencoder; the measures on each model have `base_` or `tuned_` in front.
 
     Args:
-        corpus: what is said of it in each record.
-        others: autoencoders of the tuned model; the one of like layer, K and positions is matched.
+        corpus: what each record says about the corpus.
+        tuned_saes: autoencoders of the tuned model, matched by layer, K and positions.
 
     Raises:
-        DataError: the corpus has no token of the kind that one of them is for.
+        DataError: the corpus has no token of the kind that an autoencoder is for.
         UsageError: the models have different tokenizers.
     """
     if base.mask_id != tuned.mask_id:
         raise UsageError(f"{base.name} and {tuned.name} have different mask tokens")
-    sides = [Evaluation(policy, saes, scope, insert) for policy in (base, tuned)]
-    likeness = [Likeness() for _ in saes]
+    sides = {name: Evaluation(p, saes, insertion) for name, p in (("base", base), ("tuned", tuned))}
+    similarities = [CodeSimilarity() for _ in saes]
     for batch in batches:
         check_same_tokens(base, tuned, batch.masked_ids.unique().tolist())
-        for seen, first, second in zip(likeness, *(side.add(batch) for side in sides), strict=True):
-            seen.add(first, second)
+        pairs = zip(*(side.add(batch) for side in sides.values()), strict=True)
+        for similarity, (first, second) in zip(similarities, pairs, strict=True):
+            similarity.add(first, second)
     rows = []
     for number, placed in enumerate(saes):
         row = {**placed.about, "model": base.name, "tuned": tuned.name, **corpus}
-        row |= likeness[number].row()
-        for name, side in zip(("base", "tuned"), sides, strict=True):
+        row |= similarities[number].row()
+        for name, side in sides.items():
             row |= {f"{name}_{key}": value for key, value in side.row(number).items()}
-        for other in others:
+        for other in tuned_saes:
             if other.about | {"sae": placed.name} == placed.about:
                 row |= match_decoders(placed.sae.W_dec.detach(), other.sae.W_dec.detach())
         rows.append(row)
