@@ -20,11 +20,11 @@ from dlmctl.settings.corpus import (
     layer_numbers as layer_numbers,
 )
 from dlmctl.settings.corpus import (
-    level_range as level_range,
 )
 from dlmctl.settings.corpus import (
     position_kinds as position_kinds,
 )
+from dlmctl.settings.parsing import level_range as level_range
 
 if TYPE_CHECKING:
     from dlmctl.models.policy import Policy

@@ -152,12 +152,3 @@ def layer_numbers(text: str) -> list[int]:
     if not all(part.isdecimal() for part in parts):
         raise UsageError(f"--layers {text} is not a list of layers such as 1,5,10")
     return list(dict.fromkeys(int(part) for part in parts))
-
-
-def level_range(text: str) -> tuple[float, float]:
-    """Lowest and highest level in 0.3 or 0.05-0.5; raises UsageError for anything else."""
-    first, _, last = text.partition("-")
-    try:
-        return float(first), float(last or first)
-    except ValueError:
-        raise UsageError(f"--t {text} is neither a number nor a range such as 0.05-0.5") from None
