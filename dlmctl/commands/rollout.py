@@ -42,10 +42,6 @@ from dlmctl.commands.sampling import (
     Refresh,
     RefreshBelow,
     Remasking,
-    Sae,
-    Steer,
-    SteerScope,
-    SteerTime,
     Steps,
     Temperature,
     Threshold,
@@ -54,6 +50,8 @@ from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
 from dlmctl.records.resume import Resume, Rule
 from dlmctl.settings.models import Prompting, Reading
+from dlmctl.settings.order import GuidingSaes
+from dlmctl.settings.steering import Steering
 
 
 def command(
@@ -70,7 +68,7 @@ def command(
     temperature: Temperature = 0.9,
     cfg_scale: CfgScale = 0.0,
     remasking: Remasking = "low_confidence",
-    sae: Sae = None,
+    sae: GuidingSaes = None,
     threshold: Threshold = None,
     factor: Factor = None,
     cache: Cache = "none",
@@ -79,9 +77,7 @@ def command(
     eos: Eos = "normal",
     early_stop: EarlyStop = False,
     compile_model: Compile = False,
-    steer: Steer = None,
-    steer_scope: SteerScope = None,
-    steer_time: SteerTime = None,
+    steering: Steering = Steering(),
     task: Task = None,
     prompts: Prompts = 32,
     follow: Annotated[
@@ -149,8 +145,8 @@ def command(
     from dlmctl.diffusion.rollout import batch_begins, made_by, rollout
     from dlmctl.diffusion.sampling import settings_for
     from dlmctl.models.loading import load_policy
-    from dlmctl.sae.order.feature_watch import FeatureWatch, check_watchable, read_dictionaries
-    from dlmctl.sae.steering.edit import Reach, Steering, parse_steer, parse_time
+    from dlmctl.sae.order.tracking import FeatureTracker, check_trackable, read_tracked_saes
+    from dlmctl.sae.steering.edit import SteeredPolicy
 
     if files and task is not None:
         raise UsageError("prompts come from FILE or from --task, not from both")
@@ -177,11 +173,7 @@ def command(
         "early_stop": early_stop,
         "compile": compile_model,
     }
-    steering = [parse_steer(text) for text in steer or []]
-    reach = Reach(steer_scope or "all", parse_time(steer_time) if steer_time else None)
-    if not steer and (steer_scope or steer_time):
-        raise UsageError("--steer-scope and --steer-time say how to steer: give --steer too")
-    if follow is not None and steer:
+    if follow is not None and steering.steer:
         raise UsageError(
             "--steer and --follow do not go together: a steered completion is no sample of the "
             "weights that are trained; leave one out"
@@ -240,14 +232,14 @@ def command(
         source = going.rest(source, rule)
         watch = None
         if sae:
-            check_watchable(policy, settings, "--remasking sae")
-            watch = FeatureWatch(policy, read_dictionaries(sae, policy))
+            check_trackable(policy, settings, "--remasking sae")
+            watch = FeatureTracker(policy, read_tracked_saes(sae, policy))
         records = rollout(
-            source, policy, settings, samples, seed, batch_size, on_error, watch=watch
+            source, policy, settings, samples, seed, batch_size, on_error, callback=watch
         )
         if watch is not None:
             records = watch.around(records)
-        if steering:
-            records = Steering(policy, settings, steering, reach).around(records)
+        if steering.steer:
+            records = SteeredPolicy(policy, settings, steering).around(records)
     shown = counted(records, "samples", quiet, total, done or going.lines)
     write_records(shown, output, None if follow else going)

@@ -136,8 +136,8 @@ def command(
     """
     from dlmctl.diffusion.sampling import settings_for
     from dlmctl.models.loading import load_policy
-    from dlmctl.sae.order.feature_watch import read_dictionaries
     from dlmctl.sae.order.study import OrderStudy
+    from dlmctl.sae.order.tracking import read_tracked_saes
 
     if files and task is not None:
         raise UsageError("prompts come from FILE or from --task, not from both")
@@ -157,7 +157,7 @@ def command(
         eos=eos,
         early_stop=early_stop,
     )
-    study = OrderStudy(policy, read_dictionaries(sae, policy), settings, chosen, truth)
+    study = OrderStudy(policy, read_tracked_saes(sae, policy), settings, chosen, truth)
     total = times(prompt_total(files or [], task, prompts, None), samples * len(chosen))
     source = prompt_records(files or [], task, prompts, seed, on_error, repeat=False)
     made = study.run(source, samples, seed, batch_size, on_error)

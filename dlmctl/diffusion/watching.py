@@ -1,4 +1,4 @@
-"""Sampling seen from outside: what each pass goes over, and a say in which tokens stay."""
+"""Callbacks of the sampler: what each pass goes over, and a say in which tokens stay."""
 
 from __future__ import annotations
 
@@ -10,32 +10,36 @@ from dlmctl.diffusion.canvas import Canvas, Masked
 from dlmctl.diffusion.sampling import Request
 
 
-class Watch:
-    """Told by the sampler what it does; this one looks away."""
+class SamplerCallback:
+    """Callback that does nothing."""
 
     canvas: Canvas
-    """Where the sequences stand; whoever watches changes nothing there."""
+    """The sequences being sampled; a callback reads it and never changes it."""
 
-    def start(self, canvas: Canvas) -> None:
-        """Sampling begins, on a canvas with nothing under way."""
+    def on_start(self, canvas: Canvas) -> None:
+        """Sampling begins on an empty canvas."""
         self.canvas = canvas
 
-    def begin(self, slot: int, request: Request) -> None:
-        """A slot takes a request."""
+    def on_request(self, slot: int, request: Request) -> None:
+        """A slot of the canvas takes a request."""
 
-    def aim(self, rows: Sequence[int]) -> None:
-        """The next pass goes over these slots, a row for each, all of their sequences.
+    def on_pass(self, slots: Sequence[int]) -> None:
+        """The next forward pass goes over the whole sequences in these slots, one per row.
 
-        With guidance the pass behind it, that does not see the prompt, comes unannounced.
+        With guidance a second pass follows, without the prompt; it is not announced.
         """
 
-    def weigh(self, masked: Masked, states: Sequence[Tensor], sure: Tensor) -> Tensor:
-        """The confidence float64 [N] of masked positions to the one that decides which stay.
+    def adjust_confidence(
+        self, masked: Masked, states: Sequence[Tensor], confidence: Tensor
+    ) -> Tensor:
+        """The confidence that decides which tokens stay, float64 [N] for N masked positions.
 
         Args:
-            states: hidden states [N, H] of these positions, as `propose` takes them.
+            masked: the N positions.
+            states: hidden states [N, H] at these positions, as `propose` takes them.
+            confidence: the sampler's own, float64 [N].
         """
-        return sure
+        return confidence
 
-    def end(self, slot: int) -> None:
-        """The completion of a slot is done; it is still there."""
+    def on_finish(self, slot: int) -> None:
+        """The completion in a slot is done; the canvas still has it."""

@@ -16,18 +16,18 @@ from dlmctl.diffusion.sampling import Sampling
 from dlmctl.models.blocks import block_outputs
 from dlmctl.models.policy import Family, Policy
 from dlmctl.records.jsonl import Record
-from dlmctl.sae.order.feature_watch import Dictionary, FeatureWatch
 from dlmctl.sae.order.signals import auroc
 from dlmctl.sae.order.study import OrderStudy
+from dlmctl.sae.order.tracking import FeatureTracker, TrackedSae
 
 PROMPTS = ["012", "34", "0", "01234=0", "4321"]
 SETTINGS = Sampling(9, 5, 8, temperature=0.9)
 
 
-def _dictionaries(*layers: int) -> list[Dictionary]:
+def _dictionaries(*layers: int) -> list[TrackedSae]:
     """Random dictionaries in float64, no two of a layer alike."""
     made = [
-        Dictionary(f"d{number}", layer, random_sae(latents=40 + number, k=3 + number).double())
+        TrackedSae(f"d{number}", layer, random_sae(latents=40 + number, k=3 + number).double())
         for number, layer in enumerate(layers)
     ]
     for dictionary in made:
@@ -53,7 +53,7 @@ class _Step:
         self.policy = policy
 
     @torch.no_grad()
-    def codes(self, dictionary: Dictionary) -> tuple[Tensor, Tensor]:
+    def codes(self, dictionary: TrackedSae) -> tuple[Tensor, Tensor]:
         """Activations [G, d] and dense codes [G, F], written out."""
         layer, sae = dictionary.layer, dictionary.sae
         x = block_outputs(self.policy, self.ids, None, [layer])[layer][0, self.start :]
@@ -89,7 +89,7 @@ def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _written_out(steps: list[_Step], dictionary: Dictionary) -> dict[str, Any]:
+def _written_out(steps: list[_Step], dictionary: TrackedSae) -> dict[str, Any]:
     """The numbers of a report from the canvases, by loops."""
     codes = [step.codes(dictionary)[1] for step in steps]
     sets, tops = [_sets(code) for code in codes], [code.argmax(dim=1).tolist() for code in codes]
@@ -162,7 +162,7 @@ def test_features_are_counted_over_the_steps_of_all_completions() -> None:
         assert row["score"] == pytest.approx(float(expected[row["feature"]]))
 
 
-def _signals(policy: Policy, dictionary: Dictionary, record: Record, truth: list[int | None]):
+def _signals(policy: Policy, dictionary: TrackedSae, record: Record, truth: list[int | None]):
     """(step, right, signals) of each proposal within the block under way, by loops."""
     order, steps = record["rollout"]["order"], _replayed(policy, record)
     for t in range(1, len(steps)):
@@ -234,8 +234,8 @@ def test_records_and_summary_do_not_depend_on_the_batch(family: Family) -> None:
     assert made[0] == nearly(made[1], rel=1e-9, abs=1e-12)
 
 
-def _guided(policy: Policy, settings: Sampling, watch: FeatureWatch, batch_size: int = 4):
-    made = rollout(_records(), policy, settings, 2, 7, batch_size, watch=watch)
+def _guided(policy: Policy, settings: Sampling, watch: FeatureTracker, batch_size: int = 4):
+    made = rollout(_records(), policy, settings, 2, 7, batch_size, callback=watch)
     return [(r["tokens"]["completion"], r["rollout"]["order"]) for r in watch.around(made)]
 
 
@@ -251,7 +251,7 @@ def test_a_signal_that_is_constant_leaves_the_order_of_low_confidence(
             )
             for remasking in ("low_confidence", "sae")
         )
-        watch = FeatureWatch(policy, dictionaries)
+        watch = FeatureTracker(policy, dictionaries)
         usual = _guided(policy, plain, watch)
         free = [
             (r["tokens"]["completion"], r["rollout"]["order"])
@@ -260,7 +260,9 @@ def test_a_signal_that_is_constant_leaves_the_order_of_low_confidence(
         assert usual == free
         assert _guided(policy, guided, watch) != usual
         with monkeypatch.context() as patch:
-            patch.setattr(FeatureWatch, "signal", lambda self, masked: torch.ones(len(masked.row)))
+            patch.setattr(
+                FeatureTracker, "signal", lambda self, masked: torch.ones(len(masked.row))
+            )
             assert _guided(policy, guided, watch) == usual
 
 
@@ -268,8 +270,8 @@ def test_a_signal_that_is_constant_leaves_the_order_of_low_confidence(
 def test_the_order_that_goes_by_features_written_out(family: Family) -> None:
     policy, dictionaries = tiny_policy(family), _dictionaries(0, 1)
     settings = Sampling(8, 8, 8, remasking="sae")
-    watch = FeatureWatch(policy, dictionaries)
-    [made] = watch.around(rollout(_records()[:1], policy, settings, 1, 0, 1, watch=watch))
+    watch = FeatureTracker(policy, dictionaries)
+    [made] = watch.around(rollout(_records()[:1], policy, settings, 1, 0, 1, callback=watch))
     tokens = {"prompt": made["tokens"]["prompt"], "completion": [policy.mask_id] * 8}
     order, before = [-1] * 8, None
     for number in range(8):
@@ -292,7 +294,7 @@ def test_the_order_that_goes_by_features_written_out(family: Family) -> None:
 
 def test_completions_by_features_do_not_depend_on_their_neighbours() -> None:
     policy = tiny_policy()
-    watch = FeatureWatch(policy, _dictionaries(1))
+    watch = FeatureTracker(policy, _dictionaries(1))
     settings = Sampling(10, 4, None, 0.9, threshold=0.4, remasking="sae")
     alone = _guided(policy, settings, watch, 1)
     assert _guided(policy, settings, watch, 4) == alone

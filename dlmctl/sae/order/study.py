@@ -16,9 +16,9 @@ from dlmctl.diffusion.sampling import Remasking, Sampling
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import OnError, Record, each, field
-from dlmctl.sae.order.feature_watch import Dictionary, check_watchable
+from dlmctl.sae.order.recording import SIGNALS, OrderRecorder
 from dlmctl.sae.order.signals import auroc
-from dlmctl.sae.order.watch import SIGNALS, OrderWatch
+from dlmctl.sae.order.tracking import TrackedSae, check_trackable
 
 WINDOW = 4
 """Batches of completions of an order, before the next order has its turn."""
@@ -39,15 +39,15 @@ class OrderStudy:
     def __init__(
         self,
         policy: Policy,
-        dictionaries: Sequence[Dictionary],
+        dictionaries: Sequence[TrackedSae],
         settings: Sampling,
         orders: Sequence[Remasking],
         truth: str | None = None,
     ) -> None:
-        check_watchable(policy, settings, "sae-order")
+        check_trackable(policy, settings, "sae-order")
         self.policy, self.dictionaries, self.truth = policy, dictionaries, truth
         self.settings = {order: dataclasses.replace(settings, remasking=order) for order in orders}
-        self.watches = {order: OrderWatch(policy, dictionaries) for order in orders}
+        self.watches = {order: OrderRecorder(policy, dictionaries) for order in orders}
         self._means = {order: [_Means() for _ in dictionaries] for order in orders}
 
     def run(
@@ -65,7 +65,13 @@ class OrderStudy:
             yield from (record for record in window if "error" in record)
             for order, watch in self.watches.items():
                 made = rollout(
-                    sound, self.policy, self.settings[order], samples, seed, batch_size, watch=watch
+                    sound,
+                    self.policy,
+                    self.settings[order],
+                    samples,
+                    seed,
+                    batch_size,
+                    callback=watch,
                 )
                 for number, record in enumerate(watch.around(made)):
                     reports = watch.reports.pop(number)

@@ -14,11 +14,9 @@ autoregressive model passes over the prompt once, and then over the newest token
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +29,7 @@ from dlmctl.records.jsonl import Record
 from dlmctl.sae.fitting import check_width, computing_dtype
 from dlmctl.sae.formats.folders import read_sae
 from dlmctl.sae.topk import TopKSae
-
-Scope = Literal["all", "update", "topk"]
+from dlmctl.settings.steering import Scope, SteeredFeature, Steering
 
 STRONGEST = 3
 """Positions of a row that the scope `topk` steers, as in DLM-Scope's code."""
@@ -41,70 +38,21 @@ CODE_SIZE = 1 << 26
 """Numbers in the codes that are made at a time."""
 
 
-class Steer(NamedTuple):
-    """A feature and how far to go in its direction."""
-
-    sae: str
-    """Folder of the dictionary."""
-    layer: int | None
-    """Block whose output is changed; None is the one that the folder names."""
-    feature: int
-    amplitude: float
-
-
-@dataclass(frozen=True)
-class Reach:
-    """Where and when a completion is steered."""
-
-    scope: Scope = "all"
-    """All positions; those still masked, of an autoregressive model the newest; or the positions of
-    each row at which the feature's pre-activation is largest."""
-    time: tuple[float, float] | None = None
-    """Only while the share of the completion that is masked is above the first and not above the
-    second, so that adjoining ranges have no step in common; None is always."""
-
-    def __post_init__(self) -> None:
-        if self.time is not None and not 0 <= self.time[0] < self.time[1] <= 1:
-            raise UsageError("--steer-time is LO-HI with 0 <= LO < HI <= 1")
-
-
-def parse_steer(text: str) -> Steer:
-    """`SAE[@LAYER]:FEATURE=AMPLITUDE`; raises UsageError."""
-    found = re.fullmatch(r"(.+?)(?:@(\d+))?:(\d+)=([^=]+)", text)
-    try:
-        if found is None:
-            raise ValueError
-        sae, layer, feature, amplitude = found.groups()
-        return Steer(sae, None if layer is None else int(layer), int(feature), float(amplitude))
-    except ValueError:
-        raise UsageError(f"--steer {text} is not SAE[@LAYER]:FEATURE=AMPLITUDE") from None
-
-
-def parse_time(text: str) -> tuple[float, float]:
-    """`LO-HI`; raises UsageError."""
-    low, _, high = text.partition("-")
-    try:
-        return float(low), float(high)
-    except ValueError:
-        raise UsageError(f"--steer-time {text} is not LO-HI, as 0.5-1") from None
-
-
-class Steering:
-    """A policy steered, and the records that tell of it.
+class SteeredPolicy:
+    """A policy steered by features, and what the records say of it.
 
     Raises:
         MissingInputError, DataError: a dictionary cannot be read.
         UsageError: it does not fit the policy, or the settings do not go with steering.
     """
 
-    def __init__(
-        self, policy: Policy, settings: Sampling, steers: Sequence[Steer], reach: Reach
-    ) -> None:
-        _check(policy, settings, reach)
-        self.policy, self.reach, self.gen_length = policy, reach, settings.gen_length
-        saved = {steer.sae: read_sae(Path(steer.sae)) for steer in steers}
+    def __init__(self, policy: Policy, sampling: Sampling, steering: Steering) -> None:
+        _check(policy, sampling, steering)
+        self.policy, self.steering, self.gen_length = policy, steering, sampling.gen_length
+        saved = {steer.sae: read_sae(Path(steer.sae)) for steer in steering.features}
         steers = [
-            steer._replace(layer=_layer(steer, saved[steer.sae].metadata)) for steer in steers
+            steer._replace(layer=_layer(steer, saved[steer.sae].metadata))
+            for steer in steering.features
         ]
         check_layers(policy, [steer.layer for steer in steers if steer.layer is not None])
         if len({steer[:3] for steer in steers}) < len(steers):
@@ -115,10 +63,10 @@ class Steering:
             check_width(name, saved[name].sae, policy)
             _check_features(name, saved[name].sae, group)
             sae = saved[name].sae.to(policy.device, self.dtype)
-            self.pushes.setdefault(layer, []).append(_Push(sae, group, reach.scope))
-        time = None if reach.time is None else list(reach.time)
+            self.pushes.setdefault(layer, []).append(_Push(sae, group, steering.scope))
+        time = None if steering.time is None else list(steering.time)
         self.notes: list[dict[str, Any]] = [
-            {**steer._asdict(), "scope": reach.scope, "time": time} for steer in steers
+            {**steer._asdict(), "scope": steering.scope, "time": time} for steer in steers
         ]
         """What stands in `rollout.steer`."""
 
@@ -151,14 +99,14 @@ class Steering:
         """bool [B, T], what may be steered of a pass over ids [B, T], -1 for padding."""
         where = ids >= 0
         if self.policy.mask_id is None:
-            if self.reach.scope == "update":
+            if self.steering.scope == "update":
                 where[:, :-1] = False
             return where
         masked = ids == self.policy.mask_id
-        if self.reach.scope == "update":
+        if self.steering.scope == "update":
             where = masked
-        if self.reach.time is not None:
-            low, high = self.reach.time
+        if self.steering.time is not None:
+            low, high = self.steering.time
             # A prompt that holds mask tokens does not make it more than all.
             share = (masked.sum(dim=1).double() / self.gen_length).clamp(max=1)
             where = where & ((low < share) & (share <= high))[:, None]
@@ -168,7 +116,7 @@ class Steering:
 class _Push:
     """The features of one dictionary at one layer."""
 
-    def __init__(self, sae: TopKSae, steers: Sequence[Steer], scope: Scope) -> None:
+    def __init__(self, sae: TopKSae, steers: Sequence[SteeredFeature], scope: Scope) -> None:
         self.sae = sae.requires_grad_(False)
         features = [steer.feature for steer in steers]
         self.features = torch.tensor(features, device=sae.W_dec.device)
@@ -209,24 +157,24 @@ def _strongest(strength: Tensor, where: Tensor) -> Tensor:
     return torch.zeros_like(table, dtype=torch.bool).scatter_(1, top, True)[where]
 
 
-def _check(policy: Policy, settings: Sampling, reach: Reach) -> None:
+def _check(policy: Policy, settings: Sampling, steering: Steering) -> None:
     if settings.compile:
         raise UsageError("--compile and --steer do not go together: leave one out")
-    if reach.time is not None and not policy.diffusion:
+    if steering.time is not None and not policy.diffusion:
         raise UsageError(f"--steer-time means nothing to {policy.name}, an autoregressive model")
-    if reach.time is not None and settings.cache == "dual":
+    if steering.time is not None and settings.cache == "dual":
         raise UsageError(
             "--steer-time counts what is masked, and with --cache dual a pass sees the block "
             "alone: use --cache prefix"
         )
-    if settings.cfg_scale > 0 and (reach.time is not None or reach.scope == "update"):
+    if settings.cfg_scale > 0 and (steering.time is not None or steering.scope == "update"):
         raise UsageError(
             "--cfg-scale hides the prompt in every second pass, so that --steer-scope update and "
             "--steer-time cannot tell what is still masked: leave it out"
         )
 
 
-def _layer(steer: Steer, metadata: Mapping[str, Any]) -> int:
+def _layer(steer: SteeredFeature, metadata: Mapping[str, Any]) -> int:
     if steer.layer is not None:
         return steer.layer
     layer = metadata.get("dlm_layer")
@@ -238,15 +186,15 @@ def _layer(steer: Steer, metadata: Mapping[str, Any]) -> int:
     return layer
 
 
-def _grouped(steers: Sequence[Steer]) -> dict[tuple[str, int], list[Steer]]:
-    groups: dict[tuple[str, int], list[Steer]] = {}
+def _grouped(steers: Sequence[SteeredFeature]) -> dict[tuple[str, int], list[SteeredFeature]]:
+    groups: dict[tuple[str, int], list[SteeredFeature]] = {}
     for steer in steers:
         assert steer.layer is not None
         groups.setdefault((steer.sae, steer.layer), []).append(steer)
     return groups
 
 
-def _check_features(name: str, sae: TopKSae, steers: Sequence[Steer]) -> None:
+def _check_features(name: str, sae: TopKSae, steers: Sequence[SteeredFeature]) -> None:
     for steer in steers:
         if steer.feature >= sae.d_sae:
             raise UsageError(f"{name} has latents 0 to {sae.d_sae - 1}, and no {steer.feature}")

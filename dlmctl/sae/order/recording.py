@@ -15,8 +15,8 @@ from dlmctl.diffusion.proposals import propose
 from dlmctl.diffusion.sampling import EosRule, Request
 from dlmctl.models.policy import Policy
 from dlmctl.sae.order.feature_change import Ledger, progress
-from dlmctl.sae.order.feature_watch import Dictionary, FeatureWatch, Look
 from dlmctl.sae.order.signals import Pool
+from dlmctl.sae.order.tracking import FeatureTracker, StepFeatures, TrackedSae
 
 STEPS = 20
 """Bins of the share decided, over which features are counted."""
@@ -60,7 +60,7 @@ class FeatureCounts:
         return self._counts.view(STEPS, -1)[steps] / self._steps[steps][:, None]
 
 
-class OrderWatch(FeatureWatch):
+class OrderRecorder(FeatureTracker):
     """Records a report of each completion and dictionary, and what is pooled over completions.
 
     Where the record of a request has `tokens.truth`, the ids of the right completion and None where
@@ -68,15 +68,15 @@ class OrderWatch(FeatureWatch):
     signals, from the second step of a completion on.
     """
 
-    def __init__(self, policy: Policy, dictionaries: Sequence[Dictionary]) -> None:
+    def __init__(self, policy: Policy, dictionaries: Sequence[TrackedSae]) -> None:
         super().__init__(policy, dictionaries)
         self.reports: dict[int, list[dict[str, Any]]] = {}
         """Of completions that are done, by the number of their request; a row per dictionary."""
         self.counts = [FeatureCounts(one.sae.d_sae, policy.device) for one in dictionaries]
         self.pools = [Pool() for _ in dictionaries]
 
-    def start(self, canvas: Canvas) -> None:
-        super().start(canvas)
+    def on_start(self, canvas: Canvas) -> None:
+        super().on_start(canvas)
         shape = len(canvas.owner), canvas.settings.gen_length
         self._ledgers = [Ledger(*shape, canvas.device) for _ in self.dictionaries]
         self._truth = torch.full(shape, -1, device=canvas.device)
@@ -85,7 +85,7 @@ class OrderWatch(FeatureWatch):
             {name: numbers.clone() for name in SIGNALS[1:]} for _ in self.dictionaries
         ]
 
-    def begin(self, slot: int, request: Request) -> None:
+    def on_request(self, slot: int, request: Request) -> None:
         for ledger in self._ledgers:
             ledger.reset(slot)
         record: Mapping[str, Any] = {} if request.record is None else request.record
@@ -94,7 +94,7 @@ class OrderWatch(FeatureWatch):
         known = [-1 if token is None else token for token in truth]
         self._truth[slot, : len(known)] = self.canvas.tensor(known)
 
-    def saw(self, number: int, look: Look) -> None:
+    def on_features(self, number: int, look: StepFeatures) -> None:
         self._ledgers[number].add(look.slots, look.change)
         self.counts[number].add(look.active, look.masked)
         if not bool((self._truth[look.slots] >= 0).any()):
@@ -112,24 +112,26 @@ class OrderWatch(FeatureWatch):
         }.items():
             self._signals[number][name][look.slots] = value.double().view(shape)
 
-    def weigh(self, masked: Masked, states: Sequence[Tensor], sure: Tensor) -> Tensor:
+    def adjust_confidence(
+        self, masked: Masked, states: Sequence[Tensor], confidence: Tensor
+    ) -> Tensor:
         canvas = self.canvas
         truth = self._truth[masked.slot, masked.completion]
         later = canvas.tensor(canvas.nfe)[masked.slot] > 0
         [chosen] = ((truth >= 0) & later).nonzero(as_tuple=True)
         if len(chosen):
             slot, place = masked.slot[chosen], masked.completion[chosen]
-            token, confidence = self._likeliest([part[chosen] for part in states], slot)
+            token, likely = self._likeliest([part[chosen] for part in states], slot)
             steps = canvas.numbered_steps(range(len(canvas.owner)))[slot]
             common = {
                 "unit": random_bits(canvas.keys[slot], steps),
                 "step": steps,
                 "right": token == truth[chosen],
-                "confidence": confidence,
+                "confidence": likely,
             }
             for pool, signals in zip(self.pools, self._signals, strict=True):
                 pool.offer(common | {name: found[slot, place] for name, found in signals.items()})
-        return super().weigh(masked, states, sure)
+        return super().adjust_confidence(masked, states, confidence)
 
     def _likeliest(self, states: Sequence[Tensor], keys: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and their p, whatever the order goes by; nothing is drawn, so that any keys do."""
@@ -138,7 +140,7 @@ class OrderWatch(FeatureWatch):
         greedy = dataclasses.replace(settings, temperature=0.0, remasking="low_confidence", eos=eos)
         return propose(self.policy, states, keys, greedy)
 
-    def end(self, slot: int) -> None:
+    def on_finish(self, slot: int) -> None:
         number = self.canvas.owner[slot]
         assert number is not None
         self.reports[number] = [

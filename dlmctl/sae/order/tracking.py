@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dlmctl.diffusion.canvas import Canvas, Masked
 from dlmctl.diffusion.sampling import Sampling
-from dlmctl.diffusion.watching import Watch
+from dlmctl.diffusion.watching import SamplerCallback
 from dlmctl.models.blocks import Edit, check_layers, edited_blocks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
@@ -36,7 +36,7 @@ CODE_SIZE = 1 << 26
 """Numbers in the codes that are made at a time."""
 
 
-class Dictionary(NamedTuple):
+class TrackedSae(NamedTuple):
     """An autoencoder and where it looks."""
 
     name: str
@@ -48,7 +48,7 @@ class Dictionary(NamedTuple):
         return {"sae": self.name, "layer": self.layer}
 
 
-class Look(NamedTuple):
+class StepFeatures(NamedTuple):
     """What a dictionary sees of the completions of R rows of G tokens in a pass."""
 
     slots: Tensor
@@ -66,14 +66,14 @@ class Look(NamedTuple):
     """int64 [R, G], features active in the step before too."""
 
 
-def read_dictionaries(texts: Sequence[str], policy: Policy) -> list[Dictionary]:
+def read_tracked_saes(texts: Sequence[str], policy: Policy) -> list[TrackedSae]:
     """`SAE[@LAYER]`, on the device of the policy.
 
     Raises:
         MissingInputError, DataError: one cannot be read.
         UsageError: it does not fit the policy, or does not say which layer it is of.
     """
-    found: list[Dictionary] = []
+    found: list[TrackedSae] = []
     for text in texts:
         parts = re.fullmatch(r"(.*?)(?:@(\d+))?", text, re.DOTALL)
         assert parts is not None
@@ -88,13 +88,13 @@ def read_dictionaries(texts: Sequence[str], policy: Policy) -> list[Dictionary]:
         check_width(name, saved.sae, policy)
         sae = saved.sae.requires_grad_(False)
         sae = sae.to(policy.device, computing_dtype(policy))
-        found.append(Dictionary(name, layer, sae))
+        found.append(TrackedSae(name, layer, sae))
     if len({(one.name, one.layer) for one in found}) < len(found):
         raise UsageError("--sae names an autoencoder twice")
     return found
 
 
-def check_watchable(policy: Policy, settings: Sampling, what: str) -> None:
+def check_trackable(policy: Policy, settings: Sampling, what: str) -> None:
     """Raise UsageError where features cannot be followed; `what` is what asks for them."""
     if not policy.diffusion:
         raise UsageError(f"{what} means nothing to {policy.name}, an autoregressive model")
@@ -120,10 +120,10 @@ class _Memory(NamedTuple):
     """float64 [S, G], of the newest step with the one before; 1 in the first."""
 
 
-class FeatureWatch(Watch):
+class FeatureTracker(SamplerCallback):
     """Follows the features of dictionaries while completions are sampled."""
 
-    def __init__(self, policy: Policy, dictionaries: Sequence[Dictionary]) -> None:
+    def __init__(self, policy: Policy, dictionaries: Sequence[TrackedSae]) -> None:
         self.policy, self.dictionaries = policy, dictionaries
         self._rows: dict[int, Sequence[int]] = {}
 
@@ -136,8 +136,8 @@ class FeatureWatch(Watch):
                     record["rollout"] |= {"remasking": self.canvas.settings.remasking, "sae": notes}
                 yield record
 
-    def start(self, canvas: Canvas) -> None:
-        super().start(canvas)
+    def on_start(self, canvas: Canvas) -> None:
+        super().on_start(canvas)
         slots, length, device = len(canvas.owner), canvas.settings.gen_length, canvas.device
         empty = torch.full((slots, length), -1, device=device)
         self._memories = [
@@ -150,14 +150,16 @@ class FeatureWatch(Watch):
             for dictionary in self.dictionaries
         ]
 
-    def aim(self, rows: Sequence[int]) -> None:
-        self._rows = {dictionary.layer: rows for dictionary in self.dictionaries}
+    def on_pass(self, slots: Sequence[int]) -> None:
+        self._rows = {dictionary.layer: slots for dictionary in self.dictionaries}
 
-    def weigh(self, masked: Masked, states: Sequence[Tensor], sure: Tensor) -> Tensor:
+    def adjust_confidence(
+        self, masked: Masked, states: Sequence[Tensor], confidence: Tensor
+    ) -> Tensor:
         if self.canvas.settings.remasking != "sae":
-            return sure
+            return confidence
         # Below 0 is what --eos late puts last.
-        return torch.where(sure < 0, sure, sure * self.signal(masked))
+        return torch.where(confidence < 0, confidence, confidence * self.signal(masked))
 
     def signal(self, masked: Masked) -> Tensor:
         """float64 [N], what the order `sae` multiplies the confidence of masked positions with."""
@@ -175,12 +177,12 @@ class FeatureWatch(Watch):
             if rows is not None:
                 for number, dictionary in enumerate(self.dictionaries):
                     if dictionary.layer == layer:
-                        self.saw(number, self._look(number, rows, output, ids))
+                        self.on_features(number, self._look(number, rows, output, ids))
             return output
 
         return edit
 
-    def _look(self, number: int, rows: Sequence[int], output: Tensor, ids: Tensor) -> Look:
+    def _look(self, number: int, rows: Sequence[int], output: Tensor, ids: Tensor) -> StepFeatures:
         canvas, sae = self.canvas, self.dictionaries[number].sae
         starts = canvas.tensor([canvas.starts[slot] for slot in rows])
         columns = starts[:, None] + torch.arange(canvas.settings.gen_length, device=ids.device)
@@ -199,7 +201,7 @@ class FeatureWatch(Watch):
         change = Change(similarity, top == memory.top[slots], masked, memory.masked[slots], known)
         for kept, new in zip(memory, (active, top, masked, similarity), strict=True):
             kept[slots] = new
-        return Look(slots, masked, x, codes, active, change, shared)
+        return StepFeatures(slots, masked, x, codes, active, change, shared)
 
-    def saw(self, number: int, look: Look) -> None:
+    def on_features(self, number: int, look: StepFeatures) -> None:
         """What the dictionary of this number saw in a pass."""
