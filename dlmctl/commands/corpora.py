@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dlmctl.records.errors import UsageError
-from dlmctl.records.jsonl import OnError, Record, read_records
+from dlmctl.records.jsonl import OnError
+from dlmctl.settings.corpus import (
+    AS_TRAINED,
+)
+from dlmctl.settings.corpus import (
+    Corpus as CorpusSettings,
+)
+from dlmctl.settings.corpus import (
+    layer_numbers as layer_numbers,
+)
+from dlmctl.settings.corpus import (
+    level_range as level_range,
+)
+from dlmctl.settings.corpus import (
+    position_kinds as position_kinds,
+)
 
 if TYPE_CHECKING:
     from dlmctl.models.policy import Policy
-    from dlmctl.sae.corpus import Batch, Corruption, Document
+    from dlmctl.sae.corpus import Batch, CorpusPlan
     from dlmctl.sae.formats.folders import SavedSae
-
-PositionKind = Literal["mask", "unmask", "all", "clean"]
 
 Corpus = Annotated[
     list[str] | None,
@@ -100,60 +113,48 @@ Sequences = Annotated[
 ]
 
 
-def position_kinds(text: str) -> list[PositionKind]:
-    """The kinds of a list like mask,unmask; raises UsageError for an unknown one."""
-    known, kinds = get_args(PositionKind), list(dict.fromkeys(text.split(",")))
-    for kind in kinds:
-        if kind not in known:
-            raise UsageError(f"--positions {text}: '{kind}' is none of {', '.join(known)}")
-    return kinds  # type: ignore[return-value]
-
-
-def layer_numbers(text: str) -> list[int]:
-    """The numbers of a list like 1,5,10; raises UsageError where one is none."""
-    parts = text.split(",")
-    if not all(part.isdecimal() for part in parts):
-        raise UsageError(f"--layers {text} is not a list of layers such as 1,5,10")
-    return list(dict.fromkeys(int(part) for part in parts))
-
-
-def level_range(text: str) -> tuple[float, float]:
-    """Least and greatest level of 0.3 or of 0.05-0.5; raises UsageError otherwise."""
-    first, _, last = text.partition("-")
-    try:
-        return float(first), float(last or first)
-    except ValueError:
-        raise UsageError(f"--t {text} is neither a number nor a range such as 0.05-0.5") from None
-
-
 def own_model(saved: Mapping[str, SavedSae], model: str | None) -> str:
-    """The model that is given, else the one that the autoencoders name.
+    """The model that is given, else the one that the autoencoders were trained on.
 
     Raises:
-        UsageError: they name several.
+        UsageError: they were trained on several.
     """
     from dlmctl.sae.formats.folders import trained_with
 
     return model or str(trained_with(saved, "model_name", "builtin:puzzles", "--model"))
 
 
-class CorpusPlan(NamedTuple):
-    """How a corpus is cut into sequences, and masked."""
+def corpus_plan(
+    corpus: CorpusSettings = AS_TRAINED, seed: int = 0, saved: Mapping[str, SavedSae] = {}
+) -> CorpusPlan:
+    """The settings of a corpus; what is None is as the autoencoders say, by their folders' names.
 
-    law: Corruption
-    context: int
-    pack: bool
-    hide_prompt: bool
+    Whether the level was drawn per batch is not taken from them: for a single token it is the same
+    distribution.
 
-    @property
-    def about(self) -> dict[str, Any]:
-        """As it stands in a record."""
-        return {"t": [self.law.t_min, self.law.t_max], **self.cut}
+    Raises:
+        UsageError: the autoencoders disagree on what is None.
+        DataError: a folder has a value of the wrong type.
+    """
+    from dlmctl.sae.corpus import CorpusPlan, Corruption
+    from dlmctl.sae.formats.folders import trained_with
 
-    @property
-    def cut(self) -> dict[str, Any]:
-        """The same without the masks."""
-        return {"context": self.context, "pack": self.pack, "hide_prompt": self.hide_prompt}
+    def own(given: Any, name: str, default: Any, option: str) -> Any:
+        if given is not None:
+            return given
+        return trained_with(saved, name, default, option) if saved else default
+
+    low, high = level_range(corpus.level) if corpus.level else (None, None)
+    t = own(low, "dlm_t_min", 0.0, "--t"), own(high, "dlm_t_max", 1.0, "--t")
+    context = own(corpus.context, "context_size", 2048, "--context")
+    if context < 2:
+        raise UsageError(f"the autoencoders were trained on a context of {context}: give --context")
+    return CorpusPlan(
+        Corruption(*t, bool(corpus.per_batch), seed),
+        context,
+        own(corpus.pack, "dlm_pack", False, "--pack or --no-pack"),
+        own(corpus.hide_prompt, "dlm_hide_prompt", False, "--hide-prompt or --keep-prompt"),
+    )
 
 
 def own_plan(
@@ -165,31 +166,8 @@ def own_plan(
     per_batch: bool | None = None,
     seed: int = 0,
 ) -> CorpusPlan:
-    """What is given, else what the autoencoders were trained on, by their folders' names.
-
-    Whether the level was drawn for a batch is not taken from them: of a token it is the same law.
-
-    Raises:
-        UsageError: the autoencoders differ in what is not given.
-        DataError: a folder says something else than a number, or than true or false.
-    """
-    from dlmctl.sae.corpus import Corruption
-    from dlmctl.sae.formats.folders import trained_with
-
-    def own(given: Any, name: str, default: Any, option: str) -> Any:
-        return trained_with(saved, name, default, option) if given is None else given
-
-    low, high = level_range(level) if level else (None, None)
-    t = own(low, "dlm_t_min", 0.0, "--t"), own(high, "dlm_t_max", 1.0, "--t")
-    size = own(context, "context_size", 2048, "--context")
-    if size < 2:
-        raise UsageError(f"the autoencoders were trained on a context of {size}: give --context")
-    return CorpusPlan(
-        Corruption(*t, bool(per_batch), seed),
-        size,
-        own(pack, "dlm_pack", False, "--pack or --no-pack"),
-        own(hide_prompt, "dlm_hide_prompt", False, "--hide-prompt or --keep-prompt"),
-    )
+    """`corpus_plan`, as commands call it that have no settings yet."""
+    return corpus_plan(CorpusSettings(level, context, per_batch, pack, hide_prompt), seed, saved)
 
 
 def corpus_batches(
@@ -200,34 +178,8 @@ def corpus_batches(
     on_error: OnError = "fail",
 ) -> Iterator[Batch]:
     """Batches of a corpus."""
-    from dlmctl.sae.corpus import corrupted_batches
+    from dlmctl.sae.corpus import corrupted_batches, read_windows
 
-    windows = corpus_windows(files, policy, **plan.cut, batch_size=batch_size, on_error=on_error)
-    return corrupted_batches(windows, policy, plan.law)
-
-
-def corpus_windows(
-    files: Sequence[str],
-    policy: Policy,
-    context: int,
-    pack: bool,
-    hide_prompt: bool,
-    batch_size: int,
-    on_error: OnError = "fail",
-    repeat: bool = False,
-) -> Iterator[list[Document]]:
-    """The documents of each batch; with `repeat` again and again, unless it is a stream."""
-    from dlmctl.sae.corpus import documents, packed, together
-
-    def records() -> Iterator[Record]:
-        found = False
-        for record in read_records(files, on_error):
-            found = True
-            yield record
-        while found and repeat and files and "-" not in files:
-            yield from read_records(files, on_error)
-
-    stream = documents(records(), policy, context, hide_prompt, on_error)
-    if pack:
-        stream = packed(stream, policy, context)
-    yield from together(stream, batch_size)
+    return corrupted_batches(
+        read_windows(files, policy, plan, batch_size, on_error), policy, plan.law
+    )

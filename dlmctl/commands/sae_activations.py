@@ -10,7 +10,6 @@ import typer
 from dlmctl.commands.corpora import (
     Context,
     Corpus,
-    CorpusPlan,
     HidePrompt,
     Layers,
     Level,
@@ -66,7 +65,7 @@ def command(
     """
     from dlmctl.models.loading import load_policy
     from dlmctl.sae.activations import check_keys, source_metadata, store_activations
-    from dlmctl.sae.corpus import Corruption
+    from dlmctl.sae.corpus import CorpusPlan, Corruption
 
     chosen, kinds = layer_numbers(layers or "0"), position_kinds(positions or "mask")
     law = Corruption(*level_range(level or "0-1"), bool(per_batch), seed)

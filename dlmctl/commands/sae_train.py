@@ -19,7 +19,6 @@ from dlmctl.commands.corpora import (
     PerBatch,
     PositionsOption,
     Sequences,
-    corpus_windows,
     layer_numbers,
     level_range,
     position_kinds,
@@ -285,7 +284,7 @@ def _source(
 ) -> Source:
     """Stored activations where the corpus is a directory, else those of the model."""
     from dlmctl.models.loading import load_policy, resolve_device
-    from dlmctl.sae.corpus import Corruption
+    from dlmctl.sae.corpus import CorpusPlan, Corruption, read_windows
     from dlmctl.sae.training.sources import ModelSource, StoredSource
     from dlmctl.train.distributed import size
     from dlmctl.train.sharding import shard
@@ -300,9 +299,8 @@ def _source(
         shard(policy)
 
     def windows() -> Iterator[list[Document]]:
-        return corpus_windows(
-            corpus, policy, context, law["pack"], hide_prompt, batch_size, repeat=True
-        )
+        plan = CorpusPlan(masks, context, law["pack"], hide_prompt)
+        return read_windows(corpus, policy, plan, batch_size, repeat=True)
 
     about = {"context": context, "pack": law["pack"], "hide_prompt": hide_prompt}
     return ModelSource(policy, windows, chosen or [0], kinds or ["mask"], masks, about)

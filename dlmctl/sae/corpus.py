@@ -9,10 +9,10 @@ The mask is a pure function of the seed and the number of the sequence, not of i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +20,8 @@ from torch import Tensor
 from dlmctl.diffusion.noise import key_tensor, stream_key, uniform
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
-from dlmctl.records.jsonl import OnError, Record, each
-
-Positions = Literal["mask", "unmask", "all", "clean"]
-"""Hidden tokens; visible ones; both; tokens of text of which nothing is hidden."""
+from dlmctl.records.jsonl import OnError, Record, each, read_records
+from dlmctl.settings.corpus import Positions
 
 WINDOW = 16
 """Batches among which sequences of like length are brought together."""
@@ -42,6 +40,25 @@ class Corruption:
     def __post_init__(self) -> None:
         if not 0 <= self.t_min <= self.t_max <= 1:
             raise UsageError(f"levels from {self.t_min} to {self.t_max} do not lie within 0 and 1")
+
+
+class CorpusPlan(NamedTuple):
+    """How a corpus is cut into sequences and masked."""
+
+    law: Corruption
+    context: int
+    pack: bool = False
+    hide_prompt: bool = False
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """As it stands in a record."""
+        return {
+            "t": [self.law.t_min, self.law.t_max],
+            "context": self.context,
+            "pack": self.pack,
+            "hide_prompt": self.hide_prompt,
+        }
 
 
 class Document(NamedTuple):
@@ -88,6 +105,30 @@ class Batch(NamedTuple):
         """The same with nothing hidden."""
         nothing = torch.zeros_like(self.hidden)
         return self._replace(seen=self.ids, hidden=nothing, level=torch.zeros_like(self.level))
+
+
+def read_windows(
+    files: Sequence[str],
+    policy: Policy,
+    plan: CorpusPlan,
+    batch_size: int,
+    on_error: OnError = "fail",
+    repeat: bool = False,
+) -> Iterator[list[Document]]:
+    """The documents of each batch of a corpus; with `repeat` over and over, unless it is a pipe."""
+
+    def records() -> Iterator[Record]:
+        any_record = False
+        for record in read_records(files, on_error):
+            any_record = True
+            yield record
+        while any_record and repeat and files and "-" not in files:
+            yield from read_records(files, on_error)
+
+    stream = documents(records(), policy, plan.context, plan.hide_prompt, on_error)
+    if plan.pack:
+        stream = packed(stream, policy, plan.context)
+    yield from together(stream, batch_size)
 
 
 def documents(

@@ -13,16 +13,17 @@ import pytest
 import torch
 from conftest import invoke, tiny_policy
 
-from dlmctl.commands.corpora import CorpusPlan, own_model, own_plan
+from dlmctl.commands.corpora import corpus_plan, own_model
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record, parse_record
-from dlmctl.sae.corpus import Batch, Corruption, corrupted, documents
+from dlmctl.sae.corpus import Batch, CorpusPlan, Corruption, corrupted, documents
 from dlmctl.sae.evaluation.evaluate import Evaluation, Placed, evaluate
 from dlmctl.sae.evaluation.insertion import Changes, DocumentLosses, Losses, document_losses, splice
 from dlmctl.sae.evaluation.stability import compare, match_decoders, stability
 from dlmctl.sae.formats.folders import SavedSae, write_sae
 from dlmctl.sae.topk import Codes, TopKSae
+from dlmctl.settings.corpus import AS_TRAINED
 
 LAW = Corruption(0.2, 0.8, seed=1)
 CORPUS = {"t": [0.2, 0.8]}
@@ -254,8 +255,7 @@ def test_autoencoders_of_one_corpus_decide_how_it_is_read(
 ) -> None:
     def plan(*metadata: dict[str, Any], **given: Any) -> CorpusPlan:
         saved = {str(n): SavedSae(TopKSae(4, 8, 2), about) for n, about in enumerate(metadata)}
-        options = dict.fromkeys(("level", "context", "pack", "hide_prompt")) | given
-        return own_plan(saved, **options)
+        return corpus_plan(dataclasses.replace(AS_TRAINED, **given), saved=saved)
 
     fields = {
         "dlm_t_min": lambda found: found.law.t_min,
