@@ -1,4 +1,4 @@
-"""How sampling is steered by features of sparse autoencoders."""
+"""How sampling is steered by features of autoencoders, and how the result is scored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dlmctl.settings import knob
 
 Scope = Literal["all", "update", "topk"]
 
-STEERING = "Steering"
+STEERING, CONCEPT, FLUENCY = "Steering", "Concept", "Fluency"
 
 
 class SteeredFeature(NamedTuple):
@@ -104,3 +104,116 @@ def _feature(text: str) -> SteeredFeature:
         )
     except ValueError:
         raise UsageError(f"--steer {text} is not SAE[@LAYER]:FEATURE=AMPLITUDE") from None
+
+
+@dataclass(frozen=True)
+class ConceptScores:
+    """Where the scores come from that say how strongly a text expresses a concept, 0 to 100.
+
+    Raises:
+        UsageError: the options contradict each other, or the judge has no concept to look for.
+    """
+
+    concept_from: Literal["judge", "reward", "score"] = knob(
+        "judge",
+        "How strongly a text expresses the concept: as a judge says, as the records' field reward "
+        "says (0 to 1, from 'dlmctl verify'), or as their field score says (0 to 100).",
+        panel=CONCEPT,
+    )
+    concept: str | None = knob(
+        None, "What the judge looks for.", metavar="TEXT", shown_default="none", panel=CONCEPT
+    )
+    concepts: str | None = knob(
+        None,
+        "What the judge looks for, by feature: records with feature and explanation, and with sae "
+        "and layer if the number alone is ambiguous.",
+        metavar="FILE",
+        shown_default="none",
+        panel=CONCEPT,
+    )
+    judge: str | None = knob(
+        None,
+        "Model that judges, greedily.",
+        metavar="MODEL",
+        shown_default="none",
+        panel=CONCEPT,
+    )
+    judge_length: int = knob(16, "Tokens of an answer of --judge.", minimum=1, panel=CONCEPT)
+    judge_prompts: str | None = knob(
+        None,
+        "Write the questions as prompt records and nothing else, for 'dlmctl rollout -n 1 "
+        "--temperature 0' or any other program; with --judge, write its answers too and score.",
+        metavar="FILE",
+        shown_default="none",
+        panel=CONCEPT,
+    )
+    judge_answers: str | None = knob(
+        None,
+        "Read the answers to the questions (judged and completion), or scores of any origin: id, "
+        "sample, score (0 to 100), and whichever of sae, layer, feature, amplitude, scope, time "
+        "tell texts apart; a record without amplitude is about an unsteered text.",
+        metavar="FILE",
+        shown_default="none",
+        panel=CONCEPT,
+    )
+
+    def __post_init__(self) -> None:
+        asks = self.judge is not None or self.judge_prompts is not None
+        answered = self.judge_answers is not None
+        if asks and answered:
+            raise UsageError(
+                "answers come from --judge-answers or from a judge asked now, not both"
+            )
+        if self.judge is not None and self.judge_prompts == "-":
+            raise UsageError("standard output has the scores: give --judge-prompts a file")
+        if (asks or answered) and self.concept_from != "judge":
+            raise UsageError(
+                f"--concept-from {self.concept_from} needs no judge: leave one of them out"
+            )
+        if (self.concept is None) == (self.concepts is None) and (asks or self.concept is not None):
+            raise UsageError(
+                "what the judge is to look for comes from --concept or from --concepts"
+            )
+
+
+@dataclass(frozen=True)
+class FluencyScores:
+    """Where perplexities come from; nowhere by default.
+
+    Raises:
+        UsageError: they come from two places.
+    """
+
+    fluency: str | None = knob(
+        None,
+        "Perplexities under this model: exact for an autoregressive model, an upper bound from "
+        "the ELBO for a diffusion model.",
+        metavar="MODEL",
+        shown_default="none",
+        panel=FLUENCY,
+    )
+    fluency_tokens: int = knob(
+        512,
+        "With --fluency: number of tokens at the beginning of a text that are scored.",
+        minimum=2,
+        panel=FLUENCY,
+    )
+    masks: int = knob(
+        16,
+        "With --fluency: masks per text for a diffusion model.",
+        "-k",
+        "--masks-per-sample",
+        minimum=2,
+        panel=FLUENCY,
+    )
+    perplexity: str | None = knob(
+        None,
+        "Field of the records that contains their perplexity, instead of --fluency.",
+        metavar="FIELD",
+        shown_default="none",
+        panel=FLUENCY,
+    )
+
+    def __post_init__(self) -> None:
+        if self.fluency is not None and self.perplexity is not None:
+            raise UsageError("perplexities come from --fluency or from --perplexity: give one")
