@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dlmctl.diffusion.cache import SlotCache, check_cache
 from dlmctl.diffusion.canvas import Canvas, Masked
-from dlmctl.diffusion.sampling import Sampling
+from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.diffusion.watching import SamplerCallback
 from dlmctl.models.policy import Policy
 
@@ -37,7 +37,7 @@ class Passes:
     """Hidden states of masked positions, with the passes that the settings ask for."""
 
     def __init__(
-        self, policy: Policy, settings: Sampling, canvas: Canvas, callback: SamplerCallback
+        self, policy: Policy, settings: SamplerConfig, canvas: Canvas, callback: SamplerCallback
     ) -> None:
         self.policy, self.settings, self.canvas, self.callback = policy, settings, canvas, callback
         self.cache: SlotCache | None = None

@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 
 from dlmctl.diffusion.rollout import rollout
-from dlmctl.diffusion.sampling import settings_for
+from dlmctl.diffusion.sampling import configured
 from dlmctl.models.loading import load_policy
 from dlmctl.records.jsonl import OnError, Record
 from dlmctl.settings.common import Compute
+from dlmctl.settings.sampler import Sampler
 
 _NUMBER = r"-?\d+(?:\.\d+)?(?![\w/]|[.,]\d)"
 _SCALE = re.compile(r"\b0\s*(?:-|–|to|and|through)\s*100\b|(?:/|\bout\s+of)\s*100\b|%", re.I)
@@ -25,7 +26,7 @@ def judge_model(
 ) -> Callable[[Iterable[Record]], Iterator[Record]]:
     """A function that has a model answer prompt records, greedily, in at most `length` tokens."""
     policy = load_policy(model, compute.device, compute.dtype)
-    settings = settings_for(policy, gen_length=length, temperature=0.0)
+    settings = configured(policy, Sampler(gen_length=length, temperature=0.0))
     return lambda asked: rollout(asked, policy, settings, 1, seed, compute.batch_size, on_error)
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from dlmctl.cli import app
 from dlmctl.diffusion.rollout import rollout
-from dlmctl.diffusion.sampling import Sampling
+from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.policy import Family, Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
@@ -26,7 +26,7 @@ from dlmctl.settings.steering import SteeredFeature, Steering
 
 IDS = torch.tensor([[3, 4, 2, 5, 2, 2, 6, 2], [4, 2, 2, 5, 6, -1, -1, -1]])
 STATES = torch.randn(2, 8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-SETTINGS = Sampling(12, 4, 12, temperature=0.9)
+SETTINGS = SamplerConfig(12, 4, 12, temperature=0.9)
 PROMPTS = ["012", "34", "0", "01234=0", "4321"]
 SCOPES = ["all", "update", "topk"]
 
@@ -50,7 +50,7 @@ def _dictionary(width: int, latents: int) -> TopKSae:
 
 
 def _steering(
-    policy: Policy, *steers: str, settings: Sampling = SETTINGS, **options: Any
+    policy: Policy, *steers: str, settings: SamplerConfig = SETTINGS, **options: Any
 ) -> SteeredPolicy:
     return SteeredPolicy(policy, settings, Steering(list(steers), **options))
 
@@ -69,7 +69,9 @@ def _written_out(folder: str, states: Tensor, pushes: dict[int, float]) -> Tenso
         return (other @ sae.W_dec + sae.b_dec + rest).view_as(states)
 
 
-def _sampled(policy: Policy, settings: Sampling, batch_size: int, *steers: str, **options: Any):
+def _sampled(
+    policy: Policy, settings: SamplerConfig, batch_size: int, *steers: str, **options: Any
+):
     records = [Record(id=n, prompt=text) for n, text in enumerate(PROMPTS)]
     made = rollout(records, policy, settings, 2, 7, batch_size)
     if steers:
@@ -201,7 +203,7 @@ def test_steered_completions_do_not_depend_on_their_neighbours(
     if policy.diffusion:
         ways += [{"cache": "prefix"}, {"cache": "dual"}]
     for way in ways:
-        settings = Sampling(10, 4, 12, temperature=0.9, early_stop=True, **way)
+        settings = SamplerConfig(10, 4, 12, temperature=0.9, early_stop=True, **way)
         alone = _sampled(policy, settings, 1, steer, steer_scope=scope)
         assert _sampled(policy, settings, 4, steer, steer_scope=scope) == alone
         assert not policy.diffusion or any(1 in tokens[:-1] for tokens in alone)
@@ -230,7 +232,7 @@ def test_time_counts_the_masked_tokens_of_the_row_with_a_prefix_cache_too(
         for batch_size in (1, 2):
             seen.clear()
             # With a threshold rows get to stand in different blocks, which a pass pads.
-            settings = Sampling(10, 4, None, 0.9, threshold=0.4, cache=cache)
+            settings = SamplerConfig(10, 4, None, 0.9, threshold=0.4, cache=cache)
             _sampled(policy, settings, batch_size, f"{folder}@0:7=0.0", steer_time="0.0-0.5")
             counts.append(sorted(seen))
     assert counts[0] == counts[1]
@@ -252,7 +254,9 @@ def test_what_does_not_go_with_steering_is_refused(
     folder: str, family: Family, settings: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        _steering(tiny_policy(family), f"{folder}:7=1.0", settings=Sampling(**settings), **options)
+        _steering(
+            tiny_policy(family), f"{folder}:7=1.0", settings=SamplerConfig(**settings), **options
+        )
 
 
 def test_a_dictionary_that_does_not_fit_is_refused(folder: str, tmp_path: Path) -> None:

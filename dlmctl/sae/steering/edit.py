@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlmctl.diffusion.sampling import Sampling
+from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.blocks import Edit, check_layers, edited_blocks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
@@ -46,7 +46,7 @@ class SteeredPolicy:
         UsageError: it does not fit the policy, or the settings do not go with steering.
     """
 
-    def __init__(self, policy: Policy, sampling: Sampling, steering: Steering) -> None:
+    def __init__(self, policy: Policy, sampling: SamplerConfig, steering: Steering) -> None:
         _check(policy, sampling, steering)
         self.policy, self.steering, self.gen_length = policy, steering, sampling.gen_length
         saved = {steer.sae: read_sae(Path(steer.sae)) for steer in steering.features}
@@ -157,7 +157,7 @@ def _strongest(strength: Tensor, where: Tensor) -> Tensor:
     return torch.zeros_like(table, dtype=torch.bool).scatter_(1, top, True)[where]
 
 
-def _check(policy: Policy, settings: Sampling, steering: Steering) -> None:
+def _check(policy: Policy, settings: SamplerConfig, steering: Steering) -> None:
     if settings.compile:
         raise UsageError("--compile and --steer do not go together: leave one out")
     if steering.time is not None and not policy.diffusion:
