@@ -97,6 +97,18 @@ def _typer_info(name: str, declared: Knob) -> Any:
     }
     if declared.argument:
         return typer.Argument(**about)
+    if declared.presets:
+        about |= {"is_eager": True, "callback": _preset(declared.presets)}
     long = next((flag for flag in declared.flags if flag.startswith("--")), f"--{name}")
     variable = "DLMCTL_" + long.split("/")[0].strip("-").upper().replace("-", "_")
     return typer.Option(*declared.flags, envvar=variable if declared.env else None, **about)
+
+
+def _preset(presets: Mapping[str, Mapping[str, Any]]) -> Callable[..., Any]:
+    """Callback of an option whose value decides what others are by default."""
+
+    def apply(context: typer.Context, value: str) -> str:
+        context.default_map = dict(presets[value])
+        return value
+
+    return apply

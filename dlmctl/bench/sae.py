@@ -18,14 +18,23 @@ from dlmctl.bench.shapes import random_prompts
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
-from dlmctl.sae.activations import Block, Key, StoredActivations, check_keys, model_activations
-from dlmctl.sae.corpus import Corruption, Document, Positions, corrupted
+from dlmctl.sae.activations import (
+    ActivationBatch,
+    Key,
+    StoredActivations,
+    check_keys,
+    model_activations,
+)
+from dlmctl.sae.corpus import Document, MaskLaw, Positions, masked_corpus
 from dlmctl.sae.topk import Codes, combine
 from dlmctl.sae.training.stream import Stream
-from dlmctl.sae.training.trainer import Recipe, SaeTrainer
+from dlmctl.sae.training.trainer import SaeTrainer
+from dlmctl.settings.sae import SaeRecipe
 
 UNTIMED = 2
 """First steps: one has everything allocated, one is for the memory."""
+NEVER = 2**62
+"""Activations after which a latent counts as dead, so that no step has an auxiliary loss."""
 
 
 def planted_activations(
@@ -74,7 +83,8 @@ def compare_steps(
     """
     size, device = len(batches[0]), batches[0].device
     for k in ks:
-        recipe = Recipe(latents, size, tokens=size * len(batches), seed=seed)
+        tokens = size * len(batches)
+        recipe = SaeRecipe(latents, size, tokens, dead_after=NEVER, seed=seed)
         ours = SaeTrainer(recipe, batches[0].shape[1], k, seed, device)
         ours.begin(batches[0])
         dense = DenseTrainer(ours)
@@ -179,7 +189,7 @@ def compare_pipelines(policy: Policy, pipeline: Pipeline) -> Iterator[dict[str, 
         }
 
 
-def _blocks(policy: Policy, pipeline: Pipeline, keys: Sequence[Key]) -> Iterator[Block]:
+def _blocks(policy: Policy, pipeline: Pipeline, keys: Sequence[Key]) -> Iterator[ActivationBatch]:
     """Activations of random text, the same text and masks whatever the keys."""
 
     def texts() -> Iterator[Document]:
@@ -190,22 +200,26 @@ def _blocks(policy: Policy, pipeline: Pipeline, keys: Sequence[Key]) -> Iterator
                 yield Document(number, ids, 1, Record())
                 number += 1
 
-    law = Corruption(0.05, 0.5, seed=pipeline.seed)
-    batches = corrupted(texts(), policy, law, pipeline.sequences)
+    law = MaskLaw(0.05, 0.5, seed=pipeline.seed)
+    batches = masked_corpus(texts(), policy, law, pipeline.sequences)
     layers = list(dict.fromkeys(key.layer for key in keys))
     positions = list(dict.fromkeys(key.positions for key in keys))
     return model_activations(policy, batches, layers, positions)
 
 
 def _stream(key: Key, pipeline: Pipeline, width: int, device: torch.device) -> Stream:
-    recipe = Recipe(
-        pipeline.expansion * width, pipeline.batch_size, pipeline.tokens, seed=pipeline.seed
+    recipe = SaeRecipe(
+        pipeline.expansion * width,
+        pipeline.batch_size,
+        pipeline.tokens,
+        dead_after=NEVER,
+        seed=pipeline.seed,
     )
     return Stream(key, pipeline.ks, recipe, width, 4 * width * pipeline.tokens, None, device)
 
 
 def _train(
-    streams: Sequence[Stream], blocks: Iterator[Block], device: torch.device
+    streams: Sequence[Stream], blocks: Iterator[ActivationBatch], device: torch.device
 ) -> tuple[int, float, float]:
     """Passes of the model, seconds in it, and seconds in the autoencoders."""
     passes, model, sae = 0, 0.0, 0.0

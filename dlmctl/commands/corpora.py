@@ -27,7 +27,7 @@ from dlmctl.settings.corpus import (
 
 if TYPE_CHECKING:
     from dlmctl.models.policy import Policy
-    from dlmctl.sae.corpus import Batch, CorpusPlan
+    from dlmctl.sae.corpus import CorpusPlan, MaskedBatch
     from dlmctl.sae.formats.folders import SavedSae
 
 Corpus = Annotated[
@@ -136,7 +136,7 @@ def corpus_plan(
         UsageError: the autoencoders disagree on what is None.
         DataError: a folder has a value of the wrong type.
     """
-    from dlmctl.sae.corpus import CorpusPlan, Corruption
+    from dlmctl.sae.corpus import CorpusPlan, MaskLaw
     from dlmctl.sae.formats.folders import trained_with
 
     def own(given: Any, name: str, default: Any, option: str) -> Any:
@@ -150,7 +150,7 @@ def corpus_plan(
     if context < 2:
         raise UsageError(f"the autoencoders were trained on a context of {context}: give --context")
     return CorpusPlan(
-        Corruption(*t, bool(corpus.per_batch), seed),
+        MaskLaw(*t, bool(corpus.per_batch), seed),
         context,
         own(corpus.pack, "dlm_pack", False, "--pack or --no-pack"),
         own(corpus.hide_prompt, "dlm_hide_prompt", False, "--hide-prompt or --keep-prompt"),
@@ -176,10 +176,8 @@ def corpus_batches(
     plan: CorpusPlan,
     batch_size: int,
     on_error: OnError = "fail",
-) -> Iterator[Batch]:
+) -> Iterator[MaskedBatch]:
     """Batches of a corpus."""
-    from dlmctl.sae.corpus import corrupted_batches, read_windows
+    from dlmctl.sae.corpus import mask_batches, read_windows
 
-    return corrupted_batches(
-        read_windows(files, policy, plan, batch_size, on_error), policy, plan.law
-    )
+    return mask_batches(read_windows(files, policy, plan, batch_size, on_error), policy, plan.law)

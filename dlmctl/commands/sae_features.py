@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dlmctl.models.policy import Policy
-    from dlmctl.sae.corpus import Batch
+    from dlmctl.sae.corpus import MaskedBatch
     from dlmctl.sae.features.active import Active
 
 PositionsOption = Literal["mask", "unmask", "all", "clean"]
@@ -157,7 +157,9 @@ def command(
 
     latents = torch.tensor(choice.features or range(sae.d_sae))
     lines = input_lines(files)
-    batches: Iterator[Batch] = corpus_batches(files or [], policy, corpus, batch_size, on_error)
+    batches: Iterator[MaskedBatch] = corpus_batches(
+        files or [], policy, corpus, batch_size, on_error
+    )
     total = None if corpus.pack else lines.times(1 / batch_size)
     batches = counted(batches, "batches", quiet, total)
     stream: Iterable[Active] = active_features(batches, policy, layer, sae, kind, latents)

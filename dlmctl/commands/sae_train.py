@@ -3,171 +3,61 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from dlmctl.commands.corpora import (
-    Context,
-    Corpus,
-    HidePrompt,
-    Layers,
-    Level,
-    Pack,
-    PerBatch,
-    PositionsOption,
-    Sequences,
-    layer_numbers,
-    level_range,
-    position_kinds,
-)
-from dlmctl.commands.options import Device, Dtype, Model, Quiet, Seed, byte_count, whole_numbers
+from dlmctl.commands.corpora import corpus_plan
+from dlmctl.commands.options import byte_count, whole_numbers
 from dlmctl.commands.ranks import on_every_rank, write_metrics
 from dlmctl.records.errors import UsageError
 from dlmctl.records.locks import Lock, hold_run
+from dlmctl.settings import Knob
+from dlmctl.settings.common import Device, Model, Quiet
+from dlmctl.settings.corpus import Activations, Corpus, CorpusFiles
 from dlmctl.settings.models import Reading
+from dlmctl.settings.sae import Feed, Ks, Profile, SaeRecipe
 
 if TYPE_CHECKING:
     from dlmctl.sae.corpus import Document
     from dlmctl.sae.training.sources import Source
 
-PROFILES: dict[str, dict[str, Any]] = {
-    "corrected": {
-        "level": "0-1",
-        "per_batch": False,
-        "pack": False,
-        "aux": "straight",
-        "fitted_encoder": True,
-    },
-    "paper": {
-        "level": "0.05-0.5",
-        "per_batch": True,
-        "pack": True,
-        "aux": "rectified",
-        "fitted_encoder": False,
-    },
-}
-
 
 @on_every_rank
 def command(
-    corpus: Corpus = None,
+    files: CorpusFiles = None,
     directory: Annotated[
-        Path,
-        typer.Option("-o", "--output", metavar="DIRECTORY", help="Where the autoencoders go."),
+        Path, Knob("Where the autoencoders go.", "-o", "--output", metavar="DIRECTORY")
     ] = Path("saes"),
     model: Model = "builtin:puzzles",
     reading: Reading = Reading(),
-    layers: Layers = None,
-    ks: Annotated[
-        str, typer.Option("-k", metavar="K,…", help="Latents that are active for a token.")
-    ] = "50",
-    positions: PositionsOption = None,
-    profile: Annotated[
-        Literal["corrected", "paper"],
-        typer.Option(
-            help="paper: as DLM-Scope was trained: --t 0.05-0.5 --level-per-batch --pack "
-            "--aux rectified, and the encoder at the decoder's length first. Options that are "
-            "given come first."
-        ),
-    ] = "corrected",
-    latents: Annotated[int, typer.Option(min=1, help="Size of a dictionary.")] = 16_384,
-    tokens: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Activations that each autoencoder is trained on. A corpus in files is read again "
-            "until they are had, masked anew.",
-        ),
-    ] = 150_000_000,
-    sae_batch: Annotated[
-        int, typer.Option("--sae-batch-size", min=1, help="Activations in a step.")
-    ] = 2048,
-    rate: Annotated[float, typer.Option("--lr", min=0.0, help="Learning rate of Adam.")] = 3e-4,
-    warmup: Annotated[
-        int, typer.Option(min=0, help="Steps of linear warm-up, at most a tenth of all.")
-    ] = 1000,
-    decay_from: Annotated[
-        float,
-        typer.Option(min=0.0, max=1.0, help="Share of the steps after which the rate falls to 0."),
-    ] = 0.8,
-    grad_norm: Annotated[
-        float, typer.Option(min=0.0, help="Gradients are clipped to this norm; 0 is off.")
-    ] = 1.0,
-    aux: Annotated[
-        Literal["straight", "input", "pre", "rectified"] | None,
-        typer.Option(
-            show_default="straight",
-            help="How dead latents learn to explain the error: behind the ReLU, with the gradient "
-            "passed straight through it; input: the same, but of the input, where a run is too "
-            "short to bring them back by the error; by their pre-activations as they are "
-            "(SAELens); or rectified, as published, where they get hardly any gradient.",
-        ),
-    ] = None,
-    aux_weight: Annotated[float, typer.Option(min=0.0, help="Weight of that loss; 0 is off.")] = 1
-    / 32,
-    dead_after: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            show_default="a fifteenth of --tokens, 10M of 150M",
-            help="Activations after which a latent that was not active counts as dead.",
-        ),
-    ] = None,
-    k_start: Annotated[
-        int | None,
-        typer.Option(
-            min=1, show_default="off", help="K at the beginning, that falls to -k linearly."
-        ),
-    ] = None,
-    k_anneal: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of the steps over which it falls.")
-    ] = 0.1,
-    drop_norms: Annotated[
-        float | None,
-        typer.Option(
-            min=1.0,
-            show_default="off",
-            help="Leave out activations whose norm is above so many times the median.",
-        ),
-    ] = None,
-    level: Level = None,
-    per_batch: PerBatch = None,
-    context: Context = 2048,
-    pack: Pack = None,
-    hide_prompt: HidePrompt = False,
-    batch_size: Sequences = 8,
-    buffer: Annotated[
-        str,
-        typer.Option(
-            metavar="SIZE",
-            help="Shuffle buffer of each layer and kind of positions, such as 512M or 2G.",
-        ),
-    ] = "256M",
+    activations: Activations = Activations(),
+    ks: Ks = "50",
+    profile: Profile = "corrected",
+    recipe: SaeRecipe = SaeRecipe(),
+    corpus: Corpus = Corpus(),
+    feed: Feed = Feed(),
     log_every: Annotated[
-        int, typer.Option(min=1, help="Steps between the records of an autoencoder.")
+        int,
+        Knob("Steps of an autoencoder from one metrics record to the next.", minimum=1),
     ] = 100,
     save_minutes: Annotated[
-        float, typer.Option(min=0.0, help="Minutes between states that a killed run goes on from.")
+        float, Knob("Minutes from one saved state to the next.", minimum=0.0)
     ] = 10.0,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    device: Device = Device(),
     quiet: Quiet = False,
 ) -> None:
     """Train Top-K sparse autoencoders on activations of a model.
 
-    One pass of the model feeds all of them: each layer, kind of positions and K is one, in a folder
-    such as layer5-k50-mask that SAELens loads. In place of a corpus a directory of 'dlmctl
-    sae-activations' may be given. Writes metrics to standard output and DIRECTORY/metrics.jsonl.
-    The same command goes on with a run that was killed.
+    One forward pass of the model feeds all of them. There is an autoencoder for each combination of
+    layer, kind of positions and K, in a folder such as layer5-k50-mask that SAELens loads. In place
+    of a corpus you can give a directory written by 'dlmctl sae-activations'. Writes metrics to
+    standard output and to DIRECTORY/metrics.jsonl. The same command resumes a run that was killed.
 
     Under torchrun the batches of the corpus and the autoencoders are divided among the processes.
-    Each autoencoder is trained by one of them, with its optimizer and its shuffle buffer; the model
-    is spread over all by FSDP2, as in 'dlmctl update'. What comes out is that of one process, and a
-    run can go on with more or fewer.
+    Each autoencoder is trained by one process, which has its optimizer and its shuffle buffer; the
+    model is sharded over all processes by FSDP2, as in 'dlmctl update'. The result is that of a
+    single process, and a run can be resumed with more or fewer processes.
 
     Examples:
 
@@ -183,31 +73,12 @@ def command(
     from dlmctl.sae.training.division import divided
     from dlmctl.sae.training.run import SaeRun, finished, folder_name
     from dlmctl.sae.training.stream import Stream
-    from dlmctl.sae.training.trainer import Recipe
     from dlmctl.train.distributed import from_first, size
 
-    preset = PROFILES[profile]
     numbers = list(dict.fromkeys(whole_numbers("-k", ks)))
-    if max([*numbers, k_start or 1]) > latents:
-        raise UsageError(f"-k {ks} is more than the {latents} --latents")
-    recipe = Recipe(
-        latents=latents,
-        batch_size=sae_batch,
-        tokens=tokens,
-        rate=rate,
-        warmup=warmup,
-        decay_from=decay_from,
-        max_norm=grad_norm,
-        aux_weight=aux_weight,
-        dead_after=dead_after or max(1, tokens // 15),
-        aux=aux or preset["aux"],
-        fitted_encoder=preset["fitted_encoder"],
-        k_start=k_start,
-        k_anneal=k_anneal,
-        seed=seed,
-    )
-    given = {"level": level, "per_batch": per_batch, "pack": pack}
-    law = {name: preset[name] if value is None else value for name, value in given.items()}
+    if max([*numbers, recipe.k_start or 1]) > recipe.latents:
+        raise UsageError(f"-k {ks} is more than the {recipe.latents} --latents")
+    room = byte_count("--buffer", feed.buffer)
     _lock: Lock | None = None
 
     def begin() -> None:
@@ -217,24 +88,14 @@ def command(
 
     from_first(begin)
     source = _source(
-        corpus or [],
-        reading.name(model),
-        layers,
-        positions,
-        law,
-        context,
-        hide_prompt,
-        batch_size,
-        seed,
-        device,
-        dtype,
+        files or [], reading.name(model), activations, corpus, recipe.seed, feed.sequences, device
     )
     settings = {
         **vars(recipe),
         **source.settings,
         "k": numbers,
-        "drop_norms": drop_norms,
-        "buffer": buffer,
+        "drop_norms": feed.drop_norms,
+        "buffer": feed.buffer,
         "keys": [str(key) for key in source.keys],
     }
     names = [folder_name(key, k) for key in source.keys for k in numbers]
@@ -243,9 +104,11 @@ def command(
         return
     if len(names) < size():
         _say(f"{len(names)} autoencoders on {size()} processes: the others train none")
-    room, owners = byte_count("--buffer", buffer), divided(source.keys, numbers)
+    owners = divided(source.keys, numbers)
     streams = [
-        Stream(key, numbers, recipe, source.width, room, drop_norms, source.device, owners[key])
+        Stream(
+            key, numbers, recipe, source.width, room, feed.drop_norms, source.device, owners[key]
+        )
         for key in source.keys
     ]
     run = SaeRun(directory, streams, settings, source.metadata, source.device)
@@ -270,37 +133,30 @@ def _say(line: str) -> None:
 
 
 def _source(
-    corpus: list[str],
+    files: list[str],
     model: str,
-    layers: str | None,
-    positions: str | None,
-    law: Mapping[str, Any],
-    context: int,
-    hide_prompt: bool,
-    batch_size: int,
+    activations: Activations,
+    corpus: Corpus,
     seed: int,
-    device: str,
-    dtype: str,
+    sequences: int,
+    device: Device,
 ) -> Source:
-    """Stored activations where the corpus is a directory, else those of the model."""
+    """Stored activations if a directory is given, else those of the model on the corpus."""
     from dlmctl.models.loading import load_policy, resolve_device
-    from dlmctl.sae.corpus import CorpusPlan, Corruption, read_windows
+    from dlmctl.sae.corpus import read_windows
     from dlmctl.sae.training.sources import ModelSource, StoredSource
     from dlmctl.train.distributed import size
     from dlmctl.train.sharding import shard
 
-    kinds = position_kinds(positions) if positions else None
-    chosen = layer_numbers(layers) if layers else None
-    if len(corpus) == 1 and Path(corpus[0]).is_dir():
-        return StoredSource(Path(corpus[0]), chosen, kinds, resolve_device(device))
-    masks = Corruption(*level_range(law["level"]), law["per_batch"], seed)
-    policy = load_policy(model, device, dtype)
+    layers, kinds = activations.layer_numbers, activations.kinds
+    if len(files) == 1 and Path(files[0]).is_dir():
+        return StoredSource(Path(files[0]), layers, kinds, resolve_device(device.device))
+    plan = corpus_plan(corpus, seed)
+    policy = load_policy(model, device.device, device.dtype)
     if size() > 1:
         shard(policy)
 
     def windows() -> Iterator[list[Document]]:
-        plan = CorpusPlan(masks, context, law["pack"], hide_prompt)
-        return read_windows(corpus, policy, plan, batch_size, repeat=True)
+        return read_windows(files, policy, plan, sequences, repeat=True)
 
-    about = {"context": context, "pack": law["pack"], "hide_prompt": hide_prompt}
-    return ModelSource(policy, windows, chosen or [0], kinds or ["mask"], masks, about)
+    return ModelSource(policy, windows, layers or [0], kinds or ["mask"], plan)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -25,7 +24,7 @@ from dlmctl.models.policy import Policy
 from dlmctl.models.weights import read_weights
 from dlmctl.records.errors import CannotWriteError, DataError, MissingInputError, UsageError
 from dlmctl.records.files import read_json, write_file
-from dlmctl.sae.corpus import Batch, Corruption, Positions
+from dlmctl.sae.corpus import CorpusPlan, MaskedBatch, Positions
 from dlmctl.train.sharding import whole_pass
 
 INDEX = "activations.json"
@@ -41,7 +40,7 @@ class Key(NamedTuple):
         return f"{self.layer}.{self.positions}"
 
 
-Block = Mapping[Key, Tensor]
+ActivationBatch = Mapping[Key, Tensor]
 
 
 def check_keys(policy: Policy, layers: Sequence[int], positions: Sequence[Positions]) -> None:
@@ -57,7 +56,7 @@ def check_keys(policy: Policy, layers: Sequence[int], positions: Sequence[Positi
 @torch.no_grad()
 def model_activations(
     policy: Policy,
-    batches: Iterable[Batch],
+    batches: Iterable[MaskedBatch],
     layers: Sequence[int],
     positions: Sequence[Positions],
 ) -> Iterator[dict[Key, Tensor]]:
@@ -69,7 +68,7 @@ def model_activations(
         for seen, kinds in ((batch, corrupt), (batch.clean(), clean)):
             if not kinds:
                 continue
-            run = partial(block_outputs, policy, seen.seen, batch.attention, layers)
+            run = partial(block_outputs, policy, seen.masked_ids, batch.attention, layers)
             outputs = whole_pass(policy.model, run)
             for kind in kinds:
                 wanted = seen.selected(kind)
@@ -79,7 +78,7 @@ def model_activations(
 
 def store_activations(
     policy: Policy,
-    batches: Iterable[Batch],
+    batches: Iterable[MaskedBatch],
     layers: Sequence[int],
     positions: Sequence[Positions],
     metadata: Mapping[str, Any],
@@ -127,12 +126,17 @@ def store_activations(
     write_file(directory / INDEX, json.dumps(index, indent=2).encode() + b"\n")
 
 
-def source_metadata(policy: Policy, law: Corruption) -> dict[str, Any]:
-    """What is written into a SAE's metadata of the model and the masks that it was trained on."""
+def source_metadata(policy: Policy, plan: CorpusPlan) -> dict[str, Any]:
+    """What an autoencoder's metadata say about the model and the corpus it was trained on."""
     return {
         "model_name": policy.name,
         "dlm_revision": policy.revision,
-        **{f"dlm_{name}": value for name, value in asdict(law).items() if name != "seed"},
+        "dlm_t_min": plan.law.t_min,
+        "dlm_t_max": plan.law.t_max,
+        "dlm_per_batch": plan.law.per_batch,
+        "dlm_pack": plan.pack,
+        "dlm_hide_prompt": plan.hide_prompt,
+        "context_size": plan.context,
     }
 
 

@@ -28,7 +28,7 @@ WINDOW = 16
 
 
 @dataclass(frozen=True)
-class Corruption:
+class MaskLaw:
     """The law of the masks."""
 
     t_min: float = 0.0
@@ -45,7 +45,7 @@ class Corruption:
 class CorpusPlan(NamedTuple):
     """How a corpus is cut into sequences and masked."""
 
-    law: Corruption
+    law: MaskLaw
     context: int
     pack: bool = False
     hide_prompt: bool = False
@@ -73,38 +73,40 @@ class Document(NamedTuple):
     """The record that it was read from; the last one where several are packed into one."""
 
 
-class Batch(NamedTuple):
+class MaskedBatch(NamedTuple):
     """B sequences, padded on the right."""
 
     documents: list[Document]
     ids: Tensor
-    """int64 [B, T], what was written."""
-    seen: Tensor
-    """int64 [B, T], what the model sees: the mask token stands for what is hidden."""
-    hidden: Tensor
+    """int64 [B, T], the text."""
+    masked_ids: Tensor
+    """int64 [B, T], what the model sees: the mask token stands for what is masked."""
+    masked: Tensor
     """bool [B, T]."""
-    there: Tensor
+    valid: Tensor
     """bool [B, T], false for padding."""
     level: Tensor
     """float64 [B], t."""
 
     @property
     def attention(self) -> Tensor | None:
-        """`there`, or None where nothing is padded."""
-        return None if bool(self.there.all()) else self.there
+        """`valid`, or None where nothing is padded."""
+        return None if bool(self.valid.all()) else self.valid
 
     def selected(self, positions: Positions) -> Tensor:
         """bool [B, T], the tokens of a kind; never padding nor the first token."""
-        later = self.there.clone()
+        later = self.valid.clone()
         later[:, 0] = False
         if positions == "mask":
-            return later & self.hidden
-        return later & ~self.hidden if positions == "unmask" else later
+            return later & self.masked
+        return later & ~self.masked if positions == "unmask" else later
 
-    def clean(self) -> Batch:
+    def clean(self) -> MaskedBatch:
         """The same with nothing hidden."""
-        nothing = torch.zeros_like(self.hidden)
-        return self._replace(seen=self.ids, hidden=nothing, level=torch.zeros_like(self.level))
+        nothing = torch.zeros_like(self.masked)
+        return self._replace(
+            masked_ids=self.ids, masked=nothing, level=torch.zeros_like(self.level)
+        )
 
 
 def read_windows(
@@ -191,22 +193,22 @@ def together(stream: Iterable[Document], batch_size: int) -> Iterator[list[Docum
             yield window[first : first + batch_size]
 
 
-def corrupted(
-    stream: Iterable[Document], policy: Policy, law: Corruption, batch_size: int
-) -> Iterator[Batch]:
+def masked_corpus(
+    stream: Iterable[Document], policy: Policy, law: MaskLaw, batch_size: int
+) -> Iterator[MaskedBatch]:
     """The batches of a corpus."""
-    return corrupted_batches(together(stream, batch_size), policy, law)
+    return mask_batches(together(stream, batch_size), policy, law)
 
 
-def corrupted_batches(
-    windows: Iterable[list[Document]], policy: Policy, law: Corruption
-) -> Iterator[Batch]:
+def mask_batches(
+    windows: Iterable[list[Document]], policy: Policy, law: MaskLaw
+) -> Iterator[MaskedBatch]:
     """A batch of each of these lists of documents."""
     for number, window in enumerate(windows):
-        yield corrupted_batch(window, policy, law, number)
+        yield mask_batch(window, policy, law, number)
 
 
-def corrupted_batch(window: list[Document], policy: Policy, law: Corruption, number: int) -> Batch:
+def mask_batch(window: list[Document], policy: Policy, law: MaskLaw, number: int) -> MaskedBatch:
     """A batch of documents on the device of the policy; an autoregressive one has nothing hidden.
 
     Args:
@@ -222,7 +224,7 @@ def corrupted_batch(window: list[Document], policy: Policy, law: Corruption, num
     if policy.mask_id is None:
         nothing = torch.zeros_like(there)
         level = torch.zeros(len(window), dtype=torch.float64)
-        return _on(policy, Batch(window, ids, ids, nothing, there, level))
+        return _on(policy, MaskedBatch(window, ids, ids, nothing, there, level))
     keys = key_tensor([stream_key(law.seed, "mask", document.number) for document in window])
     numbers = uniform(keys[:, None], torch.arange(width + 1)[None])
     level = numbers[:, 0]
@@ -233,11 +235,11 @@ def corrupted_batch(window: list[Document], policy: Policy, law: Corruption, num
     kept = torch.tensor([document.kept for document in window])
     hidden = (numbers[:, 1:] < level[:, None]) & there & (column >= kept[:, None])
     seen = ids.masked_fill(hidden, policy.mask_id)
-    return _on(policy, Batch(window, ids, seen, hidden, there, level))
+    return _on(policy, MaskedBatch(window, ids, seen, hidden, there, level))
 
 
-def _on(policy: Policy, batch: Batch) -> Batch:
-    moved = {name: getattr(batch, name).to(policy.device) for name in Batch._fields[1:]}
+def _on(policy: Policy, batch: MaskedBatch) -> MaskedBatch:
+    moved = {name: getattr(batch, name).to(policy.device) for name in MaskedBatch._fields[1:]}
     return batch._replace(**moved)
 
 

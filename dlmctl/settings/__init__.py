@@ -11,6 +11,7 @@ A knob that stands alone is an annotation, `Seed = Annotated[int, Knob("…", "-
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -33,6 +34,8 @@ class Knob:
     """DLMCTL_NAME in the environment sets it, NAME being that of the long flag."""
     argument: bool = False
     """It has no flag, but a place on the command line."""
+    presets: Mapping[str, Mapping[str, Any]] | None = None
+    """Defaults of the command's other options, by field, under each value of this one."""
 
     def __init__(self, help: str, *flags: str, **about: Any) -> None:
         unknown = about.keys() - {known.name for known in dataclasses.fields(Knob)}

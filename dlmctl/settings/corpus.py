@@ -123,6 +123,9 @@ class Activations:
         shown_default="mask, or all that are stored",
     )
 
+    def __post_init__(self) -> None:
+        _ = self.layer_numbers, self.kinds  # raise UsageError
+
     @property
     def layer_numbers(self) -> list[int] | None:
         """Numbers of the blocks; None: not given."""
@@ -132,9 +135,6 @@ class Activations:
     def kinds(self) -> list[Positions] | None:
         """Kinds of positions; None: not given."""
         return position_kinds(self.positions) if self.positions else None
-
-    def __post_init__(self) -> None:
-        _ = self.layer_numbers, self.kinds  # raise UsageError
 
 
 def position_kinds(text: str) -> list[Positions]:

@@ -23,8 +23,8 @@ from dlmctl.bench.sae import (
 )
 from dlmctl.records.errors import UsageError
 from dlmctl.sae.activations import StoredActivations
-from dlmctl.sae.training.gradient import Aux
-from dlmctl.sae.training.trainer import Recipe, SaeTrainer
+from dlmctl.sae.training.trainer import SaeTrainer
+from dlmctl.settings.sae import Aux, SaeRecipe
 
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("aux", ["straight", "pre", "rectified"])
 def test_the_dense_steps_are_those_of_sae_train(aux: Aux) -> None:
     data = [x.double() for x in planted_activations(8, 32, 12, 3, CPU)]
-    recipe = Recipe(24, 32, 32 * 12, 3e-3, dead_after=64, aux=aux)
+    recipe = SaeRecipe(24, 32, 32 * 12, 3e-3, dead_after=64, aux=aux)
     ours = SaeTrainer(recipe, 8, 2, 0, "cpu")
     ours.sae.double()
     ours.begin(data[0])

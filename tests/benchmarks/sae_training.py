@@ -25,7 +25,8 @@ from torch import Tensor
 
 from dlmctl.bench.sae import planted_activations
 from dlmctl.records.jsonl import write_records
-from dlmctl.sae.training.trainer import Recipe, SaeTrainer, fit
+from dlmctl.sae.training.trainer import SaeTrainer, fit
+from dlmctl.settings.sae import SaeRecipe
 
 RATE = 3e-4
 
@@ -41,7 +42,7 @@ class Trained(Protocol):
 
 
 class Ours:
-    def __init__(self, recipe: Recipe, k: int, first: Tensor) -> None:
+    def __init__(self, recipe: SaeRecipe, k: int, first: Tensor) -> None:
         self.trainer = SaeTrainer(recipe, first.shape[1], k, 0, "cpu")
         self.trainer.begin(first)
         self.train_step = self.trainer.train_step
@@ -54,7 +55,7 @@ class Ours:
 class SaeLens:
     """Its SAETrainer, with codes dense or as sparse tensors."""
 
-    def __init__(self, recipe: Recipe, k: int, first: Tensor, sparse: bool) -> None:
+    def __init__(self, recipe: SaeRecipe, k: int, first: Tensor, sparse: bool) -> None:
         from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
         from sae_lens.config import SAETrainerConfig
         from sae_lens.training.sae_trainer import SAETrainer
@@ -90,7 +91,7 @@ class SaeLens:
 class Sparsify:
     """What its Trainer does with the activations of a batch, with --optimizer adam."""
 
-    def __init__(self, recipe: Recipe, k: int, first: Tensor) -> None:
+    def __init__(self, recipe: SaeRecipe, k: int, first: Tensor) -> None:
         with contextlib.redirect_stdout(sys.stderr):  # it says there what it has not got
             from sparsify import SparseCoder, SparseCoderConfig
         from transformers import get_linear_schedule_with_warmup
@@ -123,7 +124,7 @@ class Sparsify:
         return made
 
 
-def ways(recipe: Recipe, k: int, first: Tensor) -> dict[str, Callable[[], Trained]]:
+def ways(recipe: SaeRecipe, k: int, first: Tensor) -> dict[str, Callable[[], Trained]]:
     """What is installed, by name."""
     found: dict[str, Callable[[], Trained]] = {"dlmctl": lambda: Ours(recipe, k, first)}
     if importlib.util.find_spec("sae_lens"):
@@ -141,7 +142,7 @@ def ways(recipe: Recipe, k: int, first: Tensor) -> dict[str, Callable[[], Traine
 def compare(k: int, width: int, latents: int, size: int, steps: int) -> list[dict[str, Any]]:
     """A record for each way; the first step is not timed."""
     *data, held_out = planted_activations(width, size, steps + 1, 0, torch.device("cpu"))
-    recipe = Recipe(latents, size, size * steps, rate=RATE)
+    recipe = SaeRecipe(latents, size, size * steps, rate=RATE, dead_after=10_000_000)
     trained = {name: make() for name, make in ways(recipe, k, data[0]).items()}
     seconds: dict[str, list[float]] = {name: [] for name in trained}
     for x in data:

@@ -18,7 +18,7 @@ from dlmctl.models.saving import save_policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.rl.recorded import recorded_difference
-from dlmctl.sae.corpus import Corruption, corrupted, documents
+from dlmctl.sae.corpus import MaskLaw, documents, masked_corpus
 from dlmctl.sae.evaluation.stability import stability
 
 OWN, OTHER = "01234=", "=43210"
@@ -125,7 +125,7 @@ def test_scores_of_two_tokenizers_are_not_subtracted(capsys: pytest.CaptureFixtu
 
 def test_stability_is_of_models_with_one_tokenizer() -> None:
     own, other = same_function()
-    batches = list(corrupted(documents(texts(), own, 99), own, Corruption(0.5, 0.5), 2))
+    batches = list(masked_corpus(documents(texts(), own, 99), own, MaskLaw(0.5, 0.5), 2))
     with pytest.raises(UsageError, match="different tokenizers"):
         stability(own, other, batches, [], "all", False, {})
 

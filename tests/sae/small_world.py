@@ -12,7 +12,7 @@ from conftest import tiny_policy
 from dlmctl.models.blocks import block_outputs
 from dlmctl.models.policy import Policy
 from dlmctl.records.jsonl import Record
-from dlmctl.sae.corpus import Corruption, Document, Positions, corrupted, documents
+from dlmctl.sae.corpus import Document, MaskLaw, Positions, documents, masked_corpus
 from dlmctl.sae.features.active import Active, active_features
 from dlmctl.sae.topk import TopKSae
 
@@ -45,13 +45,13 @@ class World(NamedTuple):
     policy: Policy
     sae: TopKSae
     records: list[Record]
-    law: Corruption
+    law: MaskLaw
 
     def stream(
         self, positions: Positions, batch_size: int, latents: tuple[int, ...] | None = None
     ) -> Iterator[Active]:
         wanted = torch.tensor(range(LATENTS) if latents is None else latents)
-        batches = corrupted(self.documents(), self.policy, self.law, batch_size)
+        batches = masked_corpus(self.documents(), self.policy, self.law, batch_size)
         return active_features(batches, self.policy, LAYER, self.sae, positions, wanted)
 
     def documents(self) -> Iterator[Document]:
@@ -62,14 +62,14 @@ class World(NamedTuple):
         """One document after the other, dense codes by sorting."""
         made = []
         for document in self.documents():
-            [batch] = corrupted([document], self.policy, self.law, 1)
+            [batch] = masked_corpus([document], self.policy, self.law, 1)
             batch = batch.clean() if positions == "clean" else batch
-            x = block_outputs(self.policy, batch.seen, None, [LAYER])[LAYER][0].float()
+            x = block_outputs(self.policy, batch.masked_ids, None, [LAYER])[LAYER][0].float()
             pre = (x - self.sae.b_dec) @ self.sae.W_enc + self.sae.b_enc
             least = pre.sort(dim=1, descending=True).values[:, self.sae.k - 1 : self.sae.k]
             chosen = batch.selected(positions)[0]
             codes = pre.relu() * (pre >= least) * chosen[:, None]
-            level, hidden = float(batch.level), batch.hidden[0].tolist()
+            level, hidden = float(batch.level), batch.masked[0].tolist()
             made.append(Sight(document, level, hidden, chosen.tolist(), codes.tolist()))
         return made
 
@@ -84,7 +84,7 @@ def small_world() -> World:
         digits = torch.randint(0, 5, (size,), generator=generator).tolist()
         fields: dict[str, Any] = {"id": f"text/{number}", "text": "".join(map(str, digits))}
         records.append(Record(fields | ({"sample": 0} if number < 20 else {})))
-    world = World(tiny_policy(), random_sae(), records, Corruption(0.1, 0.9, seed=3))
+    world = World(tiny_policy(), random_sae(), records, MaskLaw(0.1, 0.9, seed=3))
     _centre(world)
     return world
 
@@ -92,7 +92,7 @@ def small_world() -> World:
 @torch.no_grad()
 def _centre(world: World) -> None:
     """Without this the mean of the activations decides, and most features are dead."""
-    [batch] = corrupted(world.documents(), world.policy, world.law, 60)
-    states = block_outputs(world.policy, batch.seen, batch.attention, [LAYER])[LAYER]
-    world.sae.b_dec.copy_(states[batch.there].mean(dim=0))
+    [batch] = masked_corpus(world.documents(), world.policy, world.law, 60)
+    states = block_outputs(world.policy, batch.masked_ids, batch.attention, [LAYER])[LAYER]
+    world.sae.b_dec.copy_(states[batch.valid].mean(dim=0))
     world.sae.b_enc.zero_()

@@ -17,7 +17,7 @@ from dlmctl.commands.corpora import corpus_plan, own_model
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record, parse_record
-from dlmctl.sae.corpus import Batch, CorpusPlan, Corruption, corrupted, documents
+from dlmctl.sae.corpus import CorpusPlan, MaskedBatch, MaskLaw, documents, masked_corpus
 from dlmctl.sae.evaluation.evaluate import Evaluation, Placed, evaluate
 from dlmctl.sae.evaluation.insertion import Changes, DocumentLosses, Losses, document_losses, splice
 from dlmctl.sae.evaluation.stability import compare, match_decoders, stability
@@ -25,14 +25,14 @@ from dlmctl.sae.formats.folders import SavedSae, write_sae
 from dlmctl.sae.topk import Codes, TopKSae
 from dlmctl.settings.corpus import AS_TRAINED
 
-LAW = Corruption(0.2, 0.8, seed=1)
+LAW = MaskLaw(0.2, 0.8, seed=1)
 CORPUS = {"t": [0.2, 0.8]}
 
 
-def _batches(policy: Policy, count: int = 20) -> list[Batch]:
+def _batches(policy: Policy, count: int = 20) -> list[MaskedBatch]:
     texts = ["".join("01234="[(n * k * k) % 6] for k in range(5 + n % 7)) for n in range(count)]
     records = [Record(id=n, text=text) for n, text in enumerate(texts)]
-    return list(corrupted(documents(records, policy, 99), policy, LAW, 6))
+    return list(masked_corpus(documents(records, policy, 99), policy, LAW, 6))
 
 
 def _identity(width: int) -> TopKSae:
@@ -50,9 +50,9 @@ def _random(width: int, seed: int = 0) -> TopKSae:
     return sae.double()
 
 
-def _row(batch: Batch, b: int) -> dict[str, Any]:
+def _row(batch: MaskedBatch, b: int) -> dict[str, Any]:
     """The fields of a batch of one document alone, still padded."""
-    tensors = {name: getattr(batch, name)[b : b + 1] for name in Batch._fields[1:]}
+    tensors = {name: getattr(batch, name)[b : b + 1] for name in MaskedBatch._fields[1:]}
     return {"documents": [batch.documents[b]], **tensors}
 
 
@@ -80,16 +80,16 @@ def test_losses_are_those_of_the_whole_logits(family: str) -> None:
         losses.add(document_losses(policy, batch))
         with torch.no_grad():
             logits = policy.core(
-                input_ids=batch.seen, attention_mask=batch.there.long(), use_cache=False
+                input_ids=batch.masked_ids, attention_mask=batch.valid.long(), use_cache=False
             ).logits
         for b, t in itertools.product(*map(range, batch.ids.shape)):
-            if t == 0 or not batch.there[b, t]:
+            if t == 0 or not batch.valid[b, t]:
                 continue
             # Dream's sampler and an autoregressive model read token t from the place before it.
             place = t - 1 if family in ("dream", "ar") else t
             value = -float(logits[b, place].log_softmax(-1)[batch.ids[b, t]])
-            nats["mask" if batch.hidden[b, t] else "unmask"].append(value)
-            weighted += value / float(batch.level[b]) if batch.hidden[b, t] else 0.0
+            nats["mask" if batch.masked[b, t] else "unmask"].append(value)
+            weighted += value / float(batch.level[b]) if batch.masked[b, t] else 0.0
     found = losses.means()
     for kind, values in nats.items():
         wanted = sum(values) / len(values) if values else None
@@ -105,14 +105,14 @@ def test_a_prompt_that_is_never_masked_has_no_loss(family: str) -> None:
     policy = tiny_policy(family)  # type: ignore[arg-type]
     prompts = ["012", "4", "33210"]
     records = [Record(id=n, prompt=p, completion="0123=4") for n, p in enumerate(prompts)]
-    [batch] = corrupted(documents(records, policy, 99), policy, LAW, 3)
+    [batch] = masked_corpus(documents(records, policy, 99), policy, LAW, 3)
     found = document_losses(policy, batch)
     with torch.no_grad():
         logits = policy.core(
-            input_ids=batch.seen, attention_mask=batch.there.long(), use_cache=False
+            input_ids=batch.masked_ids, attention_mask=batch.valid.long(), use_cache=False
         ).logits
     for b, document in enumerate(batch.documents):
-        scored = [t for t in range(document.kept, len(document.ids)) if not batch.hidden[b, t]]
+        scored = [t for t in range(document.kept, len(document.ids)) if not batch.masked[b, t]]
         places = [t - 1 if family == "ar" else t for t in scored]
         values = [
             -float(logits[b, place].log_softmax(-1)[batch.ids[b, t]])
@@ -149,16 +149,16 @@ def test_the_error_of_a_change_is_that_of_a_ratio_over_documents() -> None:
     policy = tiny_policy()
     sae = _random(16)
     batches = _batches(policy)
-    batches[0].hidden[1] = False  # a document without a masked token does not count
-    batches[0].seen[1] = batches[0].ids[1]
+    batches[0].masked[1] = False  # a document without a masked token does not count
+    batches[0].masked_ids[1] = batches[0].ids[1]
     [row] = evaluate(policy, batches, [_placed(sae, 0, "mask")], "matching", True, {})
     edits = {0: splice(policy, sae, "mask", "matching")}
     changes: list[tuple[float, int]] = []
     for batch in batches:
         for b in range(len(batch.documents)):
-            alone = Batch(**_row(batch, b))
+            alone = MaskedBatch(**_row(batch, b))
             before, after = (document_losses(policy, alone, e) for e in (None, edits))
-            changes.append((float(after.sums[0] - before.sums[0]), int(batch.hidden[b].sum())))
+            changes.append((float(after.sums[0] - before.sums[0]), int(batch.masked[b].sum())))
     changes = [(d, n) for d, n in changes if n]
     assert len(changes) == 19
     total = sum(n for _, n in changes)
@@ -264,11 +264,11 @@ def test_autoencoders_of_one_corpus_decide_how_it_is_read(
         "dlm_hide_prompt": lambda found: found.hide_prompt,
     }
     assert fields[name](plan({name: value}, {name: value})) == value
-    assert plan({}, {"layer": 3}) == CorpusPlan(Corruption(), 2048, False, False)
+    assert plan({}, {"layer": 3}) == CorpusPlan(MaskLaw(), 2048, False, False)
     with pytest.raises(UsageError, match=f"another {name}: 0 with {value}, .*give {option}"):
         plan({name: value}, {})
     given = {"level": "0.3", "context": 64, "pack": False, "hide_prompt": False}
-    wanted = CorpusPlan(Corruption(0.3, 0.3), 64, False, False)
+    wanted = CorpusPlan(MaskLaw(0.3, 0.3), 64, False, False)
     assert plan({name: value}, {}, **given) == wanted
     with pytest.raises(DataError, match=f"'{name}' is 'much'"):
         plan({name: "much"})
@@ -289,7 +289,7 @@ def test_evaluation_gives_codes_at_its_own_positions() -> None:
         policy, [_placed(_random(16), 0, kind) for kind in ("mask", "all")], "all", False
     )
     first, second = evaluation.add(batch)
-    assert len(first.values) == int(batch.hidden.sum())
+    assert len(first.values) == int(batch.masked.sum())
     assert len(second.values) == int(batch.selected("all").sum())
 
 

@@ -13,7 +13,7 @@ from small_world import LATENTS, LAYER, Sight, random_sae, small_world
 from dlmctl.diffusion.noise import key_tensor, stream_key, uniform
 from dlmctl.models.token_text import TokenTexts
 from dlmctl.records.errors import UsageError
-from dlmctl.sae.corpus import Corruption, Positions, corrupted
+from dlmctl.sae.corpus import MaskLaw, Positions, masked_corpus
 from dlmctl.sae.features.active import Active, active_features
 from dlmctl.sae.features.activity import ALIVE
 from dlmctl.sae.features.records import EFFECTS, feature_records, logit_effects
@@ -163,7 +163,7 @@ def test_inactive_windows_are_drawn_among_those_without_an_active_token() -> Non
 def test_weighted_windows_are_drawn_in_proportion_to_the_activation() -> None:
     """A thousand features with activations 3 and 1 on one token of each of two documents."""
     count = 1000
-    [batch] = corrupted(list(WORLD.documents())[:2], WORLD.policy, WORLD.law, 2)
+    [batch] = masked_corpus(list(WORLD.documents())[:2], WORLD.policy, WORLD.law, 2)
     index = torch.full(batch.ids.shape, -1)
     index[:, 2] = torch.arange(2)
     slots = torch.arange(count)
@@ -262,7 +262,7 @@ def test_logit_effects_are_the_rows_through_the_output_matrix(family: Any) -> No
 
 
 def test_an_autoencoder_of_another_width_is_refused() -> None:
-    batches = corrupted(WORLD.documents(), WORLD.policy, Corruption(), 4)
+    batches = masked_corpus(WORLD.documents(), WORLD.policy, MaskLaw(), 4)
     stream = active_features(
         batches, WORLD.policy, LAYER, random_sae(width=8), "mask", torch.arange(3)
     )

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dlmctl.sae.training.gradient import Aux, Dictionary, add_gradient
+from dlmctl.sae.training.gradient import SaeWeights, add_gradient
+from dlmctl.settings.sae import Aux
 
 D, F, N, K = 6, 20, 9, 3
 
 
-def _dictionary(seed: int = 0) -> Dictionary:
-    sae = Dictionary(D, F, torch.float64)
+def _dictionary(seed: int = 0) -> SaeWeights:
+    sae = SaeWeights(D, F, torch.float64)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in sae.parameters():
@@ -29,7 +30,7 @@ def _activations(seed: int = 1) -> Tensor:
 
 
 def _dense_loss(
-    sae: Dictionary, x: Tensor, dead: Tensor, k_aux: int, weight: float, aux: Aux
+    sae: SaeWeights, x: Tensor, dead: Tensor, k_aux: int, weight: float, aux: Aux
 ) -> Tensor:
     """L as it is defined, with dense codes."""
     pre = (x - sae.centre) @ sae.encoder.T + sae.bias
@@ -66,7 +67,7 @@ def test_gradient_is_that_of_the_definition(dead: list[int], aux: Aux) -> None:
         torch.testing.assert_close(parameter.grad, gradient)
 
 
-def _with_a_dead_latent() -> Dictionary:
+def _with_a_dead_latent() -> SaeWeights:
     sae = _dictionary()
     with torch.no_grad():
         sae.bias[5] = -100.0
@@ -93,11 +94,11 @@ def test_straight_through_the_rectifier_dead_encoders_turn_to_the_error() -> Non
     assert torch.equal(found["centre"], alone["centre"])
 
 
-def _pre(sae: Dictionary, x: Tensor) -> Tensor:
+def _pre(sae: SaeWeights, x: Tensor) -> Tensor:
     return (x - sae.centre) @ sae.encoder.T + sae.bias
 
 
-def _gradients(sae: Dictionary, x: Tensor, dead: Tensor, aux: Aux) -> dict[str, Tensor]:
+def _gradients(sae: SaeWeights, x: Tensor, dead: Tensor, aux: Aux) -> dict[str, Tensor]:
     add_gradient(sae, x, K, dead, 3, 0.3, aux)
     return {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
 

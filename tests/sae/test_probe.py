@@ -15,7 +15,7 @@ from dlmctl.models.tokenizers import word_tokenizer
 from dlmctl.records.errors import DataError, MissingInputError
 from dlmctl.records.jsonl import Record, dump
 from dlmctl.report.auroc import auroc, average_ranks
-from dlmctl.sae.corpus import Corruption, corrupted, documents
+from dlmctl.sae.corpus import MaskLaw, documents, masked_corpus
 from dlmctl.sae.evaluation.probe import (
     Half,
     baseline_methods,
@@ -190,7 +190,7 @@ def test_labels_that_make_no_sense_are_refused(sentences):
 
 def test_collected_activations_are_those_of_the_tokens_in_their_sentences():
     policy = word_policy()
-    law = Corruption(0.2, 0.6, seed=3)
+    law = MaskLaw(0.2, 0.6, seed=3)
     stream = list(documents(prompts("concepts", limit=7), policy, 2048))
     places = [(0, "mask"), (1, "unmask"), (1, "clean")]
     found = collect(stream, policy, places, law, batch_size=3)
@@ -204,7 +204,7 @@ def test_collected_activations_are_those_of_the_tokens_in_their_sentences():
         assert [found.values[s] for s in of_document] == [
             {k: v for k, v in label.items() if k not in ("start", "end")} for label in labels
         ]
-        [batch] = corrupted([document], policy, law, 1)
+        [batch] = masked_corpus([document], policy, law, 1)
         row = torch.tensor(token_sentences(document, policy))
         # Alone a document has number 0 and other masks, so that hidden tokens are not compared.
         with torch.no_grad():

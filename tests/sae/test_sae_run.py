@@ -15,16 +15,24 @@ from dlmctl.models.blocks import block_outputs
 from dlmctl.records.errors import CannotCreateError, DataError, UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.sae.activations import Key, model_activations, store_activations
-from dlmctl.sae.corpus import Batch, Corruption, Document, corrupted, documents, together
+from dlmctl.sae.corpus import (
+    CorpusPlan,
+    Document,
+    MaskedBatch,
+    MaskLaw,
+    documents,
+    masked_corpus,
+    together,
+)
 from dlmctl.sae.formats.folders import read_sae
 from dlmctl.sae.training.run import SaeRun
 from dlmctl.sae.training.sources import ModelSource, Source, StoredSource
 from dlmctl.sae.training.stream import Stream
-from dlmctl.sae.training.trainer import Recipe
+from dlmctl.settings.sae import SaeRecipe
 
 POLICY = tiny_policy()
-LAW = Corruption(0.2, 0.8, seed=3)
-RECIPE = Recipe(latents=24, batch_size=32, tokens=32 * 12, rate=1e-3, dead_after=128, seed=5)
+LAW = MaskLaw(0.2, 0.8, seed=3)
+RECIPE = SaeRecipe(latents=24, batch_size=32, tokens=32 * 12, rate=1e-3, dead_after=128, seed=5)
 CPU = torch.device("cpu")
 
 
@@ -35,8 +43,8 @@ def _documents() -> Iterator[Document]:
     return documents(records, POLICY, 99)
 
 
-def _batches() -> Iterator[Batch]:
-    return corrupted(_documents(), POLICY, LAW, 4)
+def _batches() -> Iterator[MaskedBatch]:
+    return masked_corpus(_documents(), POLICY, LAW, 4)
 
 
 def _windows() -> Iterator[list[Document]]:
@@ -44,7 +52,7 @@ def _windows() -> Iterator[list[Document]]:
 
 
 def _source(layers: list[int], positions: list[Any]) -> Source:
-    return ModelSource(POLICY, _windows, layers, positions, LAW, {"context": 99})
+    return ModelSource(POLICY, _windows, layers, positions, CorpusPlan(LAW, 99))
 
 
 def _run(directory: Path, source: Source, ks: list[int], **changes: Any) -> SaeRun:
@@ -138,8 +146,8 @@ def test_one_pass_gives_what_single_passes_give() -> None:
         _batches(), model_activations(POLICY, _batches(), [1, 0], ["mask", "clean"]), strict=True
     ):
         for layer in (0, 1):
-            masked = block_outputs(POLICY, batch.seen, batch.attention, [layer])[layer]
-            assert torch.equal(block[Key(layer, "mask")], masked[batch.hidden])
+            masked = block_outputs(POLICY, batch.masked_ids, batch.attention, [layer])[layer]
+            assert torch.equal(block[Key(layer, "mask")], masked[batch.masked])
             plain = block_outputs(POLICY, batch.ids, batch.attention, [layer])[layer]
             assert torch.equal(block[Key(layer, "clean")], plain[batch.selected("clean")])
 

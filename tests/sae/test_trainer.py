@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dlmctl.sae.training.trainer import Recipe, SaeTrainer, fit, geometric_median, remove_parallel
+from dlmctl.sae.training.trainer import SaeTrainer, fit, geometric_median, remove_parallel
+from dlmctl.settings.sae import SaeRecipe
 
 D = 8
 
@@ -30,8 +31,9 @@ def _trainer(seed: int = 0, **changes: object) -> SaeTrainer:
         "batch_size": 64,
         "tokens": 64 * 200,
         "rate": 3e-3,
+        "dead_after": 10_000_000,
     }
-    recipe = Recipe(**{**settings, **changes})  # type: ignore[arg-type]
+    recipe = SaeRecipe(**{**settings, **changes})  # type: ignore[arg-type]
     trainer = SaeTrainer(recipe, D, 2, seed, "cpu")
     trainer.begin(_planted(500))
     return trainer
@@ -126,18 +128,18 @@ def test_dead_latents_come_back_where_they_get_gradient() -> None:
 
 
 def test_rate_warms_up_stays_and_falls_to_zero() -> None:
-    recipe = Recipe(tokens=2048 * 100, rate=1.0)
+    recipe = SaeRecipe(tokens=2048 * 100, rate=1.0)
     rates = [recipe.rate_at(step) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (n + 1) for n in range(10)])
     assert rates[10:80] == [1.0] * 70
     assert rates[80:] == pytest.approx([(100 - n) / 20 for n in range(80, 100)])
-    published = Recipe()
+    published = SaeRecipe()
     assert published.steps == 73_242
     assert published.rate_at(999) == published.rate_at(1000) == 3e-4
 
 
 def test_k_falls_to_its_own() -> None:
-    recipe = Recipe(tokens=2048 * 100, k_start=50, k_anneal=0.5)
+    recipe = SaeRecipe(tokens=2048 * 100, k_start=50, k_anneal=0.5)
     ks = [recipe.k_at(step, 10) for step in range(100)]
     assert ks[0] == 50
     assert ks[25] == 30

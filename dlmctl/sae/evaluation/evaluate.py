@@ -12,18 +12,18 @@ from dlmctl.models.blocks import Edit
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
 from dlmctl.sae.activations import check_keys
-from dlmctl.sae.corpus import Batch, Positions
+from dlmctl.sae.corpus import MaskedBatch, Positions
 from dlmctl.sae.evaluation.insertion import (
     Changes,
     DocumentLosses,
     Losses,
-    Scope,
     document_losses,
     splice,
 )
 from dlmctl.sae.formats.folders import SavedSae
 from dlmctl.sae.measures import Reconstruction
 from dlmctl.sae.topk import Codes, TopKSae
+from dlmctl.settings.sae import Scope
 
 
 class Placed(NamedTuple):
@@ -88,7 +88,7 @@ class Evaluation:
         """By whether it is text of which nothing is hidden."""
 
     @torch.no_grad()
-    def add(self, batch: Batch) -> list[Codes]:
+    def add(self, batch: MaskedBatch) -> list[Codes]:
         """Take in a batch; returns the codes of each autoencoder at its own positions."""
         codes: list[Codes] = [None] * len(self.saes)  # type: ignore[list-item]
         for bare in (False, True):
@@ -104,7 +104,9 @@ class Evaluation:
                 codes[n] = self._count(n, view, outputs[self.saes[n].layer], before)
         return codes
 
-    def _count(self, number: int, batch: Batch, output: Tensor, before: DocumentLosses) -> Codes:
+    def _count(
+        self, number: int, batch: MaskedBatch, output: Tensor, before: DocumentLosses
+    ) -> Codes:
         placed = self.saes[number]
         x = output[batch.selected(placed.positions)].to(placed.sae.W_enc.dtype)
         codes = placed.sae.encode(x)
@@ -130,7 +132,7 @@ class Evaluation:
 
 def evaluate(
     policy: Policy,
-    batches: Iterable[Batch],
+    batches: Iterable[MaskedBatch],
     saes: Sequence[Placed],
     scope: Scope,
     insert: bool,

@@ -21,11 +21,9 @@ from torch import Tensor
 from dlmctl.diffusion.projection import target_log_probs
 from dlmctl.models.blocks import Edit, edited_blocks
 from dlmctl.models.policy import Policy
-from dlmctl.sae.corpus import Batch, Positions
+from dlmctl.sae.corpus import MaskedBatch, Positions
 from dlmctl.sae.topk import TopKSae
-
-Scope = Literal["all", "matching"]
-"""Positions at which the autoencoder stands in: all, or those it was trained on."""
+from dlmctl.settings.sae import Scope
 
 
 def splice(policy: Policy, sae: TopKSae, positions: Positions, scope: Scope) -> Edit:
@@ -55,11 +53,11 @@ class DocumentLosses(NamedTuple):
 
 @torch.no_grad()
 def document_losses(
-    policy: Policy, batch: Batch, edits: dict[int, Edit] | None = None
+    policy: Policy, batch: MaskedBatch, edits: dict[int, Edit] | None = None
 ) -> DocumentLosses:
     """The losses of a batch by document, in a pass of the model with these blocks edited."""
     with edited_blocks(policy, edits) if edits else contextlib.nullcontext():
-        states = policy.hidden(batch.seen, batch.attention)
+        states = policy.hidden(batch.masked_ids, batch.attention)
     level = batch.level.cpu()
     masked, masked_tokens = _by_document(policy, batch, states, "mask")
     visible, visible_tokens = _by_document(policy, batch, states, "unmask")
@@ -72,7 +70,7 @@ def document_losses(
 
 
 def _by_document(
-    policy: Policy, batch: Batch, states: Tensor, kind: Literal["mask", "unmask"]
+    policy: Policy, batch: MaskedBatch, states: Tensor, kind: Literal["mask", "unmask"]
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy summed over each document's tokens of a kind, and their number; [B] each.
 

@@ -19,7 +19,7 @@ from dlmctl.models.blocks import block_outputs
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record, field
-from dlmctl.sae.corpus import Batch, Corruption, Document, Positions, corrupted
+from dlmctl.sae.corpus import Document, MaskedBatch, MaskLaw, Positions, masked_corpus
 
 Place = tuple[int, Positions]
 """A layer and the tokens that count there."""
@@ -48,7 +48,7 @@ def collect(
     stream: Iterable[Document],
     policy: Policy,
     places: Sequence[Place],
-    law: Corruption,
+    law: MaskLaw,
     batch_size: int,
 ) -> Labelled:
     """Run the model over labelled documents; all activations that are wanted stay in memory.
@@ -59,7 +59,7 @@ def collect(
     values: list[Mapping[str, Any]] = []
     numbers: list[int] = []
     found: dict[Place, list[Tokens]] = defaultdict(list)
-    for batch in corrupted(stream, policy, law, batch_size):
+    for batch in masked_corpus(stream, policy, law, batch_size):
         sentence = torch.full_like(batch.ids, -1, device="cpu")
         for row, document in zip(sentence, batch.documents, strict=True):
             labels = sentence_labels(document.record)
@@ -141,7 +141,7 @@ def _character_ends(document: Document, policy: Policy) -> list[int]:
 
 
 def _batch_tokens(
-    batch: Batch, policy: Policy, places: Sequence[Place], sentence: Tensor
+    batch: MaskedBatch, policy: Policy, places: Sequence[Place], sentence: Tensor
 ) -> Iterable[tuple[Place, Tokens]]:
     """The tokens of a batch that count; text of which nothing is hidden takes a pass of its own."""
     for clean in (False, True):
@@ -151,7 +151,7 @@ def _batch_tokens(
         seen = batch.clean() if clean else batch
         with torch.no_grad():
             outputs = block_outputs(
-                policy, seen.seen, seen.attention, sorted({layer for layer, _ in wanted})
+                policy, seen.masked_ids, seen.attention, sorted({layer for layer, _ in wanted})
             )
         for layer, positions in wanted:
             counts = seen.selected(positions).cpu() & (sentence >= 0)

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from dlmctl.models.policy import Policy, check_same_tokens
 from dlmctl.records.errors import UsageError
-from dlmctl.sae.corpus import Batch
+from dlmctl.sae.corpus import MaskedBatch
 from dlmctl.sae.evaluation.evaluate import Evaluation, Placed
-from dlmctl.sae.evaluation.insertion import Scope
 from dlmctl.sae.topk import Codes
+from dlmctl.settings.sae import Scope
 
 MATCH = 0.9
 """Cosine above which two latents count as the same."""
@@ -76,7 +76,7 @@ def match_decoders(first: Tensor, second: Tensor) -> dict[str, float]:
 def stability(
     base: Policy,
     tuned: Policy,
-    batches: Iterable[Batch],
+    batches: Iterable[MaskedBatch],
     saes: Sequence[Placed],
     scope: Scope,
     insert: bool,
@@ -98,7 +98,7 @@ def stability(
     sides = [Evaluation(policy, saes, scope, insert) for policy in (base, tuned)]
     likeness = [Likeness() for _ in saes]
     for batch in batches:
-        check_same_tokens(base, tuned, batch.seen.unique().tolist())
+        check_same_tokens(base, tuned, batch.masked_ids.unique().tolist())
         for seen, first, second in zip(likeness, *(side.add(batch) for side in sides), strict=True):
             seen.add(first, second)
     rows = []

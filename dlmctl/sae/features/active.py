@@ -11,7 +11,7 @@ from torch import Tensor
 from dlmctl.models.blocks import block_outputs
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
-from dlmctl.sae.corpus import Batch, Positions
+from dlmctl.sae.corpus import MaskedBatch, Positions
 from dlmctl.sae.topk import TopKSae
 
 CHUNK = 4096
@@ -25,7 +25,7 @@ class Active(NamedTuple):
     sorted by token and then by slot. A slot is the place of a feature among the S asked for.
     """
 
-    batch: Batch
+    batch: MaskedBatch
     size: int
     """S."""
     numbers: Tensor
@@ -56,7 +56,7 @@ class Active(NamedTuple):
 
 
 def active_features(
-    batches: Iterable[Batch],
+    batches: Iterable[MaskedBatch],
     policy: Policy,
     layer: int,
     sae: TopKSae,
@@ -76,7 +76,7 @@ def active_features(
             batch = batch.clean()
         chosen = batch.selected(positions)
         with torch.no_grad():
-            output = block_outputs(policy, batch.seen, batch.attention, [layer])[layer]
+            output = block_outputs(policy, batch.masked_ids, batch.attention, [layer])[layer]
             if output.shape[-1] != sae.d_in:
                 raise UsageError(
                     f"the autoencoder is for activations of width {sae.d_in}, and those of "
@@ -89,8 +89,10 @@ def active_features(
         yield _sorted(batch, chosen.cpu(), values, slots.where(values > 0, len(latents)), latents)
 
 
-def _sorted(batch: Batch, chosen: Tensor, values: Tensor, slots: Tensor, latents: Tensor) -> Active:
-    on_cpu = {name: getattr(batch, name).cpu() for name in Batch._fields[1:]}
+def _sorted(
+    batch: MaskedBatch, chosen: Tensor, values: Tensor, slots: Tensor, latents: Tensor
+) -> Active:
+    on_cpu = {name: getattr(batch, name).cpu() for name in MaskedBatch._fields[1:]}
     row, column = chosen.nonzero(as_tuple=True)
     numbers = torch.tensor([document.number for document in batch.documents])
     slots, order = slots.sort(dim=1)

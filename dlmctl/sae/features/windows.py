@@ -149,13 +149,13 @@ class Windows:
         """What stands around tokens [C], and the numbers [C, width] of the tokens there, or -1."""
         batch, row = active.batch, active.row[middle][:, None]
         column = active.column[middle][:, None] + self._offsets
-        within = (column >= 0) & (column < batch.there.sum(dim=1)[row])
+        within = (column >= 0) & (column < batch.valid.sum(dim=1)[row])
         column = column.clamp(0, batch.ids.shape[1] - 1)
         content = {
             "position": active.column[middle],
             "level": batch.level[row[:, 0]],
             "ids": batch.ids[row, column].where(within, torch.tensor(-1)).int(),
-            "hidden": batch.hidden[row, column] & within,
+            "hidden": batch.masked[row, column] & within,
         }
         return content, active.index[row, column].where(within, torch.tensor(-1))
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from dlmctl.sae.training.trainer import Recipe
+from dlmctl.settings.sae import SaeRecipe
 from dlmctl.train.card import DIRECTORY, Card, told_metrics
 
 NAMED = ("layer", "k", "positions", "tokens")
@@ -14,7 +14,7 @@ NAMED = ("layer", "k", "positions", "tokens")
 
 
 def sae_card(
-    k: int, width: int, recipe: Recipe, metadata: Mapping[str, Any], metrics: Mapping[str, Any]
+    k: int, width: int, recipe: SaeRecipe, metadata: Mapping[str, Any], metrics: Mapping[str, Any]
 ) -> Card:
     """A card.
 
@@ -41,6 +41,7 @@ def sae_card(
             "k": k,
             **{n: v for n, v in source.items() if n not in ("model_name", "hook_name")},
             **{n: v for n, v in asdict(recipe).items() if n != "tokens"},
+            "dead_after": recipe.dead_limit,
         },
         metrics=told_metrics(metrics, NAMED),
         usage=[("python", theirs), ("python", ours)],

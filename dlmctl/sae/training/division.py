@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 from dlmctl.records.jsonl import Record
-from dlmctl.sae.activations import Block, Key
-from dlmctl.sae.corpus import Batch, Document
+from dlmctl.sae.activations import ActivationBatch, Key
+from dlmctl.sae.corpus import Document, MaskedBatch
 from dlmctl.train.distributed import from_all, items_of_first, rank, size, total
 
 T = TypeVar("T")
@@ -42,8 +42,10 @@ def divided(keys: Sequence[Key], ks: Sequence[int]) -> dict[Key, dict[int, int]]
 
 
 def own_batches(
-    windows: Iterable[list[Document]], make: Callable[[list[Document], int], Batch], start: int
-) -> Iterator[tuple[Batch, int]]:
+    windows: Iterable[list[Document]],
+    make: Callable[[list[Document], int], MaskedBatch],
+    start: int,
+) -> Iterator[tuple[MaskedBatch, int]]:
     """This rank's batch of each round, and how many batches the round has.
 
     A rank for which there is none is given the last one, whose pass it must take part in.
@@ -60,7 +62,7 @@ def own_batches(
         yield make(window, number), len(batches)
 
 
-def shared_out(rows: Block, count: int, takers: Takers) -> Iterator[Block]:
+def shared_out(rows: ActivationBatch, count: int, takers: Takers) -> Iterator[ActivationBatch]:
     """The blocks of a round, in their order; of several ranks, what this one trains on.
 
     Args:

@@ -28,18 +28,17 @@ pass of `embedding_bag` with the codes sorted by latent, which costs K/F of a pr
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dlmctl.sae.topk import Codes
+from dlmctl.settings.sae import Aux
 
-Aux = Literal["straight", "pre", "rectified", "input"]
 
-
-class Dictionary(nn.Module):
+class SaeWeights(nn.Module):
     """The weights of a Top-K autoencoder as training has them: a row for each latent."""
 
     def __init__(self, d_in: int, d_sae: int, dtype: torch.dtype = torch.float32) -> None:
@@ -64,7 +63,7 @@ class Outcome(NamedTuple):
 
 @torch.no_grad()
 def add_gradient(
-    sae: Dictionary,
+    sae: SaeWeights,
     x: Tensor,
     k: int,
     dead: Tensor,
@@ -106,7 +105,7 @@ def add_gradient(
 
 
 def _add_auxiliary(
-    sae: Dictionary,
+    sae: SaeWeights,
     centred: Tensor,
     pre: Tensor,
     target: Tensor,

@@ -39,7 +39,7 @@ from dlmctl.records.files import (
 from dlmctl.records.interrupts import standing
 from dlmctl.records.jsonl import dump
 from dlmctl.records.locks import Lock, hold_run
-from dlmctl.sae.activations import Block, Key
+from dlmctl.sae.activations import ActivationBatch, Key
 from dlmctl.sae.formats.folders import SavedSae, write_sae
 from dlmctl.sae.training.card import sae_card
 from dlmctl.sae.training.division import Takers, in_order
@@ -115,7 +115,7 @@ class SaeRun:
         return sum(stream.recipe.steps * len(stream.trainers) for stream in self.streams)
 
     def train(
-        self, source: Iterator[Block], log_every: int, save_seconds: float
+        self, source: Iterator[ActivationBatch], log_every: int, save_seconds: float
     ) -> Generator[dict[str, Any], None, None]:
         """Train until every autoencoder has had its activations, or the source ends.
 
@@ -137,7 +137,9 @@ class SaeRun:
         yield from self._logged(self._taken_in([None], log_every))
         self._check_begun()
 
-    def _taken_in(self, blocks: Sequence[Block | None], log_every: int) -> Iterator[Placed]:
+    def _taken_in(
+        self, blocks: Sequence[ActivationBatch | None], log_every: int
+    ) -> Iterator[Placed]:
         """Records of what is trained on these blocks, or, with None, on what is left."""
         for number, block in enumerate(blocks):
             for place, stream in enumerate(self.streams):

@@ -11,33 +11,33 @@ import torch
 from dlmctl.models.blocks import block_name
 from dlmctl.models.policy import Policy
 from dlmctl.sae.activations import (
-    Block,
+    ActivationBatch,
     Key,
     StoredActivations,
     check_keys,
     model_activations,
     source_metadata,
 )
-from dlmctl.sae.corpus import Batch, Corruption, Document, Positions, corrupted_batch
+from dlmctl.sae.corpus import CorpusPlan, Document, MaskedBatch, Positions, mask_batch
 from dlmctl.sae.training.division import Takers, own_batches, shared_out
 from dlmctl.train.distributed import rank
 
 
 class Source(Protocol):
-    """Activations of some layers and positions, from any block on."""
+    """Activations of some layers and positions, in blocks (one per batch of the corpus)."""
 
     keys: Sequence[Key]
     width: int
     """Of an activation."""
     device: torch.device
     settings: Mapping[str, Any]
-    """What decides what the activations are."""
+    """Everything that determines the activations; a resumed run must have the same."""
 
-    def blocks(self, start: int, takers: Takers | None = None) -> Iterator[Block]:
-        """From block `start` on; of several ranks all call this, and each has what it takes."""
+    def blocks(self, start: int, takers: Takers | None = None) -> Iterator[ActivationBatch]:
+        """Blocks from number `start` on; all ranks call this, and each gets what it trains on."""
 
     def metadata(self, key: Key) -> dict[str, Any]:
-        """What a SAE's folder says of the model and the masks."""
+        """What the folder of an autoencoder says about the model and the masks."""
 
 
 class ModelSource:
@@ -49,42 +49,43 @@ class ModelSource:
         windows: Callable[[], Iterator[list[Document]]],
         layers: Sequence[int],
         positions: Sequence[Positions],
-        law: Corruption,
-        about: Mapping[str, Any],
+        plan: CorpusPlan,
     ) -> None:
         """Args:
-            windows: makes the documents of each batch, from the first on.
-            about: other settings of the corpus, the length of the context for one.
+            windows: makes the documents of each batch, from the first batch on.
 
         Raises:
-            UsageError: the model has no such layer, or hides nothing.
+            UsageError: the model has no such layer, or masks nothing.
         """
         check_keys(policy, layers, positions)
-        self.policy, self._windows, self._law = policy, windows, law
-        self._layers, self._positions, self._about = layers, positions, about
-        self._model = source_metadata(policy, law)
+        self.policy, self._windows, self._law = policy, windows, plan.law
+        self._layers, self._positions = layers, positions
+        self._metadata = source_metadata(policy, plan)
         self.keys: Sequence[Key] = [Key(layer, kind) for layer in layers for kind in positions]
         self.width = policy.width
         self.device = policy.device
-        self.settings: Mapping[str, Any] = {**self._model, **about, "seed": law.seed}
+        about = {name.removeprefix("dlm_"): value for name, value in self._metadata.items()}
+        self.settings: Mapping[str, Any] = {**about, "seed": plan.law.seed}
 
-    def blocks(self, start: int, takers: Takers | None = None) -> Iterator[Block]:
-        def make(window: list[Document], number: int) -> Batch:
-            return corrupted_batch(window, self.policy, self._law, number)
+    def blocks(self, start: int, takers: Takers | None = None) -> Iterator[ActivationBatch]:
+        def make(window: list[Document], number: int) -> MaskedBatch:
+            return mask_batch(window, self.policy, self._law, number)
 
         for batch, count in own_batches(self._windows(), make, start):
             [rows] = model_activations(self.policy, [batch], self._layers, self._positions)
             yield from shared_out(rows, count, takers or {})
 
     def metadata(self, key: Key) -> dict[str, Any]:
-        return {
-            **self._model,
-            **{f"dlm_{name}": value for name, value in self._about.items() if name != "context"},
-            "context_size": self._about["context"],
-            "hook_name": block_name(self.policy, key.layer),
-            "dlm_layer": key.layer,
-            "dlm_positions": key.positions,
-        }
+        return _with_key(self._metadata, block_name(self.policy, key.layer), key)
+
+
+def _with_key(metadata: Mapping[str, Any], hook: str, key: Key) -> dict[str, Any]:
+    return {
+        **metadata,
+        "hook_name": hook,
+        "dlm_layer": key.layer,
+        "dlm_positions": key.positions,
+    }
 
 
 class StoredSource:
@@ -97,11 +98,11 @@ class StoredSource:
         positions: Sequence[Positions] | None,
         device: torch.device,
     ) -> None:
-        """Layers and positions that are not given are all that it holds.
+        """Layers and positions that are None are all that it contains.
 
         Raises:
             MissingInputError: there is no such directory.
-            UsageError: it does not hold these.
+            UsageError: it does not contain these.
         """
         self.stored = StoredActivations(directory)
         self.keys: Sequence[Key] = [
@@ -114,14 +115,9 @@ class StoredSource:
         self.device = device
         self.settings: Mapping[str, Any] = self.stored.metadata
 
-    def blocks(self, start: int, takers: Takers | None = None) -> Iterator[Block]:
+    def blocks(self, start: int, takers: Takers | None = None) -> Iterator[ActivationBatch]:
         own = [key for key in self.keys if takers is None or rank() in takers[key]]
         return self.stored.blocks(own, self.device, start)
 
     def metadata(self, key: Key) -> dict[str, Any]:
-        return {
-            **self.stored.metadata,
-            "hook_name": self.stored.index["hooks"][str(key.layer)],
-            "dlm_layer": key.layer,
-            "dlm_positions": key.positions,
-        }
+        return _with_key(self.stored.metadata, self.stored.index["hooks"][str(key.layer)], key)

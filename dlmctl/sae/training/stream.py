@@ -13,7 +13,8 @@ from dlmctl.sae.activations import Key
 from dlmctl.sae.formats.folders import SavedSae
 from dlmctl.sae.topk import TopKSae
 from dlmctl.sae.training.buffer import ShuffleBuffer
-from dlmctl.sae.training.trainer import Recipe, SaeTrainer
+from dlmctl.sae.training.trainer import SaeTrainer
+from dlmctl.settings.sae import SaeRecipe
 from dlmctl.train.distributed import rank, tensors_of
 
 
@@ -24,7 +25,7 @@ class Stream:
         self,
         key: Key,
         ks: Sequence[int],
-        recipe: Recipe,
+        recipe: SaeRecipe,
         width: int,
         buffer_bytes: int,
         drop_norms: float | None,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,70 +20,22 @@ from torch.nn import functional
 from dlmctl.sae.formats.folders import SavedSae
 from dlmctl.sae.measures import CONSTANT
 from dlmctl.sae.topk import Codes, TopKSae, combine
-from dlmctl.sae.training.gradient import Aux, Dictionary, Outcome, add_gradient
+from dlmctl.sae.training.gradient import Outcome, SaeWeights, add_gradient
+from dlmctl.settings.sae import SaeRecipe
 from dlmctl.train.optimizer import apply_step
 
 MEDIAN_SAMPLE = 32_768
 """Activations of which the first centre is the geometric median."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Settings of the training; those of the published recipe but where they are said to differ."""
-
-    latents: int = 16_384
-    batch_size: int = 2048
-    """Activations in a step."""
-    tokens: int = 150_000_000
-    """Activations in all."""
-    rate: float = 3e-4
-    warmup: int = 1000
-    """Steps of linear warm-up, at most a tenth of all."""
-    decay_from: float = 0.8
-    """Share of the steps after which the rate falls to 0."""
-    max_norm: float = 1.0
-    aux_weight: float = 1 / 32
-    dead_after: int = 10_000_000
-    """Activations after which a latent that was not active counts as dead."""
-    aux: Aux = "straight"
-    """What the auxiliary loss is made of; rectified is the published recipe."""
-    fitted_encoder: bool = True
-    """Begin with an encoder of the length that explains most, and not of the decoder's."""
-    k_start: int | None = None
-    """K at the beginning, which falls to its own over the first `k_anneal` of the steps."""
-    k_anneal: float = 0.1
-    seed: int = 0
-
-    @property
-    def steps(self) -> int:
-        return max(1, self.tokens // self.batch_size)
-
-    def rate_at(self, step: int) -> float:
-        """Learning rate of step 0, 1, …"""
-        warmup = min(self.warmup, self.steps // 10)
-        decay = round(self.decay_from * self.steps)
-        if step < warmup:
-            return self.rate * (step + 1) / warmup
-        if step < decay:
-            return self.rate
-        return self.rate * max(0.0, (self.steps - step) / (self.steps - decay))
-
-    def k_at(self, step: int, k: int) -> int:
-        """K of step 0, 1, …"""
-        progress = step / max(1.0, self.k_anneal * self.steps)
-        if self.k_start is None or progress >= 1:
-            return k
-        return round(self.k_start + (k - self.k_start) * progress)
-
-
 class SaeTrainer:
     """An autoencoder under training."""
 
     def __init__(
-        self, recipe: Recipe, d_in: int, k: int, seed: int, device: torch.device | str
+        self, recipe: SaeRecipe, d_in: int, k: int, seed: int, device: torch.device | str
     ) -> None:
         self.recipe, self.k, self.seed = recipe, k, seed
-        self.sae = Dictionary(d_in, recipe.latents).to(device)
+        self.sae = SaeWeights(d_in, recipe.latents).to(device)
         self.optimizer = torch.optim.Adam(self.sae.parameters(), betas=(0.9, 0.999), fused=True)
         self.scale = 1.0
         """Root of the mean squared norm of the activations."""
@@ -108,7 +59,7 @@ class SaeTrainer:
     @property
     def dead(self) -> Tensor:
         """bool [F]."""
-        return self.unused >= self.recipe.dead_after
+        return self.unused >= self.recipe.dead_limit
 
     @torch.no_grad()
     def begin(self, x: Tensor) -> None:
@@ -215,7 +166,7 @@ class SaeTrainer:
 
 
 @torch.no_grad()
-def best_length(sae: Dictionary, centred: Tensor, k: int) -> float:
+def best_length(sae: SaeWeights, centred: Tensor, k: int) -> float:
     """Factor of the encoder with which the first codes explain most, by least squares."""
     values, indices = (centred @ sae.encoder.T).topk(k, dim=1, sorted=False)
     made = combine(Codes(values.relu(), indices), sae.decoder)
@@ -224,7 +175,7 @@ def best_length(sae: Dictionary, centred: Tensor, k: int) -> float:
 
 
 @torch.no_grad()
-def remove_parallel(sae: Dictionary) -> None:
+def remove_parallel(sae: SaeWeights) -> None:
     """Take out of the decoder's gradient what would only change the norm of its rows."""
     gradient = sae.decoder.grad
     assert gradient is not None

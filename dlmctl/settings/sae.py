@@ -1,0 +1,201 @@
+"""Training and evaluation of sparse autoencoders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from dlmctl.settings import Knob, knob, same
+from dlmctl.settings.common import Seed
+
+Aux = Literal["straight", "input", "pre", "rectified"]
+Scope = Literal["all", "matching"]
+
+RECIPE, FEED = "Training recipe", "Activations"
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "corrected": {},
+    "paper": {
+        "level": "0.05-0.5",
+        "per_batch": True,
+        "pack": True,
+        "aux": "rectified",
+        "fitted_encoder": False,
+    },
+}
+"""Defaults that a profile changes, by the fields of the settings."""
+
+Profile = Annotated[
+    Literal["corrected", "paper"],
+    Knob(
+        "paper: as DLM-Scope was trained, which is --t 0.05-0.5 --level-per-batch --pack "
+        "--aux rectified --decoder-length. Options on the command line take precedence.",
+        "--profile",
+        presets=PROFILES,
+    ),
+]
+Ks = Annotated[str, Knob("Number of active latents per token.", "-k", metavar="K,…")]
+
+
+@dataclass(frozen=True)
+class SaeRecipe:
+    """How an autoencoder is trained; the defaults are published values unless marked as ours.
+
+    The source is DLM-Scope (arXiv 2602.05859), which follows Gao et al. (2024, arXiv 2406.04093).
+    """
+
+    latents: int = knob(
+        16_384, "Number of latents in a dictionary.", "--latents", minimum=1, panel=RECIPE
+    )
+    batch_size: int = knob(
+        2048, "Activations per step.", "--sae-batch-size", minimum=1, panel=RECIPE
+    )
+    tokens: int = knob(
+        150_000_000,
+        "Activations that each autoencoder is trained on. A corpus in files is read repeatedly, "
+        "with new masks each time, until there are enough.",
+        "--tokens",
+        minimum=1,
+        panel=RECIPE,
+    )
+    rate: float = knob(3e-4, "Learning rate of Adam.", "--lr", minimum=0.0, panel=RECIPE)
+    warmup: int = knob(
+        1000,
+        "Steps of linear warm-up, at most a tenth of all steps.",
+        "--warmup",
+        minimum=0,
+        panel=RECIPE,
+    )
+    decay_from: float = knob(
+        0.8,
+        "Fraction of the steps after which the rate falls linearly to 0.",
+        "--decay-from",
+        minimum=0.0,
+        maximum=1.0,
+        panel=RECIPE,
+    )
+    max_norm: float = knob(
+        1.0,
+        "Clip the gradient to this norm; 0 does not clip.",
+        "--grad-norm",
+        minimum=0.0,
+        panel=RECIPE,
+    )
+    aux_weight: float = knob(
+        1 / 32, "Weight of the auxiliary loss; 0 is off.", "--aux-weight", minimum=0.0, panel=RECIPE
+    )
+    dead_after: int | None = knob(
+        None,
+        "A latent counts as dead after this many activations on which it was not active.",
+        "--dead-after",
+        minimum=1,
+        shown_default="a fifteenth of --tokens, 10M of 150M",
+        panel=RECIPE,
+    )
+    aux: Aux = knob(
+        "straight",
+        "Auxiliary loss, by which dead latents learn to explain the error. straight (ours): "
+        "through their ReLU, with a straight-through gradient. input (ours): the same, but they "
+        "explain the input, for runs too short to revive them by the error. pre: by their "
+        "pre-activations without the ReLU, as in SAELens. rectified: through the ReLU, as "
+        "published, where they get hardly any gradient.",
+        "--aux",
+        panel=RECIPE,
+    )
+    fitted_encoder: bool = knob(
+        True,
+        "Scale the first encoder so that it explains as much as possible (ours), or give its rows "
+        "the length of the decoder's.",
+        "--fitted-length/--decoder-length",
+        panel=RECIPE,
+    )
+    k_start: int | None = knob(
+        None,
+        "K at the first step, from which it falls to -k linearly.",
+        "--k-start",
+        minimum=1,
+        shown_default="off",
+        panel=RECIPE,
+    )
+    k_anneal: float = knob(
+        0.1,
+        "Fraction of the steps over which K falls.",
+        "--k-anneal",
+        minimum=0.0,
+        maximum=1.0,
+        panel=RECIPE,
+    )
+    seed: int = same(0, Seed)
+
+    @property
+    def dead_limit(self) -> int:
+        """`dead_after`, or what it is by default."""
+        return self.dead_after or max(1, self.tokens // 15)
+
+    @property
+    def steps(self) -> int:
+        """Steps in all."""
+        return max(1, self.tokens // self.batch_size)
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of step 0, 1, …"""
+        warmup = min(self.warmup, self.steps // 10)
+        decay = round(self.decay_from * self.steps)
+        if step < warmup:
+            return self.rate * (step + 1) / warmup
+        if step < decay:
+            return self.rate
+        return self.rate * max(0.0, (self.steps - step) / (self.steps - decay))
+
+    def k_at(self, step: int, k: int) -> int:
+        """K of step 0, 1, … for an autoencoder that ends with `k`."""
+        progress = step / max(1.0, self.k_anneal * self.steps)
+        if self.k_start is None or progress >= 1:
+            return k
+        return round(self.k_start + (k - self.k_start) * progress)
+
+
+@dataclass(frozen=True)
+class Feed:
+    """How activations reach the autoencoders."""
+
+    drop_norms: float | None = knob(
+        None,
+        "Leave out activations whose norm is more than this many times the median.",
+        "--drop-norms",
+        minimum=1.0,
+        shown_default="off",
+        panel=FEED,
+    )
+    buffer: str = knob(
+        "256M",
+        "Shuffle buffer of each layer and kind of positions, such as 512M or 2G.",
+        "--buffer",
+        metavar="SIZE",
+        panel=FEED,
+    )
+    sequences: int = knob(
+        8,
+        "Sequences per forward pass of the model.",
+        "-b",
+        "--batch-size",
+        minimum=1,
+        panel=FEED,
+    )
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """The loss of the model while an autoencoder stands in for the activations."""
+
+    scope: Scope = knob(
+        "all",
+        "Positions at which an autoencoder stands in for the activations: all of them, as "
+        "published, or those that match the positions it was trained on.",
+        "--scope",
+    )
+    insert: bool = knob(
+        True,
+        "Measure the loss on insertion too, which takes a forward pass for each autoencoder.",
+        "--insert/--no-insert",
+    )
