@@ -10,8 +10,8 @@ from dlmctl.records.errors import DataError
 from dlmctl.records.files import write_file
 from dlmctl.records.jsonl import Record
 from dlmctl.report.page import escaped, page, token
-from dlmctl.sae.features.activity import ALIVE
 from dlmctl.sae.features.charts import bars
+from dlmctl.sae.features.firing_stats import ALIVE
 
 KINDS = {
     "top": "Strongest",
