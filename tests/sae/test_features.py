@@ -152,9 +152,7 @@ def test_inactive_windows_are_drawn_among_those_without_an_active_token() -> Non
             for sight, position in pool
             if not any(
                 code[feature]
-                for code in sight.codes[
-                    max(0, position - COUNTS.radius) : position + COUNTS.radius + 1
-                ]
+                for code in sight.codes[max(0, position - radius) : position + radius + 1]
             )
         ]
         drawn = sorted(quiet, key=lambda entry: entry[0])[: COUNTS.inactive]
