@@ -69,7 +69,7 @@ def command(
     from dlmctl.diffusion.sampling import configured
     from dlmctl.models.loading import load_policy
     from dlmctl.sae.order.tracking import FeatureTracker, check_trackable, read_tracked_saes
-    from dlmctl.sae.steering.edit import SteeredPolicy
+    from dlmctl.sae.steering.steered_policy import SteeredPolicy
 
     files, task = files or [], source.task
     if files and task is not None:

@@ -20,7 +20,8 @@ from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.sae.formats.folders import SavedSae, write_sae
 from dlmctl.sae.order.study import OrderStudy
-from dlmctl.sae.order.tracking import TrackedSae, read_tracked_saes
+from dlmctl.sae.order.tracking import read_tracked_saes
+from dlmctl.sae.steering.sae_at_layer import SaeAtLayer
 from dlmctl.sae.topk import TopKSae
 
 SETTINGS = SamplerConfig(9, 5, 8, temperature=0.9)
@@ -49,7 +50,7 @@ def test_what_features_cannot_be_followed_in_is_refused(
     with pytest.raises(UsageError, match=message):
         OrderStudy(
             tiny_policy(family),
-            [TrackedSae("d", 0, random_sae().double())],
+            [SaeAtLayer("d", 0, random_sae().double())],
             SamplerConfig(**settings),
             ["random", "entropy"],
         )
@@ -82,7 +83,7 @@ def test_records_that_cannot_be_used() -> None:
     def run(record: Record, on_error: Any) -> list[Record]:
         study = OrderStudy(
             tiny_policy(),
-            [TrackedSae("d", 0, random_sae().double())],
+            [SaeAtLayer("d", 0, random_sae().double())],
             SETTINGS,
             ["random", "margin"],
             "answer",

@@ -20,7 +20,7 @@ from dlmctl.models.policy import Family, Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.sae.formats.folders import SavedSae, read_sae, write_sae
-from dlmctl.sae.steering.edit import STRONGEST, SteeredPolicy
+from dlmctl.sae.steering.steered_policy import STRONGEST, SteeredPolicy
 from dlmctl.sae.topk import TopKSae
 from dlmctl.settings.steering import SteeredFeature, Steering
 

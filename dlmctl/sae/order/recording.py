@@ -14,9 +14,10 @@ from dlmctl.diffusion.noise import random_bits
 from dlmctl.diffusion.proposals import propose
 from dlmctl.diffusion.sampling import Request
 from dlmctl.models.policy import Policy
-from dlmctl.sae.order.feature_change import Ledger, progress
-from dlmctl.sae.order.signals import Pool
-from dlmctl.sae.order.tracking import FeatureTracker, StepFeatures, TrackedSae
+from dlmctl.sae.order.feature_change import ChangeStats, progress
+from dlmctl.sae.order.signals import ProposalPool
+from dlmctl.sae.order.tracking import FeatureTracker, StepFeatures
+from dlmctl.sae.steering.sae_at_layer import SaeAtLayer
 from dlmctl.settings.sampler import EosRule
 
 STEPS = 20
@@ -31,10 +32,10 @@ SIGNALS = (
     "reconstruction_error",
     "progress",
 )
-"""p of the token that the model finds likeliest; Jaccard similarity with the step before; features
-in common with it; the strongest feature's activation; |x|; |x - xhat| / |x|; and the share of the
-completion that is decided, which is no signal but a clock to compare with. Where all positions have
-K active features, shared and stability rank alike."""
+"""p of the token that the model finds likeliest; Jaccard similarity with the step before; number of
+features in common with it; the strongest feature's activation; |x|; |x - xhat| / |x|; and the share
+of the completion that is decided, which is no signal but a clock to compare with. If all positions
+have K active features, shared and stability rank alike."""
 
 
 class FeatureCounts:
@@ -45,8 +46,13 @@ class FeatureCounts:
         self._steps = torch.zeros(STEPS, dtype=torch.float64, device=device)
 
     def add(self, active: Tensor, masked: Tensor) -> None:
-        """Steps of R completions: features int64 [R, G, K], -1 for none, and what is masked."""
-        part = progress(masked, STEPS)
+        """Count a step of R completions.
+
+        Args:
+            active: features int64 [R, G, K], -1 for none.
+            masked: bool [R, G].
+        """
+        part = progress(masked, STEPS)  # [R]
         features = len(self._counts) // STEPS
         places = (part[:, None, None] * features + active)[active >= 0]
         self._counts.index_add_(0, places, torch.ones_like(places, dtype=torch.float64))
@@ -55,87 +61,85 @@ class FeatureCounts:
     def scores(self, other: FeatureCounts) -> Tensor:
         """sum_t |C_t(f) - C'_t(f)| float64 [F], over the t that both have seen."""
         both = (self._steps > 0) & (other._steps > 0)
-        return (self._means(both) - other._means(both)).abs().sum(dim=0)
-
-    def _means(self, steps: Tensor) -> Tensor:
-        return self._counts.view(STEPS, -1)[steps] / self._steps[steps][:, None]
+        means = [c._counts.view(STEPS, -1)[both] / c._steps[both][:, None] for c in (self, other)]
+        return (means[0] - means[1]).abs().sum(dim=0)
 
 
 class OrderRecorder(FeatureTracker):
-    """Records a report of each completion and dictionary, and what is pooled over completions.
+    """Writes a report for each completion and autoencoder, and pools proposals over completions.
 
-    Where the record of a request has `tokens.truth`, the ids of the right completion and None where
-    any will do, each proposal for a masked position of the block under way is pooled with its
+    If the record of a request has `tokens.truth`, the ids of the right completion with None where
+    any will do, then each proposal for a masked position of the current block is pooled with its
     signals, from the second step of a completion on.
     """
 
-    def __init__(self, policy: Policy, dictionaries: Sequence[TrackedSae]) -> None:
-        super().__init__(policy, dictionaries)
+    def __init__(self, policy: Policy, saes: Sequence[SaeAtLayer]) -> None:
+        super().__init__(policy, saes)
         self.reports: dict[int, list[dict[str, Any]]] = {}
-        """Of completions that are done, by the number of their request; a row per dictionary."""
-        self.counts = [FeatureCounts(one.sae.d_sae, policy.device) for one in dictionaries]
-        self.pools = [Pool() for _ in dictionaries]
+        """Of finished completions, by the number of their request; a row per autoencoder."""
+        self.counts = [FeatureCounts(one.sae.d_sae, policy.device) for one in saes]
+        self.pools = [ProposalPool() for _ in saes]
 
     def on_start(self, canvas: Canvas) -> None:
         super().on_start(canvas)
-        shape = len(canvas.owner), canvas.settings.gen_length
-        self._ledgers = [Ledger(*shape, canvas.device) for _ in self.dictionaries]
+        shape = len(canvas.owner), canvas.settings.gen_length  # [S, G]
+        self._changes = [ChangeStats(*shape, canvas.device) for _ in self.saes]
         self._truth = torch.full(shape, -1, device=canvas.device)
-        numbers = torch.zeros(*shape, dtype=torch.float64, device=canvas.device)
+        zeros = torch.zeros(*shape, dtype=torch.float64, device=canvas.device)
         self._signals: list[dict[str, Tensor]] = [
-            {name: numbers.clone() for name in SIGNALS[1:]} for _ in self.dictionaries
+            {name: zeros.clone() for name in SIGNALS[1:]} for _ in self.saes
         ]
 
     def on_request(self, slot: int, request: Request) -> None:
-        for ledger in self._ledgers:
-            ledger.reset(slot)
+        for changes in self._changes:
+            changes.reset(slot)
         record: Mapping[str, Any] = {} if request.record is None else request.record
         truth = ((record.get("tokens") or {}).get("truth") or [])[: self._truth.shape[1]]
         self._truth[slot] = -1
         known = [-1 if token is None else token for token in truth]
         self._truth[slot, : len(known)] = self.canvas.tensor(known)
 
-    def on_features(self, number: int, look: StepFeatures) -> None:
-        self._ledgers[number].add(look.slots, look.change)
-        self.counts[number].add(look.active, look.masked)
-        if not bool((self._truth[look.slots] >= 0).any()):
+    def on_features(self, number: int, features: StepFeatures) -> None:
+        self._changes[number].add(features.slots, features.change)
+        self.counts[number].add(features.active, features.masked)
+        if not bool((self._truth[features.slots] >= 0).any()):
             return
-        sae, shape = self.dictionaries[number].sae, look.masked.shape
-        norm = look.x.norm(dim=1)
-        error = (look.x - sae.decode(look.codes)).norm(dim=1) / norm.clamp(min=1e-30)
+        x, codes, masked = features.x, features.codes, features.masked
+        norm = x.norm(dim=1)
+        reconstruction = self.saes[number].sae.decode(codes)
         for name, value in {
-            "stability": look.change.similarity,
-            "shared": look.shared,
-            "top_activation": look.codes.values.amax(dim=1),
+            "stability": features.change.similarity,
+            "shared": features.shared,
+            "top_activation": codes.values.amax(dim=1),
             "activation_norm": norm,
-            "reconstruction_error": error,
-            "progress": (~look.masked).double().mean(dim=1, keepdim=True).expand(shape),
+            "reconstruction_error": (x - reconstruction).norm(dim=1) / norm.clamp(min=1e-30),
+            "progress": (~masked).double().mean(dim=1, keepdim=True).expand(masked.shape),
         }.items():
-            self._signals[number][name][look.slots] = value.double().view(shape)
+            self._signals[number][name][features.slots] = value.double().view(masked.shape)
 
     def adjust_confidence(
         self, masked: Masked, states: Sequence[Tensor], confidence: Tensor
     ) -> Tensor:
         canvas = self.canvas
-        truth = self._truth[masked.slot, masked.completion]
+        truth = self._truth[masked.slot, masked.completion]  # [N]
         later = canvas.tensor(canvas.nfe)[masked.slot] > 0
-        [chosen] = ((truth >= 0) & later).nonzero(as_tuple=True)
+        [chosen] = ((truth >= 0) & later).nonzero(as_tuple=True)  # [P]
         if len(chosen):
             slot, place = masked.slot[chosen], masked.completion[chosen]
-            token, likely = self._likeliest([part[chosen] for part in states], slot)
+            token, probability = self._likeliest([part[chosen] for part in states], slot)
             steps = canvas.numbered_steps(range(len(canvas.owner)))[slot]
             common = {
                 "unit": random_bits(canvas.keys[slot], steps),
                 "step": steps,
                 "right": token == truth[chosen],
-                "confidence": likely,
+                "confidence": probability,
             }
             for pool, signals in zip(self.pools, self._signals, strict=True):
-                pool.offer(common | {name: found[slot, place] for name, found in signals.items()})
+                pool.offer(common | {name: table[slot, place] for name, table in signals.items()})
         return super().adjust_confidence(masked, states, confidence)
 
     def _likeliest(self, states: Sequence[Tensor], keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and their p, whatever the order goes by; nothing is drawn, so that any keys do."""
+        """Tokens [P] and their p, whatever the order; nothing is drawn, so any keys do."""
         settings = self.canvas.settings
         eos: EosRule = "never" if settings.eos == "never" else "normal"
         greedy = dataclasses.replace(settings, temperature=0.0, remasking="low_confidence", eos=eos)
@@ -145,6 +149,6 @@ class OrderRecorder(FeatureTracker):
         number = self.canvas.owner[slot]
         assert number is not None
         self.reports[number] = [
-            dictionary.note() | ledger.report(slot)
-            for dictionary, ledger in zip(self.dictionaries, self._ledgers, strict=True)
+            one.fields() | changes.report(slot)
+            for one, changes in zip(self.saes, self._changes, strict=True)
         ]
