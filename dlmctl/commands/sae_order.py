@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -162,9 +163,9 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _joined(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row for each order and autoencoder, with its features of highest score."""
-    joined: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in rows:
-        key = row["order"], row["sae"], row["layer"]
-        entry = joined.setdefault(key, {**row, "features": []})
-        entry["features"].append(f"{row['feature']} ({row['score']:.3g})")
-    return [{**row, "features": ", ".join(row["features"][:SHOWN])} for row in joined.values()]
+    joined = []
+    for _, group in groupby(rows, lambda row: (row["order"], row["sae"], row["layer"])):
+        best = list(islice(group, SHOWN))
+        names = [f"{row['feature']} ({row['score']:.3g})" for row in best]
+        joined.append({**best[0], "features": ", ".join(names)})
+    return joined

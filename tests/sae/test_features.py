@@ -208,10 +208,10 @@ def test_names_of_documents_are_forgotten_when_nothing_of_them_is_kept() -> None
         WORLD.stream("mask", 5), torch.arange(LATENTS), COUNTS, SEED, 0.1, 0.9
     )
     windows = responses.windows
-    windows._limit = 0
-    before = [windows.of(slot) for slot in range(LATENTS)]
+    windows._limit, texts = 0, TokenTexts(WORLD.policy.tokenizer)
+    before = [windows.of(slot, texts) for slot in range(LATENTS)]
     windows._forget()
-    assert [windows.of(slot) for slot in range(LATENTS)] == before
+    assert [windows.of(slot, texts) for slot in range(LATENTS)] == before
 
 
 def _responses() -> Responses:

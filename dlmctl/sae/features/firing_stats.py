@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,17 +58,43 @@ class FiringStats:
         self.level_count += cell.bincount(minlength=size).view(slots, LEVELS)
         self.level_total += cell.bincount(value.double(), minlength=size).view(slots, LEVELS)
 
-    def level_edges(self) -> list[float]:
-        """The LEVELS + 1 edges of the bins of t."""
-        return [self.t_min + (self.t_max - self.t_min) * i / LEVELS for i in range(LEVELS + 1)]
+    def measures(self, slot: int) -> dict[str, Any]:
+        """Fields of a feature's record."""
+        count, total = int(self.count[slot]), float(self.total[slot])
+        histogram: dict[str, list[float]] = {"edges": [], "counts": []}
+        if count:
+            filled = self.histogram[slot].nonzero().squeeze(1).tolist()
+            bins = range(filled[0], filled[-1] + 2)
+            histogram["edges"] = [rounded(2.0 ** ((i - BINS // 2) / PER_OCTAVE)) for i in bins]
+            histogram["counts"] = self.histogram[slot, filled[0] : filled[-1] + 1].tolist()
+        return {
+            "active": count,
+            "firing_rate": rounded(count / max(1, self.tokens)),
+            "mean": rounded(total / count) if count else None,
+            "max": rounded(float(self.largest[slot])),
+            "histogram": histogram,
+        }
+
+    def time_profile(self, slot: int) -> dict[str, Any]:
+        """Firing rate and mean activation over the bins of t; None for a bin without tokens."""
+        tokens, span = self.level_tokens.tolist(), self.t_max - self.t_min
+        counts, totals = self.level_count[slot].tolist(), self.level_total[slot].tolist()
+        return {
+            "edges": [rounded(self.t_min + span * i / LEVELS) for i in range(LEVELS + 1)],
+            "tokens": tokens,
+            "firing_rate": [
+                rounded(c / n) if n else None for c, n in zip(counts, tokens, strict=True)
+            ],
+            "mean": [rounded(s / c) if c else None for s, c in zip(totals, counts, strict=True)],
+        }
+
+
+def rounded(value: float) -> float:
+    """Five significant digits."""
+    return float(f"{value:.5g}")
 
 
 def _histogram_bin(value: Tensor) -> Tensor:
     """Bin of each activation; values beyond either end fall into the bin at that end."""
     bins = (value.double().log2() * PER_OCTAVE).floor().long() + BINS // 2
     return bins.clamp(0, BINS - 1)
-
-
-def histogram_edges(first: int, last: int) -> list[float]:
-    """Edges of the bins from `first` to `last`."""
-    return [2.0 ** ((i - BINS // 2) / PER_OCTAVE) for i in range(first, last + 2)]

@@ -11,9 +11,8 @@ from torch import Tensor
 from dlmctl.models.policy import Policy
 from dlmctl.models.token_text import TokenTexts
 from dlmctl.records.jsonl import Record
-from dlmctl.sae.features.firing_stats import FiringStats, histogram_edges
+from dlmctl.sae.features.firing_stats import rounded
 from dlmctl.sae.features.responses import Responses
-from dlmctl.sae.features.windows import Window
 from dlmctl.sae.topk import TopKSae
 
 EFFECTS = 10
@@ -47,13 +46,10 @@ def feature_records(
                 feature=feature,
                 **facts,
                 corpus=corpus,
-                **_measures(stats, slot),
-                time_profile=_time_profile(stats, slot) if facts["t"] else None,
+                **stats.measures(slot),
+                time_profile=stats.time_profile(slot) if facts["t"] else None,
                 logits=effect,
-                windows={
-                    kind: [_as_text(window, texts) for window in windows]
-                    for kind, windows in responses.windows.of(slot).items()
-                },
+                windows=responses.windows.of(slot, texts),
             )
 
 
@@ -82,48 +78,5 @@ def logit_effects(
 def _distinct(ids: list[int], values: list[float], texts: TokenTexts) -> list[dict[str, Any]]:
     shown: dict[str, float] = {}
     for token, value in zip(ids, values, strict=True):
-        shown.setdefault(texts(token), _rounded(value))
+        shown.setdefault(texts(token), rounded(value))
     return [{"token": text, "logit": value} for text, value in list(shown.items())[:EFFECTS]]
-
-
-def _measures(stats: FiringStats, slot: int) -> dict[str, Any]:
-    count, total = int(stats.count[slot]), float(stats.total[slot])
-    histogram: dict[str, list[float]] = {"edges": [], "counts": []}
-    if count:
-        filled = stats.histogram[slot].nonzero().squeeze(1).tolist()
-        first, last = filled[0], filled[-1]
-        histogram["edges"] = [_rounded(edge) for edge in histogram_edges(first, last)]
-        histogram["counts"] = stats.histogram[slot, first : last + 1].tolist()
-    return {
-        "active": count,
-        "firing_rate": _rounded(count / max(1, stats.tokens)),
-        "mean": _rounded(total / count) if count else None,
-        "max": _rounded(float(stats.largest[slot])),
-        "histogram": histogram,
-    }
-
-
-def _time_profile(stats: FiringStats, slot: int) -> dict[str, Any]:
-    tokens = stats.level_tokens.tolist()
-    counts, totals = stats.level_count[slot].tolist(), stats.level_total[slot].tolist()
-    rates = [_rounded(c / n) if n else None for c, n in zip(counts, tokens, strict=True)]
-    means = [_rounded(s / c) if c else None for s, c in zip(totals, counts, strict=True)]
-    edges = [_rounded(edge) for edge in stats.level_edges()]
-    return {"edges": edges, "tokens": tokens, "firing_rate": rates, "mean": means}
-
-
-def _as_text(window: Window, texts: TokenTexts) -> dict[str, Any]:
-    return {
-        **window.document,
-        "position": window.position,
-        "middle": window.middle,
-        "t": _rounded(window.level),
-        "tokens": texts.row(window.ids),
-        "masked": window.masked,
-        "activations": [_rounded(value) for value in window.activations],
-    }
-
-
-def _rounded(value: float) -> float:
-    """Five significant digits."""
-    return float(f"{value:.5g}")

@@ -12,13 +12,15 @@ feature, the document and the position.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dlmctl.diffusion.noise import key_tensor, stream_key, uniform
+from dlmctl.models.token_text import TokenTexts
 from dlmctl.sae.features.code_batch import CodeBatch
+from dlmctl.sae.features.firing_stats import rounded
 from dlmctl.sae.features.reservoir import Reservoir
 from dlmctl.settings.features import WindowCounts
 
@@ -28,23 +30,6 @@ POOL = 1024
 """Random windows from which those are drawn in which a feature is not active."""
 LONGEST = 2**20
 """More tokens than a document has."""
-
-
-class Window(NamedTuple):
-    """A stretch of a document; the lists have an entry for each token."""
-
-    document: dict[str, Any]
-    """`id` of its record and, if it has one, `sample`."""
-    position: int
-    """Of the middle token, in the document."""
-    middle: int
-    """Of the middle token, in the lists."""
-    level: float
-    """t."""
-    ids: list[int]
-    masked: list[bool]
-    activations: list[float]
-    """0 on tokens that are not of the kind observed."""
 
 
 class Windows:
@@ -99,8 +84,13 @@ class Windows:
         self._pool.offer(torch.zeros_like(number), score, number, around_any)
         self._forget()
 
-    def of(self, slot: int) -> dict[Kind, list[Window]]:
-        """The windows of a feature, each kind in its order."""
+    def of(self, slot: int, texts: TokenTexts) -> dict[Kind, list[dict[str, Any]]]:
+        """The windows of a feature as a record has them, each kind in its order.
+
+        A window has the `id` and, if there is one, the `sample` of its document; the `position` of
+        its middle token in the document and its index `middle` in the lists; the level `t`; and
+        the lists `tokens`, `masked` and `activations`, 0 on tokens that are not encoded.
+        """
         top = self._top.places(slot)
         used = set(self._top.number[top].tolist())
         weighted = self._weighted.places(slot)
@@ -110,13 +100,15 @@ class Windows:
         if pooled:
             quiet = (~self._pool.content["active"][:pooled, slot]).nonzero().squeeze(1)
             noise = uniform(self._inactive_keys[slot], self._pool.number[quiet])
-            inactive = quiet[noise.argsort(stable=True)][: self._counts.inactive].tolist()
+            inactive = quiet[noise.argsort(stable=True)].tolist()
+
+        def windows(reservoir: Reservoir, places: list[int]) -> list[dict[str, Any]]:
+            return [self._window(reservoir, place, texts) for place in places]
+
         return {
-            "top": [self._window(self._top, place) for place in top],
-            "weighted": [
-                self._window(self._weighted, place) for place in weighted[: self._counts.weighted]
-            ],
-            "inactive": [self._window(self._pool, place) for place in inactive],
+            "top": windows(self._top, top),
+            "weighted": windows(self._weighted, weighted[: self._counts.weighted]),
+            "inactive": windows(self._pool, inactive[: self._counts.inactive]),
         }
 
     def _texts(self, codes: CodeBatch, middle: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -133,19 +125,19 @@ class Windows:
         }
         return content, codes.index[row, column].where(within, torch.tensor(-1))
 
-    def _window(self, reservoir: Reservoir, place: int) -> Window:
+    def _window(self, reservoir: Reservoir, place: int, texts: TokenTexts) -> dict[str, Any]:
         content = {name: tensor[place] for name, tensor in reservoir.content.items()}
         within = content["ids"] >= 0  # [W]
         activations = content.get("activations", torch.zeros(len(within)))
-        return Window(
-            self._documents[int(reservoir.number[place])],
-            int(content["position"]),
-            int(within[: len(within) // 2].sum()),
-            float(content["level"]),
-            content["ids"][within].tolist(),
-            content["masked"][within].tolist(),
-            activations[within].tolist(),
-        )
+        return {
+            **self._documents[int(reservoir.number[place])],
+            "position": int(content["position"]),
+            "middle": int(within[: len(within) // 2].sum()),
+            "t": rounded(float(content["level"])),
+            "tokens": texts.row(content["ids"][within].tolist()),
+            "masked": content["masked"][within].tolist(),
+            "activations": [rounded(value) for value in activations[within].tolist()],
+        }
 
     def _forget(self) -> None:
         """Drop the names of documents of which no window is kept any more."""
