@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from dlmctl.commands.corpora import corpus_plan
-from dlmctl.commands.options import byte_count, whole_numbers
 from dlmctl.commands.ranks import on_every_rank, write_metrics
 from dlmctl.records.errors import UsageError
 from dlmctl.records.locks import Lock, hold_run
@@ -16,6 +15,7 @@ from dlmctl.settings import Knob
 from dlmctl.settings.common import Device, Model, Quiet
 from dlmctl.settings.corpus import Activations, Corpus, CorpusFiles
 from dlmctl.settings.models import Reading
+from dlmctl.settings.parsing import byte_count, whole_numbers
 from dlmctl.settings.sae import Feed, Ks, Profile, SaeRecipe
 
 if TYPE_CHECKING:

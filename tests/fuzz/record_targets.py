@@ -227,16 +227,17 @@ def _curves(data: bytes, folder: Path) -> None:
 
 def _options(data: bytes, folder: Path) -> None:
     """What parses the text of an option."""
-    from dlmctl.commands.options import byte_count, tag_names, whole_numbers
     from dlmctl.commands.verify import _weight
     from dlmctl.distill.image_sets import read_about
+    from dlmctl.settings.layout import Tags
+    from dlmctl.settings.parsing import byte_count, whole_numbers
     from dlmctl.settings.steering import Steering
 
     text = data.decode("utf-8", "replace")
     parsers: tuple[Callable[[], Any], ...] = (
         lambda: whole_numbers("--k", text),
         lambda: byte_count("--memory", text),
-        lambda: tag_names(text, "think"),
+        lambda: Tags(text),
         lambda: _weight(text),
         lambda: Steering([text]),
         lambda: Steering(["sae:0=1"], steer_time=text),
