@@ -153,7 +153,7 @@ def command(
             cache.write(block_name(policy, layer), about)
     stats = responses.stats
     print(
-        f"dlmctl: {stats.documents} documents, {stats.tokens} tokens looked at; "
+        f"dlmctl: {stats.documents} documents, {stats.tokens} tokens encoded; "
         f"{int(stats.alive.sum())} of {len(latents)} features alive",
         file=sys.stderr,
     )

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dlmctl.diffusion.cache import SlotCache, check_cache
+from dlmctl.diffusion.callback import SamplerCallback
 from dlmctl.diffusion.canvas import Canvas, Masked
 from dlmctl.diffusion.sampling import SamplerConfig
-from dlmctl.diffusion.watching import SamplerCallback
 from dlmctl.models.policy import Policy
 
 SMALL_PASS = 2048

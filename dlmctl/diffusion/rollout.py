@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from dlmctl.diffusion.autoregressive import sample_autoregressive
+from dlmctl.diffusion.callback import SamplerCallback
 from dlmctl.diffusion.noise import stream_key
 from dlmctl.diffusion.sampler import sample_stream
 from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig
-from dlmctl.diffusion.watching import SamplerCallback
 from dlmctl.models.policy import Policy
 from dlmctl.records.jsonl import OnError, Record, each, field
 from dlmctl.records.resume import Begins, always

@@ -22,12 +22,12 @@ from itertools import islice
 
 import torch
 
+from dlmctl.diffusion.callback import SamplerCallback
 from dlmctl.diffusion.canvas import Canvas
 from dlmctl.diffusion.noise import subkeys
 from dlmctl.diffusion.passes import Passes
 from dlmctl.diffusion.proposals import kept, propose
 from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig
-from dlmctl.diffusion.watching import SamplerCallback
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dlmctl.diffusion.callback import SamplerCallback
 from dlmctl.diffusion.canvas import Canvas, Masked
 from dlmctl.diffusion.sampling import SamplerConfig
-from dlmctl.diffusion.watching import SamplerCallback
 from dlmctl.models.blocks import Edit, edited_blocks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
