@@ -148,12 +148,16 @@ def command(
             codes = cache.recorded(codes)
         responses = collect_responses(codes, latents, windows, seed, t_min, t_max)
         if cache is not None:
-            about = {"dataset_repo": " ".join(files or ["-"]), "dataset_column": "text"}
-            about |= {"model_name": policy.name, "batch_size": batch_size}
+            about = {
+                "dataset_repo": " ".join(files or ["-"]),
+                "dataset_column": "text",
+                "model_name": policy.name,
+                "batch_size": batch_size,
+            }
             cache.write(block_name(policy, layer), about)
     stats = responses.stats
     print(
-        f"dlmctl: {stats.documents} documents, {stats.tokens} tokens encoded; "
+        f"dlmctl: {stats.documents} documents, {stats.tokens} tokens looked at; "
         f"{int(stats.alive.sum())} of {len(latents)} features alive",
         file=sys.stderr,
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
@@ -49,7 +49,7 @@ class DelphiCache:
         self._open = ExitStack()
         self._texts: IO[bytes]
         """int32: number of a document, its length, its ids; and so on."""
-        self._entries: list[IO[bytes]] = []
+        self._entries: Sequence[IO[bytes]] = ()
         """int32 [N, 4] for each range: document, position, feature, bits of the activation."""
 
     def __enter__(self) -> DelphiCache:
