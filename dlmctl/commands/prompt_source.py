@@ -7,22 +7,10 @@ import stat
 import sys
 from collections.abc import Iterator
 from itertools import count
-from typing import Annotated
-
-import typer
 
 from dlmctl.commands.input_lines import Lines, input_lines
 from dlmctl.records.jsonl import OnError, Record, read_records
 from dlmctl.records.shards import Shard, check_files, parse_shard, read_shard
-
-Task = Annotated[
-    str | None,
-    typer.Option(
-        show_default="sudoku, when there is no FILE and standard input is a terminal or /dev/null",
-        help="Take prompts from this task and not from standard input: sudoku, countdown, or "
-        "anything else that 'dlmctl prompts' takes.",
-    ),
-]
 
 
 def prompt_records(

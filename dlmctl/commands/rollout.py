@@ -6,15 +6,16 @@ from typing import Annotated
 
 from dlmctl.commands.progress import Total, counted, times
 from dlmctl.commands.prompt_source import prompt_records, prompt_shard, prompt_total
-from dlmctl.commands.sampling import Sae, Steer, SteerScope, SteerTime
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
 from dlmctl.records.resume import Resume, Rule
 from dlmctl.settings import Knob
 from dlmctl.settings.common import Compute, Files, Model, Seed, Stage
 from dlmctl.settings.models import Prompting, Reading
+from dlmctl.settings.order import GuidingSaes
 from dlmctl.settings.rollout import Corrupted, Loop, PromptSource
 from dlmctl.settings.sampler import Sampler
+from dlmctl.settings.steering import Steering
 
 
 def command(
@@ -24,10 +25,8 @@ def command(
     prompting: Prompting = Prompting(),
     samples: Annotated[int, Knob("Completions for each prompt.", "-n", "--samples", minimum=1)] = 8,
     sampler: Sampler = Sampler(temperature=0.9),
-    sae: Sae = None,
-    steer: Steer = None,
-    steer_scope: SteerScope = None,
-    steer_time: SteerTime = None,
+    sae: GuidingSaes = None,
+    steering: Steering = Steering(),
     source: PromptSource = PromptSource(),
     loop: Loop = Loop(),
     images: Corrupted = Corrupted(),
@@ -69,22 +68,20 @@ def command(
     from dlmctl.diffusion.rollout import batch_begins, made_by, rollout
     from dlmctl.diffusion.sampling import configured
     from dlmctl.models.loading import load_policy
-    from dlmctl.sae.order.feature_watch import FeatureWatch, check_watchable, read_dictionaries
-    from dlmctl.sae.steering.edit import Reach, Steering, parse_steer, parse_time
+    from dlmctl.sae.order.tracking import FeatureTracker, check_trackable, read_tracked_saes
+    from dlmctl.sae.steering.steered_policy import SteeredPolicy
 
     files, task = files or [], source.task
     if files and task is not None:
         raise UsageError("prompts come from FILE or from --task, not from both")
     model = reading.name(model)
     shard = prompt_shard(stage.shard, files, task)
-    steering = [parse_steer(text) for text in steer or []]
-    reach = Reach(steer_scope or "all", parse_time(steer_time) if steer_time else None)
-    if not steer and (steer_scope or steer_time):
-        raise UsageError("--steer-scope and --steer-time say how to steer: give --steer too")
     if (sampler.remasking == "sae") != bool(sae):
         raise UsageError("--remasking sae and --sae SAE go together: give both, or neither")
     if loop.follow is not None:
-        _check_loop(shard=shard, steer=steer, corrupt=images.corrupt, sae=sae, resume=stage.resume)
+        _check_loop(
+            shard=shard, steer=steering.steer, corrupt=images.corrupt, sae=sae, resume=stage.resume
+        )
     partial = Resume(stage.output, stage.resume)
     if partial.done:
         return
@@ -112,18 +109,18 @@ def command(
     )
     total: Total = times(prompt_total(files, task, source.prompts, shard), samples)
     prompts = prompt_records(files, task, source.prompts, seed, stage.on_error, False, shard)
-    watch = None
+    tracker = None
     if sae:
-        check_watchable(policy, config, "--remasking sae")
-        watch = FeatureWatch(policy, read_dictionaries(sae, policy))
+        check_trackable(policy, config, "--remasking sae")
+        tracker = FeatureTracker(policy, read_tracked_saes(sae, policy))
     records = rollout(
         partial.rest(prompts, rule), policy, config, samples, seed, compute.batch_size,
-        stage.on_error, watch=watch,
+        stage.on_error, callback=tracker,
     )  # fmt: skip
-    if watch is not None:
-        records = watch.around(records)
-    if steering:
-        records = Steering(policy, config, steering, reach).around(records)
+    if tracker is not None:
+        records = tracker.around(records)
+    if steering.steer:
+        records = SteeredPolicy(policy, config, steering).around(records)
     shown = counted(records, "samples", stage.quiet, total, partial.lines)
     write_records(shown, stage.output, partial)
 

@@ -7,51 +7,34 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from dlmctl.commands.input_lines import input_lines
-from dlmctl.commands.options import (
-    BatchSize,
-    Device,
-    Dtype,
-    Files,
-    OnErrorOption,
-    Output,
-    Quiet,
-    Seed,
-)
 from dlmctl.commands.progress import counted
 from dlmctl.records.jsonl import Record, each, read_records, write_records
-from dlmctl.settings.sampler import Sampler
+from dlmctl.settings import Knob
+from dlmctl.settings.common import Compute, Files, OnErrorOption, Output, Quiet, Seed
 
 
 def command(
     files: Files = None,
     judge: Annotated[
         str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Let this model answer both prompts here, and write scores at once.",
-        ),
+        Knob("Let this model answer both prompts here, and write scores at once.", metavar="MODEL"),
     ] = None,
-    gen_length: Annotated[int, typer.Option(min=1, help="With --judge: tokens of an answer.")] = 64,
+    gen_length: Annotated[int, Knob("With --judge: tokens of an answer.", minimum=1)] = 64,
     html: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the page of 'sae-features --html', with scores."),
+        Path | None, Knob("Write the page of 'sae-features --html', with scores.", metavar="FILE")
     ] = None,
     seed: Seed = 0,
-    batch_size: BatchSize = 16,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    compute: Compute = Compute(batch_size=16),
     on_error: OnErrorOption = "keep",
     quiet: Quiet = False,
     output: Output = "-",
 ) -> None:
     """Have a judge explain features and score how well it does.
 
-    Reads records of 'dlmctl sae-features' and takes each one a step further: it gets the prompt
-    that asks for an explanation (`prompt`); where that is answered (`completion`), the prompt that
-    asks in which of 14 unmarked windows the feature is active; where that is answered too,
+    Reads records of 'dlmctl sae-features' and takes each one a step further. A new record gets the
+    prompt that asks for an explanation (`prompt`); once that is answered (`completion`), the prompt
+    that asks in which of 14 unmarked windows the feature is active; once that is answered too,
     `judged`: accuracy and balanced accuracy. Any program that adds a `completion` to a record can
     be the judge.
 
@@ -75,21 +58,18 @@ def command(
     total = input_lines(files)
     records = step(read_records(files or [], on_error))
     if judge is not None:
-        from dlmctl.diffusion.rollout import rollout
-        from dlmctl.diffusion.sampling import configured
-        from dlmctl.models.loading import load_policy
+        from dlmctl.sae.judges import judge_model
 
-        policy = load_policy(judge, device, dtype)
-        settings = configured(policy, Sampler(gen_length=gen_length, temperature=0.0))
+        ask = judge_model(judge, gen_length, compute, seed, on_error)
         for _ in range(2):
-            records = step(rollout(records, policy, settings, 1, seed, batch_size, on_error))
+            records = step(ask(records))
     if html is not None:
         records = with_page(records, html)
-    write_records(_summed(counted(records, "features", quiet, total)), output)
+    write_records(_with_summary(counted(records, "features", quiet, total)), output)
 
 
-def _summed(records: Iterable[Record]) -> Iterator[Record]:
-    """The records; behind the last one, a line on how the judge did."""
+def _with_summary(records: Iterable[Record]) -> Iterator[Record]:
+    """The records; after the last one, a line on stderr says how the judge did."""
     scores: list[tuple[float, float]] = []
     waiting, failed = 0, 0
     for record in records:
@@ -103,9 +83,9 @@ def _summed(records: Iterable[Record]) -> Iterator[Record]:
         yield record
     parts = [f"{waiting} to be answered"] if waiting else []
     if scores:
-        means = [sum(column) / len(scores) for column in zip(*scores, strict=True)]
+        accuracy, balanced = (sum(column) / len(scores) for column in zip(*scores, strict=True))
         parts.append(
-            f"{len(scores)} judged, accuracy {means[0]:.3f}, balanced accuracy {means[1]:.3f}"
+            f"{len(scores)} judged, accuracy {accuracy:.3f}, balanced accuracy {balanced:.3f}"
         )
     if failed or not parts:
         parts.append(f"{failed} that could not be judged")

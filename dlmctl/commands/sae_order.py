@@ -4,42 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import Annotated, Any, get_args
 
-import typer
-
-from dlmctl.commands.options import (
-    BatchSize,
-    Device,
-    Dtype,
-    Files,
-    Json,
-    Model,
-    OnErrorOption,
-    Output,
-    Quiet,
-    Seed,
-)
 from dlmctl.commands.progress import counted, times
-from dlmctl.commands.prompt_source import Task, prompt_records, prompt_total
-from dlmctl.commands.sampling import (
-    BlockLength,
-    CfgScale,
-    EarlyStop,
-    Eos,
-    Factor,
-    GenLength,
-    Steps,
-    Temperature,
-    Threshold,
-)
+from dlmctl.commands.prompt_source import prompt_records, prompt_total
 from dlmctl.commands.tables import print_table
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
-
-if TYPE_CHECKING:
-    from dlmctl.settings.sampler import Remasking
+from dlmctl.settings import Knob, Without
+from dlmctl.settings.common import Compute, Files, Json, Model, OnErrorOption, Output, Quiet, Seed
+from dlmctl.settings.rollout import PromptSource
+from dlmctl.settings.sampler import Remasking, Sampler
 
 MEANS = ("s_pre", "s_pre_last5", "lock_ratio", "jump", "d_post", "flips_post")
 SIGNALS = ("signal", "auroc", "auroc_step", "auroc_choice", "used", "right")
@@ -50,58 +27,50 @@ SHOWN = 8
 def command(
     sae: Annotated[
         list[str],
-        typer.Option(
-            metavar="SAE[@LAYER]",
-            help="Folder of an autoencoder, LAYER the block (counted from 0) where the folder does "
+        Knob(
+            "Folder of an autoencoder, with LAYER the block (counted from 0) if the folder does "
             "not name it; repeatable.",
+            metavar="SAE[@LAYER]",
         ),
     ],
     files: Files = None,
     model: Model = "builtin:puzzles",
     orders: Annotated[
         str,
-        typer.Option(
+        Knob(
+            "Orders to compare, from those of --remasking of 'dlmctl rollout'; features are "
+            "compared with the first. random is the paper's 'origin'; sae is not in the paper.",
             metavar="ORDER,…",
-            help="Orders to compare, as --remasking of 'dlmctl rollout' has them; features are "
-            "compared with the first. random is the paper's 'origin'; sae is no part of the paper.",
         ),
     ] = "low_confidence,random,margin,entropy",
     truth: Annotated[
         str | None,
-        typer.Option(
+        Knob(
+            "Field with the one right completion, for instance solution: asks which signals tell "
+            "right proposals from wrong ones. Text, or token ids with null where any will do.",
             metavar="FIELD",
-            show_default="none",
-            help="Field with the one right completion, for instance solution: asks which signals "
-            "tell right proposals from wrong ones. Text, or token ids with null where any will do.",
+            shown_default="none",
         ),
     ] = None,
     samples: Annotated[
-        int, typer.Option("-n", "--samples", min=1, help="Completions for each prompt and order.")
+        int, Knob("Completions for each prompt and order.", "-n", "--samples", minimum=1)
     ] = 1,
-    gen_length: GenLength = None,
-    block_length: BlockLength = None,
-    steps: Steps = None,
-    temperature: Temperature = 0.0,
-    cfg_scale: CfgScale = 0.0,
-    threshold: Threshold = None,
-    factor: Factor = None,
-    eos: Eos = "normal",
-    early_stop: EarlyStop = False,
-    task: Task = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts taken from --task.")] = 32,
+    sampler: Annotated[
+        Sampler, Without("remasking", "cache", "refresh", "refresh_below", "compile")
+    ] = Sampler(),
+    source: Annotated[PromptSource, Without("prompts")] = PromptSource(),
+    prompts: Annotated[int, Knob("Prompts taken from --task.", minimum=1)] = 32,
     summary: Annotated[
         str | None,
-        typer.Option(
+        Knob(
+            "Where the rows over all completions go; - is standard output, if the records go to a "
+            "file.",
             metavar="FILE",
-            show_default="none",
-            help="Where the rows over all completions go; - is standard output, where the records "
-            "go to a file.",
+            shown_default="none",
         ),
     ] = None,
     seed: Seed = 0,
-    batch_size: BatchSize = 32,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    compute: Compute = Compute(),
     on_error: OnErrorOption = "fail",
     quiet: Quiet = False,
     json: Json = False,
@@ -109,21 +78,22 @@ def command(
 ) -> None:
     """Follow features while completions are sampled in several orders.
 
-    Reads prompts as rollout does and writes a record for each order, prompt and sample, that verify
-    reads and 'stats --by remasking' counts. All orders have the same prompts and the same noise.
-    Its field features has for each autoencoder, of the passes in which the completion was made:
-    s_pre, mean Jaccard similarity of the active features of a position with those of the step
-    before while it is masked (s_pre_last5: the last five steps of that); lock_ratio, share of these
-    steps in which the strongest feature stays; jump, 1 - similarity in the step that sees the token
-    first; d_post, mean 1 - similarity after that; flips_post, changes of the strongest feature
-    after that. Curves have 10 bins of the place in the completion, or of the share decided.
+    Reads prompts as rollout does and writes a record for each order, prompt and sample, which
+    verify reads and 'stats --by remasking' counts. All orders have the same prompts and the same
+    noise. The field `features` of a record has for each autoencoder, measured over the passes in
+    which the completion was sampled: s_pre, the mean Jaccard similarity of the active features of a
+    position with those of the step before, while it is masked (s_pre_last5: over the last five of
+    these steps); lock_ratio, the share of these steps in which the strongest feature stays; jump, 1
+    - similarity in the step that sees the token first; d_post, the mean 1 - similarity after that;
+    flips_post, changes of the strongest feature after that. Curves have 10 bins of the place in the
+    completion, or of the share decided.
 
-    --summary has these as means (row: mean); the 20 features whose number of positions differs
-    most from the first order's, summed over 20 bins of the share decided (row: feature); and with
+    --summary has their means (row: mean); the 20 features whose number of positions differs most
+    from the first order's, summed over 20 bins of the share decided (row: feature); and with
     --truth the AUROC of signals for "the model's likeliest token here is the right one" (row:
     signal): over all proposals, within a step of all completions, and within a step of one
     completion, which is what an order chooses from. Up to 131072 proposals of an order count. A
-    terminal shows some of this in place of the records.
+    terminal shows part of this instead of the records.
 
     Passes go over whole sequences: there is no --cache here, and no --compile.
 
@@ -136,35 +106,22 @@ def command(
     """
     from dlmctl.diffusion.sampling import configured
     from dlmctl.models.loading import load_policy
-    from dlmctl.sae.order.feature_watch import read_dictionaries
     from dlmctl.sae.order.study import OrderStudy
-    from dlmctl.settings.sampler import Sampler
+    from dlmctl.sae.order.tracking import read_tracked_saes
 
+    files, task = files or [], source.task
     if files and task is not None:
         raise UsageError("prompts come from FILE or from --task, not from both")
     if summary == "-" and output == "-":
         raise UsageError("standard output has the records: give --summary a file, or -o one")
-    chosen = _orders(orders)
-    policy = load_policy(model, device, dtype)
-    settings = configured(
-        policy,
-        Sampler(
-            gen_length=gen_length,
-            block_length=block_length,
-            steps=steps,
-            temperature=temperature,
-            cfg_scale=cfg_scale,
-            threshold=threshold,
-            factor=factor,
-            eos=eos,
-            early_stop=early_stop,
-        ),
-    )
-    study = OrderStudy(policy, read_dictionaries(sae, policy), settings, chosen, truth)
-    total = times(prompt_total(files or [], task, prompts, None), samples * len(chosen))
-    source = prompt_records(files or [], task, prompts, seed, on_error, repeat=False)
-    made = study.run(source, samples, seed, batch_size, on_error)
-    records = counted(made, "completions", quiet, total)
+    names = _orders(orders)
+    policy = load_policy(model, compute.device, compute.dtype)
+    saes = read_tracked_saes(sae, policy)
+    study = OrderStudy(policy, saes, configured(policy, sampler), names, truth)
+    total = times(prompt_total(files, task, prompts, None), samples * len(names))
+    asked = prompt_records(files, task, prompts, seed, on_error, repeat=False)
+    sampled = study.run(asked, samples, seed, compute.batch_size, on_error)
+    records = counted(sampled, "completions", quiet, total)
     shown = output == "-" and not json and sys.stdout.isatty()
     if shown:
         for _ in records:
@@ -179,8 +136,6 @@ def command(
 
 
 def _orders(text: str) -> list[Remasking]:
-    from dlmctl.settings.sampler import Remasking
-
     known = get_args(Remasking)
     names: list[Remasking] = list(dict.fromkeys(text.split(",")))  # type: ignore[arg-type]
     for name in names:
@@ -190,7 +145,7 @@ def _orders(text: str) -> list[Remasking]:
 
 
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Tables of the means, of the features and of the signals, where there are any."""
+    """Print tables of the means, the features and the signals."""
     rows = [{**row, "sae": Path(row["sae"]).name} for row in rows]
     where = ("order", "sae", "layer")
     means = [row for row in rows if row["row"] == "mean"]
@@ -207,10 +162,10 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _joined(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each order and autoencoder, with the features of highest score."""
-    joined: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in rows:
-        key = row["order"], row["sae"], row["layer"]
-        entry = joined.setdefault(key, {**row, "features": []})
-        entry["features"].append(f"{row['feature']} ({row['score']:.3g})")
-    return [{**row, "features": ", ".join(row["features"][:SHOWN])} for row in joined.values()]
+    """A row for each order and autoencoder, with its features of highest score."""
+    joined = []
+    for _, group in groupby(rows, lambda row: (row["order"], row["sae"], row["layer"])):
+        best = list(islice(group, SHOWN))
+        names = [f"{row['feature']} ({row['score']:.3g})" for row in best]
+        joined.append({**best[0], "features": ", ".join(names)})
+    return joined

@@ -40,15 +40,6 @@ Remasking = Annotated[
         "experiment: confidence times how little the features of --sae change."
     ),
 ]
-Sae = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="SAE[@LAYER]",
-        show_default="none",
-        help="With --remasking sae: folder of an autoencoder, LAYER the block (counted from 0) "
-        "where the folder does not name it; repeatable.",
-    ),
-]
 Threshold = Annotated[
     float | None,
     typer.Option(
@@ -114,33 +105,6 @@ Compile = Annotated[
         "--compile",
         help="Run the model through torch.compile: the same but for rounding, faster once it is "
         "compiled, which takes half a minute.",
-    ),
-]
-Steer = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="SAE[@LAYER]:FEATURE=AMPLITUDE",
-        show_default="off",
-        help="Add a latent's direction to the residual stream in every pass, amplitude times the "
-        "strongest latent there; SAE is a folder of any of the libraries of sae-convert, LAYER "
-        "the block (counted from 0) where the folder does not name it; repeatable.",
-    ),
-]
-SteerScope = Annotated[
-    Literal["all", "update", "topk"] | None,
-    typer.Option(
-        show_default="all",
-        help="Steer all positions of a pass, those still masked (of an autoregressive model the "
-        "newest), or the three of each row at which the latent's pre-activation is largest.",
-    ),
-]
-SteerTime = Annotated[
-    str | None,
-    typer.Option(
-        metavar="LO-HI",
-        show_default="always",
-        help="Steer only while the share of the completion that is masked is above LO and at most "
-        "HI: 0.5-1 is the first half of the tokens.",
     ),
 ]
 Corrupt = Annotated[

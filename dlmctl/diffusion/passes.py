@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dlmctl.diffusion.cache import SlotCache, check_cache
+from dlmctl.diffusion.callback import SamplerCallback
 from dlmctl.diffusion.canvas import Canvas, Masked
 from dlmctl.diffusion.sampling import SamplerConfig
-from dlmctl.diffusion.watching import Watch
 from dlmctl.models.policy import Policy
 
 SMALL_PASS = 2048
@@ -37,9 +37,9 @@ class Passes:
     """Hidden states of masked positions, with the passes that the settings ask for."""
 
     def __init__(
-        self, policy: Policy, settings: SamplerConfig, canvas: Canvas, watch: Watch
+        self, policy: Policy, settings: SamplerConfig, canvas: Canvas, callback: SamplerCallback
     ) -> None:
-        self.policy, self.settings, self.canvas, self.watch = policy, settings, canvas, watch
+        self.policy, self.settings, self.canvas, self.callback = policy, settings, canvas, callback
         self.cache: SlotCache | None = None
         if settings.cache != "none":
             check_cache(policy)
@@ -109,7 +109,7 @@ class Passes:
                 places = places.where(there, self.cache.width)
             self.cache.aim(canvas.tensor(rows), places, width, whole=True)
         compiled = self.settings.compile
-        self.watch.aim(rows)
+        self.callback.on_pass(rows)
         hidden = [self.policy.hidden(ids, there, cache=self.cache, compiled=compiled)]
         if self.settings.cfg_scale > 0:
             starts = canvas.tensor([canvas.starts[slot] for slot in rows])

@@ -3,7 +3,7 @@
     token       argmax_v  logit_v + temperature * Gumbel noise        (exact Gumbel-max, float64)
     confidence  low_confidence  p(token)             random   U(0, 1)
                 entropy         -H(p)                margin   p(best) - p(second)
-                sae             p(token), which a Watch weighs further
+                sae             p(token), adjusted by a SamplerCallback
 
 Positions go through the vocabulary in chunks, so that memory does not grow with the batch. With
 e_v = exp(logit_v - max), everything is written in Z - 1 = sum of all e_v but the largest: a p that

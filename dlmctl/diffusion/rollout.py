@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from dlmctl.diffusion.autoregressive import sample_autoregressive
+from dlmctl.diffusion.callback import SamplerCallback
 from dlmctl.diffusion.noise import stream_key
 from dlmctl.diffusion.sampler import sample_stream
 from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig
-from dlmctl.diffusion.watching import Watch
 from dlmctl.models.policy import Policy
 from dlmctl.records.jsonl import OnError, Record, each, field
 from dlmctl.records.resume import Begins, always
@@ -44,12 +44,12 @@ def rollout(
     batch_size: int,
     on_error: OnError = "fail",
     round_: Round | None = None,
-    watch: Watch | None = None,
+    callback: SamplerCallback | None = None,
 ) -> Iterator[Record]:
     """Sample `samples` completions for every prompt; a group leaves as neighbours, in order.
 
     Raises:
-        UsageError: the settings, or a watch, do not go with the kind of model.
+        UsageError: the settings, or a callback, do not go with the kind of model.
     """
     # What was read and not yet answered: a record with its number in the group, or an error.
     waiting: deque[tuple[Record, int]] = deque()
@@ -65,7 +65,7 @@ def rollout(
                 yield Request(record["tokens"]["prompt"], key, record)
 
     if policy.diffusion:
-        results = sample_stream(policy, requests(), settings, batch_size, watch)
+        results = sample_stream(policy, requests(), settings, batch_size, callback)
     else:
         results = sample_autoregressive(policy, requests(), settings, batch_size)
     for result in results:

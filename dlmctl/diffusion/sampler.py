@@ -22,12 +22,12 @@ from itertools import islice
 
 import torch
 
+from dlmctl.diffusion.callback import SamplerCallback
 from dlmctl.diffusion.canvas import Canvas
 from dlmctl.diffusion.noise import subkeys
 from dlmctl.diffusion.passes import Passes
 from dlmctl.diffusion.proposals import kept, propose
 from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig
-from dlmctl.diffusion.watching import Watch
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 
@@ -46,31 +46,31 @@ def sample_stream(
     requests: Iterable[Request],
     settings: SamplerConfig,
     batch_size: int,
-    watch: Watch | None = None,
+    callback: SamplerCallback | None = None,
 ) -> Iterator[Sample]:
     """Sample a completion for each request, in their order, `batch_size` under way at a time.
 
     Requests are taken as places become free. Where taking one raises, those under way are finished
     and given out first.
     """
-    if watch is None:
+    if callback is None:
         if settings.remasking == "sae":
             raise UsageError("--remasking sae goes by an autoencoder: give one with --sae")
-        watch = Watch()
+        callback = SamplerCallback()
     source, canvas = _Source(requests), Canvas(policy, settings, batch_size)
-    passes = Passes(policy, settings, canvas, watch)
-    watch.start(canvas)
+    passes = Passes(policy, settings, canvas, callback)
+    callback.on_start(canvas)
     done: dict[int, Sample] = {}
     given = 0
     while True:
         # Several at a time, for a pass over one new row costs almost as much as one over a few.
         if len(canvas.free) * 8 >= batch_size:
             for number, request in islice(source, len(canvas.free)):
-                watch.begin(canvas.add(number, request), request)
+                callback.on_request(canvas.add(number, request), request)
         if not canvas.active:
             break
-        for slot in _denoise(canvas, passes, watch):
-            watch.end(slot)
+        for slot in _denoise(canvas, passes, callback):
+            callback.on_finish(slot)
             done.update([canvas.take(slot)])
         while given in done:
             yield done.pop(given)
@@ -99,14 +99,14 @@ class _Source:
             raise StopIteration from None
 
 
-def _denoise(canvas: Canvas, passes: Passes, watch: Watch) -> list[int]:
+def _denoise(canvas: Canvas, passes: Passes, callback: SamplerCallback) -> list[int]:
     """One step of every row under way; returns the slots whose completion is done."""
     rows, settings = canvas.active, canvas.settings
     masked, steps = canvas.masked(rows), canvas.numbered_steps(rows)
     noise = subkeys(subkeys(canvas.keys[canvas.tensor(rows)], steps)[masked.row], masked.completion)
     states = passes.states(rows, masked)
     token, sure = propose(canvas.policy, states, noise, settings)
-    sure = watch.weigh(masked, states, sure)
+    sure = callback.adjust_confidence(masked, states, sure)
     confidence = torch.full(masked.shape, -torch.inf, dtype=torch.float64, device=canvas.device)
     confidence[masked.row, masked.offset] = sure
     quota = settings.quota()[[canvas.block[s] for s in rows], [canvas.step[s] for s in rows]]

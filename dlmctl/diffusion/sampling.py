@@ -77,7 +77,7 @@ class Request(NamedTuple):
     key: int
     """64-bit key that its noise comes from."""
     record: Record | None = None
-    """What it was made of; for a Watch alone."""
+    """The record it was made of, for callbacks."""
 
 
 class Sample(NamedTuple):

@@ -229,9 +229,9 @@ def _options(data: bytes, folder: Path) -> None:
     """What parses the text of an option."""
     from dlmctl.commands.verify import _weight
     from dlmctl.distill.image_sets import read_about
-    from dlmctl.sae.steering.edit import Reach, parse_steer, parse_time
     from dlmctl.settings.layout import Tags
     from dlmctl.settings.parsing import byte_count, whole_numbers
+    from dlmctl.settings.steering import Steering
 
     text = data.decode("utf-8", "replace")
     parsers: tuple[Callable[[], Any], ...] = (
@@ -239,8 +239,8 @@ def _options(data: bytes, folder: Path) -> None:
         lambda: byte_count("--memory", text),
         lambda: Tags(text),
         lambda: _weight(text),
-        lambda: parse_steer(text),
-        lambda: Reach(time=parse_time(text)),
+        lambda: Steering([text]),
+        lambda: Steering(["sae:0=1"], steer_time=text),
         lambda: registry.find_verifier(text),
         lambda: read_about(text),
     )

@@ -13,7 +13,7 @@ from dlmctl.models.blocks import block_outputs
 from dlmctl.models.policy import Policy
 from dlmctl.records.jsonl import Record
 from dlmctl.sae.corpus import Document, MaskLaw, Positions, documents, masked_corpus
-from dlmctl.sae.features.active import Active, active_features
+from dlmctl.sae.features.code_batch import CodeBatch, code_batches
 from dlmctl.sae.topk import TopKSae
 
 LAYER = 1
@@ -49,10 +49,10 @@ class World(NamedTuple):
 
     def stream(
         self, positions: Positions, batch_size: int, latents: tuple[int, ...] | None = None
-    ) -> Iterator[Active]:
+    ) -> Iterator[CodeBatch]:
         wanted = torch.tensor(range(LATENTS) if latents is None else latents)
         batches = masked_corpus(self.documents(), self.policy, self.law, batch_size)
-        return active_features(batches, self.policy, LAYER, self.sae, positions, wanted)
+        return code_batches(batches, self.policy, LAYER, self.sae, positions, wanted)
 
     def documents(self) -> Iterator[Document]:
         return documents(self.records, self.policy, 24)

@@ -34,7 +34,7 @@ def test_the_cache_holds_every_activation_at_its_place(tmp_path, batch_size):
     directory = tmp_path / "made" / "cache"
     with DelphiCache(directory, LATENTS, torch.arange(LATENTS), WORLD.policy.pad_id) as cache:
         stream = WORLD.stream("mask", batch_size)
-        passed = sum(len(active.value) for active in cache.passing(stream))
+        passed = sum(len(active.value) for active in cache.recorded(stream))
         cache.write("model.layers.1", {"model_name": "tiny"})
     parts = loaded(directory / "model.layers.1")
     sights = WORLD.sights("mask")
@@ -60,7 +60,7 @@ def test_the_cache_holds_every_activation_at_its_place(tmp_path, batch_size):
 
 def test_features_asked_for_keep_their_numbers(tmp_path):
     with DelphiCache(tmp_path / "cache", LATENTS, torch.tensor([31, 2]), 0) as cache:
-        for _ in cache.passing(WORLD.stream("mask", 9, (31, 2))):
+        for _ in cache.recorded(WORLD.stream("mask", 9, (31, 2))):
             pass
         cache.write("m", {})
     parts = loaded(tmp_path / "cache" / "m")
@@ -81,7 +81,7 @@ def test_numbers_that_do_not_fit_get_larger_types_and_large_activations_stay_fin
 def test_what_waits_is_removed_when_the_corpus_breaks_off(tmp_path):
     def broken(cache):
         with cache:
-            next(cache.passing(WORLD.stream("mask", 9)))
+            next(cache.recorded(WORLD.stream("mask", 9)))
             assert list(tmp_path.iterdir())
             raise KeyboardInterrupt
 

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from dlmctl.sae.order.feature_change import Change, Ledger, jaccard, progress
-from dlmctl.sae.order.signals import Pool, auroc
+from dlmctl.sae.order.feature_change import ChangeStats, FeatureChange, jaccard, progress
+from dlmctl.sae.order.signals import ProposalPool, stratified_auroc
 
 
 def test_jaccard_of_sets_written_out() -> None:
@@ -30,27 +30,29 @@ TRACE = [
 ]
 
 
-def _play(ledger: Ledger, slots: list[int]) -> None:
+def _play(stats: ChangeStats, slots: list[int]) -> None:
     """The trace in each of these slots at once."""
     before, was = torch.full((3, 2), -1), torch.zeros(3, dtype=torch.bool)
     for step, (ids, state) in enumerate(TRACE):
         now, masked = torch.tensor(ids), torch.tensor([letter == "m" for letter in state])
         similarity, same = jaccard(now, before)[0], now[:, 0] == before[:, 0]
-        row = Change(similarity, same, masked, was, torch.tensor(step > 0))
-        ledger.add(torch.tensor(slots), Change(*(torch.stack([part] * len(slots)) for part in row)))
+        row = FeatureChange(similarity, same, masked, was, torch.tensor(step > 0))
+        stats.add(
+            torch.tensor(slots), FeatureChange(*(torch.stack([part] * len(slots)) for part in row))
+        )
         before, was = now, masked
 
 
 def test_a_trace_made_by_hand() -> None:
-    ledger = Ledger(4, 3)
-    _play(ledger, [1])
-    ledger.reset(1)
-    _play(ledger, [1, 3])
+    stats = ChangeStats(4, 3)
+    _play(stats, [1])
+    stats.reset(1)
+    _play(stats, [1, 3])
     third = 1 / 3
     pre = [1.0, (third + 1) / 2, (1 + third + third + 1) / 4]
     post = [(1 - third + 0) / 2, 0.0]
-    report = ledger.report(1)
-    assert report == ledger.report(3)
+    report = stats.report(1)
+    assert report == stats.report(3)
     assert report["s_pre"] == pytest.approx(sum(pre) / 3)
     assert report["s_pre_last5"] == report["s_pre"]
     assert report["lock_ratio"] == pytest.approx((0 + 1 + 3 / 4) / 3)
@@ -70,17 +72,17 @@ def test_a_trace_made_by_hand() -> None:
     assert curve[6] == pytest.approx((third + 1) / 2)
     assert report["decided_by_progress"][6] == pytest.approx((third + 1 + 1) / 3)
     assert [curve[bin_] for bin_ in (1, 2, 4, 5, 7, 8, 9)] == [None] * 7
-    assert all(value in (None, [None] * 10) for value in ledger.report(0).values())
+    assert all(value in (None, [None] * 10) for value in stats.report(0).values())
 
 
 def test_the_last_five_steps_alone() -> None:
-    ledger = Ledger(1, 1)
+    stats = ChangeStats(1, 1)
     masked, known = torch.ones(1, 1, dtype=torch.bool), torch.ones(1, dtype=torch.bool)
     for number in range(9):
         similarity = torch.full((1, 1), number / 10, dtype=torch.float64)
-        ledger.add(torch.tensor([0]), Change(similarity, masked, masked, masked, known))
-    assert ledger.report(0)["s_pre_last5"] == pytest.approx((4 + 5 + 6 + 7 + 8) / 50)
-    assert ledger.report(0)["s_pre"] == pytest.approx(0.4)
+        stats.add(torch.tensor([0]), FeatureChange(similarity, masked, masked, masked, known))
+    assert stats.report(0)["s_pre_last5"] == pytest.approx((4 + 5 + 6 + 7 + 8) / 50)
+    assert stats.report(0)["s_pre"] == pytest.approx(0.4)
 
 
 def test_bins_of_the_share_that_is_decided() -> None:
@@ -105,17 +107,19 @@ def test_auroc_counts_pairs() -> None:
             right = torch.rand(number, generator=generator) < 0.6
             stratum = torch.randint(-3, 3, (number,), generator=generator) * 10**15
             lists = signal.tolist(), right.tolist()
-            assert auroc(signal, right) == pytest.approx(_auroc(*lists, [0] * number))
-            assert auroc(signal, right, stratum) == pytest.approx(_auroc(*lists, stratum.tolist()))
-    assert auroc(torch.zeros(0), torch.zeros(0, dtype=torch.bool)) is None
-    assert auroc(torch.ones(3), torch.ones(3, dtype=torch.bool)) is None
+            assert stratified_auroc(signal, right) == pytest.approx(_auroc(*lists, [0] * number))
+            assert stratified_auroc(signal, right, stratum) == pytest.approx(
+                _auroc(*lists, stratum.tolist())
+            )
+    assert stratified_auroc(torch.zeros(0), torch.zeros(0, dtype=torch.bool)) is None
+    assert stratified_auroc(torch.ones(3), torch.ones(3, dtype=torch.bool)) is None
 
 
 def test_a_clock_says_nothing_within_a_step() -> None:
     step = torch.arange(400) // 8
     right = torch.rand(400, generator=torch.Generator().manual_seed(1)) < step / 50
-    assert auroc(step.double(), right) > 0.7
-    assert auroc(step.double(), right, step) == 0.5
+    assert stratified_auroc(step.double(), right) > 0.7
+    assert stratified_auroc(step.double(), right, step) == 0.5
 
 
 @pytest.mark.parametrize("size", [1, 10, 37, 1000])
@@ -127,7 +131,7 @@ def test_a_pool_keeps_whole_units_whatever_their_order(size: int) -> None:
     kept = []
     for seed, together in ((0, 1), (1, 1), (2, 7), (3, 90)):
         order = torch.randperm(90, generator=torch.Generator().manual_seed(seed)).tolist()
-        pool = Pool(size)
+        pool = ProposalPool(size)
         for first in range(0, 90, together):
             part = torch.cat([units[n] for n in order[first : first + together]])
             pool.offer({"unit": part, "twice": 2 * part})

@@ -13,8 +13,8 @@ from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record
 from dlmctl.sae.features.page import with_page
 from dlmctl.sae.features.records import feature_records
-from dlmctl.sae.features.responses import look
-from dlmctl.sae.features.windows import Plan
+from dlmctl.sae.features.responses import collect_responses
+from dlmctl.settings.features import WindowCounts
 
 WORLD = small_world()
 FACTS = {
@@ -30,10 +30,12 @@ FACTS = {
 
 
 def _records(count: int = 5) -> list[Record]:
-    plan = Plan(top=3, weighted=2, inactive=2, radius=3)
-    findings = look(WORLD.stream("mask", 16), torch.arange(LATENTS), plan, 0.1, 0.9)
-    slots = [s for s in range(LATENTS) if findings.activity.alive[s]][:count]
-    return list(feature_records(findings, slots, WORLD.policy, WORLD.sae, FACTS))
+    counts = WindowCounts(top=3, weighted=2, inactive=2, radius=3)
+    responses = collect_responses(
+        WORLD.stream("mask", 16), torch.arange(LATENTS), counts, 0, 0.1, 0.9
+    )
+    slots = [s for s in range(LATENTS) if responses.stats.alive[s]][:count]
+    return list(feature_records(responses, slots, WORLD.policy, WORLD.sae, FACTS))
 
 
 def _page(records: list[Record], tmp_path: Path) -> Page:

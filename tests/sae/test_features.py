@@ -14,14 +14,15 @@ from dlmctl.diffusion.noise import key_tensor, stream_key, uniform
 from dlmctl.models.token_text import TokenTexts
 from dlmctl.records.errors import UsageError
 from dlmctl.sae.corpus import MaskLaw, Positions, masked_corpus
-from dlmctl.sae.features.active import Active, active_features
-from dlmctl.sae.features.activity import ALIVE
+from dlmctl.sae.features.code_batch import CodeBatch, code_batches
+from dlmctl.sae.features.firing_stats import ALIVE
 from dlmctl.sae.features.records import EFFECTS, feature_records, logit_effects
-from dlmctl.sae.features.responses import Findings, chosen_slots, look, parse_choice
-from dlmctl.sae.features.windows import LONGEST, Plan, Windows
+from dlmctl.sae.features.responses import Responses, collect_responses, parse_choice, select_slots
+from dlmctl.sae.features.windows import LONGEST, Windows
+from dlmctl.settings.features import WindowCounts
 
 WORLD = small_world()
-PLAN = Plan(top=5, weighted=4, inactive=6, radius=4, seed=9)
+COUNTS, SEED = WindowCounts(top=5, weighted=4, inactive=6, radius=4), 9
 FACTS = {"sae": "here", "t": [0.1, 0.9]}
 KINDS: list[Positions] = ["mask", "unmask", "all", "clean"]
 
@@ -32,14 +33,14 @@ def records_of(
 ) -> list[dict[str, Any]]:
     wanted = torch.tensor(range(LATENTS) if latents is None else latents)
     stream = WORLD.stream(positions, batch_size, latents)
-    findings = look(stream, wanted, PLAN, WORLD.law.t_min, WORLD.law.t_max)
+    responses = collect_responses(stream, wanted, COUNTS, SEED, WORLD.law.t_min, WORLD.law.t_max)
     slots = list(range(len(wanted)))
-    return list(feature_records(findings, slots, WORLD.policy, WORLD.sae, FACTS))
+    return list(feature_records(responses, slots, WORLD.policy, WORLD.sae, FACTS))
 
 
 def shown(sight: Sight, position: int, feature: int) -> dict[str, Any]:
     """A window, cut out of its document."""
-    first, last = max(0, position - PLAN.radius), position + PLAN.radius + 1
+    first, last = max(0, position - COUNTS.radius), position + COUNTS.radius + 1
     record = sight.document.record
     return {
         **{name: record[name] for name in ("id", "sample") if name in record},
@@ -107,7 +108,7 @@ def test_top_windows_are_the_strongest_of_all(positions: Positions) -> None:
         def score(sight: Sight, i: int, feature: int = feature) -> float | None:
             return sight.codes[i][feature] or None
 
-        expected = best_of_documents(sights, score)[: PLAN.top]
+        expected = best_of_documents(sights, score)[: COUNTS.top]
         assert record["windows"]["top"] == [shown(s, i, feature) for s, i in expected]
 
 
@@ -115,7 +116,7 @@ def test_weighted_windows_are_drawn_by_their_keys_from_the_other_documents() -> 
     sights = WORLD.sights("mask")
     for record in records_of("mask", 7):
         feature = record["feature"]
-        key = key_tensor([stream_key(PLAN.seed, "weighted", feature)])
+        key = key_tensor([stream_key(SEED, "weighted", feature)])
 
         def score(sight: Sight, i: int, feature: int = feature, key: Any = key) -> float | None:
             value = sight.codes[i][feature]
@@ -128,35 +129,35 @@ def test_weighted_windows_are_drawn_by_their_keys_from_the_other_documents() -> 
             for s, i in best_of_documents(sights, score)
             if s.document.record["id"] not in top
         ]
-        expected = [shown(s, i, feature) for s, i in others[: PLAN.weighted]]
+        expected = [shown(s, i, feature) for s, i in others[: COUNTS.weighted]]
         assert record["windows"]["weighted"] == expected
 
 
 def test_inactive_windows_are_drawn_among_those_without_an_active_token() -> None:
     """One window of each document, all of which fit into the pool."""
     sights = WORLD.sights("mask")
-    pool_key = key_tensor([stream_key(PLAN.seed, "pool")])
+    pool_key = key_tensor([stream_key(SEED, "pool")])
 
     def noise(sight: Sight, i: int) -> float | None:
         counter = torch.tensor([sight.document.number * LONGEST + i])
         return float(uniform(pool_key, counter)) if sight.looked_at[i] else None
 
     pool = best_of_documents(sights, noise)
-    short = 0
+    short, radius = 0, COUNTS.radius
     for record in records_of("mask", 7):
         feature = record["feature"]
-        key = key_tensor([stream_key(PLAN.seed, "inactive", feature)])
+        key = key_tensor([stream_key(SEED, "inactive", feature)])
         quiet = [
             (float(uniform(key, torch.tensor([sight.document.number]))), sight, position)
             for sight, position in pool
             if not any(
                 code[feature]
-                for code in sight.codes[max(0, position - PLAN.radius) : position + PLAN.radius + 1]
+                for code in sight.codes[max(0, position - radius) : position + radius + 1]
             )
         ]
-        drawn = sorted(quiet, key=lambda entry: entry[0])[: PLAN.inactive]
+        drawn = sorted(quiet, key=lambda entry: entry[0])[: COUNTS.inactive]
         assert record["windows"]["inactive"] == [shown(s, i, feature) for _, s, i in drawn]
-        short += len(drawn) < PLAN.inactive
+        short += len(drawn) < COUNTS.inactive
     assert short < LATENTS / 2
 
 
@@ -167,7 +168,7 @@ def test_weighted_windows_are_drawn_in_proportion_to_the_activation() -> None:
     index = torch.full(batch.ids.shape, -1)
     index[:, 2] = torch.arange(2)
     slots = torch.arange(count)
-    active = Active(
+    active = CodeBatch(
         batch,
         size=count,
         numbers=torch.tensor([document.number for document in batch.documents]),
@@ -179,7 +180,7 @@ def test_weighted_windows_are_drawn_in_proportion_to_the_activation() -> None:
         slot=slots.repeat(2),
         value=torch.tensor([3.0, 1.0]).repeat_interleave(count),
     )
-    windows = Windows(slots, Plan(top=1, weighted=1, radius=1))
+    windows = Windows(slots, WindowCounts(top=1, weighted=1, radius=1), 0)
     windows.add(active)
     first = windows._weighted.number.view(count, 2)[:, 0]
     share = float((first == active.numbers[0]).double().mean())
@@ -203,26 +204,30 @@ def test_records_do_not_depend_on_the_batch_size_nor_on_the_features_beside(
 
 
 def test_names_of_documents_are_forgotten_when_nothing_of_them_is_kept() -> None:
-    findings = look(WORLD.stream("mask", 5), torch.arange(LATENTS), PLAN, 0.1, 0.9)
-    windows = findings.windows
-    windows._limit = 0
-    before = [windows.of(slot) for slot in range(LATENTS)]
+    responses = collect_responses(
+        WORLD.stream("mask", 5), torch.arange(LATENTS), COUNTS, SEED, 0.1, 0.9
+    )
+    windows = responses.windows
+    windows._limit, texts = 0, TokenTexts(WORLD.policy.tokenizer)
+    before = [windows.of(slot, texts) for slot in range(LATENTS)]
     windows._forget()
-    assert [windows.of(slot) for slot in range(LATENTS)] == before
+    assert [windows.of(slot, texts) for slot in range(LATENTS)] == before
 
 
-def _findings() -> Findings:
-    return look(WORLD.stream("mask", 16), torch.arange(LATENTS), PLAN, 0.1, 0.9)
+def _responses() -> Responses:
+    return collect_responses(
+        WORLD.stream("mask", 16), torch.arange(LATENTS), COUNTS, SEED, 0.1, 0.9
+    )
 
 
 def test_features_are_chosen_among_those_alive() -> None:
-    findings = _findings()
-    findings.activity.count = torch.arange(LATENTS).flip(0) * 5 % 37
-    count = findings.activity.count
+    responses = _responses()
+    responses.stats.count = torch.arange(LATENTS).flip(0) * 5 % 37
+    count = responses.stats.count
     alive = [feature for feature in range(LATENTS) if count[feature] > ALIVE]
 
     def chosen(text: str, seed: int = 0) -> list[int]:
-        return chosen_slots(findings, parse_choice(text, LATENTS), seed)
+        return select_slots(responses, parse_choice(text, LATENTS), seed)
 
     assert chosen("all") == alive
     by_rate = sorted(alive, key=lambda f: -int(count[f]))
@@ -263,7 +268,7 @@ def test_logit_effects_are_the_rows_through_the_output_matrix(family: Any) -> No
 
 def test_an_autoencoder_of_another_width_is_refused() -> None:
     batches = masked_corpus(WORLD.documents(), WORLD.policy, MaskLaw(), 4)
-    stream = active_features(
+    stream = code_batches(
         batches, WORLD.policy, LAYER, random_sae(width=8), "mask", torch.arange(3)
     )
     with pytest.raises(UsageError, match="width 8, and those of"):
@@ -271,7 +276,7 @@ def test_an_autoencoder_of_another_width_is_refused() -> None:
 
 
 def test_a_corpus_without_documents_has_features_that_are_never_active() -> None:
-    findings = look([], torch.tensor([3]), PLAN, 0.0, 1.0)
-    [record] = feature_records(findings, [0], WORLD.policy, WORLD.sae, FACTS)
+    responses = collect_responses([], torch.tensor([3]), COUNTS, SEED, 0.0, 1.0)
+    [record] = feature_records(responses, [0], WORLD.policy, WORLD.sae, FACTS)
     assert record["active"] == record["firing_rate"] == 0
     assert record["windows"] == {"top": [], "weighted": [], "inactive": []}

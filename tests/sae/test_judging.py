@@ -9,7 +9,8 @@ import pytest
 
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record
-from dlmctl.sae.features.autointerp import EXPLAIN, accuracies, advance, excerpt, parse_numbers
+from dlmctl.sae.features.autointerp import EXPLAIN, accuracies, advance, excerpt
+from dlmctl.sae.judges import read_numbers
 
 
 def window(kind: str, number: int, active: bool) -> dict[str, Any]:
@@ -128,11 +129,13 @@ def test_scores_in_numbers() -> None:
         ("The 3 windows are alike", None),
         ("None but 3", None),
         ("1-3", None),
+        ("<think>3, or\n4?</think>\n5", {5}),
+        ("<think>\n4", None),
         ("²", None),
     ],
 )
 def test_answers_are_lists_of_numbers_or_none(text: str, numbers: set[int] | None) -> None:
-    assert parse_numbers(text, 14) == numbers
+    assert read_numbers(text, 14) == numbers
 
 
 def test_runs_are_marked_together_and_stay_on_one_line() -> None:
@@ -142,7 +145,7 @@ def test_runs_are_marked_together_and_stay_on_one_line() -> None:
             "masked": [False, True, True, True, False, False],
             "activations": [0.5, 0.5, 0.4, 0.0, 0.0, 0.9],
         },
-        least=0.1,
+        lowest=0.1,
     )
     assert found == "<<a>>[[<<bc >>d]]e<<f>>"
 

@@ -16,22 +16,23 @@ from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.blocks import block_outputs
 from dlmctl.models.policy import Family, Policy
 from dlmctl.records.jsonl import Record
-from dlmctl.sae.order.feature_watch import Dictionary, FeatureWatch
-from dlmctl.sae.order.signals import auroc
+from dlmctl.sae.order.signals import stratified_auroc
 from dlmctl.sae.order.study import OrderStudy
+from dlmctl.sae.order.tracking import FeatureTracker
+from dlmctl.sae.steering.sae_at_layer import SaeAtLayer
 
 PROMPTS = ["012", "34", "0", "01234=0", "4321"]
 SETTINGS = SamplerConfig(9, 5, 8, temperature=0.9)
 
 
-def _dictionaries(*layers: int) -> list[Dictionary]:
-    """Random dictionaries in float64, no two of a layer alike."""
+def _saes(*layers: int) -> list[SaeAtLayer]:
+    """Random saes in float64, no two of a layer alike."""
     made = [
-        Dictionary(f"d{number}", layer, random_sae(latents=40 + number, k=3 + number).double())
+        SaeAtLayer(f"d{number}", layer, random_sae(latents=40 + number, k=3 + number).double())
         for number, layer in enumerate(layers)
     ]
-    for dictionary in made:
-        dictionary.sae.requires_grad_(False)
+    for one in made:
+        one.sae.requires_grad_(False)
     return made
 
 
@@ -53,9 +54,9 @@ class _Step:
         self.policy = policy
 
     @torch.no_grad()
-    def codes(self, dictionary: Dictionary) -> tuple[Tensor, Tensor]:
+    def codes(self, at: SaeAtLayer) -> tuple[Tensor, Tensor]:
         """Activations [G, d] and dense codes [G, F], written out."""
-        layer, sae = dictionary.layer, dictionary.sae
+        layer, sae = at.layer, at.sae
         x = block_outputs(self.policy, self.ids, None, [layer])[layer][0, self.start :]
         pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
         return x, pre.relu() * (pre >= pre.topk(sae.k).values[:, -1:])
@@ -89,9 +90,9 @@ def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _written_out(steps: list[_Step], dictionary: Dictionary) -> dict[str, Any]:
+def _written_out(steps: list[_Step], sae: SaeAtLayer) -> dict[str, Any]:
     """The numbers of a report from the canvases, by loops."""
-    codes = [step.codes(dictionary)[1] for step in steps]
+    codes = [step.codes(sae)[1] for step in steps]
     sets, tops = [_sets(code) for code in codes], [code.argmax(dim=1).tolist() for code in codes]
     found: dict[str, list[float]] = {name: [] for name in ("s_pre", "s_pre_last5", "lock_ratio")}
     found |= {name: [] for name in ("jump", "d_post", "flips_post")}
@@ -121,24 +122,24 @@ def _written_out(steps: list[_Step], dictionary: Dictionary) -> dict[str, Any]:
 @pytest.mark.parametrize("family", ["llada", "dream", "mlm"])
 @pytest.mark.parametrize("way", [{}, {"cfg_scale": 1.0}, {"remasking": "random"}])
 def test_what_is_recorded_is_what_a_replay_sees(family: Family, way: dict[str, Any]) -> None:
-    policy, dictionaries = tiny_policy(family), _dictionaries(0, 1, 1)
+    policy, saes = tiny_policy(family), _saes(0, 1, 1)
     settings = SamplerConfig(9, 5, 8, temperature=0.9, **way)
     order = settings.remasking
-    study = OrderStudy(policy, dictionaries, settings, [order])
+    study = OrderStudy(policy, saes, settings, [order])
     [record] = study.run(_records()[:1], 1, 0, 4)
     steps = _replayed(policy, record)
     assert len(steps) == 8
-    for dictionary, report in zip(dictionaries, record["features"], strict=True):
-        assert (report["sae"], report["layer"]) == dictionary[:2]
-        expected = _written_out(steps, dictionary)
+    for sae, report in zip(saes, record["features"], strict=True):
+        assert (report["sae"], report["layer"]) == sae[:2]
+        expected = _written_out(steps, sae)
         assert {name: report[name] for name in expected} == pytest.approx(expected, abs=1e-12)
-    [plain] = rollout(_records()[:1], policy, study.settings[order], 1, 0, 4)
+    [plain] = rollout(_records()[:1], policy, study.samplers[order], 1, 0, 4)
     assert plain["tokens"] == record["tokens"]
 
 
 def test_features_are_counted_over_the_steps_of_all_completions() -> None:
-    policy, dictionaries = tiny_policy(), _dictionaries(1)
-    study = OrderStudy(policy, dictionaries, SETTINGS, ["low_confidence", "random"])
+    policy, saes = tiny_policy(), _saes(1)
+    study = OrderStudy(policy, saes, SETTINGS, ["low_confidence", "random"])
     records = list(study.run(_records(), 2, 0, 3))
     means = []
     for order in ("low_confidence", "random"):
@@ -147,7 +148,7 @@ def test_features_are_counted_over_the_steps_of_all_completions() -> None:
             if record["rollout"]["remasking"] == order:
                 for step in _replayed(policy, record):
                     part = 20 * (9 - sum(step.masked)) // 9
-                    counts[part] += (step.codes(dictionaries[0])[1] > 0).sum(dim=0)
+                    counts[part] += (step.codes(saes[0])[1] > 0).sum(dim=0)
                     seen[part] += 1
         means.append(counts / seen)
     both = ~(means[0] + means[1]).isnan().any(dim=1)
@@ -162,16 +163,16 @@ def test_features_are_counted_over_the_steps_of_all_completions() -> None:
         assert row["score"] == pytest.approx(float(expected[row["feature"]]))
 
 
-def _signals(policy: Policy, dictionary: Dictionary, record: Record, truth: list[int | None]):
+def _signals(policy: Policy, sae: SaeAtLayer, record: Record, truth: list[int | None]):
     """(step, right, signals) of each proposal within the block under way, by loops."""
     order, steps = record["rollout"]["order"], _replayed(policy, record)
     for t in range(1, len(steps)):
         first = steps[t].masked.index(True) // 5 * 5
         p = steps[t].probabilities()
-        (x, code), before = steps[t].codes(dictionary), steps[t - 1].codes(dictionary)[1]
+        (x, code), before = steps[t].codes(sae), steps[t - 1].codes(sae)[1]
         likely = p.clone()
         likely[:, policy.mask_id] = -1
-        error = x - (code @ dictionary.sae.W_dec + dictionary.sae.b_dec)
+        error = x - (code @ sae.sae.W_dec + sae.sae.b_dec)
         for place in range(first, min(first + 5, len(truth))):
             if not steps[t].masked[place] or truth[place] is None:
                 continue
@@ -194,15 +195,15 @@ def _signals(policy: Policy, dictionary: Dictionary, record: Record, truth: list
 
 @pytest.mark.parametrize("order", ["random", "entropy"])
 def test_signals_are_those_of_the_replay(order: Any) -> None:
-    policy, [dictionary] = tiny_policy(), _dictionaries(1)
+    policy, [sae] = tiny_policy(), _saes(1)
     truth: list[int | None] = list(policy.encode_text("0123412"))
     truth[2] = truth[4] = None
-    study = OrderStudy(policy, [dictionary], SETTINGS, [order], "answer")
+    study = OrderStudy(policy, [sae], SETTINGS, [order], "answer")
     records = list(study.run([*_records(answer=truth)[:3], Record(id="none", prompt="1")], 2, 0, 3))
     assert [record["id"] for record in records] == [0, 0, 1, 1, 2, 2, "none", "none"]
     assert "truth" not in records[0]["tokens"]
-    found = [entry for r in records[:6] for entry in _signals(policy, dictionary, r, truth)]
-    pool = study.watches[order].pools[0].columns()
+    found = [entry for r in records[:6] for entry in _signals(policy, sae, r, truth)]
+    pool = study.recorders[order].pools[0].columns()
     assert pool["right"].sum() not in (0, len(found))
     for name in found[0][2]:
         expected = sorted((step, right, signals[name]) for step, right, signals in found)
@@ -213,19 +214,19 @@ def test_signals_are_those_of_the_replay(order: Any) -> None:
     right = torch.tensor([entry[1] for entry in found])
     step = torch.tensor([entry[0] for entry in found])
     values = torch.tensor([entry[2]["confidence"] for entry in found])
-    assert rows["confidence"]["auroc"] == pytest.approx(auroc(values, right))
-    assert rows["confidence"]["auroc_step"] == pytest.approx(auroc(values, right, step))
+    assert rows["confidence"]["auroc"] == pytest.approx(stratified_auroc(values, right))
+    assert rows["confidence"]["auroc_step"] == pytest.approx(stratified_auroc(values, right, step))
     assert rows["progress"]["auroc_choice"] == 0.5
     assert rows["confidence"]["proposals"] == rows["confidence"]["used"] == len(found)
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_records_and_summary_do_not_depend_on_the_batch(family: Family) -> None:
-    policy, dictionaries = tiny_policy(family), _dictionaries(0, 1)
+    policy, saes = tiny_policy(family), _saes(0, 1)
     made = []
     for batch_size in (1, 3):
         settings = SamplerConfig(10, 4, None, 0.9, threshold=0.4, early_stop=True)
-        study = OrderStudy(policy, dictionaries, settings, ["random", "sae"], "answer")
+        study = OrderStudy(policy, saes, settings, ["random", "sae"], "answer")
         records = sorted(
             study.run(_records(answer="01234012"), 1, 3, batch_size),
             key=lambda record: (record["rollout"]["remasking"], record["id"], record["sample"]),
@@ -234,15 +235,15 @@ def test_records_and_summary_do_not_depend_on_the_batch(family: Family) -> None:
     assert made[0] == nearly(made[1], rel=1e-9, abs=1e-12)
 
 
-def _guided(policy: Policy, settings: SamplerConfig, watch: FeatureWatch, batch_size: int = 4):
-    made = rollout(_records(), policy, settings, 2, 7, batch_size, watch=watch)
-    return [(r["tokens"]["completion"], r["rollout"]["order"]) for r in watch.around(made)]
+def _guided(policy: Policy, settings: SamplerConfig, tracker: FeatureTracker, batch_size: int = 4):
+    made = rollout(_records(), policy, settings, 2, 7, batch_size, callback=tracker)
+    return [(r["tokens"]["completion"], r["rollout"]["order"]) for r in tracker.around(made)]
 
 
 def test_a_signal_that_is_constant_leaves_the_order_of_low_confidence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    policy, dictionaries = tiny_policy(), _dictionaries(0, 1)
+    policy, saes = tiny_policy(), _saes(0, 1)
     for way in ({"eos": "late"}, {"temperature": 0.0}):
         plain, guided = (
             SamplerConfig(
@@ -251,32 +252,34 @@ def test_a_signal_that_is_constant_leaves_the_order_of_low_confidence(
             )
             for remasking in ("low_confidence", "sae")
         )
-        watch = FeatureWatch(policy, dictionaries)
-        usual = _guided(policy, plain, watch)
+        tracker = FeatureTracker(policy, saes)
+        usual = _guided(policy, plain, tracker)
         free = [
             (r["tokens"]["completion"], r["rollout"]["order"])
             for r in rollout(_records(), policy, plain, 2, 7, 4)
         ]
         assert usual == free
-        assert _guided(policy, guided, watch) != usual
+        assert _guided(policy, guided, tracker) != usual
         with monkeypatch.context() as patch:
-            patch.setattr(FeatureWatch, "signal", lambda self, masked: torch.ones(len(masked.row)))
-            assert _guided(policy, guided, watch) == usual
+            patch.setattr(
+                FeatureTracker, "stability", lambda self, masked: torch.ones(len(masked.row))
+            )
+            assert _guided(policy, guided, tracker) == usual
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_the_order_that_goes_by_features_written_out(family: Family) -> None:
-    policy, dictionaries = tiny_policy(family), _dictionaries(0, 1)
+    policy, saes = tiny_policy(family), _saes(0, 1)
     settings = SamplerConfig(8, 8, 8, remasking="sae")
-    watch = FeatureWatch(policy, dictionaries)
-    [made] = watch.around(rollout(_records()[:1], policy, settings, 1, 0, 1, watch=watch))
+    tracker = FeatureTracker(policy, saes)
+    [made] = tracker.around(rollout(_records()[:1], policy, settings, 1, 0, 1, callback=tracker))
     tokens = {"prompt": made["tokens"]["prompt"], "completion": [policy.mask_id] * 8}
     order, before = [-1] * 8, None
     for number in range(8):
         step = _Step(policy, tokens, [decided >= 0 for decided in order])
         p = step.probabilities()
         p[:, policy.mask_id] = -1
-        sets = [_sets(step.codes(dictionary)[1]) for dictionary in dictionaries]
+        sets = [_sets(step.codes(sae)[1]) for sae in saes]
         sure = p.amax(dim=1)
         if before is not None:
             for place in range(8):
@@ -292,8 +295,8 @@ def test_the_order_that_goes_by_features_written_out(family: Family) -> None:
 
 def test_completions_by_features_do_not_depend_on_their_neighbours() -> None:
     policy = tiny_policy()
-    watch = FeatureWatch(policy, _dictionaries(1))
+    tracker = FeatureTracker(policy, _saes(1))
     settings = SamplerConfig(10, 4, None, 0.9, threshold=0.4, remasking="sae")
-    alone = _guided(policy, settings, watch, 1)
-    assert _guided(policy, settings, watch, 4) == alone
-    assert _guided(policy, settings, watch, 64) == alone
+    alone = _guided(policy, settings, tracker, 1)
+    assert _guided(policy, settings, tracker, 4) == alone
+    assert _guided(policy, settings, tracker, 64) == alone

@@ -19,8 +19,9 @@ from dlmctl.models.policy import Family
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.sae.formats.folders import SavedSae, write_sae
-from dlmctl.sae.order.feature_watch import Dictionary, read_dictionaries
 from dlmctl.sae.order.study import OrderStudy
+from dlmctl.sae.order.tracking import read_tracked_saes
+from dlmctl.sae.steering.sae_at_layer import SaeAtLayer
 from dlmctl.sae.topk import TopKSae
 
 SETTINGS = SamplerConfig(9, 5, 8, temperature=0.9)
@@ -49,7 +50,7 @@ def test_what_features_cannot_be_followed_in_is_refused(
     with pytest.raises(UsageError, match=message):
         OrderStudy(
             tiny_policy(family),
-            [Dictionary("d", 0, random_sae().double())],
+            [SaeAtLayer("d", 0, random_sae().double())],
             SamplerConfig(**settings),
             ["random", "entropy"],
         )
@@ -63,7 +64,7 @@ def test_an_order_by_features_needs_someone_who_watches() -> None:
 def test_dictionaries_are_read_and_refused(folder: str, tmp_path: Path) -> None:
     write_sae(SavedSae(TopKSae(8, 20, 3)), tmp_path / "narrow")
     narrow, policy = str(tmp_path / "narrow"), tiny_policy()
-    found = read_dictionaries([folder, f"{folder}@1"], policy)
+    found = read_tracked_saes([folder, f"{folder}@1"], policy)
     assert [(one.layer, one.sae.W_enc.dtype) for one in found] == [
         (0, torch.float64),
         (1, torch.float64),
@@ -75,14 +76,14 @@ def test_dictionaries_are_read_and_refused(folder: str, tmp_path: Path) -> None:
         ([folder, f"{folder}@0"], "names an autoencoder twice"),
     ]:
         with pytest.raises(UsageError, match=message):
-            read_dictionaries(texts, policy)
+            read_tracked_saes(texts, policy)
 
 
 def test_records_that_cannot_be_used() -> None:
     def run(record: Record, on_error: Any) -> list[Record]:
         study = OrderStudy(
             tiny_policy(),
-            [Dictionary("d", 0, random_sae().double())],
+            [SaeAtLayer("d", 0, random_sae().double())],
             SETTINGS,
             ["random", "margin"],
             "answer",

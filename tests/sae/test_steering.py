@@ -20,8 +20,9 @@ from dlmctl.models.policy import Family, Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.sae.formats.folders import SavedSae, read_sae, write_sae
-from dlmctl.sae.steering.edit import STRONGEST, Reach, Steer, Steering, parse_steer, parse_time
+from dlmctl.sae.steering.steered_policy import STRONGEST, SteeredPolicy
 from dlmctl.sae.topk import TopKSae
+from dlmctl.settings.steering import SteeredFeature, Steering
 
 IDS = torch.tensor([[3, 4, 2, 5, 2, 2, 6, 2], [4, 2, 2, 5, 6, -1, -1, -1]])
 STATES = torch.randn(2, 8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
@@ -49,9 +50,9 @@ def _dictionary(width: int, latents: int) -> TopKSae:
 
 
 def _steering(
-    policy: Policy, *steers: Steer, settings: SamplerConfig = SETTINGS, **reach: Any
-) -> Steering:
-    return Steering(policy, settings, steers, Reach(**reach))
+    policy: Policy, *steers: str, settings: SamplerConfig = SETTINGS, **options: Any
+) -> SteeredPolicy:
+    return SteeredPolicy(policy, settings, Steering(list(steers), **options))
 
 
 def _written_out(folder: str, states: Tensor, pushes: dict[int, float]) -> Tensor:
@@ -69,17 +70,17 @@ def _written_out(folder: str, states: Tensor, pushes: dict[int, float]) -> Tenso
 
 
 def _sampled(
-    policy: Policy, settings: SamplerConfig, batch_size: int, *steers: Steer, **reach: Any
+    policy: Policy, settings: SamplerConfig, batch_size: int, *steers: str, **options: Any
 ):
     records = [Record(id=n, prompt=text) for n, text in enumerate(PROMPTS)]
     made = rollout(records, policy, settings, 2, 7, batch_size)
     if steers:
-        made = _steering(policy, *steers, settings=settings, **reach).around(made)
+        made = _steering(policy, *steers, settings=settings, **options).around(made)
     return [record["tokens"]["completion"] for record in made]
 
 
 def test_one_axpy_is_what_adding_to_the_code_and_keeping_the_error_comes_to(folder: str) -> None:
-    steering = _steering(tiny_policy(), Steer(folder, None, 7, 2.0), Steer(folder, None, 31, -0.5))
+    steering = _steering(tiny_policy(), f"{folder}:7=2.0", f"{folder}:31=-0.5")
     changed = steering.edits()[0](STATES, IDS)
     expected = _written_out(folder, STATES, {7: 2.0, 31: -0.5})
     there = IDS >= 0
@@ -91,7 +92,7 @@ def test_one_axpy_is_what_adding_to_the_code_and_keeping_the_error_comes_to(fold
 def test_dictionaries_at_one_layer_see_the_same_activations(folder: str, tmp_path: Path) -> None:
     other = str(tmp_path / "other")
     write_sae(SavedSae(_dictionary(16, 60)), Path(other))
-    steering = _steering(tiny_policy(), Steer(folder, None, 7, 2.0), Steer(other, 0, 50, 1.0))
+    steering = _steering(tiny_policy(), f"{folder}:7=2.0", f"{other}@0:50=1.0")
     changed = steering.edits()[0](STATES, IDS.clamp(min=0))
     parts = [_written_out(folder, STATES, {7: 2.0}), _written_out(other, STATES, {50: 1.0})]
     torch.testing.assert_close(changed, parts[0] + parts[1] - STATES)
@@ -105,7 +106,7 @@ def test_features_of_a_dictionary_share_one_code(
     monkeypatch.setattr(
         TopKSae, "pre_activations", lambda sae, x: calls.append(len(x)) or encode(sae, x)
     )
-    steers = [Steer(folder, layer, feature, 1.0) for layer in (0, 1) for feature in (1, 2, 3)]
+    steers = [f"{folder}@{layer}:{feature}=1.0" for layer in (0, 1) for feature in (1, 2, 3)]
     policy = tiny_policy()
     steering = _steering(policy, *steers)
     for edit in steering.edits().values():
@@ -114,7 +115,7 @@ def test_features_of_a_dictionary_share_one_code(
 
 
 def test_only_what_is_masked_is_steered(folder: str) -> None:
-    steering = _steering(tiny_policy(), Steer(folder, None, 7, 2.0), scope="update")
+    steering = _steering(tiny_policy(), f"{folder}:7=2.0", steer_scope="update")
     changed = (steering.edits()[0](STATES, IDS) != STATES).any(dim=2)
     assert torch.equal(changed, IDS == 2)
 
@@ -122,7 +123,7 @@ def test_only_what_is_masked_is_steered(folder: str) -> None:
 def test_the_strongest_positions_of_each_row_are_steered(folder: str) -> None:
     sae = read_sae(Path(folder)).sae.double()
     for feature in range(8):
-        steering = _steering(tiny_policy(), Steer(folder, None, feature, 2.0), scope="topk")
+        steering = _steering(tiny_policy(), f"{folder}:{feature}=2.0", steer_scope="topk")
         changed = (steering.edits()[0](STATES, IDS) != STATES).any(dim=2)
         for row, length in ((0, 8), (1, 5)):
             pre = (STATES[row, :length] - sae.b_dec) @ sae.W_enc[:, feature]
@@ -133,7 +134,7 @@ def test_the_strongest_positions_of_each_row_are_steered(folder: str) -> None:
 
 
 def test_the_newest_position_of_an_autoregressive_model(folder: str) -> None:
-    steering = _steering(tiny_policy("ar"), Steer(folder, None, 7, 2.0), scope="update")
+    steering = _steering(tiny_policy("ar"), f"{folder}:7=2.0", steer_scope="update")
     assert torch.equal(steering.places(IDS[:1]).nonzero(), torch.tensor([[0, 7]]))
 
 
@@ -142,12 +143,14 @@ def test_adjoining_times_have_every_step_once(folder: str) -> None:
     for masked in range(1, 13):
         ids[masked - 1, 2 : 2 + masked] = 2
     counts = torch.zeros(12, dtype=torch.int64)
-    for time in ((0, 0.25), (0.25, 0.5), (0.5, 1)):
-        places = _steering(tiny_policy(), Steer(folder, 0, 7, 1.0), time=time).places(ids)
+    for low, high in ((0, 0.25), (0.25, 0.5), (0.5, 1)):
+        places = _steering(tiny_policy(), f"{folder}@0:7=1.0", steer_time=f"{low}-{high}").places(
+            ids
+        )
         inside = places.all(dim=1)
         assert torch.equal(inside, places.any(dim=1))
         shares = [masked / 12 for masked in range(1, 13)]
-        assert inside.tolist() == [time[0] < share <= time[1] for share in shares]
+        assert inside.tolist() == [low < share <= high for share in shares]
         counts += inside
     assert (counts == 1).all()
 
@@ -157,8 +160,8 @@ def test_amplitude_zero_changes_no_token_and_a_large_one_does(folder: str, famil
     policy = tiny_policy(family)
     plain = _sampled(policy, SETTINGS, 4)
     for scope in SCOPES:
-        assert _sampled(policy, SETTINGS, 4, Steer(folder, 1, 7, 0.0), scope=scope) == plain
-        assert _sampled(policy, SETTINGS, 4, Steer(folder, 1, 7, 9.0), scope=scope) != plain
+        assert _sampled(policy, SETTINGS, 4, f"{folder}@1:7=0.0", steer_scope=scope) == plain
+        assert _sampled(policy, SETTINGS, 4, f"{folder}@1:7=9.0", steer_scope=scope) != plain
     assert _sampled(policy, SETTINGS, 4) == plain  # nothing stays behind
 
 
@@ -167,7 +170,7 @@ def test_amplitude_zero_leaves_the_bits_of_a_bfloat16_model(folder: str) -> None
     policy.model.bfloat16()
     states = STATES.bfloat16()
     none, some = (
-        _steering(policy, Steer(folder, None, 7, amplitude)).edits()[0](states, IDS)
+        _steering(policy, f"{folder}:7={amplitude}").edits()[0](states, IDS)
         for amplitude in (0.0, 2.0)
     )
     assert torch.equal(none, states)
@@ -181,11 +184,11 @@ def test_amplitude_zero_leaves_the_bits_of_a_bfloat16_model(folder: str) -> None
 def test_a_cache_that_is_renewed_in_each_step_is_steered_as_none(
     folder: str, family: Family, scope: str
 ) -> None:
-    policy, steer = tiny_policy(family), Steer(folder, None, 7, 1.5)
-    exact = _sampled(policy, SETTINGS, 4, steer, scope=scope)
+    policy, steer = tiny_policy(family), f"{folder}:7=1.5"
+    exact = _sampled(policy, SETTINGS, 4, steer, steer_scope=scope)
     for cache in ("prefix", "dual"):
         settings = dataclasses.replace(SETTINGS, cache=cache, refresh=1)
-        assert _sampled(policy, settings, 4, steer, scope=scope) == exact
+        assert _sampled(policy, settings, 4, steer, steer_scope=scope) == exact
 
 
 @pytest.mark.parametrize("family", ["llada", "dream", "ar"])
@@ -195,42 +198,42 @@ def test_steered_completions_do_not_depend_on_their_neighbours(
 ) -> None:
     # As in LLaDA padding is the same token as end-of-sequence, which completions hold too.
     policy = dataclasses.replace(tiny_policy(family), pad_id=1)
-    steer = Steer(folder, None, 7, 1.5)
+    steer = f"{folder}:7=1.5"
     ways: list[dict[str, Any]] = [{}]
     if policy.diffusion:
         ways += [{"cache": "prefix"}, {"cache": "dual"}]
     for way in ways:
         settings = SamplerConfig(10, 4, 12, temperature=0.9, early_stop=True, **way)
-        alone = _sampled(policy, settings, 1, steer, scope=scope)
-        assert _sampled(policy, settings, 4, steer, scope=scope) == alone
+        alone = _sampled(policy, settings, 1, steer, steer_scope=scope)
+        assert _sampled(policy, settings, 4, steer, steer_scope=scope) == alone
         assert not policy.diffusion or any(1 in tokens[:-1] for tokens in alone)
 
 
 def test_time_counts_the_masked_tokens_of_the_row_with_a_prefix_cache_too(
     folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy, steer = tiny_policy("dream"), Steer(folder, None, 7, 1.5)
+    policy, steer = tiny_policy("dream"), f"{folder}:7=1.5"
     always = _sampled(policy, SETTINGS, 4, steer)
-    assert _sampled(policy, SETTINGS, 4, steer, time=(0.0, 1.0)) == always
-    assert _sampled(policy, SETTINGS, 4, steer, time=(0.5, 1.0)) not in (
+    assert _sampled(policy, SETTINGS, 4, steer, steer_time="0.0-1.0") == always
+    assert _sampled(policy, SETTINGS, 4, steer, steer_time="0.5-1.0") not in (
         always,
         _sampled(policy, SETTINGS, 4),
     )
     seen: list[float] = []
-    places = Steering.places
+    places = SteeredPolicy.places
 
-    def watched(self: Steering, ids: Tensor) -> Tensor:
+    def watched(self: SteeredPolicy, ids: Tensor) -> Tensor:
         seen.extend((ids == 2).sum(dim=1).tolist())
         return places(self, ids)
 
-    monkeypatch.setattr(Steering, "places", watched)
+    monkeypatch.setattr(SteeredPolicy, "places", watched)
     counts = []
     for cache in ("none", "prefix"):
         for batch_size in (1, 2):
             seen.clear()
             # With a threshold rows get to stand in different blocks, which a pass pads.
             settings = SamplerConfig(10, 4, None, 0.9, threshold=0.4, cache=cache)
-            _sampled(policy, settings, batch_size, Steer(folder, 0, 7, 0.0), time=(0.0, 0.5))
+            _sampled(policy, settings, batch_size, f"{folder}@0:7=0.0", steer_time="0.0-0.5")
             counts.append(sorted(seen))
     assert counts[0] == counts[1]
     assert counts[2] == counts[3]
@@ -238,24 +241,21 @@ def test_time_counts_the_masked_tokens_of_the_row_with_a_prefix_cache_too(
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "reach", "message"),
+    ("family", "settings", "options", "message"),
     [
         ("llada", {"compile": True}, {}, "--compile and --steer"),
-        ("llada", {"cache": "dual"}, {"time": (0.0, 0.5)}, "use --cache prefix"),
-        ("llada", {"cfg_scale": 1.0}, {"scope": "update"}, "--cfg-scale hides the prompt"),
-        ("llada", {"cfg_scale": 1.0}, {"time": (0.0, 0.5)}, "--cfg-scale hides the prompt"),
-        ("ar", {}, {"time": (0.0, 0.5)}, "--steer-time means nothing to"),
+        ("llada", {"cache": "dual"}, {"steer_time": "0-0.5"}, "use --cache prefix"),
+        ("llada", {"cfg_scale": 1.0}, {"steer_scope": "update"}, "--cfg-scale hides the prompt"),
+        ("llada", {"cfg_scale": 1.0}, {"steer_time": "0-0.5"}, "--cfg-scale hides the prompt"),
+        ("ar", {}, {"steer_time": "0-0.5"}, "--steer-time means nothing to"),
     ],
 )
 def test_what_does_not_go_with_steering_is_refused(
-    folder: str, family: Family, settings: dict[str, Any], reach: dict[str, Any], message: str
+    folder: str, family: Family, settings: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
         _steering(
-            tiny_policy(family),
-            Steer(folder, None, 7, 1.0),
-            settings=SamplerConfig(**settings),
-            **reach,
+            tiny_policy(family), f"{folder}:7=1.0", settings=SamplerConfig(**settings), **options
         )
 
 
@@ -263,26 +263,27 @@ def test_a_dictionary_that_does_not_fit_is_refused(folder: str, tmp_path: Path) 
     write_sae(SavedSae(_dictionary(8, 20)), tmp_path / "narrow")
     narrow = str(tmp_path / "narrow")
     for steers, message in [
-        ([Steer(narrow, None, 3, 1.0)], r"which layer it is of .*--steer .*narrow@LAYER:3=1"),
-        ([Steer(narrow, 0, 3, 1.0)], "width 8, the model's have 16"),
-        ([Steer(folder, None, 40, 1.0)], "latents 0 to 39, and no 40"),
-        ([Steer(folder, 2, 3, 1.0)], "no layer 2"),
-        ([Steer(folder, None, 3, 1.0), Steer(folder, 0, 3, 2.0)], "names a feature twice"),
+        ([f"{narrow}:3=1.0"], r"which layer it is of .*--steer .*narrow@LAYER:3=1"),
+        ([f"{narrow}@0:3=1.0"], "width 8, the model's have 16"),
+        ([f"{folder}:40=1.0"], "latents 0 to 39, and no 40"),
+        ([f"{folder}@2:3=1.0"], "no layer 2"),
+        ([f"{folder}:3=1.0", f"{folder}@0:3=2.0"], "names a feature twice"),
     ]:
         with pytest.raises(UsageError, match=message):
             _steering(tiny_policy(), *steers)
 
 
 def test_options_are_read() -> None:
-    assert parse_steer("a/b:3=-2.5") == Steer("a/b", None, 3, -2.5)
-    assert parse_steer("a@b/c=d:e@26:3=2") == Steer("a@b/c=d:e", 26, 3, 2.0)
-    assert parse_time("0.5-1") == (0.5, 1.0)
+    [first, second] = Steering(["a/b:3=-2.5", "a@b/c=d:e@26:3=2"], steer_time="0.5-1").features
+    assert first == SteeredFeature("a/b", None, 3, -2.5)
+    assert second == SteeredFeature("a@b/c=d:e", 26, 3, 2.0)
+    assert Steering(["a:3=1"], steer_time="0.5-1").time == (0.5, 1.0)
     for text in ("a", "a:3", "a:3=x", "a:x=3", ":3=1", "a:-3=1"):
         with pytest.raises(UsageError, match="is not SAE"):
-            parse_steer(text)
+            Steering([text])
     for text in ("0.5", "1-0", "0.5-0.5", "0-2", "a-b"):
         with pytest.raises(UsageError, match="--steer-time"):
-            Reach("all", parse_time(text))
+            Steering(["a:3=1"], steer_time=text)
 
 
 def test_the_command_notes_what_was_done_and_zero_is_the_unsteered_twin(

@@ -22,18 +22,17 @@ from dlmctl.models.small import make_policy
 from dlmctl.models.tokenizers import byte_tokenizer
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record, read_records
+from dlmctl.sae.judges import read_score
 from dlmctl.sae.steering.fluency import perplexities
-from dlmctl.sae.steering.judge import Answers, explanations, questions, read_number
-from dlmctl.sae.steering.scores import (
-    Outcome,
-    Pair,
-    Text,
+from dlmctl.sae.steering.questions import Answers, explanations, questions
+from dlmctl.sae.steering.scores import Outcome, outcomes_of, rows_of
+from dlmctl.sae.steering.twins import (
+    Completion,
     Treatment,
-    baseline_of,
-    outcomes_of,
-    pairs_of,
-    rows_of,
-    text_of,
+    Twins,
+    read_baseline,
+    read_completion,
+    read_twins,
 )
 
 FIRST = Treatment("saes/a", 3, 7, 2.0, "all", None)
@@ -47,7 +46,7 @@ def _completion(number: int, sample: int, text: str, *steers: Treatment, **more:
     return Record({**fields, "tokens": {"prompt": [3, 4]}, "rollout": made, **more})
 
 
-def _pairs(*treatments: Treatment, count: int = 2) -> list[Pair]:
+def _pairs(*treatments: Treatment, count: int = 2) -> list[Twins]:
     plain = [_completion(n, 0, f"plain{n}") for n in range(count)]
     steered = [
         _completion(n, 0, f"{t.feature}-{t.amplitude}-{n}", t)
@@ -56,7 +55,7 @@ def _pairs(*treatments: Treatment, count: int = 2) -> list[Pair]:
     ]
     for number, record in enumerate([*plain, *steered]):
         record.where = f"f:{number}"
-    return list(pairs_of(steered, baseline_of(plain, text_of), text_of))
+    return list(read_twins(steered, read_baseline(plain, read_completion), read_completion))
 
 
 def test_scores_by_hand() -> None:
@@ -150,9 +149,11 @@ def test_what_cannot_be_paired_is_said_with_its_place(
     first = Record(_completion(0, 0, "a", **measured), **plain)
     second = Record(_completion(0, 0, "b", FIRST, **measured), **steered)
     files = [_written(tmp_path / "b", [first]), _written(tmp_path / "s", [second])]
-    read = partial(text_of, judged="reward", perplexity="ppl")
+    read = partial(read_completion, score_field="reward", perplexity="ppl")
     with pytest.raises(DataError) as caught:
-        list(pairs_of(read_records(files[1:]), baseline_of(read_records(files[:1]), read), read))
+        list(
+            read_twins(read_records(files[1:]), read_baseline(read_records(files[:1]), read), read)
+        )
     assert str(caught.value).startswith(str(tmp_path))
     caught.match(message)
 
@@ -161,35 +162,39 @@ def test_samples_that_are_there_twice_are_refused(tmp_path: Path) -> None:
     plain, steered = _completion(0, 0, "a"), _completion(0, 0, "b", FIRST)
     twice = _written(tmp_path / "b", [plain, plain])
     with pytest.raises(DataError, match=r"b:2: it is the same sample as .*b:1"):
-        baseline_of(read_records([twice]), text_of)
+        read_baseline(read_records([twice]), read_completion)
     other = _completion(0, 0, "b", FIRST._replace(scope="update"))
     file = _written(tmp_path / "s", [steered, other])
     with pytest.raises(DataError, match=r"s:1: it is the same sample as .*s:1, steered alike"):
-        list(pairs_of(read_records([file, file]), baseline_of([plain], text_of), text_of))
+        list(
+            read_twins(
+                read_records([file, file]), read_baseline([plain], read_completion), read_completion
+            )
+        )
 
 
 def test_records_that_are_skipped_leave_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steered = [_completion(0, 0, "b", FIRST), _completion(1, 0, "b", FIRST), Record(error={})]
-    baseline = baseline_of([_completion(0, 0, "a")], text_of)
+    baseline = read_baseline([_completion(0, 0, "a")], read_completion)
     file = _written(tmp_path / "s", steered)
-    assert len(list(pairs_of(read_records([file]), baseline, text_of, "skip"))) == 1
+    assert len(list(read_twins(read_records([file]), baseline, read_completion, "skip"))) == 1
     assert "s:2: no baseline" in (said := capsys.readouterr().err)
     assert "left out: 1 records with an error" in said
-    assert len(list(pairs_of(read_records([file]), baseline, text_of, "keep"))) == 1
+    assert len(list(read_twins(read_records([file]), baseline, read_completion, "keep"))) == 1
     assert "left out: 2 records" in capsys.readouterr().err
 
 
 def test_what_the_records_say_is_measured() -> None:
     plain = _completion(0, 0, "a", reward=0.2, ppl=10.0)
     steered = _completion(0, 0, "b", FIRST, reward=0.9, ppl=5.0)
-    read = partial(text_of, judged="reward", perplexity="ppl")
-    [(treatment, outcome)] = outcomes_of(pairs_of([steered], baseline_of([plain], read), read))
+    read = partial(read_completion, score_field="reward", perplexity="ppl")
+    [(treatment, outcome)] = outcomes_of(read_twins([steered], read_baseline([plain], read), read))
     assert treatment == FIRST
     assert outcome.concept == pytest.approx((20, 90))
     assert outcome.perplexity == (10.0, 5.0)
-    read = partial(text_of, judged="score")
+    read = partial(read_completion, score_field="score")
     texts = [read(Record(record, score=35)) for record in (plain, steered)]
     assert [text.concept for text in texts] == [35, 35]
 
@@ -226,7 +231,7 @@ def test_what_the_records_say_is_measured() -> None:
     ],
 )
 def test_the_number_of_an_answer(answer: str, number: float | None) -> None:
-    assert read_number(answer) == number
+    assert read_score(answer) == number
 
 
 def test_a_text_is_asked_about_once_for_each_concept() -> None:
@@ -291,8 +296,8 @@ def test_scores_of_any_origin_need_say_only_what_tells_texts_apart() -> None:
         Answers([bad])
 
 
-def _texts(*completions: str) -> list[Text]:
-    return [text_of(_completion(n, 0, text)) for n, text in enumerate(completions)]
+def _texts(*completions: str) -> list[Completion]:
+    return [read_completion(_completion(n, 0, text)) for n, text in enumerate(completions)]
 
 
 @torch.no_grad()
@@ -300,11 +305,11 @@ def test_perplexity_is_the_exponential_of_the_mean_negative_log_likelihood() -> 
     policy, texts = tiny_policy("ar"), _texts("2340=", "1", "00112233")
     found = perplexities(policy, texts, 8, MaskPlan(), 2)
     for text in texts:
-        ids = torch.tensor(policy.encode_text(f"01{text.completion}"))[:8]
+        ids = torch.tensor(policy.encode_text(f"01{text.text}"))[:8]
         logits = policy.model(input_ids=ids[None]).logits[0, :-1]
         loss = torch.nn.functional.cross_entropy(logits, ids[1:])
         assert found[text.name] == pytest.approx(float(loss.exp()), rel=1e-9)
-    empty = [text_of(Record(_completion(0, 0, ""), prompt="0"))]
+    empty = [read_completion(Record(_completion(0, 0, ""), prompt="0"))]
     assert list(perplexities(policy, empty, 8, MaskPlan(), 2).values()) == [None]
 
 
@@ -313,7 +318,7 @@ def test_perplexity_is_the_exponential_of_the_mean_negative_log_likelihood() -> 
 def test_a_diffusion_model_gives_the_bound_of_its_elbo(family: Family) -> None:
     """Of two tokens the second is either hidden or not: the ELBO is its log-probability."""
     policy = tiny_policy(family)
-    [short] = [text_of(Record(_completion(0, 0, "2"), prompt="0"))]
+    [short] = [read_completion(Record(_completion(0, 0, "2"), prompt="0"))]
     first, second = policy.encode_text("02")
     seen = torch.tensor([[first, policy.mask_id]])
     where = policy.source(torch.tensor([1]))
@@ -355,7 +360,7 @@ def test_a_text_that_the_model_cannot_read_is_named() -> None:
         record = _completion(0, 0, "1", prompt=text)
         record.where = "f:1"
         with pytest.raises(DataError, match=f"f:1: .*{message}"):
-            perplexities(tiny_policy("ar"), [text_of(record)], 8, MaskPlan(), 2)
+            perplexities(tiny_policy("ar"), [read_completion(record)], 8, MaskPlan(), 2)
 
 
 @pytest.fixture(scope="module")

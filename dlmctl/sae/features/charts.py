@@ -1,4 +1,4 @@
-"""Small charts as SVG within a page; colours are the page's."""
+"""Small bar charts as SVG within a page, in the page's colours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def bars(
 
     Args:
         values: at least 0.
-        titles: what a bar says when pointed at; already escaped, as are the others.
+        titles: shown when a bar is pointed at; escaped, as are the others.
         labels: below the left end and the right end.
         what: the heading.
     """

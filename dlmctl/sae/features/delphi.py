@@ -1,21 +1,21 @@
 """Activations of features in the layout of EleutherAI's delphi (as its commit 3c2e139 reads it).
 
     DIRECTORY/MODULE/FIRST_LAST.safetensors     one for each range of features
-        locations     [N, 3] row, position, feature - FIRST: uint16, or uint32 where a row or a
+        locations     [N, 3] row, position, feature - FIRST: uint16, or uint32 if a row or a
                       feature does not fit
         activations   float16 [N]
         tokens        int64 [rows, positions]
     DIRECTORY/MODULE/config.json
 
-The tokens are those that were written, not the mask tokens that the model saw: delphi has no word
-for them. A row is a document, filled up with padding to the longest.
+The tokens are those of the text, not the mask tokens that the model saw: delphi has no notion of
+them. A row is a document, padded to the longest.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dlmctl.records.files import make_directory, publish_directory
-from dlmctl.sae.features.active import Active
+from dlmctl.sae.features.code_batch import CodeBatch
 
 SPLITS = 5
 """Files that the features are divided among."""
@@ -35,10 +35,10 @@ LARGEST = torch.finfo(torch.float16).max
 
 
 class DelphiCache:
-    """A cache in the making; use as a context.
+    """A cache being written; use as a context.
 
-    What goes by is laid down in files beside the directory, so that memory holds one of them at a
-    time, and only at the end.
+    Codes wait in temporary files next to the directory, so that memory has to hold only one of
+    them, at the end.
     """
 
     def __init__(self, directory: Path, d_sae: int, latents: Tensor, pad_id: int) -> None:
@@ -46,48 +46,45 @@ class DelphiCache:
         self._directory, self._latents, self._pad_id = directory, latents, pad_id
         ends = [d_sae * i // SPLITS for i in range(SPLITS + 1)]
         self._ranges = [(a, b - 1) for a, b in pairwise(ends) if a < b]
-        self._files = ExitStack()
-        self._entries: list[IO[bytes]] = []
+        self._open = ExitStack()
         self._texts: IO[bytes]
+        """int32: number of a document, its length, its ids; and so on."""
+        self._entries: Sequence[IO[bytes]] = ()
+        """int32 [N, 4] for each range: document, position, feature, bits of the activation."""
 
     def __enter__(self) -> DelphiCache:
         make_directory(self._directory.parent)
-        name = f".{self._directory.name}.partial-"
-        folder = tempfile.TemporaryDirectory(prefix=name, dir=self._directory.parent)
-        waiting = Path(self._files.enter_context(folder))
-        opened: list[IO[bytes]] = [
-            self._files.enter_context((waiting / part).open("w+b"))
-            for part in ["tokens", *(str(first) for first, _ in self._ranges)]
+        prefix = f".{self._directory.name}.partial-"
+        folder = tempfile.TemporaryDirectory(prefix=prefix, dir=self._directory.parent)
+        waiting = Path(self._open.enter_context(folder))
+        names = ["tokens", *(str(first) for first, _ in self._ranges)]
+        self._texts, *self._entries = [
+            self._open.enter_context((waiting / name).open("w+b")) for name in names
         ]
-        self._texts, self._entries = opened[0], opened[1:]
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._files.close()
+        self._open.close()
 
-    def passing(self, stream: Iterable[Active]) -> Iterator[Active]:
-        """The stream unchanged, laid down as it goes by."""
-        for active in stream:
-            self._add(active)
-            yield active
-
-    def _add(self, active: Active) -> None:
-        for document in active.batch.documents:
-            line = numpy.array([document.number, len(document.ids), *document.ids], numpy.int32)
-            self._texts.write(line.tobytes())
-        feature = self._latents[active.slot]
-        value = active.value.view(torch.int32)
-        row, column = active.numbers[active.row], active.column
-        entries = torch.stack([row[active.token], column[active.token], feature, value], 1).int()
-        for (first, last), file in zip(self._ranges, self._entries, strict=True):
-            within = (feature >= first) & (feature <= last)
-            file.write(entries[within].numpy().tobytes())
+    def recorded(self, stream: Iterable[CodeBatch]) -> Iterator[CodeBatch]:
+        """The stream unchanged, written to the temporary files as it goes by."""
+        for codes in stream:
+            for document in codes.batch.documents:
+                line = numpy.array([document.number, len(document.ids), *document.ids], numpy.int32)
+                self._texts.write(line.tobytes())
+            feature, bits = self._latents[codes.slot], codes.value.view(torch.int32)  # [P]
+            row, column = codes.numbers[codes.row], codes.column  # [N]
+            entries = torch.stack([row[codes.token], column[codes.token], feature, bits], 1).int()
+            for (first, last), file in zip(self._ranges, self._entries, strict=True):
+                within = (feature >= first) & (feature <= last)
+                file.write(entries[within].numpy().tobytes())
+            yield codes
 
     def write(self, module: str, config: Mapping[str, Any]) -> None:
-        """Put the directory in its place; `config` is joined by what is known here."""
+        """Publish the directory; `config` is extended by what is known here."""
         tokens = self._tokens()
         rows, width = tokens.shape
-        known = {
+        whole_config = {
             **config,
             "ctx_len": width,
             "cache_ctx_len": width,
@@ -95,12 +92,13 @@ class DelphiCache:
             "n_splits": len(self._ranges),
         }
 
-        def fill(beside: Path) -> None:
-            (beside / module).mkdir()
-            (beside / module / "config.json").write_text(json.dumps(known, indent=2) + "\n")
+        def fill(folder: Path) -> None:
+            (folder / module).mkdir()
+            text = json.dumps(whole_config, indent=2)
+            (folder / module / "config.json").write_text(text + "\n")
             for (first, last), file in zip(self._ranges, self._entries, strict=True):
                 tensors = {**_split(_read(file).reshape(-1, 4), first), "tokens": tokens}
-                save_file(tensors, beside / module / f"{first}_{last}.safetensors")
+                save_file(tensors, folder / module / f"{first}_{last}.safetensors")
 
         publish_directory(self._directory, fill)
 
@@ -126,10 +124,8 @@ def _split(entries: Tensor, first: int) -> dict[str, Tensor]:
     activations = entries[:, 3].contiguous().view(torch.float32).clamp(max=LARGEST).half()
     locations = entries[:, :3] - torch.tensor([0, 0, first], dtype=torch.int32)
     small = not len(locations) or int(locations[:, [0, 2]].max()) < 2**16
-    return {
-        "locations": locations.to(torch.uint16 if small else torch.uint32),
-        "activations": activations,
-    }
+    dtype = torch.uint16 if small else torch.uint32
+    return {"locations": locations.to(dtype), "activations": activations}
 
 
 def _read(file: IO[bytes]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Records of features as one page of HTML, to be browsed, sent, kept."""
+"""Records of features as a page of HTML to browse, in one file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dlmctl.records.errors import DataError
 from dlmctl.records.files import write_file
 from dlmctl.records.jsonl import Record
 from dlmctl.report.page import escaped, page, token
-from dlmctl.sae.features.activity import ALIVE
 from dlmctl.sae.features.charts import bars
+from dlmctl.sae.features.firing_stats import ALIVE
 
 KINDS = {
     "top": "Strongest",
@@ -28,10 +28,10 @@ CONTROLS = (
 
 
 def with_page(records: Iterable[Record], path: Path) -> Iterator[Record]:
-    """The records unchanged; behind the last one the page is written.
+    """The records unchanged; the page is written after the last one.
 
     Raises:
-        DataError: a record of a feature lacks what is to be shown.
+        DataError: a record of a feature lacks a field that the page shows.
     """
     cards: list[str] = []
     rows: list[str] = []
@@ -57,14 +57,14 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
         "mask": "masked tokens",
         "unmask": "visible tokens of masked text",
         "all": "all tokens of masked text",
-        "clean": "text of which nothing is masked",
+        "clean": "text in which nothing is masked",
     }
     facts = {
         "autoencoder": record["sae"],
         "model": f"{record['model']} ({record['revision']})",
         "layer": record["layer"],
         "features": f"{record['latents']}, {record['k']} active at once",
-        "looked at": kinds.get(record["positions"], record["positions"]),
+        "encoded": kinds.get(record["positions"], record["positions"]),
         "corpus": f"{corpus['documents']} documents, {corpus['tokens']} tokens",
         "alive": f"{corpus['alive']} features with more than {ALIVE} activations",
     }
@@ -92,7 +92,7 @@ def _card(record: Mapping[str, Any], anchor: str) -> str:
         f"largest {record['max']:g}",
     ]
     if record["mean"] is not None:
-        numbers.append(f"mean where active {record['mean']:g}")
+        numbers.append(f"mean when active {record['mean']:g}")
     return (
         f'<section id="{anchor}"><h2><a href="#{anchor}">Feature {feature}</a></h2>'
         f'<p class="numbers">{escaped(" · ".join(numbers))}</p>{_judgement(record)}'
@@ -113,7 +113,7 @@ def _judgement(record: Mapping[str, Any]) -> str:
     if record.get("judged"):
         judged = record["judged"]
         parts.append(
-            f"told apart by {escaped(judged['judge'] or 'a judge')} with accuracy "
+            f"judged by {escaped(judged['judge'] or 'a judge')} with accuracy "
             f"{judged['accuracy']:.2f}, balanced {judged['balanced_accuracy']:.2f}"
         )
     if isinstance(record.get("error"), dict):
@@ -135,7 +135,7 @@ def _charts(record: Mapping[str, Any]) -> str:
     if profile:
         edges = profile["edges"]
         ends = (f"t = {edges[0]:g}", f"{edges[-1]:g}")
-        for name, what in (("firing_rate", "Firing rate over t"), ("mean", "Mean where active")):
+        for name, what in (("firing_rate", "Firing rate over t"), ("mean", "Mean when active")):
             titles = [
                 f"t {low:g} to {high:g}: {0 if value is None else value:g}, {tokens:g} tokens"
                 for low, high, value, tokens in zip(
@@ -184,7 +184,7 @@ def _where(window: Mapping[str, Any]) -> str:
 
 
 def _line(window: Mapping[str, Any], largest: float) -> str:
-    """The tokens; what is plain text stays outside of any element."""
+    """The tokens of a window; plain text needs no element of its own."""
     made = ""
     entries = zip(window["tokens"], window["masked"], window["activations"], strict=True)
     for number, (text, masked, value) in enumerate(entries):

@@ -1,4 +1,4 @@
-"""The record of a feature: its measures, its effect on the logits, its windows as text."""
+"""The record of a feature: firing statistics, effect on the logits, and windows as text."""
 
 from __future__ import annotations
 
@@ -11,49 +11,45 @@ from torch import Tensor
 from dlmctl.models.policy import Policy
 from dlmctl.models.token_text import TokenTexts
 from dlmctl.records.jsonl import Record
-from dlmctl.sae.features.activity import Activity, histogram_edges
-from dlmctl.sae.features.responses import Findings
-from dlmctl.sae.features.windows import Window
+from dlmctl.sae.features.firing_stats import rounded
+from dlmctl.sae.features.responses import Responses
 from dlmctl.sae.topk import TopKSae
 
 EFFECTS = 10
 """Tokens shown at either end of the effect on the logits."""
 FEATURES, TOKENS = 256, 16384
-"""Features and tokens of the vocabulary whose logits are made at once."""
+"""Features and tokens of the vocabulary whose logits are computed at once."""
 
 
 def feature_records(
-    findings: Findings,
+    responses: Responses,
     slots: Sequence[int],
     policy: Policy,
     sae: TopKSae,
     facts: Mapping[str, Any],
 ) -> Iterator[Record]:
-    """A record for each of these features; `facts` stand in all, `sae` and `t` among them."""
-    texts, activity = TokenTexts(policy.tokenizer), findings.activity
+    """A record for each of these slots; all contain `facts`, among them `sae` and `t`."""
+    texts, stats = TokenTexts(policy.tokenizer), responses.stats
     corpus = {
-        "documents": activity.documents,
-        "tokens": activity.tokens,
-        "alive": int(activity.alive.sum()),
+        "documents": stats.documents,
+        "tokens": stats.tokens,
+        "alive": int(stats.alive.sum()),
     }
     for first in range(0, len(slots), FEATURES):
         part = list(slots[first : first + FEATURES])
-        directions = sae.W_dec[findings.latents[part].to(sae.W_dec.device)]
+        directions = sae.W_dec[responses.latents[part].to(sae.W_dec.device)]
         effects = logit_effects(policy, directions, texts)
         for slot, effect in zip(part, effects, strict=True):
-            feature = int(findings.latents[slot])
+            feature = int(responses.latents[slot])
             yield Record(
                 id=f"{facts['sae']}/{feature}",
                 feature=feature,
                 **facts,
                 corpus=corpus,
-                **_measures(activity, slot),
-                time_profile=_time_profile(activity, slot) if facts["t"] else None,
+                **stats.measures(slot),
+                time_profile=stats.time_profile(slot) if facts["t"] else None,
                 logits=effect,
-                windows={
-                    kind: [_as_text(window, texts) for window in found]
-                    for kind, found in findings.windows.of(slot).items()
-                },
+                windows=responses.windows.of(slot, texts),
             )
 
 
@@ -62,18 +58,18 @@ def logit_effects(
 ) -> list[dict[str, list[dict[str, Any]]]]:
     """The tokens whose logits a step along each direction [n, d] raises and lowers the most.
 
-    The direction goes straight through the matrix of the output head: the blocks between, the last
-    norm, and a head's own layer are passed over. Tokens that look alike are named once.
+    The direction goes straight through the matrix of the output head; the blocks between, the last
+    norm, and a head's own layer are skipped. Tokens that look alike are named once.
     """
     weight = policy.head.projection.weight.detach()[: policy.vocab_size]
     rows = directions.detach().float().to(weight.device)
-    logits = torch.cat([part.float() @ rows.T for part in weight.split(TOKENS)]).T.cpu()
+    logits = torch.cat([part.float() @ rows.T for part in weight.split(TOKENS)]).T.cpu()  # [n, V]
     some = min(4 * EFFECTS, logits.shape[1])
     sides = {"top": logits.topk(some), "bottom": logits.topk(some, largest=False)}
     return [
         {
-            side: _distinct(found.indices[i].tolist(), found.values[i].tolist(), texts)
-            for side, found in sides.items()
+            side: _distinct(best.indices[i].tolist(), best.values[i].tolist(), texts)
+            for side, best in sides.items()
         }
         for i in range(len(rows))
     ]
@@ -82,52 +78,5 @@ def logit_effects(
 def _distinct(ids: list[int], values: list[float], texts: TokenTexts) -> list[dict[str, Any]]:
     shown: dict[str, float] = {}
     for token, value in zip(ids, values, strict=True):
-        shown.setdefault(texts(token), _short(value))
+        shown.setdefault(texts(token), rounded(value))
     return [{"token": text, "logit": value} for text, value in list(shown.items())[:EFFECTS]]
-
-
-def _measures(activity: Activity, slot: int) -> dict[str, Any]:
-    count, total = int(activity.count[slot]), float(activity.total[slot])
-    filled = activity.histogram[slot].nonzero().squeeze(1).tolist() or [0]
-    first, last = filled[0], filled[-1]
-    histogram: dict[str, list[float]] = {"edges": [], "counts": []}
-    if count:
-        histogram = {
-            "edges": [_short(edge) for edge in histogram_edges(first, last)],
-            "counts": activity.histogram[slot, first : last + 1].tolist(),
-        }
-    return {
-        "active": count,
-        "firing_rate": _short(count / max(1, activity.tokens)),
-        "mean": _short(total / count) if count else None,
-        "max": _short(float(activity.largest[slot])),
-        "histogram": histogram,
-    }
-
-
-def _time_profile(activity: Activity, slot: int) -> dict[str, Any]:
-    tokens = activity.level_tokens.tolist()
-    counts, totals = activity.level_count[slot].tolist(), activity.level_total[slot].tolist()
-    return {
-        "edges": [_short(edge) for edge in activity.level_edges()],
-        "tokens": tokens,
-        "firing_rate": [_short(c / n) if n else None for c, n in zip(counts, tokens, strict=True)],
-        "mean": [_short(s / c) if c else None for s, c in zip(totals, counts, strict=True)],
-    }
-
-
-def _as_text(window: Window, texts: TokenTexts) -> dict[str, Any]:
-    return {
-        **window.document,
-        "position": window.position,
-        "middle": window.middle,
-        "t": _short(window.level),
-        "tokens": texts.row(window.ids),
-        "masked": window.hidden,
-        "activations": [_short(value) for value in window.activations],
-    }
-
-
-def _short(value: float) -> float:
-    """Five digits."""
-    return float(f"{value:.5g}")

@@ -1,26 +1,27 @@
 """What the features of an autoencoder respond to, from one pass over a corpus.
 
-The automated interpretability of DLM-Scope (arXiv 2602.05859, appendix D), with two differences:
-the features of masked tokens are looked at on masked tokens, which the published scripts did on
-text of which nothing is hidden, and a window counts as inactive only where it is.
+The first half of the automated interpretability of DLM-Scope (arXiv 2602.05859, appendix D), with
+two differences: features of masked tokens are observed on masked tokens, while the published
+scripts observed them on text without masks; and a window counts as inactive only if the feature is
+active on none of its tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from dlmctl.diffusion.noise import key_tensor, stream_key, uniform
 from dlmctl.records.errors import UsageError
-from dlmctl.sae.features.active import Active
-from dlmctl.sae.features.activity import Activity
-from dlmctl.sae.features.windows import Plan, Windows
+from dlmctl.sae.features.code_batch import CodeBatch
+from dlmctl.sae.features.firing_stats import FiringStats
+from dlmctl.sae.features.windows import Windows
+from dlmctl.settings.features import WindowCounts
 
 
-class Choice(NamedTuple):
+class FeatureChoice(NamedTuple):
     """Which features get a record."""
 
     rule: Literal["random", "top", "all", "these"]
@@ -30,13 +31,13 @@ class Choice(NamedTuple):
     """For these."""
 
 
-def parse_choice(text: str, d_sae: int) -> Choice:
+def parse_choice(text: str, d_sae: int) -> FeatureChoice:
     """`random:N`, `top:N`, `all`, or numbers like `1,5,9`; raises UsageError for others."""
     rule, _, count = text.partition(":")
     if text == "all":
-        return Choice("all")
+        return FeatureChoice("all")
     if rule in ("random", "top") and count.isdecimal() and int(count) > 0:
-        return Choice("top" if rule == "top" else "random", int(count))
+        return FeatureChoice("top" if rule == "top" else "random", int(count))
     parts = text.split(",")
     if not all(part.isdecimal() for part in parts):
         raise UsageError(
@@ -45,41 +46,47 @@ def parse_choice(text: str, d_sae: int) -> Choice:
     numbers = tuple(dict.fromkeys(map(int, parts)))
     if max(numbers) >= d_sae:
         raise UsageError(f"--features {text}: there are features 0 to {d_sae - 1}")
-    return Choice("these", features=numbers)
+    return FeatureChoice("these", features=numbers)
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What a pass over a corpus found of the features `latents`."""
+class Responses(NamedTuple):
+    """What the S features `latents` respond to in a corpus."""
 
     latents: Tensor
     """int64 [S]."""
-    activity: Activity
+    stats: FiringStats
     windows: Windows
 
 
-def look(
-    stream: Iterable[Active], latents: Tensor, plan: Plan, t_min: float, t_max: float
-) -> Findings:
-    """Go through a corpus once; memory holds the windows kept and does not grow with it."""
-    activity, windows = Activity(len(latents), t_min, t_max), Windows(latents, plan)
-    for active in stream:
-        activity.add(active)
-        windows.add(active)
-    return Findings(latents, activity, windows)
+def collect_responses(
+    stream: Iterable[CodeBatch],
+    latents: Tensor,
+    counts: WindowCounts,
+    seed: int,
+    t_min: float,
+    t_max: float,
+) -> Responses:
+    """Go through a corpus once; memory does not grow with its length."""
+    responses = Responses(
+        latents, FiringStats(len(latents), t_min, t_max), Windows(latents, counts, seed)
+    )
+    for codes in stream:
+        responses.stats.add(codes)
+        responses.windows.add(codes)
+    return responses
 
 
-def chosen_slots(findings: Findings, choice: Choice, seed: int) -> list[int]:
-    """Slots of the features that get a record, by number; with `top` by how often they fire."""
-    activity = findings.activity
+def select_slots(responses: Responses, choice: FeatureChoice, seed: int) -> list[int]:
+    """Slots of the features that get a record, by number; for `top`, by how often they fire."""
+    stats = responses.stats
     if choice.rule == "these":
-        return list(range(len(findings.latents)))
-    alive = activity.alive.nonzero().squeeze(1)
+        return list(range(len(responses.latents)))
+    alive = stats.alive.nonzero().squeeze(1)
     if choice.rule == "top":
-        order = activity.count[alive].argsort(descending=True, stable=True)
-        return list(map(int, alive[order[: choice.limit]]))
-    if choice.rule == "random":
+        order = stats.count[alive].argsort(descending=True, stable=True)
+        alive = alive[order[: choice.limit]]
+    elif choice.rule == "random":
         keys = key_tensor([stream_key(seed, "features")])
-        order = uniform(keys, findings.latents[alive]).argsort(stable=True)
+        order = uniform(keys, responses.latents[alive]).argsort(stable=True)
         alive = alive[order[: choice.limit]].sort().values
     return list(map(int, alive))

@@ -1,8 +1,8 @@
-"""Whether a signal tells, before a token is decided, that what the model proposes is right.
+"""Whether a signal tells, before a token is decided, that the model's proposal is right.
 
 AUROC: the chance that of a right and a wrong proposal, drawn at random, the right one has the
-higher signal; a tie counts as half. Within strata only pairs of one stratum are drawn, all pairs of
-all strata alike: a signal that is but a clock says nothing within a step.
+higher signal; a tie counts as half. With strata, only pairs within one stratum are drawn, all with
+equal probability: a signal that is merely a clock says nothing within a step.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ POOL = 1 << 17
 """Proposals that are kept of a stream."""
 
 
-class Pool:
-    """A random part of a stream of proposals, unit by unit, that fits into `size`.
+class ProposalPool:
+    """A random part of a stream of proposals that fits into `size`, sampled by units.
 
-    Kept are the units of lowest number, which are hashes; so the choice does not depend on the
-    order or the batches in which they come, and a unit is kept whole or not at all.
+    The units with the lowest numbers are kept. Numbers are hashes, so the choice does not depend on
+    the order or the batches in which units come; a unit is kept whole or not at all.
     """
 
     def __init__(self, size: int = POOL) -> None:
@@ -30,7 +30,7 @@ class Pool:
         self._held = 0
 
     def offer(self, columns: Mapping[str, Tensor]) -> None:
-        """Take P proposals, those of a unit at once.
+        """Add P proposals; those of a unit come at once.
 
         Args:
             columns: [P] each; `unit` int64.
@@ -46,15 +46,14 @@ class Pool:
             self._shrink()
 
     def columns(self) -> dict[str, Tensor]:
-        """What was kept, in the order of the units; nothing where nothing was offered."""
+        """What was kept, in the order of the units; empty if nothing was offered."""
         self._shrink()
         return self._parts[0] if self._parts else {}
 
     def _shrink(self) -> None:
         if not self._parts:
             return
-        names = self._parts[0]
-        whole = {name: torch.cat([part[name] for part in self._parts]) for name in names}
+        whole = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
         order = whole["unit"].argsort(stable=True)
         if len(order) > self.size:
             self._limit = int(whole["unit"][order[self.size]])
@@ -63,8 +62,8 @@ class Pool:
         self._held = len(order)
 
 
-def auroc(signal: Tensor, right: Tensor, stratum: Tensor | None = None) -> float | None:
-    """AUROC of a signal [N] for bool [N]; None where there is no pair of a right and a wrong one.
+def stratified_auroc(signal: Tensor, right: Tensor, stratum: Tensor | None = None) -> float | None:
+    """AUROC of a signal [N] for bool [N]; None if there is no pair of a right and a wrong one.
 
     Args:
         stratum: int64 [N]; only pairs within one count. None: all pairs.
@@ -73,14 +72,16 @@ def auroc(signal: Tensor, right: Tensor, stratum: Tensor | None = None) -> float
         return None
     if stratum is None:
         stratum = torch.zeros(len(signal), dtype=torch.int64)
+    # 1. Right and wrong proposals in each cell, a stratum and a value of the signal, ascending.
     values, value = signal.unique(return_inverse=True)
     stratum = stratum.unique(return_inverse=True)[1]
-    cells, cell = (stratum * len(values) + value).unique(return_inverse=True)
-    wins = torch.bincount(cell, right.double(), minlength=len(cells))
+    cells, cell = (stratum * len(values) + value).unique(return_inverse=True)  # [C], [N]
+    wins = torch.bincount(cell, right.double(), minlength=len(cells))  # [C]
     losses = torch.bincount(cell, (~right).double(), minlength=len(cells))
-    owner = cells // len(values)
+    # 2. Wrong ones with a lower signal in the same stratum.
+    owner = cells // len(values)  # [C], strata
     all_wins, all_losses = torch.bincount(owner, wins), torch.bincount(owner, losses)
-    earlier = (all_losses.cumsum(0) - all_losses)[owner]
+    earlier = (all_losses.cumsum(0) - all_losses)[owner]  # in strata before
     below = losses.cumsum(0) - losses - earlier
     pairs = float((all_wins * all_losses).sum())
     return float((wins * (below + losses / 2)).sum()) / pairs if pairs else None

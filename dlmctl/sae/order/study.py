@@ -16,40 +16,42 @@ from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import OnError, Record, each, field
-from dlmctl.sae.order.feature_watch import Dictionary, check_watchable
-from dlmctl.sae.order.signals import auroc
-from dlmctl.sae.order.watch import SIGNALS, OrderWatch
+from dlmctl.sae.order.recording import SIGNALS, OrderRecorder
+from dlmctl.sae.order.signals import stratified_auroc
+from dlmctl.sae.order.tracking import check_trackable
+from dlmctl.sae.steering.sae_at_layer import SaeAtLayer
 from dlmctl.settings.sampler import Remasking
 
 WINDOW = 4
-"""Batches of completions of an order, before the next order has its turn."""
+"""Batches of completions of an order before the next order has its turn."""
 
 TOP = 20
-"""Features of a dictionary that are named."""
+"""Features of an autoencoder that are named."""
 
 Row = dict[str, Any]
 
 
 class OrderStudy:
-    """Samples in several orders, and says in the end what differs between them.
+    """Samples in several orders, and summarizes what differs between them.
 
     Raises:
-        UsageError: the model is autoregressive, or the settings leave out parts of passes.
+        UsageError: the model is autoregressive, or the sampler leaves out parts of passes.
     """
 
     def __init__(
         self,
         policy: Policy,
-        dictionaries: Sequence[Dictionary],
-        settings: SamplerConfig,
+        saes: Sequence[SaeAtLayer],
+        sampler: SamplerConfig,
         orders: Sequence[Remasking],
         truth: str | None = None,
     ) -> None:
-        check_watchable(policy, settings, "sae-order")
-        self.policy, self.dictionaries, self.truth = policy, dictionaries, truth
-        self.settings = {order: dataclasses.replace(settings, remasking=order) for order in orders}
-        self.watches = {order: OrderWatch(policy, dictionaries) for order in orders}
-        self._means = {order: [_Means() for _ in dictionaries] for order in orders}
+        """`truth`: field of a record with the right completion, text or token ids."""
+        check_trackable(policy, sampler, "sae-order")
+        self.policy, self.saes, self.truth = policy, saes, truth
+        self.samplers = {order: dataclasses.replace(sampler, remasking=order) for order in orders}
+        self.recorders = {order: OrderRecorder(policy, saes) for order in orders}
+        self._means = {order: [_Means() for _ in saes] for order in orders}
 
     def run(
         self,
@@ -59,23 +61,29 @@ class OrderStudy:
         batch_size: int,
         on_error: OnError = "fail",
     ) -> Iterator[Record]:
-        """A record for each completion, window by window and in a window order by order."""
+        """A record for each completion: window by window and within a window order by order."""
         ready = each(records, self._prepare, on_error)
         while window := list(islice(ready, -(-WINDOW * batch_size // samples))):
-            sound = [record for record in window if "error" not in record]
+            usable = [record for record in window if "error" not in record]
             yield from (record for record in window if "error" in record)
-            for order, watch in self.watches.items():
-                made = rollout(
-                    sound, self.policy, self.settings[order], samples, seed, batch_size, watch=watch
+            for order, recorder in self.recorders.items():
+                completions = rollout(
+                    usable,
+                    self.policy,
+                    self.samplers[order],
+                    samples,
+                    seed,
+                    batch_size,
+                    callback=recorder,
                 )
-                for number, record in enumerate(watch.around(made)):
-                    reports = watch.reports.pop(number)
-                    for means, report in zip(self._means[order], reports, strict=True):
+                for number, record in enumerate(recorder.around(completions)):
+                    record["features"] = recorder.reports.pop(number)
+                    for means, report in zip(self._means[order], record["features"], strict=True):
                         means.add(report)
-                    record["features"] = reports
                     yield record
 
     def _prepare(self, record: Record) -> Record:
+        """The record with token ids of its prompt and of the right completion."""
         ready = Record(record)
         ready.where = record.where
         field(record, "id", (str, int), "'dlmctl prompts' writes it")
@@ -90,50 +98,40 @@ class OrderStudy:
 
     def summary(self) -> Iterator[Row]:
         """Means of each order, features that differ from the first order's, and signals."""
-        yield from self._mean_rows()
-        yield from self._feature_rows()
-        if self.truth is not None:
-            yield from self._signal_rows()
-
-    def _mean_rows(self) -> Iterator[Row]:
+        # 1. Means.
         for order, means in self._means.items():
-            for dictionary, mean in zip(self.dictionaries, means, strict=True):
-                start = {"row": "mean", "order": order, **dictionary.note()}
+            for sae, mean in zip(self.saes, means, strict=True):
+                start = {"row": "mean", "order": order, **sae.fields()}
                 yield start | {"completions": mean.completions} | mean.values()
-
-    def _feature_rows(self) -> Iterator[Row]:
-        [reference, *others] = self.watches
+        # 2. Features.
+        [reference, *others] = self.recorders
         for order in others:
-            for number, dictionary in enumerate(self.dictionaries):
-                counts = [self.watches[name].counts[number] for name in (reference, order)]
-                scores = counts[0].scores(counts[1])
-                best = scores.sort(descending=True, stable=True).indices[:TOP].tolist()
-                for feature in best:
+            for number, sae in enumerate(self.saes):
+                base, counts = (self.recorders[o].counts[number] for o in (reference, order))
+                scores = base.scores(counts)
+                for feature in scores.sort(descending=True, stable=True).indices[:TOP].tolist():
                     yield {
                         "row": "feature",
                         "order": order,
                         "reference": reference,
-                        **dictionary.note(),
+                        **sae.fields(),
                         "feature": feature,
                         "score": float(scores[feature]),
                     }
-
-    def _signal_rows(self) -> Iterator[Row]:
-        for order, watch in self.watches.items():
-            for dictionary, pool in zip(self.dictionaries, watch.pools, strict=True):
-                found = pool.columns()
-                if not found:
-                    continue
-                right = found["right"]
-                for signal in SIGNALS:
+        # 3. Signals.
+        for order, recorder in self.recorders.items() if self.truth is not None else ():
+            for sae, pool in zip(self.saes, recorder.pools, strict=True):
+                columns = pool.columns()
+                for signal in SIGNALS if columns else ():
+                    value, right = columns[signal], columns["right"]
                     yield {
                         "row": "signal",
                         "order": order,
-                        **dictionary.note(),
+                        **sae.fields(),
                         "signal": signal,
-                        "auroc": auroc(found[signal], right),
-                        "auroc_step": auroc(found[signal], right, found["step"]),
-                        "auroc_choice": auroc(found[signal], right, found["unit"]),
+                        "auroc": stratified_auroc(value, right),
+                        "auroc_step": stratified_auroc(value, right, columns["step"]),
+                        "auroc_choice": stratified_auroc(value, right, columns["unit"]),
                         "proposals": pool.seen,
                         "used": len(right),
                         "right": float(right.double().mean()),
@@ -141,22 +139,25 @@ class OrderStudy:
 
 
 class _Means:
-    """Means of the numbers of reports, and of each bin of their curves."""
+    """Running means of the numbers in reports, and of each bin of their curves."""
 
     def __init__(self) -> None:
         self.completions = 0
         self._sums: dict[str, list[list[float]]] = {}
-        self._curves: dict[str, bool] = {}
+        """Total and count of each bin; a plain number has one bin."""
+        self._curves: set[str] = set()
 
     def add(self, report: Mapping[str, Any]) -> None:
         self.completions += 1
         for name, value in report.items():
             if name in ("sae", "layer"):
                 continue
-            self._curves[name] = isinstance(value, list)
             values = value if isinstance(value, list) else [value]
-            sums = self._sums.setdefault(name, [[0.0, 0] for _ in values])
-            for entry, number in zip(sums, values, strict=True):
+            if values is value:
+                self._curves.add(name)
+            for entry, number in zip(
+                self._sums.setdefault(name, [[0.0, 0] for _ in values]), values, strict=True
+            ):
                 if number is not None:
                     entry[0] += number
                     entry[1] += 1
@@ -166,7 +167,7 @@ class _Means:
             name: [total / count if count else None for total, count in sums]
             for name, sums in self._sums.items()
         }
-        return {name: mean if self._curves[name] else mean[0] for name, mean in means.items()}
+        return {name: mean if name in self._curves else mean[0] for name, mean in means.items()}
 
 
 def _are_ids(value: Any) -> bool:

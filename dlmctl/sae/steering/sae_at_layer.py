@@ -1,0 +1,48 @@
+"""An autoencoder at the block of a policy whose output it reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dlmctl.models.blocks import check_layers
+from dlmctl.models.policy import Policy
+from dlmctl.records.errors import UsageError
+from dlmctl.sae.fitting import check_width, computing_dtype
+from dlmctl.sae.formats.folders import read_sae
+from dlmctl.sae.topk import TopKSae
+
+
+class SaeAtLayer(NamedTuple):
+    """An autoencoder for the output of a block."""
+
+    name: str
+    """Its folder."""
+    layer: int
+    sae: TopKSae
+
+    def fields(self) -> dict[str, Any]:
+        """What a record says of it."""
+        return {"sae": self.name, "layer": self.layer}
+
+
+def read_at_layer(name: str, layer: int | None, policy: Policy, option: str) -> SaeAtLayer:
+    """An autoencoder on the device of the policy, in its computing dtype, without gradients.
+
+    Args:
+        name: its folder.
+        layer: None: the block that the folder names.
+        option: how the command line names an autoencoder and its layer, for the message.
+
+    Raises:
+        MissingInputError, DataError: it cannot be read.
+        UsageError: it does not fit the policy, or does not say which layer it is of.
+    """
+    saved = read_sae(Path(name))
+    layer = saved.metadata.get("dlm_layer") if layer is None else layer
+    if not isinstance(layer, int):
+        raise UsageError(f"{name} does not say which layer it is of (dlm_layer): write {option}")
+    check_layers(policy, [layer])
+    check_width(name, saved.sae, policy)
+    sae = saved.sae.requires_grad_(False).to(policy.device, computing_dtype(policy))
+    return SaeAtLayer(name, layer, sae)

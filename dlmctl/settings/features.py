@@ -1,0 +1,30 @@
+"""Which windows of text are kept of each feature of an autoencoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dlmctl.records.errors import UsageError
+from dlmctl.settings import knob
+
+WINDOWS = "Windows"
+
+
+@dataclass(frozen=True)
+class WindowCounts:
+    """How many windows of each kind are kept of a feature, and how wide they are."""
+
+    top: int = knob(12, "Windows around the strongest activations.", minimum=1, panel=WINDOWS)
+    weighted: int = knob(
+        7, "Windows drawn in proportion to the activation.", minimum=0, panel=WINDOWS
+    )
+    inactive: int = knob(
+        10, "Random windows in which the feature is not active.", minimum=0, panel=WINDOWS
+    )
+    radius: int = knob(
+        10, "Tokens of a window on either side of its middle token.", minimum=0, panel=WINDOWS
+    )
+
+    def __post_init__(self) -> None:
+        if self.top < 1 or min(self.weighted, self.inactive, self.radius) < 0:
+            raise UsageError("at least one top window is kept, and no number of them is below 0")
