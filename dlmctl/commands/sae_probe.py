@@ -9,8 +9,9 @@ from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.jsonl import each, read_records
+from dlmctl.settings import Without
 from dlmctl.settings.common import Compute, Json, OnErrorOption, Quiet, Seed
-from dlmctl.settings.corpus import AS_TRAINED, SHOWN_AS_TRAINED, Corpus, Masking, SaeModel
+from dlmctl.settings.corpus import SHOWN_AS_TRAINED, Corpus, SaeModel
 from dlmctl.settings.sae import SaePaths
 
 COLUMNS = ("sae", "method", "concept", "value", "feature", "auroc", "clear")
@@ -19,7 +20,10 @@ COLUMNS = ("sae", "method", "concept", "value", "feature", "auroc", "clear")
 def command(
     paths: SaePaths,
     model: SaeModel = None,
-    masking: Annotated[Masking, SHOWN_AS_TRAINED] = AS_TRAINED,
+    # Sentences are offsets into one text, so texts are not packed.
+    corpus: Annotated[
+        Corpus, SHOWN_AS_TRAINED, Without("per_batch", "pack", "hide_prompt")
+    ] = Corpus(level=None, context=None),
     seed: Seed = 0,
     compute: Compute = Compute(),
     on_error: OnErrorOption = "fail",
@@ -53,8 +57,6 @@ def command(
 
     folders, files = split_paths(paths)
     saved = read_saes(folders)
-    # Sentences are offsets into one text, so texts are not packed.
-    corpus = Corpus(masking.level, masking.context, pack=False, hide_prompt=False)
     plan = corpus_plan(corpus, seed, saved)
     policy = load_policy(own_model(saved, model), compute.device, compute.dtype)
     saes = [place_sae(name, one, policy) for name, one in saved.items()]

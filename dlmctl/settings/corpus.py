@@ -43,8 +43,8 @@ Sequences = Annotated[
 
 
 @dataclass(frozen=True)
-class Masking:
-    """How the texts of a corpus are masked, each by itself; None: as the autoencoder's were."""
+class Corpus:
+    """How a corpus is cut into sequences and masked; None: as the autoencoder's was."""
 
     level: str | None = knob(
         "0-1",
@@ -61,12 +61,6 @@ class Masking:
         minimum=2,
         panel=CORPUS,
     )
-
-
-@dataclass(frozen=True)
-class Corpus(Masking):
-    """How a corpus is cut into sequences and masked; None: as the autoencoder's was."""
-
     per_batch: bool | None = knob(
         False,
         "Draw t once per batch, or for each sequence.",
