@@ -23,9 +23,9 @@ from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Batching
 from dlmctl.rl.update import update_policy
 from dlmctl.tasks.sources import prompts
-from dlmctl.train.checkpoint import latest_checkpoint
 from dlmctl.train.lora import Adapter
 from dlmctl.train.run import Optimization, Run, open_run
+from dlmctl.train.run_directory import latest_checkpoint
 from dlmctl.verifiers.registry import verify
 
 DLMCTL = (sys.executable, "-m", "dlmctl")

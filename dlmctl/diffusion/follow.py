@@ -22,7 +22,7 @@ from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import OnError, Record
 from dlmctl.records.stdin import reader_is_gone
 from dlmctl.settings.models import Prompting
-from dlmctl.train.checkpoint import latest_checkpoint, read_progress
+from dlmctl.train.run_directory import latest_checkpoint, read_progress
 
 POLL_SECONDS = 0.02
 

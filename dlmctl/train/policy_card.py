@@ -7,7 +7,7 @@ from typing import Any
 
 from dlmctl.models.policy import Policy
 from dlmctl.train.card import DIRECTORY, Card, told_metrics
-from dlmctl.train.checkpoint import Progress
+from dlmctl.train.run_directory import Progress
 
 KINDS = {"vlm": "vision-language model", "ar": "autoregressive language model"}
 """Families that do not denoise; the others are diffusion language models."""

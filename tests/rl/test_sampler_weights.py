@@ -15,8 +15,8 @@ from dlmctl.rl.objectives.table import OBJECTIVES, make_objective
 from dlmctl.rl.policy_gradient import Batching
 from dlmctl.rl.samplers import Samplers
 from dlmctl.rl.update import update_policy
-from dlmctl.train.checkpoint import latest_checkpoint
 from dlmctl.train.run import Adapter, Optimization, open_run
+from dlmctl.train.run_directory import latest_checkpoint
 
 PLAN = MaskPlan("complementary", 2)
 

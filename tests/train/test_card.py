@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 
 from dlmctl.models.loading import load_policy
 from dlmctl.train.card import Card, base_model, card_text, last_metrics, told_metrics
-from dlmctl.train.checkpoint import latest_checkpoint
+from dlmctl.train.run_directory import latest_checkpoint
 
 
 def _blocks(text: str) -> list[str]:
