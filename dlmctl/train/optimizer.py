@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,10 @@ def make_optimizer(
     parameters: Iterable[nn.Parameter], betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
     """AdamW; matrices decay, vectors (norms, biases) do not. The rate is set at every step."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in parameters:
-        (matrices if parameter.dim() > 1 else vectors).append(parameter)
-    kinds = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+    parameters = list(parameters)
+    kinds: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([kind for kind in kinds if kind["params"]], lr=0.0, betas=betas)
 

@@ -51,14 +51,7 @@ from dlmctl.train.optimizer import (
     trained_parameters,
 )
 from dlmctl.train.policy_card import policy_card
-from dlmctl.train.run_directory import (
-    TENSORS,
-    Progress,
-    RunDirectory,
-    forget_steps,
-    random_state,
-    restore_random,
-)
+from dlmctl.train.run_directory import TENSORS, Progress, RunDirectory, forget_steps
 from dlmctl.train.sharding import check_trainable, gathered, outline, shard, to_first
 
 
@@ -199,7 +192,9 @@ class Run:
         self.saved_step = self.progress.step
         moments = optimizer_state(self.optimizer, self.parameters)
         tensors = {name: to_first(value) for name, value in moments.items()}
-        tensors |= random_state(self.policy.device)
+        tensors["random.cpu"] = torch.get_rng_state()
+        if self.policy.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.policy.device)
         whole = self.whole_policy()
         revision = ""
         if is_first():
@@ -295,7 +290,9 @@ def open_run(
     if checkpoint is not None:
         tensors = load_file(checkpoint / TENSORS)
         restore_optimizer(run.optimizer, run.parameters, tensors)
-        restore_random(tensors)
+        torch.set_rng_state(tensors["random.cpu"])
+        if "random.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random.cuda"])
     if is_first():
         forget_steps(home.metrics, progress.step)
     return run

@@ -24,11 +24,9 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast, get_origin, get_type_hints, overload
+from typing import Any, Generic, TypeVar, cast, get_origin, get_type_hints
 
 import orjson
-import torch
-from torch import Tensor
 
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.files import (
@@ -78,9 +76,8 @@ class RunDirectory(Generic[P]):
         self, path: Path, counters: type[P], unit: str = "step", in_state: bool = False
     ) -> None:
         """Args:
-        counters: the dataclass P.
         unit: what checkpoints are numbered by.
-        in_state: whether checkpoints are in RUN/state.
+        in_state: whether they are in RUN/state.
         """
         self.path, self.unit = path, unit
         self.metrics = path / "metrics.jsonl"
@@ -116,12 +113,12 @@ class RunDirectory(Generic[P]):
             for place in {self.path, self.checkpoints}:
                 remove_partials(place)
             checkpoint = latest_checkpoint(self.checkpoints, self._file)
-            check(checkpoint and self._read(checkpoint))
+            check(checkpoint and read_counters(checkpoint / self._file, self._counters))
             return str(checkpoint or "")
 
         newest = from_first(take)
         self.checkpoint = Path(newest) if newest else None
-        return self.checkpoint and self._read(self.checkpoint)
+        return read_counters(Path(newest) / self._file, self._counters) if newest else None
 
     def check_settings(self, begun_with: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Raise UsageError, naming the difference, unless both settings are the same as JSON."""
@@ -182,9 +179,6 @@ class RunDirectory(Generic[P]):
         """Remove RUN/state: the run is done."""
         remove_directory(self.path / "state")
 
-    def _read(self, checkpoint: Path) -> P:
-        return read_progress(checkpoint, self._counters, self._file)
-
 
 def latest_checkpoint(directory: Path, counters: str = COUNTERS) -> Path | None:
     """The newest checkpoint of a directory, its links resolved; None: it has none."""
@@ -209,24 +203,24 @@ def publish_newest(target: Path, fill: Callable[[Path], None]) -> None:
     publish_link(target.parent / LATEST, target.name)
 
 
-@overload
-def read_progress(checkpoint: Path) -> Progress: ...
-@overload
-def read_progress(checkpoint: Path, counters: type[P], file: str) -> P: ...
-def read_progress(checkpoint: Path, counters: type[Any] = Progress, file: str = COUNTERS) -> Any:
-    """The counters of a checkpoint.
+def read_progress(checkpoint: Path) -> Progress:
+    """The counters of a checkpoint of a language model; raises as `read_counters`."""
+    return read_counters(checkpoint / COUNTERS, Progress)
+
+
+def read_counters(path: Path, counters: type[P]) -> P:
+    """The counters in a file.
 
     Raises:
         DataError: the file is not there, or has other fields or types than the dataclass.
     """
-    path = checkpoint / file
     try:
         progress = counters(**json.loads(path.read_text(encoding="utf-8")))
         for name, kind in get_type_hints(counters).items():
             if not isinstance(getattr(progress, name), get_origin(kind) or kind):
                 raise TypeError(f"{name} is no {kind}")
     except (OSError, TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"not a checkpoint's {file} ({error})", str(path)) from None
+        raise DataError(f"not a checkpoint's {path.name} ({error})", str(path)) from None
     return progress
 
 
@@ -251,18 +245,3 @@ def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as they are after a round trip through JSON: tuples are lists."""
     made: dict[str, Any] = json.loads(json.dumps(settings))
     return made
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of torch's global generators, by names for a file."""
-    state = {"random.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["random.cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def restore_random(tensors: Mapping[str, Tensor]) -> None:
-    """Set torch's global generators to a state that `random_state` took."""
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
