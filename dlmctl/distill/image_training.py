@@ -31,10 +31,10 @@ from dlmctl.distill.card import image_card
 from dlmctl.distill.image_checkpoints import ModelConfig, save_model
 from dlmctl.records.errors import CannotCreateError, UsageError
 from dlmctl.records.files import read_json
+from dlmctl.settings.optimizer import Schedule
 from dlmctl.train.card import write_card
 from dlmctl.train.distributed import agreed, from_first, is_first, own_part, sum_up
 from dlmctl.train.optimizer import (
-    Schedule,
     apply_step,
     learning_rate,
     optimizer_state,

@@ -9,9 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dlmctl.settings.optimizer import Optimizer, Schedule
 from dlmctl.train.sharding import full_tensor, like
-
-Schedule = Literal["constant", "cosine"]
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -19,16 +18,15 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def make_optimizer(
-    parameters: Iterable[nn.Parameter], betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
+def make_optimizer(parameters: Iterable[nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
     """AdamW; matrices decay, vectors (norms, biases) do not. The rate is set at every step."""
     parameters = list(parameters)
     kinds: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([kind for kind in kinds if kind["params"]], lr=0.0, betas=betas)
+    kinds = [kind for kind in kinds if kind["params"]]
+    return torch.optim.AdamW(kinds, lr=0.0, betas=(settings.beta1, settings.beta2))
 
 
 def learning_rate(

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,11 @@ from dlmctl.models.saving import save_policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.settings.models import Prompting
+from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.train.activations import checkpoint_activations
 from dlmctl.train.card import last_metrics, write_card
 from dlmctl.train.distributed import agreed, is_first, size
 from dlmctl.train.lora import (
-    Adapter,
     adapter_off,
     adapter_settings,
     add_adapter,
@@ -42,7 +41,6 @@ from dlmctl.train.lora import (
     set_adapter_trainable,
 )
 from dlmctl.train.optimizer import (
-    Schedule,
     apply_step,
     learning_rate,
     make_optimizer,
@@ -55,19 +53,6 @@ from dlmctl.train.run_directory import TENSORS, Progress, RunDirectory, forget_s
 from dlmctl.train.sharding import check_trainable, gathered, outline, shard, to_first
 
 
-@dataclass(frozen=True)
-class Optimization:
-    """Settings of the optimizer; defaults are the common recipe of the d1 family."""
-
-    rate: float = 3e-6
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.1
-    max_norm: float = 0.2
-    warmup: int = 0
-    schedule: Schedule = "constant"
-    total_steps: int | None = None
-
-
 class Run:
     """State that must stay consistent: policy, optimizer, counters and their directory."""
 
@@ -76,7 +61,7 @@ class Run:
         directory: RunDirectory[Progress],
         policy: Policy,
         progress: Progress,
-        optimization: Optimization,
+        optimization: Optimizer,
         compute_dtype: torch.dtype,
         form: nn.Module | None = None,
     ) -> None:
@@ -86,9 +71,7 @@ class Run:
         self.optimization = optimization
         self.compute_dtype = compute_dtype
         self.parameters: dict[str, nn.Parameter] = trained_parameters(policy.model)
-        self.optimizer = make_optimizer(
-            self.parameters.values(), optimization.betas, optimization.weight_decay
-        )
+        self.optimizer = make_optimizer(self.parameters.values(), optimization)
         self.saved_step = progress.step
         self.logged_step = progress.step
         """The newest step whose metrics are in metrics.jsonl."""
@@ -223,7 +206,7 @@ def open_run(
     directory: Path,
     model: str | None,
     algo: str,
-    optimization: Optimization,
+    optimization: Optimizer,
     adapter: Adapter,
     device: str,
     dtype: str,

@@ -258,11 +258,11 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, saved_models, mo
     from dlmctl.records.errors import CannotWriteError
     from dlmctl.train import run as module
     from dlmctl.train.lora import Adapter
-    from dlmctl.train.run import Optimization, open_run
+    from dlmctl.train.run import Optimizer, open_run
     from dlmctl.train.run_directory import latest_checkpoint
 
     run = open_run(
-        tmp_path / "run", saved_models("llada"), "rspo", Optimization(), Adapter(), "cpu",
+        tmp_path / "run", saved_models("llada"), "rspo", Optimizer(), Adapter(), "cpu",
         "auto", False, 0,
     )  # fmt: skip
     run.progress.step = 1
