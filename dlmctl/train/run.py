@@ -118,17 +118,10 @@ class Run:
 
     def step(self) -> dict[str, Any]:
         """Apply the accumulated gradient and count it; returns the metrics of the step."""
-        settings = self.optimization
-        rate = learning_rate(
-            self.progress.step,
-            settings.rate,
-            settings.warmup,
-            settings.schedule,
-            settings.total_steps,
-        )
-        norm, applied = apply_step(
-            self.optimizer, self.parameters.values(), rate, settings.max_norm
-        )
+        given = self.optimization
+        schedule = (given.rate, given.warmup, given.schedule, given.total_steps)
+        rate = learning_rate(self.progress.step, *schedule)
+        norm, applied = apply_step(self.optimizer, self.parameters.values(), rate, given.max_norm)
         self.progress.step += 1
         self.progress.skipped += not applied
         if applied:
@@ -239,8 +232,15 @@ def open_run(
                 f"{directory} is a run of --algo {progress.algo}, not {algo}: choose another -o, "
                 f"or begin from it with --model {directory}"
             )
-        if model is not None:
-            _check_model(model, directory, progress.reference)
+        if model is None:
+            return
+        named = run_of(fixed_name(model))
+        # It may name a checkpoint of this run, too.
+        if named != run_of(progress.reference) and named[0] != directory.resolve():
+            raise UsageError(
+                f"{directory} began with {progress.reference}, not with {model}: leave --model out "
+                "to resume it, or choose another -o to begin anew"
+            )
 
     home = RunDirectory(directory, Progress)
     progress, checkpoint = home.open(check), home.checkpoint
@@ -279,16 +279,6 @@ def open_run(
     if is_first():
         forget_steps(home.metrics, progress.step)
     return run
-
-
-def _check_model(model: str, directory: Path, reference: str) -> None:
-    """Refuse to resume a run with another model than it began with, or one of its checkpoints."""
-    named = run_of(fixed_name(model))
-    if named != run_of(reference) and named[0] != directory.resolve():
-        raise UsageError(
-            f"{directory} began with {reference}, not with {model}: leave --model out to resume "
-            "it, or choose another -o to begin anew"
-        )
 
 
 def _check_adapter(wanted: Adapter, policy: Policy, directory: Path) -> None:

@@ -123,11 +123,14 @@ class RunDirectory(Generic[P]):
     def check_settings(self, begun_with: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Raise UsageError, naming the difference, unless both settings are the same as JSON."""
         settings = as_json(settings)
-        if begun_with != settings:
-            names = [n for n in settings | begun_with if settings.get(n) != begun_with.get(n)]
+        # `...` is no JSON, and stands for what is missing.
+        changed = [
+            n for n in settings | begun_with if settings.get(n, ...) != begun_with.get(n, ...)
+        ]
+        if changed:
             raise UsageError(
-                f"{self} holds a run with another {', '.join(names) or 'setting'}: give the same "
-                "options to resume it, or choose another -o"
+                f"{self} holds a run with another {', '.join(changed)}: give the same options to "
+                "resume it, or choose another -o"
             )
 
     def save(self, number: int, progress: P, fill: Callable[[Path], None], keep: int = 1) -> Path:

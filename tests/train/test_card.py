@@ -78,6 +78,8 @@ def test_the_card_of_an_adapter_is_ours_and_not_the_one_of_peft(
     assert _rows(card.text)["LoRA rank"] == "2"
     [ours] = _blocks(card.text)
     assert hasattr(_run(ours, checkpoint)["policy"].model, "peft_config")
+    targets = orjson.loads((checkpoint / "adapter_config.json").read_bytes())["target_modules"]
+    assert targets == sorted(targets)  # as a set, they would differ from process to process
 
 
 def test_the_same_run_elsewhere_writes_the_same_card(
