@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import Tensor
 
-from dlmctl.sae.training.trainer import SaeTrainer, remove_parallel
+from dlmctl.sae.training.trainer import SaeTrainer, rate_at, remove_parallel
 from dlmctl.train.optimizer import apply_step
 
 
@@ -39,7 +39,7 @@ class DenseTrainer:
             loss = reconstruction + recipe.aux_weight * auxiliary
         loss.backward()
         remove_parallel(sae)
-        rate = recipe.rate_at(self.step)
+        rate = rate_at(recipe, self.step)
         apply_step(self.optimizer, sae.parameters(), rate, recipe.max_norm)
         with torch.no_grad():
             sae.decoder /= sae.decoder.norm(dim=1, keepdim=True).clamp(min=1e-12)

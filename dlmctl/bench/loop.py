@@ -25,8 +25,8 @@ from dlmctl.rl.update import update_policy
 from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.settings.sampler import Sampler
 from dlmctl.tasks.sources import prompts
-from dlmctl.train.checkpoint import latest_checkpoint
 from dlmctl.train.run import Run, open_run
+from dlmctl.train.run_directory import latest_checkpoint
 from dlmctl.verifiers.registry import verify
 
 DLMCTL = (sys.executable, "-m", "dlmctl")

@@ -24,7 +24,7 @@ from dlmctl.settings.common import Compute
 from dlmctl.settings.models import Prompting
 from dlmctl.settings.rollout import Loop
 from dlmctl.settings.sampler import Sampler
-from dlmctl.train.checkpoint import latest_checkpoint, read_progress
+from dlmctl.train.run_directory import latest_checkpoint, read_progress
 
 POLL_SECONDS = 0.02
 

@@ -24,6 +24,7 @@ from dlmctl.distill.image_sets import read_images
 from dlmctl.models.weights import read_weights, weights_hash
 from dlmctl.records.errors import DataError, MissingInputError, UsageError
 from dlmctl.records.files import read_json
+from dlmctl.train.run_directory import checkpoint_name, checkpoint_numbers
 
 Kind = Literal["edm", "consistency", "optimal"]
 OPTIMAL = "optimal:"
@@ -158,15 +159,10 @@ def find_checkpoint(directory: Path, at: int | None = None) -> Path:
     )
 
 
-def checkpoint_name(step: int) -> str:
-    """Name of a checkpoint's directory, as step-000128."""
-    return f"step-{step:06d}"
-
-
 def checkpoint_steps(run: Path) -> list[int]:
-    """The steps that a run has checkpoints of."""
-    names = [path.name[5:] for path in run.glob("step-*") if (path / WEIGHTS).exists()]
-    return sorted(int(name) for name in names if name.isdecimal())
+    """The steps that a run has checkpoints of, in order."""
+    steps = checkpoint_numbers(run) if run.is_dir() else []
+    return sorted(n for n in steps if (run / checkpoint_name(n) / WEIGHTS).exists())
 
 
 def _config(about: Mapping[str, Any], path: Path) -> ModelConfig:

@@ -220,4 +220,4 @@ class _Targets:
         return load_policy(str(place), device, "float32")
 
     def _place(self, number: int) -> Path:
-        return self._run.directory / f"target-{number:02d}"
+        return self._run.directory.path / f"target-{number:02d}"

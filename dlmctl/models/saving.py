@@ -15,6 +15,9 @@ def save_policy(policy: Policy, directory: Path) -> None:
     """Write model and tokenizer; of a model with an adapter, the adapter and its base's name."""
     model: Any = policy.model
     if hasattr(model, "peft_config"):
+        for config in model.peft_config.values():
+            # peft makes it a set, whose order differs from process to process.
+            config.target_modules = sorted(config.target_modules)
         model.save_pretrained(directory, save_embedding_layers=False)
         return
     generation = getattr(model, "generation_config", None)

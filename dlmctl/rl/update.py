@@ -21,9 +21,8 @@ import torch
 
 from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.records.errors import UsageError
-from dlmctl.records.files import append_line
 from dlmctl.records.interrupts import stopping
-from dlmctl.records.jsonl import Record, dump, each
+from dlmctl.records.jsonl import Record, each
 from dlmctl.rl.batches import StepBatch, check_on_policy, packed, step_batches, unpacked
 from dlmctl.rl.objectives.scores import Objective
 from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
@@ -185,7 +184,7 @@ def _batch_steps(
         seconds = time.monotonic() - begun
         record = {
             "algo": run.progress.algo,
-            "run": run.directory.name,
+            "run": run.directory.path.name,
             "step": run.progress.step,
             **({} if batch.finished_round is None else {"round": batch.finished_round}),
             "prompts": len(batch.groups),
@@ -197,8 +196,7 @@ def _batch_steps(
             "tokens_per_second": tokens / seconds,
             "peak_memory_mb": _peak_memory(run.policy.device) / 2**20,
         }
-        if is_first():
-            append_line(run.directory / "metrics.jsonl", dump(record))
+        run.directory.append(record)
         run.logged_step = run.progress.step
         yield record
         begun = time.monotonic()

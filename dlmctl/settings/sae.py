@@ -147,16 +147,6 @@ class SaeRecipe:
         """Steps in all."""
         return max(1, self.tokens // self.batch_size)
 
-    def rate_at(self, step: int) -> float:
-        """Learning rate of step 0, 1, …"""
-        warmup = min(self.warmup, self.steps // 10)
-        decay = round(self.decay_from * self.steps)
-        if step < warmup:
-            return self.rate * (step + 1) / warmup
-        if step < decay:
-            return self.rate
-        return self.rate * max(0.0, (self.steps - step) / (self.steps - decay))
-
     def k_at(self, step: int, k: int) -> int:
         """K of step 0, 1, … for an autoencoder that ends with `k`."""
         progress = step / max(1.0, self.k_anneal * self.steps)

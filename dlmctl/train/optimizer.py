@@ -1,15 +1,16 @@
-"""AdamW with gradient clipping and warm-up, and a step that is left out when it is not finite."""
+"""Optimizers: learning rates, clipped steps that are skipped if not finite, and saved moments."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dlmctl.settings.optimizer import Optimizer, Schedule
-from dlmctl.train.sharding import full_tensor
+from dlmctl.train.sharding import full_tensor, like
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -19,28 +20,37 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
     """AdamW; matrices decay, vectors (norms, biases) do not. The rate is set at every step."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in parameters:
-        (matrices if parameter.dim() > 1 else vectors).append(parameter)
-    kinds = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+    parameters = list(parameters)
+    kinds: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     kinds = [kind for kind in kinds if kind["params"]]
     return torch.optim.AdamW(kinds, lr=0.0, betas=(settings.beta1, settings.beta2))
 
 
 def learning_rate(
-    step: int, peak: float, warmup: int, schedule: Schedule = "constant", total: int | None = None
+    step: int,
+    peak: float,
+    warmup: int,
+    schedule: Schedule | Literal["linear"] = "constant",
+    total: int | None = None,
+    decay_from: int | None = None,
 ) -> float:
-    """Rate of step 0, 1, …: linear warm-up, then constant, or a cosine to 0 at `total`."""
+    """Rate of step 0, 1, …: linear warm-up, then constant, or falling to 0 at step `total`.
+
+    Args:
+        decay_from: step from which it falls; None: the end of the warm-up.
+    """
+    start = warmup if decay_from is None else decay_from
     if step < warmup:
         return peak * (step + 1) / warmup
-    if schedule == "constant" or not total:
+    if schedule == "constant" or not total or step < start:
         return peak
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    span = max(1, total - start)
+    if schedule == "linear":
+        return peak * max(0.0, (total - step) / span)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - start) / span)))
 
 
 def apply_step(
@@ -65,3 +75,37 @@ def apply_step(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, finite
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """What the optimizer keeps of each parameter, as `optimizer.KEY.PARAMETER`; not copied."""
+    return {
+        f"optimizer.{key}.{name}": value
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Give the optimizer the state that `optimizer_state` took.
+
+    Args:
+        parameters: may be spread over the ranks, each of which calls this.
+        tensors: whole, on the CPU; names that do not begin with `optimizer.` are ignored.
+    """
+    fused = bool(optimizer.defaults.get("fused"))
+    for full_name, value in tensors.items():
+        kind, _, rest = full_name.partition(".")
+        key, _, name = rest.partition(".")
+        if kind == "optimizer" and name in parameters:
+            parameter = parameters[name]
+            # Optimizers count steps on the CPU, unless the step is fused.
+            on_cpu = key == "step" and not fused
+            state = optimizer.state[parameter]
+            state[key] = value if on_cpu else like(value, parameter)

@@ -7,7 +7,7 @@ from typing import Any
 
 from dlmctl.models.policy import Policy
 from dlmctl.train.card import DIRECTORY, Card, told_metrics
-from dlmctl.train.checkpoint import Progress
+from dlmctl.train.run_directory import Progress
 
 KINDS = {"vlm": "vision-language model", "ar": "autoregressive language model"}
 """Families that do not denoise; the others are diffusion language models."""
@@ -26,6 +26,13 @@ def policy_card(
     kind = KINDS.get(policy.family, "diffusion language model")
     trained = "A LoRA adapter" if adapter else "All weights"
     of = progress.reference.rstrip("/").split("/")[-1]
+    use = [
+        ("sh", f"dlmctl rollout --model {DIRECTORY} prompts.jsonl"),
+        ("python", _loading("dlmctl.models.loading", "policy", "load_policy")),
+    ]
+    if not adapter:
+        name = type(policy.core).__name__
+        use.append(("python", _loading("transformers", "model", name, ".from_pretrained")))
     lora = {"LoRA rank": adapter.r, "LoRA alpha": adapter.lora_alpha} if adapter else {}
     return Card(
         title=f"{of}, {progress.algo}",
@@ -33,7 +40,12 @@ def policy_card(
         f"`{progress.reference_revision}`), trained by `{progress.algo}` of dlmctl.",
         library="peft" if adapter else "transformers",
         base=progress.reference,
-        tags=[*_tags(policy), progress.algo, *(["lora"] if adapter else [])],
+        tags=[
+            *(["diffusion-language-model"] if policy.diffusion else []),
+            policy.family,
+            progress.algo,
+            *(["lora"] if adapter else []),
+        ],
         pipeline="image-text-to-text" if policy.vision else "text-generation",
         settings={
             "algorithm": progress.algo,
@@ -46,20 +58,9 @@ def policy_card(
             **settings,
         },
         metrics=told_metrics(metrics),
-        usage=_usage(policy, bool(adapter)),
+        usage=use,
     )
 
 
-def _tags(policy: Policy) -> list[str]:
-    return ["diffusion-language-model", policy.family] if policy.diffusion else [policy.family]
-
-
-def _usage(policy: Policy, adapter: bool) -> list[tuple[str, str]]:
-    here = f'"{DIRECTORY}"'
-    ours = f"from dlmctl.models.loading import load_policy\n\npolicy = load_policy({here})"
-    use = [("sh", f"dlmctl rollout --model {DIRECTORY} prompts.jsonl"), ("python", ours)]
-    if not adapter:
-        name = type(policy.core).__name__
-        theirs = f"from transformers import {name}\n\nmodel = {name}.from_pretrained({here})"
-        use.append(("python", theirs))
-    return use
+def _loading(module: str, variable: str, name: str, method: str = "") -> str:
+    return f'from {module} import {name}\n\n{variable} = {name}{method}("{DIRECTORY}")'

@@ -1,8 +1,11 @@
-"""A training run: a policy, its frozen reference, the optimizer and the counters, in a directory.
+"""A training run of a language model: policy, frozen reference, optimizer, counters and directory.
 
-`open_run` begins a run or goes on with the one that the directory holds. With an adapter the
-reference is the base model; with full weights it is a second copy of the model the run began with,
-loaded when it is first needed.
+`open_run` begins a run, or resumes the one in the directory. With an adapter the reference is the
+base model; with full weights it is a second copy of the model that the run began with, loaded when
+it is first needed.
+
+A checkpoint is an ordinary Hugging Face directory, or a peft adapter, with three more files: the
+model card, and counters and tensors of `RunDirectory`.
 """
 
 from __future__ import annotations
@@ -16,28 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dlmctl.models.adapters import merged
 from dlmctl.models.loading import checkpoint_revision, fixed_name, load_policy, run_of
 from dlmctl.models.policy import Policy
+from dlmctl.models.saving import save_policy
 from dlmctl.records.errors import DataError, UsageError
-from dlmctl.records.files import make_directory
-from dlmctl.records.interrupts import standing
 from dlmctl.records.jsonl import Record
-from dlmctl.records.locks import Lock, hold_run
 from dlmctl.settings.models import Prompting
 from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.train.activations import checkpoint_activations
-from dlmctl.train.card import last_metrics
-from dlmctl.train.checkpoint import (
-    Progress,
-    forget_steps,
-    latest_checkpoint,
-    read_progress,
-    restore_training,
-    save_checkpoint,
-)
+from dlmctl.train.card import last_metrics, write_card
 from dlmctl.train.distributed import agreed, is_first, size
 from dlmctl.train.lora import (
     adapter_off,
@@ -50,10 +44,13 @@ from dlmctl.train.optimizer import (
     apply_step,
     learning_rate,
     make_optimizer,
+    optimizer_state,
+    restore_optimizer,
     trained_parameters,
 )
 from dlmctl.train.policy_card import policy_card
-from dlmctl.train.sharding import check_trainable, gathered, outline, shard
+from dlmctl.train.run_directory import TENSORS, Progress, RunDirectory, forget_steps
+from dlmctl.train.sharding import check_trainable, gathered, outline, shard, to_first
 
 
 class Run:
@@ -61,17 +58,14 @@ class Run:
 
     def __init__(
         self,
-        directory: Path,
+        directory: RunDirectory[Progress],
         policy: Policy,
         progress: Progress,
         optimization: Optimizer,
         compute_dtype: torch.dtype,
-        lock: Lock | None = None,
         form: nn.Module | None = None,
     ) -> None:
         self.directory = directory
-        self.lock = lock
-        """Of the directory, let go of with the run."""
         self.policy = policy
         self.progress = progress
         self.optimization = optimization
@@ -82,12 +76,12 @@ class Run:
         self.logged_step = progress.step
         """The newest step whose metrics are in metrics.jsonl."""
         self.passed = 0
-        """Records of the input that were left out, as they had been trained on."""
+        """Records of the input that were skipped because the run had been trained on them."""
         self.revisions = [policy.revision]
-        """Hashes of the weights that were published since this process began, the newest last."""
+        """Hashes of the weights that this process published, the newest last."""
         self._reference: Policy | None = None
         self.about: dict[str, Any] = {}
-        """Options of the training that the card of a checkpoint tells, by their names."""
+        """Options of the training for the card of a checkpoint, by name."""
         self._form = form
         """Outline of a model that is spread over several ranks."""
 
@@ -124,17 +118,10 @@ class Run:
 
     def step(self) -> dict[str, Any]:
         """Apply the accumulated gradient and count it; returns the metrics of the step."""
-        settings = self.optimization
-        rate = learning_rate(
-            self.progress.step,
-            settings.rate,
-            settings.warmup,
-            settings.schedule,
-            settings.total_steps,
-        )
-        norm, applied = apply_step(
-            self.optimizer, self.parameters.values(), rate, settings.max_norm
-        )
+        given = self.optimization
+        schedule = (given.rate, given.warmup, given.schedule, given.total_steps)
+        rate = learning_rate(self.progress.step, *schedule)
+        norm, applied = apply_step(self.optimizer, self.parameters.values(), rate, given.max_norm)
         self.progress.step += 1
         self.progress.skipped += not applied
         if applied:
@@ -146,14 +133,14 @@ class Run:
 
     def standing(self) -> str:
         """Where the run is, for those who interrupt it."""
-        return standing(self.directory, self.directory / "latest", self.progress.step)
+        return self.directory.standing(self.progress.step)
 
     def whole_policy(self) -> Policy:
-        """The policy; of one that is spread over several ranks, on the first, all of it."""
+        """The policy; if it is spread over several ranks, with all its weights on the first."""
         return self.policy if self._form is None else gathered(self.policy, self._form)
 
     def untrained(self, records: Iterator[Record]) -> Iterator[Record] | None:
-        """The records behind those that the run has trained on, which come first; None: no more."""
+        """The records after those that the run has trained on, which come first; None: no more."""
         sound = 0
         while sound < self.progress.completions:
             record = next(records, None)
@@ -169,32 +156,42 @@ class Run:
         print(f"dlmctl: {self.directory} is at the end of its input", file=sys.stderr)
         return None
 
-    def save(self, keep: int) -> Path:
-        """Publish the newest checkpoint; of several ranks all call this, and leave it together."""
+    def save(self, keep: int) -> None:
+        """Publish the newest checkpoint, and remove all but the last `keep`.
+
+        Every rank calls this, and they leave it together.
+
+        Raises:
+            CannotCreateError: the directory cannot be made.
+            CannotWriteError: writing failed; the previous checkpoint is whole.
+        """
         self.saved_step = self.progress.step
-        metrics = last_metrics(self.directory / "metrics.jsonl", step=self.progress.step)
-        settings = {**self.about, **dataclasses.asdict(self.optimization)}
-        checkpoint = save_checkpoint(
-            self.directory,
-            self.policy,
-            self.optimizer,
-            self.parameters,
-            self.progress,
-            keep,
-            self.whole_policy,
-            lambda whole: policy_card(whole, self.progress, settings, metrics),
-        )
+        moments = optimizer_state(self.optimizer, self.parameters)
+        tensors = {name: to_first(value) for name, value in moments.items()}
+        tensors["random.cpu"] = torch.get_rng_state()
+        if self.policy.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.policy.device)
+        whole = self.whole_policy()
         revision = ""
         if is_first():
+            settings = {**self.about, **dataclasses.asdict(self.optimization)}
+            metrics = last_metrics(self.directory.metrics, step=self.progress.step)
+
+            def fill(directory: Path) -> None:
+                save_policy(whole, directory)
+                save_file(tensors, directory / TENSORS)
+                # After save_policy, since peft writes a card too.
+                write_card(directory, policy_card(whole, self.progress, settings, metrics))
+
+            checkpoint = self.directory.save(self.progress.step, self.progress, fill, keep)
             revision = checkpoint_revision(checkpoint, self.progress.reference_revision)
         revision = agreed(revision)
         self.policy = dataclasses.replace(self.policy, revision=revision)
         self.revisions.append(revision)
-        return checkpoint
 
 
 def next_run(algo: str) -> Path:
-    """The first of runs/ALGO-1, runs/ALGO-2, … that is not there."""
+    """The first of runs/ALGO-1, runs/ALGO-2, … that does not exist."""
     return next(p for n in count(1) if not (p := Path("runs") / f"{algo}-{n}").exists())
 
 
@@ -224,29 +221,38 @@ def open_run(
             other parts of it, or several ranks cannot train the model.
         MissingInputError: the model is not there.
         TryAgainError: another process trains in the directory.
+        RankError: one of these, on the other ranks.
     """
-    lock = None
-    if is_first():
-        make_directory(directory)
-        lock = hold_run(directory)
+
+    def check(progress: Progress | None) -> None:
+        if progress is None:
+            return
+        if progress.algo != algo:
+            raise UsageError(
+                f"{directory} is a run of --algo {progress.algo}, not {algo}: choose another -o, "
+                f"or begin from it with --model {directory}"
+            )
+        if model is None:
+            return
+        named = run_of(fixed_name(model))
+        # It may name a checkpoint of this run, too.
+        if named != run_of(progress.reference) and named[0] != directory.resolve():
+            raise UsageError(
+                f"{directory} began with {progress.reference}, not with {model}: leave --model out "
+                "to resume it, or choose another -o to begin anew"
+            )
+
+    home = RunDirectory(directory, Progress)
+    progress, checkpoint = home.open(check), home.checkpoint
     torch.manual_seed(seed)  # the first values of an adapter, and its dropout
-    checkpoint = latest_checkpoint(directory)
     compute = torch.float32
-    if checkpoint is None:
+    if checkpoint is None or progress is None:
         precision = "float32" if adapter.rank == 0 else dtype
         policy = merged(load_policy(fixed_name(model or otherwise), device, precision, prompting))
         progress = Progress(algo, policy.name, policy.revision)
         if adapter.rank:
             policy = add_adapter(policy, adapter)
     else:
-        progress = read_progress(checkpoint)
-        if progress.algo != algo:
-            raise UsageError(
-                f"{directory} is a run of --algo {progress.algo}, not {algo}: choose another -o, "
-                f"or begin from it with --model {directory}"
-            )
-        if model is not None:
-            _check_model(model, directory, progress.reference)
         full = not (checkpoint / "adapter_config.json").exists()
         policy = load_policy(str(checkpoint), device, "float32" if full else dtype, prompting)
         _check_adapter(adapter, policy, directory)
@@ -263,22 +269,16 @@ def open_run(
         check_trainable(policy)
         form = outline(policy.model)
         shard(policy)
-    run = Run(directory, policy, progress, optimization, compute, lock, form)
+    run = Run(home, policy, progress, optimization, compute, form)
     if checkpoint is not None:
-        restore_training(checkpoint, run.optimizer, run.parameters)
+        tensors = load_file(checkpoint / TENSORS)
+        restore_optimizer(run.optimizer, run.parameters, tensors)
+        torch.set_rng_state(tensors["random.cpu"])
+        if "random.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random.cuda"])
     if is_first():
-        forget_steps(directory, progress.step)
+        forget_steps(home.metrics, progress.step)
     return run
-
-
-def _check_model(model: str, directory: Path, reference: str) -> None:
-    """Refuse to resume a run with another model than it began with, or a checkpoint of its own."""
-    named = run_of(fixed_name(model))
-    if named != run_of(reference) and named[0] != directory.resolve():
-        raise UsageError(
-            f"{directory} began with {reference}, not with {model}: leave --model out to resume "
-            "it, or choose another -o to begin anew"
-        )
 
 
 def _check_adapter(wanted: Adapter, policy: Policy, directory: Path) -> None:

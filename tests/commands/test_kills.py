@@ -15,7 +15,7 @@ from preloaded import Command
 
 from dlmctl.models.loading import load_policy
 from dlmctl.records.errors import DataError
-from dlmctl.train.checkpoint import Progress, latest_checkpoint, read_progress
+from dlmctl.train.run_directory import Progress, latest_checkpoint, read_progress
 
 KILLS = int(os.environ.get("DLMCTL_TEST_KILLS", "4"))
 

@@ -256,10 +256,10 @@ def test_what_is_wrong_without_a_pipe_is_said_in_one_line_with_its_exit_code(
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, saved_models, monkeypatch):
     from dlmctl.records.errors import CannotWriteError
-    from dlmctl.train import checkpoint as module
-    from dlmctl.train.checkpoint import latest_checkpoint
+    from dlmctl.train import run as module
     from dlmctl.train.lora import Adapter
     from dlmctl.train.run import Optimizer, open_run
+    from dlmctl.train.run_directory import latest_checkpoint
 
     run = open_run(
         tmp_path / "run", saved_models("llada"), "rspo", Optimizer(), Adapter(), "cpu",

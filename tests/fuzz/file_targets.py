@@ -180,11 +180,11 @@ def _index(data: bytes, folder: Path) -> None:
 
 
 def _progress(data: bytes, folder: Path) -> None:
-    from dlmctl.train.checkpoint import forget_steps, read_progress
+    from dlmctl.train.run_directory import forget_steps, read_progress
 
     (folder / "dlmctl.json").write_bytes(data)
     (folder / "metrics.jsonl").write_bytes(data)
-    forget_steps(folder, 3)
+    forget_steps(folder / "metrics.jsonl", 3)
     progress = read_progress(folder)
     progress.step + progress.round + progress.tokens
     progress.settings.items()

@@ -18,8 +18,8 @@ from dlmctl.rl.samplers import Samplers
 from dlmctl.rl.update import update_policy
 from dlmctl.settings.algorithms import Reinforcement
 from dlmctl.settings.optimizer import Adapter, Optimizer
-from dlmctl.train.checkpoint import latest_checkpoint
 from dlmctl.train.run import open_run
+from dlmctl.train.run_directory import latest_checkpoint
 
 PLAN = MaskPlan("complementary", 2)
 

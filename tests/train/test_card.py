@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 
 from dlmctl.models.loading import load_policy
 from dlmctl.train.card import Card, base_model, card_text, last_metrics, told_metrics
-from dlmctl.train.checkpoint import latest_checkpoint
+from dlmctl.train.run_directory import latest_checkpoint
 
 
 def _blocks(text: str) -> list[str]:
@@ -78,6 +78,8 @@ def test_the_card_of_an_adapter_is_ours_and_not_the_one_of_peft(
     assert _rows(card.text)["LoRA rank"] == "2"
     [ours] = _blocks(card.text)
     assert hasattr(_run(ours, checkpoint)["policy"].model, "peft_config")
+    targets = orjson.loads((checkpoint / "adapter_config.json").read_bytes())["target_modules"]
+    assert targets == sorted(targets)  # as a set, they would differ from process to process
 
 
 def test_the_same_run_elsewhere_writes_the_same_card(

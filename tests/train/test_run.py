@@ -21,8 +21,8 @@ from dlmctl.rl.policy_gradient import Batching
 from dlmctl.rl.samplers import reference_log_probs
 from dlmctl.rl.update import update_policy, update_supervised
 from dlmctl.settings.optimizer import Adapter, Optimizer
-from dlmctl.train.checkpoint import latest_checkpoint, read_progress
 from dlmctl.train.run import open_run
+from dlmctl.train.run_directory import latest_checkpoint, read_progress
 
 OBJECTIVE = make_objective("rspo", strength=0.05)
 BATCHING = Batching(MaskPlan(samples=2))

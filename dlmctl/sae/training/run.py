@@ -1,23 +1,21 @@
-"""A training run: all autoencoders that one pass of the model feeds, in a directory.
+"""A training run of all autoencoders that one pass of the model feeds, and its directory.
 
-    DIRECTORY/layer5-k50-mask/       an autoencoder, once it is trained
-    DIRECTORY/metrics.jsonl
-    DIRECTORY/state/latest           link to the newest state; gone when the run is done
+    RUN/layer5-k50-mask/       an autoencoder, once it is trained
+    RUN/state/block-000040/    what a run that was killed resumes from (train/run_directory)
 
-Each (layer, positions) has a stream: a shuffle buffer and one trainer for each K. What a stream
-does depends on its own activations alone, so that an autoencoder comes out the same whatever is
-trained beside it. A state holds weights, moments and buffers, so that a run that was killed goes on
-bit for bit. Under torchrun each rank trains some of the autoencoders (sae/training/division), and
-the first writes.
+Each (layer, positions) has a stream: a shuffle buffer and one trainer for each K. A stream depends
+on its own activations alone, so that an autoencoder does not depend on what is trained together
+with it. A state contains weights, moments and buffers, so that a run that was killed resumes bit
+for bit. Under torchrun each rank trains some of the autoencoders (sae/training/division), and the
+first writes.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,42 +23,37 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from dlmctl.records.errors import CannotCreateError, DataError, UsageError
-from dlmctl.records.files import (
-    append_line,
-    make_directory,
-    publish_directory,
-    publish_link,
-    read_json,
-    remove_directory,
-    remove_partials,
-    write_file,
-)
-from dlmctl.records.interrupts import standing
+from dlmctl.records.errors import CannotCreateError, DataError
+from dlmctl.records.files import read_json, remove_directory, remove_partials, write_file
 from dlmctl.records.jsonl import dump
-from dlmctl.records.locks import Lock, hold_run
 from dlmctl.sae.activations import ActivationBatch, Key
 from dlmctl.sae.formats.folders import SavedSae, write_sae
 from dlmctl.sae.training.card import sae_card
 from dlmctl.sae.training.division import Takers, in_order
 from dlmctl.sae.training.stream import Stream
 from dlmctl.train.card import last_metrics
-from dlmctl.train.distributed import (
-    agreed,
-    from_all,
-    from_first,
-    is_first,
-    size,
-)
+from dlmctl.train.distributed import agreed, from_all, is_first, size
+from dlmctl.train.run_directory import RunDirectory, as_json
 
 Placed = tuple[tuple[int, ...], dict[str, Any]]
-"""A record, and what it comes by in the order of one process."""
+"""A record, and its place in the order of one process."""
 ENDING = "ending.json"
-"""In the state of a run that writes its autoencoders: its settings."""
+"""Settings, in the state of a run that writes its autoencoders."""
+
+
+@dataclass
+class SaeProgress:
+    """Counters of a run, and what it was begun with."""
+
+    settings: dict[str, Any]
+    blocks: int = 0
+    """Blocks of activations taken in."""
+    log: int = 0
+    """Bytes of metrics.jsonl."""
 
 
 class SaeRun:
-    """The streams of a run and the directory it lives in."""
+    """The streams of a run and its directory."""
 
     def __init__(
         self,
@@ -70,31 +63,38 @@ class SaeRun:
         metadata: Callable[[Key], Mapping[str, Any]],
         device: torch.device | str,
     ) -> None:
-        """Begin a run, or go on with the one that the directory holds.
+        """Begin a run, or resume the one in the directory.
 
         Args:
-            settings: what a run that is gone on with must have been begun with.
+            settings: what a run that is resumed must have been begun with.
             metadata: of the autoencoders of a key.
 
         Raises:
             UsageError: the run there was begun with other settings.
-            CannotCreateError: there is an autoencoder, and no state to go on from.
+            CannotCreateError: there is an autoencoder, and no state to resume from.
+            DataError: the state is damaged, or one of version 0.1.
             TryAgainError: another process trains in the directory.
             RankError: one of these, on the other ranks.
         """
-        self.lock: Lock | None = None
-        self.directory, self.streams = directory, streams
-        self.settings, self.metadata = settings, metadata
-        self.blocks = 0
+        self.streams, self.metadata = streams, metadata
+        self.directory = RunDirectory(directory, SaeProgress, "block", in_state=True)
+        self.progress = SaeProgress(as_json(settings))
+        self.progress = self.directory.open(self._check) or self.progress
+        if is_first():
+            self.directory.cut_metrics(self.progress.log)
+        if state := self.directory.checkpoint:
+            self._restore(state, device)
+
+    @property
+    def blocks(self) -> int:
         """Blocks of activations taken in."""
-        if state := from_first(self._open):
-            self._restore(directory / "state" / state, device)
+        return self.progress.blocks
 
     @property
     def targets(self) -> dict[tuple[Key, int], Path]:
         """Folder of each autoencoder."""
         return {
-            (stream.key, k): self.directory / folder_name(stream.key, k)
+            (stream.key, k): self.directory.path / folder_name(stream.key, k)
             for stream in self.streams
             for k in stream.ks
         }
@@ -106,12 +106,12 @@ class SaeRun:
 
     @property
     def steps(self) -> int:
-        """Steps that were taken here, of all autoencoders together."""
+        """Steps taken on this rank, of all autoencoders together."""
         return sum(t.step for stream in self.streams for t in stream.trainers.values())
 
     @property
     def whole(self) -> int:
-        """Steps that are to be taken here in all."""
+        """Steps to be taken on this rank in all."""
         return sum(stream.recipe.steps * len(stream.trainers) for stream in self.streams)
 
     def train(
@@ -128,7 +128,7 @@ class SaeRun:
         saved = time.monotonic()
         while blocks := list(islice(source, size())):
             yield from self._logged(self._taken_in(blocks, log_every))
-            self.blocks += len(blocks)
+            self.progress.blocks += len(blocks)
             if not any(from_all(any(stream.wanted for stream in self.streams))):
                 break
             if agreed(time.monotonic() - saved > save_seconds):
@@ -153,10 +153,9 @@ class SaeRun:
                     yield (number, place, record["step"], stream.ks.index(record["k"])), record
 
     def _logged(self, found: Iterator[Placed]) -> Iterator[dict[str, Any]]:
-        """The records of all ranks in the order of a single one, the first having noted them."""
+        """Log the records of all ranks, and yield them, in the order of one process."""
         for record in in_order(found):
-            if is_first():
-                append_line(self.directory / "metrics.jsonl", dump(record))
+            self.directory.append(record)
             yield record
 
     def _check_begun(self) -> None:
@@ -172,36 +171,26 @@ class SaeRun:
 
     def standing(self) -> str:
         """Where the run is, for those who interrupt it."""
-        return standing(self.directory, self.directory / "state" / "latest", self.blocks, "block")
+        return self.directory.standing(self.blocks)
 
     def save(self) -> None:
         """Publish the state as the newest one; of several ranks all call this.
 
         Raises:
-            CannotWriteError: writing failed; the state before is whole.
+            CannotWriteError: writing failed; the previous state is whole.
         """
-        parent = self.directory / "state"
-        target = parent / f"block-{self.blocks:08d}"
         states = ((stream.key, stream.whole_state()) for stream in self.streams)
-        if not is_first():
-            deque(states, 0)
-            agreed(None)  # the first writes
-            return
-        log = self.directory / "metrics.jsonl"
-        log.touch()
-        about = {"blocks": self.blocks, "log": log.stat().st_size, "settings": self.settings}
 
         def fill(directory: Path) -> None:
-            for key, state in states:
+            for key, state in states:  # one in memory at a time
                 save_file(state, directory / f"{key}.safetensors")
-            (directory / "run.json").write_text(json.dumps(about, indent=2) + "\n")
 
-        publish_directory(target, fill)
-        publish_link(parent / "latest", target.name)
-        for old in parent.glob("block-*"):
-            if old != target:
-                shutil.rmtree(old, ignore_errors=True)
-        agreed(None)
+        if is_first():
+            self.progress.log = self.directory.metrics_size()
+            self.directory.save(self.blocks, self.progress, fill)
+        else:
+            deque(states, 0)
+        agreed(None)  # the first writes
 
     def shortfalls(self) -> list[str]:
         """A line for each stream whose input ended before its training did."""
@@ -224,7 +213,7 @@ class SaeRun:
         """
         # A run that dies among them, before its first state, may write them again.
         if is_first():
-            write_file(self.directory / "state" / ENDING, dump(self.settings))
+            write_file(self.directory.checkpoints / ENDING, dump(self.progress.settings))
         for stream, tokens in zip(self.streams, self._tokens(), strict=True):
             for k in stream.ks:
                 about = {**self.metadata(stream.key), "dlm_tokens": tokens}
@@ -232,64 +221,44 @@ class SaeRun:
                 if saved is not None:
                     self._write(saved, stream, k)
         if is_first():
-            remove_directory(self.directory / "state")
+            self.directory.discard_state()
         return list(self.targets.values())
 
     def _write(self, saved: SavedSae, stream: Stream, k: int) -> None:
         layer, positions = stream.key
-        log = self.directory / "metrics.jsonl"
-        metrics = last_metrics(log, layer=layer, k=k, positions=positions)
+        metrics = last_metrics(self.directory.metrics, layer=layer, k=k, positions=positions)
         card = sae_card(k, saved.sae.d_in, stream.recipe, saved.metadata, metrics)
         write_sae(saved, self.targets[stream.key, k], card=card)
 
-    def _open(self) -> str:
-        """Take the directory; the name of the state to go on from, or none."""
-        make_directory(self.directory)
-        self.lock = hold_run(self.directory)
-        latest = self.directory / "state" / "latest"
-        remove_partials(self.directory)
-        remove_partials(latest.parent)
-        log, state = self.directory / "metrics.jsonl", ""
-        if (latest / "run.json").exists():
-            about = read_json(latest / "run.json")
-            self._check(about["settings"])
-            if log.exists():
-                with log.open("r+b") as file:  # what was logged after the state will be again
-                    file.truncate(about["log"])
-            state = latest.resolve().name
-        elif any(target.exists() for target in self.targets.values()) and not self._ending():
+    def _check(self, progress: SaeProgress | None) -> None:
+        settings, ending = self.progress.settings, self.directory.checkpoints / ENDING
+        if progress is not None:
+            self.directory.check_settings(progress.settings, settings)
+            return
+        # A run that died while it wrote its autoencoders may write them again.
+        ends = ending.exists() and read_json(ending) == settings
+        if not ends and any(target.exists() for target in self.targets.values()):
             raise CannotCreateError(
                 f"{self.directory} has some of these autoencoders already: choose another -o"
-            )
-        else:
-            log.unlink(missing_ok=True)
-        make_directory(self.directory / "state")
-        return state
-
-    def _ending(self) -> bool:
-        """Whether a run of these settings died while it wrote its autoencoders."""
-        path = self.directory / "state" / ENDING
-        return path.exists() and read_json(path) == json.loads(json.dumps(self.settings))
-
-    def _check(self, settings: Mapping[str, Any]) -> None:
-        if settings != json.loads(json.dumps(self.settings)):
-            changed = [n for n, v in settings.items() if self.settings.get(n) != v]
-            raise UsageError(
-                f"{self.directory} holds a run with another {', '.join(changed) or 'setting'}: "
-                "give the same options to go on with it, or choose another -o"
             )
 
     def _restore(self, state: Path, device: torch.device | str) -> None:
         for stream in self.streams:
             if stream.trainers:
-                stream.restore(load_file(state / f"{stream.key}.safetensors"), device)
-        self.blocks = read_json(state / "run.json")["blocks"]
+                path = state / f"{stream.key}.safetensors"
+                try:
+                    stream.restore(load_file(path), device)
+                except KeyError as error:
+                    raise DataError(
+                        f"no {error} in it, which was saved by another version: choose another -o",
+                        str(path),
+                    ) from None
 
 
 def finished(directory: Path, names: Sequence[str]) -> bool:
-    """Whether a directory, which we have the lock of, has these autoencoders.
+    """Whether a directory, whose lock this process has, contains these autoencoders.
 
-    What a process that died behind the last of them left is removed.
+    If it does, what a process that died after the last of them left is removed.
     """
     if not all((directory / name).exists() for name in names):
         return False

@@ -22,14 +22,28 @@ from dlmctl.sae.measures import CONSTANT
 from dlmctl.sae.topk import Codes, TopKSae, combine
 from dlmctl.sae.training.gradient import Outcome, SaeWeights, add_gradient
 from dlmctl.settings.sae import SaeRecipe
-from dlmctl.train.optimizer import apply_step
+from dlmctl.train.optimizer import (
+    apply_step,
+    learning_rate,
+    optimizer_state,
+    restore_optimizer,
+)
 
 MEDIAN_SAMPLE = 32_768
 """Activations of which the first centre is the geometric median."""
 
 
+def rate_at(recipe: SaeRecipe, step: int) -> float:
+    """Learning rate of step 0, 1, …"""
+    warmup, decay_from = min(recipe.warmup, recipe.steps // 10), recipe.decay_from * recipe.steps
+    return learning_rate(step, recipe.rate, warmup, "linear", recipe.steps, round(decay_from))
+
+
 class SaeTrainer:
     """An autoencoder under training."""
+
+    SCALARS = ("scale", "step", "counted")
+    """Attributes that a state contains, besides tensors of the features and of the optimizer."""
 
     def __init__(
         self, recipe: SaeRecipe, d_in: int, k: int, seed: int, device: torch.device | str
@@ -98,7 +112,7 @@ class SaeTrainer:
                 recipe.aux,
             )
         remove_parallel(sae)
-        rate = recipe.rate_at(self.step)
+        rate = rate_at(recipe, self.step)
         norm, applied = apply_step(self.optimizer, sae.parameters(), rate, recipe.max_norm)
         with torch.no_grad():
             sae.decoder /= sae.decoder.norm(dim=1, keepdim=True).clamp(min=1e-12)
@@ -140,29 +154,23 @@ class SaeTrainer:
         return SavedSae(sae, metadata, rates)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on."""
-        tensors: dict[str, Tensor] = dict(self.sae.named_parameters())
-        for name, parameter in self.sae.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}.{key}"] = value
-        numbers = torch.tensor([self.scale, self.step, self.counted], dtype=torch.float64)
-        tensors |= {"unused": self.unused, "active": self.active, "numbers": numbers}
+        """Everything that the next step depends on, on the CPU."""
+        parameters = dict(self.sae.named_parameters())
+        numbers = {n: torch.tensor(getattr(self, n), dtype=torch.float64) for n in self.SCALARS}
+        tensors = {"unused": self.unused, "active": self.active, **numbers, **parameters}
+        tensors |= optimizer_state(self.optimizer, parameters)
         return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a state."""
-        for name, parameter in self.sae.named_parameters():
-            parameter.copy_(state[name])
-            if f"{name}.exp_avg" in state:
-                self.optimizer.state[parameter] = {
-                    key: state[f"{name}.{key}"].to(parameter.device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
-        self.unused.copy_(state["unused"])
-        self.active.copy_(state["active"])
-        self.scale, step, counted = state["numbers"].tolist()
-        self.step, self.counted = int(step), int(counted)
+        """Resume from a state."""
+        parameters = dict(self.sae.named_parameters())
+        tensors = {"unused": self.unused, "active": self.active, **parameters}
+        for name, tensor in tensors.items():
+            tensor.copy_(state[name])
+        for name in self.SCALARS:
+            setattr(self, name, type(getattr(self, name))(state[name]))
+        restore_optimizer(self.optimizer, parameters, state)
 
 
 @torch.no_grad()
