@@ -9,25 +9,26 @@ from torch import Tensor
 
 
 class ShuffleBuffer:
-    """Holds at most `capacity` rows between draws; a draw takes rows from all that are there."""
+    """Has at most `capacity` rows between draws; a draw takes rows at random from all of them."""
 
     def __init__(self, room: int, seed: int, least: int = 1, most: int | None = None) -> None:
         """Args:
-        room: bytes of the rows, whose dtype decides how many that are.
-        least, most: rows of the capacity, whatever the room; the least gives way.
+        room: bytes for the rows, whose dtype decides how many fit.
+        least, most: bounds of the capacity in rows, whatever the room; `most` has precedence.
         """
         self.room, self.least, self.most = room, least, most
-        self._rows: Tensor | None = None
+        self._storage: Tensor | None = None
+        """[capacity or more, d], of which the first `_count` rows are in use."""
         self._count = 0
         self._generator = torch.Generator().manual_seed(seed)
 
     @property
     def capacity(self) -> int:
-        """In rows, once the first are there."""
-        assert self._rows is not None
-        return self._fitting(self._rows)
+        """In rows, once there are any."""
+        assert self._storage is not None
+        return self._capacity(self._storage)
 
-    def _fitting(self, rows: Tensor) -> int:
+    def _capacity(self, rows: Tensor) -> int:
         fitting = max(self.least, self.room // (rows.shape[1] * rows.element_size()))
         return fitting if self.most is None else min(fitting, self.most)
 
@@ -36,26 +37,25 @@ class ShuffleBuffer:
 
     @property
     def rows(self) -> Tensor:
-        """What is there, [N, d]."""
-        assert self._rows is not None
-        return self._rows[: self._count]
+        """The contents, [N, d]."""
+        assert self._storage is not None
+        return self._storage[: self._count]
 
     def add(self, rows: Tensor) -> None:
-        """Put in rows [N, d]; beyond the capacity the buffer grows until it is drawn from."""
-        if self._rows is None:
-            self._rows = rows.new_empty(max(self._fitting(rows), len(rows)), rows.shape[1])
-        need = self._count + len(rows)
-        if need > len(self._rows):
-            more = self._rows.new_empty(need - len(self._rows), rows.shape[1])
-            self._rows = torch.cat([self._rows, more])
-        self._rows[self._count : need] = rows
-        self._count = need
+        """Append rows [N, d]; beyond the capacity the buffer grows until the next draw."""
+        if self._storage is None:
+            self._storage = rows.new_empty(max(self._capacity(rows), len(rows)), rows.shape[1])
+        count = self._count + len(rows)
+        if count > len(self._storage):
+            more = self._storage.new_empty(count - len(self._storage), rows.shape[1])
+            self._storage = torch.cat([self._storage, more])
+        self._storage[self._count : count] = rows
+        self._count = count
 
     def keep(self, wanted: Tensor) -> None:
         """Drop the rows that are not wanted, bool [N]."""
         kept = self.rows[wanted]
-        assert self._rows is not None
-        self._rows[: len(kept)] = kept
+        self.rows[: len(kept)] = kept
         self._count = len(kept)
 
     def draw(self, count: int) -> Tensor:
@@ -63,24 +63,24 @@ class ShuffleBuffer:
         rows = self.rows
         chosen = torch.randperm(self._count, generator=self._generator)[:count].to(rows.device)
         drawn = rows[chosen]
-        # The last rows move into the gaps that the drawn ones leave before them.
+        # The remaining rows behind the new end move into the gaps before it.
         left = self._count - len(chosen)
         taken = torch.zeros(self._count, dtype=torch.bool, device=rows.device)
         taken[chosen] = True
         gaps = taken[:left].nonzero().flatten()
-        movers = (~taken[left:]).nonzero().flatten() + left
+        movers = (~taken[left:]).nonzero().flatten() + left  # as many as gaps
         rows[gaps] = rows[movers]
         self._count = left
         return drawn
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next draw depends on."""
-        rows = self.rows.cpu().clone() if self._rows is not None else torch.empty(0, 0)
+        rows = torch.empty(0, 0) if self._storage is None else self.rows.cpu().clone()
         return {"rows": rows, "random": self._generator.get_state()}
 
     def restore(self, state: Mapping[str, Tensor], device: torch.device | str) -> None:
-        """Go on from a state."""
+        """Resume from a state."""
         self._generator.set_state(state["random"])
-        self._rows, self._count = None, 0
+        self._storage, self._count = None, 0
         if state["rows"].shape[1]:
             self.add(state["rows"].to(device))

@@ -1,13 +1,13 @@
-"""What the ranks of a training run under torchrun do for each other.
+"""How the ranks of a training run under torchrun divide its work.
 
-The batches of the corpus go round the ranks, each of which passes its own through the model. Each
-autoencoder is trained by one rank, which is sent the activations of all batches, in their order:
-its steps are those of one process, and its weights, gradients and moments stand in one place. Those
-of one kind of activations, which share a shuffle buffer, are neighbours, so that the buffers are
-divided too where there are as many kinds as ranks.
+The batches of the corpus are dealt out to the ranks in rounds, and each rank runs the model on its
+own batch. Each autoencoder is trained by one rank, which receives the activations of all batches in
+their order: its steps are those of a single process, and its weights, gradients and moments are in
+one place. Autoencoders of one kind of activations share a shuffle buffer and go to the same or
+neighbouring ranks, so that the buffers are divided too if there are as many kinds as ranks.
 
-What travels are the activations that were selected, once to each rank that trains on them. The
-alternative, every autoencoder spread over all ranks, would send its gradients at every step.
+The selected activations are sent once to each rank that trains on them. The alternative, to shard
+each autoencoder over all ranks, would send its gradients at every step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dlmctl.train.distributed import from_all, items_of_first, rank, size, total
 T = TypeVar("T")
 
 Round = list[tuple[int, list[Document]]]
-"""As many batches as there are ranks, or the last ones: the number of each, and its documents."""
+"""A batch for each rank, fewer in the last round: the number of each, and its documents."""
 Takers = Mapping[Key, Collection[int]]
 """The ranks that train on each kind of activations."""
 
@@ -46,14 +46,15 @@ def own_batches(
     make: Callable[[list[Document], int], MaskedBatch],
     start: int,
 ) -> Iterator[tuple[MaskedBatch, int]]:
-    """This rank's batch of each round, and how many batches the round has.
+    """This rank's batch of each round, and the number of batches in the round.
 
-    A rank for which there is none is given the last one, whose pass it must take part in.
+    If there is none left for a rank it gets the last one, since all ranks of a sharded model must
+    take part in a forward pass.
 
     Args:
-        windows: the documents of each batch, which the first rank alone looks at.
-        make: a batch from its documents and its number.
-        start: number of the batch to begin with.
+        windows: the documents of each batch; only the first rank reads them.
+        make: makes a batch of its documents and its number.
+        start: number of the first batch.
     """
     numbered = islice(enumerate(windows), start, None)
     rounds = iter(lambda: list(islice(numbered, size())), [])
@@ -63,29 +64,31 @@ def own_batches(
 
 
 def shared_out(rows: ActivationBatch, count: int, takers: Takers) -> Iterator[ActivationBatch]:
-    """The blocks of a round, in their order; of several ranks, what this one trains on.
+    """The activations of each batch of a round, in order; only those that this rank trains on.
 
     Args:
-        rows: of this rank's batch.
-        count: how many batches there are; those of ranks from `count` on are left out.
+        rows: activations of this rank's batch.
+        count: number of batches in the round; those of ranks from `count` on are copies.
     """
     if size() == 1:
         yield rows
         return
     keys = list(rows)
-    lengths = torch.zeros(size(), len(keys), dtype=torch.int64)
+    # 1. How many rows each rank has of each kind.
+    lengths = torch.zeros(size(), len(keys), dtype=torch.int64)  # [ranks, kinds]
     if rank() < count:
         lengths[rank()] = torch.tensor([len(rows[key]) for key in keys])
     total(lengths)
+    # 2. Send each rank the kinds that it takes, as bytes, which every backend can send.
     wanted = [[n for n, key in enumerate(keys) if r in takers[key]] for r in range(size())]
     sent = [rows[keys[n]][: int(lengths[rank(), n])].contiguous() for part in wanted for n in part]
     given = [int(lengths[rank(), part].sum()) for part in wanted]
-    taken = lengths[:, wanted[rank()]]  # by the rank that they come from
+    taken = lengths[:, wanted[rank()]]  # [ranks that send, kinds taken here]
     like = rows[keys[0]]
-    # As bytes, which every backend can send.
     outgoing = torch.cat([*sent, like[:0]]).view(torch.uint8)
     incoming = outgoing.new_empty(int(taken.sum()), outgoing.shape[1])
     dist.all_to_all_single(incoming, outgoing, taken.sum(dim=1).tolist(), given)
+    # 3. Cut what came in by sender and kind.
     parts = iter(incoming.view(like.dtype).split(taken.flatten().tolist()))
     for number in range(size()):
         block = {keys[n]: next(parts) for n in wanted[rank()]}
@@ -94,7 +97,7 @@ def shared_out(rows: ActivationBatch, count: int, takers: Takers) -> Iterator[Ac
 
 
 def in_order(found: Iterator[tuple[tuple[int, ...], T]]) -> Iterator[T]:
-    """What one process would find, on every rank, from what each of them found; by the places."""
+    """Merge what each rank yields, sorted by the tuples, as a single process would yield it."""
     if size() == 1:
         yield from (item for _, item in found)
         return

@@ -1,4 +1,4 @@
-"""Where the activations of a training run come from: a model over a corpus, or a directory."""
+"""Sources of activations for a training run: a model over a corpus, or a directory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The autoencoders of one kind of activations: a shuffle buffer and a trainer for each K."""
+"""Training of the autoencoders for one layer and kind of positions, which share a buffer."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,16 @@ from dlmctl.train.distributed import rank, tensors_of
 
 
 class Stream:
-    """The autoencoders of one kind of activations."""
+    """A shuffle buffer of one kind of activations, and a trainer for each K that draws from it.
+
+    The order of events, on which reproducibility rests:
+
+    1. `add` appends rows to the buffer, at most `wanted` of them over the whole run.
+    2. `train` draws a batch while more than `reserve` rows would remain; `reserve` is half of the
+       buffer as long as activations come in, so that batches are well mixed, and 0 at the end.
+    3. The first draw waits for `_begin`, which looks at all rows in the buffer: it decides the norm
+       limit of `drop_norms` and the first weights of each trainer.
+    """
 
     def __init__(
         self,
@@ -34,21 +44,20 @@ class Stream:
     ) -> None:
         """Args:
         ks: of its autoencoders.
-        buffer_bytes: of the shuffle buffer.
-        drop_norms: activations above so many times the median norm are left out.
-        owners: the rank that trains each K; None is this one. A rank without any needs no
+        drop_norms: leave out activations whose norm is above this many times the median.
+        owners: the rank that trains each K; None: this one. A rank that trains none needs no
             buffer.
         """
         seed = stream_key(recipe.seed, "sae", key.layer, key.positions)
         self.key, self.recipe, self.drop_norms = key, recipe, drop_norms
-        least, every = 2 * recipe.batch_size, recipe.steps * recipe.batch_size
-        self.buffer = ShuffleBuffer(buffer_bytes, seed, least, every)
+        total = recipe.steps * recipe.batch_size
+        self.buffer = ShuffleBuffer(buffer_bytes, seed, least=2 * recipe.batch_size, most=total)
         self.ks, self.width = ks, width
         self.owners = owners or dict.fromkeys(ks, rank())
         own = [k for k in ks if self.owners[k] == rank()]
         self.trainers = {k: SaeTrainer(recipe, width, k, seed, device) for k in own}
         self.limit: float | None = None
-        """Norm above which activations are dropped."""
+        """Norm above which activations are left out."""
         self.began = False
 
     @property
@@ -57,11 +66,11 @@ class Stream:
 
     @property
     def wanted(self) -> int:
-        """Activations that are to come in still."""
+        """Number of activations that are still to come in."""
         if not self.trainers:
             return 0
-        done = next(iter(self.trainers.values())).tokens
-        return self.recipe.steps * self.recipe.batch_size - done - len(self.buffer)
+        trained = next(iter(self.trainers.values())).tokens
+        return self.recipe.steps * self.recipe.batch_size - trained - len(self.buffer)
 
     def add(self, rows: Tensor) -> None:
         """Take in activations [N, d], as many as are wanted."""
@@ -70,16 +79,16 @@ class Stream:
         self.buffer.add(rows[: self.wanted])
 
     def train(self, reserve: int, log_every: int = 1) -> Iterator[dict[str, Any]]:
-        """Train while more than `reserve` activations are left.
+        """Train until less than a batch more than `reserve` activations is left.
 
-        Yields the metrics of the first step of each autoencoder and of every `log_every`-th.
+        Yields the metrics of each autoencoder's first step and of every `log_every`-th.
         """
         size = self.recipe.batch_size
         while not self.finished and len(self.buffer) >= reserve + size:
             if not self.began:
-                self._begin()
+                self._begin()  # may drop rows, so look again whether there are enough
                 continue
-            x = self.buffer.draw(size)
+            x = self.buffer.draw(size)  # [batch_size, d], the same for every K
             for k, trainer in self.trainers.items():
                 measured = trainer.step == 0 or (trainer.step + 1) % log_every == 0
                 metrics = trainer.train_step(x, measured)
@@ -89,7 +98,7 @@ class Stream:
 
     def _begin(self) -> None:
         if self.drop_norms is not None:
-            norms = self.buffer.rows.float().norm(dim=1)
+            norms = self.buffer.rows.float().norm(dim=1)  # [N]
             self.limit = self.drop_norms * float(norms.median())
             self.buffer.keep(norms <= self.limit)
         for trainer in self.trainers.values():
@@ -97,27 +106,31 @@ class Stream:
         self.began = True
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on."""
+        """Everything that the next step depends on: `buffer/…`, `k50/…`, `began`, `limit`."""
         parts = {"buffer": self.buffer.state()}
         parts |= {f"k{k}": trainer.state() for k, trainer in self.trainers.items()}
-        own = {"began": torch.tensor(self.began), "limit": torch.tensor(self.limit or torch.nan)}
         tensors = {f"{name}/{key}": t for name, part in parts.items() for key, t in part.items()}
-        return own | tensors
+        limit = torch.nan if self.limit is None else self.limit
+        return {"began": torch.tensor(self.began), "limit": torch.tensor(limit), **tensors}
 
     def whole_state(self) -> dict[str, Tensor]:
-        """The state, on the first rank, with what others train of it; all of them call this."""
+        """The state on the first rank, including what other ranks train; all ranks call this."""
         parts = [tensors_of(owner, self.state) for owner in dict.fromkeys(self.owners.values())]
         return {name: tensor for part in parts for name, tensor in part.items()}
 
     def saved(self, k: int, about: Mapping[str, Any]) -> SavedSae | None:
-        """What the autoencoder of this K has learnt, on the first rank; all of them call this."""
+        """The trained autoencoder of this K, on the first rank; all ranks call this.
 
-        def make() -> dict[str, Tensor]:
-            made = self.trainers[k].saved(about)
-            rates = {} if made.firing_rate is None else {"rates": made.firing_rate}
-            return {**made.sae.state_dict(), **rates}
+        Args:
+            about: its metadata.
+        """
 
-        weights = tensors_of(self.owners[k], make)
+        def tensors() -> dict[str, Tensor]:
+            saved = self.trainers[k].saved(about)
+            rates = {} if saved.firing_rate is None else {"rates": saved.firing_rate}
+            return {**saved.sae.state_dict(), **rates}
+
+        weights = tensors_of(self.owners[k], tensors)
         if not weights:
             return None
         sae, rates = TopKSae(self.width, self.recipe.latents, k), weights.pop("rates", None)
@@ -125,7 +138,7 @@ class Stream:
         return SavedSae(sae, about, rates)
 
     def restore(self, state: Mapping[str, Tensor], device: torch.device | str) -> None:
-        """Go on from a state."""
+        """Resume from a state."""
 
         def part(name: str) -> dict[str, Tensor]:
             return {k[len(name) + 1 :]: t for k, t in state.items() if k.startswith(f"{name}/")}
@@ -135,4 +148,4 @@ class Stream:
             trainer.restore(part(f"k{k}"))
         self.began = bool(state["began"])
         limit = float(state["limit"])
-        self.limit = None if limit != limit else limit
+        self.limit = None if math.isnan(limit) else limit
