@@ -1,9 +1,8 @@
 """Activations of a corpus: from one pass of the model for all layers and positions, or from disk.
 
-A source yields blocks, each a mapping from (layer, positions) to rows [N, d]. Stored ones are a
-directory with `activations.json` and, for each block, `block-000000.safetensors`, whose tensors are
-`LAYER.POSITIONS` [N, d] and, beside them, `POSITIONS.document`, `POSITIONS.position` and
-`POSITIONS.level`, [N] each: where a row comes from.
+Stored activations are a directory with `activations.json` and a file `block-000000.safetensors` for
+each batch of the corpus. Its tensors are `LAYER.POSITIONS` [N, d] and, to tell where a row comes
+from, `POSITIONS.document`, `POSITIONS.position` and `POSITIONS.level`, [N] each.
 """
 
 from __future__ import annotations
@@ -41,14 +40,15 @@ class Key(NamedTuple):
 
 
 ActivationBatch = Mapping[Key, Tensor]
+"""Activations [N, d] of the selected tokens of a batch; N depends on the positions."""
 
 
 def check_keys(policy: Policy, layers: Sequence[int], positions: Sequence[Positions]) -> None:
-    """Raise UsageError where the policy has no such layer, or hides nothing."""
+    """Raise UsageError if the policy has no such layer, or masks nothing."""
     check_layers(policy, layers)
     if not policy.diffusion and (asked := {"mask", "unmask"} & set(positions)):
         raise UsageError(
-            f"{policy.name} is autoregressive, which hides nothing: --positions {min(asked)} "
+            f"{policy.name} is autoregressive and masks nothing: --positions {min(asked)} "
             "means nothing, take all"
         )
 
@@ -60,7 +60,7 @@ def model_activations(
     layers: Sequence[int],
     positions: Sequence[Positions],
 ) -> Iterator[dict[Key, Tensor]]:
-    """A block for each batch; `clean` costs a second pass over the text with nothing hidden."""
+    """Activations of each batch; `clean` costs a second pass over the text with nothing masked."""
     corrupt = [kind for kind in positions if kind != "clean"]
     clean = [kind for kind in positions if kind == "clean"]
     for batch in batches:
@@ -86,10 +86,10 @@ def store_activations(
 ) -> Iterator[dict[str, Any]]:
     """Write the activations of a corpus; yields a record for each block that is on disk.
 
-    Args:
-        metadata: what is known of model and masks.
+    The index is written last, so that a directory without one is incomplete.
 
-    The index is written last, so that a directory without one is not whole.
+    Args:
+        metadata: of `source_metadata`.
 
     Raises:
         CannotWriteError: writing failed.
@@ -144,7 +144,7 @@ class StoredActivations:
     """A directory that `store_activations` wrote."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises MissingInputError where it is none, DataError where it is not whole."""
+        """Raises MissingInputError if it is none, DataError if the index is broken."""
         if not (directory / INDEX).exists():
             raise MissingInputError(
                 f"{directory} has no {INDEX}: 'dlmctl sae-activations' writes it"
@@ -157,7 +157,7 @@ class StoredActivations:
         return found
 
     def check(self, keys: Sequence[Key]) -> None:
-        """Raise UsageError where it does not hold these."""
+        """Raise UsageError if it does not contain these."""
         for key in keys:
             for name, value in key._asdict().items():
                 plural = "layers" if name == "layer" else name
@@ -168,7 +168,7 @@ class StoredActivations:
     def blocks(
         self, keys: Sequence[Key], device: torch.device | str, start: int = 0
     ) -> Iterator[dict[Key, Tensor]]:
-        """These activations of its blocks, again and again from block `start` on."""
+        """These activations of its blocks, over and over, beginning with block `start`."""
         for number in count(start) if self.index["blocks"] else ():
             path = self.directory / f"block-{number % self.index['blocks']:06d}.safetensors"
             tensors = read_weights([path], lambda name: name)

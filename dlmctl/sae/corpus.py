@@ -1,10 +1,10 @@
 """A corpus as batches of token ids under the forward masking process.
 
-Every sequence has a level t ~ U(t_min, t_max), and each of its tokens but the first is hidden with
-probability t; the first stays, as the published recipe has it, and as a model whose logits are
-shifted needs it. A prompt stays too unless it is asked for, since most models never see one hidden.
-The mask is a pure function of the seed and the number of the sequence, not of its neighbours
-(unless the level is drawn for a whole batch, as the published recipe does).
+Every sequence has a level t ~ U(t_min, t_max), and each of its tokens except the first is masked
+with probability t. The first token stays, as in the published recipe, and because a model with
+shifted logits cannot predict it. A prompt stays too unless it is asked for, since most models never
+see a masked prompt. The mask is a pure function of the seed and the number of the sequence, not of
+its neighbours (unless the level is drawn per batch, as in the published recipe).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from dlmctl.records.jsonl import OnError, Record, each, read_records
 from dlmctl.settings.corpus import Positions
 
 WINDOW = 16
-"""Batches among which sequences of like length are brought together."""
+"""Batches among which sequences are sorted by length."""
 
 
 @dataclass(frozen=True)
 class MaskLaw:
-    """The law of the masks."""
+    """The distribution of the masks."""
 
     t_min: float = 0.0
     t_max: float = 1.0
@@ -68,9 +68,9 @@ class Document(NamedTuple):
     """Counted from 0 in the order of the corpus."""
     ids: list[int]
     kept: int
-    """First tokens that are never hidden, at least 1."""
+    """Number of tokens at the beginning that are never masked, at least 1."""
     record: Record
-    """The record that it was read from; the last one where several are packed into one."""
+    """The record that it was read from; the last one of several that are packed together."""
 
 
 class MaskedBatch(NamedTuple):
@@ -80,7 +80,7 @@ class MaskedBatch(NamedTuple):
     ids: Tensor
     """int64 [B, T], the text."""
     masked_ids: Tensor
-    """int64 [B, T], what the model sees: the mask token stands for what is masked."""
+    """int64 [B, T], what the model sees: the text with mask tokens."""
     masked: Tensor
     """bool [B, T]."""
     valid: Tensor
@@ -90,11 +90,11 @@ class MaskedBatch(NamedTuple):
 
     @property
     def attention(self) -> Tensor | None:
-        """`valid`, or None where nothing is padded."""
+        """`valid`, or None if nothing is padded."""
         return None if bool(self.valid.all()) else self.valid
 
     def selected(self, positions: Positions) -> Tensor:
-        """bool [B, T], the tokens of a kind; never padding nor the first token."""
+        """bool [B, T], the tokens of a kind; never padding or the first token."""
         later = self.valid.clone()
         later[:, 0] = False
         if positions == "mask":
@@ -102,11 +102,9 @@ class MaskedBatch(NamedTuple):
         return later & ~self.masked if positions == "unmask" else later
 
     def clean(self) -> MaskedBatch:
-        """The same with nothing hidden."""
-        nothing = torch.zeros_like(self.masked)
-        return self._replace(
-            masked_ids=self.ids, masked=nothing, level=torch.zeros_like(self.level)
-        )
+        """The same with nothing masked."""
+        masked, level = torch.zeros_like(self.masked), torch.zeros_like(self.level)
+        return self._replace(masked_ids=self.ids, masked=masked, level=level)
 
 
 def read_windows(
@@ -120,11 +118,11 @@ def read_windows(
     """The documents of each batch of a corpus; with `repeat` over and over, unless it is a pipe."""
 
     def records() -> Iterator[Record]:
-        any_record = False
+        empty = True
         for record in read_records(files, on_error):
-            any_record = True
+            empty = False
             yield record
-        while any_record and repeat and files and "-" not in files:
+        while not empty and repeat and files and "-" not in files:
             yield from read_records(files, on_error)
 
     stream = documents(records(), policy, plan.context, plan.hide_prompt, on_error)
@@ -144,18 +142,18 @@ def documents(
 
     Args:
         records: with `tokens`, or `text`, or `prompt` (or `messages`) and `completion`.
-        hide_prompt: tokens of the prompt may be hidden like others.
+        hide_prompt: tokens of the prompt may be masked like others.
     """
 
-    def read(record: Record) -> Record:
-        ready = Record(record)
-        ready.where = record.where
+    def tokenized(record: Record) -> Record:
+        copy = Record(record)
+        copy.where = record.where
         prompt, rest = _token_ids(record, policy)
-        ready["tokens"] = {**(record.get("tokens") or {}), "prompt": prompt, "completion": rest}
-        return ready
+        copy["tokens"] = {**(record.get("tokens") or {}), "prompt": prompt, "completion": rest}
+        return copy
 
     number = 0
-    for record in each(records, read, on_error):
+    for record in each(records, tokenized, on_error):
         if "error" in record:
             continue
         prompt, rest = record["tokens"]["prompt"], record["tokens"]["completion"]
@@ -168,13 +166,14 @@ def documents(
 def packed(stream: Iterable[Document], policy: Policy, context: int) -> Iterator[Document]:
     """Documents joined by end-of-sequence and cut into pieces of `context` tokens.
 
-    Each piece begins with the beginning-of-sequence token, where the tokenizer has one, else with
-    end-of-sequence; a last piece that is shorter is left out, unless it is the only one.
+    Each piece begins with the beginning-of-sequence token, or with end-of-sequence if the tokenizer
+    has none. A shorter last piece is left out, unless it is the only one.
     """
-    first = _first_token(policy)
+    first = policy.tokenizer.bos_token_id
+    if first is None:
+        first = policy.pad_id if policy.eos_id is None else policy.eos_id
     end = first if policy.eos_id is None else policy.eos_id
-    number, waiting = 0, []
-    document = None
+    number, waiting, document = 0, [], None
     for document in stream:
         waiting += [*document.ids[document.ids[0] == first :], end]
         while len(waiting) >= context - 1:
@@ -185,7 +184,7 @@ def packed(stream: Iterable[Document], policy: Policy, context: int) -> Iterator
 
 
 def together(stream: Iterable[Document], batch_size: int) -> Iterator[list[Document]]:
-    """The documents of each batch; sequences of like length share one."""
+    """The documents of each batch; sequences of similar length share one."""
     source = iter(stream)
     while window := list(islice(source, WINDOW * batch_size)):
         window.sort(key=lambda document: len(document.ids))
@@ -209,7 +208,7 @@ def mask_batches(
 
 
 def mask_batch(window: list[Document], policy: Policy, law: MaskLaw, number: int) -> MaskedBatch:
-    """A batch of documents on the device of the policy; an autoregressive one has nothing hidden.
+    """A batch of documents on the policy's device; for an autoregressive policy nothing is masked.
 
     Args:
         number: of the batch, counted from 0.
@@ -220,31 +219,28 @@ def mask_batch(window: list[Document], policy: Policy, law: MaskLaw, number: int
     for row, document in zip(ids, window, strict=True):
         row[: len(document.ids)] = torch.tensor(document.ids)
     column = torch.arange(width)
-    there = column < lengths[:, None]
+    valid = column < lengths[:, None]  # [B, T]
     if policy.mask_id is None:
-        nothing = torch.zeros_like(there)
         level = torch.zeros(len(window), dtype=torch.float64)
-        return _on(policy, MaskedBatch(window, ids, ids, nothing, there, level))
-    keys = key_tensor([stream_key(law.seed, "mask", document.number) for document in window])
-    numbers = uniform(keys[:, None], torch.arange(width + 1)[None])
-    level = numbers[:, 0]
-    if law.per_batch:
-        shared = key_tensor([stream_key(law.seed, "level", number)])
-        level = uniform(shared, torch.zeros(1).long()).expand(len(window))
-    level = law.t_min + (law.t_max - law.t_min) * level
-    kept = torch.tensor([document.kept for document in window])
-    hidden = (numbers[:, 1:] < level[:, None]) & there & (column >= kept[:, None])
-    seen = ids.masked_fill(hidden, policy.mask_id)
-    return _on(policy, MaskedBatch(window, ids, seen, hidden, there, level))
-
-
-def _on(policy: Policy, batch: MaskedBatch) -> MaskedBatch:
-    moved = {name: getattr(batch, name).to(policy.device) for name in MaskedBatch._fields[1:]}
-    return batch._replace(**moved)
+        masked, masked_ids = torch.zeros_like(valid), ids
+    else:
+        # The first number of a sequence is its level, the others are compared with it.
+        keys = key_tensor([stream_key(law.seed, "mask", document.number) for document in window])
+        numbers = uniform(keys[:, None], torch.arange(width + 1)[None])  # [B, 1 + T]
+        level = numbers[:, 0]
+        if law.per_batch:
+            shared = key_tensor([stream_key(law.seed, "level", number)])
+            level = uniform(shared, torch.zeros(1).long()).expand(len(window))
+        level = law.t_min + (law.t_max - law.t_min) * level
+        kept = torch.tensor([document.kept for document in window])
+        masked = (numbers[:, 1:] < level[:, None]) & valid & (column >= kept[:, None])
+        masked_ids = ids.masked_fill(masked, policy.mask_id)
+    tensors = (tensor.to(policy.device) for tensor in (ids, masked_ids, masked, valid, level))
+    return MaskedBatch(window, *tensors)
 
 
 def _token_ids(record: Record, policy: Policy) -> tuple[list[int], list[int]]:
-    """Ids of the prompt, which may be none, and of what follows."""
+    """Ids of the prompt, which may be empty, and of what follows."""
     tokens = record.get("tokens") or {}
     if tokens.get("completion") is not None:
         prompt = policy.encode(record) if tokens.get("prompt") else []
@@ -258,10 +254,3 @@ def _token_ids(record: Record, policy: Policy) -> tuple[list[int], list[int]]:
     if not isinstance(completion, str):
         raise DataError("field 'completion' is not a text", record.where)
     return policy.encode(record), policy.encode_text(completion)
-
-
-def _first_token(policy: Policy) -> int:
-    bos: Any = policy.tokenizer.bos_token_id
-    if bos is None:
-        bos = policy.pad_id if policy.eos_id is None else policy.eos_id
-    return int(bos)
