@@ -1,12 +1,12 @@
 """The loss of a model while an autoencoder stands in for the output of one of its blocks.
 
-Negative log-likelihood per token in nats, of masked tokens (`mask`), of visible ones behind the
+Negative log-likelihood per token in nats: of masked tokens (`mask`), of visible tokens after the
 prompt (`unmask`), and the bound on that of the text, `nelbo` = sum (1/t) CE of masked tokens /
-tokens that may be masked. The logits of a token are taken where its family has them; the published
-script takes them at the token itself, which for Dream are those of the next one.
+tokens that may be masked. The logits of a token are taken at the position that the model's family
+defines; the published script takes them at the token itself, which for Dream are the next token's.
 
-`mask_per_t` is the mean over masked tokens of CE / t and `unmask_per_t` that over visible ones of
-CE / (1 - t), the published definitions (DLM-Scope, arXiv 2602.05859, section 3.2).
+`mask_per_t` is the mean over masked tokens of CE / t, and `unmask_per_t` the mean over visible
+tokens of CE / (1 - t), the published definitions (DLM-Scope, arXiv 2602.05859, section 3.2).
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from dlmctl.settings.sae import Scope
 
 
 def splice(policy: Policy, sae: TopKSae, positions: Positions, scope: Scope) -> Edit:
-    """The edit that puts decode(encode(x)) in the place of x, without an error term."""
+    """The edit that replaces x by decode(encode(x)), without an error term."""
 
-    def put(output: Tensor, ids: Tensor) -> Tensor:
+    def replace(output: Tensor, ids: Tensor) -> Tensor:
         wanted = torch.ones_like(ids, dtype=torch.bool)
         if scope == "matching" and positions in ("mask", "unmask"):
             wanted = (ids == policy.mask_id) == (positions == "mask")
-        made = sae(output[wanted].to(sae.W_enc.dtype)).to(output.dtype)
-        return output.index_put((wanted,), made)
+        reconstruction = sae(output[wanted].to(sae.W_enc.dtype)).to(output.dtype)  # [N, d]
+        return output.index_put((wanted,), reconstruction)
 
-    return put
+    return replace
 
 
 LOSSES = ("mask", "unmask", "nelbo", "mask_per_t", "unmask_per_t")
@@ -55,7 +55,7 @@ class DocumentLosses(NamedTuple):
 def document_losses(
     policy: Policy, batch: MaskedBatch, edits: dict[int, Edit] | None = None
 ) -> DocumentLosses:
-    """The losses of a batch by document, in a pass of the model with these blocks edited."""
+    """The losses of a batch by document, in a forward pass with these blocks edited."""
     with edited_blocks(policy, edits) if edits else contextlib.nullcontext():
         states = policy.hidden(batch.masked_ids, batch.attention)
     level = batch.level.cpu()
@@ -74,7 +74,7 @@ def _by_document(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy summed over each document's tokens of a kind, and their number; [B] each.
 
-    Tokens of a prompt that is never masked do not count: no training has taught the model them.
+    Tokens of a prompt that is never masked do not count: the model was not trained on them.
     """
     kept = torch.tensor([document.kept for document in batch.documents], device=batch.ids.device)
     column = torch.arange(batch.ids.shape[1], device=batch.ids.device)

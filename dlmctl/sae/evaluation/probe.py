@@ -1,9 +1,9 @@
-"""How well single features tell the value of a concept, beside directions that nobody trained.
+"""How well single features identify the value of a concept, compared with untrained directions.
 
-The unit is a sentence: the score of a feature is the largest of its activations on the tokens of
-the sentence that count. For each value of a concept, against its other values, the feature with the
-highest AUROC is chosen on the sentences of every other document, and its AUROC is taken on the
-rest: the best of 16,384 features looks good on the sentences that it was chosen on, whatever it is.
+The unit is a sentence: the score of a feature is its largest activation on the tokens of the
+sentence that count. For each value of a concept, against its other values, the feature with the
+highest AUROC is chosen on the sentences of every other document, and its AUROC is measured on the
+rest: the best of 16,384 features always looks good on the sentences that it was chosen on.
 
     sae       latents
     pca       all principal directions of the activations, and their opposites
@@ -26,12 +26,12 @@ from dlmctl.sae.evaluation.sentences import Labelled, Place, Tokens
 from dlmctl.sae.topk import Codes, TopKSae
 
 NUMBERS_PER_CHUNK = 2**23
-"""Features × tokens (or sentences) that are in memory at once."""
+"""Products of features × tokens (or sentences) in memory at once."""
 CLEAR = 0.95
-"""AUROC from which a value counts as told by a single feature."""
+"""AUROC above which a value counts as identified by a single feature."""
 
 Scores = Callable[[Tensor], Tensor]
-"""From the numbers of C features, int64 [C], to their scores of all sentences, float32 [C, S]."""
+"""From the numbers of C features, int64 [C], to their scores for all sentences, float32 [C, S]."""
 
 
 class Half(NamedTuple):
@@ -46,23 +46,23 @@ class Half(NamedTuple):
 
 
 class Method(NamedTuple):
-    """Features among which the best is sought."""
+    """A set of features, the best of which is searched for each value."""
 
     name: str
     features: int
-    """How many there are."""
+    """Their number."""
     scores: Callable[[Half], Scores]
     signed: bool = False
     """Whether the second half of the features are the opposites of the first."""
 
 
-class Found(NamedTuple):
+class BestFeatures(NamedTuple):
     """The best feature for each of V values."""
 
     feature: Tensor
     """int64 [V]."""
     auroc: Tensor
-    """float64 [V], on the sentences that it was not chosen on."""
+    """float64 [V], on the sentences that the feature was not chosen on."""
 
 
 def halves(
@@ -71,10 +71,11 @@ def halves(
     values: Sequence[Mapping[str, Any]],
     device: torch.device,
 ) -> tuple[list[tuple[str, Any]], Half, Half]:
-    """The sentences with a token that counts, in documents of even and of odd number.
+    """The sentences with a token that counts, in documents with even and with odd numbers.
 
     Returns:
-        Concepts and values that both halves have sentences with and without, and the halves.
+        The concepts and values that some sentences of each half have and others do not; both
+        halves.
 
     Raises:
         DataError: there is no such value.
@@ -107,8 +108,8 @@ def halves(
     return names, first, second
 
 
-def best_features(method: Method, first: Half, second: Half) -> Found:
-    """For each value the feature that tells it best on the first half, as it does on the second."""
+def best_features(method: Method, first: Half, second: Half) -> BestFeatures:
+    """For each value the best feature on the first half, and its AUROC on the second."""
     device = first.states.device
     size = max(1, NUMBERS_PER_CHUNK // len(first.states))
     scores = method.scores(first)
@@ -119,7 +120,7 @@ def best_features(method: Method, first: Half, second: Half) -> Found:
         feature = torch.where(value > best, numbers[place], feature)
         best = torch.maximum(value, best)
     judged = auroc(method.scores(second)(feature), second.present)
-    return Found(feature.cpu(), judged.diagonal().cpu())
+    return BestFeatures(feature.cpu(), judged.diagonal().cpu())
 
 
 def sae_method(sae: TopKSae) -> Method:
@@ -130,17 +131,17 @@ def sae_method(sae: TopKSae) -> Method:
         with torch.no_grad():
             parts = [sae.encode(part) for part in half.states.split(rows)]
         codes = Codes(torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts]))
-        owner = half.sentence[:, None].expand_as(codes.indices)
+        owner = half.sentence[:, None].expand_as(codes.indices)  # [N, K]
         sentences = half.present.shape[1]
 
         def pooled(features: Tensor) -> Tensor:
             # A feature may be asked for more than once, for several values.
-            distinct, again = features.unique(return_inverse=True)
+            distinct, again = features.unique(return_inverse=True)  # [C'], [C]
             place = torch.full((sae.d_sae,), -1, device=features.device)
             place[distinct] = torch.arange(len(distinct), device=features.device)
-            row = place[codes.indices]
+            row = place[codes.indices]  # [N, K], rows of the table, -1 for other features
             wanted = row >= 0
-            cell = row[wanted] * sentences + owner[wanted]
+            cell = row[wanted] * sentences + owner[wanted]  # of the flat table [C' S]
             table = codes.values.new_zeros(len(distinct) * sentences)
             table.scatter_reduce_(0, cell, codes.values[wanted], "amax")
             return table.view(-1, sentences)[again]
@@ -158,7 +159,7 @@ def direction_method(name: str, directions: Tensor, opposites: bool) -> Method:
         sentences = half.present.shape[1]
 
         def pooled(features: Tensor) -> Tensor:
-            products = rows[features] @ half.states.T
+            products = rows[features] @ half.states.T  # [C, N]
             table = products.new_full((len(features), sentences), -torch.inf)
             owner = half.sentence.expand_as(products)
             return table.scatter_reduce_(1, owner, products, "amax")
@@ -169,7 +170,7 @@ def direction_method(name: str, directions: Tensor, opposites: bool) -> Method:
 
 
 def baseline_methods(first: Half, latents: int, seed: int) -> Iterator[Method]:
-    """What an autoencoder with so many latents is compared with."""
+    """What an autoencoder with this number of latents is compared with."""
     width, device = first.states.shape[1], first.states.device
     states = first.states.double()
     _, vectors = torch.linalg.eigh((states - states.mean(dim=0)).T.cov())
@@ -177,17 +178,17 @@ def baseline_methods(first: Half, latents: int, seed: int) -> Iterator[Method]:
     yield direction_method("neurons", torch.eye(width, device=device), True)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(latents, width, generator=generator)
-    # Their opposites are as likely as they are.
+    # Without opposites, which are as likely as the directions themselves.
     yield direction_method("random", (drawn / drawn.norm(dim=1, keepdim=True)).to(device), False)
 
 
 def probe(
     saes: Sequence[PlacedSae],
-    found: Labelled,
+    sentences: Labelled,
     seed: int,
     device: torch.device,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each autoencoder, method and value; behind those of a method their summary.
+    """A row for each autoencoder, method and value; the rows of a method end with a summary.
 
     Args:
         seed: of the random directions.
@@ -195,30 +196,33 @@ def probe(
     Raises:
         DataError: the labels do not vary.
     """
-    made: dict[tuple[Place, int], list[tuple[Method, Found]]] = {}
+    baselines: dict[tuple[Place, int], list[tuple[Method, BestFeatures]]] = {}
     for placed in saes:
         sae, place = placed.sae, (placed.layer, placed.positions)
-        tokens = found.tokens[place]
-        names, first, second = halves(tokens, found.document, found.values, device)
-        own = sae_method(sae)
-        kind = (place, sae.d_sae)
-        if kind not in made:
-            others = baseline_methods(first, sae.d_sae, seed)
-            made[kind] = [(method, best_features(method, first, second)) for method in others]
-        for method, best in [(own, best_features(own, first, second)), *made[kind]]:
+        names, first, second = halves(
+            sentences.tokens[place], sentences.document, sentences.values, device
+        )
+        latents = sae_method(sae)
+        results = [(latents, best_features(latents, first, second))]
+        if (place, sae.d_sae) not in baselines:
+            baselines[place, sae.d_sae] = [
+                (method, best_features(method, first, second))
+                for method in baseline_methods(first, sae.d_sae, seed)
+            ]
+        for method, best in [*results, *baselines[place, sae.d_sae]]:
             for row in result_rows(method, names, best, second):
                 yield {**placed.about, **row}
 
 
 def result_rows(
-    method: Method, names: Sequence[tuple[str, Any]], found: Found, second: Half
+    method: Method, names: Sequence[tuple[str, Any]], best: BestFeatures, second: Half
 ) -> list[dict[str, Any]]:
-    """A record for each value, and one over all values behind them."""
+    """A record for each value, followed by a summary of all values."""
     rows: list[dict[str, Any]] = []
-    aurocs = found.auroc.tolist()
+    aurocs = best.auroc.tolist()
     positives = second.present.sum(dim=1).tolist()
     for n, (concept, value) in enumerate(names):
-        number, sign = int(found.feature[n]), 1
+        number, sign = int(best.feature[n]), 1
         if method.signed and number >= method.features // 2:
             number, sign = number - method.features // 2, -1
         rows.append(

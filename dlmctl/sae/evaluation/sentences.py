@@ -1,8 +1,8 @@
 """Labelled sentences of a corpus, and the activations of their tokens.
 
-A record says by `sentences` what stands where: a list of objects with `start` and `end`, offsets in
-characters of its `text` or `completion`, and a value for each concept. A token belongs to the
-sentence that its last character is in, since many tokenizers have the space before a word in it.
+The field `sentences` of a record is a list of objects with `start` and `end`, offsets in characters
+of its `text` or `completion`, and a value for each concept. A token belongs to the sentence that
+contains its last character, since in many tokenizers a word includes the space before it.
 """
 
 from __future__ import annotations
@@ -51,42 +51,47 @@ def collect(
     law: MaskLaw,
     batch_size: int,
 ) -> Labelled:
-    """Run the model over labelled documents; all activations that are wanted stay in memory.
+    """Run the model over labelled documents; all selected activations stay in memory.
 
     Raises:
-        DataError: a record has no labels or such as make no sense.
+        DataError: a record has no labels, or labels that make no sense.
     """
     values: list[Mapping[str, Any]] = []
     numbers: list[int] = []
-    found: dict[Place, list[Tokens]] = defaultdict(list)
+    parts: dict[Place, list[Tokens]] = defaultdict(list)
     for batch in masked_corpus(stream, policy, law, batch_size):
         sentence = torch.full_like(batch.ids, -1, device="cpu")
         for row, document in zip(sentence, batch.documents, strict=True):
             labels = sentence_labels(document.record)
             belongs = torch.tensor(token_sentences(document, policy))
             row[: len(belongs)] = belongs.where(belongs < 0, belongs + len(values))
-            values += [_concepts(label) for label in labels]
+            values += [
+                {name: value for name, value in label.items() if name not in ("start", "end")}
+                for label in labels
+            ]
             numbers += [document.number] * len(labels)
         for place, tokens in _batch_tokens(batch, policy, places, sentence):
-            found[place].append(tokens)
+            parts[place].append(tokens)
     if not values:
         raise DataError("no records came in; there are no sentences")
-    _check_alike(values)
-    joined = {
-        place: Tokens(torch.cat([t.states for t in parts]), torch.cat([t.sentence for t in parts]))
-        for place, parts in found.items()
+    for other in values:
+        if unlike := values[0].keys() ^ other.keys():
+            raise DataError(f"some sentences have a value of '{min(unlike)}' and others have none")
+    tokens_of = {
+        place: Tokens(*(torch.cat(tensors) for tensors in zip(*found, strict=True)))
+        for place, found in parts.items()
     }
-    return Labelled(values, torch.tensor(numbers), joined)
+    return Labelled(values, torch.tensor(numbers), tokens_of)
 
 
 def labelled(record: Record) -> Record:
-    """The record, its labels checked; raises DataError."""
+    """The record, after a check of its labels; raises DataError."""
     sentence_labels(record)
     return record
 
 
 def sentence_labels(record: Record) -> list[dict[str, Any]]:
-    """The labelled spans of a record, in their order and apart; raises DataError otherwise."""
+    """The labelled spans of a record; raises DataError if they are out of order or overlap."""
     labels: list[dict[str, Any]] = field(
         record, "sentences", list, "'dlmctl prompts concepts' writes it"
     )
@@ -104,19 +109,19 @@ def sentence_labels(record: Record) -> list[dict[str, Any]]:
 
 
 def _span(label: Any) -> tuple[int, int]:
-    """Its offsets; such as make no sense where they are not two numbers."""
+    """Its offsets, or (-1, -1) if they are not two numbers."""
     start, end = (label.get("start"), label.get("end")) if isinstance(label, dict) else (None, None)
     return (start, end) if isinstance(start, int) and isinstance(end, int) else (-1, -1)
 
 
 def token_sentences(document: Document, policy: Policy) -> list[int]:
-    """For each token of a document the number of its sentence in the record, -1 outside of all."""
+    """For each token of a document the number of its sentence in the record, -1 if in none."""
     labels = sentence_labels(document.record)
     starts = [label["start"] for label in labels]
     places, before = [], 0
     for end in _character_ends(document, policy):
         place = bisect_right(starts, end - 1) - 1
-        # A token without characters, as end-of-sequence, is in none.
+        # A token without characters, such as end-of-sequence, is in none.
         inside = end > before and place >= 0 and end <= labels[place]["end"]
         places.append(place if inside else -1)
         before = end
@@ -124,7 +129,7 @@ def token_sentences(document: Document, policy: Policy) -> list[int]:
 
 
 def _character_ends(document: Document, policy: Policy) -> list[int]:
-    """For each token how many characters of the labelled text end with it; 0 before the text."""
+    """For each token the offset of its end in the labelled text; 0 before the text."""
     record, tokenizer = document.record, policy.tokenizer
     text = record.get("text")
     text = text if isinstance(text, str) else field(record, "completion", str)
@@ -135,7 +140,7 @@ def _character_ends(document: Document, policy: Policy) -> list[int]:
         if encoded["input_ids"][: len(ids)] == ids:
             ends = [end for _, end in encoded["offset_mapping"][: len(ids)]]
             return [*[0] * lead, *ends][: len(document.ids)]
-    # Ids that were sampled may not be those that the tokenizer would choose.
+    # Sampled ids may differ from those that the tokenizer would choose.
     ends = [len(policy.decode(ids[:number])) for number in range(1, len(ids) + 1)]
     return [*[0] * lead, *ends][: len(document.ids)]
 
@@ -143,7 +148,7 @@ def _character_ends(document: Document, policy: Policy) -> list[int]:
 def _batch_tokens(
     batch: MaskedBatch, policy: Policy, places: Sequence[Place], sentence: Tensor
 ) -> Iterable[tuple[Place, Tokens]]:
-    """The tokens of a batch that count; text of which nothing is hidden takes a pass of its own."""
+    """The tokens of a batch that count; clean text takes a forward pass of its own."""
     for clean in (False, True):
         wanted = [place for place in places if (place[1] == "clean") == clean]
         if not wanted:
@@ -157,15 +162,3 @@ def _batch_tokens(
             counts = seen.selected(positions).cpu() & (sentence >= 0)
             states = outputs[layer][counts.to(policy.device)].cpu()
             yield (layer, positions), Tokens(states, sentence[counts])
-
-
-def _concepts(label: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in label.items() if name not in ("start", "end")}
-
-
-def _check_alike(values: Sequence[Mapping[str, Any]]) -> None:
-    names = set(values[0])
-    for other in values:
-        if set(other) != names:
-            name = min(names ^ set(other))
-            raise DataError(f"some sentences have a value of '{name}' and others have none")
