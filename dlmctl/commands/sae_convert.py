@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from dlmctl.records.files import check_free
 from dlmctl.settings import Knob
+from dlmctl.settings.sae import Layout
 
 
 def command(
@@ -17,7 +18,7 @@ def command(
     ],
     target: Annotated[Path, Knob("Folder to write.", metavar="DIRECTORY", argument=True)],
     layout: Annotated[
-        Literal["saelens", "dictionary_learning", "sparsify"],
+        Layout,
         Knob("Library that will load the folder.", "--to"),
     ] = "saelens",
 ) -> None:

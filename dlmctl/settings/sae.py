@@ -10,6 +10,8 @@ from dlmctl.settings.common import Seed
 
 Aux = Literal["straight", "input", "pre", "rectified"]
 Scope = Literal["all", "matching"]
+Layout = Literal["saelens", "dictionary_learning", "sparsify"]
+"""Libraries whose folders of autoencoders we read and write."""
 
 RECIPE, FEED = "Training recipe", "Activations"
 

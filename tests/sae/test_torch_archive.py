@@ -103,6 +103,27 @@ def test_programs_that_make_no_sense_are_refused(tmp_path, program):
     assert read_torch_archive(rewritten(whole, **{"data.pkl": b"\x80\x02}."})) == {}
 
 
+def test_a_program_cannot_ask_for_memory(tmp_path):
+    whole = saved(tmp_path / "a.pt", {"x": torch.zeros(4)})
+    size = b"\x8a\x08" + (2**40).to_bytes(8, "little")
+    for name in (b"builtins\nbytearray", b"torch\nTensor"):
+        program = b"\x80\x02}X\x01\x00\x00\x00xc" + name + b"\n" + size + b"\x85Rs."
+        with pytest.raises(DataError, match="it was not run"):
+            read_torch_archive(rewritten(whole, **{"data.pkl": program}))
+
+
+def test_compressed_storages_are_refused(tmp_path):
+    path, other = saved(tmp_path / "a.pt", {"x": torch.zeros(2**16)}), tmp_path / "other.pt"
+    with (
+        zipfile.ZipFile(path) as archive,
+        zipfile.ZipFile(other, "w", zipfile.ZIP_DEFLATED) as copy,
+    ):
+        for name in archive.namelist():
+            copy.writestr(name, archive.read(name))
+    with pytest.raises(DataError, match="compressed"):
+        read_torch_archive(other)
+
+
 def test_every_cut_of_a_file_is_refused_in_one_line(tmp_path):
     whole = saved(tmp_path / "a.pt", {"x": torch.arange(6.0)}).read_bytes()
     for length in range(0, len(whole) - 1, 37):

@@ -1,9 +1,13 @@
 """Tensors out of a file that torch.save wrote, without running what it says.
 
 Such a file is a zip archive: raw bytes of the tensors, and `data.pkl`, a program that puts them
-together. torch.load lets the program name functions to call. Here it is read as data: a stack
-machine of the few instructions that a dictionary of tensors needs, in which a call has a meaning
-only where it rebuilds a tensor, a parameter or an ordered dictionary. Anything else is refused.
+together. Here it is read as data: a stack machine of the few instructions that a dictionary of
+tensors needs, in which a call has a meaning only if it rebuilds a tensor, a parameter or an ordered
+dictionary. Anything else is refused.
+
+torch.load(weights_only=True) is not enough for a file of unknown origin: it calls bytearray and
+torch.Tensor with any size that the program names (a kilobyte of file took 16 GB with torch 2.13),
+inflates compressed storages, and accepts tensors that are larger than their storage.
 """
 
 from __future__ import annotations
@@ -32,14 +36,13 @@ STORAGES = {
     "BoolStorage": torch.bool,
 }
 LARGEST_PROGRAM = 2**24
-"""Bytes of `data.pkl`; that of a large model is well under one million."""
-
+"""Bytes of `data.pkl`; that of a large model has well under one million."""
 
 FAULTS = (
     zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, ArithmeticError,
     LookupError, ValueError, TypeError, AttributeError, RuntimeError,
 )  # fmt: skip
-"""What zipfile, pickletools and the machine raise on bytes that are not what they should be."""
+"""What zipfile, pickletools and the machine raise on malformed bytes."""
 
 
 class _Name(NamedTuple):
@@ -50,15 +53,15 @@ class _Name(NamedTuple):
 
 
 class _Mark:
-    """Where a run of stack entries begins."""
+    """Beginning of a run of stack entries."""
 
 
 def read_torch_archive(path: Path) -> dict[str, Any]:
     """The dictionary in a file of torch.save: tensors, numbers, texts, nested dictionaries.
 
     Raises:
-        DataError: it is no such archive, it is cut off, or its program does more than to put
-            tensors together.
+        DataError: it is no such archive, it is cut off, or its program does more than put tensors
+            together.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -77,7 +80,7 @@ def read_torch_archive(path: Path) -> dict[str, Any]:
                 entry = archive.getinfo(f"{folder}/data/{key}")
                 if entry.file_size != size:
                     raise DataError(f"storage {key} has {entry.file_size} bytes, expected {size}")
-                if entry.compress_type != zipfile.ZIP_STORED:  # it could be of any size
+                if entry.compress_type != zipfile.ZIP_STORED:  # it could inflate to any size
                     raise DataError(f"storage {key} is compressed, which torch.save does not do")
                 return archive.read(entry)
 
@@ -146,7 +149,7 @@ class _Machine:
             raise DataError(f"its program has the instruction {name}, which tensors do not need")
 
     def _close(self, name: str) -> None:
-        """Gather what is above the mark."""
+        """Gather the entries above the mark."""
         start = max(n for n, entry in enumerate(self._stack) if isinstance(entry, _Mark))
         entries = self._stack[start + 1 :]
         del self._stack[start:]
