@@ -1,4 +1,4 @@
-"""Activation checkpointing: what the layers computed is made again in the backward pass."""
+"""Activation checkpointing: the backward pass recomputes the activations of the layers."""
 
 from __future__ import annotations
 

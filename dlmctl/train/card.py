@@ -1,8 +1,8 @@
 """Model cards: the README.md of a checkpoint, as the Hugging Face hub shows it.
 
-What it was trained from and by what, the metrics of its last step, and how it is loaded. A card has
-no times and no paths of the machine but those that the run was given, so that the same run writes
-the same bytes.
+A card tells what was trained and how, the metrics of the last step, and how to load the result. It
+contains no times, and no paths of the machine except those that the run was given, so that the same
+run writes the same bytes.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ import orjson
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 CARD = "README.md"
 DIRECTORY = "DIRECTORY"
-"""Stands for the place of a checkpoint, which a card does not know."""
+"""Placeholder for the path of a checkpoint, which a card does not know."""
 
 CLOCK = ("seconds", "tokens_per_second", "peak_memory_mb")
 """Metrics that differ from one run of the same command to the next."""
 COUNTERS = ("algo", "run", "step", "round", "prompts", "completions", "skipped", "applied")
-"""Metrics that stand elsewhere in a card, or tell nothing of the model."""
+"""Metrics that a card has elsewhere, or that say nothing about the model."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a card says."""
+    """The contents of a card."""
 
     title: str
     summary: str
     """One paragraph."""
     library: str
-    """The hub's name of the library that loads it."""
+    """The library that loads it, as the hub names it."""
     base: str | None = None
-    """What the training began with, or was made for: a hub name or a path."""
+    """The model that the training began with, or was for: a hub name or a path."""
     tags: Sequence[str] = ()
     pipeline: str | None = None
-    """The hub's name of what it is for."""
+    """The task that it is for, as the hub names it."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     usage: Sequence[tuple[str, str]] = ()
@@ -48,7 +48,7 @@ class Card:
 
 
 def card_text(card: Card) -> str:
-    """A card in Markdown, its header in YAML; a licence is not known, and left to the owner."""
+    """A card in Markdown with a YAML header; the licence is unknown, and left to the owner."""
     base = base_model(card.base) if card.base else None
     header: dict[str, Any] = {
         "library_name": card.library,
@@ -57,7 +57,7 @@ def card_text(card: Card) -> str:
         "tags": ["dlmctl", *card.tags],
     }
     parts = [
-        # A value of JSON is one of YAML.
+        # JSON values are YAML, too.
         "\n".join(["---", *(f"{name}: {json.dumps(v)}" for name, v in header.items()), "---"]),
         f"# {card.title}",
         card.summary,
@@ -75,7 +75,7 @@ def write_card(directory: Path, card: Card) -> None:
 
 
 def base_model(name: str) -> str | None:
-    """The model of the hub that a chain of runs began with; None where it was none of the hub."""
+    """The hub model that a chain of runs began with; None if it began with another model."""
     seen = set()
     while name not in seen:
         seen.add(name)
@@ -89,7 +89,7 @@ def base_model(name: str) -> str | None:
 
 
 def last_metrics(log: Path, **of: Any) -> dict[str, Any]:
-    """The last record of a run's metrics that has these values; empty where there is none."""
+    """The last record of a run's metrics with these values; empty if there is none."""
     try:
         lines = log.read_bytes().splitlines()
     except OSError:
@@ -105,7 +105,7 @@ def last_metrics(log: Path, **of: Any) -> dict[str, Any]:
 
 
 def told_metrics(record: Mapping[str, Any], leave_out: Iterable[str] = ()) -> dict[str, float]:
-    """The numbers of a metrics record that a card has."""
+    """The numbers of a metrics record that belong in a card."""
     unwanted = {*CLOCK, *COUNTERS, *leave_out}
     return {
         name: value
@@ -115,7 +115,7 @@ def told_metrics(record: Mapping[str, Any], leave_out: Iterable[str] = ()) -> di
 
 
 def _table(heading: str, column: str, values: Mapping[str, Any]) -> list[str]:
-    """A heading and a table of the values that are there."""
+    """A heading and a table of the values that are not empty; nothing without any."""
     rows = [
         f"| {name} | {_shown(value).replace('|', chr(92) + '|')} |"
         for name, value in values.items()

@@ -1,12 +1,12 @@
 """Several processes that train together: `torchrun --nproc-per-node N -m dlmctl update …`.
 
-Each process is a rank. The first alone reads records and writes what is written; all of them
-compute. What every rank must know is sent as JSON, so that nothing is unpickled; what each of them
-has a share of is summed. In a process that is not one of several, which has not entered `joined`,
-nothing here does anything.
+Each process is a rank. Only the first reads records and writes results; all of them compute.
+Values that every rank needs are sent as JSON, so that nothing is unpickled; tensors of which each
+rank has a share are summed. In a single process, which has not entered `joined`, these functions
+are no-ops.
 
-torchrun ends all ranks when one of them fails. A rank that waits for another has no time limit
-of its own, therefore: the stage before this one in the pipe may take hours.
+torchrun ends all ranks when one of them fails. A rank that waits for another has no time limit,
+therefore: the stage before this one in the pipe may take hours.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _PIECE = 2**28
 """Bytes that are sent at once."""
 
 _control: dist.ProcessGroup | None = None
-"""The group by which the ranks talk; what FSDP moves goes by torch's default group."""
+"""The gloo group of the functions here; FSDP uses torch's default group."""
 
 
 class RankError(UserFacingError):
-    """Another rank failed, with this exit code; 0 where it only found its work done."""
+    """Another rank failed, with this exit code; 0 if it only found its work done."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("the first rank failed")
@@ -81,7 +81,8 @@ def joined(device: str) -> Iterator[None]:
         yield
     finally:
         _control = None
-    dist.destroy_process_group()  # after a failure others may still wait, and this would with them
+    # Not after a failure: others may still wait, and this call would wait with them.
+    dist.destroy_process_group()
 
 
 def _choose_gpu(device: str) -> None:
@@ -94,7 +95,7 @@ def _choose_gpu(device: str) -> None:
 
 
 def agreed(value: T) -> T:
-    """The first rank's value, of JSON, on every rank; each waits here for the first."""
+    """Broadcast the first rank's value, of JSON, to every rank."""
     if _control is None:
         return value
     data = orjson.dumps(value) if is_first() else b""
@@ -109,22 +110,19 @@ def agreed(value: T) -> T:
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum of a CPU tensor over the ranks, on each of them."""
+    """All-reduce a CPU tensor by its sum, in place."""
     if _control is not None:
         dist.all_reduce(values, group=_control)
     return values
 
 
 def own_part(count: int) -> slice:
-    """This rank's part of `count` things in a row; in one process all of them."""
+    """This rank's part of `count` items in order; in one process all of them."""
     return slice(rank() * count // size(), (rank() + 1) * count // size())
 
 
 def sum_up(tensors: Sequence[Tensor]) -> None:
-    """Put the sums over the ranks into tensors, which share a dtype and a device.
-
-    They travel as one, on a GPU by NCCL.
-    """
+    """All-reduce tensors of one dtype and device by their sum, in place and in one message."""
     if size() == 1:
         return
     whole = torch.cat([tensor.flatten() for tensor in tensors])
@@ -135,7 +133,7 @@ def sum_up(tensors: Sequence[Tensor]) -> None:
 
 
 def from_all(value: T) -> list[T]:
-    """The values of all ranks, of JSON, in their order, on each of them."""
+    """Gather the values of all ranks, of JSON, in their order, on each of them."""
     if size() == 1:
         return [value]
     data = torch.frombuffer(bytearray(orjson.dumps(value)), dtype=torch.uint8)
@@ -152,7 +150,7 @@ def from_all(value: T) -> list[T]:
 
 
 def tensors_of(owner: int, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The CPU tensors that `make()` returns on rank `owner`, on the first; elsewhere none."""
+    """Send the CPU tensors that `make()` returns on rank `owner` to the first; others get none."""
     if rank() == owner:
         made = make()
         if is_first():
@@ -172,10 +170,10 @@ def tensors_of(owner: int, make: Callable[[], dict[str, Tensor]]) -> dict[str, T
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make()` returns on the first rank, of JSON, on every rank; no other calls it.
+    """Call `make` on the first rank, and broadcast its result, of JSON, to every rank.
 
     Raises:
-        RankError: on the others, where it raised something.
+        RankError: on the others, if it raised an exception.
     """
     if size() == 1:
         return make()
@@ -197,7 +195,7 @@ def from_first(make: Callable[[], T]) -> T:
 def items_of_first(
     items: Iterator[T], pack: Callable[[T], Any], unpack: Callable[[Any], T]
 ) -> Iterator[T]:
-    """The items of the first rank on every rank, those of the others not being looked at.
+    """The items of the first rank on every rank; those of the others are ignored.
 
     Args:
         pack, unpack: an item to JSON, and back.
@@ -211,12 +209,12 @@ def items_of_first(
 
 
 def in_step(items: Generator[T, None, None]) -> Generator[T, None, None]:
-    """The items, which each rank makes for itself, until the first rank wants no more.
+    """The items, which each rank generates for itself, until the first rank wants no more.
 
     Closing this on the first rank closes `items` on all of them, at the same item.
 
     Raises:
-        RankError: on the others, where the first closed it: nothing may follow.
+        RankError: on the others, if the first closed it: nothing may follow.
     """
     for item in items:
         if not is_first():
@@ -237,8 +235,8 @@ def in_step(items: Generator[T, None, None]) -> Generator[T, None, None]:
 def may_save() -> bool:
     """Whether all ranks are here together, in a `finally` as elsewhere.
 
-    They are where nothing failed. A failure of one rank alone, or in the midst of a pass, leaves
-    nothing that could be saved.
+    They are if nothing failed. After a failure of one rank alone, or in the midst of a pass, there
+    is no common state that could be saved.
     """
     if size() == 1:
         return True
@@ -255,7 +253,7 @@ def may_save() -> bool:
 
 
 def _exit_code(error: BaseException) -> int:
-    """What the command line makes of it."""
+    """The exit code that the command line gives it."""
     if isinstance(error, UserFacingError):
         return error.exit_code
     return {BrokenPipeError: 0, KeyboardInterrupt: 130}.get(type(error), 1)

@@ -16,7 +16,7 @@ KINDS = {"vlm": "vision-language model", "ar": "autoregressive language model"}
 def policy_card(
     policy: Policy, progress: Progress, settings: Mapping[str, Any], metrics: Mapping[str, Any]
 ) -> Card:
-    """A card.
+    """The card of a checkpoint.
 
     Args:
         settings: options of the training, by their names.

@@ -219,6 +219,7 @@ def open_run(
     Raises:
         UsageError: the run in the directory trains by another algorithm, from another model or
             other parts of it, or several ranks cannot train the model.
+        CannotCreateError: another kind of run is in the directory.
         MissingInputError: the model is not there.
         TryAgainError: another process trains in the directory.
         RankError: one of these, on the other ranks.
@@ -226,6 +227,7 @@ def open_run(
 
     def check(progress: Progress | None) -> None:
         if progress is None:
+            home.check_no_results()
             return
         if progress.algo != algo:
             raise UsageError(

@@ -28,7 +28,7 @@ from typing import Any, Generic, TypeVar, cast, get_origin, get_type_hints
 
 import orjson
 
-from dlmctl.records.errors import DataError, UsageError
+from dlmctl.records.errors import CannotCreateError, DataError, UsageError
 from dlmctl.records.files import (
     append_line,
     make_directory,
@@ -113,19 +113,24 @@ class RunDirectory(Generic[P]):
             for place in {self.path, self.checkpoints}:
                 remove_partials(place)
             checkpoint = latest_checkpoint(self.checkpoints, self._file)
-            check(checkpoint and read_counters(checkpoint / self._file, self._counters))
+            check(self._read(checkpoint))
             return str(checkpoint or "")
 
         newest = from_first(take)
         self.checkpoint = Path(newest) if newest else None
-        return read_counters(Path(newest) / self._file, self._counters) if newest else None
+        return self._read(self.checkpoint)
+
+    def check_no_results(self) -> None:
+        """Raise CannotCreateError if another kind of trainer has published results here."""
+        if (self.path / LATEST).exists():
+            raise CannotCreateError(f"{self} holds another kind of run: choose another -o")
 
     def check_settings(self, begun_with: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Raise UsageError, naming the difference, unless both settings are the same as JSON."""
         settings = as_json(settings)
         # `...` is no JSON, and stands for what is missing.
         changed = [
-            n for n in settings | begun_with if settings.get(n, ...) != begun_with.get(n, ...)
+            n for n in {**settings, **begun_with} if settings.get(n, ...) != begun_with.get(n, ...)
         ]
         if changed:
             raise UsageError(
@@ -181,6 +186,9 @@ class RunDirectory(Generic[P]):
     def discard_state(self) -> None:
         """Remove RUN/state: the run is done."""
         remove_directory(self.path / "state")
+
+    def _read(self, checkpoint: Path | None) -> P | None:
+        return read_counters(checkpoint / self._file, self._counters) if checkpoint else None
 
 
 def latest_checkpoint(directory: Path, counters: str = COUNTERS) -> Path | None:

@@ -1,10 +1,10 @@
 """Weights, gradients and moments spread over the ranks by FSDP2 (arXiv 2304.11277).
 
-Every block is a unit, and so is what stands around the blocks: embeddings, last norm and output
-head, and what looks at images. A unit's weights are gathered when it runs, and given up behind it,
-so that all ranks must run as many passes. Gradients are summed, since a loss is divided by what the
-whole step counts. Weights are gathered in their own dtype, so that a pass computes what it does in
-one process.
+Every block is a unit, and so are the parts around the blocks: embeddings, last norm, output head
+and vision tower. A unit's weights are gathered when it runs and freed after it, so that all ranks
+must run the same number of passes. Gradients are summed, not averaged, because a loss is divided by
+the counts of the whole step. Weights are gathered in their own dtype, so that a pass computes the
+same as in one process.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _PASS = "run_whole_pass"
 
 
 def check_trainable(policy: Policy) -> None:
-    """Raise UsageError where several ranks cannot train a model together."""
+    """Raise UsageError if several ranks cannot train a model together."""
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.model.modules()):
         raise UsageError("what dropout leaves out is drawn by one process: none under torchrun")
 
 
 def shard(policy: Policy) -> None:
-    """Spread a model, which every rank has loaded, over the ranks."""
+    """Spread a model that every rank has loaded over the ranks."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -42,7 +42,7 @@ def shard(policy: Policy) -> None:
     model: Any = policy.model
     for module in (*decoder_blocks(policy), model):
         unit = fully_shard(module, mesh=mesh, reshard_after_forward=True)
-        # A sum: gloo has no other, and a factor of its own needs NCCL.
+        # A sum: gloo has no other reduction, and custom factors need NCCL.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
     setattr(model, _PASS, lambda call: call())
@@ -50,7 +50,7 @@ def shard(policy: Policy) -> None:
 
 
 def whole_pass(model: nn.Module, call: Callable[[], T]) -> T:
-    """`call()`, which runs parts of the model; of one that is spread, with its outer weights."""
+    """`call()`, which runs parts of the model; gathers its outer weights first if it is spread."""
     run: Any = getattr(model, _PASS, None)
     made: T = call() if run is None else run(call)
     return made
@@ -74,7 +74,7 @@ def gathered(policy: Policy, form: nn.Module) -> Policy:
     whole: dict[int, Tensor] = {}
     values: dict[str, Tensor] = {}
     for name, value in policy.model.state_dict(keep_vars=True).items():
-        if id(value) not in whole:  # weights that are tied stay so
+        if id(value) not in whole:  # tied weights stay tied
             whole[id(value)] = to_first(value)
         values[name] = whole[id(value)]
     if not is_first():
@@ -85,14 +85,14 @@ def gathered(policy: Policy, form: nn.Module) -> Policy:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor; of one that is spread, all of it, for which every rank calls this."""
+    """The tensor, detached; all of it if it is spread, for which every rank calls this."""
     spread: Any = tensor
     whole: Tensor = spread.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole.detach()
 
 
 def own_share(tensor: Tensor) -> Tensor:
-    """The share of a tensor that this rank has, in its own memory; of one that is whole, all."""
+    """This rank's share of a tensor, not copied; all of it if it is not spread."""
     spread: Any = tensor
     share: Tensor = spread.to_local() if hasattr(tensor, "to_local") else tensor
     return share
@@ -105,7 +105,7 @@ def to_first(tensor: Tensor) -> Tensor:
 
 
 def like(values: Tensor, parameter: Tensor) -> Tensor:
-    """Values as their parameter is: on its device and spread as it is."""
+    """Values on the device of their parameter, and spread as it is."""
     values = values.to(parameter.device)
     if not hasattr(parameter, "placements"):
         return values

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import read_jsonl
+from conftest import invoke, read_jsonl
 
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.train.optimizer import optimizer_state, restore_optimizer
@@ -113,6 +113,26 @@ def test_metrics_are_cut_where_they_were_at_a_checkpoint(tmp_path: Path) -> None
     assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1}]
     directory.cut_metrics(0)
     assert not directory.metrics.exists()
+
+
+def test_no_trainer_takes_the_directory_of_another_kind(tmp_path: Path, saved_models: Any) -> None:
+    """Or it would remove metrics and models that it takes for its own old ones."""
+    (tmp_path / "records.jsonl").write_text('{"prompt": "1", "completion": "2"}\n' * 9)
+    small = f"-m {saved_models('llada')} {tmp_path}/records.jsonl -q"
+    lines = {
+        "update": f"update --algo sft --prompts-per-step 9 {small}",
+        "sae-train": f"sae-train --latents 8 -k 2 --tokens 8 --sae-batch-size 4 {small}",
+        "teacher": "distill teacher builtin:digits#0:8 --network mlp --width 8 -b 4 --steps 2 -q",
+    }
+    for kind in ("update", "teacher"):
+        run = tmp_path / kind
+        assert invoke(*lines[kind].split(), "-o", run).exit_code == 0
+        before = (run / "metrics.jsonl").read_bytes()
+        for other in lines.keys() - {kind}:
+            refused = invoke(*lines[other].split(), "-o", run)
+            assert refused.exit_code == 73, refused.output
+            assert "choose another -o" in refused.stderr
+        assert (run / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(

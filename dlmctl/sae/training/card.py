@@ -10,17 +10,17 @@ from dlmctl.settings.sae import SaeRecipe
 from dlmctl.train.card import DIRECTORY, Card, told_metrics
 
 NAMED = ("layer", "k", "positions", "tokens")
-"""Metrics that say which autoencoder it is, or stand among the settings."""
+"""Metrics that identify the autoencoder, or are among the settings."""
 
 
 def sae_card(
     k: int, width: int, recipe: SaeRecipe, metadata: Mapping[str, Any], metrics: Mapping[str, Any]
 ) -> Card:
-    """A card.
+    """The card of an autoencoder.
 
     Args:
         width: d, of an activation.
-        metadata: as it stands in the folder's configuration.
+        metadata: as in the folder's configuration.
         metrics: the last record of the autoencoder.
     """
     model, hook = metadata.get("model_name"), metadata.get("hook_name")

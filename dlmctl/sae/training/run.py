@@ -71,7 +71,8 @@ class SaeRun:
 
         Raises:
             UsageError: the run there was begun with other settings.
-            CannotCreateError: there is an autoencoder, and no state to resume from.
+            CannotCreateError: there is an autoencoder, and no state to resume from, or another kind
+                of run.
             DataError: the state is damaged, or one of version 0.1.
             TryAgainError: another process trains in the directory.
             RankError: one of these, on the other ranks.
@@ -235,6 +236,7 @@ class SaeRun:
         if progress is not None:
             self.directory.check_settings(progress.settings, settings)
             return
+        self.directory.check_no_results()
         # A run that died while it wrote its autoencoders may write them again.
         ends = ending.exists() and read_json(ending) == settings
         if not ends and any(target.exists() for target in self.targets.values()):
