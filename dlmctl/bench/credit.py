@@ -24,7 +24,7 @@ from dlmctl.rl.srpo.contrast import Contrast
 from dlmctl.rl.srpo.credit import Credit
 from dlmctl.rl.update import update_policy
 from dlmctl.settings.algorithms import RECIPES
-from dlmctl.tasks.layout import Tags
+from dlmctl.settings.tags import Tags
 from dlmctl.tasks.sources import prompts
 from dlmctl.train.lora import Adapter
 from dlmctl.train.run import Optimization, Run, open_run

@@ -46,7 +46,7 @@ from dlmctl.records.jsonl import write_records
 from dlmctl.records.resume import Resume, Rule
 from dlmctl.records.shards import parse_shard, read_shard
 from dlmctl.settings.algorithms import PROMPTS_PER_STEP, Reinforcement
-from dlmctl.tasks.layout import TAGS
+from dlmctl.settings.tags import TAGS
 
 
 def command(

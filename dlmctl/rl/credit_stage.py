@@ -24,7 +24,7 @@ from dlmctl.rl.srpo.credit import Credit, token_weights
 from dlmctl.rl.srpo.evidence import MASKS, diffusion_signals, evidence_tokens
 from dlmctl.rl.srpo.per_token import number_list
 from dlmctl.rl.srpo.roles import OTHER, PERCEPTION, REASONING, token_roles
-from dlmctl.tasks.layout import Tags
+from dlmctl.settings.tags import Tags
 
 
 class Sampler:

@@ -22,10 +22,11 @@ from typing import Any
 
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record
+from dlmctl.settings.prompts import Style
 from dlmctl.tasks.boxes import last_boxed
 from dlmctl.tasks.image_columns import with_images
 from dlmctl.tasks.images import image_sources
-from dlmctl.tasks.wording import Style, countdown_prompt, question_prompt, sudoku_prompt
+from dlmctl.tasks.wording import countdown_prompt, question_prompt, sudoku_prompt
 
 
 def to_record(row: Record, renamed: Mapping[str, str], task: str | None, style: Style) -> Record:

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from hashlib import blake2b
+from typing import Any, NamedTuple
 
+from dlmctl.settings.prompts import WORDS, Prompts, Split
 from dlmctl.tasks.lexicon import (
     COPULAS,
     DETERMINERS,
@@ -32,7 +34,6 @@ from dlmctl.tasks.lexicon import (
     plural,
     verb_form,
 )
-from dlmctl.tasks.sudoku import Split
 
 PROMPT = "story:"
 """An autoregressive model needs something to begin from."""
@@ -46,8 +47,6 @@ CONCEPTS: dict[str, tuple[str, ...]] = {
     "topic": tuple(TOPICS),
 }
 """Concept to its values."""
-WORDS = 8
-"""Words that each part of a sentence can say a value with, at most."""
 _BOTH = ("singular", "plural")
 _WEIGHTS = {"subject": 1, "topic": 1, "tense": 2, "number": 3, "sentiment": 3}
 
@@ -78,6 +77,20 @@ class Document(NamedTuple):
 
 
 _Pick = Callable[[Sequence[str]], str]
+
+
+def records(settings: Prompts, seed: int) -> Iterator[dict[str, Any]]:
+    """An endless stream of records of task concepts."""
+    for document in documents(settings.split, seed, settings.words):
+        digest = blake2b(document.text.encode(), digest_size=8).hexdigest()
+        yield {
+            "id": f"concepts/{digest}",
+            "task": "concepts",
+            "prompt": PROMPT,
+            **({"wanted": dict(settings.wanted)} if settings.wanted else {}),
+            "completion": document.text,
+            "sentences": [{"start": s.start, "end": s.end, **s.values} for s in document.sentences],
+        }
 
 
 def documents(split: Split = "train", seed: int = 0, words: int = WORDS) -> Iterator[Document]:

@@ -21,21 +21,19 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from dlmctl.tasks.drawing import Look
-from dlmctl.tasks.layout import TAGS
+from dlmctl.settings.prompts import KINDS, Kind, Prompts, Split
+from dlmctl.settings.tags import TAGS
+from dlmctl.tasks.drawing import Look, draw_scene
+from dlmctl.tasks.images import as_data_uri
 from dlmctl.tasks.scenes import COLOURS, COLUMNS, ROWS, SHAPES, Thing, describe, split_of
-from dlmctl.tasks.sudoku import Split
+from dlmctl.tasks.wording import shapes_prompt
 
-Kind = Literal["count", "colour", "position", "sum"]
-KINDS: tuple[Kind, ...] = ("count", "colour", "position", "sum")
 THINGS = (2, 5)
 """Fewest and most in a scene."""
 MOST = {"count": 4, "sum": 6}
 """Largest answer of a kind; the smallest is 0."""
-CELL = 28
-"""Pixels of a cell's side."""
 _TYPES = tuple(product(COLOURS, SHAPES))
 _PLACES = tuple(product(ROWS, COLUMNS))
 
@@ -61,7 +59,7 @@ class Problem(NamedTuple):
     @property
     def completion(self) -> str:
         """A right response."""
-        seen, thought = TAGS
+        seen, thought = TAGS.perception, TAGS.reasoning
         return (
             f"<{seen}> {describe(self.scene)} </{seen}> "
             f"<{thought}> {self.thought} </{thought}> \\boxed{{{self.answer}}}"
@@ -89,6 +87,21 @@ class _Ask(NamedTuple):
     answer: str
     compose: Callable[[random.Random], list[Thing]]
     explain: Callable[[list[Thing]], str]
+
+
+def records(settings: Prompts, seed: int) -> Iterator[dict[str, Any]]:
+    """An endless stream of records of task shapes."""
+    for problem in problems(settings.split, seed, settings.kinds):
+        yield {
+            "id": f"shapes/{problem.digest}",
+            "task": "shapes",
+            "kind": problem.kind,
+            "images": [as_data_uri(draw_scene(problem.scene, problem.looks, settings.cell))],
+            "prompt": shapes_prompt(problem.question, settings.style),
+            "scene": [thing._asdict() for thing in problem.scene],
+            "answer": problem.answer,
+            **({"completion": problem.completion} if settings.completions else {}),
+        }
 
 
 def problems(

@@ -13,15 +13,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from dlmctl.records.errors import DataError
+from dlmctl.settings.tags import TAGS, Tags
 from dlmctl.tasks import layout as layouts
-from dlmctl.tasks.layout import TAGS, Tags
 from dlmctl.tasks.scenes import Thing, described
 from dlmctl.verifiers.answer import Verdict, completion_text, required
 
 
 def layout(record: Mapping[str, Any], tags: Tags = TAGS) -> Verdict:
     """1 if the whole completion is of the layout with these tags."""
-    found = layouts.layout(completion_text(record), *tags)
+    found = layouts.layout(completion_text(record), tags)
     if found is not None and found.alone:
         return Verdict(1.0, {})
     what = f"<{tags.perception}>, <{tags.reasoning}> and a box"

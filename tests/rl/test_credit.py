@@ -8,7 +8,7 @@ import torch
 from dlmctl.records.errors import UsageError
 from dlmctl.rl.srpo.credit import Credit, Weighted, token_weights
 from dlmctl.rl.srpo.roles import token_roles
-from dlmctl.tasks.layout import Tags
+from dlmctl.settings.tags import Tags
 
 ROLES = [[1, 1, 2, 2, 0], [1, 2, 2, 0, 0], [1, 1, 2, 2, 0], [0, 0, 0, 0, 0]]
 SIGNALS = [[1.2, 0.1, 0.8, -0.1, 0], [0.4, 0.3, 1.5, 0, 0], [-0.1, 2.5, 0.05, 0.6, 0], [0] * 5]
