@@ -117,7 +117,7 @@ def each(
 
 
 def faulty(record: Record, error: DataError, on_error: OnError | None) -> Iterator[Record]:
-    """What becomes of a record that cannot be used: raise, leave it out, or pass it on with `error`."""
+    """What becomes of a faulty record: raise, leave it out, or pass it on with `error`."""
     if on_error is None or on_error == "fail":
         error.skippable = on_error is not None
         raise error
@@ -143,7 +143,7 @@ def field(record: Record, name: str, kind: type | tuple[type, ...], hint: str = 
 
 
 def object_field(record: Record, name: str) -> dict[str, Any]:
-    """A field that is an object, empty if it is missing; raises DataError if it is anything else."""
+    """A field that is an object, empty if it is missing; raises DataError for anything else."""
     return field(record, name, dict) if record.get(name) is not None else {}
 
 
@@ -231,10 +231,7 @@ def _sink(output: str, resume: Resume | None) -> Iterator[IO[bytes]]:
         yield sys.stdout.buffer
         return
     if _in_place(output):
-        try:
-            device = open(output, "wb")
-        except OSError as error:
-            raise CannotCreateError(f"cannot create {output} ({error.strerror})") from None
+        device = _opened(output)
         with _closing(device, output):
             yield device
         return
@@ -277,6 +274,13 @@ def _closing(stream: IO[bytes], name: str) -> Iterator[None]:
 def _in_place(output: str) -> bool:
     """Whether a name is of a device, a pipe or the like, which a file must not replace."""
     return os.path.exists(output) and not os.path.isfile(output)
+
+
+def _opened(output: str) -> IO[bytes]:
+    try:
+        return open(output, "wb")
+    except OSError as error:
+        raise CannotCreateError(f"cannot create {output} ({error.strerror})") from None
 
 
 def _open(name: str) -> contextlib.AbstractContextManager[Iterable[bytes]]:

@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
+from dlmctl.report.auroc import stratified_auroc
 from dlmctl.sae.order.feature_change import Change, Ledger, jaccard, progress
-from dlmctl.sae.order.signals import Pool, auroc
+from dlmctl.sae.order.signals import Pool
 
 
 def test_jaccard_of_sets_written_out() -> None:
@@ -105,17 +106,19 @@ def test_auroc_counts_pairs() -> None:
             right = torch.rand(number, generator=generator) < 0.6
             stratum = torch.randint(-3, 3, (number,), generator=generator) * 10**15
             lists = signal.tolist(), right.tolist()
-            assert auroc(signal, right) == pytest.approx(_auroc(*lists, [0] * number))
-            assert auroc(signal, right, stratum) == pytest.approx(_auroc(*lists, stratum.tolist()))
-    assert auroc(torch.zeros(0), torch.zeros(0, dtype=torch.bool)) is None
-    assert auroc(torch.ones(3), torch.ones(3, dtype=torch.bool)) is None
+            assert stratified_auroc(signal, right) == pytest.approx(_auroc(*lists, [0] * number))
+            assert stratified_auroc(signal, right, stratum) == pytest.approx(
+                _auroc(*lists, stratum.tolist())
+            )
+    assert stratified_auroc(torch.zeros(0), torch.zeros(0, dtype=torch.bool)) is None
+    assert stratified_auroc(torch.ones(3), torch.ones(3, dtype=torch.bool)) is None
 
 
 def test_a_clock_says_nothing_within_a_step() -> None:
     step = torch.arange(400) // 8
     right = torch.rand(400, generator=torch.Generator().manual_seed(1)) < step / 50
-    assert auroc(step.double(), right) > 0.7
-    assert auroc(step.double(), right, step) == 0.5
+    assert stratified_auroc(step.double(), right) > 0.7
+    assert stratified_auroc(step.double(), right, step) == 0.5
 
 
 @pytest.mark.parametrize("size", [1, 10, 37, 1000])

@@ -16,8 +16,8 @@ from dlmctl.diffusion.sampling import Sampling
 from dlmctl.models.blocks import block_outputs
 from dlmctl.models.policy import Family, Policy
 from dlmctl.records.jsonl import Record
+from dlmctl.report.auroc import stratified_auroc
 from dlmctl.sae.order.feature_watch import Dictionary, FeatureWatch
-from dlmctl.sae.order.signals import auroc
 from dlmctl.sae.order.study import OrderStudy
 
 PROMPTS = ["012", "34", "0", "01234=0", "4321"]
@@ -213,8 +213,8 @@ def test_signals_are_those_of_the_replay(order: Any) -> None:
     right = torch.tensor([entry[1] for entry in found])
     step = torch.tensor([entry[0] for entry in found])
     values = torch.tensor([entry[2]["confidence"] for entry in found])
-    assert rows["confidence"]["auroc"] == pytest.approx(auroc(values, right))
-    assert rows["confidence"]["auroc_step"] == pytest.approx(auroc(values, right, step))
+    assert rows["confidence"]["auroc"] == pytest.approx(stratified_auroc(values, right))
+    assert rows["confidence"]["auroc_step"] == pytest.approx(stratified_auroc(values, right, step))
     assert rows["progress"]["auroc_choice"] == 0.5
     assert rows["confidence"]["proposals"] == rows["confidence"]["used"] == len(found)
 

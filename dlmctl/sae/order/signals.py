@@ -61,26 +61,3 @@ class Pool:
             order = order[whole["unit"][order] < self._limit]
         self._parts = [{name: column[order] for name, column in whole.items()}]
         self._held = len(order)
-
-
-def auroc(signal: Tensor, right: Tensor, stratum: Tensor | None = None) -> float | None:
-    """AUROC of a signal [N] for bool [N]; None where there is no pair of a right and a wrong one.
-
-    Args:
-        stratum: int64 [N]; only pairs within one count. None: all pairs.
-    """
-    if not len(signal):
-        return None
-    if stratum is None:
-        stratum = torch.zeros(len(signal), dtype=torch.int64)
-    values, value = signal.unique(return_inverse=True)
-    stratum = stratum.unique(return_inverse=True)[1]
-    cells, cell = (stratum * len(values) + value).unique(return_inverse=True)
-    wins = torch.bincount(cell, right.double(), minlength=len(cells))
-    losses = torch.bincount(cell, (~right).double(), minlength=len(cells))
-    owner = cells // len(values)
-    all_wins, all_losses = torch.bincount(owner, wins), torch.bincount(owner, losses)
-    earlier = (all_losses.cumsum(0) - all_losses)[owner]
-    below = losses.cumsum(0) - losses - earlier
-    pairs = float((all_wins * all_losses).sum())
-    return float((wins * (below + losses / 2)).sum()) / pairs if pairs else None

@@ -16,8 +16,8 @@ from dlmctl.diffusion.sampling import Remasking, Sampling
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import OnError, Record, each, field
+from dlmctl.report.auroc import stratified_auroc
 from dlmctl.sae.order.feature_watch import Dictionary, check_watchable
-from dlmctl.sae.order.signals import auroc
 from dlmctl.sae.order.watch import SIGNALS, OrderWatch
 
 WINDOW = 4
@@ -130,9 +130,9 @@ class OrderStudy:
                         "order": order,
                         **dictionary.note(),
                         "signal": signal,
-                        "auroc": auroc(found[signal], right),
-                        "auroc_step": auroc(found[signal], right, found["step"]),
-                        "auroc_choice": auroc(found[signal], right, found["unit"]),
+                        "auroc": stratified_auroc(found[signal], right),
+                        "auroc_step": stratified_auroc(found[signal], right, found["step"]),
+                        "auroc_choice": stratified_auroc(found[signal], right, found["unit"]),
                         "proposals": pool.seen,
                         "used": len(right),
                         "right": float(right.double().mean()),
