@@ -1,7 +1,7 @@
-"""How a problem is put to a model: `plain` for models trained on it, `instruct` for chat models.
+"""Prompts of problems: `plain` for models trained on them, `instruct` for chat models.
 
-The instruct prompts ask for the tags that the verifiers read; the wording is our own, so that
-numbers are comparable with those of papers only as far as a prompt does not matter.
+The instruct prompts ask for the tags that the verifiers read. The wording is our own, so that
+numbers are comparable with those of papers only as far as the prompt does not matter.
 """
 
 from __future__ import annotations
