@@ -11,7 +11,7 @@ import typer
 from dlmctl.commands.mask_options import Masks, MasksPerSample
 from dlmctl.commands.objective_options import Algo, Beta, Inner
 from dlmctl.commands.optimizer_options import GradientCheckpointing, LoraRank
-from dlmctl.commands.options import BatchSize, Dtype, Json, byte_count
+from dlmctl.commands.options import BatchSize, Dtype, Json
 from dlmctl.commands.sampling import (
     BlockLength,
     Cache,
@@ -24,7 +24,9 @@ from dlmctl.commands.sampling import (
 from dlmctl.commands.tables import print_table
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
-from dlmctl.settings.algorithms import PROMPTS_PER_STEP, RECIPES, check_kind, constants
+from dlmctl.settings.algorithms import PROMPTS_PER_STEP, RECIPES, Constants, check_kind
+from dlmctl.settings.parsing import byte_count
+from dlmctl.settings.sampler import Sampler
 
 SEEN, RUN, MACHINE = "What a step sees", "The run", "The machine"
 
@@ -197,7 +199,7 @@ def command(
     """
     import torch
 
-    from dlmctl.diffusion.sampling import settings_for
+    from dlmctl.diffusion.sampling import configured
     from dlmctl.models.loading import resolve_dtype
     from dlmctl.models.weightless import weightless_policy
     from dlmctl.plan.requirements import Machine, Options, Work, plan
@@ -209,7 +211,7 @@ def command(
     policy = weightless_policy(model, chosen)
     if image_tokens and policy.family != "vlm":
         raise UsageError(f"{model} takes no images: leave --image-tokens out")
-    constants(algo, beta=beta)
+    Constants(beta=beta).of(algo)
     check_kind(algo, policy.diffusion, model)
     recipe, passes = RECIPES[algo], Passes(0, 0, 1)
     if algo != "sft":
@@ -217,15 +219,9 @@ def command(
         sampled = recipe.sampled_old and not policy.diffusion
         passes = passes_for(objective, inner or recipe.inner, sampled)
     whole = not policy.diffusion or (masks or recipe.law) == "full"
-    given = {
-        "gen_length": gen_length,
-        "block_length": block_length,
-        "steps": steps,
-        "temperature": temperature,
-        "cfg_scale": cfg_scale,
-        "cache": cache,
-        "refresh": refresh,
-    }
+    sampler = Sampler(
+        gen_length, block_length, steps, temperature, cfg_scale, cache=cache, refresh=refresh
+    )
     work = Work(
         prompt_length=prompt_length + image_tokens,
         image_tokens=image_tokens,
@@ -235,7 +231,7 @@ def command(
         scored=1.0 if whole else 0.5,
         passes=passes,
         contrasts=credit_passes(policy.diffusion) if algo == "srpo" else 0,
-        sampling=settings_for(policy, **given),
+        sampling=configured(policy, sampler),
         sampling_batch=0 if algo == "sft" else rollout_batch_size,
     )
     machine = Machine(

@@ -16,7 +16,7 @@ from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import read_records, write_records
 from dlmctl.settings import Knob
 from dlmctl.settings.common import Files, OnErrorOption, Output, Quiet
-from dlmctl.settings.parsing import number_pair
+from dlmctl.settings.parsing import named_number
 
 
 def command(
@@ -83,7 +83,7 @@ def command(
     from dlmctl.report.measurements import averages, is_measurement, present
     from dlmctl.report.statistics import tally
 
-    limits = [number_pair("--fail-under", "MEASURE=NUMBER", text) for text in fail_under or []]
+    limits = [named_number("--fail-under", text, "MEASURE=NUMBER") for text in fail_under or []]
     total = input_lines(files)
     records = counted(read_records(files or [], on_error), "records", quiet, total)
     first = next(records, None)

@@ -15,7 +15,7 @@ from dlmctl.records.resume import Resume, Rule
 from dlmctl.records.shards import parse_shard, read_shard
 from dlmctl.settings import Knob
 from dlmctl.settings.common import Files, Stage
-from dlmctl.settings.tags import TAGS, Tags
+from dlmctl.settings.layout import Tags
 from dlmctl.settings.verify import Judging
 from dlmctl.verifiers.evaluations import from_evaluation
 from dlmctl.verifiers.registry import VERIFIERS, find_verifier, verify
@@ -32,7 +32,7 @@ def command(
         ),
     ] = None,
     judging: Judging = Judging(),
-    tags: Tags = TAGS,
+    tags: Tags = Tags(),
     stage: Stage = Stage(),
 ) -> None:
     """Give each completion its rewards.

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from dlmctl.diffusion.sampling import Sampling
+from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.families import FAULTS
 from dlmctl.models.policy import Policy
 from dlmctl.models.weightless import weightless_policy
@@ -40,8 +40,9 @@ from dlmctl.plan.footprint import (
 )
 from dlmctl.records.errors import DataError
 from dlmctl.rl.policy_gradient import Passes
+from dlmctl.settings.optimizer import Adapter
 from dlmctl.train.activations import checkpoint_activations
-from dlmctl.train.lora import Adapter, add_adapter
+from dlmctl.train.lora import add_adapter
 
 MARGIN = 0.1
 """Share of a device's memory that is left to CUDA, its libraries and fragmentation."""
@@ -65,7 +66,7 @@ class Work:
     passes: Passes
     contrasts: int
     """Passes of `advantage --algo srpo` over each completion; 0 without it."""
-    sampling: Sampling
+    sampling: SamplerConfig
     sampling_batch: int
     """Sequences that `rollout` has under way; 0 where nothing is sampled."""
 

@@ -19,15 +19,16 @@ from dlmctl.records.errors import DataError
 from dlmctl.records.groups import group_batches
 from dlmctl.records.jsonl import OnError, Record, faulty, field, object_field
 from dlmctl.rl.batches import Source, source_of
-from dlmctl.rl.srpo.contrast import Contrast, Response, signals
-from dlmctl.rl.srpo.credit import Credit, token_weights
+from dlmctl.rl.srpo.contrast import Response, signals
+from dlmctl.rl.srpo.credit import token_weights
 from dlmctl.rl.srpo.evidence import MASKS, diffusion_signals, evidence_tokens
 from dlmctl.rl.srpo.per_token import number_list
 from dlmctl.rl.srpo.roles import OTHER, PERCEPTION, REASONING, token_roles
-from dlmctl.settings.tags import Tags
+from dlmctl.settings.layout import Tags
+from dlmctl.settings.srpo import Contrast, Credit
 
 
-class Sampler:
+class BehaviorPolicy:
     """The policy that sampled the records, whichever round they are of."""
 
     def __init__(self, model: str | None, device: str, dtype: str, any_policy: bool) -> None:
@@ -82,7 +83,7 @@ def credit_passes(diffusion: bool) -> int:
 
 def credited(
     records: Iterable[Record],
-    sampler: Sampler,
+    sampler: BehaviorPolicy,
     contrast: Contrast,
     credit: Credit,
     tags: Tags,

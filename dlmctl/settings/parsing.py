@@ -1,6 +1,6 @@
-"""Parsers of option texts: NAME=VALUE pairs, ranges, lists of numbers, sizes.
+"""Parsers of option texts: NAME=VALUE, ranges, lists of numbers, sizes.
 
-Each takes the option's name for its message, and raises UsageError if the text has another form.
+Those that take the option's name need it for their message.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ DIGITS = 18
 """Most digits of a whole number on the command line, so that it fits into 64 bits."""
 
 
-def pair(option: str, form: str, text: str) -> tuple[str, str]:
-    """Name and value of NAME=VALUE, neither of them empty.
+def named_text(option: str, text: str, form: str) -> tuple[str, str]:
+    """Name and value of NAME=VALUE, neither empty; raises UsageError if it is not of that form.
 
     Args:
-        form: the form that the message asks for, such as FIELD=COLUMN.
+        form: what the message asks for, such as FIELD=COLUMN.
     """
     name, equals, value = text.partition("=")
     if not equals or not name or not value:
@@ -23,8 +23,8 @@ def pair(option: str, form: str, text: str) -> tuple[str, str]:
     return name, value
 
 
-def number_pair(option: str, form: str, text: str) -> tuple[str, float]:
-    """Name and number of NAME=NUMBER; `form` as in `pair`."""
+def named_number(option: str, text: str, form: str) -> tuple[str, float]:
+    """Name and number of NAME=NUMBER; raises UsageError if it is not of that form."""
     name, _, value = text.partition("=")
     try:
         return name, float(value)
@@ -33,7 +33,7 @@ def number_pair(option: str, form: str, text: str) -> tuple[str, float]:
 
 
 def whole_range(option: str, text: str, least: int, most: int) -> tuple[int, int]:
-    """First and last number of N or N-M, both within `least` and `most`."""
+    """First and last number of N or N-M; raises UsageError unless both are within the bounds."""
     first, _, last = text.partition("-")
     try:
         low, high = int(first), int(last or first)
@@ -45,15 +45,33 @@ def whole_range(option: str, text: str, least: int, most: int) -> tuple[int, int
 
 
 def whole_numbers(option: str, text: str) -> list[int]:
-    """Numbers of a list such as 2,4,8, each at least 1."""
+    """The numbers of a list like 2,4,8; raises UsageError if one is not a whole number >= 1."""
     parts = text.split(",")
     if not all(part.isdecimal() and len(part) <= DIGITS and int(part) > 0 for part in parts):
         raise UsageError(f"{option} {text} is not a list of whole numbers from 1 on")
     return [int(part) for part in parts]
 
 
+def number_pair(option: str, text: str, form: str) -> tuple[float, float]:
+    """The numbers of a pair like 0.8,1.2; raises UsageError if it is none."""
+    low, _, high = text.partition(",")
+    try:
+        return float(low), float(high)
+    except ValueError:
+        raise UsageError(f"{option} {text} is not {form}") from None
+
+
+def level_range(text: str) -> tuple[float, float]:
+    """Least and greatest level of --t 0.3 or --t 0.05-0.5; raises UsageError if it is neither."""
+    first, _, last = text.partition("-")
+    try:
+        return float(first), float(last or first)
+    except ValueError:
+        raise UsageError(f"--t {text} is neither a number nor a range such as 0.05-0.5") from None
+
+
 def byte_count(option: str, text: str) -> int:
-    """Bytes of a size such as 512M or 2G."""
+    """Bytes of a size like 512M or 2G; raises UsageError if it is none."""
     number, unit = text.rstrip("KMGkmg"), text[len(text.rstrip("KMGkmg")) :].upper()
     if not number.isdecimal() or len(number) > DIGITS or len(unit) > 1:
         raise UsageError(f"{option} {text} is not a size such as 512M or 2G")

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import knob
-from dlmctl.settings.parsing import pair, whole_range
+from dlmctl.settings.parsing import named_text, whole_range
 
 Split = Literal["train", "test"]
 Style = Literal["plain", "instruct"]
@@ -119,7 +119,7 @@ class Prompts:
     @cached_property
     def wanted(self) -> dict[str, str]:
         """Concept to value."""
-        return dict(pair("--want", "CONCEPT=VALUE", text) for text in self.want or ())
+        return dict(named_text("--want", text, "CONCEPT=VALUE") for text in self.want or ())
 
     @cached_property
     def kinds(self) -> list[Kind]:
@@ -134,4 +134,4 @@ class Prompts:
     @cached_property
     def columns(self) -> dict[str, str]:
         """Field of a record to the column of a row that it is taken from."""
-        return dict(pair("--map", "FIELD=COLUMN", text) for text in self.map or ())
+        return dict(named_text("--map", text, "FIELD=COLUMN") for text in self.map or ())

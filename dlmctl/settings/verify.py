@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Literal
 
 from dlmctl.settings import knob
-from dlmctl.settings.parsing import byte_count, number_pair
+from dlmctl.settings.parsing import byte_count, named_number
 
 LIMITS = "Limits"
 
@@ -62,7 +62,7 @@ class Judging:
     @cached_property
     def weights(self) -> dict[str, float]:
         """Weights by the names of their verifiers."""
-        return dict(number_pair("--weight", "NAME=NUMBER", text) for text in self.weight or ())
+        return dict(named_number("--weight", text, "NAME=NUMBER") for text in self.weight or ())
 
     @cached_property
     def memory(self) -> int | None:

@@ -114,9 +114,8 @@ def documents(split: Split = "train", seed: int = 0, words: int = WORDS) -> Iter
 
 def expressions(concept: str, value: str) -> frozenset[str]:
     """Words and phrases that express a value and no other value of the concept."""
-    return _expressions(concept, value).difference(
-        *(_expressions(concept, v) for v in CONCEPTS[concept] if v != value)
-    )
+    others = (_expressions(concept, other) for other in CONCEPTS[concept] if other != value)
+    return _expressions(concept, value).difference(*others)
 
 
 def _expressions(concept: str, value: str) -> frozenset[str]:

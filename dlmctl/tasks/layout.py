@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from dlmctl.settings.tags import TAGS, Tags
+from dlmctl.settings.layout import Tags
 from dlmctl.tasks.boxes import last_box
 
 Span = tuple[int, int]
@@ -35,7 +35,7 @@ class _Block(NamedTuple):
     end: int
 
 
-def layout(text: str, tags: Tags = TAGS) -> Layout | None:
+def layout(text: str, tags: Tags = Tags()) -> Layout | None:
     """The parts of a response; None if it is malformed.
 
     It is malformed if a tag is missing, repeated or out of order, if a part is blank, or if no box

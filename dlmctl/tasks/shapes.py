@@ -23,8 +23,8 @@ from hashlib import blake2b
 from itertools import product
 from typing import Any, NamedTuple
 
+from dlmctl.settings.layout import Tags
 from dlmctl.settings.prompts import KINDS, Kind, Prompts, Split
-from dlmctl.settings.tags import TAGS
 from dlmctl.tasks.drawing import Look, draw_scene
 from dlmctl.tasks.images import as_data_uri
 from dlmctl.tasks.scenes import COLOURS, COLUMNS, ROWS, SHAPES, Thing, describe, split_of
@@ -59,7 +59,8 @@ class Problem(NamedTuple):
     @property
     def completion(self) -> str:
         """A right response."""
-        seen, thought = TAGS.perception, TAGS.reasoning
+        tags = Tags()
+        seen, thought = tags.perception, tags.reasoning
         return (
             f"<{seen}> {describe(self.scene)} </{seen}> "
             f"<{thought}> {self.thought} </{thought}> \\boxed{{{self.answer}}}"

@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from dlmctl.records.errors import DataError
-from dlmctl.settings.tags import TAGS, Tags
+from dlmctl.settings.layout import Tags
 from dlmctl.tasks import layout as layouts
 from dlmctl.tasks.scenes import Thing, described
 from dlmctl.verifiers.answer import Verdict, completion_text, required
 
 
-def layout(record: Mapping[str, Any], tags: Tags = TAGS) -> Verdict:
+def layout(record: Mapping[str, Any], tags: Tags = Tags()) -> Verdict:
     """1 if the whole completion has the layout with these tags."""
     parts = layouts.layout(completion_text(record), tags)
     if parts is not None and parts.alone:
@@ -29,7 +29,7 @@ def layout(record: Mapping[str, Any], tags: Tags = TAGS) -> Verdict:
     return Verdict(0.0, {"why": why})
 
 
-def grounding(record: Mapping[str, Any], tags: Tags = TAGS) -> Verdict:
+def grounding(record: Mapping[str, Any], tags: Tags = Tags()) -> Verdict:
     """F1 of the things that the description names, each by colour, shape, row and column.
 
     The description counts wherever its tags are, whatever the rest of the layout; what is not in

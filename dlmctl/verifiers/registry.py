@@ -18,7 +18,7 @@ from typing import Any
 
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import OnError, Record, each
-from dlmctl.settings.tags import TAGS, Tags
+from dlmctl.settings.layout import Tags
 from dlmctl.settings.verify import Judging
 from dlmctl.verifiers.answer import Verdict, judged
 from dlmctl.verifiers.evaluations import from_evaluation
@@ -85,7 +85,7 @@ def verify(
     records: Iterable[Record],
     verifiers: list[str] | None = None,
     judging: Judging = Judging(),
-    tags: Tags = TAGS,
+    tags: Tags = Tags(),
     *,
     on_error: OnError = "fail",
     used: set[str] | None = None,

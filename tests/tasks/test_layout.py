@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from dlmctl.settings.tags import Tags
+from dlmctl.settings.layout import Tags
 from dlmctl.tasks.boxes import last_box, last_boxed
 from dlmctl.tasks.layout import layout
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from dlmctl.settings.tags import Tags
+from dlmctl.settings.layout import Tags
 from dlmctl.tasks.layout import Span, layout
 
 OTHER, PERCEPTION, REASONING = 0, 1, 2
