@@ -1,4 +1,4 @@
-"""Heat maps of measures that are lists: a row for each line's label, a column for each place."""
+"""Heat maps of measures that are lists: a row per label of a line, a column per place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from dlmctl.records.errors import DataError
 
 Grid = dict[str, list[float]]
-"""Label of a row: its numbers, nan where there is none."""
+"""Label of a row to its numbers, nan where there is none."""
 
 
 def is_curve(value: Any) -> bool:
@@ -23,25 +23,25 @@ def is_curve(value: Any) -> bool:
 
 
 def mean_rows(name: str, curves: Mapping[str, Sequence[Sequence[float | None]]]) -> Grid:
-    """The mean of each row's lists, place by place; null counts for nothing.
+    """The mean of each row's lists, place by place, without nulls.
 
     Raises:
-        DataError: lists of different length.
+        DataError: the lists differ in length.
     """
-    lengths = {len(curve) for found in curves.values() for curve in found}
+    lengths = {len(curve) for lists in curves.values() for curve in lists}
     if len(lengths) > 1:
         raise DataError(
             f"'{name}' is a list of {min(lengths)} numbers in one record and of {max(lengths)} in "
             "another; a heat map takes one length"
         )
     return {
-        label: [_mean(place) for place in zip(*found, strict=True)]
-        for label, found in curves.items()
+        label: [_mean(place) for place in zip(*lists, strict=True)]
+        for label, lists in curves.items()
     }
 
 
 def heat_panel(figure: Any, axis: Any, name: str, grid: Grid) -> None:
-    """Draw a grid with its numbers' scale beside it."""
+    """Draw a grid, and the scale of its numbers next to it."""
     picture = axis.imshow(
         list(grid.values()), aspect="auto", cmap="viridis", interpolation="nearest"
     )

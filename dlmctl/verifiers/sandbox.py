@@ -1,9 +1,9 @@
 """Starts the harness that runs untrusted code, reads its report, and leaves nothing behind.
 
 The code runs in an isolated interpreter without site packages, environment, standard streams or
-files of its own, in an empty working directory, under limits of time, memory, and on Linux confined
-by the kernel (Landlock, seccomp): it reads the standard library alone, writes no file, and has no
-network, no other processes and no signals to others.
+files of its own, in an empty working directory, with limits on time and memory. On Linux, the
+kernel (Landlock, seccomp) lets it read only the standard library and write no file, and denies it
+network, other processes and signals to them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import NamedTuple
 from dlmctl.verifiers.harness import END
 
 LONGEST_STEP = 2000
-"""Bytes that are reported of a step, well above what the harness writes."""
+"""Most bytes in the report of a step, well above what the harness writes."""
 READABLE = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
@@ -35,19 +35,19 @@ class Code(NamedTuple):
     """What to run, in this order, in one module."""
 
     before: str
-    """May fail."""
+    """It may fail."""
     setup: list[str]
     code: str
     tests: list[str]
 
 
 class Report(NamedTuple):
-    """What came of it."""
+    """The results."""
 
     steps: dict[str, str | None]
-    """`load` and numbers of tests: what went wrong, or None; without what was not reached."""
+    """`load` and numbers of tests to the problem, or None; only steps that were reached."""
     why: str
-    """Why it stopped before its end; empty where it did not."""
+    """Why it stopped early; empty if it did not."""
     lacking: str | None
     """Why the kernel did not confine it."""
 
@@ -56,9 +56,9 @@ def run_code(code: Code, time_limit: float, memory: int, unconfined: bool = Fals
     """Run code in a process that is gone, with its files, when this returns.
 
     Args:
-        time_limit: seconds, for everything together.
+        time_limit: seconds for everything together.
         memory: bytes of address space.
-        unconfined: run it also where the kernel cannot confine it.
+        unconfined: run it even if the kernel cannot confine it.
     """
     token = secrets.token_hex(16)
     request = {
@@ -105,7 +105,7 @@ def run_code(code: Code, time_limit: float, memory: int, unconfined: bool = Fals
 def _read(
     process: subprocess.Popen[bytes], reads: int, token: str, time_limit: float, longest: int
 ) -> tuple[bytes, str]:
-    """What is reported until the end, and why it is not all."""
+    """The report until its end, and why it is incomplete; empty if it is whole."""
     last = f"{token} {END} ".encode()
     refused = f"{token} confine ".encode()
     end, said = time.monotonic() + time_limit, b""
@@ -113,14 +113,14 @@ def _read(
         left = end - time.monotonic()
         if left <= 0:
             return said, f"took longer than {time_limit:g} s"
-        # A child that it left behind would hold the pipe open.
+        # A child process may keep the pipe open.
         ended = process.poll() is not None
         if select.select([reads], [], [], 0.0 if ended else min(left, 0.05))[0]:
             chunk = os.read(reads, 1 << 16)
             said += chunk
             if len(said) > longest:
                 return said, "wrote to the harness's report"
-            # Whole lines only, and the newest alone, so that time stays linear.
+            # Look only at whole lines, and only at the newest, so that time stays linear.
             recent = said[-len(chunk) - 400 :]
             if (last in recent or refused in recent) and said.endswith(b"\n"):
                 return said, ""
@@ -144,13 +144,13 @@ def _report(said: bytes, token: str, why: str) -> Report:
         mine, _, rest = line.decode("utf-8", "replace").partition(" ")
         step, _, text = rest.partition(" ")
         if mine != token:
-            continue  # written by somebody else
+            continue  # the code wrote it
         with contextlib.suppress(ValueError):
             problem = json.loads(text)
             if step in (END, "confine"):
                 lacking = problem
             else:
-                # The first word on a step counts, and what is not None is a problem.
+                # The first report of a step counts; anything but None is a problem.
                 steps.setdefault(step, problem)
     return Report(steps, why, lacking)
 
@@ -160,6 +160,6 @@ def _harness() -> Path:
 
 
 def _library() -> Sequence[str]:
-    """Where the standard library and the interpreter stand."""
+    """Directories of the standard library and the interpreter."""
     paths = sysconfig.get_paths()
     return [paths["stdlib"], paths["platstdlib"], os.path.join(sys.base_prefix, "lib")]

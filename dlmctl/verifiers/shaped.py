@@ -1,6 +1,6 @@
-r"""The shaped rewards of d1 (arXiv 2504.12216) as its code gives them, without its defects.
+r"""The shaped rewards of d1 (arXiv 2504.12216) as its code computes them, without its bugs.
 
-What differs: \boxed is looked for as it is written (in d1 a backspace stands there, and it never
+What differs: \boxed is matched as it is written (the code of d1 has a backspace there, which never
 matches); Countdown is parsed instead of passed to `eval`; a prefilled <reasoning> counts.
 """
 
@@ -13,22 +13,6 @@ from dlmctl.verifiers.answer import ANSWER_TAG, Verdict, answer_text, completion
 from dlmctl.verifiers.countdown import countdown
 from dlmctl.verifiers.numeric import parse_number
 from dlmctl.verifiers.texts import BETWEEN
-
-PRESETS: dict[str, dict[str, dict[str, float]]] = {
-    "d1": {
-        "gsm8k": {
-            "gsm8k": 2.0,
-            "tags-count": 1.0,
-            "tags-soft": 0.5,
-            "tags-strict": 0.5,
-            "integer": 0.5,
-        },
-        "math": {"math": 2.0, "boxed-tags": 1.0},
-        "countdown": {"countdown-shaped": 1.0},
-        "sudoku": {"sudoku-cells": 1.0},
-    }
-}
-"""Preset, task: verifiers and their weights."""
 
 
 def tags_count(record: Mapping[str, Any]) -> Verdict:

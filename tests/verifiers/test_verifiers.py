@@ -7,6 +7,7 @@ from conftest import shell
 
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
+from dlmctl.settings.verify import Judging
 from dlmctl.verifiers.countdown import NotAnExpressionError, evaluate
 from dlmctl.verifiers.registry import verify
 
@@ -104,14 +105,16 @@ def test_math_compares_by_value():
 
 def test_rewards_are_summed_with_their_weights():
     record = {"task": "exact", "answer": "A", "completion": "<answer>A</answer>"}
-    done = judge(record, verifiers=["exact", "choice", "format"], weights={"choice": 0.5})
+    done = judge(
+        record, verifiers=["exact", "choice", "format"], judging=Judging(weight=["choice=0.5"])
+    )
     assert done["rewards"] == {"exact": 1, "choice": 1, "format": 0}
     assert done["reward"] == 1.5
 
 
 def test_the_preset_of_d1_sums_its_parts():
     text = "<reasoning>\nx\n</reasoning>\n<answer>\n4\n</answer>\n"
-    done = judge({"task": "gsm8k", "answer": "4", "completion": text}, preset="d1")
+    done = judge({"task": "gsm8k", "answer": "4", "completion": text}, judging=Judging(preset="d1"))
     assert done["reward"] == pytest.approx(2 + 0.5 + 0.5 + 0.5 + 0.5)
     wrong = {
         "task": "countdown",
@@ -119,7 +122,7 @@ def test_the_preset_of_d1_sums_its_parts():
         "target": 3,
         "completion": "<answer>1</answer>",
     }
-    assert judge(wrong, preset="d1")["reward"] == 0.1
+    assert judge(wrong, judging=Judging(preset="d1"))["reward"] == 0.1
 
 
 def test_evaluation_files_of_d1_are_read_as_they_are():
