@@ -10,7 +10,7 @@ from typing import Any
 from dlmctl.records.errors import DataError
 
 Grid = dict[str, list[float]]
-"""Label of a row to its numbers, nan where there is none."""
+"""Label of a row to its numbers, with nan for a missing one."""
 
 
 def is_curve(value: Any) -> bool:
@@ -53,5 +53,5 @@ def heat_panel(figure: Any, axis: Any, name: str, grid: Grid) -> None:
 
 
 def _mean(place: Sequence[float | None]) -> float:
-    there = [value for value in place if value is not None]
-    return fmean(there) if there else math.nan
+    numbers = [value for value in place if value is not None]
+    return fmean(numbers) if numbers else math.nan

@@ -52,8 +52,8 @@ def collect(records: Iterable[Record], curves: Curves) -> dict[str, tuple[Series
                 points[y].setdefault(_label(record, by), []).append((at, value))
     for y in ys:
         if not points[y] and not lists[y]:
-            there = ", ".join(names) or "no records"
-            raise DataError(f"no record has a number '{y}' over '{x}'; there are: {there}")
+            others = ", ".join(names) or "no records"
+            raise DataError(f"no record has a number '{y}' over '{x}'; there are: {others}")
         if points[y] and lists[y]:
             raise DataError(f"'{y}' is a number in one record and a list in another")
     return {y: (points[y], mean_rows(y, lists[y])) for y in ys}

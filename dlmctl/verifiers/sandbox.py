@@ -91,7 +91,7 @@ def run_code(code: Code, time_limit: float, memory: int, unconfined: bool = Fals
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError), process.stdin:
                 process.stdin.write(json.dumps(request).encode())
-            said, why = _read(
+            report, why = _read(
                 process, reads, token, time_limit, LONGEST_STEP * (len(code.tests) + 10)
             )
         finally:
@@ -99,7 +99,7 @@ def run_code(code: Code, time_limit: float, memory: int, unconfined: bool = Fals
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             os.close(reads)
-    return _report(said, token, why)
+    return _report(report, token, why)
 
 
 def _read(
@@ -108,22 +108,22 @@ def _read(
     """The report until its end, and why it is incomplete; empty if it is whole."""
     last = f"{token} {END} ".encode()
     refused = f"{token} confine ".encode()
-    end, said = time.monotonic() + time_limit, b""
+    end, report = time.monotonic() + time_limit, b""
     while True:
         left = end - time.monotonic()
         if left <= 0:
-            return said, f"took longer than {time_limit:g} s"
+            return report, f"took longer than {time_limit:g} s"
         # A child process may keep the pipe open.
         ended = process.poll() is not None
         if select.select([reads], [], [], 0.0 if ended else min(left, 0.05))[0]:
             chunk = os.read(reads, 1 << 16)
-            said += chunk
-            if len(said) > longest:
-                return said, "wrote to the harness's report"
+            report += chunk
+            if len(report) > longest:
+                return report, "wrote to the harness's report"
             # Look only at whole lines, and only at the newest, so that time stays linear.
-            recent = said[-len(chunk) - 400 :]
-            if (last in recent or refused in recent) and said.endswith(b"\n"):
-                return said, ""
+            recent = report[-len(chunk) - 400 :]
+            if (last in recent or refused in recent) and report.endswith(b"\n"):
+                return report, ""
             if chunk:
                 continue
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -132,15 +132,15 @@ def _read(
         if ended:
             code = process.poll()
             if code is None:
-                return said, "closed the harness's report"
+                return report, "closed the harness's report"
             how = f"signal {-code}" if code < 0 else f"exit {code}"
-            return said, f"the process ended before its tests did ({how})"
+            return report, f"the process ended before its tests did ({how})"
 
 
-def _report(said: bytes, token: str, why: str) -> Report:
+def _report(report: bytes, token: str, why: str) -> Report:
     steps: dict[str, str | None] = {}
     lacking = None
-    for line in said.splitlines():
+    for line in report.splitlines():
         mine, _, rest = line.decode("utf-8", "replace").partition(" ")
         step, _, text = rest.partition(" ")
         if mine != token:
