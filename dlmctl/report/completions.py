@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import OnError, Record, faulty, nested
-from dlmctl.report.heatmaps import is_curve
+from dlmctl.report.plots import is_curve
 
 Spell = Callable[[Sequence[int]], list[str]]
 """From ids to the texts of these tokens."""

@@ -19,12 +19,12 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dlmctl.verifiers.harness import END
 
+HARNESS = Path(__file__).with_name("harness.py")
 LONGEST_STEP = 2000
 """Most bytes in the report of a step, well above what the harness writes."""
 READABLE = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
@@ -60,20 +60,21 @@ def run_code(code: Code, time_limit: float, memory: int, unconfined: bool = Fals
         memory: bytes of address space.
         unconfined: run it even if the kernel cannot confine it.
     """
-    token = secrets.token_hex(16)
+    token, paths = secrets.token_hex(16), sysconfig.get_paths()
+    library = [paths["stdlib"], paths["platstdlib"], os.path.join(sys.base_prefix, "lib")]
     request = {
         **code._asdict(),
         "token": token,
         "seconds": time_limit,
         "memory": memory,
         "unconfined": unconfined,
-        "readable": [*READABLE, *DEVICES, *_library()],
+        "readable": [*READABLE, *DEVICES, *library],
     }
     with tempfile.TemporaryDirectory(prefix="dlmctl-code-", ignore_cleanup_errors=True) as folder:
         reads, writes = os.pipe()
         try:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-B", str(_harness()), str(writes)],
+                [sys.executable, "-I", "-S", "-B", str(HARNESS), str(writes)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -153,13 +154,3 @@ def _report(report: bytes, token: str, why: str) -> Report:
                 # The first report of a step counts; anything but None is a problem.
                 steps.setdefault(step, problem)
     return Report(steps, why, lacking)
-
-
-def _harness() -> Path:
-    return Path(__file__).with_name("harness.py")
-
-
-def _library() -> Sequence[str]:
-    """Directories of the standard library and the interpreter."""
-    paths = sysconfig.get_paths()
-    return [paths["stdlib"], paths["platstdlib"], os.path.join(sys.base_prefix, "lib")]

@@ -241,18 +241,25 @@ def _curves(data: bytes, folder: Path) -> None:
 
 def _options(data: bytes, folder: Path) -> None:
     """What parses the text of an option."""
-    from dlmctl.commands.verify import _weight
     from dlmctl.distill.image_sets import read_about
     from dlmctl.sae.steering.edit import Reach, parse_steer, parse_time
     from dlmctl.settings.layout import Tags
-    from dlmctl.settings.parsing import byte_count, whole_numbers
+    from dlmctl.settings.parsing import (
+        byte_count,
+        named_number,
+        named_text,
+        whole_numbers,
+        whole_range,
+    )
 
     text = data.decode("utf-8", "replace")
     parsers: tuple[Callable[[], Any], ...] = (
         lambda: whole_numbers("--k", text),
         lambda: byte_count("--memory", text),
         lambda: Tags(text),
-        lambda: _weight(text),
+        lambda: named_number("--weight", text, "NAME=NUMBER"),
+        lambda: named_text("--map", text, "FIELD=COLUMN"),
+        lambda: whole_range("--holes", text, 1, 12),
         lambda: parse_steer(text),
         lambda: Reach(time=parse_time(text)),
         lambda: registry.find_verifier(text),
