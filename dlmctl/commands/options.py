@@ -81,14 +81,6 @@ Quiet = Annotated[
         help="No progress on stderr: neither the line on a terminal nor, in a log, one a minute.",
     ),
 ]
-MaskBlock = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        show_default="the model's own, else 32",
-        help="Length of a block, for --masks block.",
-    ),
-]
 Json = Annotated[bool, typer.Option("--json", help="JSON on a terminal too, as in a pipe.")]
 
 

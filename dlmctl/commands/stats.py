@@ -102,8 +102,8 @@ def command(
     for measure, least in limits:
         value = rows[-1].get(measure)
         if not isinstance(value, (int, float)):
-            there = ", ".join(k for k, v in rows[-1].items() if isinstance(v, (int, float)))
-            raise UsageError(f"--fail-under {measure}: no such measure; there are {there}")
+            others = ", ".join(k for k, v in rows[-1].items() if isinstance(v, (int, float)))
+            raise UsageError(f"--fail-under {measure}: no such measure; there are {others}")
         if value < least:
             print(f"dlmctl: {measure} is {value:.4g}, under {least:g}", file=sys.stderr)
             failed = True

@@ -172,8 +172,8 @@ def contains(value: Any, part: Any) -> bool:
 
 def _misfit(lines: _Lines, why: str) -> DataError:
     return DataError(
-        f"{why}: give the command and the input that the file was begun with, or leave --resume "
-        "out to begin it again",
+        f"{why}: give the command and the input that began the file, or leave --resume out to "
+        "begin it again",
         lines.where,
     )
 
@@ -189,7 +189,7 @@ class Resume:
             TryAgainError: another process writes the file.
         """
         if wanted and output == "-":
-            raise UsageError("--resume goes on with a file: give -o FILE too")
+            raise UsageError("--resume needs a file: give -o FILE too")
         self.partial = Path(f"{output}.partial")
         self.size, self.lines = 0, 0
         """Bytes and lines of it that stay."""
@@ -198,7 +198,7 @@ class Resume:
         self.done = wanted and not exists and Path(output).is_file()
         """Whether there is nothing to do."""
         if self.done:
-            print(f"dlmctl: {output} is there already; nothing to do", file=sys.stderr)
+            print(f"dlmctl: {output} exists already; nothing to do", file=sys.stderr)
 
     def rest(
         self,
@@ -212,5 +212,5 @@ class Resume:
         with self.partial.open("rb") as stream:
             rest = find_rest(records, stream, rule, str(self.partial), note)
         self.size, self.lines = rest.size, rest.lines
-        print(f"dlmctl: {self.lines} records of {self.partial} stay", file=sys.stderr)
+        print(f"dlmctl: resuming after {self.lines} records of {self.partial}", file=sys.stderr)
         return rest.records

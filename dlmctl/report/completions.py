@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import OnError, Record, faulty, nested
-from dlmctl.report.heatmaps import is_curve
+from dlmctl.report.plots import is_curve
 
 Spell = Callable[[Sequence[int]], list[str]]
 """From ids to the texts of these tokens."""
@@ -74,13 +74,13 @@ def title(record: Record) -> str:
 
 def facts(record: Record) -> list[str]:
     """What else a header says about a completion."""
-    said = []
+    parts = []
     for name, form in (("reward", "g"), ("advantage", "+.3g")):
         value = record.get(name)
         if value is not None:
             number = format(value, form) if isinstance(value, (int, float)) else str(value)
-            said.append(f"{name} {number}")
-    return said + [_verdict(*item) for item in _items(record.get("verdict"))]
+            parts.append(f"{name} {number}")
+    return parts + [_verdict(*item) for item in _items(record.get("verdict"))]
 
 
 def reward(record: Record) -> float | None:

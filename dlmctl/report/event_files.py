@@ -47,7 +47,7 @@ def run_records(sources: Sequence[str], on_error: OnError) -> Iterator[tuple[str
         if path.is_dir():
             path = path / METRICS
             if not path.exists():
-                raise MissingInputError(f"{source} holds no {METRICS}: it is not a run")
+                raise MissingInputError(f"{source} has no {METRICS}: it is not a run")
         if path.name == METRICS:
             directory = path.resolve().parent.name
         for record in read_records([str(path)], on_error):

@@ -33,16 +33,6 @@ def with_image_free(records: Iterable[Record], answers: Mapping[str, str]) -> It
         yield record
 
 
-def image_free_accuracy(
-    train: Iterable[Mapping[str, Any]], test: Iterable[Record], by: str = "kind"
-) -> dict[str, float]:
-    """The accuracy on test records for each value of the field `by`."""
-    right: dict[str, list[float]] = defaultdict(list)
-    for record in with_image_free(test, frequent_answers(train)):
-        right[str(record.get(by))].append(record[IMAGE_FREE])
-    return {name: sum(each) / len(each) for name, each in right.items()}
-
-
 def _prompt(record: Mapping[str, Any]) -> str:
     return str(record.get("prompt") or record.get("messages"))
 

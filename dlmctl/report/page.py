@@ -78,8 +78,9 @@ def page(
     """
     from markupsafe import Markup
 
-    parts = {"rows": [*map(Markup, rows)], "cards": [*map(Markup, cards)]}
-    return render("page.html", name, title, facts, controls=Markup(controls), **parts)
+    items, sections = map(Markup, rows), map(Markup, cards)
+    html = {"controls": Markup(controls), "rows": [*items], "cards": [*sections]}
+    return render("page.html", name, title, facts, (), **html)
 
 
 def render(

@@ -7,17 +7,18 @@ standard error.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from math import sqrt
+from collections.abc import Iterable, Mapping, Sequence
+from math import nan, sqrt
 from statistics import fmean, stdev
 from typing import Any
 
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record, nested
 from dlmctl.report.figures import dress, new_figure, saved
-from dlmctl.report.heatmaps import Grid, heat_panel, is_curve, mean_rows
 from dlmctl.settings.report import Curves
 
+Grid = dict[str, list[float]]
+"""Label of a row of a heat map to its numbers, with nan for a missing one."""
 Series = dict[str, list[tuple[float, float]]]
 """Label of a line: its points, x and y."""
 
@@ -52,11 +53,43 @@ def collect(records: Iterable[Record], curves: Curves) -> dict[str, tuple[Series
                 points[y].setdefault(_label(record, by), []).append((at, value))
     for y in ys:
         if not points[y] and not lists[y]:
-            there = ", ".join(names) or "no records"
-            raise DataError(f"no record has a number '{y}' over '{x}'; there are: {there}")
+            others = ", ".join(names) or "no records"
+            raise DataError(f"no record has a number '{y}' over '{x}'; there are: {others}")
         if points[y] and lists[y]:
             raise DataError(f"'{y}' is a number in one record and a list in another")
     return {y: (points[y], mean_rows(y, lists[y])) for y in ys}
+
+
+def is_curve(value: Any) -> bool:
+    """Whether a value is a list of numbers, some of which may be null."""
+    return (
+        isinstance(value, list)
+        and any(isinstance(entry, (int, float)) for entry in value)
+        and all(entry is None or isinstance(entry, (int, float)) for entry in value)
+    )
+
+
+def mean_rows(name: str, curves: Mapping[str, Sequence[Sequence[float | None]]]) -> Grid:
+    """The mean of each row's lists, place by place, without nulls.
+
+    Raises:
+        DataError: the lists differ in length.
+    """
+    lengths = {len(curve) for lists in curves.values() for curve in lists}
+    if len(lengths) > 1:
+        raise DataError(
+            f"'{name}' is a list of {min(lengths)} numbers in one record and of {max(lengths)} in "
+            "another; a heat map takes one length"
+        )
+    return {
+        label: [_mean(place) for place in zip(*lists, strict=True)]
+        for label, lists in curves.items()
+    }
+
+
+def _mean(place: Sequence[float | None]) -> float:
+    numbers = [value for value in place if value is not None]
+    return fmean(numbers) if numbers else nan
 
 
 def averaged(points: Iterable[tuple[float, float]]) -> list[tuple[float, float, float]]:
@@ -92,7 +125,7 @@ def draw(panels: dict[str, tuple[Series, Grid]], curves: Curves, kind: str) -> b
     with_lines = []
     for axis, (name, (series, grid)) in zip(axes, panels.items(), strict=False):
         if grid:
-            heat_panel(figure, axis, name, grid)
+            _heat_panel(figure, axis, name, grid)
         else:
             _panel(axis, name, series, curves)
             with_lines.append(axis)
@@ -138,3 +171,15 @@ def _panel(axis: Any, name: str, series: Series, curves: Curves) -> None:
     elif all(float(at).is_integer() for points in series.values() for at, _ in points):
         axis.xaxis.get_major_locator().set_params(integer=True)
     dress(axis, name, curves.x)
+
+
+def _heat_panel(figure: Any, axis: Any, name: str, grid: Grid) -> None:
+    """Draw a grid, and the scale of its numbers next to it."""
+    picture = axis.imshow(
+        list(grid.values()), aspect="auto", cmap="viridis", interpolation="nearest"
+    )
+    axis.set_title(name, fontsize=10, loc="left")
+    axis.set_yticks(range(len(grid)), list(grid), fontsize=8)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.tick_params(labelsize=8)
+    figure.colorbar(picture, ax=axis).ax.tick_params(labelsize=8)

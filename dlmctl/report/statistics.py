@@ -22,8 +22,8 @@ from dlmctl.report.image_free import IMAGE_FREE
 def is_correct(record: Record) -> bool:
     """Whether all verifiers that judge correctness say so; without any, whether the reward is 1."""
     verdicts = object_field(record, "verdict").values()
-    said = [v["correct"] for v in verdicts if isinstance(v, dict) and "correct" in v]
-    return all(said) if said else _number(record.get("reward")) >= 1.0
+    judgements = [v["correct"] for v in verdicts if isinstance(v, dict) and "correct" in v]
+    return all(judgements) if judgements else _number(record.get("reward")) >= 1.0
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

@@ -79,14 +79,14 @@ def _style(place: float) -> str:
 
 def _marked(texts: Sequence[str], places: Sequence[float]) -> str:
     """The text; neighbours that are far out on the same side share their brackets."""
-    made = ""
+    marked = ""
     for side, run in groupby(zip(texts, places, strict=True), key=lambda pair: _side(pair[1])):
         inside = "".join(shown_lines(text) for text, _ in run)
         # White space at the ends stays outside, so that brackets touch what they mark.
         core = inside.strip(" \n") or inside
         opening, closing = BRACKETS[side]
-        made += inside.replace(core, f"{opening}{core}{closing}", 1)
-    return made
+        marked += inside.replace(core, f"{opening}{core}{closing}", 1)
+    return marked
 
 
 def _side(place: float) -> int:
@@ -94,15 +94,15 @@ def _side(place: float) -> int:
 
 
 def _legend(by: str, scale: Scale, coloured: bool) -> Text:
-    made = Text(f"{shown(by)}: {scale.summary()}")
+    legend = Text(f"{shown(by)}: {scale.summary()}")
     for label, place in scale.steps():
         if coloured:
-            made.append(" ").append(f"\u00a0{label}\u00a0", style=_style(place))
+            legend.append(" ").append(f"\u00a0{label}\u00a0", style=_style(place))
         elif scale.names or abs(place) == FAR:
             opening, closing = BRACKETS[_side(place)]
             limit = "" if scale.names else "from " if place > 0 else "up to "
-            made.append(f"  {opening}{limit}{label}{closing}")
-    return made
+            legend.append(f"  {opening}{limit}{label}{closing}")
+    return legend
 
 
 def _extremes(texts: Sequence[str], values: Sequence[float | None]) -> Iterator[Text]:

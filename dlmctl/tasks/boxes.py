@@ -22,13 +22,13 @@ def last_box(text: str, start: int = 0) -> Box | None:
     """The closed box that begins last, from `start` on; None without one."""
     opened: list[tuple[int, int, bool]] = []  # start, end of the opening, whether a box's
     last: tuple[int, int, int] | None = None
-    for found in _BRACE.finditer(text, start):
-        if found.group() != "}":
-            opened.append((found.start(), found.end(), found.group() != "{"))
+    for brace in _BRACE.finditer(text, start):
+        if brace.group() != "}":
+            opened.append((brace.start(), brace.end(), brace.group() != "{"))
         elif opened:
             begin, inner, boxed = opened.pop()
             if boxed and (last is None or begin > last[0]):
-                last = begin, inner, found.start()
+                last = begin, inner, brace.start()
     if last is None:
         return None
     begin, inner, close = last

@@ -54,7 +54,7 @@ def to_record(row: Record, renamed: Mapping[str, str], task: str | None, style: 
                 fields = with_images(fields, images, row.where)
             return _ordered(fields, record, task)
     raise DataError(
-        f"no column holds a prompt; there are {', '.join(row)}: name it with --map prompt=COLUMN",
+        f"no column is a prompt; there are {', '.join(row)}: name it with --map prompt=COLUMN",
         row.where,
     )
 

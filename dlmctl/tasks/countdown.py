@@ -59,9 +59,9 @@ def problems(
     draw = random.Random(f"countdown/{split}/{seed}")
     while True:
         numbers = [draw.randint(1, LARGEST) for _ in range(draw.randint(*count))]
-        made = _combine(numbers, draw)
-        if made and 1 <= made.value <= LARGEST and split_of(numbers, made.value) == split:
-            yield Problem(numbers, made.value, made.text)
+        term = _combine(numbers, draw)
+        if term and 1 <= term.value <= LARGEST and split_of(numbers, term.value) == split:
+            yield Problem(numbers, term.value, term.text)
 
 
 def split_of(numbers: list[int], target: int) -> Split:
@@ -76,10 +76,10 @@ def _combine(numbers: list[int], draw: random.Random) -> _Term | None:
     terms = [_Term(n, str(n), 2) for n in numbers]
     while len(terms) > 1:
         first, second = (terms.pop(draw.randrange(len(terms))) for _ in range(2))
-        made = _apply(draw.choice("+-*/"), first, second)
-        if made is None:
+        term = _apply(draw.choice("+-*/"), first, second)
+        if term is None:
             return None
-        terms.append(made)
+        terms.append(term)
     return terms[0]
 
 

@@ -88,7 +88,7 @@ def image_column(row: Mapping[str, Any]) -> str | None:
     for name in COLUMNS:
         if row.get(name) is not None:
             return name
-    columns = [name for name, held in row.items() if held and all(map(_stored, _listed(held)))]
+    columns = [name for name, value in row.items() if value and all(map(_stored, _listed(value)))]
     if len(columns) > 1:
         raise DataError(
             f"there are images in the columns {', '.join(columns)}: name the one that is meant "
@@ -98,20 +98,20 @@ def image_column(row: Mapping[str, Any]) -> str | None:
     return columns[0] if columns else None
 
 
-def _stored(held: Any) -> bool:
+def _stored(value: Any) -> bool:
     """Whether a value is an image as `datasets` stores one."""
-    return isinstance(held, Mapping) and held.keys() == {"bytes", "path"}
+    return isinstance(value, Mapping) and value.keys() == {"bytes", "path"}
 
 
 def image_sources(record: Mapping[str, Any]) -> list[Any]:
     """The images in `images` (a list, or one image) or `image` of a record."""
-    held = record.get("images")
-    held = record.get("image") if held is None else held
-    return [] if held is None else _listed(held)
+    value = record.get("images")
+    value = record.get("image") if value is None else value
+    return [] if value is None else _listed(value)
 
 
-def _listed(held: Any) -> list[Any]:
-    return list(held) if isinstance(held, (list, tuple)) else [held]
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def record_folder(where: str) -> str:
@@ -162,11 +162,11 @@ def data_uri_bytes(uri: str) -> bytes:
         raise DataError(f"the data URI is not base64 ({error})") from None
 
 
-def _of_column(held: Mapping[str, Any]) -> Any:
+def _of_column(entry: Mapping[str, Any]) -> Any:
     """Bytes, else path, of an entry in a column of images of `datasets`."""
     for name in ("bytes", "path"):
-        if held.get(name) is not None:
-            return held[name]
+        if entry.get(name) is not None:
+            return entry[name]
     raise DataError("an image with neither 'bytes' nor 'path'")
 
 

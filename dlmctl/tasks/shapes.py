@@ -145,14 +145,14 @@ def _amount(wanted: list[_Wanted], total: int) -> _Ask:
         return _placed([draw.choice([k for k in _TYPES if worth[k] == s]) for s in shares], draw)
 
     def explain(scene: list[Thing]) -> str:
-        said, counts = [], []
+        parts, counts = [], []
         for w in wanted:
             names = [thing.name for thing in scene if w.fits(thing.colour, thing.shape)]
-            said.append(f"{' , '.join(names) or 'none'} : {len(names)}")
+            parts.append(f"{' , '.join(names) or 'none'} : {len(names)}")
             counts.append(str(len(names)))
         if len(counts) > 1:
-            said.append(f"{' + '.join(counts)} = {total}")
-        return " ; ".join(said)
+            parts.append(f"{' + '.join(counts)} = {total}")
+        return " ; ".join(parts)
 
     question = " plus ".join(f"how many {w.words}" for w in wanted) + "?"
     return _Ask(question, str(total), compose, explain)

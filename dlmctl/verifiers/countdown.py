@@ -84,7 +84,7 @@ def find_expression(text: str) -> str | None:
             break
     sides = [side.strip() for line in text.splitlines() for side in line.split("=")]
     whole = [side for side in sides if EXPRESSION.fullmatch(side)]
-    in_prose = [found.strip(" .\n") for side in sides for found in EXPRESSION.findall(side)]
+    in_prose = [stretch.strip(" .\n") for side in sides for stretch in EXPRESSION.findall(side)]
     for candidates in (whole, in_prose):
         working = [c for c in candidates if re.search(r"\d\s*[+\-*/]|\)\s*[+\-*/]", c)]
         if working:

@@ -32,16 +32,16 @@ def gsm8k(record: Mapping[str, Any]) -> Verdict:
     """1 if the final number of the completion equals `answer`."""
     wanted = parse_number(str(required(record, "answer")))
     if wanted is None:
-        raise DataError(f"answer {record['answer']!r} holds no number")
+        raise DataError(f"answer {record['answer']!r} has no number")
     text, place = answer_text(completion_text(record))
     if place == "text" and "####" in text:
         text, place = text.rpartition("####")[2], "####"
-    given = parse_number(text)
-    if given is None:
+    value = parse_number(text)
+    if value is None:
         return judged(False, "no number found", number=None, found_in=place)
-    shown = str(given) if given.denominator == 1 else f"{float(given):g}"
-    why = "" if given == wanted else f"found {shown}, wanted {record['answer']}"
-    return judged(given == wanted, why, number=shown, found_in=place)
+    shown = str(value) if value.denominator == 1 else f"{float(value):g}"
+    why = "" if value == wanted else f"found {shown}, wanted {record['answer']}"
+    return judged(value == wanted, why, number=shown, found_in=place)
 
 
 def parse_number(text: str) -> Fraction | None:

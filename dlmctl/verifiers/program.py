@@ -51,7 +51,7 @@ class Program:
         self.time_limit = time_limit
         self.memory_limit = memory_limit
         self._process: subprocess.Popen[bytes] | None = None
-        self._said = bytearray()
+        self._output = bytearray()
 
     def __call__(self, record: Mapping[str, Any]) -> Verdict:
         """Its verdict; raises DataError without one, MissingInputError if it cannot be started."""
@@ -112,20 +112,20 @@ class Program:
             selector.register(process.stdin, selectors.EVENT_WRITE)
             selector.register(process.stdout, selectors.EVENT_READ)
             while True:
-                found = self._said.find(b"\n", searched)
+                found = self._output.find(b"\n", searched)
                 # A verdict that comes before its record is sent waits.
                 if found >= 0 and not left:
-                    reply = bytes(self._said[: found + 1])
-                    del self._said[: found + 1]
+                    reply = bytes(self._output[: found + 1])
+                    del self._output[: found + 1]
                     return reply
-                searched = len(self._said) if found < 0 else found
-                if len(self._said) > LONGEST_LINE and (found < 0 or found > LONGEST_LINE):
+                searched = len(self._output) if found < 0 else found
+                if len(self._output) > LONGEST_LINE and (found < 0 or found > LONGEST_LINE):
                     raise DataError(
                         f"{self.command[0]} said more than {LONGEST_LINE} bytes without an end of "
                         "line; a verdict is one short line"
                     )
                 # Read no more than needed: the rest of a flood stays in the pipe.
-                reads = len(self._said) <= LONGEST_LINE
+                reads = len(self._output) <= LONGEST_LINE
                 ready = selector.select(end - time.monotonic())
                 if not ready and time.monotonic() >= end:
                     raise OverrunError(
@@ -137,10 +137,10 @@ class Program:
                         if not reads:
                             selector.unregister(process.stdout)
                             continue
-                        said = os.read(key.fd, CHUNK)
-                        if not said:
+                        block = os.read(key.fd, CHUNK)
+                        if not block:
                             return b""
-                        self._said += said
+                        self._output += block
                         continue
                     try:
                         left = left[os.write(key.fd, left) :]
@@ -165,7 +165,7 @@ class Program:
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
-            self._said.clear()
+            self._output.clear()
             try:
                 # A session of its own, so that what the program starts is stopped with it.
                 self._process = subprocess.Popen(

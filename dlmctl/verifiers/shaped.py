@@ -19,17 +19,17 @@ def tags_count(record: Mapping[str, Any]) -> Verdict:
     """An eighth for each of the four tags on a line of its own, less 0.001 per character behind."""
     text = completion_text(record)
     tags = ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
-    found = [tag.strip() for tag in tags if text.count(tag) == 1]
-    behind = len(text.rpartition("</answer>")[2].strip()) if "</answer>" in found else 0
-    return Verdict(0.125 * len(found) - 0.001 * behind, {"tags": found, "behind": behind})
+    matched = [tag.strip() for tag in tags if text.count(tag) == 1]
+    behind = len(text.rpartition("</answer>")[2].strip()) if "</answer>" in matched else 0
+    return Verdict(0.125 * len(matched) - 0.001 * behind, {"tags": matched, "behind": behind})
 
 
 def tags_soft(record: Mapping[str, Any]) -> Verdict:
-    """1 if a reasoning block and an answer block stand somewhere, in this order."""
+    """1 if there are a reasoning block and, behind it, an answer block."""
     _, opened, rest = completion_text(record).partition("<reasoning>")
     middle = BETWEEN.search(rest)
-    found = opened and middle is not None and "</answer>" in rest[middle.end() :]
-    return Verdict(float(bool(found)), {})
+    matches = opened and middle is not None and "</answer>" in rest[middle.end() :]
+    return Verdict(float(bool(matches)), {})
 
 
 def tags_strict(record: Mapping[str, Any]) -> Verdict:

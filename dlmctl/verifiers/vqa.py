@@ -83,29 +83,29 @@ def references(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def matches(given: str, wanted: str, end: float | None = None) -> bool:
+def matches(answer: str, wanted: str, end: float | None = None) -> bool:
     """Whether an answer equals a reference.
 
     Args:
         end: time.monotonic() at which a comparison of LaTeX is abandoned.
     """
-    if not given:
+    if not answer:
         return False
-    if given.lower() == wanted.lower():
+    if answer.lower() == wanted.lower():
         return True
     words = normalised(wanted)
-    if words and normalised(given) == words:
+    if words and normalised(answer) == words:
         return True
     value = number(wanted)
-    if value is not None and number(given) == value:
+    if value is not None and number(answer) == value:
         return True
     if re.fullmatch("[A-Z]", wanted):
-        chosen = _CHOICE.fullmatch(plain(given))
+        chosen = _CHOICE.fullmatch(plain(answer))
         return chosen is not None and chosen[1] == wanted
     left = TIME_LIMIT if end is None else end - time.monotonic()
-    if left <= 0 or not _may_be_latex(given, wanted):
+    if left <= 0 or not _may_be_latex(answer, wanted):
         return False
-    return math({"answer": wanted, "completion": f"\\boxed{{{given}}}"}, left).reward == 1.0
+    return math({"answer": wanted, "completion": f"\\boxed{{{answer}}}"}, left).reward == 1.0
 
 
 def normalised(text: str) -> str:
@@ -139,11 +139,11 @@ def number(text: str) -> Fraction | None:
     return Fraction(top) / Fraction(bottom or 1)
 
 
-def _may_be_latex(given: str, wanted: str) -> bool:
+def _may_be_latex(answer: str, wanted: str) -> bool:
     """Whether the package is worth asking: not if the reference is plain words."""
-    if len(given) > LONGEST_LATEX or "\\boxed" in given:
+    if len(answer) > LONGEST_LATEX or "\\boxed" in answer:
         return False
-    latex = _LATEX.search(wanted) or (_LATEX.search(given) and number(wanted) is not None)
+    latex = _LATEX.search(wanted) or (_LATEX.search(answer) and number(wanted) is not None)
     return bool(latex) and _has_math()
 
 

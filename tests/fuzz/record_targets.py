@@ -241,10 +241,15 @@ def _curves(data: bytes, folder: Path) -> None:
 
 def _options(data: bytes, folder: Path) -> None:
     """What parses the text of an option."""
-    from dlmctl.commands.verify import _weight
     from dlmctl.distill.image_sets import read_about
     from dlmctl.settings.layout import Tags
-    from dlmctl.settings.parsing import byte_count, whole_numbers
+    from dlmctl.settings.parsing import (
+        byte_count,
+        named_number,
+        named_text,
+        whole_numbers,
+        whole_range,
+    )
     from dlmctl.settings.steering import Steering
 
     text = data.decode("utf-8", "replace")
@@ -252,7 +257,9 @@ def _options(data: bytes, folder: Path) -> None:
         lambda: whole_numbers("--k", text),
         lambda: byte_count("--memory", text),
         lambda: Tags(text),
-        lambda: _weight(text),
+        lambda: named_number("--weight", text, "NAME=NUMBER"),
+        lambda: named_text("--map", text, "FIELD=COLUMN"),
+        lambda: whole_range("--holes", text, 1, 12),
         lambda: Steering([text]),
         lambda: Steering(["sae:0=1"], steer_time=text),
         lambda: registry.find_verifier(text),

@@ -90,9 +90,9 @@ def test_a_limit_and_a_mapping_apply_to_files(tmp_path):
     [
         ("x.csv", "question,answer\na,b\nc\n", "x.csv:3: the header has 2 columns"),
         ("x.csv", "question,answer\na,b,c\n", "x.csv:2: the header has 2 columns"),
-        ("x.tsv", "other\tmore\na\tb\n", "x.tsv:2: no column holds a prompt; there are other"),
+        ("x.tsv", "other\tmore\na\tb\n", "x.tsv:2: no column is a prompt; there are other"),
         ("x.parquet", "no parquet", "x.parquet: not parquet"),
-        ("x.jsonl", '{"a": 1}\n', "x.jsonl:1: no column holds a prompt; there are a"),
+        ("x.jsonl", '{"a": 1}\n', "x.jsonl:1: no column is a prompt; there are a"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(tmp_path, name, content, message):

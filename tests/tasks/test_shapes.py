@@ -9,7 +9,7 @@ import pytest
 from conftest import invoke, read_jsonl
 
 from dlmctl.records.jsonl import Record
-from dlmctl.report.image_free import frequent_answers, image_free_accuracy
+from dlmctl.report.image_free import IMAGE_FREE, frequent_answers, with_image_free
 from dlmctl.settings.prompts import KINDS, Prompts
 from dlmctl.tasks.drawing import PAINTS, Look, draw_scene
 from dlmctl.tasks.images import load_image
@@ -115,6 +115,14 @@ def test_the_question_alone_answers_at_chance():
     # The measure itself can see more: on what it was taken from, rare questions give it away.
     seen = image_free_accuracy(train[:300], train[:300])
     assert seen["position"] > 0.7
+
+
+def image_free_accuracy(train, test, by="kind"):
+    """The accuracy of the most frequent answers for each value of the field `by`."""
+    right = defaultdict(list)
+    for record in with_image_free(test, frequent_answers(train)):
+        right[str(record.get(by))].append(record[IMAGE_FREE])
+    return {name: sum(each) / len(each) for name, each in right.items()}
 
 
 def _records(split, count):

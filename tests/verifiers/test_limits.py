@@ -222,7 +222,7 @@ def test_a_flood_of_lines_stays_in_its_pipe():
     try:
         assert [judge.ask(b"{}\n") for _ in range(3)] == [0.5] * 3
         time.sleep(0.2)
-        assert len(judge._said) <= program.LONGEST_LINE + program.CHUNK
+        assert len(judge._output) <= program.LONGEST_LINE + program.CHUNK
     finally:
         judge.close()
 

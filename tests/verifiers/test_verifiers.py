@@ -7,9 +7,10 @@ from conftest import shell
 
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
+from dlmctl.settings.layout import Tags
 from dlmctl.settings.verify import Judging
 from dlmctl.verifiers.countdown import NotAnExpressionError, evaluate
-from dlmctl.verifiers.registry import verify
+from dlmctl.verifiers.registry import VERIFIERS, find_verifier, verify
 
 
 def judge(record, **options):
@@ -169,3 +170,18 @@ def test_a_program_that_gives_no_verdict_is_named(tmp_path, program, limit, mess
     assert done.returncode == 65
     assert "<stdin>:1" in done.stderr
     assert message in done.stderr
+
+
+def takes(record, time_limit, tags, unconfined):
+    return 1.0, {"time_limit": time_limit, "tags": tags.perception, "unconfined": unconfined}
+
+
+def test_a_verifier_is_a_function_and_a_line_of_the_table(monkeypatch):
+    """It receives the settings that it has parameters for."""
+    monkeypatch.setitem(VERIFIERS, "takes", f"{__name__}:takes")
+    find_verifier.cache_clear()
+    settings = Judging(time_limit=3.0, allow_unconfined=True)
+    done = judge({"completion": "x"}, verifiers=["takes"], judging=settings, tags=Tags("see"))
+    assert done["reward"] == 1
+    assert done["verdict"]["takes"] == {"time_limit": 3.0, "tags": "see", "unconfined": True}
+    assert judge({"task": "takes", "completion": "x"})["rewards"] == {"takes": 1}
