@@ -1,7 +1,7 @@
-"""The help of a subcommand, in two columns that a terminal of 80 has room for.
+"""The help of a subcommand, in two columns that fit a terminal of 80 characters.
 
-The boxes of typer have a column each for names, short names, opposites and kinds, which leaves 18
-characters a line for what an option does, and cuts long names.
+Typer's boxes have separate columns for names, short names, opposites and types, which leaves 18
+characters per line to say what an option does, and cuts long names.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import typer
 from typer.core import TyperCommand
 
 NAMES = 24
-"""Characters of the first column; what is longer has a line of its own."""
+"""Characters of the first column; longer names have a line of their own."""
 WIDEST = 100
-"""Characters of a line at most, on any terminal."""
+"""Most characters of a line, on any terminal."""
 EXAMPLES = ("Example:", "Examples:")
-"""The paragraph that examples follow; they are the last of a help text."""
+"""Paragraphs that examples follow, up to the end of a help text."""
 _WORD = r"""(?:'[^']*'|"[^"]*"|\S)+"""
 WORD = re.compile(rf"-[\w-]+ (?![-|&]){_WORD}|{_WORD}")
-"""Of a line of shell; an option and what follows are one."""
+"""A word of a shell line; an option and its value are one word."""
 KINDS = {"int": "N", "float": "X", "str": "TEXT", "list[str]": ""}
-"""What stands for a value of such a type."""
+"""Type to the placeholder of its values."""
 
 
 class TwoColumns(TyperCommand):
-    """A subcommand whose options stand under the headings of their panels."""
+    """A subcommand whose options are under the headings of their panels."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "rich_markup_mode": None})
@@ -60,7 +60,7 @@ class TwoColumns(TyperCommand):
 
 
 def _row(names: str, text: str, width: int) -> str:
-    """An option: its names, and what it does beside them, or below."""
+    """An option: its names, and what it does, next to them or below."""
     column = NAMES + 4
     lines = _filled(text, width, column * " ").strip()
     if len(names) > NAMES:
@@ -69,12 +69,12 @@ def _row(names: str, text: str, width: int) -> str:
 
 
 def _names(text: str) -> str:
-    """-n, --samples N: short for the type that typer writes there."""
+    """-n, --samples N: a placeholder instead of the type that typer writes."""
     return re.sub(r"<(int|float|str|list\[str\])( range)?>", lambda m: KINDS[m[1]], text).strip()
 
 
 def _filled(text: str, width: int, indent: str) -> str:
-    """Filled between words: the name of an option is one, hyphens and all."""
+    """Text broken between words; the name of an option is one word."""
     return fill(
         text,
         width,
@@ -86,7 +86,7 @@ def _filled(text: str, width: int, indent: str) -> str:
 
 
 def _command(text: str, width: int, indent: str) -> str:
-    """Lines of shell to copy: broken between words, and not within quotes."""
+    """Shell lines to copy: broken between words, and not within quotes."""
     most = width - len(" \\")
     words: list[str] = []
     for word in WORD.findall(text):

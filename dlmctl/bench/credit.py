@@ -22,10 +22,10 @@ from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Batching
 from dlmctl.rl.update import update_policy
 from dlmctl.settings.algorithms import RECIPES
+from dlmctl.settings.layout import Tags
 from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.settings.sampler import Sampler
 from dlmctl.settings.srpo import Contrast, Credit
-from dlmctl.tasks.layout import Tags
 from dlmctl.tasks.sources import prompts
 from dlmctl.train.run import Run, open_run
 from dlmctl.verifiers.registry import verify

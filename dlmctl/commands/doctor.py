@@ -5,26 +5,25 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-import typer
-
 from dlmctl.records.errors import UnavailableError
 from dlmctl.records.jsonl import write_records
+from dlmctl.settings import Knob
 
 
 def command(
     as_json: Annotated[
         bool | None,
-        typer.Option(
+        Knob(
+            "JSON lines or a table.",
             "--json/--table",
-            show_default="table on a terminal, else json",
-            help="JSON lines or a table.",
+            shown_default="table on a terminal, else json",
         ),
     ] = None,
 ) -> None:
     """Say what this machine has and what is missing.
 
     Reports torch, CUDA devices and their memory, optional packages and the command that installs
-    each. Exit 69 if something that every stage needs is missing.
+    each. Exits with 69 if something that every stage needs is missing.
 
     Examples:
 
@@ -34,9 +33,9 @@ def command(
     """
     from dlmctl.report.diagnosis import findings
 
-    found = findings()
+    rows = findings()
     if as_json or (as_json is None and not sys.stdout.isatty()):
-        write_records([finding._asdict() for finding in found])
+        write_records([row._asdict() for row in rows])
     else:
         from rich.console import Console
         from rich.table import Table
@@ -44,10 +43,9 @@ def command(
 
         table = Table(box=None, show_header=False, pad_edge=False)
         colours = {"ok": "green", "missing": "yellow", "broken": "red"}
-        for name, state, detail in found:
+        for name, state, detail in rows:
             # As text: [eval] of a command is no markup.
             table.add_row(name, Text(state, colours[state]), Text(detail))
         Console().print(table)
-    broken = [finding.name for finding in found if finding.state == "broken"]
-    if broken:
+    if broken := [row.name for row in rows if row.state == "broken"]:
         raise UnavailableError(f"this cannot work yet: {', '.join(broken)}")

@@ -1,7 +1,7 @@
-"""How many lines the input of a command has, where that is cheap to know.
+"""Number of lines of a command's input, if it is cheap to know.
 
-Files are counted, when somebody asks; of large ones the beginning, and the rest is estimated by
-their size. A pipe does not tell.
+Files are counted on demand; for large files, the beginning is counted and the rest estimated from
+the size. The length of a pipe is unknown.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 COUNTED = 64 * 2**20
-"""Bytes of a file whose lines are counted."""
+"""Most bytes of a file in which lines are counted."""
 BLOCK = 2**20
 
 
 @dataclass
 class Lines:
-    """The number of lines of an input, times a factor, but no more than some number."""
+    """The number of lines of an input, times a factor, and at most some number."""
 
     places: Sequence[tuple[str, int]] | None
-    """Names and where to begin in them; `-` is standard input; None: it cannot be told."""
+    """Names and offsets to begin at; `-` is standard input; None if the length is unknown."""
     factor: float = 1.0
     most: int | None = None
-    """Which it is taken for where the input does not tell."""
-    _found: list[tuple[int, bool] | None] = field(default_factory=list)
+    """Also the estimate if the length is unknown."""
+    _counted: list[tuple[int, bool] | None] = field(default_factory=list)
 
     def times(self, factor: float, most: int | None = None) -> Lines:
-        """So many for each line, and at most so many in all."""
-        return replace(self, factor=self.factor * factor, most=most, _found=[])
+        """`factor` for each line, and at most `most` in all."""
+        return replace(self, factor=self.factor * factor, most=most, _counted=[])
 
     def count(self) -> tuple[int, bool] | None:
-        """The number, rounded up, and whether it is exact; None where it cannot be told."""
-        if not self._found:
-            self._found.append(self._count())
-        return self._found[0]
+        """The number, rounded up, and whether it is exact; None if it is unknown."""
+        if not self._counted:
+            self._counted.append(self._count())
+        return self._counted[0]
 
     def _count(self) -> tuple[int, bool] | None:
         unknown = None if self.most is None else (self.most, True)
@@ -54,7 +54,7 @@ class Lines:
 
 
 def input_lines(files: Sequence[str] | None) -> Lines:
-    """Of these files, none or `-` being standard input; to be called before that is read."""
+    """Lines of these files; none, or `-`, is standard input. Call it before that is read."""
     places = []
     for name in files or ["-"]:
         try:
@@ -70,14 +70,14 @@ def input_lines(files: Sequence[str] | None) -> Lines:
 
 
 def _lines(name: str, begin: int) -> tuple[int, bool]:
-    """Lines of a file from a place on, and whether all of them were counted."""
+    """Lines of a file from an offset on, and whether all of them were counted."""
     number = os.dup(sys.stdin.fileno()) if name == "-" else os.open(name, os.O_RDONLY)
     try:
-        size, at, found, last = os.fstat(number).st_size - begin, 0, 0, b"\n"
+        size, at, lines, last = os.fstat(number).st_size - begin, 0, 0, b"\n"
         while at < COUNTED and (block := os.pread(number, BLOCK, begin + at)):
-            at, found, last = at + len(block), found + block.count(b"\n"), block[-1:]
+            at, lines, last = at + len(block), lines + block.count(b"\n"), block[-1:]
     finally:
         os.close(number)
     if at < size:
-        return round(found * size / at), False
-    return found + (last != b"\n"), True
+        return round(lines * size / at), False
+    return lines + (last != b"\n"), True

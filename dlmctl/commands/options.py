@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from dlmctl.records.jsonl import OnError
-from dlmctl.settings.layout import Tags
 
 Files = Annotated[
     list[str] | None,
@@ -16,25 +15,6 @@ Files = Annotated[
 Output = Annotated[
     str,
     typer.Option("-o", "--output", metavar="FILE", help="Where records go; - is standard output."),
-]
-ResumeOption = Annotated[
-    bool,
-    typer.Option(
-        "--resume",
-        help="Go on with FILE.partial, which the same command left when it was stopped: what is "
-        "done is not done again. Where -o FILE is there, do nothing.",
-    ),
-]
-ShardOption = Annotated[
-    str | None,
-    typer.Option(
-        "--shard",
-        metavar="I/N",
-        show_default="the whole input",
-        help="Work on the I-th of N parts of the input, 1/N to N/N, as N processes on as many "
-        "machines do. Parts are contiguous, groups whole: the outputs of all, one after another, "
-        "are that of a single run.",
-    ),
 ]
 OnErrorOption = Annotated[
     OnError,
@@ -101,36 +81,7 @@ Quiet = Annotated[
         help="No progress on stderr: neither the line on a terminal nor, in a log, one a minute.",
     ),
 ]
-MaskBlock = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        show_default="the model's own, else 32",
-        help="Length of a block, for --masks block.",
-    ),
-]
-PerceptionTag = Annotated[
-    str,
-    typer.Option(
-        metavar="TAG",
-        envvar="DLMCTL_PERCEPTION_TAG",
-        help="Name of the tags around what a response says it sees.",
-    ),
-]
-ReasoningTag = Annotated[
-    str,
-    typer.Option(
-        metavar="TAG",
-        envvar="DLMCTL_REASONING_TAG",
-        help="Name of the tags around what a response makes of it.",
-    ),
-]
 Json = Annotated[bool, typer.Option("--json", help="JSON on a terminal too, as in a pipe.")]
-
-
-def tag_names(perception: str, reasoning: str) -> Tags:
-    """The names of both tags."""
-    return Tags(perception, reasoning)
 
 
 def kept_in(output: object, on_error: OnError) -> OnError:

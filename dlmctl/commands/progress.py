@@ -1,9 +1,12 @@
-"""How far a command is, said on standard error while it runs.
+"""Progress of a command on standard error.
 
-On a terminal a line that is drawn again and again, by the last stage of a pipe alone; elsewhere, as
-in a log of cron or Slurm, a line a minute, so that short commands say nothing:
+On a terminal, the last stage of a pipe redraws a line. Elsewhere, as in a log of cron or Slurm, the
+command writes a line a minute, so that short commands write nothing:
 
     dlmctl rollout: 340 of 1,200 samples, 5.6/s, 2 min 34 s left
+
+The package rich.progress does not fit: it hides the cursor, which a killed command leaves hidden,
+redraws over what other stages of the pipe write, and has no form for logs.
 """
 
 from __future__ import annotations
@@ -22,12 +25,12 @@ from dlmctl.records import interrupts, stderr
 
 T = TypeVar("T")
 Total = int | Lines | None
-"""How many there will be in all: known, told by the length of the input, or not known."""
+"""Number of items in all: known, derived from the length of the input, or unknown."""
 
 DRAWN_S = 0.5
-"""Seconds between two drawings of the line on a terminal."""
+"""Seconds between drawings of the line on a terminal."""
 WRITTEN_S = 60.0
-"""Seconds between two lines elsewhere."""
+"""Seconds between lines elsewhere."""
 
 
 def counted(
@@ -39,14 +42,14 @@ def counted(
     at: Callable[[T], int] | None = None,
     figures: Sequence[str] = (),
 ) -> Iterator[T]:
-    """Pass items through and say how many there were, how fast they come, and how long it takes.
+    """Pass items through and show how many there were, at which rate, and the time left.
 
     Args:
-        what: what an item is, in the plural.
-        total: how many there will be, with those that were done before.
-        done: how many were done before, as by a command that goes on; no part of the rate.
-        at: how many are done with an item; None counts them one by one.
-        figures: fields of an item that are shown beside the count, where it has them.
+        what: name of the items, in the plural.
+        total: number of items in all, including those done before.
+        done: number of items done before, as when resuming; not part of the rate.
+        at: number of items done after an item; None counts them one by one.
+        figures: fields of an item to show with the count, if it has them.
     """
     with counting(what, quiet, total, done) as gauge:
         for item in items:
@@ -56,7 +59,7 @@ def counted(
 
 @contextlib.contextmanager
 def counting(what: str, quiet: bool, total: Total = None, done: int = 0) -> Iterator[Gauge]:
-    """A gauge for the block to tell how far it is; see `counted`."""
+    """A gauge that the block tells its progress; see `counted`."""
     gauge = Gauge(what, total, done)
     way = None if quiet else _way()
     if way is None:
@@ -74,12 +77,12 @@ def counting(what: str, quiet: bool, total: Total = None, done: int = 0) -> Iter
         yield gauge
     finally:
         ended.set()
-        with stderr.aside():  # takes the line away
+        with stderr.aside():  # erases the line
             pass
 
 
 class Gauge:
-    """How much is done of how much, since when."""
+    """How much is done, of how much, since when."""
 
     def __init__(
         self,
@@ -94,20 +97,20 @@ class Gauge:
         self._figures: Mapping[str, float] = {}
 
     def reach(self, count: int, figures: Mapping[str, float] | None = None) -> None:
-        """Take note that so many are done, and of figures that belong to the last of them."""
+        """Set how many are done, and the figures of the last of them."""
         self.count, self._reached = count, self._clock()
         self._figures = figures or self._figures
 
     def advance(self, by: int = 1) -> None:
-        """Take note that so many more are done."""
+        """Count this many more as done."""
         self.reach(self.count + by)
 
     def text(self, width: int | None = None) -> str:
-        """Where it stands, in a line.
+        """The progress in one line.
 
         Args:
-            width: of a terminal that shows it; what matters least is left out to fit. None is a
-                line of a log.
+            width: of the terminal; the least important parts are left out to fit. None is a line of
+                a log.
         """
         total, about = self._whole()
         known = total is not None and total >= self.count
@@ -121,7 +124,7 @@ class Gauge:
             parts.append(pace(new / took))
             if known:
                 left = ((total or 0) - self.count) * took / new - (now - self._reached)
-        if left >= 0.5:  # what takes longer than it seemed has no such time
+        if left >= 0.5:  # not if it takes longer than estimated
             parts.append(f"{duration(left)} left")
         if width is not None or left < 0.5:
             parts.append(f"{duration(now - self._began)} so far")
@@ -131,10 +134,10 @@ class Gauge:
         return ", ".join(parts)[:width]
 
     def _whole(self) -> tuple[int | None, str]:
-        """The total, and what stands before one that is estimated."""
+        """The total, and `about ` if it is an estimate."""
         if isinstance(self._total, Lines):
-            found = self._total.count()
-            return (None, "") if found is None else (found[0], "" if found[1] else "about ")
+            count = self._total.count()
+            return (None, "") if count is None else (count[0], "" if count[1] else "about ")
         return self._total, ""
 
 
@@ -146,7 +149,7 @@ def times(total: Total, factor: float) -> Total:
 
 
 def pace(per_second: float) -> str:
-    """A rate, by the first unit in which it is 1 or more: 5.6/s, 12/min, 3.2/h."""
+    """A rate in the first unit in which it is at least 1: 5.6/s, 12/min, 3.2/h."""
     per, unit = per_second, "s"
     for longer in ("min", "h"):
         if per < 1:
@@ -155,7 +158,7 @@ def pace(per_second: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time by its two largest units: 34 s, 2 min 34 s, 5 h 12 min, 3 d 4 h."""
+    """A time in its two largest units: 34 s, 2 min 34 s, 5 h 12 min, 3 d 4 h."""
     rest, parts = round(seconds), list[str]()
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
         if rest >= size or (unit == "s" and not parts):
@@ -167,16 +170,16 @@ def duration(seconds: float) -> str:
 
 
 def _way() -> str | None:
-    """How it is said here; None: not at all."""
+    """How progress is shown here: drawn, written, or None."""
     if os.environ.get("RANK", "0") != "0":  # torchrun: the first rank speaks for all
         return None
     if not sys.stderr.isatty():
         return "written"
     try:
-        another = stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode)
+        piped = stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode)
     except (OSError, ValueError, AttributeError):
-        another = False
-    if another:  # a stage follows, whose line would be drawn over this one
+        piped = False
+    if piped:  # the line of the next stage would be drawn over this one
         return None
     return "drawn" if stderr.has_codes() else "written"
 

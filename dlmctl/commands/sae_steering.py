@@ -71,7 +71,7 @@ def command(
     """
     from dlmctl.sae.steering.questions import Answers
     from dlmctl.sae.steering.scores import outcomes_of, rows_of
-    from dlmctl.sae.steering.twins import read_baseline, read_completion, read_twins
+    from dlmctl.sae.steering.twins import read_baseline, read_sampled_text, read_twins
 
     score_field = None if concept.concept_from == "judge" else concept.concept_from
     judged = concept.judge or concept.judge_prompts or concept.judge_answers
@@ -80,7 +80,7 @@ def command(
             "nothing says what to score by: give --judge, --judge-answers or --concept-from for "
             "the concept, --fluency or --perplexity for fluency"
         )
-    read = partial(read_completion, score_field=score_field, perplexity=fluency.perplexity)
+    read = partial(read_sampled_text, score_field=score_field, perplexity=fluency.perplexity)
     unsteered = read_baseline(read_records([baseline], on_error), read, on_error)
     twins = list(read_twins(read_records(files or [], on_error), unsteered, read, on_error))
     if not twins:
@@ -130,16 +130,14 @@ def _ask_judge(
 def _perplexities(
     twins: Sequence[Twins], settings: FluencyScores, seed: int, compute: Compute, quiet: bool
 ) -> tuple[dict[Name, float | None], bool]:
-    """Those of all completions, and whether they are upper bounds."""
+    """Those of all texts, and whether they are upper bounds."""
     from dlmctl.diffusion.scoring import MaskPlan
     from dlmctl.models.loading import load_policy
     from dlmctl.sae.steering.fluency import perplexities
 
-    completions = [completion for pair in twins for completion in (pair.before, pair.after)]
-    with counting("texts", quiet, len(completions)) as gauge:
+    texts = [text for pair in twins for text in (pair.before, pair.after)]
+    with counting("texts", quiet, len(texts)) as gauge:
         policy = load_policy(settings.fluency or "", compute.device, compute.dtype)
         plan, size = MaskPlan(samples=settings.masks, seed=seed), compute.batch_size
-        results = perplexities(
-            policy, completions, settings.fluency_tokens, plan, size, gauge.reach
-        )
+        results = perplexities(policy, texts, settings.fluency_tokens, plan, size, gauge.reach)
     return results, policy.diffusion

@@ -10,46 +10,49 @@ from typing import Annotated, Any
 import typer
 
 from dlmctl.commands.input_lines import input_lines
-from dlmctl.commands.options import Files, OnErrorOption, Output, Quiet
 from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import print_table
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import read_records, write_records
+from dlmctl.settings import Knob
+from dlmctl.settings.common import Files, OnErrorOption, Output, Quiet
+from dlmctl.settings.parsing import named_number
 
 
 def command(
     files: Files = None,
     by: Annotated[
         str | None,
-        typer.Option(
+        Knob(
+            "A row for each value of this field: task, model, round, …; for records of measures "
+            "it may be a list of fields.",
             metavar="FIELD",
-            show_default="task; of measures layer, k, positions",
-            help="A row for each value: task, model, round, …; of measures a list of fields too.",
+            shown_default="task; for measures layer, k, positions",
         ),
     ] = None,
     ks: Annotated[
         list[int] | None,
-        typer.Option("-k", "--pass-at", min=1, show_default="1", help="k of pass@k; repeatable."),
+        Knob("k of pass@k; repeatable.", "-k", "--pass-at", minimum=1, shown_default="1"),
     ] = None,
     confidence: Annotated[
-        float, typer.Option(min=0.5, max=0.9999, help="Level of the accuracy's interval.")
+        float, Knob("Level of the accuracy's interval.", minimum=0.5, maximum=0.9999)
     ] = 0.95,
     image_free: Annotated[
         str | None,
-        typer.Option(
+        Knob(
+            "Add `image_free`: the accuracy of always giving the answer that is most frequent for "
+            "the prompt in these records, without a look at the image.",
             metavar="FILE",
-            show_default="off",
-            help="Add `image_free`: the accuracy of the answer that is most frequent for a prompt "
-            "in these records, given without a look at the image.",
+            shown_default="off",
         ),
     ] = None,
     fail_under: Annotated[
         list[str] | None,
-        typer.Option(
+        Knob(
+            "Exit 1 if a measure over all records (accuracy, reward, pass@1, cells, …) is below "
+            "this; repeatable.",
             metavar="MEASURE=VALUE",
-            show_default="never",
-            help="Exit 1 when a measure over all records (accuracy, reward, pass@1, cells, …) is "
-            "below this; repeatable.",
+            shown_default="never",
         ),
     ] = None,
     on_error: OnErrorOption = "fail",
@@ -59,10 +62,10 @@ def command(
     """Accuracy, pass@k, reward and length per task.
 
     Reads verified records and writes a table on a terminal, JSON lines in a pipe or file. The
-    accuracy's interval is Wilson's, widened for the samples of one prompt being alike; `cells` is
-    the share of empty Sudoku cells that equal the stored solution, `stored` that of whole grids;
-    accuracy goes by the rules, as a puzzle may have other solutions. Where several verifiers
-    judged, there is a column for each: `rewards.grounding` is that of descriptions.
+    accuracy's interval is Wilson's, widened because samples of one prompt are alike. Accuracy goes
+    by the rules, as a puzzle may have several solutions; `cells` is the share of empty Sudoku cells
+    that equal the stored solution, `stored` the share of whole grids that do. If several verifiers
+    judged, each has a column: `rewards.grounding` is the one of descriptions.
 
     Records of measures, as 'dlmctl sae-eval' writes them, are averaged, with standard errors.
 
@@ -80,7 +83,7 @@ def command(
     from dlmctl.report.measurements import averages, is_measurement, present
     from dlmctl.report.statistics import tally
 
-    limits = [_limit(text) for text in fail_under or []]
+    limits = [named_number("--fail-under", text, "MEASURE=NUMBER") for text in fail_under or []]
     total = input_lines(files)
     records = counted(read_records(files or [], on_error), "records", quiet, total)
     first = next(records, None)
@@ -99,21 +102,13 @@ def command(
     for measure, least in limits:
         value = rows[-1].get(measure)
         if not isinstance(value, (int, float)):
-            there = ", ".join(k for k, v in rows[-1].items() if isinstance(v, (int, float)))
-            raise UsageError(f"--fail-under {measure}: no such measure; there are {there}")
+            others = ", ".join(k for k, v in rows[-1].items() if isinstance(v, (int, float)))
+            raise UsageError(f"--fail-under {measure}: no such measure; there are {others}")
         if value < least:
             print(f"dlmctl: {measure} is {value:.4g}, under {least:g}", file=sys.stderr)
             failed = True
     if failed:
         raise typer.Exit(1)
-
-
-def _limit(text: str) -> tuple[str, float]:
-    measure, _, value = text.partition("=")
-    try:
-        return measure, float(value)
-    except ValueError:
-        raise UsageError(f"--fail-under {text} is not MEASURE=NUMBER") from None
 
 
 def _table(rows: Sequence[dict[str, Any]], by: str) -> None:

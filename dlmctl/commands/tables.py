@@ -10,9 +10,9 @@ from dlmctl.records.jsonl import write_records
 from dlmctl.records.stderr import aside
 
 GAP = 2
-"""Between two columns."""
+"""Spaces between two columns."""
 LONG = 40
-"""Characters of a cell that is no number, but text that may need several lines."""
+"""Characters beyond which a cell is text that may need several lines."""
 
 
 def print_table(
@@ -23,11 +23,12 @@ def print_table(
     """Print rows to standard output.
 
     A table that is wider than the terminal becomes several, one below the other, each with the
-    columns that tell its rows apart.
+    columns that distinguish its rows.
 
     Args:
-        columns: key of a row to the heading of its column; flush left are the first, and long text.
-        cell: text of a row's value by its key; numbers have four digits without it.
+        columns: key of a row to the heading of its column; the first, and long text, are flush
+            left.
+        cell: text of a row's value for a key; None gives numbers four digits.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -73,14 +74,14 @@ def _blocks(texts: Mapping[str, Sequence[str]], width: int) -> list[list[str]]:
 
 
 def _telling(columns: Sequence[Sequence[str]]) -> int:
-    """How many of the first columns it takes to tell all rows apart."""
+    """How many of the first columns distinguish all rows."""
     rows = list(zip(*columns, strict=True))
     numbers = range(1, len(columns))
     return next((n for n in numbers if len({row[:n] for row in rows}) == len(rows)), 1)
 
 
 def write_rows(rows: Iterable[dict[str, Any]], columns: Sequence[str], json: bool) -> None:
-    """Rows as a table of these columns on a terminal; as JSON lines in a pipe, or where asked."""
+    """Rows as a table of these columns on a terminal; as JSON lines in a pipe, or if `json`."""
     if json or not sys.stdout.isatty():
         write_records(rows)
     else:

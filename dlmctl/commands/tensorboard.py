@@ -6,30 +6,32 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from dlmctl.commands.options import OnErrorOption
+from dlmctl.settings import Knob
+from dlmctl.settings.common import OnErrorOption
 
 
 def command(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="RUN", help="Directories of runs, or JSONL files; none, or -, is stdin."
+        Knob(
+            "Directories of runs, or JSONL files; none, or -, is stdin.",
+            metavar="RUN",
+            argument=True,
+            shown_default=False,
         ),
     ] = None,
     output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="DIR", help="What 'tensorboard --logdir' has.")
+        Path, Knob("The directory for 'tensorboard --logdir'.", "-o", "--output", metavar="DIR")
     ] = Path("tensorboard"),
-    x: Annotated[str, typer.Option("-x", metavar="FIELD", help="What is the step.")] = "step",
+    x: Annotated[str, Knob("The field that is the step.", "-x", metavar="FIELD")] = "step",
     on_error: OnErrorOption = "fail",
 ) -> None:
     """Write metrics records as event files of TensorBoard.
 
     Reads the metrics.jsonl of runs of 'dlmctl update', 'distill' and 'sae-train', or any JSONL with
-    numbers and a step, and gives each run a folder in DIR, each autoencoder one in its run's. Every
-    number of a record becomes a scalar of its name. Called again it adds the steps that are new,
-    also while a run goes on.
+    numbers and a step. Each run gets a folder in DIR, and each autoencoder a folder in that of its
+    run. Every number of a record becomes a scalar of its name. Called again, even while a run goes
+    on, it adds the new steps.
 
     Example:
 

@@ -8,59 +8,56 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from dlmctl.commands.options import Files, OnErrorOption
 from dlmctl.records.errors import MissingInputError
 from dlmctl.records.jsonl import read_records
+from dlmctl.settings import Knob
+from dlmctl.settings.common import Files, OnErrorOption
 
 
 def command(
     files: Files = None,
     by: Annotated[
         str | None,
-        typer.Option(
-            metavar="FIELD",
-            show_default="weights, else rollout.order",
-            help="A list with a number for each token of the completion: weights, roles, "
+        Knob(
+            "A list with a number for each token of the completion: weights, roles, "
             "rollout.order, rollout.log_probs, or any other.",
+            metavar="FIELD",
+            shown_default="weights, else rollout.order",
         ),
     ] = None,
     limit: Annotated[
-        int | None,
-        typer.Option("-n", "--limit", min=1, show_default="all", help="How many completions."),
+        int | None, Knob("How many completions.", "-n", "--limit", minimum=1, shown_default="all")
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(
+        Knob(
+            "Model whose tokenizer spells the tokens: hub name, directory or checkpoint; its "
+            "weights are not read.",
             "-m",
             "--model",
             metavar="MODEL",
-            show_default="the record's rollout.model",
-            help="Whose tokenizer spells the tokens: hub name, directory or checkpoint; its "
-            "weights are not read.",
+            shown_default="the record's rollout.model",
         ),
     ] = None,
     html: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write a page to browse instead, one file of HTML."),
+        Path | None, Knob("Write a page to browse instead, one file of HTML.", metavar="FILE")
     ] = None,
     after_end: Annotated[
-        bool, typer.Option("--after-end", help="Tokens behind the first end-of-sequence too.")
+        bool, Knob("Show the tokens behind the first end-of-sequence too.", "--after-end")
     ] = False,
     on_error: OnErrorOption = "fail",
 ) -> None:
     """Show completions token by token, shaded by numbers.
 
-    Reads records with `tokens.completion` and a list of numbers as long. Weights are shaded around
-    1, numbers of both signs around 0, others from the one nearest to 0 on: orange above, blue
-    below. Without colour (a pipe, NO_COLOR) tokens half-way out or farther stand in brackets,
-    {+above+} and [-below-]; the largest and smallest numbers are listed with the place of their
-    token. On a terminal each completion has its own scale, on a page there is one for all. Of a
-    record kept by --on-error keep the complaint is shown.
+    Reads records with `tokens.completion` and a list of as many numbers. Weights are shaded around
+    1, numbers of both signs around 0, and others from the one nearest to 0: orange above, blue
+    below. Without colour (a pipe, NO_COLOR), tokens at least half-way out are in brackets,
+    {+above+} and [-below-]; the largest and smallest numbers are listed with the positions of their
+    tokens. On a terminal each completion has its own scale; a page has one for all. For a record
+    that --on-error keep passed on, it shows the error.
 
-    The page needs no other file: images of the records (data: URIs, and relative paths to PNG,
-    JPEG, GIF or WebP files) are put into it, and nothing is loaded from elsewhere.
+    The page needs no other file: it embeds the images of the records (data: URIs, and relative
+    paths to PNG, JPEG, GIF or WebP files), and loads nothing from elsewhere.
 
     Examples:
 
@@ -74,8 +71,6 @@ def command(
 
     from dlmctl.models.token_text import texts_of_model
     from dlmctl.report.completions import Spell, completions
-    from dlmctl.report.token_lines import completion_lines
-    from dlmctl.report.token_page import write_page
 
     @cache
     def spell(name: str) -> Spell:
@@ -90,8 +85,12 @@ def command(
     records = read_records(files or [], on_error)
     items = islice(completions(records, spell, by, model, after_end, on_error), limit)
     if html is not None:
+        from dlmctl.report.token_page import write_page
+
         write_page(items, html)
         return
+    from dlmctl.report.token_lines import completion_lines
+
     for text in completion_lines(items, Console(highlight=False)):
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -1,10 +1,10 @@
-"""Errors that are meant for the reader of the message, and their exit codes (sysexits.h)."""
+"""Errors that are meant for the user, and their exit codes (sysexits.h)."""
 
 from __future__ import annotations
 
 
 class UserFacingError(Exception):
-    """A failure that the user can mend: one line on standard error, no traceback."""
+    """A failure that the user can fix: one line on standard error, no traceback."""
 
     exit_code = 1
 
@@ -16,38 +16,36 @@ class UsageError(UserFacingError):
 
 
 class DataError(UserFacingError):
-    """A record or a file holds something that cannot be used (exit 65).
-
-    `where` is `file:line`, added by whoever knows it.
-    """
+    """A record or a file has something that cannot be used (exit 65)."""
 
     exit_code = 65
     skippable = False
-    """Whether the stage would go on without the record, were it asked to."""
+    """Whether the stage can go on without the record, under --on-error skip."""
 
     def __init__(self, message: str, where: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.where = where
+        """`file:line`, added by whoever knows it."""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}" if self.where else self.message
 
 
 class MissingInputError(UserFacingError):
-    """A file, directory or model that was named is not there (exit 66)."""
+    """A named file, directory or model does not exist (exit 66)."""
 
     exit_code = 66
 
 
 class UnavailableError(UserFacingError):
-    """A device or an optional package is missing; the message says what mends it (exit 69)."""
+    """A device or an optional package is missing; the message says what to do (exit 69)."""
 
     exit_code = 69
 
 
 class CannotCreateError(UserFacingError):
-    """An output file or directory cannot be made (exit 73)."""
+    """An output file or directory cannot be created (exit 73)."""
 
     exit_code = 73
 
@@ -59,13 +57,13 @@ class CannotWriteError(UserFacingError):
 
 
 class TryAgainError(UserFacingError):
-    """Something that may pass: a hub that does not answer, a lock that is held (exit 75)."""
+    """A failure that may pass: a hub that does not answer, a lock that is taken (exit 75)."""
 
     exit_code = 75
 
 
 def missing_package(package: str, extra: str, purpose: str) -> UnavailableError:
-    """The error for an optional package: what needs it and the command that installs it."""
+    """The error for an optional package: what needs it, and the command that installs it."""
     return UnavailableError(
         f"{purpose} needs the package {package}, which is not installed: "
         f"run  pip install 'dlmctl[{extra}]'"

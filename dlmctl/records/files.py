@@ -1,4 +1,5 @@
-"""Atomic files and directories: write beside, then rename; kill -9 leaves the old or the new."""
+"""Atomic files and directories: write to a temporary name, then rename. After a kill -9 the target
+is the old one or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -27,26 +28,29 @@ def make_directory(directory: Path) -> None:
 
 
 def publish_directory(target: Path, fill: Callable[[Path], None]) -> None:
-    """Call `fill` on an empty directory beside `target`, then rename it to `target`.
+    """Call `fill` on an empty temporary directory, then rename it to `target`.
 
     Raises:
-        CannotCreateError: the directory cannot be made.
-        CannotWriteError: filling it failed, for example on a full disk; what was there stays.
+        CannotCreateError: the directory cannot be created.
+        CannotWriteError: filling it failed, for example on a full disk; the old target stays.
     """
-    _remove_left(target)
-    beside = _beside(target)
+    _remove_leftovers(target)
+    partial = _partial(target)
     try:
-        beside.mkdir(parents=True)
+        partial.mkdir(parents=True)
     except OSError as error:
         raise CannotCreateError(f"cannot create {target} ({error.strerror})") from None
     try:
-        fill(beside)
-        _sync(beside)
+        fill(partial)
+        for path in partial.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as stream:
+                    os.fsync(stream.fileno())
         if target.exists():
             remove_directory(target)
-        os.replace(beside, target)
+        os.replace(partial, target)
     except BaseException as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             raise _cannot_write(target, error) from None
         raise
@@ -54,28 +58,41 @@ def publish_directory(target: Path, fill: Callable[[Path], None]) -> None:
 
 def publish_link(link: Path, target: str) -> None:
     """Make `link` a symbolic link to `target` by one rename; raises CannotWriteError."""
-    beside = _beside(link)
+    partial = _partial(link)
     try:
-        beside.unlink(missing_ok=True)
-        beside.symlink_to(target)
-        os.replace(beside, link)
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(target)
+        os.replace(partial, link)
     except OSError as error:
         raise _cannot_write(link, error) from None
 
 
-def remove_directory(directory: Path) -> None:
-    """Remove a directory so that it is at no moment there in part under its name."""
-    aside = directory.with_name(f".{directory.name}.partial-{os.getpid()}-old")
-    shutil.rmtree(aside, ignore_errors=True)
+def publish_file(target: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` make a temporary file, then rename it to `target`; a failure leaves nothing.
+
+    Raises:
+        CannotCreateError: the file cannot be written.
+    """
+    partial = _partial(target)
     try:
-        os.replace(directory, aside)
-    except OSError:
-        aside = directory  # not there, or not to be renamed
-    shutil.rmtree(aside, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        write(partial)
+        os.replace(partial, target)
+    except OSError as error:
+        raise CannotCreateError(f"cannot write {target} ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Publish a file of these bytes; raises CannotCreateError."""
+    publish_file(path, lambda partial: partial.write_bytes(data))
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Append a line to a file, which has all of it afterwards, or nothing.
+    """Append a line to a file, which then has all of it, or nothing.
 
     Raises:
         CannotCreateError: the file cannot be opened.
@@ -99,38 +116,21 @@ def append_line(path: Path, line: bytes) -> None:
         raise _cannot_write(path, error) from None
 
 
+def remove_directory(directory: Path) -> None:
+    """Remove a directory; at no moment is a part of it there under its name."""
+    aside = directory.with_name(f".{directory.name}.partial-{os.getpid()}-old")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        os.replace(directory, aside)
+    except OSError:
+        aside = directory  # it does not exist, or cannot be renamed
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def remove_partials(directory: Path) -> None:
-    """Remove what killed processes left of files, links and directories in the making."""
+    """Remove the temporary files, links and directories that killed processes left."""
     for partial in directory.glob(".*.partial-*"):
         _discard(partial)
-
-
-def publish_file(target: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` make a file beside `target`, then rename it; nothing is left where it fails.
-
-    Raises:
-        CannotCreateError: the file cannot be made.
-    """
-    beside = _beside(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_left(target)
-        write(beside)
-        os.replace(beside, target)
-    except OSError as error:
-        raise CannotCreateError(f"cannot write {target} ({error.strerror or error})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Publish a file that holds these bytes; raises CannotCreateError."""
-
-    def write(beside: Path) -> None:
-        beside.write_bytes(data)
-
-    publish_file(path, write)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -147,19 +147,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_free(directory: Path) -> None:
-    """Raise CannotCreateError where something stands already."""
+    """Raise CannotCreateError if the path exists and is not an empty directory."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CannotCreateError(f"{directory} is there and not empty: choose another name")
 
 
-def _sync(directory: Path) -> None:
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-
-
-def _beside(target: Path) -> Path:
+def _partial(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial-{os.getpid()}")
 
 
@@ -167,36 +160,36 @@ def _cannot_write(target: Path, error: BaseException) -> CannotWriteError:
     return CannotWriteError(f"cannot write {target} ({getattr(error, 'strerror', None) or error})")
 
 
-def _remove_left(target: Path) -> None:
-    """Remove what processes that are gone, or had our number, left of a target in the making.
+def _remove_leftovers(target: Path) -> None:
+    """Remove temporary versions of a target left by dead processes, or by one with our number.
 
-    A process of another machine seems gone. One that is writing the same target this very moment
-    then fails; without that, one of the two would have written in vain.
+    A process on another machine seems dead. If it is writing the same target right now, it fails;
+    otherwise one of the two would have written in vain.
     """
     head = f".{target.name}.partial-"
     with contextlib.suppress(OSError):
         for name in os.listdir(target.parent):
             number = name[len(head) :].partition("-")[0]
-            if name.startswith(head) and number.isdigit() and not _alive(int(number)):
+            if name.startswith(head) and number.isdigit() and not _is_other_process(int(number)):
                 _discard(target.with_name(name))
 
 
 def _discard(path: Path) -> None:
-    """Remove a file, a link, or a directory with what is in it."""
+    """Remove a file, a link, or a directory with its content."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
-    """Whether another process has this number."""
-    if process == os.getpid():
+def _is_other_process(number: int) -> bool:
+    """Whether another process that lives has this number."""
+    if number == os.getpid():
         return False
     try:
-        os.kill(process, 0)
+        os.kill(number, 0)
     except ProcessLookupError:
         return False
-    except OSError:
+    except OSError:  # it belongs to another user
         return True
     return True

@@ -9,18 +9,18 @@ from dlmctl.records.jsonl import Record, field, object_field
 
 
 def group_key(record: Record) -> Hashable:
-    """Identity of the group: the prompt's id, and round and order where there are several."""
-    place = object_field(record, "rollout")
-    return field(record, "id", (str, int)), place.get("round"), place.get("remasking")
+    """Identity of the group: the prompt's id, and round and order if there are several."""
+    rollout = object_field(record, "rollout")
+    return field(record, "id", (str, int)), rollout.get("round"), rollout.get("remasking")
 
 
 def groups(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Lists of neighbouring records that share `id` (and round); records with `error` left out."""
+    """Lists of neighbouring records that share `id` (and round), without those with `error`."""
     return without_errors(whole_groups(records))
 
 
 def without_errors(groups: Iterable[Sequence[Record]]) -> Iterator[list[Record]]:
-    """The groups of the records that have no `error`; those that have no other are left out."""
+    """The groups without records that have an `error`; drops groups that become empty."""
     for group in groups:
         sound = [record for record in group if "error" not in record]
         if sound:
@@ -28,20 +28,20 @@ def without_errors(groups: Iterable[Sequence[Record]]) -> Iterator[list[Record]]
 
 
 def whole_groups(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Groups with the records in them that have an `error`, all in their order.
+    """Groups that include the records with an `error`, all in their order.
 
-    A group leaves as soon as it has as many samples as `rollout` says, failed ones among them: in a
-    training loop the next record comes only after this group has been trained on. An error that
-    does not say which sample it was is no sample, and goes with the group before it.
+    A group is yielded as soon as it has as many samples as `rollout` says, failed ones included: in
+    a training loop, the next record arrives only after this group has been trained on. An error
+    that does not say which sample it was is no sample, and goes with the group before it.
     """
     group: list[Record] = []
     samples, key = 0, None
     for record in records:
         if not is_sample(record):
-            if not group:
-                yield [record]
-            else:
+            if group:
                 group.append(record)
+            else:
+                yield [record]
             continue
         now = group_key(record)
         if group and now != key:
@@ -67,19 +67,19 @@ def is_sample(record: Record) -> bool:
     """Whether a record is a sample of a group; one with an `error` may be anything."""
     if "error" not in record:
         return True
-    place = record.get("rollout")
-    sized = isinstance(place, dict) and type(place.get("samples")) is int
+    rollout = record.get("rollout")
+    sized = isinstance(rollout, dict) and type(rollout.get("samples")) is int
     return sized and type(record.get("id")) in (str, int)
 
 
 class BatchEnds:
-    """Where the batches of `group_batches` begin and end; told of each record in order."""
+    """Where the batches of `group_batches` begin and end; it is told each record, in order."""
 
     def __init__(self, size: int) -> None:
         self._size, self._count, self._seen = size, 0, 0
         self._last: Record | None = None
         self.round_done = False
-        """Whether the last record was that of a whole round of a training loop."""
+        """Whether the last record completed a round of a training loop."""
 
     def begins(self, record: Record) -> bool:
         """Whether a batch begins with this record, the next one."""
@@ -99,10 +99,10 @@ class BatchEnds:
 
 
 def group_batches(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
-    """Whole groups of at least `size` records together, at most to the end of a training round.
+    """Whole groups of at least `size` records together; a training round ends a batch.
 
-    Records with an `error` are in their places, and not counted. At the end of a round nothing
-    waits for what comes behind it.
+    Records with an `error` keep their places, and do not count. The last batch of a round does not
+    wait for the record behind it.
     """
     batch: list[Record] = []
     ends = BatchEnds(size)
@@ -119,12 +119,12 @@ def group_batches(records: Iterable[Record], size: int) -> Iterator[list[Record]
 
 
 def group_size(record: Record) -> int | None:
-    """How many samples the group of this record has, where `rollout` wrote it."""
+    """How many samples the group of this record has, if `rollout` wrote it."""
     return _count(record, "samples")
 
 
 def round_size(record: Record) -> int | None:
-    """How many completions the round of a training loop has that this record is of, if of one."""
+    """How many completions this record's round of a training loop has, if it is of one."""
     return _count(record, "round_size")
 
 

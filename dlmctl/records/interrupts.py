@@ -1,11 +1,11 @@
-"""Ctrl-C and SIGTERM: a command says where it stands, and is gone within a second.
+"""Ctrl-C and SIGTERM: a command says where it stands, and ends within a second.
 
-The first signal raises `Interrupted` in the main thread, so that files in the making are removed
-and programs that were started are ended; those behind it do nothing. A thread ends the command
-where that takes long: the main thread may be in a long computation, or something may have caught
-the exception.
+The first signal raises `Interrupted` in the main thread, so that temporary files are removed and
+programs that were started are stopped; later signals do nothing. A thread ends the command if that
+takes long: the main thread may be in a long computation, or something may have caught the
+exception.
 
-The process dies by the signal, as a shell expects of it: `$?` is 130 or 143, and a loop around the
+The process dies by the signal, as a shell expects: `$?` is 130 or 143, and a loop around the
 command ends too.
 """
 
@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from traceback import walk_stack
 from types import FrameType
 from typing import NoReturn
 
@@ -29,14 +30,14 @@ GRACE = 0.6
 
 
 class Interrupted(BaseException):
-    """A signal asks for the end; nothing but `main` is to catch it."""
+    """A signal asks for the end; only `main` may catch it."""
 
 
 class _State:
     name = ""
-    """Of the command."""
+    """Name of the command."""
     number = 0
-    """The signal that came first."""
+    """The first signal; 0 before it."""
     raised = False
     summary: Callable[[], str] | None = None
     ending = threading.Lock()
@@ -44,12 +45,12 @@ class _State:
 
 
 def describe(summary: Callable[[], str]) -> None:
-    """Set what the command says of itself where it is interrupted from now on."""
+    """Set what the command says about itself if it is interrupted from now on."""
     _State.summary = summary
 
 
 def call(name: str) -> None:
-    """Set the command's full name, which `install` may know the beginning of."""
+    """Set the command's full name; `install` may know only the beginning of it."""
     _State.name = name
 
 
@@ -64,29 +65,29 @@ def stopping() -> bool:
 
 
 def standing(directory: Path, link: Path, now: int, unit: str = "step") -> str:
-    """What a trainer says of itself.
+    """What a trainer says about itself.
 
     Args:
-        link: to its newest saved state, whose name ends on a number.
-        now: the number of the step that was taken last.
+        link: to its newest saved state, whose name ends in a number.
+        now: number of the last step.
     """
     try:
         saved = int(os.readlink(link).rpartition("-")[2])
     except (OSError, ValueError):
         return (
-            f"{directory} was at {unit} {now} and has nothing saved: the same command begins anew"
+            f"{directory} was at {unit} {now} and has nothing saved: the same command starts over"
         )
     return (
-        f"{directory} was at {unit} {now}; what is saved is of {unit} {saved}, from where the same "
-        "command goes on"
+        f"{directory} was at {unit} {now}; the newest saved state is of {unit} {saved}, where the "
+        "same command resumes"
     )
 
 
 def install(name: str) -> Callable[[], None]:
-    """Take both signals, but for one that is ignored (nohup); returns what gives them back.
+    """Handle both signals, unless they are ignored (nohup); returns the function that undoes it.
 
     Raises:
-        Interrupted: one has come already.
+        Interrupted: a signal has already come.
     """
     _State.name, _State.number, _State.raised, _State.summary = name, 0, False, None
     reading, writing = os.pipe()
@@ -101,7 +102,7 @@ def install(name: str) -> Callable[[], None]:
     def uninstall() -> None:
         signal.set_wakeup_fd(-1)
         for number, handler in before.items():
-            # A Ctrl-C while the interpreter is taken down, all work done, has no traceback.
+            # A Ctrl-C while the interpreter shuts down, with all work done, shows no traceback.
             python = handler is signal.default_int_handler
             signal.signal(number, signal.SIG_DFL if python else handler)
         os.close(writing)
@@ -109,22 +110,22 @@ def install(name: str) -> Callable[[], None]:
     return uninstall
 
 
-def end(forced: bool = False) -> NoReturn:
+def end() -> NoReturn:
     """Say where the command stands, and die by the signal."""
     if not _State.ending.acquire(blocking=False):
-        time.sleep(60)  # the other thread is about to end us both
+        time.sleep(60)  # the other thread is about to end the process
     number = _State.number or signal.SIGINT
     line = f"dlmctl: {_State.name} interrupted"
     with contextlib.suppress(Exception):
         line += f": {_State.summary()}" if _State.summary else ""
-    if os.environ.get("RANK", "0") != "0":  # torchrun ends all ranks, and the first speaks for them
+    if os.environ.get("RANK", "0") != "0":  # torchrun ends all ranks; the first speaks for them
         line = ""
     with contextlib.suppress(OSError):
         os.write(2, stderr.close() + (stderr.shown(f"{line}\n".encode()) if line else b""))
     with contextlib.suppress(Exception):
         import ctypes
 
-        # signal.signal is for the main thread alone.
+        # signal.signal works only in the main thread.
         ctypes.CDLL(None).signal(int(number), ctypes.c_void_p(0))
         os.kill(os.getpid(), number)
         time.sleep(0.1)
@@ -133,50 +134,40 @@ def end(forced: bool = False) -> NoReturn:
 
 def _raise(number: int, frame: FrameType | None) -> None:
     _State.number = _State.number or number
-    if not _State.raised and not _imports(frame):
+    # Some modules in C++ or Rust do not survive an exception while they are imported. The watching
+    # thread sends the signal again, or ends the process.
+    importing = any(
+        caller.f_code.co_filename == "<frozen importlib._bootstrap>"
+        for caller, _ in walk_stack(frame)
+    )
+    if not _State.raised and not importing:
         _State.raised = True
-        sys.unraisablehook = _unraisable  # it may be raised where nothing can be, as in a __del__
+        sys.unraisablehook = _unraisable  # the signal may come where nothing can be raised: __del__
         raise Interrupted
 
 
-def _imports(frame: FrameType | None) -> bool:
-    """Whether a module is being imported, which some written in C++ or Rust do not survive.
-
-    The thread that watches says it again, or ends us.
-    """
-    while frame is not None:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            return True
-        frame = frame.f_back
-    return False
-
-
 def _unraisable(about: sys.UnraisableHookArgs) -> None:
-    """Say nothing of our own exception: the end comes all the same, by the thread that watches."""
+    """Report other exceptions than ours, after which the watching thread ends the process."""
     if about.exc_type is not Interrupted:
         sys.__unraisablehook__(about)
 
 
 def _watch(reading: int, numbers: set[signal.Signals]) -> None:
     """End the process in time, whatever the main thread does."""
-    # For `end`: once the signal is there, an import may have to wait for one that hangs.
+    # For `end`: after the signal, an import may have to wait for one that hangs.
     import ctypes  # noqa: F401
 
     while came := os.read(reading, 1):
-        if came[0] in numbers:  # else somebody else's, who handles it
+        if came[0] in numbers:  # others have their own handlers
             _State.number = _State.number or came[0]
-            _wait(came[0])
-            end(forced=True)
+            # Give the main thread its time, and repeat the signal until it has been raised.
+            over = time.monotonic() + GRACE
+            while time.monotonic() < over:
+                time.sleep(GRACE / 12)
+                if not _State.raised:
+                    signal.pthread_kill(threading.main_thread().ident or 0, came[0])
+            end()
     os.close(reading)
-
-
-def _wait(number: int) -> None:
-    """Give the main thread its time, and say it again until it has heard, as behind an import."""
-    over = time.monotonic() + GRACE
-    while time.monotonic() < over:
-        time.sleep(GRACE / 12)
-        if not _State.raised:
-            signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _forget() -> None:

@@ -1,4 +1,4 @@
-"""JSON Lines in and out: one record per line, file:line in every complaint, whole lines only.
+"""JSON Lines in and out: one record per line, `file:line` in every error, whole lines only.
 
 Readers are lazy: the first record leaves before the last one arrives. Writers flush every record,
 so that the next stage of a pipe can start on it.
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 OnError = Literal["fail", "skip", "keep"]
 DEEPEST = 200
-"""Levels of lists and objects in a record. orjson reads 1024 and writes 254, and Python shows about
-as many; what is read must be fit to be passed on, with a few levels around it."""
+"""Most levels of lists and objects in a record. orjson reads 1024 and writes 254, and Python shows
+about as many; what was read must be writable, with a few levels around it."""
 
 
 class Record(dict[str, Any]):
@@ -42,21 +42,17 @@ class Record(dict[str, Any]):
 
 
 def read_records(files: Sequence[str], on_error: OnError = "fail") -> Iterator[Record]:
-    """Records of the named JSONL files in order; `-`, or no file at all, is standard input.
+    """Records of JSONL files, in order; `-`, or no file, is standard input.
 
     Raises:
-        MissingInputError: a file is not there or cannot be read.
+        MissingInputError: a file cannot be read.
         DataError: a line is not a JSON object (only with `on_error="fail"`).
     """
     yield from parse_lines(read_lines(files), on_error)
 
 
 def read_lines(files: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-    """Lines of the named files that are not blank, each after its `file:line`; see `read_records`.
-
-    Raises:
-        MissingInputError: a file is not there or cannot be read.
-    """
+    """The `file:line` and the text of each line that is not blank; raises MissingInputError."""
     for name in files or ["-"]:
         with _open(name) as stream:
             label = "<stdin>" if name == "-" else name
@@ -66,7 +62,7 @@ def read_lines(files: Sequence[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def parse_lines(lines: Iterable[tuple[str, bytes]], on_error: OnError = "fail") -> Iterator[Record]:
-    """Records of such lines; raises as `read_records`."""
+    """Records of the lines of `read_lines`; raises as `read_records`."""
     for where, line in lines:
         try:
             yield parse_record(line, where)
@@ -83,7 +79,7 @@ def parse_record(line: bytes, where: str) -> Record:
         raise DataError(f"not JSON ({error}); expected one object per line", where) from None
     if not isinstance(value, dict):
         raise DataError(f"expected a JSON object, found {type(value).__name__}", where)
-    # Few brackets cannot be deep, and counting them costs next to nothing.
+    # Few brackets cannot nest deeply, and counting them costs next to nothing.
     if line.count(b"[") + line.count(b"{") > DEEPEST and _is_deep(value):
         raise DataError(f"lists and objects are nested more than {DEEPEST} levels deep", where)
     record = Record(value)
@@ -102,9 +98,10 @@ def _is_deep(value: Any) -> bool:
 def each(
     records: Iterable[Record], function: Callable[[Record], Record], on_error: OnError | None = None
 ) -> Iterator[Record]:
-    """Apply `function` to every record; a record that already has an `error` passes untouched.
+    """Apply `function` to every record; a record that has an `error` passes unchanged.
 
-    `on_error` is None if there is no choice but to fail.
+    Args:
+        on_error: None if failing is the only choice.
     """
     for record in records:
         if "error" in record:
@@ -120,7 +117,7 @@ def each(
 
 
 def faulty(record: Record, error: DataError, on_error: OnError | None) -> Iterator[Record]:
-    """What becomes of a record that cannot be used: raise, leave it out, or pass it on marked."""
+    """What becomes of a faulty record: raise, leave it out, or pass it on with `error`."""
     if on_error is None or on_error == "fail":
         error.skippable = on_error is not None
         raise error
@@ -134,24 +131,24 @@ def faulty(record: Record, error: DataError, on_error: OnError | None) -> Iterat
 
 
 def field(record: Record, name: str, kind: type | tuple[type, ...], hint: str = "") -> Any:
-    """The value of a field that must be there and of that type; raises DataError otherwise."""
+    """The value of a required field of this type; raises DataError if it is missing or another."""
     value = record.get(name)
     if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
         return value
-    found = "is missing" if value is None else f"is {type(value).__name__}"
+    state = "is missing" if value is None else f"is {type(value).__name__}"
     kinds = kind if isinstance(kind, tuple) else (kind,)
     wanted = " or ".join(k.__name__ for k in kinds)
     advice = f"; {hint}" if hint else ""
-    raise DataError(f"field '{name}' {found}, expected {wanted}{advice}", record.where)
+    raise DataError(f"field '{name}' {state}, expected {wanted}{advice}", record.where)
 
 
 def object_field(record: Record, name: str) -> dict[str, Any]:
-    """A field that is an object, empty where there is none; raises DataError on anything else."""
+    """A field that is an object, empty if it is missing; raises DataError for anything else."""
     return field(record, name, dict) if record.get(name) is not None else {}
 
 
 def nested(record: Record, name: str) -> Any:
-    """A field, or with dots one within fields, as `rollout.order`; None where there is none."""
+    """A field, or with dots a field within a field, as `rollout.order`; None if it is missing."""
     if name in record:
         return record[name]
     value: Any = record
@@ -161,9 +158,10 @@ def nested(record: Record, name: str) -> Any:
 
 
 def dump(record: Any) -> bytes:
-    """One line of JSON, numpy numbers included, keys in their order; raises DataError.
+    """One line of JSON with keys in their order; numpy numbers are allowed.
 
-    As of a column of bytes in a table.
+    Raises:
+        DataError: a value has no JSON, such as bytes from a table.
     """
     try:
         return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
@@ -175,37 +173,37 @@ def dump(record: Any) -> bytes:
 def write_records(
     records: Iterable[Any],
     output: str = "-",
-    going: Resume | None = None,
+    resume: Resume | None = None,
     standing: Callable[[], str] | None = None,
 ) -> int:
     """Write records to `output` (`-`: standard output) and return how many.
 
-    A file grows as `OUTPUT.partial` and takes its name when the stream ends; after a failure the
-    records that were made stay in the partial file. One process at a time writes it. What is no
-    file, as /dev/stderr or a named pipe, is written as it is.
+    A file grows as `OUTPUT.partial` and gets its name when the stream ends; after a failure the
+    partial file keeps its records. Only one process at a time can write it. A device or a named
+    pipe, such as /dev/stderr, is written in place.
 
     Args:
-        going: what of the partial file stays, of a stage that can go on with it.
-        standing: what is said where the command is interrupted; None says how many records there
-            are, and where.
+        resume: what the partial file keeps, for a stage that can resume.
+        standing: the message if the command is interrupted; None says how many records there are,
+            and where.
 
     Raises:
-        CannotCreateError: the file cannot be made.
+        CannotCreateError: the file cannot be created.
         CannotWriteError: writing failed, for example on a full disk.
         TryAgainError: another process writes the file.
-        BrokenPipeError: the reader of standard output went away.
+        BrokenPipeError: nobody reads standard output any more.
     """
     count = 0
 
-    def stands() -> str:
+    def counted() -> str:
         if output == "-" or _in_place(output):
             return f"{count} records were written"
-        lines = count + (going.lines if going else 0)
-        return f"{lines} records are in {output}.partial{_how(going)}"
+        lines = count + (resume.lines if resume else 0)
+        return f"{lines} records are in {output}.partial{_how(resume)}"
 
-    describe(standing or stands)
-    shared = output == "-" and os.isatty(1)  # with the line of progress
-    with _sink(output, going) as stream:
+    describe(standing or counted)
+    shared = output == "-" and os.isatty(1)  # the terminal also shows the line of progress
+    with _sink(output, resume) as stream:
         for record in records:
             line = dump(record)
             try:
@@ -223,25 +221,26 @@ def write_records(
     return count
 
 
-def _how(going: Resume | None) -> str:
-    return "; the same command with --resume goes on with it" if going else ""
+def _how(resume: Resume | None) -> str:
+    return "; the same command with --resume continues it" if resume else ""
 
 
 @contextlib.contextmanager
-def _sink(output: str, going: Resume | None) -> Iterator[IO[bytes]]:
+def _sink(output: str, resume: Resume | None) -> Iterator[IO[bytes]]:
     if output == "-":
         yield sys.stdout.buffer
         return
     if _in_place(output):
-        with _closing(_opened(output), output) as stream:
-            yield stream
+        device = _opened(output)
+        with _closing(device, output):
+            yield device
         return
     partial = Path(f"{output}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         lock = hold(partial, output)
         stream = partial.open("r+b")
-        stream.truncate(going.size if going else 0)
+        stream.truncate(resume.size if resume else 0)
         stream.seek(0, os.SEEK_END)
     except OSError as error:
         raise CannotCreateError(f"cannot create {output} ({error.strerror})") from None
@@ -249,31 +248,31 @@ def _sink(output: str, going: Resume | None) -> Iterator[IO[bytes]]:
         with _closing(stream, output):
             yield stream
     except Interrupted:
-        raise  # `describe` says it
+        raise  # what `describe` was given says it
     except BaseException:
-        print(f"dlmctl: what was produced so far is in {partial}{_how(going)}", file=sys.stderr)
+        print(f"dlmctl: what was produced so far is in {partial}{_how(resume)}", file=sys.stderr)
         raise
     os.replace(partial, output)
     lock.release()
 
 
 @contextlib.contextmanager
-def _closing(stream: IO[bytes], name: str) -> Iterator[IO[bytes]]:
-    """Close it; what could not be written is tried once more then, and has been told of."""
+def _closing(stream: IO[bytes], name: str) -> Iterator[None]:
+    """Close a stream at the end; after a failure, another failure to flush is not reported."""
     try:
-        yield stream
+        yield
     except BaseException:
         with contextlib.suppress(OSError):
             stream.close()
         raise
     try:
         stream.close()
-    except OSError as error:  # a network's file system may say it no sooner
+    except OSError as error:  # a network file system may report it only now
         raise CannotWriteError(f"cannot write {name} ({error.strerror})") from None
 
 
 def _in_place(output: str) -> bool:
-    """Whether a name is of a device, a pipe or the like, which no file may take the place of."""
+    """Whether a name is of a device, a pipe or the like, which a file must not replace."""
     return os.path.exists(output) and not os.path.isfile(output)
 
 

@@ -1,11 +1,13 @@
-"""Locks between processes that their owner's death releases, kill -9 included.
+"""Locks between processes that end with their owner, even after kill -9.
 
-A lock is `flock` on a file that is held open: the kernel lets go of it when the last process that
-has it open is gone. Readers take no lock and wait for none.
+A lock is `flock` on a file that is kept open: the kernel releases it when the last process that has
+the file open is gone. Readers take no lock and wait for none. The package filelock does not fit: it
+locks a file of its own next to the one that is renamed, falls back to files that outlive a kill,
+and cannot say which process owns a lock.
 
-On NFS, Linux emulates `flock` by byte-range locks, which clients of the same server see when it
-serves locks (NFSv4, or lockd); where it does not, or under the mount option `local_lock`, machines
-do not see each other's, and one directory is to be written from one machine only.
+On NFS, Linux emulates `flock` by byte-range locks, which clients of the same server see if it
+serves locks (NFSv4, or lockd). If it does not, or under the mount option `local_lock`, machines do
+not see each other's locks: then only one machine may write a directory.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from dlmctl.records.errors import CannotCreateError, TryAgainError
 
 
 class Lock:
-    """A file that is locked as long as this object, and the process that made it, live."""
+    """A file that stays locked while this object, and the process that made it, live."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -30,33 +32,34 @@ class Lock:
         self._end = weakref.finalize(self, _close, descriptor, None, self.owner)
 
     def remove_with(self, path: Path) -> None:
-        """Remove the file when the lock is let go: it has no other purpose."""
+        """Remove the file when the lock is released: it has no other purpose."""
         self._end.detach()
         self._end = weakref.finalize(self, _close, self.descriptor, path, self.owner)
 
     def release(self) -> None:
-        """Let go of it now."""
-        for identity, lock in list(_held.items()):
+        """Release the lock now."""
+        for identity, lock in list(_locks.items()):
             if lock is self:
-                del _held[identity]
+                del _locks[identity]
         self._end()
 
 
-_held: weakref.WeakValueDictionary[tuple[int, int], Lock] = weakref.WeakValueDictionary()
+_locks: weakref.WeakValueDictionary[tuple[int, int], Lock] = weakref.WeakValueDictionary()
 """The locks of this process, by device and inode."""
 
 
 def hold(path: Path, what: str, signed: bool = False) -> Lock:
-    """Lock a file, which is made where there is none; within a process, as often as one likes.
+    """Lock a file, and create it if needed; the same process may lock it again.
+
+    On a file system without locks, a line on standard error says so.
 
     Args:
-        what: the thing that is locked, for the message.
-        signed: the file holds the owner's process id, for those whom the system does not tell it.
+        what: what is locked, for the message.
+        signed: the file contains the owner's process id, for systems that do not tell it.
 
     Raises:
-        TryAgainError: another process has it.
-        CannotCreateError: the file cannot be made. Where its file system has no locks, a line says
-            so on standard error.
+        TryAgainError: another process has the lock.
+        CannotCreateError: the file cannot be created.
     """
     while True:
         try:
@@ -64,7 +67,7 @@ def hold(path: Path, what: str, signed: bool = False) -> Lock:
         except OSError as error:
             raise CannotCreateError(f"cannot create {path} ({error.strerror})") from None
         identity = _identity(os.fstat(descriptor))
-        mine = _held.get(identity)
+        mine = _locks.get(identity)
         if mine is not None:
             os.close(descriptor)
             return mine
@@ -85,16 +88,16 @@ def hold(path: Path, what: str, signed: bool = False) -> Lock:
             )
         with contextlib.suppress(FileNotFoundError):
             if _identity(os.stat(path)) == identity:
-                lock = _held[identity] = Lock(descriptor)
+                lock = _locks[identity] = Lock(descriptor)
                 if signed:
                     os.ftruncate(descriptor, 0)
                 return lock
-        # Renamed or removed by its last owner between our opening it and locking it.
+        # Its last owner renamed or removed it after we opened and before we locked it.
         os.close(descriptor)
 
 
 def hold_run(directory: Path) -> Lock:
-    """The lock of a run directory that is there: who has it may train in it.
+    """The lock of a run directory, which must exist: its owner may train in it.
 
     Raises:
         TryAgainError: another process trains there.
@@ -102,7 +105,7 @@ def hold_run(directory: Path) -> Lock:
     path = directory / ".lock"
     lock = hold(path, str(directory), signed=True)
     lock.remove_with(path)
-    with contextlib.suppress(OSError):  # a full disk: the lock holds without its signature
+    with contextlib.suppress(OSError):  # a full disk: the lock works without its signature
         os.pwrite(lock.descriptor, f"{os.getpid()}\n".encode(), 0)
     return lock
 
@@ -112,7 +115,7 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def _owner(inode: int) -> int | None:
-    """Process that has locked an inode, where the system tells (Linux, in the same container)."""
+    """Process that has locked an inode, if the system tells (Linux, in the same container)."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/locks").read_text().splitlines():
             fields = line.split()
@@ -127,7 +130,7 @@ def _signature(descriptor: int) -> int | None:
 
 
 def _close(descriptor: int, path: Path | None, owner: int) -> None:
-    if os.getpid() != owner:  # a forked child has closed it already
+    if os.getpid() != owner:  # a forked child has already closed it
         return
     if path is not None:
         with contextlib.suppress(OSError):
@@ -137,11 +140,11 @@ def _close(descriptor: int, path: Path | None, owner: int) -> None:
 
 
 def _forget() -> None:
-    """In a forked child: the parent's locks are not ours, and must not outlive it through us."""
-    for lock in list(_held.values()):
+    """In a forked child: close the parent's locks, which must not outlive it through us."""
+    for lock in list(_locks.values()):
         with contextlib.suppress(OSError):
             os.close(lock.descriptor)
-    _held.clear()
+    _locks.clear()
 
 
 os.register_at_fork(after_in_child=_forget)

@@ -1,13 +1,13 @@
-"""Going on with a file of records that a killed command left as FILE.partial.
+"""Resuming a file of records that a killed command left as FILE.partial.
 
 The input is read again from its beginning. Fields that a stage does not know pass through
-untouched, so that a line belongs to an input record if it has all its fields; walking through both
+unchanged, so that a line belongs to an input record if it has all its fields; walking through both
 together shows where the command was. Noise and masks depend on a record's id and sample, not on its
 place, so that the rest comes out as it would have.
 
-Where records are computed in batches, the walk goes back to where one began: the floating-point
-noise of a record depends on those beside it. The finished file is then, byte for byte, that of a
-command that was never stopped.
+If records are computed in batches, the walk goes back to the beginning of one: the floating-point
+noise of a record depends on the others in its batch. The finished file is then, byte for byte, that
+of a command that was never stopped.
 """
 
 from __future__ import annotations
@@ -26,32 +26,31 @@ from dlmctl.records.jsonl import Record, dump, parse_record
 from dlmctl.records.locks import Lock, hold
 
 
-class Made(NamedTuple):
-    """What stands in the file before an input record."""
+class Written(NamedTuple):
+    """What the file has before the lines of an input record."""
 
     lines: int
-    """Lines."""
     errors: int
-    """Those of them that bear an `error`."""
+    """Lines with an `error`."""
 
 
-Begins = Callable[[Record, Made], bool]
-"""Whether a batch begins with this input record; asked for each of them in order."""
+Begins = Callable[[Record, Written], bool]
+"""Whether a batch begins with this input record; called for each of them in order."""
 
 
-def always(_record: Record, _made: Made) -> bool:
-    """Of a stage that takes its records one by one."""
+def always(_record: Record, _written: Written) -> bool:
+    """`Begins` of a stage that takes its records one by one."""
     return True
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What lines a stage makes of an input record."""
+    """Which lines a stage makes of an input record."""
 
     writes: frozenset[str]
-    """The fields that are its own; all others pass through."""
+    """The fields that the stage writes; all others pass through."""
     samples: int | None = None
-    """Lines of a record, numbered by `sample`; None is one line without a number."""
+    """Lines per record, numbered by `sample`; None is one line without a number."""
     skips: bool = False
     """Whether a record may leave no line."""
     begins: Begins = always
@@ -59,61 +58,57 @@ class Rule:
     """Fields, also nested ones, that every line without an `error` has."""
 
 
-class Found(NamedTuple):
-    """Where a stage goes on."""
+class Rest(NamedTuple):
+    """Where a stage resumes."""
 
     size: int
     """Bytes of the file that stay."""
     lines: int
-    """Lines of it that stay."""
-    rest: Iterator[Record]
-    """The input records whose lines are still to be made."""
+    """Lines of the file that stay."""
+    records: Iterator[Record]
+    """The input records whose lines are missing."""
 
 
 class _Lines:
-    """The whole lines of a file, one in sight at a time."""
+    """The whole lines of a file; `now` is the next one, None at the end."""
 
     def __init__(self, stream: Iterable[bytes], name: str) -> None:
         self._stream, self._name = iter(stream), name
         self.size, self.number, self.errors = 0, 0, 0
-        """Bytes, lines, and lines with an error, before the one in sight."""
+        """Bytes, lines, and lines with an error, before the next one."""
         self._raw = b""
-        self.now: Record | None = None
-        self._look()
+        self._read()
 
     @property
     def where(self) -> str:
         return f"{self._name}:{self.number + 1}"
 
-    def take(self) -> Record:
-        """The line in sight; then the next one is."""
-        line = self.now
-        assert line is not None
+    def take(self, line: Record) -> None:
+        """Count `now` and read the next line."""
         self.size += len(self._raw)
         self.number += 1
         self.errors += "error" in line
-        self._look()
-        return line
+        self._read()
 
-    def _look(self) -> None:
+    def _read(self) -> None:
         self._raw = next(self._stream, b"")
         whole = self._raw.endswith(b"\n")  # else it was cut off
-        self.now = parse_record(self._raw, self.where) if whole else None
+        self.now: Record | None = parse_record(self._raw, self.where) if whole else None
 
 
-def go_on(
+def find_rest(
     records: Iterable[Record],
     stream: Iterable[bytes],
     rule: Rule,
     name: str,
     note: Callable[[Record], None] | None = None,
-) -> Found:
-    """Walk through the input and what was made of it.
+) -> Rest:
+    """Walk through the input and the lines that were made of it.
 
     Args:
         stream: lines of the file, with their ends.
         name: of the file, for messages.
-        note: is told of each line.
+        note: is called with each line.
 
     Raises:
         DataError: a line was made of something else.
@@ -123,24 +118,22 @@ def go_on(
     size = number = 0
     again: list[Record] = []
     for record in source:
-        if rule.begins(record, Made(lines.number, lines.errors)):
+        if rule.begins(record, Written(lines.number, lines.errors)):
             size, number, again = lines.size, lines.number, []
         again.append(record)
-        if lines.now is None:
-            break
-        if not _take_lines(record, lines, rule, note):
+        if lines.now is None or not _take_lines(record, lines, rule, note):
             break
     else:
         if lines.now is not None:
             raise _misfit(lines, "the input has no record for it")
         size, number, again = lines.size, lines.number, []
-    return Found(size, number, chain(again, source))
+    return Rest(size, number, chain(again, source))
 
 
 def _take_lines(
     record: Record, lines: _Lines, rule: Rule, note: Callable[[Record], None] | None
 ) -> bool:
-    """Take the lines of a record; whether they are all there."""
+    """Take the lines of a record; returns whether all are there."""
     plain, taken = orjson.loads(dump(record)), 0
     while taken < (rule.samples or 1):
         line = lines.now
@@ -154,7 +147,7 @@ def _take_lines(
             return True
         if "error" not in line and not contains(line, rule.made_by):
             raise _misfit(lines, "it was made by another model, or with other options")
-        lines.take()
+        lines.take(line)
         if note is not None:
             note(line)
         if error:
@@ -179,33 +172,33 @@ def contains(value: Any, part: Any) -> bool:
 
 def _misfit(lines: _Lines, why: str) -> DataError:
     return DataError(
-        f"{why}: give the command and the input that the file was begun with, or leave --resume "
-        "out to begin it again",
+        f"{why}: give the command and the input that began the file, or leave --resume out to "
+        "begin it again",
         lines.where,
     )
 
 
 class Resume:
-    """The output of a stage that can go on with it."""
+    """The output of a stage, which a later call can resume."""
 
     def __init__(self, output: str, wanted: bool) -> None:
-        """Lock FILE.partial where there is one to go on with.
+        """Lock FILE.partial if there is one to resume.
 
         Raises:
-            UsageError: standard output cannot be gone on with.
+            UsageError: standard output cannot be resumed.
             TryAgainError: another process writes the file.
         """
         if wanted and output == "-":
-            raise UsageError("--resume goes on with a file: give -o FILE too")
+            raise UsageError("--resume needs a file: give -o FILE too")
         self.partial = Path(f"{output}.partial")
         self.size, self.lines = 0, 0
         """Bytes and lines of it that stay."""
-        there = wanted and self.partial.exists()
-        self._lock: Lock | None = hold(self.partial, output) if there else None
-        self.done = wanted and not there and Path(output).is_file()
+        exists = wanted and self.partial.exists()
+        self._lock: Lock | None = hold(self.partial, output) if exists else None
+        self.done = wanted and not exists and Path(output).is_file()
         """Whether there is nothing to do."""
         if self.done:
-            print(f"dlmctl: {output} is there already; nothing to do", file=sys.stderr)
+            print(f"dlmctl: {output} exists already; nothing to do", file=sys.stderr)
 
     def rest(
         self,
@@ -213,10 +206,11 @@ class Resume:
         rule: Rule,
         note: Callable[[Record], None] | None = None,
     ) -> Iterator[Record]:
-        """The input records that are still to be worked on; raises as `go_on`."""
+        """The input records that are not done; raises as `find_rest`."""
         if self._lock is None:
             return records
         with self.partial.open("rb") as stream:
-            self.size, self.lines, rest = go_on(records, stream, rule, str(self.partial), note)
-        print(f"dlmctl: {self.lines} records of {self.partial} stay", file=sys.stderr)
-        return rest
+            rest = find_rest(records, stream, rule, str(self.partial), note)
+        self.size, self.lines = rest.size, rest.lines
+        print(f"dlmctl: resuming after {self.lines} records of {self.partial}", file=sys.stderr)
+        return rest.records

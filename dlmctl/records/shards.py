@@ -1,8 +1,8 @@
 """One of N parts of an input, for N processes that know nothing of each other: `--shard I/N`.
 
-The parts are contiguous, and cut between groups only, so that the outputs of all of them one after
-another are the output of a single run. Where to cut depends on how many records there are, which
-takes a pass over the input beforehand.
+The parts are contiguous, and cut only between groups, so that the outputs of all parts, one after
+another, are the output of a single run. Where to cut depends on the number of records, which takes
+a pass over the input.
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Shard:
-    """A part, by its number."""
+    """Part `number`, from 1 to `count`."""
 
     number: int
-    """From 1 to `count`."""
     count: int
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
 
     def bounds(self, total: int) -> tuple[int, int]:
-        """The first of its items, and that behind its last, of `total` numbered from 0.
+        """First item of the part and the one behind its last, of `total` items from 0 on.
 
         Parts differ in size by at most one.
         """
@@ -48,13 +47,13 @@ class Shard:
 
 
 def parse_shard(text: str | None) -> Shard | None:
-    """The shard that `--shard` names; raises UsageError where it names none."""
+    """The shard that `--shard` names; raises UsageError if it names none."""
     if text is None:
         return None
-    found = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
-    if not found:
+    match = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+    if not match:
         raise UsageError(f"--shard {text} is not I/N, as in 1/8")
-    shard = Shard(*map(int, found.groups()))
+    shard = Shard(*map(int, match.groups()))
     if not 1 <= shard.number <= shard.count:
         n = max(shard.count, 1)
         raise UsageError(
@@ -65,12 +64,12 @@ def parse_shard(text: str | None) -> Shard | None:
 
 
 def cut(items: Iterable[T], key: Callable[[T], object], total: int, shard: Shard) -> Iterator[T]:
-    """The items of a shard, in their order; neighbours with equal keys are in the same one.
+    """The items of a shard, in their order; neighbours with equal keys stay together.
 
     Args:
-        key: what group an item is of; None goes with the item before it.
-        total: how many items there are; where they turn out to be fewer, or more, every item still
-            is in exactly one shard of all.
+        key: the group of an item; an item with None goes with the one before it.
+        total: number of items. If it turns out to be wrong, every item is still in exactly one
+            shard.
     """
     first, end = shard.bounds(total)
     start, last = 0, None
@@ -87,9 +86,9 @@ def cut(items: Iterable[T], key: Callable[[T], object], total: int, shard: Shard
 def read_shard(
     files: Sequence[str], shard: Shard | None, on_error: OnError = "fail"
 ) -> Iterator[Record]:
-    """The records of `read_records` that are in a shard, with groups whole; None is all of them.
+    """The records of `read_records` in a shard, with whole groups; None is all of them.
 
-    Lines of other shards are looked at only to find groups: what is wrong with them is not said.
+    Lines of other shards are read only to find groups: their faults are not reported.
 
     Raises:
         UsageError: a file cannot be read twice.
@@ -103,7 +102,7 @@ def read_shard(
 
 
 def check_files(files: Sequence[str]) -> None:
-    """Raise UsageError unless there are files, and each can be read from its beginning again."""
+    """Raise UsageError unless there are files, and each can be read twice."""
     if not files or "-" in files:
         raise UsageError(
             "--shard goes by how long the input is, which standard input does not tell: give a FILE"
@@ -117,7 +116,7 @@ def check_files(files: Sequence[str]) -> None:
 
 
 def _group(labelled: tuple[str, bytes]) -> object:
-    """What group a line is of, as `groups` sees it; None for one that it passes over."""
+    """The group of a line, as `groups` sees it; None for a line that it skips."""
     where, line = labelled
     try:
         record = parse_record(line, where)
@@ -128,4 +127,4 @@ def _group(labelled: tuple[str, bytes]) -> object:
     try:
         return group_key(record)
     except (DataError, AttributeError):
-        return object()  # nobody's neighbour
+        return object()  # equal to no other key

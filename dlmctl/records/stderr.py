@@ -1,9 +1,9 @@
-"""Standard error: it may fail, and its last line on a terminal may be one that is drawn again.
+"""Standard error: it may fail, and its last line on a terminal may be the line of progress.
 
-A log on a full disk changes neither the work nor the exit code. What shows how far a command is
-(`dlmctl.commands.progress`) stands on a line of its own that whatever else is written to the
-terminal takes away first. The cursor stays visible throughout, so that a command that is killed
-leaves no terminal without one.
+A log on a full disk changes neither the work nor the exit code. Progress
+(`dlmctl.commands.progress`) has a line of its own, which is erased before anything else is written
+to the terminal. The cursor stays visible throughout, so that a killed command leaves a terminal
+that has one.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 ERASE = b"\r\x1b[K"
-"""To the beginning of the line, and all of it away."""
+"""Go to the beginning of the line and erase it."""
 
 
 class _Line:
     lock = threading.RLock()
     """Held while the terminal is written to."""
     drawn = False
-    """Whether the line stands there."""
+    """Whether the line is on the terminal."""
     broken = False
-    """Whether what was written last has no end of line, and nothing may be drawn behind it."""
+    """Whether the last write has no end of line, so that nothing may be drawn behind it."""
     closed = False
     """Whether the process is about to end."""
 
@@ -42,7 +42,7 @@ class _Forgiving(io.FileIO):
 
 
 def forgive() -> None:
-    """Make what is said on standard error from now on be lost where it cannot be written."""
+    """From now on, drop what cannot be written to standard error, without an exception."""
     try:
         number = sys.stderr.fileno()
         sys.stderr.flush()
@@ -57,7 +57,7 @@ def forgive() -> None:
 
 
 def columns() -> int:
-    """Of the terminal; 0 where standard error is none, or a terminal does not say."""
+    """Columns of the terminal; 0 if standard error is none, or the terminal does not say."""
     try:
         return os.get_terminal_size(2).columns
     except OSError:
@@ -65,9 +65,9 @@ def columns() -> int:
 
 
 def shown(message: bytes) -> bytes:
-    """A message of ours as a terminal is given it: broken between words where it is long.
+    """A message of ours as it goes to a terminal: a long one is broken between words.
 
-    It takes away what stands on the line, which may be that of another stage of the pipe.
+    It first erases the line, which may be the progress of another stage of the pipe.
     """
     width = columns()
     if not message.startswith(b"dlmctl: ") or not width:
@@ -84,15 +84,15 @@ def shown(message: bytes) -> bytes:
 
 
 def has_codes() -> bool:
-    """Whether the terminal understands more than text."""
+    """Whether the terminal understands ANSI codes."""
     return os.environ.get("TERM", "dumb") not in ("dumb", "unknown", "")
 
 
 def draw(text: str, wanted: Callable[[], bool]) -> None:
-    """Put a line in the place of the one that was drawn before; for a terminal with ANSI codes.
+    """Draw a line in place of the one before; for a terminal with ANSI codes.
 
     Args:
-        wanted: whether it still is, asked when nobody else can write.
+        wanted: whether to draw it still; called when nobody else can write.
     """
     with _Line.lock:
         if wanted() and not (_Line.broken or _Line.closed):
@@ -103,7 +103,7 @@ def draw(text: str, wanted: Callable[[], bool]) -> None:
 
 @contextlib.contextmanager
 def aside() -> Iterator[None]:
-    """Within the block no line is drawn, and the one that was is gone."""
+    """Within the block no line is drawn, and the one that was is erased."""
     with _Line.lock:
         if _Line.drawn:
             _Line.drawn = False
@@ -113,19 +113,19 @@ def aside() -> Iterator[None]:
 
 
 def settle() -> None:
-    """Leave no line behind at the end of the process."""
+    """Erase the line for good, at the end of the process."""
     with aside():
         _Line.closed = True
 
 
 def close() -> bytes:
-    """Draw nothing any more; returns what takes away the line that stands. Waits for nobody."""
+    """Draw no more; returns the bytes that erase the line. Waits for no lock."""
     _Line.closed = True
     return ERASE if _Line.drawn else b""
 
 
 def _forget() -> None:
-    """In a forked child: the line is the parent's, and so is who held the lock."""
+    """In a forked child: the line, and whoever held the lock, are of the parent."""
     _Line.lock, _Line.drawn = threading.RLock(), False
 
 

@@ -1,7 +1,7 @@
-"""Standard input line by line, with an eye on the reader of standard output.
+"""Standard input line by line, while watching the reader of standard output.
 
-A stage in the middle of a pipe that waits for input would not notice that the stage behind it has
-ended: it writes nothing. Here it does, so that the end of any stage ends the whole pipe.
+A stage in the middle of a pipe that waits for input, and so writes nothing, would not notice that
+the stage behind it has ended. Here it does, so that the end of any stage ends the whole pipe.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def stdin_lines() -> Iterator[bytes]:
     """
     try:
         source = sys.stdin.fileno()
-    except (OSError, ValueError, AttributeError):  # not a file: a test, an embedding program
+    except (OSError, ValueError, AttributeError):  # not a file: in a test or an embedding program
         yield from sys.stdin.buffer
         return
     poll = _watch(source)
@@ -58,7 +58,7 @@ def _watch(source: int | None) -> select.poll | None:
 
 
 def _wait(poll: select.poll, source: int) -> None:
-    """Return when there is something to read, the end included."""
+    """Return when there is something to read, or the end."""
     while True:
         for descriptor, event in poll.poll():
             if descriptor == source:

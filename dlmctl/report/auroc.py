@@ -1,9 +1,9 @@
-"""Area under the ROC curve of many scores at once, by ranks.
+"""Area under the ROC curve, by ranks.
 
     AUROC = (R - n1 (n1 + 1) / 2) / (n1 n0)
 
-with R the sum of the ranks of the n1 positives among all, which is the share of pairs of a positive
-and a negative that the score has in the right order; equal scores have the mean of their ranks, so
+with R the sum of the ranks of the n1 positives among all. It is the share of pairs of a positive
+and a negative that the score has in the right order. Equal scores have the mean of their ranks, so
 that such a pair counts one half.
 """
 
@@ -14,20 +14,42 @@ from torch import Tensor
 
 
 def auroc(scores: Tensor, present: Tensor) -> Tensor:
-    """How well each score tells each label.
+    """How well each of F scores predicts each of V labels, over S things.
 
     Args:
-        scores: float [F, S], F scores of S things.
+        scores: float [F, S].
         present: bool [V, S]; every row has a true and a false.
 
     Returns:
         float64 [F, V].
     """
-    there = present.double()
-    positives = there.sum(dim=1)
+    labels = present.double()
+    positives = labels.sum(dim=1)  # [V]
     negatives = present.shape[1] - positives
-    sums = average_ranks(scores) @ there.T
+    sums = average_ranks(scores) @ labels.T  # [F, V]
     return (sums - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+def stratified_auroc(score: Tensor, right: Tensor, stratum: Tensor | None = None) -> float | None:
+    """AUROC over the pairs within a stratum; None if no stratum has both a right and a wrong one.
+
+    Args:
+        score: float [N].
+        right: bool [N].
+        stratum: int64 [N]; None is one stratum.
+    """
+    if not len(score):
+        return None
+    if stratum is None:
+        stratum = torch.zeros(len(score), dtype=torch.int64)
+    value, stratum = (column.unique(return_inverse=True)[1] for column in (score, stratum))
+    # Ranks among all by stratum, then score; those of a stratum begin behind the ones before.
+    ranks = average_ranks((stratum * (value.max() + 1) + value)[None])[0]  # [N]
+    sizes, positives = torch.bincount(stratum), torch.bincount(stratum, right.double())
+    before = sizes.cumsum(0) - sizes
+    wins = ranks[right].sum() - (positives * (before + (positives + 1) / 2)).sum()
+    pairs = float((positives * (sizes - positives)).sum())
+    return float(wins) / pairs if pairs else None
 
 
 def average_ranks(scores: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Completions token by token: the text of each token beside one number of the record for it.
+"""Completions token by token: the text of each token, and a number of the record for it.
 
-Fields read: `tokens.completion` (ids), the list of numbers that was asked for, `rollout.model`
-(whose tokenizer spells the ids), `rollout.length` (tokens up to the first end-of-sequence), and
-what a header says: `id`, `sample`, `reward`, `advantage`, `verdict`, `prompt` or `messages`.
+Fields read: `tokens.completion` (ids), the chosen list of numbers, `rollout.model` (its tokenizer
+spells the ids), `rollout.length` (tokens up to the first end-of-sequence), and for a header: `id`,
+`sample`, `reward`, `advantage`, `verdict`, `prompt` or `messages`.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from typing import Any, NamedTuple
 
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import OnError, Record, faulty, nested
-from dlmctl.report.heatmaps import is_curve
+from dlmctl.report.plots import is_curve
 
 Spell = Callable[[Sequence[int]], list[str]]
 """From ids to the texts of these tokens."""
 
 
 class Completion(NamedTuple):
-    """A completion that can be shown."""
+    """A completion to show."""
 
     record: Record
     by: str
     """The field of its numbers."""
     prompt: str
     texts: list[str]
-    """Of each token."""
+    """Text of each token."""
     values: list[float | None]
-    """Of each token; None where the record has null."""
+    """Number of each token; None for null."""
     left_out: int
-    """Tokens behind the first end-of-sequence that are not among them."""
+    """Tokens behind the first end-of-sequence, which are not among them."""
     error: str = ""
     """Why there is nothing to show."""
 
@@ -46,13 +46,14 @@ def completions(
     """The completions of records, one by one.
 
     Args:
-        spell: from a model's name to what spells its tokens.
-        by: a field of numbers, dots for one within fields; None is `weights`, else `rollout.order`.
-        model: whose tokens they are; None goes by the record.
-        after_end: tokens behind the first end-of-sequence too.
+        spell: from a model's name to the function that spells its tokens.
+        by: a field of numbers, with dots for one within fields; None is `weights`, else
+            `rollout.order`.
+        model: the model whose tokens they are; None goes by the record.
+        after_end: include the tokens behind the first end-of-sequence.
 
     Raises:
-        DataError: a record has no ids, or no number for each (only with `on_error="fail"`).
+        DataError: a record has no ids, or not a number for each (only with `on_error="fail"`).
     """
     for record in records:
         if "error" in record:
@@ -66,28 +67,34 @@ def completions(
 
 
 def title(record: Record) -> str:
-    """What a completion is called: its prompt's id and its number in the group."""
+    """The name of a completion: its prompt's id and its number in the group."""
     name = str(record.get("id", record.where))
     return f"{name} sample {record['sample']}" if "sample" in record else name
 
 
 def facts(record: Record) -> list[str]:
-    """What else a header says of a completion."""
-    said = []
+    """What else a header says about a completion."""
+    parts = []
     for name, form in (("reward", "g"), ("advantage", "+.3g")):
-        if record.get(name) is not None:
-            said.append(f"{name} {_number(record[name], form)}")
-    return said + [_verdict(*item) for item in _items(record.get("verdict"))]
+        value = record.get(name)
+        if value is not None:
+            number = format(value, form) if isinstance(value, (int, float)) else str(value)
+            parts.append(f"{name} {number}")
+    return parts + [_verdict(*item) for item in _items(record.get("verdict"))]
 
 
 def reward(record: Record) -> float | None:
-    """The reward where it is a number."""
+    """The reward if it is a number."""
     value = record.get("reward")
     return float(value) if isinstance(value, (int, float)) else None
 
 
 def _completion(
-    record: Record, spell: Callable[[str], Spell], by: str | None, model: str | None, whole: bool
+    record: Record,
+    spell: Callable[[str], Spell],
+    by: str | None,
+    model: str | None,
+    after_end: bool,
 ) -> Completion:
     ids = _ids(record, "tokens.completion")
     if ids is None:
@@ -99,7 +106,7 @@ def _completion(
         raise DataError("no 'rollout.model' says whose tokens these are: give --model")
     row = spell(name)
     length = nested(record, "rollout.length")
-    count = len(ids) if whole or not isinstance(length, int) else max(0, min(len(ids), length))
+    count = len(ids) if after_end or not isinstance(length, int) else max(0, min(len(ids), length))
     prompt = _prompt(record, row)
     return Completion(record, by, prompt, row(ids)[:count], values[:count], len(ids) - count)
 
@@ -121,9 +128,9 @@ def _values(record: Record, name: str, count: int) -> list[float | None]:
     value = nested(record, name)
     if is_curve(value) and len(value) == count:
         return value
-    found = f"is a list of {len(value)}" if is_curve(value) else "is no list of numbers"
-    there = ", ".join(_candidates(record, count)) or "no such field"
-    raise DataError(f"'{name}' {found} for {count} tokens; --by could be: {there}")
+    what = f"is a list of {len(value)}" if is_curve(value) else "is no list of numbers"
+    others = ", ".join(_candidates(record, count)) or "no such field"
+    raise DataError(f"'{name}' {what} for {count} tokens; --by could be: {others}")
 
 
 def _candidates(record: Record, count: int) -> Iterator[str]:
@@ -136,7 +143,7 @@ def _candidates(record: Record, count: int) -> Iterator[str]:
 
 
 def _prompt(record: Record, row: Spell) -> str:
-    """What was asked: as text, as a conversation, or as ids."""
+    """The prompt: as text, as a conversation, or as ids."""
     if isinstance(record.get("prompt"), str):
         return record["prompt"]
     messages = record.get("messages")
@@ -152,18 +159,14 @@ def _content(content: Any) -> str:
 
 
 def _verdict(name: str, detail: Any) -> str:
-    """A verifier's judgement and why; where it does not say, what it found."""
+    """A verifier's judgement and its reason; without a judgement, what the verifier extracted."""
     known = dict(_items(detail))
     if "correct" not in known:
-        found = " ".join(f"{k}={v}" for k, v in known.items() if not isinstance(v, (dict, list)))
-        return f"{name} {found}".rstrip()
+        parts = " ".join(f"{k}={v}" for k, v in known.items() if not isinstance(v, (dict, list)))
+        return f"{name} {parts}".rstrip()
     judgement = f"{name} {'right' if known['correct'] else 'wrong'}"
     return f"{judgement}: {known['why']}" if known.get("why") else judgement
 
 
 def _items(value: Any) -> list[tuple[str, Any]]:
     return list(value.items()) if isinstance(value, dict) else []
-
-
-def _number(value: Any, form: str) -> str:
-    return format(value, form) if isinstance(value, (int, float)) else str(value)

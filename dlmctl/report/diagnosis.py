@@ -1,4 +1,4 @@
-"""What this machine has, and what is missing with the command that installs it."""
+"""What this machine has, and what is missing, with the command that installs it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTIONAL = {
     "tensorboard": ("tensorboard", "tensorboard", "tensorboard"),
     "lm_eval": ("lm-eval", "eval", "lm-eval"),
 }
-"""Module: package, extra, what needs it."""
+"""Module to package, extra, and what needs it."""
 
 
 class Finding(NamedTuple):
@@ -33,7 +33,7 @@ class Finding(NamedTuple):
 
 
 def findings() -> list[Finding]:
-    """Everything that matters, in the order of a newcomer's questions."""
+    """All lines of the report, in the order of a newcomer's questions."""
     return [
         Finding("dlmctl", "ok", __version__),
         Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
@@ -63,9 +63,8 @@ def _required(name: str) -> Finding:
 
 def _optional(module: str, package: str, extra: str, purpose: str) -> Finding:
     if importlib.util.find_spec(module) is None:
-        return Finding(
-            package, "missing", f"{purpose} needs it: run  pip install 'dlmctl[{extra}]'"
-        )
+        how = f"{purpose} needs it: run  pip install 'dlmctl[{extra}]'"
+        return Finding(package, "missing", how)
     return Finding(package, "ok", f"{version(package)} ({purpose})")
 
 
@@ -74,15 +73,13 @@ def _cuda() -> list[Finding]:
         import torch
     except Exception as error:  # a broken installation fails in many ways
         return [Finding("torch", "broken", f"cannot be imported ({error})")]
-    if not torch.cuda.is_available():
-        if torch.version.cuda is None:
-            why = "this torch is a CPU build: run  pip install --force-reinstall torch"
-        else:
-            why = (
-                f"torch is built for CUDA {torch.version.cuda} and finds no device: see nvidia-smi"
-            )
-        return [Finding("cuda", "missing", f"{why} (the CPU is used)")]
-    return [_device(torch, number) for number in range(torch.cuda.device_count())]
+    if torch.cuda.is_available():
+        return [_device(torch, number) for number in range(torch.cuda.device_count())]
+    if torch.version.cuda is None:
+        why = "this torch is a CPU build: run  pip install --force-reinstall torch"
+    else:
+        why = f"torch is built for CUDA {torch.version.cuda} and finds no device: see nvidia-smi"
+    return [Finding("cuda", "missing", f"{why} (the CPU is used)")]
 
 
 def _device(torch: Any, number: int) -> Finding:

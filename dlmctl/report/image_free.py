@@ -1,6 +1,6 @@
-"""What can be answered without a look at the image: the most frequent answer for a prompt.
+"""A baseline that does not look at the image: the most frequent answer for a prompt.
 
-It is taken from training records and scored on test records. A model that does no better has not
+It comes from training records and is scored on test records. A model that does no better has not
 used the images.
 """
 
@@ -13,11 +13,11 @@ from typing import Any
 from dlmctl.records.jsonl import Record
 
 IMAGE_FREE = "image_free"
-"""Field of a record: 1 where that answer is right."""
+"""Field of a record: 1 if that answer is right."""
 
 
 def frequent_answers(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Prompt to its most frequent answer; the empty prompt to that of all records."""
+    """Prompt to its most frequent answer; the empty prompt to the one of all records."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for record in records:
         for key in (_prompt(record), ""):
@@ -26,21 +26,11 @@ def frequent_answers(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def with_image_free(records: Iterable[Record], answers: Mapping[str, str]) -> Iterator[Record]:
-    """Records with the field IMAGE_FREE; a prompt that is not known gets the answer of all."""
+    """Records with the field IMAGE_FREE; an unknown prompt gets the answer of all records."""
     for record in records:
         guess = answers.get(_prompt(record), answers.get(""))
         record[IMAGE_FREE] = float(guess == _answer(record))
         yield record
-
-
-def image_free_accuracy(
-    train: Iterable[Mapping[str, Any]], test: Iterable[Record], by: str = "kind"
-) -> dict[str, float]:
-    """The accuracy on test records for each value of a field."""
-    right: dict[str, list[float]] = defaultdict(list)
-    for record in with_image_free(test, frequent_answers(train)):
-        right[str(record.get(by))].append(record[IMAGE_FREE])
-    return {name: sum(each) / len(each) for name, each in right.items()}
 
 
 def _prompt(record: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Means of records that hold measures instead of a completion, as those of autoencoders do."""
+"""Means of records that have measures instead of a completion, such as those of autoencoders."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 from dlmctl.records.jsonl import Record
 
 NAMES = ("layer", "k", "positions", "method")
-"""Fields that tell such records apart where nothing else is asked for."""
+"""Fields that distinguish such records by default."""
 
 
 def is_measurement(record: Record) -> bool:
-    """Whether a record holds neither a completion nor a reward, but numbers."""
+    """Whether a record has numbers, but neither a completion nor a reward."""
     sampled = {"completion", "reward", "verdict", "rollout", "prompt", "error"} & set(record)
     return not sampled and any(_is_number(value) for value in record.values())
 
 
 def averages(records: Iterable[Record], by: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each group of records with like values of `by`, and one for all of several.
+    """A row for each group of records with equal values of `by`, and one for all if several.
 
-    Every number becomes its mean; of several records there is the standard error beside it, with
-    `_se` behind its name. Such an error that the records have already, of another spread, stays
-    if there is one record alone.
+    Every number becomes its mean; if there are several records, the standard error follows, with
+    `_se` behind its name. A standard error that the records have themselves, which is of another
+    spread, stays only if there is a single record.
     """
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
@@ -42,20 +42,20 @@ def averages(records: Iterable[Record], by: Sequence[str]) -> list[dict[str, Any
 
 
 def present(record: Record) -> list[str]:
-    """Which of the usual names a record has; `sae` where it has none of them."""
+    """The default names that a record has; `sae` if it has none of them."""
     return [name for name in NAMES if name in record] or ["sae"]
 
 
 def _means(records: Sequence[Record], by: Sequence[str]) -> dict[str, Any]:
-    found: dict[str, list[float]] = {}
+    columns: dict[str, list[float]] = {}
     for record in records:
         for name, value in record.items():
             if name not in by and _is_number(value):
-                found.setdefault(name, []).append(value)
+                columns.setdefault(name, []).append(value)
     row: dict[str, Any] = {"records": len(records)}
-    for name, values in found.items():
+    for name, values in columns.items():
         measure = name.removesuffix("_se")
-        if measure != name and len(found.get(measure, [])) > 1:
+        if measure != name and len(columns.get(measure, [])) > 1:
             continue
         row[name] = statistics.fmean(values)
         if len(values) > 1:

@@ -1,61 +1,58 @@
-"""Pages of HTML that need nothing else, to be browsed, sent, kept: what all of them share.
+"""Pages of HTML, each one file that needs no other, to be browsed, sent, kept: what they share.
 
-Tokens and fields are text of unknown origin. Everything that is not ours is escaped, characters
-that cannot be seen or that would turn the line around are written as their numbers, and a page
-forbids itself all loading by its Content-Security-Policy.
+Tokens and fields are text of unknown origin. Everything that a template of `assets/pages` writes is
+escaped unless it is Markup; characters that are invisible or that would reverse the line are
+written as their numbers; and a page forbids itself all loading by its Content-Security-Policy.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any
 
 ASSETS = Path(__file__).parent.parent / "assets" / "pages"
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 SIGNS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Categories of Unicode: control, format, surrogate, private, unassigned, line, paragraph."""
 
 
 def shown(text: str) -> str:
-    """A text so that all of it can be seen, on a terminal too; not yet escaped."""
-    made = "".join(
+    """A text with all of it visible, on a terminal too; not yet escaped."""
+    visible = "".join(
         SIGNS.get(c) or (f"\\u{ord(c):04x}" if unicodedata.category(c) in UNSEEN else c)
         for c in text
     )
-    # A mark on its own would sit on the token before.
-    return "◌" + made if made and unicodedata.category(made[0]).startswith("M") else made
+    # A combining mark at the beginning would sit on the token before.
+    combining = visible and unicodedata.category(visible[0]).startswith("M")
+    return "◌" + visible if combining else visible
 
 
 def shown_lines(text: str) -> str:
-    """The same with a new line behind the sign for one."""
+    """The same, with a line break behind the sign for one."""
     return "↵\n".join(map(shown, text.split("\n")))
 
 
 def shortened(text: str, limit: int) -> str:
-    """The beginning of a text in one line; words are cut where the limit falls into one."""
+    """The beginning of a text in one line, cut at `limit` characters."""
     line = " ".join(text.split())
     return line if len(line) <= limit else f"{line[:limit].rstrip()} …"
 
 
 def escaped(value: Any) -> str:
-    """What a value says, shown as above and as part of a page."""
+    """A value as visible text, escaped for a page."""
     return escape(shown(str(value)))
-
-
-def escaped_lines(text: str) -> str:
-    """A text of several lines as part of a page that keeps them."""
-    return escape(shown_lines(text))
 
 
 def token(text: str, title: str, shade: float | None = None, kinds: Sequence[str] = ()) -> str:
     """A token as an element.
 
     Args:
-        text, title: already escaped; the title is what it says when pointed at.
+        text: escaped.
+        title: escaped; appears when the token is pointed at.
         shade: strength of its background from 0 to 1; None for no background.
         kinds: classes of the style sheet.
     """
@@ -71,29 +68,62 @@ def page(
     controls: str,
     rows: Sequence[str],
     cards: Sequence[str],
-    legend: str = "",
 ) -> str:
-    """A whole page: facts on top, an index with controls beside the cards.
+    """A whole page: facts on top, an index with controls next to the cards.
 
     Args:
-        name: of its style sheet and script among the assets.
+        name: of its style sheet and script.
         title, facts: not yet escaped.
-        controls, rows, cards, legend: as HTML; a row is an `li`.
+        controls, rows, cards: HTML; a row is an `li`.
     """
+    from markupsafe import Markup
+
+    items, sections = map(Markup, rows), map(Markup, cards)
+    html = {"controls": Markup(controls), "rows": [*items], "cards": [*sections]}
+    return render("page.html", name, title, facts, (), **html)
+
+
+def render(
+    template: str,
+    name: str,
+    title: str,
+    facts: Mapping[str, Any],
+    filters: Sequence[Callable[..., Any]] = (),
+    **values: Any,
+) -> str:
+    """A template of `assets/pages` that is, or extends, page.html.
+
+    Args:
+        name: of its style sheet and script.
+        filters: functions that the template uses as filters under their names.
+        values: what the template reads, text not yet escaped.
+    """
+    from markupsafe import Markup
+
+    environment = _environment()
+    environment.filters.update({function.__name__: function for function in filters})
     style = (ASSETS / "page.css").read_text() + (ASSETS / f"{name}.css").read_text()
     script = (ASSETS / f"{name}.js").read_text()
-    terms = "".join(
-        f"<div><dt>{escaped(k)}</dt><dd>{escaped(v)}</dd></div>" for k, v in facts.items()
+    html: str = environment.get_template(template).render(
+        title=title, facts=facts, style=Markup(style), script=Markup(script), **values
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escaped(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f"<header><h1>{escaped(title)}</h1><dl>{terms}</dl>{legend}</header>\n"
-        f'<nav><div class="controls">{controls}<output id="count">{len(rows)}</output></div>\n'
-        f'<ol id="index">\n{"".join(rows)}</ol></nav>\n'
-        f'<main id="cards">\n{"".join(cards)}</main>\n'
-        f"<script>\n{script}</script>\n</body>\n</html>\n"
+    return html
+
+
+@cache
+def _environment() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else Markup(escaped(value)),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
     )
+    environment.filters["lines"] = lambda text: Markup(escape(shown_lines(text)))
+    environment.filters["shortened"] = shortened
+    return environment

@@ -1,8 +1,8 @@
-"""Images of records as data: URIs for a page that is sent along.
+"""Images of records as data: URIs in a page that may be sent on.
 
-What a record names is of unknown origin, and the page leaves this machine: only files that are
-images by their first bytes, and that lie in or below the folder of the records or the current one,
-are put into it, and nothing is fetched.
+A record may name anything, and the page leaves this machine: it embeds only files that are images
+by their first bytes and are in or below the folder of the records or the current folder. Nothing is
+fetched.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from dlmctl.records.jsonl import Record
 from dlmctl.tasks.images import image_kind
 
 LARGEST = 4 * 2**20
-"""Bytes of a file; a page is to be opened by a browser."""
+"""Most bytes of a file; a browser must be able to open the page."""
 NO_FILE = "no such file"
 EMBEDDED = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/]+={0,2}")
 SHOWN = ("png", "jpeg", "gif", "webp")
-"""What every browser shows."""
+"""Formats that every browser shows."""
 
 
 class Picture(NamedTuple):
@@ -29,9 +29,9 @@ class Picture(NamedTuple):
 
     name: str
     uri: str
-    """A data: URI of nothing but base64; empty where it cannot be shown."""
+    """A data: URI of nothing but base64; empty if the image cannot be shown."""
     why: str = ""
-    """Why it cannot."""
+    """Why it cannot be shown."""
 
 
 def pictures(record: Record) -> tuple[Picture, ...]:
@@ -41,7 +41,7 @@ def pictures(record: Record) -> tuple[Picture, ...]:
 
 
 def _reader(record: Record) -> Callable[[Any], Picture]:
-    """What makes a picture of an entry of `images`."""
+    """The function that makes a picture of an entry of `images`."""
     file = record.where.rpartition(":")[0]
     folders = [Path.cwd()] if file in ("", "<stdin>") else [Path.cwd(), Path(file).parent]
 
@@ -58,7 +58,7 @@ def _reader(record: Record) -> Callable[[Any], Picture]:
         if Path(source).is_absolute():
             return Picture(source, "", "only relative paths are read")
         tried = [_embedded(source, folder) for folder in folders]
-        # The one that was found, or else what there was instead.
+        # The file that exists, or else the most telling reason.
         return min(tried, key=lambda picture: (not picture.uri, picture.why == NO_FILE))
 
     return read

@@ -1,45 +1,45 @@
-"""Curves from metrics records: one panel for each measure, one line for each run.
+"""Curves from metrics records: one panel per measure, one line per run.
 
-A measure that is a list of numbers becomes a heat map, with a row where others have a line.
-
-Where a line has several values at one place, as runs with several seeds do, it goes through their
-means, with the standard error as a band.
+A measure that is a list of numbers becomes a heat map, with a row in place of a line. If a line has
+several values at one place, as several seeds give, it goes through their mean, with a band of the
+standard error.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Sequence
-from math import sqrt
+from collections.abc import Iterable, Mapping, Sequence
+from math import nan, sqrt
 from statistics import fmean, stdev
 from typing import Any
 
-from dlmctl.records.errors import DataError, missing_package
+from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record, nested
-from dlmctl.report.heatmaps import Grid, heat_panel, is_curve, mean_rows
+from dlmctl.report.figures import dress, new_figure, saved
+from dlmctl.settings.report import Curves
 
+Grid = dict[str, list[float]]
+"""Label of a row of a heat map to its numbers, with nan for a missing one."""
 Series = dict[str, list[tuple[float, float]]]
 """Label of a line: its points, x and y."""
 
 FEW = 8
-"""So many places of a logarithmic axis are named themselves, in place of powers of ten."""
+"""At most this many places on a logarithmic axis are the ticks themselves, not powers of ten."""
+COLUMNS = 3
+"""Most panels side by side."""
 STYLES = ("-", "--", ":", "-.")
-"""Of lines, one for each round through the colours."""
+"""Line styles, one for each round through the colours."""
 COLOURS = ("#1b6ca8", "#d1495b", "#3c887e", "#edae49", "#66508f", "#7a7a7a")
 
 
-def collect(
-    records: Iterable[Record], x: str, ys: Sequence[str], by: str
-) -> dict[str, tuple[Series, Grid]]:
-    """The points of every measure and line, and its lists; what lacks x or y is passed over.
-
-    A name with dots is that of a field within fields, as `rollout.order`.
+def collect(records: Iterable[Record], curves: Curves) -> dict[str, tuple[Series, Grid]]:
+    """The points of each measure and line, or its lists; records without x or y are skipped.
 
     Raises:
-        DataError: no record has a measure at all, or one is a number here and a list there.
+        DataError: no record has a measure, or it is a number in one record and a list in another.
     """
+    x, ys, by = curves.x, curves.measures, curves.by
     points: dict[str, Series] = {y: {} for y in ys}
-    curves: dict[str, dict[str, list[list[float | None]]]] = {y: {} for y in ys}
+    lists: dict[str, dict[str, list[list[float | None]]]] = {y: {} for y in ys}
     names: dict[str, None] = {}
     for number, record in enumerate(records):
         names.update(dict.fromkeys(record))
@@ -48,31 +48,63 @@ def collect(
         for y in ys:
             value = nested(record, y)
             if is_curve(value):
-                curves[y].setdefault(_label(record, by), []).append(value)
+                lists[y].setdefault(_label(record, by), []).append(value)
             elif isinstance(value, (int, float)) and isinstance(at, (int, float)):
                 points[y].setdefault(_label(record, by), []).append((at, value))
     for y in ys:
-        if not points[y] and not curves[y]:
-            there = ", ".join(names) or "no records"
-            raise DataError(f"no record has a number '{y}' over '{x}'; there are: {there}")
-        if points[y] and curves[y]:
+        if not points[y] and not lists[y]:
+            others = ", ".join(names) or "no records"
+            raise DataError(f"no record has a number '{y}' over '{x}'; there are: {others}")
+        if points[y] and lists[y]:
             raise DataError(f"'{y}' is a number in one record and a list in another")
-    return {y: (points[y], mean_rows(y, curves[y])) for y in ys}
+    return {y: (points[y], mean_rows(y, lists[y])) for y in ys}
+
+
+def is_curve(value: Any) -> bool:
+    """Whether a value is a list of numbers, some of which may be null."""
+    return (
+        isinstance(value, list)
+        and any(isinstance(entry, (int, float)) for entry in value)
+        and all(entry is None or isinstance(entry, (int, float)) for entry in value)
+    )
+
+
+def mean_rows(name: str, curves: Mapping[str, Sequence[Sequence[float | None]]]) -> Grid:
+    """The mean of each row's lists, place by place, without nulls.
+
+    Raises:
+        DataError: the lists differ in length.
+    """
+    lengths = {len(curve) for lists in curves.values() for curve in lists}
+    if len(lengths) > 1:
+        raise DataError(
+            f"'{name}' is a list of {min(lengths)} numbers in one record and of {max(lengths)} in "
+            "another; a heat map takes one length"
+        )
+    return {
+        label: [_mean(place) for place in zip(*lists, strict=True)]
+        for label, lists in curves.items()
+    }
+
+
+def _mean(place: Sequence[float | None]) -> float:
+    numbers = [value for value in place if value is not None]
+    return fmean(numbers) if numbers else nan
 
 
 def averaged(points: Iterable[tuple[float, float]]) -> list[tuple[float, float, float]]:
-    """For each x in order the mean of y and its standard error, 0 of a single value."""
-    found: dict[float, list[float]] = {}
+    """For each x in order, the mean of y and its standard error (0 for a single value)."""
+    values_at: dict[float, list[float]] = {}
     for at, value in points:
-        found.setdefault(at, []).append(value)
+        values_at.setdefault(at, []).append(value)
     return [
         (at, fmean(values), stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0)
-        for at, values in sorted(found.items())
+        for at, values in sorted(values_at.items())
     ]
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """Mean over the last `window` values, or those there are."""
+    """Mean over the last `window` values, or over fewer at the beginning."""
     return [
         sum(part) / len(part)
         for end in range(1, len(values) + 1)
@@ -80,76 +112,57 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
     ]
 
 
-def draw(
-    panels: dict[str, tuple[Series, Grid]],
-    x: str,
-    title: str,
-    window: int,
-    kind: str,
-    columns: int = 3,
-    log_x: bool = False,
-    log_y: bool = False,
-) -> bytes:
-    """A picture, PNG or SVG.
+def draw(panels: dict[str, tuple[Series, Grid]], curves: Curves, kind: str) -> bytes:
+    """A picture, `kind` png or svg.
 
     Raises:
         UnavailableError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise missing_package("matplotlib", "plot", "plot") from None
-    wide = min(columns, len(panels))
+    wide = min(COLUMNS, len(panels))
     high = -(-len(panels) // wide)
-    figure = Figure(figsize=(4.2 * wide, 2.9 * high + 0.3), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.2 * wide, 2.9 * high + 0.3, "plot")
     axes = figure.subplots(high, wide, squeeze=False).flatten()
+    with_lines = []
     for axis, (name, (series, grid)) in zip(axes, panels.items(), strict=False):
         if grid:
-            heat_panel(figure, axis, name, grid)
+            _heat_panel(figure, axis, name, grid)
         else:
-            _panel(axis, name, series, x, window, (log_x, log_y))
+            _panel(axis, name, series, curves)
+            with_lines.append(axis)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    lines = [axis for axis, (series, _) in zip(axes, panels.values(), strict=False) if series]
-    if lines and len(lines[0].get_lines()) > 1:
-        handles, labels = lines[0].get_legend_handles_labels()
+    if with_lines and len(with_lines[0].get_lines()) > 1:
+        handles, labels = with_lines[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    if title:
-        figure.suptitle(title, fontsize=11)
-    picture = io.BytesIO()
-    figure.savefig(picture, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    return picture.getvalue()
+    if curves.title:
+        figure.suptitle(curves.title, fontsize=11)
+    return saved(figure, kind)
 
 
 def _label(record: Record, by: str) -> str:
-    found = (nested(record, name) for name in by.split(","))
-    return " ".join("" if value is None else str(value) for value in found)
+    values = (nested(record, name) for name in by.split(","))
+    return " ".join("" if value is None else str(value) for value in values)
 
 
-def _panel(
-    axis: Any, name: str, series: Series, x: str, window: int, logarithmic: tuple[bool, bool]
-) -> None:
+def _panel(axis: Any, name: str, series: Series, curves: Curves) -> None:
     for number, (label, points) in enumerate(series.items()):
         at, values, errors = map(list, zip(*averaged(points), strict=True))
         again, which = divmod(number, len(COLOURS))
         colour, style = COLOURS[which], STYLES[again % len(STYLES)]
-        if window > 1:
+        if curves.smooth > 1:
             axis.plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
         if any(errors):
             low = [v - e for v, e in zip(values, errors, strict=True)]
             high = [v + e for v, e in zip(values, errors, strict=True)]
             axis.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
         marker = "o" if len(at) < 12 else None
-        line = smoothed(values, window)
+        line = smoothed(values, curves.smooth)
         axis.plot(
             at, line, style, color=colour, linewidth=1.6, marker=marker, markersize=3, label=label
         )
-    log_x, log_y = logarithmic
-    if log_y:
+    if curves.log_y:
         axis.set_yscale("log", nonpositive="mask")
-    if log_x:
+    if curves.log_x:
         axis.set_xscale("log", nonpositive="mask")
         places = sorted({at for points in series.values() for at, _ in points if at > 0})
         if len(places) <= FEW:
@@ -157,9 +170,16 @@ def _panel(
             axis.set_xticks([], minor=True)
     elif all(float(at).is_integer() for points in series.values() for at, _ in points):
         axis.xaxis.get_major_locator().set_params(integer=True)
+    dress(axis, name, curves.x)
+
+
+def _heat_panel(figure: Any, axis: Any, name: str, grid: Grid) -> None:
+    """Draw a grid, and the scale of its numbers next to it."""
+    picture = axis.imshow(
+        list(grid.values()), aspect="auto", cmap="viridis", interpolation="nearest"
+    )
     axis.set_title(name, fontsize=10, loc="left")
-    axis.set_xlabel(x, fontsize=9)
+    axis.set_yticks(range(len(grid)), list(grid), fontsize=8)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.tick_params(labelsize=8)
-    axis.grid(visible=True, alpha=0.25, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.margins(x=0.02)
+    figure.colorbar(picture, ax=axis).ax.tick_params(labelsize=8)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dlmctl.records.errors import missing_package
+from dlmctl.report.figures import dress, new_figure, saved
 
 BULK_COLOURS = {"gen": "#3c887e", "mem": "#d1495b", "null": "#7a7a7a"}
 BULK_NAMES = {"gen": "generalization", "mem": "memorization", "null": "null"}
 LINE_COLOURS = ("#1b6ca8", "#d98200", "#66508f", "#8a5a2b", "#2f2f2f")
-"""Of the teacher and of its students; none that a bulk has."""
+"""Colours of the teacher and its students; no bulk has them."""
 BINS_PER_DECADE = 12
 WIDE, HIGH = 17.0, 4.0
 
@@ -26,20 +25,15 @@ def draw_theory(
     """A picture, PNG or SVG, of what `dlmctl memo-eval theory` writes.
 
     Args:
-        header: its first record; rows: the others.
-        eigenvalues: by falling size.
+        header: its first record.
+        rows: the other records.
+        eigenvalues: in descending order.
         limit: eigenvalues, and their density in the limit of many dimensions.
 
     Raises:
         UnavailableError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise missing_package("matplotlib", "plot", "--plot") from None
-    figure = Figure(figsize=(WIDE, HIGH), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(WIDE, HIGH, "--plot")
     spectrum, loss, gap, error = figure.subplots(1, 4)
     _spectrum(spectrum, header["bulks"], eigenvalues, limit)
     lines = _lines(rows)
@@ -54,9 +48,7 @@ def draw_theory(
     error.set_yscale("log")
     handles, labels = gap.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
-    picture = io.BytesIO()
-    figure.savefig(picture, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    return picture.getvalue()
+    return saved(figure, kind)
 
 
 def _spectrum(
@@ -65,7 +57,7 @@ def _spectrum(
     eigenvalues: Sequence[float],
     limit: tuple[Sequence[float], Sequence[float]],
 ) -> None:
-    """Shares per decade, so that all bulks are to be seen on a logarithmic axis."""
+    """Shares per decade, so that a logarithmic axis shows all bulks."""
     from numpy import asarray, histogram, log, log10, logspace
 
     values, (at, rho) = asarray(eigenvalues), map(asarray, limit)
@@ -92,7 +84,7 @@ def _spectrum(
 
 
 def _times(axis: Any, bulks: Mapping[str, Mapping[str, Any]]) -> None:
-    """The teacher's training times of both bulks, as shades."""
+    """Shade the times at which the teacher learns each bulk."""
     for name in ("gen", "mem"):
         label = f"teacher learns the {BULK_NAMES[name]} bulk"
         axis.axvspan(*bulks[name]["tau"], color=BULK_COLOURS[name], alpha=0.12, lw=0, label=label)
@@ -117,9 +109,4 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any
 
 def _dress(axis: Any, title: str, x: str) -> None:
     axis.set_xscale("log", nonpositive="mask")
-    axis.set_title(title, fontsize=10, loc="left")
-    axis.set_xlabel(x, fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.grid(visible=True, alpha=0.25, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.margins(x=0.02)
+    dress(axis, title, x)

@@ -1,8 +1,8 @@
 """Accuracy, pass@k and averages over verified records, in one pass and constant memory.
 
-accuracy   share of completions that are right; its interval is Wilson's, with the number of
-           completions replaced by the number of independent ones that would vary as much:
-           samples of one prompt are not independent      (cluster-robust variance by prompt)
+accuracy   share of right completions; its interval is Wilson's, with the number of completions
+           replaced by the number of independent ones that would vary as much, because samples of
+           one prompt are not independent                 (cluster-robust variance by prompt)
 pass@k     1 - C(n-c, k) / C(n, k), averaged over prompts with n >= k samples, c of them right
            (Chen et al. 2021, arXiv 2107.03374: unbiased for "one of k is right")
 """
@@ -20,14 +20,14 @@ from dlmctl.report.image_free import IMAGE_FREE
 
 
 def is_correct(record: Record) -> bool:
-    """Whether the verifiers that judge rightness all say so; else whether the reward is 1."""
+    """Whether all verifiers that judge correctness say so; without any, whether the reward is 1."""
     verdicts = object_field(record, "verdict").values()
-    said = [v["correct"] for v in verdicts if isinstance(v, dict) and "correct" in v]
-    return all(said) if said else _number(record.get("reward")) >= 1.0
+    judgements = [v["correct"] for v in verdicts if isinstance(v, dict) and "correct" in v]
+    return all(judgements) if judgements else _number(record.get("reward")) >= 1.0
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Chance that k of the samples, drawn without replacement, hold a right one."""
+    """Probability that k of the samples, drawn without replacement, include a right one."""
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
@@ -72,7 +72,7 @@ class Tally:
                 entry[1] += weight
 
     def row(self, task: str, confidence: float) -> dict[str, Any]:
-        """The statistics as they are written out."""
+        """The statistics as a record."""
         accuracy = self.correct / self.completions if self.completions else None
         row: dict[str, Any] = {
             "task": task,
@@ -88,14 +88,14 @@ class Tally:
         return row
 
     def _independent(self) -> float:
-        """How many independent completions would vary as much as these."""
+        """Number of independent completions that would vary as much as these."""
         p = self.correct / self.completions
         if self.prompts < 2 or self.completions == self.prompts:
             return float(self.completions if self.prompts > 1 else self.prompts)
         spread = self._squares - 2 * p * self._products + p * p * self._counts_squared
         variance = self.prompts / (self.prompts - 1) * spread / self.completions**2
         if p in (0.0, 1.0):
-            # All right or all wrong tells nothing of how alike the samples of a prompt are.
+            # If all are right, or all wrong, nothing shows how alike samples of a prompt are.
             return float(self.prompts)
         return min(float(self.completions), p * (1 - p) / max(variance, 1e-12))
 
@@ -103,7 +103,7 @@ class Tally:
 def tally(
     records: Iterable[Record], by: str, ks: Sequence[int], confidence: float
 ) -> list[dict[str, Any]]:
-    """One row for each value of `by` (task, model, round), and one for all if there are several."""
+    """One row per value of `by` (task, model, round), and one for all unless there is one value."""
     tallies: dict[str, Tally] = {}
     total, errors = Tally(ks), 0
 
@@ -116,8 +116,8 @@ def tally(
 
     for group in groups(counted()):
         for name in dict.fromkeys(_label(record, by) for record in group):
-            own = [record for record in group if _label(record, by) == name]
-            tallies.setdefault(name, Tally(ks)).add(own)
+            labelled = [record for record in group if _label(record, by) == name]
+            tallies.setdefault(name, Tally(ks)).add(labelled)
         total.add(group)
     rows = [t.row(name, confidence) for name, t in tallies.items()]
     if len(rows) != 1:
@@ -133,35 +133,35 @@ def _label(record: Record, by: str) -> str:
 
 
 def _measures(record: Record) -> dict[str, tuple[float, float]]:
-    """(value, weight) of everything that is averaged."""
-    made: dict[str, tuple[float, float]] = {}
+    """Value and weight of everything that is averaged."""
+    measures: dict[str, tuple[float, float]] = {}
     for verdict in object_field(record, "verdict").values():
         if isinstance(verdict, dict) and "stored" in verdict:
-            made["cells"] = (_number(verdict["stored"]), _number(verdict.get("empty")))
+            measures["cells"] = (_number(verdict["stored"]), _number(verdict.get("empty")))
             whole = verdict["stored"] == verdict.get("empty") and bool(verdict.get("correct"))
-            made["stored"] = (whole, 1)
+            measures["stored"] = (whole, 1)
     if isinstance(record.get("reward"), (int, float)):
-        made["reward"] = (record["reward"], 1)
+        measures["reward"] = (record["reward"], 1)
     rewards = object_field(record, "rewards")
     if len(rewards) > 1:
-        made |= {
+        measures |= {
             f"rewards.{name}": (value, 1)
             for name, value in rewards.items()
             if isinstance(value, (int, float))
         }
     if IMAGE_FREE in record:
-        made[IMAGE_FREE] = (_number(record[IMAGE_FREE]), 1)
-    place, ids = object_field(record, "rollout"), object_field(record, "tokens").get("completion")
-    length = _number(place.get("length")) or (len(ids) if isinstance(ids, list) else 0)
+        measures[IMAGE_FREE] = (_number(record[IMAGE_FREE]), 1)
+    rollout, ids = object_field(record, "rollout"), object_field(record, "tokens").get("completion")
+    length = _number(rollout.get("length")) or (len(ids) if isinstance(ids, list) else 0)
     if length:
-        made["tokens"] = (length, 1)
-    if "nfe" in place:
-        made["nfe"] = (_number(place["nfe"]), 1)
-    if "finish" in place:
-        made["finished"] = (place["finish"] == "eos", 1)
-    return made
+        measures["tokens"] = (length, 1)
+    if "nfe" in rollout:
+        measures["nfe"] = (_number(rollout["nfe"]), 1)
+    if "finish" in rollout:
+        measures["finished"] = (rollout["finish"] == "eos", 1)
+    return measures
 
 
 def _number(value: Any) -> float:
-    """A number of a record; what is none counts as 0."""
+    """A number of a record; anything else counts as 0."""
     return value if isinstance(value, (int, float)) else 0.0

@@ -1,7 +1,7 @@
 """Completions on a terminal: a background for each token by its number, or marks in plain text.
 
-Blue is below the usual, orange above, by the places of `token_scale`. Where there is no colour (a
-pipe, NO_COLOR, a dumb terminal) tokens at least half-way out stand in brackets, {+above+} and
+Blue is below the neutral value, orange above, by the places of `token_scale`. Without colour (a
+pipe, NO_COLOR, a dumb terminal), tokens at least half-way out are in brackets, {+above+} and
 [-below-], as in word-diffs.
 """
 
@@ -18,22 +18,22 @@ from dlmctl.report.page import shortened, shown, shown_lines
 from dlmctl.report.token_scale import Scale, fitted
 
 LEVELS = (0.2, 0.5, 0.8)
-"""How far out a token is from which on it has the first, second and third background."""
+"""How far out a token must be for the first, second and third background."""
 ABOVE = ("#875f00", "#af5f00", "#d75f00")
 BELOW = ("#5f5f87", "#005faf", "#005fff")
-"""Of the 256 colours that most terminals have; white can be read on all of them, and they grow in
-strength on dark and on light terminals alike."""
+"""From the 256 colours that most terminals have. White is readable on all of them, and they grow
+stronger on dark and on light terminals alike."""
 FAR = LEVELS[1]
 BRACKETS = {-1: ("[-", "-]"), 0: ("", ""), 1: ("{+", "+}")}
 EXTREMES = 4
 PROMPT = 240
-"""Characters of a prompt that are shown."""
+"""Most characters of a prompt."""
 
 
 def completion_lines(items: Iterable[Completion], console: Console) -> Iterator[str]:
-    """What is to be written for each completion, with the codes of the console's terminal.
+    """The text for each completion, with the codes of the console's terminal.
 
-    Neighbours with the same prompt have it once.
+    Neighbours with the same prompt show it once.
     """
     coloured = console.color_system is not None and not console.no_color
     before = None
@@ -78,15 +78,15 @@ def _style(place: float) -> str:
 
 
 def _marked(texts: Sequence[str], places: Sequence[float]) -> str:
-    """The text; neighbours far out on the same side share their brackets."""
-    made = ""
+    """The text; neighbours that are far out on the same side share their brackets."""
+    marked = ""
     for side, run in groupby(zip(texts, places, strict=True), key=lambda pair: _side(pair[1])):
         inside = "".join(shown_lines(text) for text, _ in run)
-        # White space at the ends stays outside, so that brackets stand at what they are for.
+        # White space at the ends stays outside, so that brackets touch what they mark.
         core = inside.strip(" \n") or inside
         opening, closing = BRACKETS[side]
-        made += inside.replace(core, f"{opening}{core}{closing}", 1)
-    return made
+        marked += inside.replace(core, f"{opening}{core}{closing}", 1)
+    return marked
 
 
 def _side(place: float) -> int:
@@ -94,19 +94,19 @@ def _side(place: float) -> int:
 
 
 def _legend(by: str, scale: Scale, coloured: bool) -> Text:
-    made = Text(f"{shown(by)}: {scale.summary()}")
+    legend = Text(f"{shown(by)}: {scale.summary()}")
     for label, place in scale.steps():
         if coloured:
-            made.append(" ").append(f"\u00a0{label}\u00a0", style=_style(place))
+            legend.append(" ").append(f"\u00a0{label}\u00a0", style=_style(place))
         elif scale.names or abs(place) == FAR:
             opening, closing = BRACKETS[_side(place)]
             limit = "" if scale.names else "from " if place > 0 else "up to "
-            made.append(f"  {opening}{limit}{label}{closing}")
-    return made
+            legend.append(f"  {opening}{limit}{label}{closing}")
+    return legend
 
 
 def _extremes(texts: Sequence[str], values: Sequence[float | None]) -> Iterator[Text]:
-    """The tokens with the largest and the smallest numbers, and where they stand."""
+    """The tokens with the largest and the smallest numbers, and their positions."""
     order = sorted(
         (number for number, value in enumerate(values) if value is not None),
         key=lambda number: values[number],  # type: ignore[arg-type, return-value]

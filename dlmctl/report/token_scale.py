@@ -1,4 +1,4 @@
-"""A scale for numbers of tokens: where a number lies between "as usual" and "as far as it gets".
+"""A scale for numbers of tokens: the place of a number between neutral (0) and extreme (-1 or 1).
 
 place(v) = (v - zero) / span, within [-1, 1]
 
@@ -6,7 +6,7 @@ weights              zero = 1, span = max |v - 1|: below 1 a token is pushed les
 of both signs        zero = 0, span = max |v|
 none below zero      zero = min v, span = max v - min v
 none above zero      zero = max v, span = max v - min v: places are negative
-roles                no scale but names: perception is -1, reasoning 1, all else 0
+roles                no scale, but names: perception is -1, reasoning 1, all else 0
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 ROLES = {0.0: ("other", 0.0), 1.0: ("perception", -1.0), 2.0: ("reasoning", 1.0)}
-"""Role of a token as it stands in a record: its name, and its place."""
+"""Role of a token in a record to its name and its place."""
 
 
 class Scale(NamedTuple):
-    """Of the numbers of one field."""
+    """The scale of one field."""
 
     zero: float
     span: float
@@ -27,22 +27,22 @@ class Scale(NamedTuple):
     mean: float
     high: float
     names: Mapping[float, tuple[str, float]]
-    """Name and place of each number where numbers stand for kinds; otherwise empty."""
+    """Number to name and place, if numbers stand for kinds; otherwise empty."""
 
     def place(self, value: float) -> float:
-        """Where it lies from -1 to 1; 0 is as usual."""
+        """The place of a number, from -1 to 1; 0 is neutral."""
         if self.names:
             return self.names[value][1]
         return max(-1.0, min(1.0, (value - self.zero) / self.span)) if self.span else 0.0
 
     def says(self, value: float | None) -> str:
-        """A number as a reader wants it."""
+        """A number for a reader."""
         if value is None:
             return "no value"
         return self.names[value][0] if self.names else f"{value:.4g}"
 
     def steps(self) -> list[tuple[str, float]]:
-        """What stands on a legend from low to high: a number or name, and its place."""
+        """The steps of a legend from low to high: a number or name, and its place."""
         if self.names:
             return sorted(self.names.values(), key=lambda step: step[1])
         below = [-1.0, -0.5] if self.low < self.zero else []
@@ -51,15 +51,15 @@ class Scale(NamedTuple):
         return [(_brief(self.zero + p * self.span), p) for p in places]
 
     def summary(self) -> str:
-        """Its smallest number, mean and largest; nothing where they are names."""
+        """Smallest number, mean and largest; empty for names."""
         if self.names:
             return ""
         return f"min {self.low:.4g}, mean {self.mean:.4g}, max {self.high:.4g}"
 
 
-def fitted(name: str, given: Iterable[float | None]) -> Scale:
-    """The scale for these numbers of the field `name`; None counts for nothing."""
-    values = [float(value) for value in given if value is not None] or [0.0]
+def fitted(name: str, numbers: Iterable[float | None]) -> Scale:
+    """The scale for these numbers of the field `name`, without those that are None."""
+    values = [float(value) for value in numbers if value is not None] or [0.0]
     low, high, mean = min(values), max(values), sum(values) / len(values)
     kind = name.rpartition(".")[2]
     if kind == "roles" and set(values) <= ROLES.keys():

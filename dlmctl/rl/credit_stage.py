@@ -24,8 +24,8 @@ from dlmctl.rl.srpo.credit import token_weights
 from dlmctl.rl.srpo.evidence import MASKS, diffusion_signals, evidence_tokens
 from dlmctl.rl.srpo.per_token import number_list
 from dlmctl.rl.srpo.roles import OTHER, PERCEPTION, REASONING, token_roles
+from dlmctl.settings.layout import Tags
 from dlmctl.settings.srpo import Contrast, Credit
-from dlmctl.tasks.layout import Tags
 
 
 class BehaviorPolicy:

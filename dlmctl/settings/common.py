@@ -39,6 +39,17 @@ OnErrorOption = Annotated[
         env=True,
     ),
 ]
+Shard = Annotated[
+    str | None,
+    Knob(
+        "Work on the I-th of N parts of the input, 1/N to N/N, so that N processes on as many "
+        "machines share it. A part is contiguous and its groups are whole: the outputs, one after "
+        "another, are the output of a single run.",
+        "--shard",
+        metavar="I/N",
+        shown_default="the whole input",
+    ),
+]
 Seed = Annotated[int, Knob("Same seed, same input: same output.", "--seed", env=True)]
 Json = Annotated[bool, Knob("Write JSON on a terminal too, as in a pipe.", "--json")]
 Model = Annotated[
@@ -94,15 +105,7 @@ class Compute(Device):
 class Stage:
     """What every stage has that writes a record for a record."""
 
-    shard: str | None = knob(
-        None,
-        "Work on the I-th of N parts of the input, 1/N to N/N, so that N processes on as many "
-        "machines share it. A part is contiguous and its groups are whole: the outputs, one after "
-        "another, are the output of a single run.",
-        "--shard",
-        metavar="I/N",
-        shown_default="the whole input",
-    )
+    shard: str | None = same(None, Shard)
     on_error: OnError = same("fail", OnErrorOption)
     quiet: bool = same(False, Quiet)
     output: str = same("-", Output)

@@ -1,4 +1,7 @@
-"""Texts of options that are more than one value."""
+"""Parsers of option texts: NAME=VALUE, ranges, lists of numbers, sizes.
+
+Those that take the option's name need it for their message.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,39 @@ from dlmctl.records.errors import UsageError
 
 DIGITS = 18
 """Most digits of a whole number on the command line, so that it fits into 64 bits."""
+
+
+def named_text(option: str, text: str, form: str) -> tuple[str, str]:
+    """Name and value of NAME=VALUE, neither empty; raises UsageError if it is not of that form.
+
+    Args:
+        form: what the message asks for, such as FIELD=COLUMN.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name or not value:
+        raise UsageError(f"{option} {text} is not {form}")
+    return name, value
+
+
+def named_number(option: str, text: str, form: str) -> tuple[str, float]:
+    """Name and number of NAME=NUMBER; raises UsageError if it is not of that form."""
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise UsageError(f"{option} {text} is not {form}") from None
+
+
+def whole_range(option: str, text: str, least: int, most: int) -> tuple[int, int]:
+    """First and last number of N or N-M; raises UsageError unless both are within the bounds."""
+    first, _, last = text.partition("-")
+    try:
+        low, high = int(first), int(last or first)
+    except ValueError:
+        raise UsageError(f"{option} {text} is neither a number nor a range such as 6-10") from None
+    if not least <= low <= high <= most:
+        raise UsageError(f"{option} {text} is not within {least} and {most}")
+    return low, high
 
 
 def whole_numbers(option: str, text: str) -> list[int]:

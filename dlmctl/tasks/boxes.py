@@ -1,4 +1,4 @@
-r"""The last \boxed{...} or \fbox{...} of a text, braces balanced, in one pass."""
+r"""The last \boxed{...} or \fbox{...} of a text, with balanced braces, in one pass."""
 
 from __future__ import annotations
 
@@ -9,30 +9,26 @@ _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|[{}]")
 
 
 class Box(NamedTuple):
-    """Where a box stands, and what it holds."""
+    """A box and its content."""
 
     start: int
-    """At the backslash."""
+    """Of the backslash."""
     end: int
     """Behind the closing brace."""
     inner: str
 
 
 def last_box(text: str, start: int = 0) -> Box | None:
-    """The box that begins last of those that are closed; None without one.
-
-    Args:
-        start: where to begin to look.
-    """
+    """The closed box that begins last, from `start` on; None without one."""
     opened: list[tuple[int, int, bool]] = []  # start, end of the opening, whether a box's
     last: tuple[int, int, int] | None = None
-    for found in _BRACE.finditer(text, start):
-        if found.group() != "}":
-            opened.append((found.start(), found.end(), found.group() != "{"))
+    for brace in _BRACE.finditer(text, start):
+        if brace.group() != "}":
+            opened.append((brace.start(), brace.end(), brace.group() != "{"))
         elif opened:
             begin, inner, boxed = opened.pop()
             if boxed and (last is None or begin > last[0]):
-                last = begin, inner, found.start()
+                last = begin, inner, brace.start()
     if last is None:
         return None
     begin, inner, close = last
@@ -40,6 +36,6 @@ def last_box(text: str, start: int = 0) -> Box | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last box of a text holds; None without one."""
+    """Content of the last box of a text; None without one."""
     box = last_box(text)
     return None if box is None else box.inner

@@ -1,17 +1,17 @@
-"""Canaries: secrets to plant in training data, so as to see whether a model gives them back.
+"""Canaries: secrets to plant in training data, in order to see whether a model reproduces them.
 
-A key of eight random digits stands before a secret of sixteen. Nothing tells the secret but having
-seen it, so that whatever a model knows of it beyond 16 ln 10 nats is memory. (The idea of Carlini
-et al., arXiv 1802.08232; the form is ours.) How often a canary is planted is up to who plants it.
+A key of eight random digits precedes a secret of sixteen. Only training on it can tell the secret,
+so that whatever a model knows of it beyond 16 ln 10 nats is memory. (The idea is from Carlini et
+al., arXiv 1802.08232; the form is ours.) Who plants a canary decides how often.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from dlmctl.tasks.sudoku import Split
+from dlmctl.settings.prompts import Prompts, Split
 
 KEY, SECRET = 8, 16
 """Digits of both."""
@@ -22,6 +22,18 @@ class Canary(NamedTuple):
 
     key: str
     secret: str
+
+
+def records(settings: Prompts, seed: int) -> Iterator[dict[str, Any]]:
+    """An endless stream of records of task canaries."""
+    for key, secret in canaries(settings.split, seed):
+        yield {
+            "id": f"canaries/{key}",
+            "task": "canaries",
+            "prompt": f"{key}=",
+            "answer": secret,
+            "completion": secret,
+        }
 
 
 def canaries(split: Split = "train", seed: int = 0) -> Iterator[Canary]:

@@ -1,4 +1,4 @@
-"""Rows of other people's data sets as records, recognised by their columns.
+"""Rows of published data sets as records, recognised by their columns.
 
     prompt or messages                      a record already (also TRL's, plain and conversational)
     prompt, data_source, reward_model       verl
@@ -10,7 +10,7 @@
     problem, answer or solution             MATH
     question                                anything else
 
-`--map prompt=question` names columns by hand and comes first.
+`--map prompt=question` names columns by hand and takes precedence.
 """
 
 from __future__ import annotations
@@ -22,64 +22,59 @@ from typing import Any
 
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record
+from dlmctl.settings.prompts import Style
 from dlmctl.tasks.boxes import last_boxed
 from dlmctl.tasks.image_columns import with_images
 from dlmctl.tasks.images import image_sources
-from dlmctl.tasks.wording import Style, countdown_prompt, question_prompt, sudoku_prompt
+from dlmctl.tasks.wording import countdown_prompt, question_prompt, sudoku_prompt
 
 
 def to_record(row: Record, renamed: Mapping[str, str], task: str | None, style: Style) -> Record:
-    """A prompt record; columns that are not used stay in it.
+    """A prompt record; it keeps unused columns.
 
     Args:
         renamed: record field to column of the row.
-        task: the task, where the columns do not tell.
+        task: the task, instead of the one that the columns imply.
 
     Raises:
-        DataError: a mapped column is missing, or nothing in the row can be a prompt.
+        DataError: a mapped column is missing, or no column can be a prompt.
     """
     record = Record(row)
     record.where = row.where
     for name, column in renamed.items():
         if column not in row:
-            raise DataError(_no_column(column, row), row.where)
+            raise DataError(f"there is no column '{column}'; there are {', '.join(row)}", row.where)
         record[name] = record.pop(column)
-    seen = image_sources(record)
-    recognisers = (_ready, _vision) if seen else (_ready, _sudoku, _countdown, _gsm8k, _math)
+    images = image_sources(record)
+    recognisers = (_ready, _vision) if images else (_ready, _sudoku, _countdown, _gsm8k, _math)
     for recognise in (*recognisers, _question):
-        found = recognise(record, style)
-        if found is not None:
-            if seen:
-                found = with_images(found, seen, row.where)
-            return _ordered(found, record, task)
+        fields = recognise(record, style)
+        if fields is not None:
+            if images:
+                fields = with_images(fields, images, row.where)
+            return _ordered(fields, record, task)
     raise DataError(
-        f"no column holds a prompt; there are {', '.join(row)}: name it with --map prompt=COLUMN",
+        f"no column is a prompt; there are {', '.join(row)}: name it with --map prompt=COLUMN",
         row.where,
     )
 
 
-def _no_column(column: str, row: Record) -> str:
-    return f"there is no column '{column}'; there are {', '.join(row)}"
-
-
-def _ordered(found: dict[str, Any], rest: Record, task: str | None) -> Record:
-    """`id`, `task` and the prompt first, then the task's fields, then what else the row had."""
+def _ordered(fields: dict[str, Any], rest: Record, task: str | None) -> Record:
+    """`id`, `task` and the prompt first, then the task's fields, then the other columns."""
     record = Record()
     record.where = rest.where
-    name = task or found.pop("task", None) or rest.get("task")
-    name = name or ("vqa" if "images" in found else None)
-    key = rest.get("id", found.pop("id", None))
-    found.pop("task", None)
-    found.pop("id", None)
+    implied, key = fields.pop("task", None), fields.pop("id", None)
+    name = task or implied or rest.get("task") or ("vqa" if "images" in fields else None)
+    key = rest.get("id", key)
     if key is None:
-        text = repr(found.get("prompt") or found.get("messages"))
-        text += "".join(found.get("images", ()))  # many ask the same of another image
+        text = repr(fields.get("prompt") or fields.get("messages"))
+        text += "".join(fields.get("images", ()))  # several images may have the same question
         key = f"{name or 'prompt'}/{blake2b(text.encode(), digest_size=6).hexdigest()}"
     record["id"] = key if isinstance(key, (str, int)) else str(key)
     if name:
         record["task"] = name
-    dropped = found.pop("drop", ())
-    record.update(found)
+    dropped = fields.pop("drop", ())
+    record.update(fields)
     record.update({k: v for k, v in rest.items() if k not in record and k not in dropped})
     return record
 
@@ -91,12 +86,12 @@ def _ready(row: Record, style: Style) -> dict[str, Any] | None:
         return None
     prompt = row["prompt"]
     name = "messages" if isinstance(prompt, list) else "prompt"
-    found: dict[str, Any] = {name: prompt, "drop": ("prompt",) if name == "messages" else ()}
+    fields: dict[str, Any] = {name: prompt, "drop": ("prompt",) if name == "messages" else ()}
     truth = row.get("reward_model")
     if isinstance(truth, dict) and "ground_truth" in truth:  # verl
-        found["answer"] = truth["ground_truth"]
-        found["task"] = str(row.get("data_source", "")).rsplit("/", 1)[-1].lower() or None
-    return found
+        fields["answer"] = truth["ground_truth"]
+        fields["task"] = str(row.get("data_source", "")).rsplit("/", 1)[-1].lower() or None
+    return fields
 
 
 def _sudoku(row: Record, style: Style) -> dict[str, Any] | None:
@@ -107,14 +102,14 @@ def _sudoku(row: Record, style: Style) -> dict[str, Any] | None:
     for name, value in (("puzzle", puzzle), ("solution", solution)):
         if value is not None and not re.fullmatch(r"[0-4]{16}", str(value)):
             raise DataError(f"{name} {value!r} is not 16 digits from 0 to 4", row.where)
-    found = {
+    fields = {
         "id": f"sudoku/{puzzle}",
         "task": "sudoku",
         "prompt": sudoku_prompt(puzzle, style),
         "puzzle": puzzle,
         "drop": ("Puzzle", "Solution"),
     }
-    return found if solution is None else {**found, "solution": solution}
+    return fields if solution is None else {**fields, "solution": solution}
 
 
 def _countdown(row: Record, style: Style) -> dict[str, Any] | None:
@@ -126,7 +121,7 @@ def _countdown(row: Record, style: Style) -> dict[str, Any] | None:
         return None
     try:
         numbers, target = [int(n) for n in numbers], int(target)
-        if max(map(abs, (*numbers, target))) >= 2**63:  # more than JSON's readers take
+        if max(map(abs, (*numbers, target))) >= 2**63:  # JSON readers refuse it
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         shown = f"numbers {str(numbers)[:80]} and target {str(target)[:80]}"
@@ -145,10 +140,7 @@ def _vision(row: Record, style: Style) -> dict[str, Any] | None:
     text = row.get("problem", row.get("question"))
     if not isinstance(text, str):
         return None
-    return {
-        "prompt": question_prompt("vqa", text, style),
-        "drop": ("problem", "question"),
-    }
+    return {"prompt": question_prompt("vqa", text, style), "drop": ("problem", "question")}
 
 
 def _gsm8k(row: Record, style: Style) -> dict[str, Any] | None:

@@ -1,24 +1,27 @@
-"""Short texts with planted concepts: five of them, each known for every sentence.
+"""Short texts with five planted concepts, which are known for every sentence.
 
-Topic and sentiment hold for a document; subject, tense and number are drawn anew for each
-sentence. A value is expressed by many words (`lexicon`), and most places of a sentence tell more
-than one concept, as a verb does of topic, tense and number: a hidden word has to be inferred from
-values, not from another word.
+Topic and sentiment apply to a document; each sentence draws its subject, tense and number. Many
+words express a value (`lexicon`), and most places of a sentence express more than one concept, as a
+verb expresses topic, tense and number: a masked word has to be inferred from values, not from
+another word.
 
-A combination of the five values belongs to one split. With the values counted from 0 it is
+A combination of the five values belongs to one split. With the values counted from 0, a sentence is
+a test sentence if
 
     (subject + topic + 2 tense + 3 number + 3 sentiment) mod 6 = 0
 
-that makes a test sentence. So any two concepts are independent on either side. Were combinations
-assigned by a digest, a feature of one concept would tell a little of another one.
+This makes any two concepts independent in both splits. If a digest assigned combinations to splits,
+a feature of one concept would reveal a little about another.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from hashlib import blake2b
+from typing import Any, NamedTuple
 
+from dlmctl.settings.prompts import WORDS, Prompts, Split
 from dlmctl.tasks.lexicon import (
     COPULAS,
     DETERMINERS,
@@ -32,12 +35,11 @@ from dlmctl.tasks.lexicon import (
     plural,
     verb_form,
 )
-from dlmctl.tasks.sudoku import Split
 
 PROMPT = "story:"
-"""An autoregressive model needs something to begin from."""
+"""An autoregressive model needs something to begin with."""
 SENTENCES = (3, 5)
-"""Fewest and most in a document."""
+"""Fewest and most sentences of a document."""
 CONCEPTS: dict[str, tuple[str, ...]] = {
     "subject": tuple(SUBJECTS),
     "tense": tuple(TIMES),
@@ -46,8 +48,6 @@ CONCEPTS: dict[str, tuple[str, ...]] = {
     "topic": tuple(TOPICS),
 }
 """Concept to its values."""
-WORDS = 8
-"""Words that each part of a sentence can say a value with, at most."""
 _BOTH = ("singular", "plural")
 _WEIGHTS = {"subject": 1, "topic": 1, "tense": 2, "number": 3, "sentiment": 3}
 
@@ -62,7 +62,7 @@ _TEMPLATES = (
 
 
 class Sentence(NamedTuple):
-    """A span of a document's text, and the value of each concept there."""
+    """A span of a document's text, and its value of each concept."""
 
     start: int
     end: int
@@ -71,7 +71,7 @@ class Sentence(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A text of some sentences, a space between them."""
+    """A text of sentences separated by spaces."""
 
     text: str
     sentences: list[Sentence]
@@ -80,8 +80,22 @@ class Document(NamedTuple):
 _Pick = Callable[[Sequence[str]], str]
 
 
+def records(settings: Prompts, seed: int) -> Iterator[dict[str, Any]]:
+    """An endless stream of records of task concepts."""
+    for document in documents(settings.split, seed, settings.words):
+        digest = blake2b(document.text.encode(), digest_size=8).hexdigest()
+        yield {
+            "id": f"concepts/{digest}",
+            "task": "concepts",
+            "prompt": PROMPT,
+            **({"wanted": dict(settings.wanted)} if settings.wanted else {}),
+            "completion": document.text,
+            "sentences": [{"start": s.start, "end": s.end, **s.values} for s in document.sentences],
+        }
+
+
 def documents(split: Split = "train", seed: int = 0, words: int = WORDS) -> Iterator[Document]:
-    """An endless stream of documents; a part of a sentence says a value with one of `words`."""
+    """An endless stream of documents; a part of a sentence has a choice of `words` per value."""
     draw = random.Random(f"concepts/{split}/{seed}")
 
     def pick(choices: Sequence[str]) -> str:
@@ -99,9 +113,9 @@ def documents(split: Split = "train", seed: int = 0, words: int = WORDS) -> Iter
 
 
 def expressions(concept: str, value: str) -> frozenset[str]:
-    """Words and phrases that a text says a value with and no other value of the concept."""
-    own = _expressions(concept, value)
-    return own.difference(*(_expressions(concept, v) for v in CONCEPTS[concept] if v != value))
+    """Words and phrases that express a value and no other value of the concept."""
+    others = (_expressions(concept, other) for other in CONCEPTS[concept] if other != value)
+    return _expressions(concept, value).difference(*others)
 
 
 def _expressions(concept: str, value: str) -> frozenset[str]:
@@ -120,14 +134,14 @@ def _expressions(concept: str, value: str) -> frozenset[str]:
 
 
 def split_of(values: dict[str, str]) -> Split:
-    """The split that sentences with these values belong to."""
+    """The split of sentences with these values."""
     places = {name: CONCEPTS[name].index(value) for name, value in values.items()}
     total = sum(_WEIGHTS[name] * place for name, place in places.items())
     return "test" if total % 6 == 0 else "train"
 
 
 def _values(whole: dict[str, str], split: Split, draw: random.Random) -> dict[str, str]:
-    """One value of each concept, those of the document given."""
+    """One value of each concept, with those of the document."""
     while True:
         values = {n: whole[n] if n in whole else draw.choice(v) for n, v in CONCEPTS.items()}
         if split_of(values) == split:
@@ -159,7 +173,7 @@ def _actor(subject: str, number: str, pick: _Pick) -> str:
 
 
 def _verb(verb: str, tense: str, number: str, draw: random.Random) -> str:
-    """The verb with its auxiliaries; those of state have no progressive form."""
+    """The verb with its auxiliaries; verbs of state have no progressive form."""
     if tense == "future":
         marker = draw.choice(FUTURES)
         be = "" if marker in ("will", "shall") else verb_form("be", "present", number) + " "

@@ -1,7 +1,7 @@
 """Countdown: reach a target from given numbers, each used once, with + - * / and parentheses.
 
-Problems are made from an expression, so that each has a solution. A problem belongs to training or
-to test by the digest of its sorted numbers and target, whatever the seed.
+Each problem comes from an expression, so that it has a solution. The digest of its sorted numbers
+and its target decides whether it belongs to training or to test, whatever the seed.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from dlmctl.tasks.sudoku import Split
+from dlmctl.settings.prompts import Prompts, Split
+from dlmctl.tasks.wording import countdown_prompt
 
 LARGEST = 100
 """Numbers and targets are 1 to this, as in the benchmark of d1."""
 TEST_SHARE = 8
-"""One problem in so many is a test problem."""
+"""One problem in this many is a test problem."""
 
 
 class Problem(NamedTuple):
@@ -34,20 +35,33 @@ class _Term(NamedTuple):
     """2 for a number, 1 for a product or quotient, 0 for a sum or difference."""
 
 
+def records(settings: Prompts, seed: int) -> Iterator[dict[str, Any]]:
+    """An endless stream of records of task countdown."""
+    for numbers, target, solution in problems(settings.split, settings.number_range, seed):
+        yield {
+            "id": f"countdown/{','.join(map(str, numbers))}:{target}",
+            "task": "countdown",
+            "prompt": countdown_prompt(numbers, target, settings.style),
+            "numbers": numbers,
+            "target": target,
+            **({"completion": solution} if settings.completions else {}),
+        }
+
+
 def problems(
     split: Split = "train", count: tuple[int, int] = (3, 3), seed: int = 0
 ) -> Iterator[Problem]:
     """An endless stream of problems.
 
     Args:
-        count: fewest and most numbers; drawn anew for each problem.
+        count: fewest and most numbers; each problem draws its number.
     """
     draw = random.Random(f"countdown/{split}/{seed}")
     while True:
         numbers = [draw.randint(1, LARGEST) for _ in range(draw.randint(*count))]
-        made = _combine(numbers, draw)
-        if made and 1 <= made.value <= LARGEST and split_of(numbers, made.value) == split:
-            yield Problem(numbers, made.value, made.text)
+        term = _combine(numbers, draw)
+        if term and 1 <= term.value <= LARGEST and split_of(numbers, term.value) == split:
+            yield Problem(numbers, term.value, term.text)
 
 
 def split_of(numbers: list[int], target: int) -> Split:
@@ -58,14 +72,14 @@ def split_of(numbers: list[int], target: int) -> Split:
 
 
 def _combine(numbers: list[int], draw: random.Random) -> _Term | None:
-    """One random expression over all numbers; None when it leaves the positive integers."""
+    """A random expression over all numbers; None if it leaves the positive integers."""
     terms = [_Term(n, str(n), 2) for n in numbers]
     while len(terms) > 1:
         first, second = (terms.pop(draw.randrange(len(terms))) for _ in range(2))
-        made = _apply(draw.choice("+-*/"), first, second)
-        if made is None:
+        term = _apply(draw.choice("+-*/"), first, second)
+        if term is None:
             return None
-        terms.append(made)
+        terms.append(term)
     return terms[0]
 
 
@@ -83,5 +97,5 @@ def _apply(operator: str, a: _Term, b: _Term) -> _Term | None:
 
 
 def _inner(term: _Term, binding: int) -> str:
-    """The text of an operand, in parentheses where it binds less than `binding`."""
+    """The text of an operand, in parentheses if it binds less tightly than `binding`."""
     return term.text if term.binding >= binding else f"({term.text})"

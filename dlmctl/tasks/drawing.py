@@ -1,4 +1,4 @@
-"""Scenes as images: plain filled shapes on white, one to a cell, edges smoothed."""
+"""Scenes as images: filled shapes on white, one per cell, with smooth edges."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ PAINTS = {
     "yellow": (245, 195, 20),
 }
 RADII = (0.3, 0.42)
-"""Smallest and largest radius of a thing, in sides of a cell."""
+"""Smallest and largest radius of a thing, relative to the side of a cell."""
 FINER = 4
-"""Drawn on a grid so many times finer, which is then averaged."""
+"""Images are drawn this many times larger, then averaged."""
 
 
 class Look(NamedTuple):
-    """What differs between two images of one scene; each number from 0 to 1."""
+    """What differs between two images of one scene; each number is from 0 to 1."""
 
     size: float
     x: float
-    """Where it stands within the room that its size leaves in the cell."""
+    """Position within the room that its size leaves in the cell."""
     y: float
 
 
 def draw_scene(scene: Sequence[Thing], looks: Sequence[Look], cell: int) -> Image:
-    """An image of three by three cells of `cell` x `cell` pixels, RGB.
+    """An RGB image of three by three cells of `cell` x `cell` pixels.
 
     Raises:
         UnavailableError: Pillow is not installed.

@@ -1,6 +1,6 @@
-"""Images of a row as they travel in a record: paths and data URIs, one mark each in the prompt.
+"""Images of a row in the form of a record: paths and data URIs, each with a mark in the prompt.
 
-Bytes become a data URI as they are; nothing is decoded here, so that Pillow is not needed.
+Bytes become a data URI without decoding, so that Pillow is not needed.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from dlmctl.records.errors import DataError
 from dlmctl.tasks.images import as_data_uri, image_path, record_folder
 
 MARK = "<image>"
-"""Stands in a prompt where an image does; in a message also a part of type image."""
+"""The place of an image in a prompt; in a message, a part of type image is one too."""
 Message = dict[str, Any]
 
 
-def with_images(found: Mapping[str, Any], sources: Sequence[Any], where: str) -> dict[str, Any]:
-    """The fields `found` with `images`, and with a mark for each of them in the prompt.
+def with_images(fields: Mapping[str, Any], sources: Sequence[Any], where: str) -> dict[str, Any]:
+    """The fields with `images`, and with a mark for each image in the prompt.
 
-    Marks that are missing come first in the prompt.
+    Missing marks are put at the beginning of the prompt.
 
     Args:
-        found: holds `prompt` or `messages`.
-        sources: what the column of images holds.
-        where: the `file:line` of the row; a path that is right only from there is completed.
+        fields: with `prompt` or `messages`.
+        sources: content of the column of images.
+        where: the `file:line` of the row; paths relative to its folder are completed.
 
     Raises:
-        DataError: the prompt has more marks than there are images, or one of them is of no kind
-            that can be written down.
+        DataError: the prompt has more marks than images, or an image has a kind that a record
+            cannot contain.
     """
-    name = "messages" if "messages" in found else "prompt"
-    prompt = found[name]
+    name = "messages" if "messages" in fields else "prompt"
+    prompt = fields[name]
     if not isinstance(prompt, str) and not _are_messages(prompt):
         raise DataError(f"field '{name}' is neither text nor a list of messages", where)
     marks = prompt.count(MARK) if isinstance(prompt, str) else sum(map(_marks, prompt))
@@ -39,17 +39,17 @@ def with_images(found: Mapping[str, Any], sources: Sequence[Any], where: str) ->
         raise DataError(f"the prompt has {marks} marks {MARK} for {len(sources)} images", where)
     missing = len(sources) - marks
     return {
-        **found,
+        **fields,
         name: _marked(prompt, missing),
         "images": [_portable(source, where) for source in sources],
-        "drop": (*found.get("drop", ()), "image"),
+        "drop": (*fields.get("drop", ()), "image"),
     }
 
 
 def _portable(source: Any, where: str) -> str:
     if isinstance(source, Mapping):
-        held = source.get("bytes")
-        source = source.get("path") if held is None else held
+        data = source.get("bytes")
+        source = source.get("path") if data is None else data
     if isinstance(source, str):
         if source[:5].lower() == "data:" or "://" in source:
             return source
@@ -60,7 +60,7 @@ def _portable(source: Any, where: str) -> str:
 
 
 def _are_messages(prompt: Any) -> bool:
-    """Whether it is objects whose content is text, a list of parts that are objects, or nothing."""
+    """Whether it is a list of objects whose content is text, a list of objects, or empty."""
     return (
         isinstance(prompt, list)
         and bool(prompt)
@@ -86,7 +86,7 @@ def _marks(message: Message) -> int:
 
 
 def _marked(prompt: Any, missing: int) -> Any:
-    """The prompt, text or messages, with so many marks more at its begin."""
+    """The prompt, text or messages, with `missing` more marks at its beginning."""
     if not missing:
         return prompt
     if isinstance(prompt, str):

@@ -1,8 +1,8 @@
 """Images of records: paths, data URIs, the undecoded column of `datasets`, images of Pillow.
 
-A file or URI that somebody else wrote is taken with care: formats of pixels alone, a limit for
-its bytes, and one for its pixels that is looked at in the header, before anything is decoded.
-Every image becomes RGB, turned as its EXIF says, on white where it is transparent.
+Files and URIs are not trusted: only raster formats are read, with a limit on their bytes, and one
+on their pixels that is checked in the header, before anything is decoded. Every image becomes RGB,
+rotated according to its EXIF, with white behind transparency.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""Those that Pillow may try; of one with several frames the first is taken."""
+"""Formats that Pillow may try; for several frames, the first is read."""
 MOST_PIXELS = 64_000_000
 MOST_BYTES = 64 * 2**20
-"""Of a file, or of the text of a data URI."""
+"""Most bytes of a file, or of the text of a data URI."""
 COLUMNS = ("images", "image", "img", "pixel_values")
-"""Names of a column of images, the first that is there."""
+"""Names of a column of images; the first that exists counts."""
 _BEGINNINGS = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"BM": "bmp"}
 
 
@@ -37,10 +37,10 @@ def load_image(source: Any, base: str = "") -> Image:
 
     Args:
         source: a path, a `data:` URI, `{"bytes": ..., "path": ...}`, bytes, or an image of Pillow.
-        base: folder that a relative path is looked for in, after the current one.
+        base: folder of relative paths, after the current one.
 
     Raises:
-        DataError: it is not there, or no image that is taken.
+        DataError: it does not exist, or is no image of these formats and limits.
         UnavailableError: Pillow is not installed.
     """
     _pillow()
@@ -60,11 +60,11 @@ def load_image(source: Any, base: str = "") -> Image:
 
 
 def record_images(record: Mapping[str, Any]) -> list[Image]:
-    """The images of a record or a row; relative paths also beside its file.
+    """The images of a record or a row; relative paths may be relative to its file.
 
     Raises:
-        DataError: one of them cannot be read, or there are several columns of images; it says
-            which.
+        DataError: an image cannot be read, or there are several columns of images; the message
+            says which.
     """
     where = getattr(record, "where", "")
     column = image_column(record)
@@ -80,59 +80,58 @@ def record_images(record: Mapping[str, Any]) -> list[Image]:
 
 
 def image_column(row: Mapping[str, Any]) -> str | None:
-    """The column of a row that holds images: by its name, else by what `datasets` stores there.
+    """The column of images of a row: by its name, else by what `datasets` stores there.
 
     Raises:
-        DataError: several columns hold images, and none of them has one of the names.
+        DataError: several columns have images, and none of them has one of the names.
     """
     for name in COLUMNS:
         if row.get(name) is not None:
             return name
-    found = [name for name, held in row.items() if held and all(map(_stored, _listed(held)))]
-    if len(found) > 1:
+    columns = [name for name, value in row.items() if value and all(map(_stored, _listed(value)))]
+    if len(columns) > 1:
         raise DataError(
-            f"there are images in the columns {', '.join(found)}: name the one that is meant "
+            f"there are images in the columns {', '.join(columns)}: name the one that is meant "
             f"{COLUMNS[1]}",
             getattr(row, "where", ""),
         )
-    return found[0] if found else None
+    return columns[0] if columns else None
 
 
-def _stored(held: Any) -> bool:
-    """Whether it is an image as `datasets` stores one."""
-    return isinstance(held, Mapping) and held.keys() == {"bytes", "path"}
+def _stored(value: Any) -> bool:
+    """Whether a value is an image as `datasets` stores one."""
+    return isinstance(value, Mapping) and value.keys() == {"bytes", "path"}
 
 
 def image_sources(record: Mapping[str, Any]) -> list[Any]:
-    """What `images` (a list, or one) or `image` of a record holds; nothing where both are empty."""
-    held = record.get("images")
-    held = record.get("image") if held is None else held
-    return [] if held is None else _listed(held)
+    """The images in `images` (a list, or one image) or `image` of a record."""
+    value = record.get("images")
+    value = record.get("image") if value is None else value
+    return [] if value is None else _listed(value)
 
 
-def _listed(held: Any) -> list[Any]:
-    return list(held) if isinstance(held, (list, tuple)) else [held]
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def record_folder(where: str) -> str:
-    """The folder of the file that a record was read from, by its `file:line`."""
+    """The folder of a record's file, by its `file:line`."""
     return str(Path(where.rpartition(":")[0]).parent)
 
 
 def image_path(name: str, base: str = "") -> Path:
-    """The file of a path: from the current folder, else from `base`, else as it is.
+    """The file of a path: relative to the current folder, else to `base`, else as it is.
 
     Raises:
-        DataError: it is an address of the network.
+        DataError: it is a network address.
     """
     if "://" in name:
         raise DataError(
             f"{name[:80]} is an address: images are not fetched from the network; "
             "download it and give its path"
         )
-    path = Path(name)
-    beside = Path(base) / path
-    return beside if not os.path.exists(path) and os.path.exists(beside) else path
+    path, based = Path(name), Path(base) / name
+    return based if not os.path.exists(path) and os.path.exists(based) else path
 
 
 def image_hash(image: Image) -> str:
@@ -142,7 +141,7 @@ def image_hash(image: Image) -> str:
 
 
 def as_data_uri(source: bytes | Image) -> str:
-    """A `data:` URI of a file's bytes as they are, or of an image as PNG."""
+    """A `data:` URI of a file's bytes, unchanged, or of an image as PNG."""
     if not isinstance(source, bytes):
         stream = io.BytesIO()
         source.save(stream, "PNG")
@@ -151,7 +150,7 @@ def as_data_uri(source: bytes | Image) -> str:
 
 
 def data_uri_bytes(uri: str) -> bytes:
-    """The bytes of a data URI in base64; raises DataError where it is none, or too long."""
+    """The bytes of a data URI in base64; raises DataError if it is none, or too long."""
     if len(uri) > MOST_BYTES:
         raise DataError(f"the data URI has {len(uri)} characters, more than {MOST_BYTES}")
     head, comma, data = uri.partition(",")
@@ -163,11 +162,11 @@ def data_uri_bytes(uri: str) -> bytes:
         raise DataError(f"the data URI is not base64 ({error})") from None
 
 
-def _of_column(held: Mapping[str, Any]) -> Any:
-    """Bytes, else path, of what `datasets` has in a column of images."""
+def _of_column(entry: Mapping[str, Any]) -> Any:
+    """Bytes, else path, of an entry in a column of images of `datasets`."""
     for name in ("bytes", "path"):
-        if held.get(name) is not None:
-            return held[name]
+        if entry.get(name) is not None:
+            return entry[name]
     raise DataError("an image with neither 'bytes' nor 'path'")
 
 
@@ -184,11 +183,11 @@ def _file_bytes(path: Path) -> bytes:
 
 
 def _decoded(data: bytes, name: str) -> Image:
-    """The first frame of an encoded image; `name` is what complaints call it."""
+    """The first frame of an encoded image; `name` is for messages."""
     pillow = _pillow()
     kinds = ", ".join(FORMATS)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's own limits are above ours
+        warnings.simplefilter("ignore")  # Pillow warns at limits above ours
         try:
             image = pillow.open(io.BytesIO(data), formats=FORMATS)
         except pillow.DecompressionBombError:
@@ -200,7 +199,7 @@ def _decoded(data: bytes, name: str) -> Image:
         _check_size(image, name)
         try:
             return _rgb(image)
-        except Exception as error:  # decoders raise whatever the broken bytes lead them to
+        except Exception as error:  # decoders raise anything on broken bytes
             raise DataError(f"{name} cannot be decoded ({error})") from None
 
 
@@ -226,7 +225,7 @@ def _rgb(image: Any) -> Any:
 
 
 def image_kind(data: bytes) -> str:
-    """Media type of a file by its first bytes, without `image/`; empty where it is none of ours."""
+    """Media type of a file by its first bytes, without `image/`; empty if it is none of ours."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return next((kind for start, kind in _BEGINNINGS.items() if data.startswith(start)), "")

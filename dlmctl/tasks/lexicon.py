@@ -1,7 +1,7 @@
-"""The words that express the planted concepts, and the forms that they take.
+"""The words that express the planted concepts, and their forms.
 
-Every value of a concept has at least eight words that can stand for each other. No word of a
-subject begins with a vowel, so that `a` is always right.
+Every value of a concept has at least eight interchangeable words. No word of a subject begins with
+a vowel, so that `a` is always right.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Actor(NamedTuple):
 
 
 class Topic(NamedTuple):
-    """What a document is about."""
+    """A topic of documents."""
 
     verbs: list[str]
     """Transitive; each goes with each object."""
@@ -32,7 +32,7 @@ class Mood(NamedTuple):
     """Before an object."""
     adverbs: list[str]
     feelings: list[str]
-    """Behind `is`, before `about`."""
+    """Between `is` and `about`."""
 
 
 def _words(text: str) -> list[str]:
@@ -130,7 +130,7 @@ DETERMINERS = {
 PREPOSITIONS = _words("at near behind outside beside opposite")
 COPULAS = _words("be feel seem look")
 FUTURES = ["will", "shall", "going to", "about to", "due to", "set to"]
-"""What stands before the verb; all but the first two need a form of `be`."""
+"""Markers before the verb; all but the first two need a form of `be`."""
 
 _PAST = {
     "throw": "threw", "catch": "caught", "strike": "struck", "sing": "sang", "leave": "left",

@@ -1,4 +1,4 @@
-"""Rows from files and data sets: JSONL, CSV, parquet, and whatever `datasets` loads."""
+"""Rows from files and data sets: JSONL, CSV, parquet, and everything that `datasets` loads."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ FILE_KINDS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
 def read_rows(name: str, split: str, config: str | None, on_error: OnError) -> Iterator[Record]:
-    """Rows of a file, of a directory that `datasets` knows, or of a data set on the hub.
+    """Rows of a file, of a directory that `datasets` loads, or of a data set on the hub.
 
     Args:
         name: `-` for JSONL on standard input, a path, or a hub name.
-        split, config: of a data set; a file has neither.
+        split, config: of a data set; ignored for a file.
 
     Raises:
         MissingInputError: there is no such file or data set.
@@ -112,7 +112,7 @@ def _dataset_rows(name: str, split: str, config: str | None) -> Iterator[Record]
 
 
 def _undecoded(rows: Any) -> Iterator[dict[str, Any]]:
-    """Rows with images as the bytes and path that are stored; decoding waits for who needs it."""
+    """Rows with images as the stored bytes and path; whoever needs an image decodes it."""
     import datasets
 
     if not _has_images(rows.features, datasets.Image):
@@ -123,7 +123,7 @@ def _undecoded(rows: Any) -> Iterator[dict[str, Any]]:
 
 
 def _has_images(feature: Any, kind: type) -> bool:
-    """Whether a feature of `datasets` is, or holds, one of images; None, not known, is none."""
+    """Whether a feature of `datasets` is, or contains, one of images; None is unknown."""
     if feature is None:
         return False
     if isinstance(feature, Mapping):

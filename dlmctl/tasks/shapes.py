@@ -1,15 +1,15 @@
-r"""Questions about drawn scenes, each with the answer, which is chosen before the scene is.
+r"""Questions about drawn scenes, with answers that are chosen before the scenes.
 
     count      how many red circles?                        0 to 4
     sum        how many red plus how many squares?          0 to 6; a red square counts twice
-    colour     what colour is the star?                     the one of its shape
+    colour     what colour is the star?                     of the only thing of this shape
     position   where is the blue square from the red star?  left, right, above, below
 
-A question and its answer are drawn uniformly, and then a scene that fits them, so that the question
-alone tells nothing: the answer most frequent for it among 8000 train problems is right in 21 % of
+A question and its answer are drawn uniformly, then a scene that fits them, so that the question
+alone reveals nothing: the most frequent answer to it among 8000 train problems is right in 21 % of
 4000 test problems (count 21, sum 14, colour 24, position 25).
 
-A right response, of few words, describes the scene first and then says again what matters:
+A right response briefly describes the scene, then repeats what matters:
 
     <description> red circle top left , blue square top right </description>
     <think> red circle : 1 </think> \boxed{1}
@@ -21,21 +21,19 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from dlmctl.tasks.drawing import Look
-from dlmctl.tasks.layout import TAGS
+from dlmctl.settings.layout import Tags
+from dlmctl.settings.prompts import KINDS, Kind, Prompts, Split
+from dlmctl.tasks.drawing import Look, draw_scene
+from dlmctl.tasks.images import as_data_uri
 from dlmctl.tasks.scenes import COLOURS, COLUMNS, ROWS, SHAPES, Thing, describe, split_of
-from dlmctl.tasks.sudoku import Split
+from dlmctl.tasks.wording import shapes_prompt
 
-Kind = Literal["count", "colour", "position", "sum"]
-KINDS: tuple[Kind, ...] = ("count", "colour", "position", "sum")
 THINGS = (2, 5)
-"""Fewest and most in a scene."""
+"""Fewest and most things of a scene."""
 MOST = {"count": 4, "sum": 6}
 """Largest answer of a kind; the smallest is 0."""
-CELL = 28
-"""Pixels of a cell's side."""
 _TYPES = tuple(product(COLOURS, SHAPES))
 _PLACES = tuple(product(ROWS, COLUMNS))
 
@@ -47,21 +45,22 @@ class Problem(NamedTuple):
     question: str
     answer: str
     thought: str
-    """What follows from the description, in words."""
+    """The reasoning from the description, in words."""
     scene: list[Thing]
     """In reading order."""
     looks: list[Look]
 
     @property
     def digest(self) -> str:
-        """Of the question and of everything that is drawn."""
+        """Digest of the question and of everything that is drawn."""
         text = repr((self.question, self.scene, self.looks))
         return blake2b(text.encode(), digest_size=8).hexdigest()
 
     @property
     def completion(self) -> str:
         """A right response."""
-        seen, thought = TAGS.perception, TAGS.reasoning
+        tags = Tags()
+        seen, thought = tags.perception, tags.reasoning
         return (
             f"<{seen}> {describe(self.scene)} </{seen}> "
             f"<{thought}> {self.thought} </{thought}> \\boxed{{{self.answer}}}"
@@ -69,7 +68,7 @@ class Problem(NamedTuple):
 
 
 class _Wanted(NamedTuple):
-    """What is counted: things of a colour, of a shape, or of both."""
+    """Things to count: of a colour, of a shape, or of both."""
 
     colour: str = ""
     shape: str = ""
@@ -83,7 +82,7 @@ class _Wanted(NamedTuple):
 
 
 class _Ask(NamedTuple):
-    """A question and its answer, for which scenes can be composed."""
+    """A question and its answer, with functions that compose and explain scenes for it."""
 
     question: str
     answer: str
@@ -91,10 +90,25 @@ class _Ask(NamedTuple):
     explain: Callable[[list[Thing]], str]
 
 
+def records(settings: Prompts, seed: int) -> Iterator[dict[str, Any]]:
+    """An endless stream of records of task shapes."""
+    for problem in problems(settings.split, seed, settings.kinds):
+        yield {
+            "id": f"shapes/{problem.digest}",
+            "task": "shapes",
+            "kind": problem.kind,
+            "images": [as_data_uri(draw_scene(problem.scene, problem.looks, settings.cell))],
+            "prompt": shapes_prompt(problem.question, settings.style),
+            "scene": [thing._asdict() for thing in problem.scene],
+            "answer": problem.answer,
+            **({"completion": problem.completion} if settings.completions else {}),
+        }
+
+
 def problems(
     split: Split = "train", seed: int = 0, kinds: Sequence[Kind] = KINDS
 ) -> Iterator[Problem]:
-    """An endless stream of problems of these kinds, each as likely."""
+    """An endless stream of problems, with equal shares of these kinds."""
     draw = random.Random(f"shapes/{split}/{seed}")
     while True:
         kind = draw.choice(kinds)
@@ -120,7 +134,7 @@ def _sum(draw: random.Random) -> _Ask:
 
 
 def _amount(wanted: list[_Wanted], total: int) -> _Ask:
-    """How many there are of what is wanted, added up."""
+    """How many things are wanted, added up."""
     worth = {kind: sum(w.fits(*kind) for w in wanted) for kind in _TYPES}
     fewest = max(THINGS[0], -(-total // max(worth.values())))
 
@@ -131,14 +145,14 @@ def _amount(wanted: list[_Wanted], total: int) -> _Ask:
         return _placed([draw.choice([k for k in _TYPES if worth[k] == s]) for s in shares], draw)
 
     def explain(scene: list[Thing]) -> str:
-        said, counts = [], []
+        parts, counts = [], []
         for w in wanted:
             names = [thing.name for thing in scene if w.fits(thing.colour, thing.shape)]
-            said.append(f"{' , '.join(names) or 'none'} : {len(names)}")
+            parts.append(f"{' , '.join(names) or 'none'} : {len(names)}")
             counts.append(str(len(names)))
         if len(counts) > 1:
-            said.append(f"{' + '.join(counts)} = {total}")
-        return " ; ".join(said)
+            parts.append(f"{' + '.join(counts)} = {total}")
+        return " ; ".join(parts)
 
     question = " plus ".join(f"how many {w.words}" for w in wanted) + "?"
     return _Ask(question, str(total), compose, explain)
@@ -190,7 +204,7 @@ def _placed(
     draw: random.Random,
     fixed: Sequence[tuple[str, str]] = (),
 ) -> list[Thing]:
-    """Things of these kinds in cells of their own, the first of them in those that are fixed."""
+    """Things of these kinds in separate cells, the first of them in the fixed ones."""
     free = [place for place in _PLACES if place not in fixed]
     places = [*fixed, *draw.sample(free, len(kinds) - len(fixed))]
     return [Thing(*kind, *place) for kind, place in zip(kinds, places, strict=True)]

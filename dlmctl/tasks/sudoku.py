@@ -1,10 +1,10 @@
-"""4x4 Sudoku: every grid, puzzles with one solution, and a split that no solution grid crosses.
+"""4x4 Sudoku: all grids, puzzles with a unique solution, and splits that share no solution grid.
 
-There are 288 grids. Which of them belong to training is fixed for ever by their digests (200 train,
-88 test), so that a test puzzle's solution was never seen, whatever the seed; the proportions are
-those of SPG (arXiv 2510.09541), whose own list is not used.
+There are 288 grids. Their digests fix for good which of them belong to training (200 train, 88
+test), so that a model never saw the solution of a test puzzle, whatever the seed. The proportions
+are those of SPG (arXiv 2510.09541), whose own list is not used.
 
-A puzzle is 16 digits row by row, 0 where empty.
+A puzzle is 16 digits, row by row, with 0 for an empty cell.
 """
 
 from __future__ import annotations
@@ -14,12 +14,25 @@ from collections.abc import Iterator
 from functools import cache
 from hashlib import blake2b
 from itertools import permutations
-from typing import Literal
+from typing import Any
 
-Split = Literal["train", "test"]
+from dlmctl.settings.prompts import Prompts, Split
+from dlmctl.tasks.wording import sudoku_prompt
+
 TRAIN_GRIDS = 200
-MOST_HOLES = 12
-"""No 4x4 Sudoku with fewer than four clues has one solution only."""
+
+
+def records(settings: Prompts, seed: int) -> Iterator[dict[str, Any]]:
+    """An endless stream of records of task sudoku."""
+    for puzzle, solution in puzzles(settings.split, settings.hole_range, seed):
+        yield {
+            "id": f"sudoku/{puzzle}",
+            "task": "sudoku",
+            "prompt": sudoku_prompt(puzzle, settings.style),
+            "puzzle": puzzle,
+            "solution": solution,
+            **({"completion": solution} if settings.completions else {}),
+        }
 
 
 @cache
@@ -53,7 +66,7 @@ def split_grids(split: Split) -> tuple[str, ...]:
 
 @cache
 def _grids_with() -> dict[tuple[int, str], int]:
-    """For each (cell, digit) the set of grids that have it, one bit for each grid."""
+    """For each (cell, digit) the grids that have the digit there, one bit per grid."""
     sets: dict[tuple[int, str], int] = {}
     for number, grid in enumerate(all_grids()):
         for place in enumerate(grid):
@@ -62,7 +75,7 @@ def _grids_with() -> dict[tuple[int, str], int]:
 
 
 def solutions(puzzle: str) -> list[str]:
-    """Every grid that agrees with the clues of a puzzle of 16 digits, 0 where empty."""
+    """Every grid that agrees with the clues of a puzzle."""
     left = (1 << len(all_grids())) - 1
     for place in enumerate(puzzle):
         if place[1] != "0":
@@ -73,10 +86,10 @@ def solutions(puzzle: str) -> list[str]:
 def puzzles(
     split: Split = "train", holes: tuple[int, int] = (8, 8), seed: int = 0
 ) -> Iterator[tuple[str, str]]:
-    """An endless stream of (puzzle, solution), each with that one solution.
+    """An endless stream of (puzzle, solution); the solution is unique.
 
     Args:
-        holes: fewest and most empty cells; the number is drawn anew for each puzzle.
+        holes: fewest and most empty cells; each puzzle draws its number.
     """
     draw = random.Random(f"sudoku/{split}/{seed}")
     grids = split_grids(split)
@@ -87,7 +100,7 @@ def puzzles(
 
 
 def _dig(grid: str, holes: int, draw: random.Random) -> str | None:
-    """Empty cells in random order where the solution stays the only one; None in a dead end."""
+    """Empty cells in random order as long as the solution stays unique; None in a dead end."""
     cells = list(grid)
     for cell in draw.sample(range(16), 16):
         if holes == 0:

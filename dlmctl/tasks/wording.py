@@ -1,15 +1,12 @@
-"""How a problem is put to a model: `plain` for models trained on it, `instruct` for chat models.
+"""Prompts of problems: `plain` for models trained on them, `instruct` for chat models.
 
-The instruct prompts ask for the tags that the verifiers read; the wording is our own, so that
-numbers are comparable with those of papers only as far as a prompt does not matter.
+The instruct prompts ask for the tags that the verifiers read. The wording is our own, so that
+numbers are comparable with those of papers only as far as the prompt does not matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
-
-Style = Literal["plain", "instruct"]
+from dlmctl.settings.prompts import Style
 
 TAGS = (
     "Think step by step between <reasoning> and </reasoning>, then give {what} between <answer> "
@@ -64,12 +61,3 @@ def shapes_prompt(question: str, style: Style) -> str:
         "middle center'"
     )
     return f"<image> {question}\n" + LAYOUT.format(how=how)
-
-
-def worded(record: Mapping[str, Any], task: str, style: Style) -> str | None:
-    """The prompt of a record that has its task's fields; None where the task has no wording."""
-    if task == "sudoku":
-        return sudoku_prompt(record["puzzle"], style)
-    if task == "countdown":
-        return countdown_prompt(record["numbers"], record["target"], style)
-    return None

@@ -1,4 +1,4 @@
-r"""Where the answer stands in a completion: in <answer> tags, in \boxed{}, or the whole text."""
+r"""The answer within a completion: in <answer> tags, in \boxed{}, or the whole text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EMPTY_BOX = re.compile(r"\\boxed\s*\{\s*\}")
 
 
 class Verdict(NamedTuple):
-    """What a verifier says of one completion."""
+    """What a verifier says about one completion."""
 
     reward: float
     detail: dict[str, Any]
@@ -23,7 +23,7 @@ class Verdict(NamedTuple):
 
 
 def judged(correct: bool, why: str = "", **extracted: Any) -> Verdict:
-    """A verdict of 1 or 0."""
+    """A verdict of 1 or 0; `extracted` and `why`, unless it is empty, are details."""
     return Verdict(
         float(correct), {"correct": correct, **extracted, **({"why": why} if why else {})}
     )
@@ -38,10 +38,10 @@ def completion_text(record: Mapping[str, Any]) -> str:
 
 
 def answer_text(text: str) -> tuple[str, str]:
-    """The part of a completion that is its answer, and where it was found.
+    """The part of a completion that is its answer, and its place: answer, boxed or text.
 
-    The last tag pair counts (an unclosed one reaches to the end), within it, or else in the whole
-    text, the last box that is not empty.
+    The last pair of tags counts (an unclosed one reaches to the end of the text), and within it the
+    last box that is not empty. A blank answer falls back to the last box of the whole text.
     """
     tags = ANSWER_TAG.findall(text)
     region, place = (tags[-1], "answer") if tags else (text, "text")
@@ -53,7 +53,7 @@ def answer_text(text: str) -> tuple[str, str]:
 
 
 def required(record: Mapping[str, Any], name: str) -> Any:
-    """A field of the task; raises DataError without it."""
+    """A field of the task; raises DataError if it is missing."""
     value = record.get(name)
     if value is None:
         raise DataError(f"field '{name}' is missing; 'dlmctl prompts' writes it for this task")

@@ -1,13 +1,13 @@
-"""Verifier `code`: unit tests on generated Python, as HumanEval and MBPP have them.
+"""Verifier `code`: unit tests on generated Python, as in HumanEval and MBPP.
 
     tests       assertions, a list of texts or one text that runs as one test; also `test_list`
                 (MBPP) and `test` (HumanEval), whose `check` is called with `entry_point`
     setup       texts that run before: `test_setup_code`, `test_imports`
-    prompt      where it begins the function of `entry_point`, it is put in front
+    prompt      put in front if it begins the function of `entry_point`
 
-The tests run in one interpreter with the code that they test. The report bears a token, so that
-printing and leaving early count for nothing, but code that means to can look for the token in
-memory, replace functions that tests use, or return objects that equal everything.
+The tests run in the interpreter of the code that they test. The report has a token, so that
+printing and exiting early gain nothing. But code that sets out to can find the token in memory,
+replace functions that tests use, or return objects that equal everything.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MEMORY_LIMIT = 1 << 30
 FENCE = re.compile(r"[ \t]*```[ \t]*(\w*)")
 PYTHON = {"python", "python3", "py"}
 LONGEST_TEST = 200
-"""Characters of a failed test in the verdict."""
+"""Most characters of a failed test in the verdict."""
 
 _warned = False
 
@@ -42,10 +42,10 @@ def code(
     Args:
         time_limit: seconds for the code and all of its tests.
         memory: bytes of address space.
-        unconfined: run it also where the kernel cannot keep it from files and network.
+        unconfined: run the code even if the kernel cannot deny it files and network.
 
     Raises:
-        DataError: the record has no tests, or they are of no such form.
+        DataError: the record has no tests, or they have another form.
         UnavailableError: the code cannot be confined here.
     """
     program = _program(record)
@@ -66,7 +66,7 @@ def code(
 def extract_code(text: str) -> str:
     """The code of a completion: its last fence of Python, else its last fence, else all of it.
 
-    A fence that is not closed reaches to the end.
+    An unclosed fence reaches to the end.
     """
     fences: list[tuple[str, list[str]]] = []
     within = False
@@ -133,7 +133,7 @@ def _why(program: Code, report: Report, results: list[str | None]) -> str:
 
 
 def _unconfined(lacking: str, allowed: bool) -> None:
-    """Say once that code runs unconfined, or refuse to go on."""
+    """Say once that code runs unconfined, or refuse to run it."""
     global _warned
     if not allowed:
         raise UnavailableError(

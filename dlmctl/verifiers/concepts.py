@@ -1,8 +1,7 @@
-"""Which planted concepts a text expresses, by the words of the generator that it is written with.
+"""Verifier `concepts`: which planted concepts a text expresses, by the words of the generator.
 
-A record says by `wanted` what is asked for, as {"sentiment": "positive"}. The reward is the share
-of the expressions of the concept in the completion that are those of the value; a text that has
-none gets 0.
+`wanted` of a record says what is asked for, as {"sentiment": "positive"}. The reward is the share
+of the value among the expressions of the concept in the completion; a text without any gets 0.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from dlmctl.verifiers.answer import Verdict, completion_text
 
 
 def concepts(record: Mapping[str, Any]) -> Verdict:
-    """The share of the wanted value, a mean over the concepts that are asked for.
+    """The share of the wanted value, averaged over the concepts asked for.
 
     Raises:
-        DataError: `wanted` is missing or names no concept and value of the generator.
+        DataError: `wanted` is missing, or names an unknown concept or value.
     """
     wanted = record.get("wanted")
     if not isinstance(wanted, dict) or not wanted:
@@ -29,19 +28,17 @@ def concepts(record: Mapping[str, Any]) -> Verdict:
             "field 'wanted' is missing, which says the concept and its value: 'dlmctl prompts "
             "concepts --want sentiment=positive' writes it"
         )
-    text, found = completion_text(record).lower(), {}
+    text, counts = completion_text(record).lower(), {}
     for concept, value in wanted.items():
         if value not in CONCEPTS.get(concept, ()):
             raise DataError(f"there is no value '{value}' of a concept '{concept}'")
-        # "a week ago" and "these days" say when, not how many.
-        said = text if concept == "tense" else _times().sub("", text)
-        found[concept] = {
-            name: len(_pattern(concept, name).findall(said)) for name in CONCEPTS[concept]
+        # "a week ago" and "these days" express a time, not a number.
+        plain = text if concept == "tense" else _times().sub("", text)
+        counts[concept] = {
+            name: len(_pattern(concept, name).findall(plain)) for name in CONCEPTS[concept]
         }
-    shares = [
-        counts[wanted[concept]] / max(1, sum(counts.values())) for concept, counts in found.items()
-    ]
-    return Verdict(sum(shares) / len(shares), {"expressions": found})
+    shares = [of[wanted[concept]] / max(1, sum(of.values())) for concept, of in counts.items()]
+    return Verdict(sum(shares) / len(shares), {"expressions": counts})
 
 
 @cache

@@ -1,7 +1,7 @@
-"""Verifier of Countdown: an expression over the given numbers, each used once, for the target.
+"""Verifier `countdown`: an expression over the given numbers, each used once, for the target.
 
-The expression is parsed, never evaluated as code: + - * / and parentheses over exact rationals.
-`90**43**90`, which a filter of characters lets through to `eval`, is refused by the grammar.
+The expression is parsed, never evaluated as code: + - * / and parentheses over exact rationals. The
+grammar refuses `90**43**90`, which a filter of characters lets through to `eval`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dlmctl.verifiers.answer import Verdict, answer_text, completion_text, judge
 from dlmctl.verifiers.typography import plain
 
 LONGEST = 200
-"""Characters of an expression; beyond that it is no answer to six numbers."""
+"""Most characters of an expression; a longer one is no answer to six numbers."""
 
 LATEX = [
     (r"\\(?:left|right|,|!|;|:|quad|displaystyle)(?![a-zA-Z])", " "),
@@ -31,11 +31,11 @@ LATEX = [
 FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 EXPRESSION = re.compile(r"[\d\s+\-*/().]+")
 TARGET = re.compile(r"\s*[+-]?[\d.]+(?:/\d+|[eE][+-]?\d{1,3})?\s*")
-"""With few digits of an exponent: Fraction would write 1e999999999 out."""
+"""With few digits in the exponent: Fraction would expand 1e999999999."""
 
 
 class NotAnExpressionError(ValueError):
-    """The text is no expression of the grammar; the message says why."""
+    """The text is no expression of this grammar; the message says why."""
 
 
 def countdown(record: Mapping[str, Any]) -> Verdict:
@@ -58,7 +58,7 @@ def countdown(record: Mapping[str, Any]) -> Verdict:
 
 
 def _given(numbers: Any, target: Any) -> tuple[list[int], Fraction]:
-    """The task, exactly; raises DataError where it is none."""
+    """Sorted numbers and target; raises DataError if they are none."""
     text = str(target)
     try:
         if len(text) > LONGEST or not TARGET.fullmatch(text):
@@ -70,21 +70,21 @@ def _given(numbers: Any, target: Any) -> tuple[list[int], Fraction]:
 
 
 def find_expression(text: str) -> str | None:
-    """The expression in an answer: LaTeX undone; of `expression = value` the side with operators.
+    """The expression in an answer, without LaTeX: the side of `expression = value` with operators.
 
-    In prose it is the last stretch that has an operator between numbers.
+    In prose, it is the last stretch that has an operator between numbers.
     """
     text = plain(text)
     for pattern, written in LATEX:
         text = re.sub(pattern, written, text)
-    # One pass opens the innermost; more levels than this make more than LONGEST characters.
+    # A pass resolves the innermost fractions; more levels give more than LONGEST characters.
     for _ in range(LONGEST // len("((1)/(1))") + 1):
         text, opened = FRACTION.subn(r"((\1)/(\2))", text)
         if not opened:
             break
     sides = [side.strip() for line in text.splitlines() for side in line.split("=")]
     whole = [side for side in sides if EXPRESSION.fullmatch(side)]
-    in_prose = [found.strip(" .\n") for side in sides for found in EXPRESSION.findall(side)]
+    in_prose = [stretch.strip(" .\n") for side in sides for stretch in EXPRESSION.findall(side)]
     for candidates in (whole, in_prose):
         working = [c for c in candidates if re.search(r"\d\s*[+\-*/]|\)\s*[+\-*/]", c)]
         if working:

@@ -1,6 +1,6 @@
 """Rows of d1's evaluation files (`question`, `generation` or `generations`, `ground_truth`).
 
-The prompt of that evaluation ends on `<reasoning>`, which is therefore put back in front.
+The prompt of that evaluation ends in `<reasoning>`, which is therefore put in front again.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dlmctl.records.jsonl import Record
 
 
 def from_evaluation(row: Record) -> Record:
-    """The row with the fields that its task's verifier needs; other records as they are.
+    """The row with the fields that its task's verifier needs; other records unchanged.
 
     Raises:
-        DataError: the ground truth is not what the task has.
+        DataError: the ground truth has not the form of the task.
     """
     text = row.get("generation", row.get("generations"))
     if not isinstance(text, str) or "ground_truth" not in row or "completion" in row:

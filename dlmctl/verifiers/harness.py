@@ -1,9 +1,9 @@
-"""Runs code that nobody has read, and its tests; a script for an isolated interpreter.
+"""Runs untrusted code and its tests; a script for an isolated interpreter.
 
     python -I -S harness.py REPORT_FD  < request
 
-It limits and confines itself before it runs the code, imports the standard library alone, and
-reports on a pipe, a line for each step: token, step and null or what went wrong as JSON.
+It limits and confines itself before it runs the code, imports only the standard library, and
+reports on a pipe, with a line for each step: token, step, and null or the problem as JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from typing import Any
 
 LONGEST_MESSAGE = 200
-"""Characters of what is reported of a failure."""
+"""Most characters of a reported failure."""
 FILE_BYTES = 1 << 20
 OPEN_FILES = 64
 END = "end"
@@ -34,7 +34,7 @@ CLONE_THREAD = 0x00010000
 O_TRUNC = 0o1000
 
 # Numbers of system calls: linux/arch/x86/entry/syscalls/syscall_64.tbl and
-# include/uapi/asm-generic/unistd.h. Above 423 they are the same everywhere.
+# include/uapi/asm-generic/unistd.h. Above 423 they are the same on all architectures.
 EVERYWHERE = {
     "pidfd_send_signal": 424, "io_uring_setup": 425, "io_uring_enter": 426,
     "io_uring_register": 427, "open_tree": 428, "move_mount": 429, "fsopen": 430, "fsconfig": 431,
@@ -78,14 +78,14 @@ MACHINES = {
     "x86_64": (0xC000003E, X86_64, {"clone": 56, "prlimit64": 302, "open": 2, "openat": 257}),
     "aarch64": (0xC00000B7, AARCH64, {"clone": 220, "prlimit64": 261, "openat": 56}),
 }
-"""AUDIT_ARCH, calls that are denied, and those that are looked at."""
+"""AUDIT_ARCH, calls that are denied, and calls whose arguments are checked."""
 UNSEEN = {"clone3": 435, "openat2": 437}
-"""Calls whose flags a filter cannot see; where they seem to be missing, the older ones are used."""
+"""Calls whose flags a filter cannot see; if they seem to be missing, libc uses the older ones."""
 LANDLOCK = {"create": 444, "add_rule": 445, "restrict": 446}
 READ_ONLY = (1 << 2) | (1 << 3)
 """LANDLOCK_ACCESS_FS_READ_FILE and READ_DIR."""
 OTHER_ACCESS = {1: (1 << 1) | (0x1FF << 4), 2: 1 << 13, 3: 1 << 14}
-"""Version of Landlock to what it can deny beside: write, remove, make; refer; truncate."""
+"""Version of Landlock to what it can also deny: write, remove, make; refer; truncate."""
 
 
 def main() -> None:
@@ -100,7 +100,7 @@ def main() -> None:
     if lacking and not request["unconfined"]:
         write(report, f"{token} confine {json.dumps(lacking)}\n".encode())
         leave(0)
-    if lacking:  # otherwise it cannot start processes anyway, and threads are let through
+    if lacking:  # else seccomp denies processes, and lets threads through
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     for step, problem in run(request):
         write(report, f"{token} {step} {json.dumps(problem)}\n".encode())
@@ -109,12 +109,12 @@ def main() -> None:
 
 
 def run(request: dict[str, Any]) -> Iterable[tuple[str, str | None]]:
-    """Each step and what went wrong: `load`, then the tests by their number."""
+    """Each step and its problem: `load`, then the tests by their number."""
     module = types.ModuleType("completion")
     sys.modules["completion"] = module
     sys.argv, names = ["completion"], module.__dict__
     if request["before"]:
-        attempt(request["before"], names)  # the part of a prompt that may be no code
+        attempt(request["before"], names)  # a part of a prompt, which may be no code
     for setup in request["setup"]:
         if problem := attempt(setup, names):
             yield "load", f"in the setup: {problem}"
@@ -127,7 +127,7 @@ def run(request: dict[str, Any]) -> Iterable[tuple[str, str | None]]:
 
 
 def attempt(source: str, names: dict[str, Any]) -> str | None:
-    """Run source; what went wrong, None where nothing did."""
+    """Run source; returns the problem, or None."""
     try:
         exec(compile(source, "<completion>", "exec", dont_inherit=True), names)
     except BaseException as error:
@@ -140,7 +140,7 @@ def attempt(source: str, names: dict[str, Any]) -> str | None:
 
 
 def limit(seconds: float, memory: int) -> None:
-    """Limits of the system on this process; they cannot be raised again without privilege."""
+    """Set system limits on this process; raising them again needs privilege."""
     for name, value in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_CPU, int(seconds) + 2),
@@ -148,7 +148,7 @@ def limit(seconds: float, memory: int) -> None:
         (resource.RLIMIT_NOFILE, OPEN_FILES),
         (resource.RLIMIT_AS, memory),
     ):
-        # Some systems do not know a limit, and none may be raised above a lower one.
+        # Some systems lack a limit, and none may be raised above the hard one.
         hard = resource.getrlimit(name)[1]
         if hard != resource.RLIM_INFINITY:
             value = min(value, hard)
@@ -159,7 +159,7 @@ def limit(seconds: float, memory: int) -> None:
 
 
 def confine(readable: list[str]) -> str | None:
-    """Take files, network and other processes from this process; what cannot be taken, or None."""
+    """Deny this process files, network and other processes; returns what cannot be denied."""
     machine = MACHINES.get(platform.machine())
     if sys.platform != "linux" or machine is None:
         return f"{sys.platform} on {platform.machine()} is not supported"
@@ -173,7 +173,7 @@ def confine(readable: list[str]) -> str | None:
 
 
 def confine_files(libc: Any, readable: list[str]) -> bool:
-    """Landlock: read beneath some directories, write nowhere."""
+    """Landlock: allow reading below some directories, and no writing."""
     call = libc.syscall
     version = call(LANDLOCK["create"], None, 0, 1)
     if version < 1:
@@ -202,7 +202,7 @@ def confine_files(libc: Any, readable: list[str]) -> bool:
 def confine_calls(
     libc: Any, architecture: int, denied: dict[str, int], looked_at: dict[str, int]
 ) -> bool:
-    """seccomp: no processes but threads, no sockets, no signals to others, no administration."""
+    """seccomp: deny processes except threads, sockets, signals to others, administration."""
     program = b""
 
     def add(code: int, value: int, yes: int = 0, no: int = 0) -> None:

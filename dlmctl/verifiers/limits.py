@@ -1,8 +1,9 @@
-"""Limits on the time of verifiers, so that no completion keeps `verify` for ever.
+"""Limits on the time of verifiers, so that no completion keeps `verify` busy for ever.
 
 The built-in verifiers take time that is linear in the completion; an alarm stops them all the same.
-Functions of others (`module:function`, entry points) run in a process of their own, which is killed
-with what it started when a record overruns, since an alarm does not interrupt a call of C.
+An alarm does not interrupt a call of C, so that functions of others (`module:function`, entry
+points) and computer algebra run in a process of their own, which is killed, with what it started,
+if a record takes too long.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dlmctl.verifiers.answer import Verdict, judged
 from dlmctl.verifiers.program import OverrunError, Program
 
 START_LIMIT = 600.0
-"""Seconds for the import of a function of others, which may load a model."""
+"""Seconds for the import of a function, which may load a model."""
 
 
 class TookTooLongError(Exception):
@@ -34,14 +35,14 @@ class TookTooLongError(Exception):
 
 
 class Alarm:
-    """Raises TookTooLongError in what runs under it (`with alarm:`) after so many seconds.
+    """Raises TookTooLongError in what runs under it (`with alarm:`) after this many seconds.
 
-    Only the main thread has signals; elsewhere, and with None, there is no limit. Regular
-    expressions look for signals as they go, a single operation on huge numbers does not. The
-    handler is there until `close`: setting it for each record would double what one costs.
+    Only the main thread has signals; elsewhere there is no limit. Regular expressions check for
+    signals as they go, a single operation on huge numbers does not. The handler is installed until
+    `close`: setting it for each record would double the cost of a record.
     """
 
-    def __init__(self, seconds: float | None) -> None:
+    def __init__(self, seconds: float) -> None:
         main = threading.current_thread() is threading.main_thread()
         self._seconds = seconds if main else None
         if self._seconds is not None:
@@ -56,7 +57,7 @@ class Alarm:
             signal.setitimer(signal.ITIMER_REAL, 0.0)
 
     def close(self) -> None:
-        """Put the handler back that was there."""
+        """Restore the handler that was there before."""
         if self._seconds is not None:
             signal.signal(signal.SIGALRM, self._before)
 
@@ -66,58 +67,70 @@ def _stop(signum: int, frame: Any) -> None:
 
 
 def overrun(seconds: float) -> Verdict:
-    """The verdict on a completion that took too long to judge: as of a wrong answer."""
+    """The verdict on a completion that took too long to judge: that of a wrong answer."""
     return judged(False, f"took longer than {seconds:g} s")
 
 
 class Worker:
-    """A verifier of others in a process of its own.
+    """A verifier in a process of its own.
 
     Args:
         name: `module:function`, or the name of an entry point.
         time_limit: seconds for one record; the import has START_LIMIT.
+        memory: bytes of address space, or None.
 
     Raises:
         UsageError: there is no such verifier.
     """
 
-    def __init__(self, name: str, time_limit: float) -> None:
+    def __init__(self, name: str, time_limit: float, memory: int | None = None) -> None:
         self.name, self.time_limit = name, time_limit
-        self._program = Program([sys.executable, "-m", "dlmctl.verifiers.limits"], START_LIMIT)
+        command = [sys.executable, "-m", "dlmctl.verifiers.limits"]
+        self._program = Program(command, START_LIMIT, memory)
         self._warned = False
-        self._start()
+        self.start()
 
     def __call__(self, record: Mapping[str, Any]) -> Verdict:
-        """Its verdict; raises DataError where it fails."""
-        if not self._program.running:
-            self._start()
-        self._program.time_limit = self.time_limit
-        asked = {"record": record, "where": getattr(record, "where", "")}
+        """Its verdict, 0 after the time limit; raises DataError if it fails."""
+        where = getattr(record, "where", "")
         try:
-            answer = self._program.ask(dump({**asked, "seconds": self.time_limit}))
+            return self.ask(record, self.time_limit)
         except OverrunError:
             if not self._warned:
-                where = f"{asked['where']}: " if asked["where"] else ""
                 print(
-                    f"dlmctl: {where}{self.name} took longer than {self.time_limit:g} s and its "
-                    "reward is 0, as of others that do (--time-limit)",
+                    f"dlmctl: {where + ': ' if where else ''}{self.name} took longer than "
+                    f"{self.time_limit:g} s and its reward is 0, as of others that do "
+                    "(--time-limit)",
                     file=sys.stderr,
                 )
                 self._warned = True
             return overrun(self.time_limit)
+
+    def ask(self, record: Mapping[str, Any], time_limit: float) -> Verdict:
+        """Its verdict; raises OverrunError after `time_limit` seconds, DataError if it fails."""
+        self.start()
+        self._program.time_limit = time_limit
+        where = getattr(record, "where", "")
+        try:
+            asked = {"record": record, "where": where, "seconds": time_limit}
+            answer = self._program.ask(dump(asked))
+        except OverrunError:
+            raise
         except DataError as error:
             raise DataError(
                 f"the process of verifier {self.name} failed: {error.message}"
             ) from None
         return self._verdict(answer)
 
+    def start(self) -> None:
+        """Start the process and import the verifier, unless it runs."""
+        if not self._program.running:
+            self._program.time_limit = START_LIMIT
+            self._verdict(self._program.ask(dump({"name": self.name, "path": sys.path})))
+
     def close(self) -> None:
         """Stop the process."""
         self._program.close()
-
-    def _start(self) -> None:
-        self._program.time_limit = START_LIMIT
-        self._verdict(self._program.ask(dump({"name": self.name, "path": sys.path})))
 
     def _verdict(self, answer: Mapping[str, Any]) -> Verdict:
         if "error" in answer:
@@ -129,7 +142,7 @@ class Worker:
 
 
 def serve() -> None:
-    """The process of a Worker: the name of a verifier, then records; an answer for each."""
+    """The process of a Worker: reads the name of a verifier, then records, and answers each."""
     from dlmctl.verifiers.registry import ask, find_verifier
 
     # What the verifier prints goes to standard error: standard output is for the answers.
@@ -144,7 +157,8 @@ def serve() -> None:
         answers.write(_failure(error))
         return
     answers.write(dump({"reward": 0.0, "detail": {}}))
-    # Ends this process by its default action, also where nobody waits for the answer any more.
+    # The default action ends this process even within a call of C, and even if whoever asked was
+    # killed and nobody waits any more.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for line in sys.stdin.buffer:
         asked = orjson.loads(line)

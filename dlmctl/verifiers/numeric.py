@@ -1,8 +1,8 @@
 """Verifier `gsm8k`: one number, compared exactly.
 
-Thousands separators, currency and percent signs, units, LaTeX and fractions are read; `120.0` is
-120. The number is looked for in the answer tags or the box, then after `####`, then it is the last
-one of the text. Time is linear in the length of the text.
+It reads thousands separators, currency and percent signs, units, LaTeX and fractions; `120.0` is
+120. The number is the one in the answer tags or the box, else the one after `####`, else the last
+one of the text. Takes time linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from dlmctl.verifiers.answer import Verdict, answer_text, completion_text, judge
 from dlmctl.verifiers.typography import plain
 
 SIGN = r"(?:(?<![\w)])-)?"
-"""A minus that nothing stands before: 10-5 is no -5."""
+"""A minus with nothing before it: 10-5 has no -5."""
 NUMBER = re.compile(
     SIGN + r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s*/\s*\d+(?![\d/]))?|\.\d+)"
 )
-# For texts without two spaces in a row: several \s* would try every way to share a long run.
+# For texts without two spaces in a row: several \s* would try every split of a long run.
 FRACTION = re.compile(r"\\[dt]?frac ?\{? ?(\d+) ?\}? ?\{? ?(\d+) ?\}?")
 MIXED = re.compile(rf"(?<!\d)({SIGN})(\d+) ?\\[dt]?frac ?\{{ ?(\d+) ?\}} ?\{{ ?(\d+) ?\}}")
 LONGEST = 300
-"""Characters of a number; a longer one is no answer, and has no floating-point value."""
+"""Most characters of a number; a longer one is no answer, and has no floating-point value."""
 
 
 def gsm8k(record: Mapping[str, Any]) -> Verdict:
-    """1 if the number that the completion ends on equals `answer`."""
+    """1 if the final number of the completion equals `answer`."""
     wanted = parse_number(str(required(record, "answer")))
     if wanted is None:
-        raise DataError(f"answer {record['answer']!r} holds no number")
+        raise DataError(f"answer {record['answer']!r} has no number")
     text, place = answer_text(completion_text(record))
     if place == "text" and "####" in text:
         text, place = text.rpartition("####")[2], "####"
-    given = parse_number(text)
-    if given is None:
+    value = parse_number(text)
+    if value is None:
         return judged(False, "no number found", number=None, found_in=place)
-    shown = str(given) if given.denominator == 1 else f"{float(given):g}"
-    why = "" if given == wanted else f"found {shown}, wanted {record['answer']}"
-    return judged(given == wanted, why, number=shown, found_in=place)
+    shown = str(value) if value.denominator == 1 else f"{float(value):g}"
+    why = "" if value == wanted else f"found {shown}, wanted {record['answer']}"
+    return judged(value == wanted, why, number=shown, found_in=place)
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The number that a short text states: after the last equals sign, else the last one in it."""
+    """The number in a short text: the one after the last equals sign, else the last one."""
     text = re.sub(r"\\[,!;:]|\\text\s*\{[^{}]*\}|[$€£¥%]", "", plain(text))
     text = re.sub(r"\s+", " ", text)
     before, _, after = text.rpartition("=")
@@ -59,10 +59,10 @@ def parse_number(text: str) -> Fraction | None:
         value = whole + Fraction(top, bottom)
         return -value if mixed[1] else value
     text = FRACTION.sub(r"\1/\2", text)
-    found = NUMBER.findall(text)
-    if not found or len(found[-1]) > LONGEST:
+    numbers = NUMBER.findall(text)
+    if not numbers or len(numbers[-1]) > LONGEST:
         return None
-    top, _, bottom = found[-1].replace(",", "").replace(" ", "").partition("/")
+    top, _, bottom = numbers[-1].replace(",", "").replace(" ", "").partition("/")
     if bottom and int(bottom) == 0:
         return None
     return Fraction(top) / Fraction(bottom or 1)

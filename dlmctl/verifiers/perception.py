@@ -1,6 +1,6 @@
-"""Verifiers of a response that describes what it sees: its layout, and the description itself.
+"""Verifiers of a response that describes what it sees.
 
-    layout      1 if the completion is description, thought and box, and nothing else
+    layout      1 if the completion is description, reasoning and box, and nothing else
     grounding   F1 of the multiset of described things against `scene`
 
 Neither says whether the answer is right.
@@ -13,30 +13,30 @@ from collections.abc import Mapping
 from typing import Any
 
 from dlmctl.records.errors import DataError
+from dlmctl.settings.layout import Tags
 from dlmctl.tasks import layout as layouts
-from dlmctl.tasks.layout import TAGS, Tags
 from dlmctl.tasks.scenes import Thing, described
 from dlmctl.verifiers.answer import Verdict, completion_text, required
 
 
-def layout(record: Mapping[str, Any], tags: Tags = TAGS) -> Verdict:
-    """1 if the whole completion is of the layout with these tags."""
-    found = layouts.layout(completion_text(record), tags.perception, tags.reasoning)
-    if found is not None and found.alone:
+def layout(record: Mapping[str, Any], tags: Tags = Tags()) -> Verdict:
+    """1 if the whole completion has the layout with these tags."""
+    parts = layouts.layout(completion_text(record), tags)
+    if parts is not None and parts.alone:
         return Verdict(1.0, {})
     what = f"<{tags.perception}>, <{tags.reasoning}> and a box"
-    why = f"text outside of {what}" if found else f"not {what}, once each and in this order"
+    why = f"text outside of {what}" if parts else f"not {what}, once each and in this order"
     return Verdict(0.0, {"why": why})
 
 
-def grounding(record: Mapping[str, Any], tags: Tags = TAGS) -> Verdict:
+def grounding(record: Mapping[str, Any], tags: Tags = Tags()) -> Verdict:
     """F1 of the things that the description names, each by colour, shape, row and column.
 
-    The description is read wherever its tags are, the rest of the layout does not matter; what
-    is not in the grammar of `tasks.scenes` counts as a thing that is not there.
+    The description counts wherever its tags are, whatever the rest of the layout; what is not in
+    the grammar of `tasks.scenes` counts as a thing that is not in the scene.
 
     Raises:
-        DataError: `scene` is missing, or is none.
+        DataError: `scene` is missing, or is no scene.
     """
     truth = Counter(_things(required(record, "scene")))
     text = completion_text(record)

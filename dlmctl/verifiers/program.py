@@ -1,10 +1,10 @@
-"""A program that judges: it reads a record per line and answers each with a verdict on a line.
+"""A program that judges: it reads a record per line, and answers each with a verdict on a line.
 
     {"reward": 0.5, "why": "..."}      or just      0.5
 
-It is started once and asked record by record, so that nothing is read ahead; one that does not
-answer in time is killed with what it started, and started again for the next record. What it says
-is read while it is asked and no further than a line, so that a flood stays in its own pipe.
+It is started once and asked record by record, so that nothing is read ahead. If it does not answer
+in time, it is killed with what it started, and started again for the next record. Its output is
+read only during a question, and no further than a line, so that a flood stays in its own pipe.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from dlmctl.records.jsonl import dump
 from dlmctl.verifiers.answer import Verdict
 
 LONGEST_LINE = 1 << 20
-"""Bytes of a verdict."""
+"""Most bytes of a verdict."""
 CHUNK = 1 << 16
 
 
 class OverrunError(DataError):
-    """No verdict came within the time limit."""
+    """There was no verdict within the time limit."""
 
 
 class Program:
     """A running judge; stops with `close`.
 
     Args:
-        command: a line that is split as a shell does, or its words.
+        command: a line, which is split as a shell splits it, or its words.
         time_limit: seconds for one record.
         memory_limit: bytes of address space for each of its processes (RLIMIT_AS), or None.
     """
@@ -51,10 +51,10 @@ class Program:
         self.time_limit = time_limit
         self.memory_limit = memory_limit
         self._process: subprocess.Popen[bytes] | None = None
-        self._said = bytearray()
+        self._output = bytearray()
 
     def __call__(self, record: Mapping[str, Any]) -> Verdict:
-        """Its verdict; raises DataError if it gives none, MissingInputError if it is not there."""
+        """Its verdict; raises DataError without one, MissingInputError if it cannot be started."""
         answer = self.ask(dump(record))
         if isinstance(answer, dict) and isinstance(answer.get("reward"), (int, float)):
             detail = {k: v for k, v in answer.items() if k != "reward"}
@@ -65,11 +65,11 @@ class Program:
         raise DataError(f"{self.command[0]} gave no verdict but {shown}; expected a number")
 
     def ask(self, line: bytes) -> Any:
-        """Send one line and wait for the one that answers it.
+        """Send one line and wait for the answer.
 
         Raises:
             OverrunError: it took longer than the time limit.
-            DataError: it ended, or what it said is too long or no JSON.
+            DataError: it ended, or its answer is too long or no JSON.
         """
         process = self._running()
         try:
@@ -86,11 +86,11 @@ class Program:
 
     @property
     def running(self) -> bool:
-        """Whether it is started and was not stopped."""
+        """Whether it has been started and not stopped."""
         return self._process is not None
 
     def close(self) -> None:
-        """Stop the program and what it started in its session."""
+        """Stop the program, and what it started in its session."""
         if self._process is None:
             return
         process, self._process = self._process, None
@@ -103,7 +103,7 @@ class Program:
                     stream.close()
 
     def _exchange(self, process: subprocess.Popen[bytes], line: bytes) -> bytes:
-        """The line that answers `line`; empty where the program ends instead."""
+        """The line that answers `line`; empty if the program ends instead."""
         assert process.stdin is not None
         assert process.stdout is not None
         end = time.monotonic() + self.time_limit
@@ -112,20 +112,20 @@ class Program:
             selector.register(process.stdin, selectors.EVENT_WRITE)
             selector.register(process.stdout, selectors.EVENT_READ)
             while True:
-                found = self._said.find(b"\n", searched)
-                # A verdict that is there before its record was sent waits for it.
+                found = self._output.find(b"\n", searched)
+                # A verdict that comes before its record is sent waits.
                 if found >= 0 and not left:
-                    reply = bytes(self._said[: found + 1])
-                    del self._said[: found + 1]
+                    reply = bytes(self._output[: found + 1])
+                    del self._output[: found + 1]
                     return reply
-                searched = len(self._said) if found < 0 else found
-                if len(self._said) > LONGEST_LINE and (found < 0 or found > LONGEST_LINE):
+                searched = len(self._output) if found < 0 else found
+                if len(self._output) > LONGEST_LINE and (found < 0 or found > LONGEST_LINE):
                     raise DataError(
                         f"{self.command[0]} said more than {LONGEST_LINE} bytes without an end of "
                         "line; a verdict is one short line"
                     )
-                # Enough is known: the rest of a flood stays in the pipe.
-                reads = len(self._said) <= LONGEST_LINE
+                # Read no more than needed: the rest of a flood stays in the pipe.
+                reads = len(self._output) <= LONGEST_LINE
                 ready = selector.select(end - time.monotonic())
                 if not ready and time.monotonic() >= end:
                     raise OverrunError(
@@ -137,10 +137,10 @@ class Program:
                         if not reads:
                             selector.unregister(process.stdout)
                             continue
-                        said = os.read(key.fd, CHUNK)
-                        if not said:
+                        block = os.read(key.fd, CHUNK)
+                        if not block:
                             return b""
-                        self._said += said
+                        self._output += block
                         continue
                     try:
                         left = left[os.write(key.fd, left) :]
@@ -152,7 +152,7 @@ class Program:
                         selector.unregister(process.stdin)
 
     def _ended(self) -> str:
-        """What to say of a program that closed its output; it is stopped if it still runs."""
+        """The message for a program that closed its output; stops it if it still runs."""
         assert self._process is not None
         try:
             code: int | None = self._process.wait(timeout=0.5)
@@ -165,7 +165,7 @@ class Program:
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
-            self._said.clear()
+            self._output.clear()
             try:
                 # A session of its own, so that what the program starts is stopped with it.
                 self._process = subprocess.Popen(
@@ -184,9 +184,9 @@ class Program:
         return self._process
 
     def _limited(self) -> list[str]:
-        """The command, with its limit of memory set by a shell that becomes the program.
+        """The command, with its memory limit set by a shell that becomes the program.
 
-        It holds before the program's first instruction, and no code runs between fork and exec.
+        The limit is set before the program's first instruction, without code between fork and exec.
         """
         if self.memory_limit is None:
             return self.command

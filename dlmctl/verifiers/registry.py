@@ -1,24 +1,29 @@
-"""Verifiers by name, the tasks that they belong to, and the stage `verify`.
+"""Verifiers by name, the tasks that they judge, and the stage `verify`.
 
 A verifier is a function of a record that returns a Verdict (or a number, or a number and a dict).
-Others come as `module:function`, or by name from packages that register one under the entry-point
-group `dlmctl.verifiers`.
+To add one, write it and put a line into `VERIFIERS`. It may have parameters `time_limit` (seconds;
+it then limits its own time), `memory` (bytes), `unconfined` and `tags`, which `verify` fills in.
+Other verifiers come as `module:function`, or by name from packages that register one under the
+entry-point group `dlmctl.verifiers`.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache
+import inspect
+from collections.abc import Callable, Generator, Iterable, Mapping
+from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import OnError, Record, each
+from dlmctl.settings.layout import Tags
+from dlmctl.settings.verify import Judging
 from dlmctl.verifiers.answer import Verdict, judged
 from dlmctl.verifiers.evaluations import from_evaluation
 from dlmctl.verifiers.limits import Alarm, TookTooLongError, Worker, overrun
-from dlmctl.verifiers.shaped import PRESETS
+from dlmctl.verifiers.program import Program
 
 Verifier = Callable[[Mapping[str, Any]], Any]
 
@@ -57,89 +62,115 @@ SAME_TASK = {
     "virl39k": "vqa",
 }
 TASKS = {"shapes": {"vqa": 0.9, "layout": 0.1, "grounding": 0.0}}
-"""Tasks that are judged by more than the verifier of their name, with the weights; 0 is measured
-and not rewarded."""
+"""Tasks with other verifiers than the one of their name, and the weights; a verifier of weight 0 is
+recorded, but adds nothing to the reward."""
+PRESETS: dict[str, dict[str, dict[str, float]]] = {
+    "d1": {
+        "gsm8k": {
+            "gsm8k": 2.0,
+            "tags-count": 1.0,
+            "tags-soft": 0.5,
+            "tags-strict": 0.5,
+            "integer": 0.5,
+        },
+        "math": {"math": 2.0, "boxed-tags": 1.0},
+        "countdown": {"countdown-shaped": 1.0},
+        "sudoku": {"sudoku-cells": 1.0},
+    }
+}
+"""Preset and task to verifiers and their weights."""
 
 
 def verify(
     records: Iterable[Record],
     verifiers: list[str] | None = None,
-    weights: Mapping[str, float] | None = None,
-    preset: str | None = None,
-    extra: Mapping[str, Verifier] | None = None,
-    adapted: Mapping[str, Verifier] | None = None,
+    judging: Judging = Judging(),
+    tags: Tags = Tags(),
+    *,
     on_error: OnError = "fail",
-    time_limit: float | None = None,
     used: set[str] | None = None,
-) -> Iterator[Record]:
+) -> Generator[Record, None, None]:
     """Add `rewards`, `reward` and `verdict` to every record.
+
+    A verdict that takes longer than the time limit is 0. Verifiers of other packages run in a
+    process of their own, which is stopped when the iterator is closed.
 
     Args:
         verifiers: names; None goes by the record's task.
-        weights: factors of the rewards in their sum, 1 where not named.
-        preset: name of a table of verifiers and weights for each task.
-        extra: further verifiers, applied to every record under these names.
-        adapted: verifiers to be used instead of those of these names; they limit their own time.
-        time_limit: seconds for one verdict, after which it is 0, and functions that are not of
-            this package run in a process of their own. None: no limit.
         used: verifiers that have judged records before; those that judge are added.
 
     Raises:
-        UsageError: a verifier or preset that does not exist, a weight of one that is not used.
+        UsageError: a verifier or preset does not exist, or a weight is of a verifier that judged
+            nothing.
     """
-    weights, extra = dict(weights or {}), dict(extra or {})
-    own = {**(adapted or {}), **extra}
+    weights, preset, time_limit = judging.weights, judging.preset, judging.time_limit
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"no preset '{preset}'; there is {', '.join(PRESETS)}")
+    filled_in = {"time_limit": time_limit, "unconfined": judging.allow_unconfined, "tags": tags}
+    if judging.memory is not None:
+        filled_in["memory"] = judging.memory
     used = set() if used is None else used
-    workers: dict[str, Worker] = {}
     alarm = Alarm(time_limit)
+    program = Program(judging.program, time_limit, judging.memory) if judging.program else None
+    named = [*(verifiers or ()), *(("exec",) if program else ())]
+    workers: list[Worker] = []
 
-    def asked(name: str, record: Record) -> Verdict:
-        if name in own:
-            return ask(own[name], record)
-        if name in VERIFIERS or time_limit is None:
-            try:
-                with alarm:
-                    return ask(find_verifier(name), record)
-            except TookTooLongError:
-                return overrun(time_limit or 0.0)
-        if name not in workers:
-            workers[name] = Worker(name, time_limit)
-        return workers[name](record)
+    @cache
+    def worker(name: str) -> Worker:
+        workers.append(Worker(name, time_limit))
+        return workers[-1]
+
+    @cache
+    def built_in(name: str) -> tuple[Verifier, bool]:
+        """A verifier with its parameters, and whether it limits its own time."""
+        verifier = find_verifier(name)
+        takes = inspect.signature(verifier).parameters.keys() & filled_in.keys()
+        return partial(verifier, **{key: filled_in[key] for key in takes}), "time_limit" in takes
+
+    def verdict(name: str, record: Record) -> Verdict:
+        if program and name == "exec":
+            return program(record)
+        if name not in VERIFIERS:
+            return worker(name)(record)
+        verifier, limits_itself = built_in(name)
+        if limits_itself:
+            return ask(verifier, record)
+        try:
+            with alarm:
+                return ask(verifier, record)
+        except TookTooLongError:
+            return overrun(time_limit)
 
     def judge(row: Record) -> Record:
         record = from_evaluation(row)
-        chosen: dict[str, float] = {}
-        if verifiers or extra:
-            chosen = dict.fromkeys([*(verifiers or []), *extra], 1.0)
-        else:
-            chosen = _for_task(record, preset)
+        chosen = dict.fromkeys(named, 1.0) if named else _for_task(record, preset)
         chosen = {name: weights.get(name, weight) for name, weight in chosen.items()}
         used.update(chosen)
         if "ground_truth" in row and row["ground_truth"] is None:
             # Two rows of d1's GSM8K files; its evaluation counts them as wrong, too.
             nothing = judged(False, "the file has no ground truth for it")
-            return _judged(record, dict.fromkeys(chosen, nothing), chosen)
-        verdicts = {name: asked(name, record) for name in chosen}
-        return _judged(record, verdicts, chosen)
+            return _with_verdicts(record, dict.fromkeys(chosen, nothing), chosen)
+        return _with_verdicts(record, {name: verdict(name, record) for name in chosen}, chosen)
 
     try:
-        for name in verifiers or []:
-            if name in VERIFIERS or time_limit is None:
+        for name in verifiers or []:  # before the first record arrives
+            if name in VERIFIERS:
                 find_verifier(name)
             else:
-                workers[name] = Worker(name, time_limit)
+                worker(name)
         yield from each(records, judge, on_error)
     finally:
         alarm.close()
-        for worker in workers.values():
-            worker.close()
+        for process in (program, *workers):
+            if process:
+                process.close()
     if unused := set(weights) - used:
         raise UsageError(f"--weight names {', '.join(sorted(unused))}, which judged nothing")
 
 
-def _judged(record: Record, verdicts: dict[str, Verdict], weights: dict[str, float]) -> Record:
+def _with_verdicts(
+    record: Record, verdicts: dict[str, Verdict], weights: dict[str, float]
+) -> Record:
     done = Record(record)
     done.where = record.where
     done["rewards"] = {name: verdict.reward for name, verdict in verdicts.items()}
@@ -149,7 +180,7 @@ def _judged(record: Record, verdicts: dict[str, Verdict], weights: dict[str, flo
 
 
 def _for_task(record: Record, preset: str | None) -> dict[str, float]:
-    """The verifiers of a record by its task."""
+    """The verifiers of a record's task, and their weights."""
     task = str(record.get("task") or "").lower()
     task = SAME_TASK.get(task, task)
     if preset is not None:
@@ -158,8 +189,8 @@ def _for_task(record: Record, preset: str | None) -> dict[str, float]:
         return PRESETS[preset][task]
     if task in TASKS:
         return TASKS[task]
-    # A record names what is installed; module:function is for the command line alone, since it
-    # would let data choose what is imported and run.
+    # A record may name what is installed. module:function is for the command line alone: it would
+    # let data choose what is imported and run.
     if task not in VERIFIERS and task not in _installed():
         raise DataError(
             f"no verifier for task '{task[:80]}': choose one with --verifier "
@@ -183,20 +214,20 @@ def find_verifier(name: str) -> Verifier:
         if name in _installed():
             return _installed()[name].load()
         target = name
-    module, found, function = target.partition(":")
-    if not found:
+    module, colon, function = target.partition(":")
+    if not colon:
         raise UsageError(
             f"no verifier '{name}'; there are {', '.join(VERIFIERS)}, and module:function"
         )
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError, TypeError, RecursionError) as error:
-        # The last three are import_module's for what is no name of a module.
+        # import_module raises the last three if the text cannot be the name of a module.
         raise UsageError(f"verifier {name} cannot be loaded ({error})") from None
 
 
 def ask(verifier: Verifier, record: Record) -> Verdict:
-    """What a verifier says, as a Verdict; raises DataError where it is none."""
+    """A verifier's answer as a Verdict; raises DataError if it is none."""
     answer = verifier(record)
     if isinstance(answer, Verdict):
         return answer

@@ -1,9 +1,9 @@
 """Starts the harness that runs untrusted code, reads its report, and leaves nothing behind.
 
 The code runs in an isolated interpreter without site packages, environment, standard streams or
-files of its own, in an empty working directory, under limits of time, memory, and on Linux confined
-by the kernel (Landlock, seccomp): it reads the standard library alone, writes no file, and has no
-network, no other processes and no signals to others.
+files of its own, in an empty working directory, with limits on time and memory. On Linux, the
+kernel (Landlock, seccomp) lets it read only the standard library and write no file, and denies it
+network, other processes and signals to them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dlmctl.verifiers.harness import END
 
+HARNESS = Path(__file__).with_name("harness.py")
 LONGEST_STEP = 2000
-"""Bytes that are reported of a step, well above what the harness writes."""
+"""Most bytes in the report of a step, well above what the harness writes."""
 READABLE = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
@@ -35,19 +35,19 @@ class Code(NamedTuple):
     """What to run, in this order, in one module."""
 
     before: str
-    """May fail."""
+    """It may fail."""
     setup: list[str]
     code: str
     tests: list[str]
 
 
 class Report(NamedTuple):
-    """What came of it."""
+    """The results."""
 
     steps: dict[str, str | None]
-    """`load` and numbers of tests: what went wrong, or None; without what was not reached."""
+    """`load` and numbers of tests to the problem, or None; only steps that were reached."""
     why: str
-    """Why it stopped before its end; empty where it did not."""
+    """Why it stopped early; empty if it did not."""
     lacking: str | None
     """Why the kernel did not confine it."""
 
@@ -56,24 +56,25 @@ def run_code(code: Code, time_limit: float, memory: int, unconfined: bool = Fals
     """Run code in a process that is gone, with its files, when this returns.
 
     Args:
-        time_limit: seconds, for everything together.
+        time_limit: seconds for everything together.
         memory: bytes of address space.
-        unconfined: run it also where the kernel cannot confine it.
+        unconfined: run it even if the kernel cannot confine it.
     """
-    token = secrets.token_hex(16)
+    token, paths = secrets.token_hex(16), sysconfig.get_paths()
+    library = [paths["stdlib"], paths["platstdlib"], os.path.join(sys.base_prefix, "lib")]
     request = {
         **code._asdict(),
         "token": token,
         "seconds": time_limit,
         "memory": memory,
         "unconfined": unconfined,
-        "readable": [*READABLE, *DEVICES, *_library()],
+        "readable": [*READABLE, *DEVICES, *library],
     }
     with tempfile.TemporaryDirectory(prefix="dlmctl-code-", ignore_cleanup_errors=True) as folder:
         reads, writes = os.pipe()
         try:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-B", str(_harness()), str(writes)],
+                [sys.executable, "-I", "-S", "-B", str(HARNESS), str(writes)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -91,7 +92,7 @@ def run_code(code: Code, time_limit: float, memory: int, unconfined: bool = Fals
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError), process.stdin:
                 process.stdin.write(json.dumps(request).encode())
-            said, why = _read(
+            report, why = _read(
                 process, reads, token, time_limit, LONGEST_STEP * (len(code.tests) + 10)
             )
         finally:
@@ -99,31 +100,31 @@ def run_code(code: Code, time_limit: float, memory: int, unconfined: bool = Fals
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             os.close(reads)
-    return _report(said, token, why)
+    return _report(report, token, why)
 
 
 def _read(
     process: subprocess.Popen[bytes], reads: int, token: str, time_limit: float, longest: int
 ) -> tuple[bytes, str]:
-    """What is reported until the end, and why it is not all."""
+    """The report until its end, and why it is incomplete; empty if it is whole."""
     last = f"{token} {END} ".encode()
     refused = f"{token} confine ".encode()
-    end, said = time.monotonic() + time_limit, b""
+    end, report = time.monotonic() + time_limit, b""
     while True:
         left = end - time.monotonic()
         if left <= 0:
-            return said, f"took longer than {time_limit:g} s"
-        # A child that it left behind would hold the pipe open.
+            return report, f"took longer than {time_limit:g} s"
+        # A child process may keep the pipe open.
         ended = process.poll() is not None
         if select.select([reads], [], [], 0.0 if ended else min(left, 0.05))[0]:
             chunk = os.read(reads, 1 << 16)
-            said += chunk
-            if len(said) > longest:
-                return said, "wrote to the harness's report"
-            # Whole lines only, and the newest alone, so that time stays linear.
-            recent = said[-len(chunk) - 400 :]
-            if (last in recent or refused in recent) and said.endswith(b"\n"):
-                return said, ""
+            report += chunk
+            if len(report) > longest:
+                return report, "wrote to the harness's report"
+            # Look only at whole lines, and only at the newest, so that time stays linear.
+            recent = report[-len(chunk) - 400 :]
+            if (last in recent or refused in recent) and report.endswith(b"\n"):
+                return report, ""
             if chunk:
                 continue
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -132,34 +133,24 @@ def _read(
         if ended:
             code = process.poll()
             if code is None:
-                return said, "closed the harness's report"
+                return report, "closed the harness's report"
             how = f"signal {-code}" if code < 0 else f"exit {code}"
-            return said, f"the process ended before its tests did ({how})"
+            return report, f"the process ended before its tests did ({how})"
 
 
-def _report(said: bytes, token: str, why: str) -> Report:
+def _report(report: bytes, token: str, why: str) -> Report:
     steps: dict[str, str | None] = {}
     lacking = None
-    for line in said.splitlines():
+    for line in report.splitlines():
         mine, _, rest = line.decode("utf-8", "replace").partition(" ")
         step, _, text = rest.partition(" ")
         if mine != token:
-            continue  # written by somebody else
+            continue  # the code wrote it
         with contextlib.suppress(ValueError):
             problem = json.loads(text)
             if step in (END, "confine"):
                 lacking = problem
             else:
-                # The first word on a step counts, and what is not None is a problem.
+                # The first report of a step counts; anything but None is a problem.
                 steps.setdefault(step, problem)
     return Report(steps, why, lacking)
-
-
-def _harness() -> Path:
-    return Path(__file__).with_name("harness.py")
-
-
-def _library() -> Sequence[str]:
-    """Where the standard library and the interpreter stand."""
-    paths = sysconfig.get_paths()
-    return [paths["stdlib"], paths["platstdlib"], os.path.join(sys.base_prefix, "lib")]

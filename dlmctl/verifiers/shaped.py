@@ -1,6 +1,6 @@
-r"""The shaped rewards of d1 (arXiv 2504.12216) as its code gives them, without its defects.
+r"""The shaped rewards of d1 (arXiv 2504.12216) as its code computes them, without its bugs.
 
-What differs: \boxed is looked for as it is written (in d1 a backspace stands there, and it never
+What differs: \boxed is matched as it is written (the code of d1 has a backspace there, which never
 matches); Countdown is parsed instead of passed to `eval`; a prefilled <reasoning> counts.
 """
 
@@ -14,38 +14,22 @@ from dlmctl.verifiers.countdown import countdown
 from dlmctl.verifiers.numeric import parse_number
 from dlmctl.verifiers.texts import BETWEEN
 
-PRESETS: dict[str, dict[str, dict[str, float]]] = {
-    "d1": {
-        "gsm8k": {
-            "gsm8k": 2.0,
-            "tags-count": 1.0,
-            "tags-soft": 0.5,
-            "tags-strict": 0.5,
-            "integer": 0.5,
-        },
-        "math": {"math": 2.0, "boxed-tags": 1.0},
-        "countdown": {"countdown-shaped": 1.0},
-        "sudoku": {"sudoku-cells": 1.0},
-    }
-}
-"""Preset, task: verifiers and their weights."""
-
 
 def tags_count(record: Mapping[str, Any]) -> Verdict:
     """An eighth for each of the four tags on a line of its own, less 0.001 per character behind."""
     text = completion_text(record)
     tags = ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
-    found = [tag.strip() for tag in tags if text.count(tag) == 1]
-    behind = len(text.rpartition("</answer>")[2].strip()) if "</answer>" in found else 0
-    return Verdict(0.125 * len(found) - 0.001 * behind, {"tags": found, "behind": behind})
+    matched = [tag.strip() for tag in tags if text.count(tag) == 1]
+    behind = len(text.rpartition("</answer>")[2].strip()) if "</answer>" in matched else 0
+    return Verdict(0.125 * len(matched) - 0.001 * behind, {"tags": matched, "behind": behind})
 
 
 def tags_soft(record: Mapping[str, Any]) -> Verdict:
-    """1 if a reasoning block and an answer block stand somewhere, in this order."""
+    """1 if there are a reasoning block and, behind it, an answer block."""
     _, opened, rest = completion_text(record).partition("<reasoning>")
     middle = BETWEEN.search(rest)
-    found = opened and middle is not None and "</answer>" in rest[middle.end() :]
-    return Verdict(float(bool(found)), {})
+    matches = opened and middle is not None and "</answer>" in rest[middle.end() :]
+    return Verdict(float(bool(matches)), {})
 
 
 def tags_strict(record: Mapping[str, Any]) -> Verdict:

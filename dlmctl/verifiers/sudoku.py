@@ -1,8 +1,8 @@
 """Verifiers of 4x4 Sudoku: by the rules, and cell by cell against the stored solution.
 
-A puzzle may have several solutions (a quarter of the test puzzles of d1 have), so that comparing
-with one stored grid marks right answers wrong; and counting cells rewards answers that overwrite
-clues. `sudoku` goes by the rules and reports both.
+A puzzle may have several solutions (a quarter of d1's test puzzles do), so that comparing with one
+stored grid marks right answers wrong; and counting cells rewards answers that overwrite clues.
+`sudoku` goes by the rules and reports both.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ GRID_IN_PROSE = re.compile(r"(?<!\d)[0-4](?:[\s|,;+\-\[\]]*[0-4]){15}(?!\d)")
 
 
 class Reading(NamedTuple):
-    """A grid as it was found in a completion, beside the puzzle."""
+    """The puzzle, and the grid in a completion."""
 
     puzzle: str
     solution: str | None
     grid: str | None
-    """16 digits, or None when there are not 16."""
+    """16 digits; None if the completion has another number."""
     cells: str
-    """All digits found, filled with 0 or cut to 16: what a count of cells goes by."""
+    """All digits of the completion, padded with 0 or cut to 16, for the count of cells."""
     why: str
 
 
@@ -56,9 +56,9 @@ def sudoku_cells(record: Mapping[str, Any]) -> Verdict:
 
 
 def sudoku_units(record: Mapping[str, Any]) -> Verdict:
-    """Share of the 12 rows, columns and boxes that hold 1 to 4; 0 unless the clues are kept.
+    """Share of the 12 rows, columns and boxes that contain 1 to 4; 0 unless the clues are kept.
 
-    A denser signal than `sudoku` that still goes by the rules, and is 1 exactly where it is.
+    A denser signal than `sudoku` that also goes by the rules, and is 1 exactly if `sudoku` is.
     """
     reading = _read(record)
     wrong = _broken(reading)
@@ -79,15 +79,15 @@ def _read(record: Mapping[str, Any]) -> Reading:
     text = plain(text)
     if place == "text":
         # Prose has other digits too: take the last run that can be a grid.
-        found = GRID_IN_PROSE.findall(text)
-        text = found[-1] if found else text
+        runs = GRID_IN_PROSE.findall(text)
+        text = runs[-1] if runs else text
     digits = re.sub(r"\D", "", text)
     why = "" if len(digits) == 16 else f"{len(digits)} digits found, expected 16"
     return Reading(puzzle, solution, digits if not why else None, digits.ljust(16, "0")[:16], why)
 
 
 def _broken(reading: Reading) -> str:
-    """The first rule that is broken, empty when none is."""
+    """The first broken rule; empty if there is none."""
     if reading.grid is None:
         return reading.why
     if not _keeps_clues(reading):
@@ -105,7 +105,7 @@ def _keeps_clues(reading: Reading) -> bool:
 
 
 def _stored(reading: Reading) -> dict[str, Any]:
-    """Empty cells that equal the stored solution, and how many there are."""
+    """Number of empty cells that equal the stored solution, and of empty cells."""
     empty = [i for i, clue in enumerate(reading.puzzle) if clue == "0"]
     if reading.solution is None:
         return {"empty": len(empty)}

@@ -10,8 +10,8 @@ from dlmctl.verifiers.answer import Verdict, answer_text, completion_text, judge
 from dlmctl.verifiers.typography import plain
 
 BETWEEN = re.compile(r"</reasoning>\s*<answer>")
-"""What stands between a reasoning block and an answer block. A pattern of both whole blocks would
-go through the text once for every tag in it."""
+"""The text between a reasoning block and an answer block. A pattern of both whole blocks would scan
+the text once for every tag in it."""
 LETTER = r"\(?([A-Z])\)?"
 CHOICES = [
     re.compile(rf"^{LETTER}(?:[.:)\s]|$)"),
@@ -35,18 +35,15 @@ def tags(record: Mapping[str, Any]) -> Verdict:
 
 
 def choice(record: Mapping[str, Any]) -> Verdict:
-    """1 if the letter that the answer names is that of `answer`."""
+    """1 if the letter that the answer names is the one of `answer`."""
     wanted = str(required(record, "answer")).strip().strip("()").upper()
     text, _ = answer_text(completion_text(record))
-    found = None
-    for pattern in CHOICES:
-        if matches := pattern.findall(plain(text).strip()):
-            found = matches[-1]
-            break
-    return judged(found == wanted, choice=found)
+    text = plain(text).strip()
+    letters = next(filter(None, (pattern.findall(text) for pattern in CHOICES)), [None])
+    return judged(letters[-1] == wanted, choice=letters[-1])
 
 
 def exact(record: Mapping[str, Any]) -> Verdict:
-    """1 if the answer equals `answer`, white space at the ends aside."""
+    """1 if the answer equals `answer`, except for white space at the ends."""
     text, place = answer_text(completion_text(record))
     return judged(text == str(required(record, "answer")).strip(), found_in=place)

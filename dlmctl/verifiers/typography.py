@@ -1,4 +1,4 @@
-"""Numbers and expressions in the signs of a keyboard, however they were typeset."""
+"""Numbers and expressions in the characters of a keyboard, however they were typeset."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DIGIT = re.compile(r"(?![0-9])\d")
 _SPACE_IN_NUMBER = r"(?:[\u00a0\u2007\u2009\u202f]|\\[,:;! ]|\{,\})"
 _THOUSANDS = re.compile(rf"(?<![\d.,])\d{{1,3}}(?:{_SPACE_IN_NUMBER}\d{{3}})+(?!\d)")
 _MINUS = re.compile(
-    # A sign: before its number, and behind nothing that it could be subtracted from or belong to.
+    # A sign: before a number, and behind nothing that it could be subtracted from or belong to.
     rf"(?<![\w)\]}}])[{DASHES}](?=[\d.($€£¥\\])"
     # Between two numbers.
     rf"|(?<=[\d)\]}}])\s*[{DASHES}](?=\s*[\d.($€£¥\\])"
@@ -30,10 +30,10 @@ _MINUS = re.compile(
 
 
 def plain(text: str) -> str:
-    r"""The text with typographic signs of arithmetic, digits and spaces as those of a keyboard.
+    r"""The text with the keyboard's characters for typographic signs, digits and spaces.
 
-    A dash is a minus only where one can stand. Thousands that a no-break or a thin space sets
-    apart, or LaTeX (`1\,234`), are put together, and `\$` and `\%` lose the backslash. Takes time
+    A dash becomes a minus only where one can stand. Thousands separated by a no-break or thin
+    space, or in LaTeX (`1\,234`), are joined, and `\$` and `\%` lose the backslash. Takes time
     linear in the length of the text.
     """
     if "\\" not in text and "{" not in text and text.isascii():

@@ -1,8 +1,9 @@
 r"""Verifier `vqa`: short answers about images, compared as evaluations of visual questions do.
 
-Case, articles, punctuation and number words do not matter, numbers are compared by value, of a
-choice the letter is enough, and LaTeX is left to the verifier `math` where its package is
-installed. Of several references, in `answers`, any will do; of ten, as VQAv2 has from ten people,
+Case, articles, punctuation and number words do not matter; numbers are compared by value; for a
+choice the letter is enough; LaTeX is left to the verifier `math` if its package is installed. One
+match among several references in `answers` is enough; ten references are from ten people, as in
+VQAv2, and give
 
     min(1, matches / 3)                                   (Antol et al. 2015, arXiv 1505.00468)
 """
@@ -24,9 +25,9 @@ from dlmctl.verifiers.mathematics import TIME_LIMIT, judge, math
 from dlmctl.verifiers.typography import plain
 
 PEOPLE = 10
-"""So many references are those of VQAv2."""
+"""Number of references in VQAv2."""
 LONGEST_LATEX = 200
-"""Characters of an answer that may be LaTeX; what is longer is prose."""
+"""Most characters of an answer in LaTeX; a longer one is prose."""
 _NUMBER_WORDS = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
     *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen"),
@@ -42,10 +43,10 @@ _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 
 
 def vqa(record: Mapping[str, Any], time_limit: float = TIME_LIMIT) -> Verdict:
-    """1 if the answer matches a reference; a share of people where there are ten.
+    """1 if the answer matches a reference; min(1, matches / 3) if there are ten.
 
     Args:
-        time_limit: seconds, for all references together; what is not compared does not match.
+        time_limit: seconds for all references together; those that are left do not match.
 
     Raises:
         DataError: the record has neither `answer` nor `answers`.
@@ -53,7 +54,7 @@ def vqa(record: Mapping[str, Any], time_limit: float = TIME_LIMIT) -> Verdict:
     wanted = references(record)
     text, place = answer_text(completion_text(record))
     if any(_may_be_latex(text, each) for each in wanted):
-        judge()  # its start does not count
+        judge()  # starting it does not count
     end = time.monotonic() + time_limit
     if len(wanted) == PEOPLE:
         reward = min(1.0, sum(matches(text, each, end) for each in wanted) / 3)
@@ -68,44 +69,50 @@ def vqa(record: Mapping[str, Any], time_limit: float = TIME_LIMIT) -> Verdict:
 
 
 def references(record: Mapping[str, Any]) -> list[str]:
-    """Right answers: of `answers`, texts or objects with `answer`, else `answer`."""
-    held = record.get("answers")
-    held = required(record, "answer") if held is None else held
-    listed = held if isinstance(held, list) else [held]
-    found = [each.get("answer") if isinstance(each, Mapping) else each for each in listed]
-    if not found or not all(isinstance(each, (str, int, float)) for each in found):
-        raise DataError(f"answers {str(held)[:80]} are neither texts nor numbers")
-    return [_bare(str(each)) for each in found]
+    """Right answers: those of `answers`, texts or objects with `answer`, else `answer`."""
+    value = record.get("answers")
+    value = required(record, "answer") if value is None else value
+    listed = value if isinstance(value, list) else [value]
+    answers = [each.get("answer") if isinstance(each, Mapping) else each for each in listed]
+    if not answers or not all(isinstance(each, (str, int, float)) for each in answers):
+        raise DataError(f"answers {str(value)[:80]} are neither texts nor numbers")
+    boxed = [last_boxed(str(each)) for each in answers]  # some data sets put references in a box
+    return [
+        (str(each) if box is None else box).strip()
+        for each, box in zip(answers, boxed, strict=True)
+    ]
 
 
-def matches(given: str, wanted: str, end: float | None = None) -> bool:
-    """Whether an answer says the same as a reference.
+def matches(answer: str, wanted: str, end: float | None = None) -> bool:
+    """Whether an answer equals a reference.
 
     Args:
-        end: time.monotonic() at which a comparison of LaTeX is given up.
+        end: time.monotonic() at which a comparison of LaTeX is abandoned.
     """
-    if not given:
+    if not answer:
         return False
-    if given.lower() == wanted.lower():
+    if answer.lower() == wanted.lower():
         return True
     words = normalised(wanted)
-    if words and normalised(given) == words:
+    if words and normalised(answer) == words:
         return True
     value = number(wanted)
-    if value is not None and number(given) == value:
+    if value is not None and number(answer) == value:
         return True
     if re.fullmatch("[A-Z]", wanted):
-        chosen = _CHOICE.fullmatch(plain(given))
+        chosen = _CHOICE.fullmatch(plain(answer))
         return chosen is not None and chosen[1] == wanted
     left = TIME_LIMIT if end is None else end - time.monotonic()
-    return left > 0 and _equal_latex(given, wanted, left)
+    if left <= 0 or not _may_be_latex(answer, wanted):
+        return False
+    return math({"answer": wanted, "completion": f"\\boxed{{{answer}}}"}, left).reward == 1.0
 
 
 def normalised(text: str) -> str:
-    """Lower case, without articles and punctuation, number words as digits.
+    """Lower case, without articles and punctuation, with number words as digits.
 
-    Signs of arithmetic stay, and brackets beside digits. An article stays where nothing else is
-    there, since it may name a choice.
+    Signs of arithmetic stay, and brackets in a text with digits. An article stays if there is
+    nothing else, since it may name a choice.
     """
     text = _TEXT.sub(r"\1", plain(text).lower())
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|['’]", "", text)
@@ -117,7 +124,7 @@ def normalised(text: str) -> str:
 
 
 def number(text: str) -> Fraction | None:
-    """The value of an answer that is a number and nothing else but a sign of currency or unit."""
+    """The value of an answer that is a number, perhaps with a currency sign or unit; else None."""
     text = plain(text).strip()
     if len(text) > LONGEST_LATEX:
         return None
@@ -132,24 +139,11 @@ def number(text: str) -> Fraction | None:
     return Fraction(top) / Fraction(bottom or 1)
 
 
-def _bare(text: str) -> str:
-    """A reference without the box that some data sets put it in."""
-    boxed = last_boxed(text)
-    return (text if boxed is None else boxed).strip()
-
-
-def _equal_latex(given: str, wanted: str, time_limit: float) -> bool:
-    """Whether the package says so; it is not asked where a reference is words alone."""
-    if not _may_be_latex(given, wanted):
+def _may_be_latex(answer: str, wanted: str) -> bool:
+    """Whether the package is worth asking: not if the reference is plain words."""
+    if len(answer) > LONGEST_LATEX or "\\boxed" in answer:
         return False
-    verdict = math({"answer": wanted, "completion": f"\\boxed{{{given}}}"}, time_limit)
-    return verdict.reward == 1.0
-
-
-def _may_be_latex(given: str, wanted: str) -> bool:
-    if len(given) > LONGEST_LATEX or "\\boxed" in given:
-        return False
-    latex = _LATEX.search(wanted) or (_LATEX.search(given) and number(wanted) is not None)
+    latex = _LATEX.search(wanted) or (_LATEX.search(answer) and number(wanted) is not None)
     return bool(latex) and _has_math()
 
 

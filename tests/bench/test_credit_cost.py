@@ -8,6 +8,7 @@ from dlmctl.bench import credit
 from dlmctl.models.saving import save_policy
 from dlmctl.models.small_vision import make_vision_policy
 from dlmctl.models.tokenizers import word_tokenizer
+from dlmctl.settings.prompts import Prompts
 from dlmctl.tasks.sources import prompts
 
 STAGES = ["rollout", "verify", "advantage", "advantage --algo srpo", "update"]
@@ -16,7 +17,7 @@ STAGES = ["rollout", "verify", "advantage", "advantage --algo srpo", "update"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     directory = tmp_path_factory.mktemp("shapes")
-    made = prompts("shapes", limit=300, completions=True)
+    made = prompts("shapes", Prompts(completions=True), limit=300)
     texts = [row["prompt"] + " " + row["completion"] for row in made]
     policy = make_vision_policy(
         "qwen2.5-vl", word_tokenizer(texts), 32, 2, 2, sampling={"gen_length": 8}

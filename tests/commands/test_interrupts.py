@@ -74,7 +74,7 @@ def test_a_stage_with_a_file_says_how_to_go_on_and_does(tmp_path):
     assert code == -signal.SIGINT
     assert said == (
         "dlmctl: verify interrupted: 2 records are in made.jsonl.partial; the same command with "
-        "--resume goes on with it\n"
+        "--resume continues it\n"
     )
     running = Running("verify -o made.jsonl --resume", tmp_path)
     running.give(3 * LINE)
@@ -122,8 +122,8 @@ def test_an_update_is_left_at_its_newest_checkpoint(tmp_path, saved_models):
     code, said = running.stop(signal.SIGINT)
     assert code == -signal.SIGINT
     assert said.splitlines()[1:] == [
-        "dlmctl: update interrupted: run was at step 3; what is saved is of step 2, from where the "
-        "same command goes on"
+        "dlmctl: update interrupted: run was at step 3; the newest saved state is of step 2, where "
+        "the same command resumes"
     ]
     assert os.readlink(tmp_path / "run" / "latest") == "step-000002"
     assert [m["step"] for m in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
@@ -141,7 +141,7 @@ def test_a_long_training_is_left_at_its_newest_state(tmp_path):
     code, said = running.stop(signal.SIGINT)
     assert code == -signal.SIGINT
     assert said.startswith("dlmctl: distill teacher interrupted: run was at step ")
-    assert "; what is saved is of step " in said
+    assert "; the newest saved state is of step " in said
     assert said.count("\n") == 1
 
 

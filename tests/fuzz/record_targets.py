@@ -17,6 +17,8 @@ from dlmctl.records.errors import UserFacingError
 from dlmctl.records.groups import group_batches, groups
 from dlmctl.records.jsonl import Record, dump, parse_record, read_records
 from dlmctl.rl.batches import whole_batches
+from dlmctl.settings.report import Curves
+from dlmctl.settings.verify import Judging
 from dlmctl.verifiers import registry, vqa
 from dlmctl.verifiers.evaluations import from_evaluation
 
@@ -126,6 +128,19 @@ def _without_math() -> Iterator[None]:
         vqa._has_math = there
 
 
+@contextlib.contextmanager
+def _without_processes() -> Iterator[None]:
+    """The stage with verifiers of 0 for those that have processes."""
+    there = registry.find_verifier
+    registry.find_verifier = (  # type: ignore[assignment]
+        lambda name: (lambda record: 0.0) if name in PROCESSES else there(name)
+    )
+    try:
+        yield
+    finally:
+        registry.find_verifier = there
+
+
 def _verifier(name: str, data: bytes, folder: Path) -> None:
     record = from_evaluation(parse_record(data, "in.jsonl:1"))
     with _without_math():
@@ -141,11 +156,10 @@ def _limited(function: Callable[..., Any], data: bytes, folder: Path) -> None:
 def _verify(data: bytes, folder: Path) -> None:
     """The stage, by the task of the record, without the verifiers that have processes."""
     record = parse_record(data, "in.jsonl:1")
-    none = {name: (lambda record: 0.0) for name in PROCESSES}
     for preset in (None, "d1"):
         try:
-            with _without_math():
-                for done in registry.verify([Record(record)], preset=preset, adapted=none):
+            with _without_math(), _without_processes():
+                for done in registry.verify([Record(record)], judging=Judging(preset=preset)):
                     dump(done)
         except UserFacingError:
             if preset:
@@ -219,7 +233,7 @@ def _curves(data: bytes, folder: Path) -> None:
 
     path = folder / "in.jsonl"
     path.write_bytes(data)
-    panels = collect(read_records([str(path)], "keep"), "step", ["reward", "weights"], "run")
+    panels = collect(read_records([str(path)], "keep"), Curves(["reward", "weights"]))
     for series, _ in panels.values():
         for points in series.values():
             smoothed([mean for _, mean, _ in averaged(points)], 3)
@@ -227,10 +241,15 @@ def _curves(data: bytes, folder: Path) -> None:
 
 def _options(data: bytes, folder: Path) -> None:
     """What parses the text of an option."""
-    from dlmctl.commands.verify import _weight
     from dlmctl.distill.image_sets import read_about
     from dlmctl.settings.layout import Tags
-    from dlmctl.settings.parsing import byte_count, whole_numbers
+    from dlmctl.settings.parsing import (
+        byte_count,
+        named_number,
+        named_text,
+        whole_numbers,
+        whole_range,
+    )
     from dlmctl.settings.steering import Steering
 
     text = data.decode("utf-8", "replace")
@@ -238,7 +257,9 @@ def _options(data: bytes, folder: Path) -> None:
         lambda: whole_numbers("--k", text),
         lambda: byte_count("--memory", text),
         lambda: Tags(text),
-        lambda: _weight(text),
+        lambda: named_number("--weight", text, "NAME=NUMBER"),
+        lambda: named_text("--map", text, "FIELD=COLUMN"),
+        lambda: whole_range("--holes", text, 1, 12),
         lambda: Steering([text]),
         lambda: Steering(["sae:0=1"], steer_time=text),
         lambda: registry.find_verifier(text),

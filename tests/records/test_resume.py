@@ -17,7 +17,7 @@ from dlmctl.models.tokenizers import character_tokenizer
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.groups import BatchEnds, group_batches
 from dlmctl.records.jsonl import Record, dump
-from dlmctl.records.resume import Made, Resume, Rule, contains, go_on
+from dlmctl.records.resume import Resume, Rule, Written, contains, find_rest
 
 
 def prompts(count, bad=()):
@@ -46,9 +46,9 @@ def lines_of(records, samples=None, on_error="skip"):
 def rest_of(whole, cut, records, rule):
     """Bytes that stay of what was written up to `cut`, and the records to go on with."""
     stream = io.BytesIO(whole[:cut])
-    found = go_on(iter(records), stream, rule, "out.partial")
-    assert whole[: found.size].count(b"\n") == found.lines
-    return found.size, list(found.rest)
+    rest = find_rest(iter(records), stream, rule, "out.partial")
+    assert whole[: rest.size].count(b"\n") == rest.lines
+    return rest.size, list(rest.records)
 
 
 @pytest.mark.parametrize("samples", [None, 1, 3])
@@ -79,7 +79,7 @@ def test_the_walk_goes_back_to_where_a_batch_began():
     assert whole[:size].count(b"\n") == 4
     # The bad one left no line: whether it belongs to this batch or the last makes no difference.
     assert [record.where for record in rest][-5:] == [f"in:{n}" for n in range(6, 11)]
-    assert begun[:2] == [("in:1", Made(0, 0)), ("in:2", Made(1, 0))]
+    assert begun[:2] == [("in:1", Written(0, 0)), ("in:2", Written(1, 0))]
 
 
 def test_a_file_of_another_input_is_refused_with_the_line():
@@ -341,7 +341,7 @@ def test_a_failure_says_how_to_go_on(tmp_path):
     output = tmp_path / "out.jsonl"
     done = invoke("verify", source, "-o", output)
     assert done.exit_code == 65
-    assert f"in {output}.partial; the same command with --resume goes on with it" in done.stderr
+    assert f"in {output}.partial; the same command with --resume continues it" in done.stderr
     source.write_bytes(dump(row) + dump({**row, "id": 2}))
     assert invoke("verify", source, "-o", output, "--resume").exit_code == 0
     assert [r["id"] for r in read_jsonl(output)] == [1, 2]

@@ -11,6 +11,7 @@ from dlmctl.cli import app
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record, dump
 from dlmctl.report.plots import collect, smoothed
+from dlmctl.settings.report import Curves
 
 
 @pytest.fixture
@@ -27,14 +28,14 @@ def metrics(tmp_path):
 
 def test_points_are_collected_by_measure_and_line():
     records = [Record(run=r, step=s, reward=s * 2) for r in "ab" for s in range(2)]
-    assert collect(records, "step", ["reward"], "run") == {
+    assert collect(records, Curves(["reward"])) == {
         "reward": ({"a": [(0, 0), (1, 2)], "b": [(0, 0), (1, 2)]}, {})
     }
 
 
 def test_a_measure_that_is_not_there_is_named_with_those_that_are():
     with pytest.raises(DataError, match=r"'rewrd'.*there are: run, reward"):
-        collect([Record(run="a", reward=1)], "step", ["rewrd"], "run")
+        collect([Record(run="a", reward=1)], Curves(["rewrd"]))
 
 
 def test_lists_become_rows_of_a_heat_map_and_null_counts_for_nothing():
@@ -43,7 +44,7 @@ def test_lists_become_rows_of_a_heat_map_and_null_counts_for_nothing():
         Record(rollout={"order": [2, 3, None], "remasking": "random"}),
         Record(rollout={"order": [5, None, 4], "remasking": "margin"}),
     ]
-    [(points, grid)] = collect(records, "step", ["rollout.order"], "rollout.remasking").values()
+    [(points, grid)] = collect(records, Curves(["rollout.order"], by="rollout.remasking")).values()
     assert points == {}
     assert list(grid) == ["random", "margin"]
     assert grid["random"] == pytest.approx([1, 2, math.nan], nan_ok=True)
@@ -56,7 +57,7 @@ def test_lists_become_rows_of_a_heat_map_and_null_counts_for_nothing():
 )
 def test_lists_that_do_not_go_together_are_refused(values, message):
     with pytest.raises(DataError, match=message):
-        collect([Record(curve=value) for value in values], "step", ["curve"], "run")
+        collect([Record(curve=value) for value in values], Curves(["curve"]))
 
 
 def test_a_heat_map_shows_its_rows_beside_curves(tmp_path):

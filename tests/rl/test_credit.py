@@ -8,8 +8,8 @@ import torch
 from dlmctl.records.errors import UsageError
 from dlmctl.rl.srpo.credit import Weighted, token_weights
 from dlmctl.rl.srpo.roles import token_roles
+from dlmctl.settings.layout import Tags
 from dlmctl.settings.srpo import Credit
-from dlmctl.tasks.layout import Tags
 
 ROLES = [[1, 1, 2, 2, 0], [1, 2, 2, 0, 0], [1, 1, 2, 2, 0], [0, 0, 0, 0, 0]]
 SIGNALS = [[1.2, 0.1, 0.8, -0.1, 0], [0.4, 0.3, 1.5, 0, 0], [-0.1, 2.5, 0.05, 0.6, 0], [0] * 5]

@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
+from dlmctl.report.auroc import stratified_auroc
 from dlmctl.sae.order.feature_change import ChangeStats, FeatureChange, jaccard, progress
-from dlmctl.sae.order.signals import ProposalPool, stratified_auroc
+from dlmctl.sae.order.signals import ProposalPool
 
 
 def test_jaccard_of_sets_written_out() -> None:

@@ -60,7 +60,7 @@ def test_clean_text_has_no_masks_and_no_profile_over_t(place: Path) -> None:
     assert [r["active"] for r in records] == sorted((r["active"] for r in records), reverse=True)
     assert {r["t"] for r in records} == {r["time_profile"] for r in records} == {None}
     assert not any(any(w["masked"]) for r in records for ws in r["windows"].values() for w in ws)
-    assert "text of which nothing is masked" in Path("page.html").read_text()
+    assert "text in which nothing is masked" in Path("page.html").read_text()
     assert len(list(Path("d/model.layers.1").glob("*.safetensors"))) == 5
     again = run("sae-features", "sae", "corpus.jsonl", *words)
     assert again.exit_code == 73

@@ -16,7 +16,7 @@ from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.blocks import block_outputs
 from dlmctl.models.policy import Family, Policy
 from dlmctl.records.jsonl import Record
-from dlmctl.sae.order.signals import stratified_auroc
+from dlmctl.report.auroc import stratified_auroc
 from dlmctl.sae.order.study import OrderStudy
 from dlmctl.sae.order.tracking import FeatureTracker
 from dlmctl.sae.steering.sae_at_layer import SaeAtLayer

@@ -56,12 +56,12 @@ def test_what_features_cannot_be_followed_in_is_refused(
         )
 
 
-def test_an_order_by_features_needs_someone_who_watches() -> None:
+def test_an_order_by_features_needs_a_callback() -> None:
     with pytest.raises(UsageError, match="give one with --sae"):
         sample(tiny_policy(), [[3, 4]], [1], SamplerConfig(4, 4, 4, remasking="sae"))
 
 
-def test_dictionaries_are_read_and_refused(folder: str, tmp_path: Path) -> None:
+def test_autoencoders_are_read_and_refused(folder: str, tmp_path: Path) -> None:
     write_sae(SavedSae(TopKSae(8, 20, 3)), tmp_path / "narrow")
     narrow, policy = str(tmp_path / "narrow"), tiny_policy()
     found = read_tracked_saes([folder, f"{folder}@1"], policy)

@@ -33,7 +33,7 @@ SCOPES = ["all", "update", "topk"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A dictionary for the small models, said to be of layer 0."""
+    """An autoencoder for the small models, said to be of layer 0."""
     directory = tmp_path_factory.mktemp("saes") / "layer0"
     write_sae(SavedSae(_dictionary(16, 40), {"dlm_layer": 0}), directory)
     return str(directory)
@@ -89,7 +89,7 @@ def test_one_axpy_is_what_adding_to_the_code_and_keeping_the_error_comes_to(fold
     assert (changed - STATES)[there].norm(dim=1).min() > 0.1
 
 
-def test_dictionaries_at_one_layer_see_the_same_activations(folder: str, tmp_path: Path) -> None:
+def test_autoencoders_at_one_layer_see_the_same_activations(folder: str, tmp_path: Path) -> None:
     other = str(tmp_path / "other")
     write_sae(SavedSae(_dictionary(16, 60)), Path(other))
     steering = _steering(tiny_policy(), f"{folder}:7=2.0", f"{other}@0:50=1.0")
@@ -98,7 +98,7 @@ def test_dictionaries_at_one_layer_see_the_same_activations(folder: str, tmp_pat
     torch.testing.assert_close(changed, parts[0] + parts[1] - STATES)
 
 
-def test_features_of_a_dictionary_share_one_code(
+def test_features_of_an_autoencoder_share_one_code(
     folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -259,7 +259,7 @@ def test_what_does_not_go_with_steering_is_refused(
         )
 
 
-def test_a_dictionary_that_does_not_fit_is_refused(folder: str, tmp_path: Path) -> None:
+def test_an_autoencoder_that_does_not_fit_is_refused(folder: str, tmp_path: Path) -> None:
     write_sae(SavedSae(_dictionary(8, 20)), tmp_path / "narrow")
     narrow = str(tmp_path / "narrow")
     for steers, message in [

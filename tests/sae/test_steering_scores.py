@@ -27,11 +27,11 @@ from dlmctl.sae.steering.fluency import perplexities
 from dlmctl.sae.steering.questions import Answers, explanations, questions
 from dlmctl.sae.steering.scores import Outcome, outcomes_of, rows_of
 from dlmctl.sae.steering.twins import (
-    Completion,
+    SampledText,
     Treatment,
     Twins,
     read_baseline,
-    read_completion,
+    read_sampled_text,
     read_twins,
 )
 
@@ -55,7 +55,7 @@ def _pairs(*treatments: Treatment, count: int = 2) -> list[Twins]:
     ]
     for number, record in enumerate([*plain, *steered]):
         record.where = f"f:{number}"
-    return list(read_twins(steered, read_baseline(plain, read_completion), read_completion))
+    return list(read_twins(steered, read_baseline(plain, read_sampled_text), read_sampled_text))
 
 
 def test_scores_by_hand() -> None:
@@ -149,7 +149,7 @@ def test_what_cannot_be_paired_is_said_with_its_place(
     first = Record(_completion(0, 0, "a", **measured), **plain)
     second = Record(_completion(0, 0, "b", FIRST, **measured), **steered)
     files = [_written(tmp_path / "b", [first]), _written(tmp_path / "s", [second])]
-    read = partial(read_completion, score_field="reward", perplexity="ppl")
+    read = partial(read_sampled_text, score_field="reward", perplexity="ppl")
     with pytest.raises(DataError) as caught:
         list(
             read_twins(read_records(files[1:]), read_baseline(read_records(files[:1]), read), read)
@@ -162,13 +162,15 @@ def test_samples_that_are_there_twice_are_refused(tmp_path: Path) -> None:
     plain, steered = _completion(0, 0, "a"), _completion(0, 0, "b", FIRST)
     twice = _written(tmp_path / "b", [plain, plain])
     with pytest.raises(DataError, match=r"b:2: it is the same sample as .*b:1"):
-        read_baseline(read_records([twice]), read_completion)
+        read_baseline(read_records([twice]), read_sampled_text)
     other = _completion(0, 0, "b", FIRST._replace(scope="update"))
     file = _written(tmp_path / "s", [steered, other])
     with pytest.raises(DataError, match=r"s:1: it is the same sample as .*s:1, steered alike"):
         list(
             read_twins(
-                read_records([file, file]), read_baseline([plain], read_completion), read_completion
+                read_records([file, file]),
+                read_baseline([plain], read_sampled_text),
+                read_sampled_text,
             )
         )
 
@@ -177,24 +179,24 @@ def test_records_that_are_skipped_leave_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steered = [_completion(0, 0, "b", FIRST), _completion(1, 0, "b", FIRST), Record(error={})]
-    baseline = read_baseline([_completion(0, 0, "a")], read_completion)
+    baseline = read_baseline([_completion(0, 0, "a")], read_sampled_text)
     file = _written(tmp_path / "s", steered)
-    assert len(list(read_twins(read_records([file]), baseline, read_completion, "skip"))) == 1
+    assert len(list(read_twins(read_records([file]), baseline, read_sampled_text, "skip"))) == 1
     assert "s:2: no baseline" in (said := capsys.readouterr().err)
     assert "left out: 1 records with an error" in said
-    assert len(list(read_twins(read_records([file]), baseline, read_completion, "keep"))) == 1
+    assert len(list(read_twins(read_records([file]), baseline, read_sampled_text, "keep"))) == 1
     assert "left out: 2 records" in capsys.readouterr().err
 
 
 def test_what_the_records_say_is_measured() -> None:
     plain = _completion(0, 0, "a", reward=0.2, ppl=10.0)
     steered = _completion(0, 0, "b", FIRST, reward=0.9, ppl=5.0)
-    read = partial(read_completion, score_field="reward", perplexity="ppl")
+    read = partial(read_sampled_text, score_field="reward", perplexity="ppl")
     [(treatment, outcome)] = outcomes_of(read_twins([steered], read_baseline([plain], read), read))
     assert treatment == FIRST
     assert outcome.concept == pytest.approx((20, 90))
     assert outcome.perplexity == (10.0, 5.0)
-    read = partial(read_completion, score_field="score")
+    read = partial(read_sampled_text, score_field="score")
     texts = [read(Record(record, score=35)) for record in (plain, steered)]
     assert [text.concept for text in texts] == [35, 35]
 
@@ -296,8 +298,8 @@ def test_scores_of_any_origin_need_say_only_what_tells_texts_apart() -> None:
         Answers([bad])
 
 
-def _texts(*completions: str) -> list[Completion]:
-    return [read_completion(_completion(n, 0, text)) for n, text in enumerate(completions)]
+def _texts(*completions: str) -> list[SampledText]:
+    return [read_sampled_text(_completion(n, 0, text)) for n, text in enumerate(completions)]
 
 
 @torch.no_grad()
@@ -305,11 +307,11 @@ def test_perplexity_is_the_exponential_of_the_mean_negative_log_likelihood() -> 
     policy, texts = tiny_policy("ar"), _texts("2340=", "1", "00112233")
     found = perplexities(policy, texts, 8, MaskPlan(), 2)
     for text in texts:
-        ids = torch.tensor(policy.encode_text(f"01{text.text}"))[:8]
+        ids = torch.tensor(policy.encode_text(f"01{text.completion}"))[:8]
         logits = policy.model(input_ids=ids[None]).logits[0, :-1]
         loss = torch.nn.functional.cross_entropy(logits, ids[1:])
         assert found[text.name] == pytest.approx(float(loss.exp()), rel=1e-9)
-    empty = [read_completion(Record(_completion(0, 0, ""), prompt="0"))]
+    empty = [read_sampled_text(Record(_completion(0, 0, ""), prompt="0"))]
     assert list(perplexities(policy, empty, 8, MaskPlan(), 2).values()) == [None]
 
 
@@ -318,7 +320,7 @@ def test_perplexity_is_the_exponential_of_the_mean_negative_log_likelihood() -> 
 def test_a_diffusion_model_gives_the_bound_of_its_elbo(family: Family) -> None:
     """Of two tokens the second is either hidden or not: the ELBO is its log-probability."""
     policy = tiny_policy(family)
-    [short] = [read_completion(Record(_completion(0, 0, "2"), prompt="0"))]
+    [short] = [read_sampled_text(Record(_completion(0, 0, "2"), prompt="0"))]
     first, second = policy.encode_text("02")
     seen = torch.tensor([[first, policy.mask_id]])
     where = policy.source(torch.tensor([1]))
@@ -360,7 +362,7 @@ def test_a_text_that_the_model_cannot_read_is_named() -> None:
         record = _completion(0, 0, "1", prompt=text)
         record.where = "f:1"
         with pytest.raises(DataError, match=f"f:1: .*{message}"):
-            perplexities(tiny_policy("ar"), [read_completion(record)], 8, MaskPlan(), 2)
+            perplexities(tiny_policy("ar"), [read_sampled_text(record)], 8, MaskPlan(), 2)
 
 
 @pytest.fixture(scope="module")

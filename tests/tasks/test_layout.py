@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from dlmctl.settings.layout import Tags
 from dlmctl.tasks.boxes import last_box, last_boxed
 from dlmctl.tasks.layout import layout
 
@@ -11,7 +12,7 @@ WHOLE = r"<description> a red dog </description> <think> one dog </think> \boxed
 
 
 def spans(text, **tags):
-    found = layout(text, **tags)
+    found = layout(text, Tags(**tags))
     return None if found is None else [text[a:b] for a, b in found[:3]]
 
 

@@ -1,13 +1,16 @@
 """Generated problems: solvable, unique, and on one side of the split."""
 
+import sys
+import types
 from fractions import Fraction
-from itertools import islice
+from itertools import count, islice
 
 import pytest
 
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record
-from dlmctl.tasks import countdown, sudoku
+from dlmctl.settings.prompts import Prompts
+from dlmctl.tasks import countdown, sources, sudoku
 from dlmctl.tasks.columns import to_record
 from dlmctl.tasks.sources import prompts
 
@@ -106,3 +109,17 @@ def test_a_mapped_column_that_is_missing_is_named():
     with pytest.raises(DataError, match=r"f\.csv:2: there is no column 'question'; there are text"):
         to_record(row, {"prompt": "question"}, None, "plain")
     assert to_record(row, {"prompt": "text"}, None, "plain")["prompt"] == "x"
+
+
+def test_a_task_is_a_module_and_a_name_in_the_list(monkeypatch):
+    def records(settings, seed):
+        for number in count(seed):
+            yield {"id": f"mine/{number // 2}", "task": "mine", "prompt": settings.style}
+
+    module = types.ModuleType("dlmctl.tasks.mine")
+    module.records = records
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(sources, "GENERATORS", (*sources.GENERATORS, "mine"))
+    made = list(prompts("mine", Prompts(style="instruct"), limit=3, seed=4))
+    assert [record["id"] for record in made] == ["mine/2", "mine/3", "mine/4"]
+    assert {record["prompt"] for record in made} == {"instruct"}

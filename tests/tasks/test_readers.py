@@ -3,6 +3,7 @@
 import pytest
 
 from dlmctl.records.errors import DataError, MissingInputError
+from dlmctl.settings.prompts import Prompts
 from dlmctl.tasks.sources import prompts
 
 ROWS = [
@@ -69,7 +70,7 @@ def as_folder(directory):
     "write", [as_jsonl, as_csv, as_parquet, as_dataset, as_dataset_with_splits, as_folder]
 )
 def test_every_format_gives_the_same_records(tmp_path, write):
-    records = list(prompts("gsm8k", origin=str(write(tmp_path))))
+    records = list(prompts("gsm8k", Prompts(origin=str(write(tmp_path)))))
     assert [r["answer"] for r in records] == ["1200", "-3"]
     assert [r["task"] for r in records] == ["gsm8k", "gsm8k"]
     assert "And\nnow?" in records[1]["prompt"]
@@ -78,7 +79,7 @@ def test_every_format_gives_the_same_records(tmp_path, write):
 
 def test_a_limit_and_a_mapping_apply_to_files(tmp_path):
     path = str(as_csv(tmp_path))
-    [record] = prompts(path, limit=1, renamed={"prompt": "question"}, task="mine")
+    [record] = prompts(path, Prompts(map=["prompt=question"], task="mine"), limit=1)
     assert record["prompt"] == "How many?"
     assert record["task"] == "mine"
     assert "question" not in record
@@ -89,9 +90,9 @@ def test_a_limit_and_a_mapping_apply_to_files(tmp_path):
     [
         ("x.csv", "question,answer\na,b\nc\n", "x.csv:3: the header has 2 columns"),
         ("x.csv", "question,answer\na,b,c\n", "x.csv:2: the header has 2 columns"),
-        ("x.tsv", "other\tmore\na\tb\n", "x.tsv:2: no column holds a prompt; there are other"),
+        ("x.tsv", "other\tmore\na\tb\n", "x.tsv:2: no column is a prompt; there are other"),
         ("x.parquet", "no parquet", "x.parquet: not parquet"),
-        ("x.jsonl", '{"a": 1}\n', "x.jsonl:1: no column holds a prompt; there are a"),
+        ("x.jsonl", '{"a": 1}\n', "x.jsonl:1: no column is a prompt; there are a"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(tmp_path, name, content, message):

@@ -9,7 +9,8 @@ import pytest
 from conftest import invoke, read_jsonl
 
 from dlmctl.records.jsonl import Record
-from dlmctl.report.image_free import frequent_answers, image_free_accuracy
+from dlmctl.report.image_free import IMAGE_FREE, frequent_answers, with_image_free
+from dlmctl.settings.prompts import KINDS, Prompts
 from dlmctl.tasks.drawing import PAINTS, Look, draw_scene
 from dlmctl.tasks.images import load_image
 from dlmctl.tasks.layout import layout
@@ -23,7 +24,7 @@ from dlmctl.tasks.scenes import (
     described,
     split_of,
 )
-from dlmctl.tasks.shapes import KINDS, MOST, problems
+from dlmctl.tasks.shapes import MOST, problems
 from dlmctl.tasks.sources import prompts
 
 SPLITS = ("train", "test")
@@ -114,6 +115,14 @@ def test_the_question_alone_answers_at_chance():
     # The measure itself can see more: on what it was taken from, rare questions give it away.
     seen = image_free_accuracy(train[:300], train[:300])
     assert seen["position"] > 0.7
+
+
+def image_free_accuracy(train, test, by="kind"):
+    """The accuracy of the most frequent answers for each value of the field `by`."""
+    right = defaultdict(list)
+    for record in with_image_free(test, frequent_answers(train)):
+        right[str(record.get(by))].append(record[IMAGE_FREE])
+    return {name: sum(each) / len(each) for name, each in right.items()}
 
 
 def _records(split, count):
@@ -210,9 +219,9 @@ def test_looks_move_and_scale_within_the_cell():
 
 
 def test_the_same_seed_makes_the_same_records_and_none_twice():
-    first = list(prompts("shapes", limit=40, seed=5, completions=True))
-    assert first == list(prompts("shapes", limit=40, seed=5, completions=True))
-    assert first != list(prompts("shapes", limit=40, seed=6, completions=True))
+    first = list(prompts("shapes", Prompts(completions=True), limit=40, seed=5))
+    assert first == list(prompts("shapes", Prompts(completions=True), limit=40, seed=5))
+    assert first != list(prompts("shapes", Prompts(completions=True), limit=40, seed=6))
     assert len({r["id"] for r in first}) == 40
     record = first[0]
     assert list(record) == [
@@ -237,7 +246,7 @@ def test_the_command_takes_kinds_and_cells(tmp_path):
 
 
 def test_instructions_teach_the_words_of_descriptions():
-    [record] = prompts("shapes", limit=1, style="instruct")
+    [record] = prompts("shapes", Prompts(style="instruct"), limit=1)
     example = re.search(r"'(.+)'", record["prompt"]).group(1)
     assert None not in described(example)
     assert r"\boxed{...}" in record["prompt"]

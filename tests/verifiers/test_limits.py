@@ -9,6 +9,7 @@ from conftest import HANGS, invoke, read_jsonl, wait_for
 
 from dlmctl.records.errors import DataError, MissingInputError
 from dlmctl.records.jsonl import Record, dump
+from dlmctl.settings.verify import Judging
 from dlmctl.verifiers import limits, program
 from dlmctl.verifiers.limits import Worker
 from dlmctl.verifiers.mathematics import judge, math
@@ -90,7 +91,7 @@ def test_an_alarm_stops_what_takes_too_long_all_the_same(monkeypatch):
     monkeypatch.setitem(VERIFIERS, "endless", f"{__name__}:endless")
     find_verifier.cache_clear()
     rows = [Record(completion="x"), Record(completion="y")]
-    done = list(verify(rows, ["endless"], time_limit=0.2))
+    done = list(verify(rows, ["endless"], Judging(time_limit=0.2)))
     assert [row["reward"] for row in done] == [0, 0]
     assert done[0]["verdict"]["endless"] == {"correct": False, "why": "took longer than 0.2 s"}
 
@@ -151,7 +152,7 @@ def test_functions_of_others_are_killed_and_started_again(own, capsys):
     """9**9**9**9 is one call of C, which no alarm interrupts."""
     rows = [Record(completion=text) for text in ("a", "power", "b", "sleep")]
     # Long enough for those that judge at once, on a machine that does much else.
-    done = list(verify(rows, [own], time_limit=3.0))
+    done = list(verify(rows, [own], Judging(time_limit=3.0)))
     assert [row["reward"] for row in done] == [0.5, 0, 0.5, 0]
     assert done[2]["verdict"][own] == {"seen": "b"}
     assert done[3]["verdict"][own]["why"] == "took longer than 3 s"
@@ -221,7 +222,7 @@ def test_a_flood_of_lines_stays_in_its_pipe():
     try:
         assert [judge.ask(b"{}\n") for _ in range(3)] == [0.5] * 3
         time.sleep(0.2)
-        assert len(judge._said) <= program.LONGEST_LINE + program.CHUNK
+        assert len(judge._output) <= program.LONGEST_LINE + program.CHUNK
     finally:
         judge.close()
 

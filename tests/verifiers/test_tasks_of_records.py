@@ -6,17 +6,18 @@ import pytest
 
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
+from dlmctl.settings.verify import Judging
 from dlmctl.verifiers.registry import find_verifier, verify
 
 
 @pytest.mark.parametrize("task", ["touched:x", "os:getcwd", ":", ".x:y", "builtins:print", "a\0:b"])
-@pytest.mark.parametrize("time_limit", [None, 5.0])
+@pytest.mark.parametrize("time_limit", [0.5, 5.0])
 def test_a_task_that_names_a_function_is_no_task(tmp_path, monkeypatch, task, time_limit):
     (tmp_path / "touched.py").write_text("x = len\n")
     monkeypatch.syspath_prepend(tmp_path)
     records = [Record(task=task, completion="x")]
     with pytest.raises(DataError, match="no verifier for task"):
-        list(verify(records, time_limit=time_limit))
+        list(verify(records, judging=Judging(time_limit=time_limit)))
     assert "touched" not in sys.modules
 
 

@@ -7,8 +7,10 @@ from conftest import shell
 
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
+from dlmctl.settings.layout import Tags
+from dlmctl.settings.verify import Judging
 from dlmctl.verifiers.countdown import NotAnExpressionError, evaluate
-from dlmctl.verifiers.registry import verify
+from dlmctl.verifiers.registry import VERIFIERS, find_verifier, verify
 
 
 def judge(record, **options):
@@ -104,14 +106,16 @@ def test_math_compares_by_value():
 
 def test_rewards_are_summed_with_their_weights():
     record = {"task": "exact", "answer": "A", "completion": "<answer>A</answer>"}
-    done = judge(record, verifiers=["exact", "choice", "format"], weights={"choice": 0.5})
+    done = judge(
+        record, verifiers=["exact", "choice", "format"], judging=Judging(weight=["choice=0.5"])
+    )
     assert done["rewards"] == {"exact": 1, "choice": 1, "format": 0}
     assert done["reward"] == 1.5
 
 
 def test_the_preset_of_d1_sums_its_parts():
     text = "<reasoning>\nx\n</reasoning>\n<answer>\n4\n</answer>\n"
-    done = judge({"task": "gsm8k", "answer": "4", "completion": text}, preset="d1")
+    done = judge({"task": "gsm8k", "answer": "4", "completion": text}, judging=Judging(preset="d1"))
     assert done["reward"] == pytest.approx(2 + 0.5 + 0.5 + 0.5 + 0.5)
     wrong = {
         "task": "countdown",
@@ -119,7 +123,7 @@ def test_the_preset_of_d1_sums_its_parts():
         "target": 3,
         "completion": "<answer>1</answer>",
     }
-    assert judge(wrong, preset="d1")["reward"] == 0.1
+    assert judge(wrong, judging=Judging(preset="d1"))["reward"] == 0.1
 
 
 def test_evaluation_files_of_d1_are_read_as_they_are():
@@ -166,3 +170,18 @@ def test_a_program_that_gives_no_verdict_is_named(tmp_path, program, limit, mess
     assert done.returncode == 65
     assert "<stdin>:1" in done.stderr
     assert message in done.stderr
+
+
+def takes(record, time_limit, tags, unconfined):
+    return 1.0, {"time_limit": time_limit, "tags": tags.perception, "unconfined": unconfined}
+
+
+def test_a_verifier_is_a_function_and_a_line_of_the_table(monkeypatch):
+    """It receives the settings that it has parameters for."""
+    monkeypatch.setitem(VERIFIERS, "takes", f"{__name__}:takes")
+    find_verifier.cache_clear()
+    settings = Judging(time_limit=3.0, allow_unconfined=True)
+    done = judge({"completion": "x"}, verifiers=["takes"], judging=settings, tags=Tags("see"))
+    assert done["reward"] == 1
+    assert done["verdict"]["takes"] == {"time_limit": 3.0, "tags": "see", "unconfined": True}
+    assert judge({"task": "takes", "completion": "x"})["rewards"] == {"takes": 1}

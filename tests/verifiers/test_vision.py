@@ -9,6 +9,7 @@ from conftest import invoke, read_jsonl
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record, dump
 from dlmctl.report.statistics import tally
+from dlmctl.settings.prompts import Prompts
 from dlmctl.tasks.scenes import Thing, describe
 from dlmctl.tasks.sources import prompts
 from dlmctl.verifiers.perception import grounding, layout
@@ -211,7 +212,7 @@ def test_layout_is_of_the_whole_completion(text, reward):
 
 
 def shapes(count=12, **options):
-    return list(prompts("shapes", limit=count, seed=2, completions=True, **options))
+    return list(prompts("shapes", Prompts(completions=True, **options), limit=count, seed=2))
 
 
 def test_shapes_are_rewarded_for_answer_and_layout_and_measured_for_grounding():

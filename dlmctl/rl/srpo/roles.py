@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from dlmctl.tasks.layout import Span, Tags, layout
+from dlmctl.settings.layout import Tags
+from dlmctl.tasks.layout import Span, layout
 
 OTHER, PERCEPTION, REASONING = 0, 1, 2
 
@@ -20,7 +21,7 @@ def token_roles(texts: Sequence[str], tags: Tags) -> list[int] | None:
     Args:
         texts: what each token spells; together they are the response.
     """
-    found = layout("".join(texts), tags.perception, tags.reasoning)
+    found = layout("".join(texts), tags)
     if found is None:
         return None
     ends = list(accumulate(len(text) for text in texts))

@@ -1,8 +1,7 @@
-"""Whether a signal tells, before a token is decided, that the model's proposal is right.
+"""Proposals of the model with signals that may tell, before a token is decided, if it is right.
 
-AUROC: the chance that of a right and a wrong proposal, drawn at random, the right one has the
-higher signal; a tie counts as half. With strata, only pairs within one stratum are drawn, all with
-equal probability: a signal that is merely a clock says nothing within a step.
+The measure is the AUROC: the chance that of a right and a wrong proposal, drawn at random, the
+right one has the higher signal. Within a step, a signal that is merely a clock says nothing.
 """
 
 from __future__ import annotations
@@ -60,28 +59,3 @@ class ProposalPool:
             order = order[whole["unit"][order] < self._limit]
         self._parts = [{name: column[order] for name, column in whole.items()}]
         self._held = len(order)
-
-
-def stratified_auroc(signal: Tensor, right: Tensor, stratum: Tensor | None = None) -> float | None:
-    """AUROC of a signal [N] for bool [N]; None if there is no pair of a right and a wrong one.
-
-    Args:
-        stratum: int64 [N]; only pairs within one count. None: all pairs.
-    """
-    if not len(signal):
-        return None
-    if stratum is None:
-        stratum = torch.zeros(len(signal), dtype=torch.int64)
-    # 1. Right and wrong proposals in each cell, a stratum and a value of the signal, ascending.
-    values, value = signal.unique(return_inverse=True)
-    stratum = stratum.unique(return_inverse=True)[1]
-    cells, cell = (stratum * len(values) + value).unique(return_inverse=True)  # [C], [N]
-    wins = torch.bincount(cell, right.double(), minlength=len(cells))  # [C]
-    losses = torch.bincount(cell, (~right).double(), minlength=len(cells))
-    # 2. Wrong ones with a lower signal in the same stratum.
-    owner = cells // len(values)  # [C], strata
-    all_wins, all_losses = torch.bincount(owner, wins), torch.bincount(owner, losses)
-    earlier = (all_losses.cumsum(0) - all_losses)[owner]  # in strata before
-    below = losses.cumsum(0) - losses - earlier
-    pairs = float((all_wins * all_losses).sum())
-    return float((wins * (below + losses / 2)).sum()) / pairs if pairs else None

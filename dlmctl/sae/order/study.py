@@ -16,8 +16,8 @@ from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import OnError, Record, each, field
+from dlmctl.report.auroc import stratified_auroc
 from dlmctl.sae.order.recording import SIGNALS, OrderRecorder
-from dlmctl.sae.order.signals import stratified_auroc
 from dlmctl.sae.order.tracking import check_trackable
 from dlmctl.sae.steering.sae_at_layer import SaeAtLayer
 from dlmctl.settings.sampler import Remasking

@@ -1,4 +1,4 @@
-"""Perplexity of completions under a language model: exp(mean negative log-likelihood per token).
+"""Perplexity of texts under a language model: exp(mean negative log-likelihood per token).
 
 Every token counts except the first, which nothing precedes. Under an autoregressive model it is
 exact. Under a diffusion model the ELBO stands in for the log-likelihood, which gives an upper
@@ -14,7 +14,7 @@ from dlmctl.diffusion.elbo import Example, elbo_samples
 from dlmctl.diffusion.scoring import MaskPlan, completion_masks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
-from dlmctl.sae.steering.twins import Completion, Name
+from dlmctl.sae.steering.twins import Name, SampledText
 
 BATCHES = 8
 """Batches among which texts of similar length are brought together."""
@@ -22,7 +22,7 @@ BATCHES = 8
 
 def perplexities(
     policy: Policy,
-    completions: Iterable[Completion],
+    texts: Iterable[SampledText],
     context: int,
     plan: MaskPlan,
     batch_size: int,
@@ -31,7 +31,7 @@ def perplexities(
     """Perplexity of prompt and completion, of their first `context` tokens; None if fewer than two.
 
     The masks, for a diffusion model, depend on the seed of the plan, the id and the sample, so two
-    completions that differ by steering have the same noise levels.
+    texts that differ by steering have the same noise levels.
 
     Args:
         reach: is called with how many are done.
@@ -41,13 +41,13 @@ def perplexities(
     """
     results: dict[Name, float | None] = {}
     waiting: list[tuple[Name, Example]] = []
-    for name, completion in {c.name: c for c in completions}.items():
-        ids = _ids(policy, completion)[:context]
+    for name, text in {text.name: text for text in texts}.items():
+        ids = _ids(policy, text)[:context]
         if len(ids) < 2:
             results[name] = None
             continue
-        keys = (plan.seed, completion.key[0])
-        masks = completion_masks(policy, 1, ids[1:], plan, keys, completion.key[1])
+        keys = (plan.seed, text.key[0])
+        masks = completion_masks(policy, 1, ids[1:], plan, keys, text.key[1])
         waiting.append((name, Example(ids[:1], ids[1:], masks)))
     chunk = BATCHES * batch_size
     for start in range(0, len(waiting), chunk):
@@ -59,14 +59,12 @@ def perplexities(
     return results
 
 
-def _ids(policy: Policy, completion: Completion) -> list[int]:
-    if completion.prompt is None:
-        raise DataError(
-            "there is no 'prompt' and no 'messages' to read before it", completion.where
-        )
+def _ids(policy: Policy, text: SampledText) -> list[int]:
+    if text.prompt is None:
+        raise DataError("there is no 'prompt' and no 'messages' to read before it", text.where)
     try:
         # Each by itself, as in training: a word tokenizer would join the last word and the first.
-        return policy.encode_context(completion.prompt) + policy.encode_text(completion.text)
+        return policy.encode_context(text.prompt) + policy.encode_text(text.completion)
     except DataError as error:
-        error.where = error.where or completion.where
+        error.where = error.where or text.where
         raise

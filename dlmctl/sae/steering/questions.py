@@ -15,7 +15,7 @@ from typing import Any
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record, field
 from dlmctl.sae.judges import read_score
-from dlmctl.sae.steering.twins import Completion, Key, Treatment, Twins
+from dlmctl.sae.steering.twins import Key, SampledText, Treatment, Twins
 
 QUESTION = """\
 Below are a concept and a text.
@@ -34,11 +34,11 @@ NAMES = (*CONCEPT, "amplitude", "scope", "time")
 """Fields that say what a score is about, besides `id` and `sample`."""
 
 
-def subject_of(completion: Completion, treatment: Treatment) -> dict[str, Any]:
-    """What a score of this completion under the concept of this feature is about."""
-    names = NAMES if completion.treatment is not None else CONCEPT
+def subject_of(text: SampledText, treatment: Treatment) -> dict[str, Any]:
+    """What a score of this text under the concept of this feature is about."""
+    names = NAMES if text.treatment is not None else CONCEPT
     steer = treatment.fields()
-    identity = {"id": completion.key[0], "sample": completion.key[1]}
+    identity = {"id": text.key[0], "sample": text.key[1]}
     return identity | {name: steer[name] for name in names}
 
 
@@ -67,13 +67,13 @@ def questions(twins: Iterable[Twins], concept: Callable[[Treatment], str]) -> It
     """A prompt record for each text and concept."""
     asked = set()
     for before, after, treatment in twins:
-        for completion in (before, after):
-            name = completion.key, completion.treatment or treatment[: len(CONCEPT)]
+        for text in (before, after):
+            name = text.key, text.treatment or treatment[: len(CONCEPT)]
             if name in asked:
                 continue
             asked.add(name)
-            prompt = QUESTION.format(concept=concept(treatment), text=completion.text)
-            subject = subject_of(completion, treatment)
+            prompt = QUESTION.format(concept=concept(treatment), text=text.completion)
+            subject = subject_of(text, treatment)
             yield Record(id=f"judge-{len(asked)}", prompt=prompt, judged=subject)
 
 
@@ -94,12 +94,10 @@ class Answers:
             key = field(subject, "id", (str, int)), field(subject, "sample", int)
             self._scores.setdefault(key, []).append((subject, _score(record)))
 
-    def of(self, completion: Completion, treatment: Treatment) -> tuple[float | None, int]:
-        """Mean score of a completion under a concept, and how many answers had no score."""
-        wanted = subject_of(completion, treatment)
-        scores = [
-            s for subject, s in self._scores.get(completion.key, []) if _agree(subject, wanted)
-        ]
+    def of(self, text: SampledText, treatment: Treatment) -> tuple[float | None, int]:
+        """Mean score of a text under a concept, and how many answers had no score."""
+        wanted = subject_of(text, treatment)
+        scores = [s for subject, s in self._scores.get(text.key, []) if _agree(subject, wanted)]
         self.used += len(scores)
         read = [score for score in scores if score is not None]
         return sum(read) / len(read) if read else None, len(scores) - len(read)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-from dlmctl.sae.steering.twins import Completion, Name, Treatment, Twins
+from dlmctl.sae.steering.twins import Name, SampledText, Treatment, Twins
 
 
 class Outcome(NamedTuple):
@@ -44,15 +44,15 @@ class Outcome(NamedTuple):
 
 def outcomes_of(
     twins: Iterable[Twins],
-    concept: Callable[[Completion, Treatment], tuple[float | None, int]] | None = None,
+    concept: Callable[[SampledText, Treatment], tuple[float | None, int]] | None = None,
     perplexity: Mapping[Name, float | None] | None = None,
 ) -> Iterator[tuple[Treatment, Outcome]]:
     """Measurements of all twins.
 
     Args:
-        concept: how strongly a completion expresses the concept of a feature, 0..100, and how many
+        concept: how strongly a text expresses the concept of a feature, 0..100, and how many
             answers about that failed; None: what the records say.
-        perplexity: of each completion; None: what the records say.
+        perplexity: of each text; None: what the records say.
     """
     for pair in twins:
         both = (pair.before, pair.after)

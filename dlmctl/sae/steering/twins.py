@@ -36,18 +36,18 @@ class Treatment(NamedTuple):
 
 
 Name = tuple[Key, Treatment | None]
-"""What tells a completion from others."""
+"""What tells a text from others."""
 
 
-class Completion(NamedTuple):
-    """A completion as text; its token ids are not kept."""
+class SampledText(NamedTuple):
+    """A completion with its prompt; their token ids are not kept."""
 
     key: Key
     treatment: Treatment | None
     """None: unsteered."""
     prompt: str | None
     """None if the record has ids only."""
-    text: str
+    completion: str
     where: str
     origin: Mapping[str, Any]
     """Values that its twin has too, if both have them."""
@@ -64,15 +64,15 @@ class Completion(NamedTuple):
 class Twins(NamedTuple):
     """A completion without and with steering."""
 
-    before: Completion
-    after: Completion
+    before: SampledText
+    after: SampledText
     treatment: Treatment
 
 
-def read_completion(
+def read_sampled_text(
     record: Record, score_field: ScoreField | None = None, perplexity: str | None = None
-) -> Completion:
-    """A record of `rollout` as a completion.
+) -> SampledText:
+    """A record of `rollout` as a text.
 
     Args:
         score_field: field that says how strongly the concept is expressed.
@@ -87,7 +87,7 @@ def read_completion(
         highest = 1 if score_field == "reward" else 100
         hint = "'dlmctl verify' writes it" if score_field == "reward" else "a judge writes it"
         concept = _within(record, score_field, 0, highest, hint) * (100 / highest)
-    return Completion(
+    return SampledText(
         (field(record, "id", (str, int)), field(record, "sample", int)),
         _treatment(rollout.get("steer"), record.where),
         _prompt(record),
@@ -103,22 +103,22 @@ def read_completion(
 
 
 def read_baseline(
-    records: Iterable[Record], read: Callable[[Record], Completion], on_error: OnError = "fail"
-) -> dict[Key, Completion]:
-    """Unsteered completions by id and sample.
+    records: Iterable[Record], read: Callable[[Record], SampledText], on_error: OnError = "fail"
+) -> dict[Key, SampledText]:
+    """Unsteered texts by id and sample.
 
     Raises:
         DataError: one of them is steered, or comes twice.
     """
-    baseline: dict[Key, Completion] = {}
+    baseline: dict[Key, SampledText] = {}
 
     def add(record: Record) -> None:
-        completion = read(record)
-        if completion.treatment is not None:
+        text = read(record)
+        if text.treatment is not None:
             raise DataError("it is steered, so it is no baseline")
-        if completion.key in baseline:
-            raise DataError(f"it is the same sample as {baseline[completion.key].where}")
-        baseline[completion.key] = completion
+        if text.key in baseline:
+            raise DataError(f"it is the same sample as {baseline[text.key].where}")
+        baseline[text.key] = text
 
     for _ in _usable(records, add, on_error):
         pass
@@ -127,11 +127,11 @@ def read_baseline(
 
 def read_twins(
     records: Iterable[Record],
-    baseline: Mapping[Key, Completion],
-    read: Callable[[Record], Completion],
+    baseline: Mapping[Key, SampledText],
+    read: Callable[[Record], SampledText],
     on_error: OnError = "fail",
 ) -> Iterator[Twins]:
-    """Steered completions with their twins.
+    """Steered texts with their twins.
 
     Raises:
         DataError: a record is not steered, comes twice, or has no twin in the baseline.

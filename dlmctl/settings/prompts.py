@@ -1,0 +1,137 @@
+"""Which prompts `prompts` makes or reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+from dlmctl.records.errors import UsageError
+from dlmctl.settings import knob
+from dlmctl.settings.parsing import named_text, whole_range
+
+Split = Literal["train", "test"]
+Style = Literal["plain", "instruct"]
+Kind = Literal["count", "colour", "position", "sum"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""Kinds of questions about shapes."""
+MOST_HOLES = 12
+"""No 4x4 Sudoku with fewer than four clues has a unique solution."""
+WORDS = 8
+"""Most words that a part of a sentence of concepts can express a value with."""
+
+PUZZLES, CONCEPTS, SHAPES, ROWS = "Puzzles", "Concepts", "Shapes", "Files and data sets"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Options of all sources of prompts, and of some of them."""
+
+    split: Split = knob(
+        "train",
+        "The splits share no solution grid of Sudoku (200 and 88 of the 288), no problem of "
+        "Countdown, no combination of values in a sentence of concepts, no composition of colours "
+        "and shapes, and no key of canaries. For a data set: its split.",
+    )
+    style: Style = knob(
+        "plain",
+        "plain: the problem alone (what builtin:puzzles knows); instruct: instructions for a chat "
+        "model, with the answer in <answer> tags.",
+    )
+    completions: bool = knob(
+        False,
+        "Add a right answer as 'completion', for 'dlmctl update --algo sft'; concepts and canaries "
+        "always have one.",
+        "--completions/--no-completions",
+    )
+    holes: str = knob(
+        "8", "Empty cells of a Sudoku, up to 12, or a range.", metavar="N or N-M", panel=PUZZLES
+    )
+    numbers: str = knob(
+        "3", "Numbers of a Countdown problem, or a range.", metavar="N or N-M", panel=PUZZLES
+    )
+    words: int = knob(
+        WORDS,
+        "Words that each part of a sentence can express a value with; with fewer words, a small "
+        "model learns sooner which belong together.",
+        minimum=1,
+        maximum=WORDS,
+        panel=CONCEPTS,
+    )
+    want: list[str] | None = knob(
+        None,
+        "What 'dlmctl verify' looks for in a text, as in --want sentiment=positive; repeatable.",
+        "--want",
+        metavar="CONCEPT=VALUE",
+        panel=CONCEPTS,
+    )
+    kind: list[str] | None = knob(
+        None,
+        "What is asked about an image: count, colour, position or sum; repeatable.",
+        "--kind",
+        metavar="KIND",
+        shown_default="all",
+        panel=SHAPES,
+    )
+    cell: int = knob(
+        28,
+        "Side of a cell in pixels; an image has three by three cells.",
+        minimum=14,
+        maximum=336,
+        panel=SHAPES,
+    )
+    origin: str | None = knob(
+        None,
+        "Where gsm8k, math or another SOURCE is read from: a file, a directory or a hub name.",
+        "--from",
+        metavar="PATH",
+        shown_default="the hub",
+        panel=ROWS,
+    )
+    task: str | None = knob(
+        None,
+        "Task of the rows, by which verify chooses its verifiers.",
+        shown_default="from the columns",
+        panel=ROWS,
+    )
+    map: list[str] | None = knob(
+        None,
+        "Take a field from this column, as in --map prompt=question; repeatable.",
+        "--map",
+        metavar="FIELD=COLUMN",
+        panel=ROWS,
+    )
+
+    def __post_init__(self) -> None:
+        self.hole_range, self.number_range  # noqa: B018 (they raise, as the others do)
+        self.kinds, self.wanted, self.columns  # noqa: B018
+
+    @cached_property
+    def hole_range(self) -> tuple[int, int]:
+        """Fewest and most empty cells."""
+        return whole_range("--holes", self.holes, 1, MOST_HOLES)
+
+    @cached_property
+    def number_range(self) -> tuple[int, int]:
+        """Fewest and most numbers."""
+        return whole_range("--numbers", self.numbers, 2, 6)
+
+    @cached_property
+    def wanted(self) -> dict[str, str]:
+        """Concept to value."""
+        return dict(named_text("--want", text, "CONCEPT=VALUE") for text in self.want or ())
+
+    @cached_property
+    def kinds(self) -> list[Kind]:
+        """The chosen kinds of questions, in the order of `KINDS`."""
+        for name in self.kind or ():
+            if name not in KINDS:
+                raise UsageError(
+                    f"--kind {name}: there is no such kind; there are {', '.join(KINDS)}"
+                )
+        return [kind for kind in KINDS if kind in (self.kind or KINDS)]
+
+    @cached_property
+    def columns(self) -> dict[str, str]:
+        """Field of a record to the column of a row that it is taken from."""
+        return dict(named_text("--map", text, "FIELD=COLUMN") for text in self.map or ())
