@@ -207,7 +207,7 @@ def command(
 
     chosen = resolve_dtype(dtype, torch.device("cuda"))
     policy = weightless_policy(model, chosen)
-    if image_tokens and policy.family != "vlm":
+    if image_tokens and not policy.model_family.takes_images:
         raise UsageError(f"{model} takes no images: leave --image-tokens out")
     constants(algo, beta=beta)
     check_kind(algo, policy.diffusion, model)

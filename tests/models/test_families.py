@@ -13,8 +13,7 @@ from dlmctl.diffusion.elbo import scored_states
 from dlmctl.diffusion.projection import weighted_log_prob
 from dlmctl.models.loading import load_policy
 from dlmctl.models.policy import Policy
-from dlmctl.models.saving import save_policy
-from dlmctl.models.small import save_original
+from dlmctl.models.saving import save_original, save_policy
 from dlmctl.models.tokenizers import byte_tokenizer, character_tokenizer
 from dlmctl.records.errors import DataError, MissingInputError, UnavailableError, UsageError
 from dlmctl.records.jsonl import Record
@@ -186,15 +185,15 @@ UNKNOWN = {
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (UNKNOWN, "StableDiffcoderForCausalLM is not of transformers"),
+        (UNKNOWN, "StableDiffcoderForCausalLM is not part of transformers"),
         (
             {"architectures": None, "auto_map": {"AutoModelForCausalLM": "modeling_x.XDiffusion"}},
-            "XDiffusion is not of transformers",
+            "XDiffusion is not part of transformers",
         ),
         ({"mask_token_id": 2}, "has a mask token and would be read from left to right"),
-        ({"mask_token_id": 2, "dlm_paradigm": "bidirectional"}, "tells of block diffusion"),
-        ({"mask_token_id": 2, "block_size": 32}, "block_size tells of block diffusion"),
-        ({"is_causal": False, "block_length": 4}, "block_length tells of block diffusion"),
+        ({"mask_token_id": 2, "dlm_paradigm": "bidirectional"}, "indicates block diffusion"),
+        ({"mask_token_id": 2, "block_size": 32}, "block_size indicates block diffusion"),
+        ({"is_causal": False, "block_length": 4}, "block_length indicates block diffusion"),
         (
             {"auto_map": {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}},
             "its tokenizer has a mask token",
@@ -278,7 +277,7 @@ def test_weights_that_belong_nowhere_are_refused_by_name(tmp_path):
     load_policy(str(tmp_path), "cpu")
     extra = {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}
     save_file({**tensors, **extra}, file)
-    with pytest.raises(DataError, match=r"1 weights are of no part .*layers\.0\.self_attn\.q_norm"):
+    with pytest.raises(DataError, match=r"1 weights belong to no part .*\.0\.self_attn\.q_norm"):
         load_policy(str(tmp_path), "cpu")
 
 
