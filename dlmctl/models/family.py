@@ -7,18 +7,15 @@ decoder attend in both directions, so no model needs code of its own. Dropout is
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from dlmctl.models.heads import Head, output_head
+from dlmctl.models.vision import Vision
 from dlmctl.records.errors import DataError
-
-if TYPE_CHECKING:
-    from dlmctl.models.policy import Policy
-    from dlmctl.models.vision import Vision
-    from dlmctl.settings.small import SmallModel
+from dlmctl.settings.small import SmallModel
 
 Raw = Mapping[str, Any]
 """A config.json."""
@@ -164,8 +161,12 @@ class ModelFamily:
     def new_processor(self, config: Any) -> Any:
         """The image processor of a small new model."""
 
-    def original_config(self, policy: Policy) -> dict[str, Any] | None:
-        """config.json as the authors write it; None: they publish stock models of transformers."""
+    def original_config(self, config: Any, special_ids: dict[str, Any]) -> dict[str, Any] | None:
+        """config.json as the authors write it; None: they publish stock models of transformers.
+
+        Args:
+            special_ids: its fields `mask_token_id`, `eos_token_id` and `pad_token_id`.
+        """
         return None
 
     def original_name(self, name: str) -> str:
@@ -198,11 +199,9 @@ def stock_config(raw: Raw, where: str) -> PretrainedConfig:
 def class_names(raw: Raw) -> list[str]:
     """Names of the classes that config.json says the model is of."""
     auto = raw.get("auto_map") or {}
-    mapped = [
-        auto[name] for name in ("AutoModelForCausalLM", "AutoModelForMaskedLM") if name in auto
-    ]
-    names = [*(raw.get("architectures") or []), *(str(name).rpartition(".")[2] for name in mapped)]
-    return [str(name) for name in names]
+    kinds = ("AutoModelForCausalLM", "AutoModelForMaskedLM")
+    mapped = [str(auto[kind]).rpartition(".")[2] for kind in kinds if kind in auto]
+    return [*map(str, raw.get("architectures") or []), *mapped]
 
 
 def common_sizes(small: SmallModel, tokenizer: Any) -> dict[str, Any]:

@@ -52,10 +52,12 @@ def save_original(policy: Policy, directory: Path) -> None:
         UsageError: the authors publish stock models of transformers.
     """
     family, model = policy.model_family, policy.model
-    fields = family.original_config(policy)
+    ids = {"mask": policy.mask_id, "eos": policy.eos_id, "pad": policy.pad_id}
+    special_ids = {f"{name}_token_id": number for name, number in ids.items()}
+    fields = family.original_config(model.config, special_ids)
     if fields is None:
         raise UsageError(
-            f"--original-naming is for families whose authors have names of their own, as llada "
+            "--original-naming is for families whose authors have names of their own, as llada "
             f"and dream; models of {family.name} have those of transformers"
         )
     weights = {family.original_name(n): t.contiguous() for n, t in model.state_dict().items()}

@@ -30,9 +30,7 @@ class A2D(ModelFamily):
             return
         names = f"{where} {raw.get('_name_or_path', '')}".lower()
         if "bd3lm" in names or any(name in raw for name in BLOCK_SIGNS):
-            raise DataError(
-                "it is a block diffusion model (BD3LM), which is not supported yet", where
-            )
+            raise DataError("it is a block diffusion model (BD3LM): not supported yet", where)
         if "mdlm" not in names:
             raise DataError(
                 "A2D's config.json does not say whether the model attends to the whole text (MDLM) "
