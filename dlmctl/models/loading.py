@@ -16,10 +16,10 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerF
 
 from dlmctl.models.adapters import adapter_base, merged, with_adapter
 from dlmctl.models.allocator import keep_freed_memory
-from dlmctl.models.families import FAULTS, Architecture, architecture
-from dlmctl.models.family import HOW_TO_READ
+from dlmctl.models.architecture import FAULTS, Architecture, architecture
+from dlmctl.models.families import HOW_TO_READ
 from dlmctl.models.policy import Policy
-from dlmctl.models.vision import Vision
+from dlmctl.models.vision import Vision, vision_of
 from dlmctl.models.weights import align, read_weights, weight_files, weights_hash
 from dlmctl.records.errors import (
     DataError,
@@ -227,7 +227,7 @@ def _load_vision(directory: Path, arch: Architecture, tokenizer: Any) -> Vision:
     except Exception as error:  # of many kinds
         reason = str(error).strip().split("\n")[0]
         raise DataError(f"{directory}: its image processor cannot be loaded ({reason})") from None
-    return arch.family.vision(arch.config, tokenizer, processor)
+    return vision_of(arch.family, arch.config, tokenizer, processor)
 
 
 def _policy(

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlmctl.models.families import family_named
-from dlmctl.models.family import ModelFamily
-from dlmctl.models.heads import Head
+from dlmctl.models.architecture import family_named
+from dlmctl.models.families import Head, ModelFamily
 from dlmctl.models.prompting import context_ids, prompt_ids, text_ids
 from dlmctl.models.vision import Picture, Vision
 from dlmctl.records.errors import DataError, UnavailableError, UsageError

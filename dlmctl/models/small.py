@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import transformers
 
-from dlmctl.models.families import family_named
+from dlmctl.models.architecture import family_named
 from dlmctl.models.policy import Policy
+from dlmctl.models.vision import vision_of
 from dlmctl.records.errors import UsageError
 from dlmctl.settings.families import family_of_variant
 from dlmctl.settings.small import SmallModel
@@ -36,7 +37,7 @@ def make_policy(small: SmallModel, tokenizer: Any, seed: int = 0) -> Policy:
     model: Any = auto._model_mapping[type(config)](config)
     vision = None
     if family.takes_images:
-        vision = family.vision(config, tokenizer, family.new_processor(config))
+        vision = vision_of(family, config, tokenizer, family.new_processor(config))
     return Policy(
         model=model.eval(),
         tokenizer=tokenizer,

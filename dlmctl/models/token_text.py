@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from dlmctl.models.adapters import adapter_base
-from dlmctl.models.families import architecture
+from dlmctl.models.architecture import architecture
 from dlmctl.models.loading import TOKENIZER_FILES, load_tokenizer, model_directory
 from dlmctl.records.errors import MissingInputError
 from dlmctl.records.files import read_json

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dlmctl.models.families import ModelFamily
 from dlmctl.records.errors import DataError
 from dlmctl.tasks.image_columns import MARK as IMAGE_MARK
 from dlmctl.tasks.images import image_hash, image_sources, load_image, record_folder
@@ -222,6 +223,22 @@ class Vision:
 def _takes_features(core: Any) -> bool:
     """Whether this version of transformers accepts features of images that are already encoded."""
     return "mm_encoder_outputs" in signature(core.model.forward).parameters
+
+
+def vision_of(family: ModelFamily, config: Any, tokenizer: Any, processor: Any) -> Vision:
+    """How a model of a family that takes images takes them.
+
+    Args:
+        config, processor: of transformers; the processor is that of images.
+
+    Raises:
+        DataError: the tokenizer lacks the placeholder that config.json names.
+    """
+    image_id = int(config.image_token_id)
+    if image_id >= len(tokenizer):
+        raise DataError(f"image_token_id {image_id} of config.json is no token of its tokenizer")
+    layout = family.image_layout(config, tokenizer)
+    return Vision(processor, config.model_type, image_id, **layout)
 
 
 def image_parts(text: str) -> list[dict[str, str]]:

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from dlmctl.models.adapters import adapter_base
+from dlmctl.models.architecture import FAULTS, Architecture, architecture
 from dlmctl.models.blocks import decoder_blocks
-from dlmctl.models.families import FAULTS, Architecture, architecture
 from dlmctl.models.loading import model_directory
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, MissingInputError

@@ -99,7 +99,7 @@ def _weight_seeds() -> list[bytes]:
 
 
 def _weights(data: bytes, folder: Path) -> None:
-    from dlmctl.models.families import family_named
+    from dlmctl.models.architecture import family_named
     from dlmctl.models.weights import read_weights, weights_hash
 
     path = folder / "model.safetensors"
@@ -194,7 +194,7 @@ def _progress(data: bytes, folder: Path) -> None:
 
 def _architecture(data: bytes, folder: Path) -> None:
     """What a config.json says, without a model."""
-    from dlmctl.models.families import architecture
+    from dlmctl.models.architecture import architecture
     from dlmctl.records.files import read_json
 
     path = folder / "config.json"

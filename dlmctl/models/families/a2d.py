@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, Qwen3Config
 
-from dlmctl.models.family import BLOCK_SIGNS, ModelFamily, Raw, decoder_sizes
+from dlmctl.models.families import BLOCK_SIGNS, ModelFamily, Raw, decoder_sizes
 from dlmctl.records.errors import DataError
 from dlmctl.settings.small import SmallModel
 

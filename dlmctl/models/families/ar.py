@@ -5,7 +5,7 @@ Checkpoints that no other family recognises are of this one.
 
 from __future__ import annotations
 
-from dlmctl.models.family import ModelFamily
+from dlmctl.models.families import ModelFamily
 
 
 class Autoregressive(ModelFamily):

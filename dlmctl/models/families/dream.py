@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, Qwen2Config
 
-from dlmctl.models.family import ModelFamily, Raw, decoder_sizes
+from dlmctl.models.families import ModelFamily, Raw, decoder_sizes
 from dlmctl.settings.small import SmallModel
 
 SHARED = (

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import LlamaConfig, PretrainedConfig
 
-from dlmctl.models.family import ModelFamily, Raw
+from dlmctl.models.families import ModelFamily, Raw
 from dlmctl.records.errors import DataError
 
 LAYER = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import BertConfig, PretrainedConfig
 
-from dlmctl.models.family import ModelFamily, common_sizes
+from dlmctl.models.families import ModelFamily, common_sizes
 from dlmctl.settings.small import SmallModel
 
 

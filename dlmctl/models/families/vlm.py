@@ -6,9 +6,7 @@ from typing import Any
 
 from transformers import LlavaConfig, PretrainedConfig, Qwen2_5_VLConfig, Qwen3VLConfig
 
-from dlmctl.models.family import ModelFamily, decoder_sizes
-from dlmctl.models.vision import Vision
-from dlmctl.records.errors import DataError
+from dlmctl.models.families import ModelFamily, decoder_sizes
 from dlmctl.settings.small import SmallModel
 
 VARIANTS = ("qwen2.5-vl", "qwen3-vl", "llava")
@@ -36,34 +34,24 @@ class VisionLanguage(ModelFamily):
     """Rotary embeddings of two dimensions need heads of such a size."""
     title = "vision-language model"
 
-    def vision(self, config: Any, tokenizer: Any, processor: Any) -> Vision:
+    def image_layout(self, config: Any, tokenizer: Any) -> dict[str, Any]:
         image_id, patch = int(config.image_token_id), config.vision_config.patch_size
-        if image_id >= len(tokenizer):
-            raise DataError(
-                f"image_token_id {image_id} of config.json is no token of its tokenizer"
-            )
         if config.model_type in QWEN:
-            return Vision(
-                processor,
-                config.model_type,
-                image_id,
-                mark=QWEN_MARK,
-                banned=(image_id, int(config.video_token_id)),
-                grid=True,
-                merge=config.vision_config.spatial_merge_size,
-                patch=patch,
-                marks=frozenset(tokenizer.encode(QWEN_MARK, add_special_tokens=False)),
-            )
-        return Vision(
-            processor,
-            config.model_type,
-            image_id,
-            mark=str(tokenizer.convert_ids_to_tokens(image_id)),
-            banned=(image_id,),
-            patch=patch,
-            extra=int(config.vision_feature_select_strategy == "full"),
-            marks=frozenset([image_id]),
-        )
+            return {
+                "mark": QWEN_MARK,
+                "banned": (image_id, int(config.video_token_id)),
+                "grid": True,
+                "merge": config.vision_config.spatial_merge_size,
+                "patch": patch,
+                "marks": frozenset(tokenizer.encode(QWEN_MARK, add_special_tokens=False)),
+            }
+        return {
+            "mark": str(tokenizer.convert_ids_to_tokens(image_id)),
+            "banned": (image_id,),
+            "patch": patch,
+            "extra": int(config.vision_feature_select_strategy == "full"),
+            "marks": frozenset([image_id]),
+        }
 
     def new_config(self, small: SmallModel, tokenizer: Any) -> PretrainedConfig:
         """Both halves of the model have the same sizes."""
