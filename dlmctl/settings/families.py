@@ -1,7 +1,7 @@
 """Names of the model families, one for each file of `dlmctl/models/families/`.
 
-The files are read and not imported, so that help needs no torch. The first line of a file's
-docstring says what the family is. `VARIANTS` at its top level, if it is there, names the models
+The files are read and not imported, so that help needs no torch. The first line of a file, that of
+its docstring, says what the family is. A line `VARIANTS = (...)`, if there is one, names the models
 that `dlmctl init` makes of the family; otherwise it makes one, under the family's name.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import pkgutil
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -28,15 +29,10 @@ def declared_families() -> dict[str, Declared]:
     """Every family by its name, which is that of its file with - for _."""
     families = {}
     for module in pkgutil.iter_modules([str(FOLDER)]):
-        tree = ast.parse((FOLDER / f"{module.name}.py").read_text(encoding="utf-8"))
-        summary = (ast.get_docstring(tree) or "").partition("\n")[0].rstrip(".")
-        name = module.name.replace("_", "-")
-        variants = (
-            ast.literal_eval(node.value)
-            for node in tree.body
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "VARIANTS"
-        )
-        families[name] = Declared(summary, next(variants, (name,)))
+        text = (FOLDER / f"{module.name}.py").read_text(encoding="utf-8")
+        name, summary = module.name.replace("_", "-"), text.partition("\n")[0].strip('". ')
+        variants = re.search(r"^VARIANTS = (.+)$", text, re.MULTILINE)
+        families[name] = Declared(summary, ast.literal_eval(variants[1]) if variants else (name,))
     return families
 
 
