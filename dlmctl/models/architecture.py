@@ -76,12 +76,10 @@ def all_families() -> list[ModelFamily]:
 def recognised_family(raw: Raw) -> ModelFamily:
     """The family that a config.json describes, dlmctl's own field left aside."""
     kind, names = str(raw.get("model_type", "")).lower(), raw.get("architectures") or []
-    for family in all_families():
-        if any(fnmatchcase(kind, pattern) for pattern in family.model_types):
-            return family
-    for family in all_families():
-        if any(fnmatchcase(str(name), pattern) for pattern in family.classes for name in names):
-            return family
+    for values, patterns in ([kind], "model_types"), (names, "classes"):
+        for family in all_families():
+            if any(fnmatchcase(str(v), p) for v in values for p in getattr(family, patterns)):
+                return family
     return family_named("a2d" if raw.get("is_causal") is False else "ar")
 
 

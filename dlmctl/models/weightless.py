@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dlmctl.models.adapters import adapter_base
-from dlmctl.models.architecture import FAULTS, Architecture, architecture
+from dlmctl.models.architecture import FAULTS, architecture
 from dlmctl.models.blocks import decoder_blocks
 from dlmctl.models.loading import model_directory
 from dlmctl.models.policy import Policy
@@ -48,7 +48,19 @@ def weightless_policy(name: str, dtype: torch.dtype) -> Policy:
     except FAULTS as error:
         reason = str(error).strip().split("\n")[-1][:200]
         raise DataError(f"no model can be built from it ({reason})", str(config_file)) from None
-    return _policy(name, arch, model)
+    return Policy(
+        model=model.eval(),
+        tokenizer=None,
+        family=arch.family.name,
+        mask_id=(arch.mask_id or 0) if arch.family.diffusion else None,
+        eos_id=0,
+        pad_id=0,
+        shift=arch.shift,
+        vocab_size=arch.config.get_text_config().vocab_size,
+        name=name,
+        revision="none",
+        sampling=arch.sampling,
+    )
 
 
 def followable(policy: Policy, layers: int) -> Policy:
@@ -82,19 +94,3 @@ def _config_file(name: str) -> tuple[Path, Reading]:
     if not (directory / "config.json").exists():
         raise MissingInputError(f"{directory} has no config.json: it is not a model")
     return directory / "config.json", reading
-
-
-def _policy(name: str, arch: Architecture, model: Any) -> Policy:
-    return Policy(
-        model=model.eval(),
-        tokenizer=None,
-        family=arch.family.name,
-        mask_id=(arch.mask_id or 0) if arch.family.diffusion else None,
-        eos_id=0,
-        pad_id=0,
-        shift=arch.shift,
-        vocab_size=arch.config.get_text_config().vocab_size,
-        name=name,
-        revision="none",
-        sampling=arch.sampling,
-    )

@@ -41,7 +41,7 @@ class Head(NamedTuple):
 def output_head(model: Any) -> Head:
     """The output head of a Hugging Face model; raises DataError for an unknown kind."""
     if isinstance(getattr(model, "lm_head", None), nn.Linear):  # decoders
-        return Head(_identity, model.lm_head)
+        return Head(nn.Identity(), model.lm_head)
     if hasattr(getattr(model, "lm_head", None), "decoder"):  # RoBERTa
         head = model.lm_head
         return Head(
@@ -59,10 +59,6 @@ def output_head(model: Any) -> Head:
     raise DataError(f"{type(model).__name__} has no output head that is known here")
 
 
-def _identity(states: Tensor) -> Tensor:
-    return states
-
-
 class ModelFamily:
     """A family of models. The defaults describe a stock decoder that denoises masked tokens.
 
@@ -74,7 +70,7 @@ class ModelFamily:
     model_types: tuple[str, ...] = ()
     """Patterns (fnmatch) of `model_type` in config.json, in lower case."""
     classes: tuple[str, ...] = ()
-    """Patterns of the class names in `architectures`."""
+    """Patterns of the class names in `architectures`. An exact name need not be in transformers."""
     own_config = False
     """config.json has the authors' own fields, so that it cannot be read as another family."""
 
@@ -154,9 +150,10 @@ class ModelFamily:
                 f"model attends to the whole text, {HOW_TO_READ}",
                 where,
             )
-        stock = dir(transformers)
-        unknown = [n for n in class_names(raw) if n not in stock and n not in self.classes]
-        if unknown:
+        auto, kinds = raw.get("auto_map") or {}, ("AutoModelForCausalLM", "AutoModelForMaskedLM")
+        mapped = [str(auto[kind]).rpartition(".")[2] for kind in kinds if kind in auto]
+        classes = [*map(str, raw.get("architectures") or []), *mapped]
+        if unknown := [n for n in classes if n not in {*dir(transformers), *self.classes}]:
             raise DataError(
                 f"its class {unknown[0]} is not part of transformers, so its type "
                 f"'{raw.get('model_type')}' does not say how it attends; {HOW_TO_READ}",
@@ -223,16 +220,8 @@ def stock_config(raw: Raw, where: str) -> PretrainedConfig:
     return config
 
 
-def class_names(raw: Raw) -> list[str]:
-    """Names of the classes that config.json says the model is of."""
-    auto = raw.get("auto_map") or {}
-    kinds = ("AutoModelForCausalLM", "AutoModelForMaskedLM")
-    mapped = [str(auto[kind]).rpartition(".")[2] for kind in kinds if kind in auto]
-    return [*map(str, raw.get("architectures") or []), *mapped]
-
-
-def common_sizes(small: SmallModel, tokenizer: Any) -> dict[str, Any]:
-    """Fields that the config of every small language model has, by transformers' names."""
+def decoder_sizes(small: SmallModel, tokenizer: Any) -> dict[str, Any]:
+    """Fields of the config of a small decoder, by transformers' names."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": small.hidden_size,
@@ -240,6 +229,7 @@ def common_sizes(small: SmallModel, tokenizer: Any) -> dict[str, Any]:
         "intermediate_size": small.intermediate_size or -(-small.hidden_size * 8 // 3 // 8) * 8,
         "num_hidden_layers": small.layers,
         "num_attention_heads": small.heads,
+        "num_key_value_heads": small.heads,
         "max_position_embeddings": 4096,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -248,8 +238,3 @@ def common_sizes(small: SmallModel, tokenizer: Any) -> dict[str, Any]:
         # transformers' 0.02 suits widths near 2,500; in a narrow model it starves the blocks.
         "initializer_range": small.hidden_size**-0.5,
     }
-
-
-def decoder_sizes(small: SmallModel, tokenizer: Any) -> dict[str, Any]:
-    """The same for a decoder, which has as many heads for keys and values as for queries."""
-    return {**common_sizes(small, tokenizer), "num_key_value_heads": small.heads}

@@ -26,6 +26,7 @@ LAYER = {
     "ff_norm": "post_attention_layernorm",
 }
 TOP = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
+ORIGINAL = re.compile(r"(?:model\.)?transformer\.(?:blocks\.(\d+)\.)?(\w+)\.(weight|bias)")
 
 NOT_LLAMA = {
     "alibi": True,
@@ -83,23 +84,20 @@ class LLaDA(ModelFamily):
         )
 
     def rename(self, name: str) -> str:
-        layer = re.fullmatch(r"(?:model\.)?transformer\.blocks\.(\d+)\.(\w+)\.(weight|bias)", name)
-        if layer:
-            number, part, kind = layer.groups()
-            return f"model.layers.{number}.{LAYER.get(part, part)}.{kind}"
-        if top := re.fullmatch(r"(?:model\.)?transformer\.(\w+)\.(weight|bias)", name):
-            part, kind = top.groups()
+        if not (match := ORIGINAL.fullmatch(name)):
+            return name
+        layer, part, kind = match.groups()
+        if layer is None:
             return f"{TOP.get(part, part)}.{kind}"
-        return name
+        return f"model.layers.{layer}.{LAYER.get(part, part)}.{kind}"
 
     def original_name(self, name: str) -> str:
-        if layer := re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
-            number, part, kind = layer.groups()
-            [theirs] = (theirs for theirs, ours in LAYER.items() if ours == part)
-            return f"model.transformer.blocks.{number}.{theirs}.{kind}"
-        part, _, kind = name.rpartition(".")
-        [theirs] = (theirs for theirs, ours in TOP.items() if ours == part)
-        return f"model.transformer.{theirs}.{kind}"
+        path, _, kind = name.rpartition(".")
+        layer, _, part = path.removeprefix("model.layers.").partition(".")
+        table, ours = (LAYER, part) if layer.isdecimal() else (TOP, path)
+        [theirs] = (theirs for theirs, other in table.items() if other == ours)
+        block = f"blocks.{layer}." if layer.isdecimal() else ""
+        return f"model.transformer.{block}{theirs}.{kind}"
 
     def original_config(self, config: Any, special_ids: dict[str, Any]) -> dict[str, Any]:
         return {

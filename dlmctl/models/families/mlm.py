@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import BertConfig, PretrainedConfig
 
-from dlmctl.models.families import ModelFamily, common_sizes
+from dlmctl.models.families import ModelFamily, decoder_sizes
 from dlmctl.settings.small import SmallModel
 
 
@@ -23,7 +23,8 @@ class MaskedLM(ModelFamily):
     fallback_end = "sep_token"
 
     def new_config(self, small: SmallModel, tokenizer: Any) -> PretrainedConfig:
-        sizes = common_sizes(small, tokenizer) | {"tie_word_embeddings": True}
+        sizes = decoder_sizes(small, tokenizer) | {"tie_word_embeddings": True}
+        del sizes["num_key_value_heads"]
         return BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 

@@ -55,8 +55,15 @@ class VisionLanguage(ModelFamily):
 
     def new_config(self, small: SmallModel, tokenizer: Any) -> PretrainedConfig:
         """Both halves of the model have the same sizes."""
+        tokens = ["<image>"] if small.family == "llava" else QWEN_TOKENS
+        tokenizer.add_special_tokens({"extra_special_tokens": tokens})
+        ids, text = tokenizer.convert_tokens_to_ids(tokens), decoder_sizes(small, tokenizer)
+        tower = {
+            name: text[name] for name in ("hidden_size", "intermediate_size", "initializer_range")
+        }
+        tower |= {"patch_size": PATCH[small.family]}
         make = _llava_config if small.family == "llava" else _qwen_config
-        return make(small, tokenizer)
+        return make(small, text, tower, ids)
 
     def new_processor(self, config: Any) -> Any:
         from transformers import CLIPImageProcessorPil, Qwen2VLImageProcessorPil
@@ -69,16 +76,9 @@ class VisionLanguage(ModelFamily):
         return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=crop)
 
 
-def _qwen_config(small: SmallModel, tokenizer: Any) -> PretrainedConfig:
-    tokenizer.add_special_tokens({"extra_special_tokens": QWEN_TOKENS})
-    start, end, image, video = tokenizer.convert_tokens_to_ids(QWEN_TOKENS)
-    ids = {
-        "vision_start_token_id": start,
-        "vision_end_token_id": end,
-        "image_token_id": image,
-        "video_token_id": video,
-        "tie_word_embeddings": False,
-    }
+def _qwen_config(
+    small: SmallModel, text: dict[str, Any], tower: dict[str, Any], ids: list[int]
+) -> PretrainedConfig:
     half = small.hidden_size // small.heads // 2
     side = 3 * half // 8
     rope = {
@@ -86,45 +86,39 @@ def _qwen_config(small: SmallModel, tokenizer: Any) -> PretrainedConfig:
         "rope_theta": 1e6,
         "mrope_section": [half - 2 * side, side, side],
     }
-    text = decoder_sizes(small, tokenizer)
-    vision = {
-        **_shared_sizes(text),
-        "depth": small.layers,
-        "num_heads": small.heads,
-        "out_hidden_size": small.hidden_size,
-        "patch_size": PATCH[small.family],
-    }
+    tower |= {"depth": small.layers, "num_heads": small.heads, "out_hidden_size": small.hidden_size}
     if small.family == "qwen2.5-vl":
-        vision |= {"fullatt_block_indexes": [small.layers - 1]}
+        kind: Any = Qwen2_5_VLConfig
+        tower |= {"fullatt_block_indexes": [small.layers - 1]}
         text |= {"rope_parameters": rope}
-        return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
-    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 12**2}
-    text |= {"head_dim": 2 * half, "rope_parameters": {**rope, "mrope_interleaved": True}}
-    return Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
+    else:
+        kind = Qwen3VLConfig
+        tower |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 12**2}
+        text |= {"head_dim": 2 * half, "rope_parameters": {**rope, "mrope_interleaved": True}}
+    config: PretrainedConfig = kind(
+        text_config=text,
+        vision_config=tower,
+        vision_start_token_id=ids[0],
+        vision_end_token_id=ids[1],
+        image_token_id=ids[2],
+        video_token_id=ids[3],
+        tie_word_embeddings=False,
+    )
+    return config
 
 
-def _llava_config(small: SmallModel, tokenizer: Any) -> PretrainedConfig:
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
-    text = decoder_sizes(small, tokenizer)
+def _llava_config(
+    small: SmallModel, text: dict[str, Any], tower: dict[str, Any], ids: list[int]
+) -> PretrainedConfig:
+    tower |= {"num_hidden_layers": small.layers, "num_attention_heads": small.heads}
     return LlavaConfig(
         text_config={"model_type": "llama", **text},
-        vision_config={
-            "model_type": "clip_vision_model",
-            **_shared_sizes(text),
-            "num_hidden_layers": small.layers,
-            "num_attention_heads": small.heads,
-            "image_size": LLAVA_IMAGE,
-            "patch_size": PATCH["llava"],
-        },
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_config={"model_type": "clip_vision_model", "image_size": LLAVA_IMAGE, **tower},
+        image_token_id=ids[0],
         image_seq_length=(LLAVA_IMAGE // PATCH["llava"]) ** 2,
         vision_feature_layer=-1,
         tie_word_embeddings=False,
     )
-
-
-def _shared_sizes(text: dict[str, Any]) -> dict[str, Any]:
-    return {name: text[name] for name in ("hidden_size", "intermediate_size", "initializer_range")}
 
 
 FAMILY = VisionLanguage()
