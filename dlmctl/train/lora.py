@@ -9,19 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import missing_package
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """LoRA settings; rank 0 trains the full weights."""
-
-    rank: int = 0
-    alpha: float = 64.0
-    dropout: float = 0.0
+from dlmctl.settings.optimizer import Adapter
 
 
 def add_adapter(policy: Policy, settings: Adapter) -> Policy:
