@@ -98,7 +98,8 @@ def architecture(raw: dict[str, Any], where: str, reading: Reading | None = None
     except FAULTS as error:
         reason = str(error).strip().split("\n")[-1].strip()[:200]
         raise DataError(f"not a model's configuration ({reason})", where) from None
-    numbers = (chosen.shift, *chosen.sampling.values(), chosen.mask_id or 0)
+    mask_id = 0 if chosen.mask_id is None else chosen.mask_id
+    numbers = (chosen.shift, *chosen.sampling.values(), mask_id)
     if not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
         raise DataError("mask_token_id, shift and sampling are not whole numbers", where)
     return chosen
@@ -124,7 +125,7 @@ def _architecture(raw: Raw, where: str, reading: Reading) -> Architecture:
     config = recognised.config(raw, where)
 
     # 2. Which family's conventions the model follows.
-    if named not in [*declared_families()]:
+    if named not in [*declared_families()]:  # it may not be hashable
         names = ", ".join(declared_families())
         raise DataError(f"there is no family '{str(named)[:80]}'; there are {names}", where)
     family = family_named(named)

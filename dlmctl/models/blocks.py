@@ -31,7 +31,7 @@ def blocks(policy: Policy) -> nn.ModuleList:
             module = getattr(module, name, None)
         if isinstance(module, nn.ModuleList):
             return module
-    raise DataError(f"{type(policy.core).__name__} has no list of blocks that is known here")
+    raise DataError(f"{type(policy.core).__name__} has its blocks in no known place")
 
 
 def decoder_blocks(policy: Policy) -> nn.ModuleList:

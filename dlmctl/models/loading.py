@@ -113,7 +113,7 @@ def fixed_name(name: str) -> str:
 
 
 def run_of(name: str) -> tuple[Path, Reading]:
-    """The run whose checkpoint a fixed name is, and will have later ones; otherwise its path."""
+    """The run that a fixed name is a checkpoint of; if it is of none, the path itself."""
     plain, reading = split_name(name)
     path = Path(plain)
     of_run = path.is_absolute() and (path.parent / "latest").is_symlink()

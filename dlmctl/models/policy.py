@@ -183,8 +183,8 @@ class Policy:
     def _prompt(self, record: Mapping[str, Any], tokens: Mapping[str, Any]) -> list[int]:
         ids: list[int] | None = tokens.get("prompt")
         if ids:
-            hidden = self.vision is not None and self.vision.hidden
-            return self.vision.without_images(ids) if self.vision and hidden else list(ids)
+            left_out = self.vision is not None and self.vision.left_out
+            return self.vision.without_images(ids) if self.vision and left_out else list(ids)
         pictures = self.pictures(record)
         ids = prompt_ids(
             record, self.tokenizer, self.name, self.prompting, len(pictures), self.vision

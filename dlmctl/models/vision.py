@@ -74,7 +74,7 @@ class Vision:
     """The tokens of `mark`, which occur in a prompt only for an image."""
     alter: Callable[[Mapping[str, Any], int, Picture], Picture] | None = None
     """Changes a picture, given its record and its number there."""
-    hidden: bool = False
+    left_out: bool = False
     """Images are left out of prompts, and so are their marks."""
     _seen: OrderedDict[bytes, Picture] = field(default_factory=OrderedDict, repr=False)
 
@@ -85,7 +85,7 @@ class Vision:
 
     def pictures(self, record: Mapping[str, Any]) -> list[Picture]:
         """The images of a record, in order; raises DataError if one cannot be used."""
-        if self.hidden:
+        if self.left_out:
             return []
         folder = record_folder(getattr(record, "where", ""))
         pictures = [self._remembered(source, folder) for source in image_sources(record)]
@@ -126,7 +126,7 @@ class Vision:
         Raises:
             DataError: the numbers of placeholders and of images differ.
         """
-        if self.hidden:
+        if self.left_out:
             return self.without_images(ids)
         placeholders = sum(i == self.image_id for i in ids)
         if placeholders != len(pictures):

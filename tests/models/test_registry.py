@@ -65,3 +65,11 @@ def test_names_of_families_need_no_torch():
     program = "import sys, dlmctl.settings.small; print({'torch', 'transformers'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert done.stdout == b"set()\n"
+
+
+@pytest.mark.parametrize("mask_id", ["", False, -1, 2.0, "2"])
+def test_a_mask_token_that_is_no_token_id_is_refused(mask_id):
+    with pytest.raises(DataError, match="are not whole numbers"):
+        architecture(
+            {"model_type": "llama", "is_causal": False, "mask_token_id": mask_id}, "config.json"
+        )

@@ -24,7 +24,7 @@ BLOCK_SIGNS = ("block_size", "block_length", "bd_size", "diffusion_block_size", 
 """Fields of config.json that indicate block diffusion, in models that have a mask token."""
 
 HOW_TO_READ = (
-    "say how to read it with --family, --shift and --mask-id, or behind its name as in "
+    "say how to read it with --family, --shift and --mask-id, or after its name, as in "
     "MODEL,family=a2d,mask_id=ID"
 )
 
@@ -56,7 +56,7 @@ def output_head(model: Any) -> Head:
             lambda states: model.vocab_layer_norm(model.activation(model.vocab_transform(states))),
             model.vocab_projector,
         )
-    raise DataError(f"{type(model).__name__} has no output head that is known here")
+    raise DataError(f"{type(model).__name__} has no output head of a known kind")
 
 
 class ModelFamily:

@@ -49,7 +49,7 @@ FIXED = {
     "include_qkv_bias": False,
     "weight_tying": False,
 }
-"""Fields of config.json that are the same in all models of the family that are made here."""
+"""Fields of config.json that are the same in all models of the family that dlmctl writes."""
 
 
 class LLaDA(ModelFamily):
