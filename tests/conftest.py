@@ -73,7 +73,7 @@ def _in_float64(policy: Policy, spread: float, seed: int) -> Policy:
             if parameter.dim() > 1:
                 parameter.normal_(0.0, spread, generator=generator)
     for name, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             norm = torch.nn.RMSNorm(module.weight.shape, module.variance_epsilon)
             norm.weight = module.weight
             model.set_submodule(name, norm)
