@@ -148,6 +148,6 @@ def _architecture(raw: Raw, where: str, reading: Reading) -> Architecture:
         rename=recognised.rename,
         mask_id=mask_id if reading.mask_id is None else reading.mask_id,
         shift=shift if reading.shift is None else reading.shift,
-        sampling={**family.sampling, **(marker.get("sampling") or {})},
+        sampling=dict(marker.get("sampling", family.sampling) or {}),
         doubtful=bool(raw.get("auto_map")) and not stated,
     )

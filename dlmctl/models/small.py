@@ -49,6 +49,6 @@ def make_policy(small: SmallModel, tokenizer: Any, seed: int = 0) -> Policy:
         vocab_size=len(tokenizer),
         name=f"new {small.family}",
         revision="new",
-        sampling=small.sampling,
+        sampling={**family.sampling, **small.sampling},
         vision=vision,
     )
