@@ -65,10 +65,10 @@ def load_policy(
     if (directory / "adapter_config.json").exists():
         return _load_adapter(name, directory, device, dtype, prompting or Prompting())
 
-    config_file = directory / "config.json"
-    if not config_file.exists():
+    config = directory / "config.json"
+    if not config.exists():
         raise MissingInputError(f"{directory} has no config.json: it is not a model")
-    arch = architecture(read_json(config_file), str(config_file), split_name(name)[1])
+    arch = architecture(read_json(config), str(config), split_name(name)[1])
     files = weight_files(directory)
     model = _build(arch, files, precision, directory).to(where).eval()
     align(model)
@@ -136,6 +136,20 @@ def model_directory(name: str, files: list[str] = HUB_FILES) -> Path:
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise MissingInputError(f"no model at {name}: it is neither a directory nor a hub name")
     return _download(name, files)
+
+
+def config_file(name: str, files: list[str] = HUB_FILES) -> tuple[Path, Reading]:
+    """The config.json of a model, or of an adapter's base model, and the settings after its name.
+
+    Raises:
+        MissingInputError: there is no config.json.
+    """
+    directory = model_directory(name, files)
+    if (directory / "adapter_config.json").exists():
+        return config_file(adapter_base(directory), files)
+    if not (directory / "config.json").exists():
+        raise MissingInputError(f"{directory} has no config.json: it is not a model")
+    return directory / "config.json", split_name(name)[1]
 
 
 def base_directory(name: str) -> Path:

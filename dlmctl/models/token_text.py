@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from dlmctl.models.adapters import adapter_base
 from dlmctl.models.architecture import architecture
-from dlmctl.models.loading import TOKENIZER_FILES, load_tokenizer, model_directory
-from dlmctl.records.errors import MissingInputError
+from dlmctl.models.loading import TOKENIZER_FILES, config_file, load_tokenizer
 from dlmctl.records.files import read_json
-from dlmctl.settings.models import split_name
 
 PART = "\ufffd"
 """What a decoder writes for an incomplete character."""
@@ -25,15 +22,8 @@ def tokenizer_of_model(name: str) -> Any:
         DataError: it has no usable tokenizer.
         TryAgainError: the hub does not answer.
     """
-    directory = model_directory(name, TOKENIZER_FILES)
-    config = directory / "config.json"
-    if (directory / "adapter_config.json").exists():  # its tokenizer is its base model's
-        return tokenizer_of_model(adapter_base(directory))
-    if not config.exists():
-        raise MissingInputError(f"{directory} has no config.json: it is not a model")
-    return load_tokenizer(
-        directory, architecture(read_json(config), str(config), split_name(name)[1])
-    )
+    config, reading = config_file(name, TOKENIZER_FILES)  # an adapter has its base's tokenizer
+    return load_tokenizer(config.parent, architecture(read_json(config), str(config), reading))
 
 
 def texts_of_model(name: str) -> TokenTexts:

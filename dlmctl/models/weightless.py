@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlmctl.models.adapters import adapter_base
 from dlmctl.models.architecture import FAULTS, architecture
 from dlmctl.models.blocks import decoder_blocks
-from dlmctl.models.loading import model_directory
+from dlmctl.models.loading import config_file
 from dlmctl.models.policy import Policy
-from dlmctl.records.errors import DataError, MissingInputError
+from dlmctl.records.errors import DataError
 from dlmctl.records.files import read_json
-from dlmctl.settings.models import Reading, split_name
+from dlmctl.settings.models import split_name
 
 CONFIG_FILES = ["config.json", "adapter_config.json"]
 
@@ -39,15 +38,18 @@ def weightless_policy(name: str, dtype: torch.dtype) -> Policy:
         DataError: no known family fits it.
         TryAgainError: the hub does not answer.
     """
-    config_file, reading = _config_file(name)
-    arch = architecture(read_json(config_file), str(config_file), reading)
+    plain, reading = split_name(name)
+    config = Path(plain).expanduser()
+    if config.suffix != ".json" or not config.is_file():
+        config, reading = config_file(name, CONFIG_FILES)
+    arch = architecture(read_json(config), str(config), reading)
     try:
         with torch.device("meta"):
-            factory = arch.model_class(str(config_file))
+            factory = arch.model_class(str(config))
             model = factory._from_config(arch.config, dtype=dtype, attn_implementation="sdpa")
     except FAULTS as error:
         reason = str(error).strip().split("\n")[-1][:200]
-        raise DataError(f"no model can be built from it ({reason})", str(config_file)) from None
+        raise DataError(f"no model can be built from it ({reason})", str(config)) from None
     return Policy(
         model=model.eval(),
         tokenizer=None,
@@ -81,16 +83,3 @@ def followable(policy: Policy, layers: int) -> Policy:
     del decoder_blocks(followed)[layers:]
     followed.core.config.get_text_config().num_hidden_layers = layers
     return followed
-
-
-def _config_file(name: str) -> tuple[Path, Reading]:
-    plain, reading = split_name(name)
-    path = Path(plain).expanduser()
-    if path.suffix == ".json" and path.is_file():
-        return path, reading
-    directory = model_directory(plain, CONFIG_FILES)
-    if (directory / "adapter_config.json").exists():
-        return _config_file(adapter_base(directory))
-    if not (directory / "config.json").exists():
-        raise MissingInputError(f"{directory} has no config.json: it is not a model")
-    return directory / "config.json", reading
