@@ -24,8 +24,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the packages below are imported
 from dlmctl.cli import app
 from dlmctl.models.policy import Family, Policy
 from dlmctl.models.small import make_policy
-from dlmctl.models.small_vision import VisionKind, make_vision_policy
 from dlmctl.models.tokenizers import character_tokenizer
+from dlmctl.settings.small import SmallModel
 from dlmctl.tasks.images import as_data_uri
 
 torch.set_num_threads(1)
@@ -48,25 +48,16 @@ def tiny_policy(
     family: Family = "llada", alphabet: str = "01234=", seed: int = 0, layers: int = 2
 ) -> Policy:
     """A model of few layers in float64, whose weights are large enough to have opinions."""
-    policy = make_policy(
-        family,
-        character_tokenizer(alphabet),
-        hidden_size=16,
-        layers=layers,
-        heads=2,
-        sampling={"gen_length": 6},
-        seed=seed,
-    )
-    return _in_float64(policy, 0.4, seed)
+    small = SmallModel(family, 16, layers, 2, gen_length=6)
+    return _in_float64(make_policy(small, character_tokenizer(alphabet), seed), 0.4, seed)
 
 
 def tiny_vision_policy(
-    kind: VisionKind = "qwen2.5-vl", alphabet: str = "01234=?<>/descriptonhk ", seed: int = 0
+    kind: str = "qwen2.5-vl", alphabet: str = "01234=?<>/descriptonhk ", seed: int = 0
 ) -> Policy:
     """A vision-language model in float64, whose weights are large enough to have opinions."""
-    tokenizer = character_tokenizer(alphabet)
-    policy = make_vision_policy(kind, tokenizer, 16, 2, 2, sampling={"gen_length": 6}, seed=seed)
-    return _in_float64(policy, 0.3, seed)
+    small = SmallModel(kind, 16, 2, 2, gen_length=6)
+    return _in_float64(make_policy(small, character_tokenizer(alphabet), seed), 0.3, seed)
 
 
 def _in_float64(policy: Policy, spread: float, seed: int) -> Policy:
@@ -82,7 +73,7 @@ def _in_float64(policy: Policy, spread: float, seed: int) -> Policy:
             if parameter.dim() > 1:
                 parameter.normal_(0.0, spread, generator=generator)
     for name, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             norm = torch.nn.RMSNorm(module.weight.shape, module.variance_epsilon)
             norm.weight = module.weight
             model.set_submodule(name, norm)
@@ -112,8 +103,8 @@ def saved_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], st
 
     def get(family: str) -> str:
         if family not in made:
-            tokenizer = character_tokenizer()
-            policy = make_policy(family, tokenizer, 16, 2, 2, sampling={"gen_length": 16}, seed=1)
+            small = SmallModel(family, 16, 2, 2, gen_length=16)
+            policy = make_policy(small, character_tokenizer(), seed=1)
             directory = tmp_path_factory.mktemp(f"model-{family}")
             save_policy(policy, directory)
             made[family] = str(directory)

@@ -15,6 +15,7 @@ LAYERS = [
     {"settings"},
     {"tasks"},
     {"verifiers", "report"},
+    {"models.families"},
     {"models"},
     {"train"},
     {"diffusion"},

@@ -209,7 +209,7 @@ def command(
 
     chosen = resolve_dtype(dtype, torch.device("cuda"))
     policy = weightless_policy(model, chosen)
-    if image_tokens and policy.family != "vlm":
+    if image_tokens and not policy.model_family.takes_images:
         raise UsageError(f"{model} takes no images: leave --image-tokens out")
     Constants(beta=beta).of(algo)
     check_kind(algo, policy.diffusion, model)

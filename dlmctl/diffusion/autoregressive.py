@@ -98,7 +98,7 @@ class _Rows:
         places = None
         if policy.vision is not None:
             pictures = [policy.pictures(request.record or {}) for request in requests]
-            places = policy.vision.places(policy.core, self.ids, self.attention, pictures)
+            places = policy.vision.positions(policy.core, self.ids, self.attention, pictures)
             self.extra = policy.vision.inputs(policy.core, pictures, device)
         if places is None:
             places = (self.attention.cumsum(1) - 1).clamp(min=0)

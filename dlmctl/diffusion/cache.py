@@ -89,7 +89,7 @@ class SlotCache(Cache):
 def check_cache(policy: Policy) -> None:
     """Raise UsageError where a model cannot take keys and values from an earlier pass."""
     layers = getattr(policy.core.config, "layer_types", None) or []
-    if policy.family not in ("llada", "dream", "a2d") or any(x != "full_attention" for x in layers):
+    if not policy.model_family.reuses_keys or any(x != "full_attention" for x in layers):
         raise UsageError(
             f"--cache is for models whose layers all attend to the whole sequence and are built as "
             f"decoders (LLaDA, Dream, a2d); {policy.name} is not one: leave it out"

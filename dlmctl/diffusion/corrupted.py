@@ -31,7 +31,7 @@ def with_corrupted_images(policy: Policy, kind: Unseen, probability: float, seed
         raise UsageError(f"--corrupt is of images, and {policy.name} takes none")
 
     if kind == NO_IMAGE:
-        return dataclasses.replace(policy, vision=dataclasses.replace(vision, hidden=True))
+        return dataclasses.replace(policy, vision=dataclasses.replace(vision, left_out=True))
 
     def alter(record: Mapping[str, Any], number: int, picture: Picture) -> Picture:
         key = stream_key(seed, record.get("id", ""), -1, number)

@@ -1,4 +1,4 @@
-"""The C library's allocator, set for work that asks for the same large blocks again and again."""
+"""The C library's allocator, set for work that allocates the same large blocks repeatedly."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ LARGEST, KEPT = 2**25, 2**30
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let freed blocks of up to 32 MiB stay with the process, to be given out again, up to 1 GiB.
+    """Keep freed blocks of up to 32 MiB in the process for reuse, up to 1 GiB in all.
 
-    glibc returns them to the system otherwise, and every pass through a model gets its memory page
-    by page anew: sampling on the CPU took 1.7 times as long. Larger ones go back, as they would
-    leave holes that others do not fit. What MALLOC_ variables of the environment say is left alone,
-    and so are other C libraries.
+    Otherwise glibc returns them to the system, and every pass through a model gets its memory page
+    by page again: sampling on the CPU took 1.7 times as long. Larger blocks are returned, as they
+    would leave holes that others do not fit. If the environment has MALLOC_ variables, or the C
+    library is not glibc, nothing changes.
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return

@@ -1,14 +1,14 @@
-"""The transformer blocks of a policy: their outputs read, or changed on the way (residual stream).
+"""The transformer blocks of a policy: reading and editing their outputs (the residual stream).
 
 Layer L is block L, counted from 0; its output is what DLM-Scope and SAELens call the residual
-stream behind layer L.
+stream after layer L.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,40 +17,38 @@ from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
 
 Edit = Callable[[Tensor, Tensor], Tensor]
-"""Output of a block [B, T, H] and the ids [B, T] that the model saw, -1 for padding, to the output
-in its place."""
+"""From the output of a block [B, T, H] and the ids [B, T] that the model saw, -1 for padding, to
+the output that replaces it."""
 
-_PLACES = ("layers", "encoder.layer", "transformer.layer", "h")
+_PATHS = ("layers", "encoder.layer", "transformer.layer", "h")
 
 
 def blocks(policy: Policy) -> nn.ModuleList:
-    """The blocks of a policy, in their order; raises DataError for a kind not known here."""
-    body = _body(policy)
-    for place in _PLACES:
-        found: Any = body
-        for name in place.split("."):
-            found = getattr(found, name, None)
-        if isinstance(found, nn.ModuleList):
-            return found
-    raise DataError(f"{type(policy.core).__name__} has no list of blocks that is known here")
+    """The blocks of a policy, in order; raises DataError for an unknown kind of model."""
+    for path in _PATHS:
+        module: Any = _body(policy)
+        for name in path.split("."):
+            module = getattr(module, name, None)
+        if isinstance(module, nn.ModuleList):
+            return module
+    raise DataError(f"{type(policy.core).__name__} has its blocks in no known place")
 
 
 def decoder_blocks(policy: Policy) -> nn.ModuleList:
-    """The same; of a model that takes images, those of its language model."""
-    if policy.family != "vlm":
-        return blocks(policy)
-    layers: nn.ModuleList = _body(policy).get_submodule("language_model.layers")
-    return layers
+    """The same; for a model that takes images, those of its language model."""
+    path = policy.model_family.language_layers
+    layers: Any = blocks(policy) if path is None else _body(policy).get_submodule(path)
+    return cast(nn.ModuleList, layers)
 
 
 def block_name(policy: Policy, layer: int) -> str:
-    """Path of a block in the Hugging Face model, as `model.layers.5`."""
+    """Path of a block in the Hugging Face model, such as `model.layers.5`."""
     wanted = blocks(policy)[layer]
     return next(name for name, module in policy.core.named_modules() if module is wanted)
 
 
 def check_layers(policy: Policy, layers: Sequence[int]) -> None:
-    """Raise UsageError where the policy has not so many blocks."""
+    """Raise UsageError if the policy lacks one of these blocks."""
     count = len(blocks(policy))
     for layer in layers:
         if not 0 <= layer < count:
@@ -60,7 +58,7 @@ def check_layers(policy: Policy, layers: Sequence[int]) -> None:
 def block_outputs(
     policy: Policy, ids: Tensor, attention: Tensor | None, layers: Sequence[int]
 ) -> dict[int, Tensor]:
-    """Outputs [B, T, H] of these blocks from one pass that ends behind the last of them.
+    """Outputs [B, T, H] of these blocks, from one pass that stops after the last of them.
 
     Args:
         ids: int64 [B, T], padding on the right.
@@ -70,25 +68,25 @@ def block_outputs(
     last = max(layers)
 
     def keep(layer: int) -> Edit:
-        def seen(output: Tensor, _: Tensor) -> Tensor:
+        def run(output: Tensor, _: Tensor) -> Tensor:
             outputs[layer] = output
             if layer == last:
-                raise _EnoughError
+                raise _StopPassError
             return output
 
-        return seen
+        return run
 
     edits = {layer: keep(layer) for layer in layers}
-    with edited_blocks(policy, edits), contextlib.suppress(_EnoughError):
+    with edited_blocks(policy, edits), contextlib.suppress(_StopPassError):
         policy.hidden(ids, attention)
     return outputs
 
 
 @contextlib.contextmanager
 def edited_blocks(policy: Policy, edits: Mapping[int, Edit]) -> Iterator[None]:
-    """Within the block every pass of the policy runs with these outputs changed.
+    """Inside this context every pass of the policy has these outputs edited.
 
-    Not for a compiled pass, which does not come by here.
+    A compiled pass is not affected: it does not run hooks.
     """
     modules, ids = blocks(policy), torch.empty(0)
 
@@ -111,18 +109,18 @@ def edited_blocks(policy: Policy, edits: Mapping[int, Edit]) -> Iterator[None]:
         yield
 
 
-def _without_padding(ids: Tensor, given: Mapping[str, Any]) -> Tensor:
-    """The ids of a pass, -1 for padding: a cache may know what that is, else the attention says."""
-    caches = (given.get(name) for name in ("past_key_values", "cache"))
+def _without_padding(ids: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """The ids of a pass, -1 for padding, which is known from its cache or its attention mask."""
+    caches = (arguments.get(name) for name in ("past_key_values", "cache"))
     cache = next((cache for cache in caches if cache is not None), None)
-    padding, attention = getattr(cache, "padding", None), given.get("attention_mask")
+    padding, attention = getattr(cache, "padding", None), arguments.get("attention_mask")
     if padding is None and attention is not None and attention.dim() == 2:
         padding = attention[:, -ids.shape[1] :] == 0
     return ids if padding is None else ids.masked_fill(padding, -1)
 
 
-class _EnoughError(Exception):
-    """No block behind this one is wanted."""
+class _StopPassError(Exception):
+    """No block after this one is needed."""
 
 
 def _body(policy: Policy) -> nn.Module:

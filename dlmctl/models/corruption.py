@@ -1,21 +1,20 @@
 """Corrupted images, for the visual contrast: same size, same tokens, less to see.
 
-Images are corrupted after they were resized, so that grid, placeholders and places stay as they
-are and one sequence of tokens serves both passes. `patch` blackens whole tokens (2 x 2 patches of
-Qwen); a square that is drawn on the original image, as in PAPO and VPPO, does not line up with
-them.
+Images are corrupted after they are resized, so that grid, placeholders and positions stay the same
+and one sequence of tokens serves both passes. `patch` blackens whole tokens (2 x 2 patches in
+Qwen); squares drawn on the original image, as in PAPO and VPPO, do not line up with tokens.
 
-    patch     each token's square black with probability p              (PAPO, VPPO: p 0.6, 0.5)
-    blank     the whole image black
+    patch     each token's square is black with probability p           (PAPO, VPPO: p 0.6, 0.5)
+    blank     the whole image is black
     blur      Gaussian blur; its radius is the standard deviation       (VPPO: 6 pixels)
     noise     Gaussian noise of standard deviation 189 of 255           (VPPO)
-    shuffle   the squares of the tokens in another order
+    shuffle   the squares of the tokens in a different order
 
-Beside them stands `no-image`, where the prompt loses its images, marks and all; nothing is left to
-corrupt, and what follows moves up.
+With `no-image` the prompt loses its images and their marks, so there is nothing to corrupt, and
+the tokens that follow move up.
 
-Normalized pixels are not zeroed: that would paint grey. The strengths are those of the peers'
-code; which of these SRPO uses could not be read.
+Black is black before normalization; zeros in normalized pixels would be grey. The strengths are
+those of the cited code; which of these SRPO uses could not be determined.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from dlmctl.models.vision import Picture, Vision
 Corruption = Literal["patch", "blank", "blur", "noise", "shuffle"]
 NO_IMAGE: Literal["no-image"] = "no-image"
 Unseen = Corruption | Literal["no-image"]
-"""What an option --corrupt names."""
+"""Values of --corrupt."""
 
 BLUR_PIXELS = 6.0
 NOISE = 189 / 255
@@ -41,31 +40,31 @@ NOISE = 189 / 255
 def corrupt(
     picture: Picture, vision: Vision, kind: Corruption, probability: float, seed: int
 ) -> Picture:
-    """The corrupted picture; the same for the same seed, on every machine.
+    """The corrupted picture; for the same seed the same on every machine.
 
     Args:
         probability: p of `patch`.
         seed: 64 bits.
     """
-    # Below 2**63, as manual_seed wants it.
+    # manual_seed wants it below 2**63.
     generator = torch.Generator().manual_seed(seed & (2**63 - 1))
     image = to_image(picture, vision)
     low, high = _range(vision.processor)
     if kind == "patch":
         cells = torch.rand(_cells(image, vision.cell), generator=generator) < probability
         mask = cells.repeat_interleave(vision.cell, 0).repeat_interleave(vision.cell, 1)
-        made = torch.where(mask, low[:, None, None], image)
+        corrupted = torch.where(mask, low[:, None, None], image)
     elif kind == "blank":
-        made = low[:, None, None].expand_as(image)
+        corrupted = low[:, None, None].expand_as(image)
     elif kind == "blur":
-        made = _blurred(image, BLUR_PIXELS)
+        corrupted = _blurred(image, BLUR_PIXELS)
     elif kind == "noise":
         noise = torch.randn(image.shape, generator=generator)
-        made = image + NOISE * (high - low)[:, None, None] * noise
-        made = torch.minimum(torch.maximum(made, low[:, None, None]), high[:, None, None])
+        noisy = image + NOISE * (high - low)[:, None, None] * noise
+        corrupted = torch.minimum(torch.maximum(noisy, low[:, None, None]), high[:, None, None])
     else:
-        made = _shuffled(image, vision.cell, generator)
-    return picture._replace(pixels=to_pixels(made, picture, vision))
+        corrupted = _shuffled(image, vision.cell, generator)
+    return picture._replace(pixels=to_pixels(corrupted, picture, vision))
 
 
 def to_image(picture: Picture, vision: Vision) -> Tensor:
@@ -96,32 +95,31 @@ def _cells(image: Tensor, cell: int) -> tuple[int, int]:
 
 
 def _range(processor: Any) -> tuple[Tensor, Tensor]:
-    """Black and white as they are after normalization: float32 [3] each."""
+    """Black and white after normalization: float32 [3] each."""
     mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
     return -mean / std, (1 - mean) / std
 
 
 def _blurred(image: Tensor, deviation: float) -> Tensor:
-    """Gaussian blur, the edge repeated; a kernel for rows, then one for columns."""
+    """Gaussian blur with repeated edges: a kernel for rows, then one for columns."""
     reach = math.ceil(3 * deviation)
     distance = torch.arange(-reach, reach + 1, dtype=image.dtype)
     kernel = torch.exp(-(distance**2) / (2 * deviation**2))
     kernel /= kernel.sum()
-    made = image[:, None]
-    made = functional.pad(made, (reach, reach, 0, 0), mode="replicate")
-    made = functional.conv2d(made, kernel[None, None, None, :])
-    made = functional.pad(made, (0, 0, reach, reach), mode="replicate")
-    return functional.conv2d(made, kernel[None, None, :, None])[:, 0]
+    padded = functional.pad(image[:, None], (reach, reach, 0, 0), mode="replicate")
+    rows = functional.conv2d(padded, kernel[None, None, None, :])
+    padded = functional.pad(rows, (0, 0, reach, reach), mode="replicate")
+    return functional.conv2d(padded, kernel[None, None, :, None])[:, 0]
 
 
 def _shuffled(image: Tensor, cell: int, generator: torch.Generator) -> Tensor:
-    """Squares in another order; what the grid of squares leaves over stays."""
+    """Squares in a different order; pixels beyond the grid of squares stay."""
     height, width = image.shape[1] // cell, image.shape[2] // cell
     inner = image[:, : height * cell, : width * cell]
     squares = inner.reshape(3, height, cell, width, cell).permute(1, 3, 0, 2, 4)
     order = torch.randperm(height * width, generator=generator)
     squares = squares.flatten(0, 1)[order].reshape(height, width, 3, cell, cell)
-    made = image.clone()
+    shuffled = image.clone()
     moved = squares.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-    made[:, : height * cell, : width * cell] = moved
-    return made
+    shuffled[:, : height * cell, : width * cell] = moved
+    return shuffled

@@ -1,6 +1,6 @@
 """From a name to a policy: hub name, directory, checkpoint of a run, adapter, or `builtin:NAME`.
 
-Weights are read from safetensors and nothing that a checkpoint brings is executed.
+Weights are read from safetensors, and no code of a checkpoint is executed.
 """
 
 from __future__ import annotations
@@ -11,20 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-    Qwen2Tokenizer,
-)
+import transformers
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from dlmctl.models.adapters import adapter_base, merged, with_adapter
 from dlmctl.models.allocator import keep_freed_memory
-from dlmctl.models.families import FAULTS, HOW, TURN_ENDS, Architecture, architecture
-from dlmctl.models.policy import LEFT_TO_RIGHT, Policy
+from dlmctl.models.architecture import FAULTS, Architecture, architecture
+from dlmctl.models.families import HOW_TO_READ
+from dlmctl.models.policy import Policy
 from dlmctl.models.vision import Vision, vision_of
 from dlmctl.models.weights import align, read_weights, weight_files, weights_hash
 from dlmctl.records.errors import (
@@ -42,12 +36,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 HUB_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 
-
 NOT_WEIGHTS = ("rotary_emb.inv_freq", ".position_ids", ".masked_bias")
-"""Ends of names of tensors that older versions of transformers saved and that are computed."""
-
-OTHER_HEADS = ("cls.seq_relationship.", "bert.pooler.")
-"""BERT's parts for guessing whether a sentence follows another."""
+"""Endings of names of tensors that older versions of transformers saved, and that are computed."""
 
 
 def load_policy(
@@ -57,14 +47,14 @@ def load_policy(
 
     Args:
         name: `builtin:NAME`, a directory (a checkpoint, a run with `latest`, a peft adapter), or a
-            hub name, with `@REVISION` if wanted; behind it settings of `Reading`, as in
+            hub name, with `@REVISION` if wanted; settings of `Reading` may follow, as in
             `NAME,family=a2d`.
         device: auto, cpu, cuda or cuda:N.
         dtype: auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16.
         prompting: how it is prompted; None: by its chat template, with nothing added.
 
     Raises:
-        MissingInputError: the model is not there, or lacks a file.
+        MissingInputError: there is no such model, or it lacks a file.
         DataError: its files cannot be used.
         UnavailableError: the device or a package is missing.
         TryAgainError: the hub does not answer.
@@ -75,19 +65,17 @@ def load_policy(
     if (directory / "adapter_config.json").exists():
         return _load_adapter(name, directory, device, dtype, prompting or Prompting())
 
-    config_file = directory / "config.json"
-    if not config_file.exists():
+    config = directory / "config.json"
+    if not config.exists():
         raise MissingInputError(f"{directory} has no config.json: it is not a model")
-    plan = architecture(read_json(config_file), str(config_file), split_name(name)[1])
+    arch = architecture(read_json(config), str(config), split_name(name)[1])
     files = weight_files(directory)
-    model = _build(plan, files, precision, directory).to(where).eval()
+    model = _build(arch, files, precision, directory).to(where).eval()
     align(model)
-    tokenizer = load_tokenizer(directory, plan)
-    policy = _policy(name, plan, model, tokenizer, weights_hash(files), directory)
-    policy = dataclasses.replace(policy, prompting=prompting or Prompting())
-    if plan.family == "vlm":
-        policy = dataclasses.replace(policy, vision=_load_vision(directory, plan, tokenizer))
-    return policy
+    tokenizer = load_tokenizer(directory, arch)
+    policy = _policy(name, arch, model, tokenizer, weights_hash(files), directory)
+    vision = _load_vision(directory, arch, tokenizer) if arch.family.takes_images else None
+    return dataclasses.replace(policy, prompting=prompting or Prompting(), vision=vision)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -117,7 +105,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def fixed_name(name: str) -> str:
-    """A name that means the same from everywhere and later on: of a run, its checkpoint of now."""
+    """A name that means the same in any directory and later: for a run, its present checkpoint."""
     path, reading = split_name(name)
     if not Path(path).expanduser().is_dir():
         return name
@@ -125,7 +113,7 @@ def fixed_name(name: str) -> str:
 
 
 def run_of(name: str) -> tuple[Path, Reading]:
-    """The run that a fixed name is a checkpoint of, later ones being of it too; else its path."""
+    """The run that a fixed name is a checkpoint of; if it is of none, the path itself."""
     plain, reading = split_name(name)
     path = Path(plain)
     of_run = path.is_absolute() and (path.parent / "latest").is_symlink()
@@ -133,25 +121,39 @@ def run_of(name: str) -> tuple[Path, Reading]:
 
 
 def model_directory(name: str, files: list[str] = HUB_FILES) -> Path:
-    """The directory that holds a model; of a hub name, these files are downloaded."""
+    """The directory that contains a model; for a hub name, these files are downloaded."""
     name, _ = split_name(name)
     if name.startswith("builtin:"):
         directory = ASSETS / name.removeprefix("builtin:")
         if not directory.is_dir():
-            there = sorted(p.name for p in ASSETS.iterdir() if p.is_dir())
-            raise MissingInputError(f"there is no model {name}; there are: {', '.join(there)}")
+            names = ", ".join(sorted(p.name for p in ASSETS.iterdir() if p.is_dir()))
+            raise MissingInputError(f"there is no model {name}; there are: {names}")
         return directory
     path = Path(name).expanduser()
-    if os.path.isdir(path):  # unlike path.is_dir(), also of a name that is too long
+    if os.path.isdir(path):  # unlike path.is_dir(), accepts names that are too long
         latest = path / "latest"
         return latest.resolve() if latest.exists() else path
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise MissingInputError(f"no model at {name}: it is no directory, and not a hub name")
+        raise MissingInputError(f"no model at {name}: it is neither a directory nor a hub name")
     return _download(name, files)
 
 
+def config_file(name: str, files: list[str] = HUB_FILES) -> tuple[Path, Reading]:
+    """The config.json of a model, or of an adapter's base model, and the settings after its name.
+
+    Raises:
+        MissingInputError: there is no config.json.
+    """
+    directory = model_directory(name, files)
+    if (directory / "adapter_config.json").exists():
+        return config_file(adapter_base(directory), files)
+    if not (directory / "config.json").exists():
+        raise MissingInputError(f"{directory} has no config.json: it is not a model")
+    return directory / "config.json", split_name(name)[1]
+
+
 def base_directory(name: str) -> Path:
-    """The directory that holds the weights below all adapters of a model."""
+    """The directory with the weights that all adapters of a model are based on."""
     directory = model_directory(name)
     while (directory / "adapter_config.json").exists():
         directory = model_directory(adapter_base(directory))
@@ -169,7 +171,7 @@ def _download(name: str, files: list[str]) -> Path:
 
     repository, _, revision = name.partition("@")
     try:
-        found = snapshot_download(repository, revision=revision or None, allow_patterns=files)
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
     except GatedRepoError:
         raise MissingInputError(
             f"{name} is gated: accept its terms on the hub, then  hf auth login"
@@ -179,20 +181,19 @@ def _download(name: str, files: list[str]) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise TryAgainError(
-            f"{name} is no directory here, and the hub does not answer ({reason})"
+            f"{name} is not a directory here, and the hub does not answer ({reason})"
         ) from None
-    return Path(found)
 
 
-def _build(plan: Architecture, files: list[Path], dtype: torch.dtype, directory: Path) -> Any:
-    """The model with its weights; every weight must be there, and no other."""
-    tensors = read_weights(files, plan.rename)
-    # Of the class itself, so that from_pretrained takes tensors instead of a path.
-    factory = model_class(plan, str(directory))
+def _build(arch: Architecture, files: list[Path], dtype: torch.dtype, directory: Path) -> Any:
+    """The model with its weights, of which none may be missing and none may be left over."""
+    tensors = read_weights(files, arch.rename)
+    # A concrete class, so that from_pretrained takes tensors instead of a path.
+    factory = arch.model_class(str(directory))
     try:
         model, report = factory.from_pretrained(
             None,
-            config=plan.config,
+            config=arch.config,
             state_dict=tensors,
             dtype=dtype,
             output_loading_info=True,
@@ -206,66 +207,54 @@ def _build(plan: Architecture, files: list[Path], dtype: torch.dtype, directory:
         raise DataError(
             f"{directory}: {len(missing)} weights are missing or misshapen, first {missing[0]}"
         )
-    further = [
+    left_over = [
         name
         for name in sorted(report["unexpected_keys"])
-        if not name.endswith(NOT_WEIGHTS) and not name.startswith(OTHER_HEADS)
+        if not name.endswith(NOT_WEIGHTS) and not name.startswith(arch.family.ignored_weights)
     ]
-    if further:
+    if left_over:
         raise DataError(
-            f"{directory}: {len(further)} weights are of no part of a {type(model).__name__}, "
-            f"first {further[0]}: config.json does not describe this model"
+            f"{directory}: {len(left_over)} weights belong to no part of a {type(model).__name__}, "
+            f"first {left_over[0]}: config.json does not describe this model"
         )
     return model
 
 
-def model_class(plan: Architecture, where: str) -> Any:
-    """The class of transformers that a checkpoint is read as; raises DataError where none is."""
-    kinds = {"mlm": AutoModelForMaskedLM, "vlm": AutoModelForImageTextToText}
-    auto: Any = kinds.get(plan.family, AutoModelForCausalLM)
-    try:
-        return auto._model_mapping[type(plan.config)]
-    except KeyError:
-        raise DataError(
-            f"{where}: a model of type '{plan.config.model_type}' is no language model"
-        ) from None
-
-
-def load_tokenizer(directory: Path, plan: Architecture) -> Any:
-    """The tokenizer of a checkpoint; Dream's own class is Qwen2's under another name."""
+def load_tokenizer(directory: Path, arch: Architecture) -> Any:
+    """The tokenizer of a checkpoint; raises DataError if it cannot be loaded."""
     try:
         if (directory / "tokenizer.json").exists():
             return PreTrainedTokenizerFast.from_pretrained(directory)
-        if plan.family == "dream":
-            return Qwen2Tokenizer.from_pretrained(directory)
-        # Left open, it asks on the terminal whether to run the checkpoint's code.
-        return AutoTokenizer.from_pretrained(directory, config=plan.config, trust_remote_code=False)
+        if arch.family.tokenizer_class is not None:
+            return getattr(transformers, arch.family.tokenizer_class).from_pretrained(directory)
+        # With trust_remote_code=None it asks on the terminal whether to run the checkpoint's code.
+        return AutoTokenizer.from_pretrained(directory, config=arch.config, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
         reason = str(error).strip().split("\n")[0]
         raise DataError(f"{directory}: its tokenizer cannot be loaded ({reason})") from None
 
 
-def _load_vision(directory: Path, plan: Architecture, tokenizer: Any) -> Vision:
-    """How the model takes images; the processor is torchvision's where that is installed."""
+def _load_vision(directory: Path, arch: Architecture, tokenizer: Any) -> Vision:
+    """How the model takes images; the processor is torchvision's if that is installed."""
     try:
         processor = AutoImageProcessor.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # of many kinds
         reason = str(error).strip().split("\n")[0]
         raise DataError(f"{directory}: its image processor cannot be loaded ({reason})") from None
-    return vision_of(plan.config.model_type, plan.config, tokenizer, processor)
+    return vision_of(arch.family, arch.config, tokenizer, processor)
 
 
 def _policy(
-    name: str, plan: Architecture, model: Any, tokenizer: Any, revision: str, directory: Path
+    name: str, arch: Architecture, model: Any, tokenizer: Any, revision: str, directory: Path
 ) -> Policy:
-    config = plan.config
-    mask_id = plan.mask_id if plan.mask_id is not None else tokenizer.mask_token_id
-    vocab_size = config.get_text_config().vocab_size
-    if plan.family in LEFT_TO_RIGHT:
-        if plan.doubtful and mask_id is not None:
+    family, vocab_size = arch.family, arch.config.get_text_config().vocab_size
+    # 1. The mask token.
+    mask_id = arch.mask_id if arch.mask_id is not None else tokenizer.mask_token_id
+    if not family.diffusion:
+        if arch.doubtful and mask_id is not None:
             raise DataError(
-                f"{name} brings code of its own and its tokenizer has a mask token: if it is a "
-                f"diffusion model, {HOW}; if not, write family=ar"
+                f"{name} brings its own code and its tokenizer has a mask token: if it is a "
+                f"diffusion model, {HOW_TO_READ}; if not, write family=ar"
             )
         mask_id = None
     elif mask_id is None:
@@ -275,33 +264,34 @@ def _policy(
         )
     elif mask_id >= vocab_size:
         raise DataError(f"the mask token {mask_id} of {name} is beyond its {vocab_size} tokens")
-    ends = _end_ids(directory, plan)
+    # 2. The tokens that end a completion or a turn.
+    ends = _end_ids(directory, arch)
     eos_id = tokenizer.eos_token_id
     if eos_id is None:
         eos_id = ends[0] if ends else None
-    if eos_id is None and plan.family == "mlm":
-        eos_id = tokenizer.sep_token_id
+    if eos_id is None and family.fallback_end is not None:
+        eos_id = getattr(tokenizer, f"{family.fallback_end}_id")
     pad_id = tokenizer.pad_token_id
-    turn_ends = {tokenizer.get_vocab().get(token) for token in TURN_ENDS.get(plan.family, ())}
+    turn_ends = {tokenizer.get_vocab().get(token) for token in family.turn_ends}
     return Policy(
         model=model,
         tokenizer=tokenizer,
-        family=plan.family,
+        family=family.name,
         mask_id=mask_id,
         eos_id=eos_id,
         pad_id=pad_id if pad_id is not None else (eos_id or 0),
-        shift=plan.shift,
+        shift=arch.shift,
         vocab_size=vocab_size,
         name=name,
         revision=revision,
-        sampling=plan.sampling,
+        sampling=arch.sampling,
         other_ends=frozenset(ends) - {eos_id},
         turn_ends=frozenset(turn_ends - {None}),
     )
 
 
-def _end_ids(directory: Path, plan: Architecture) -> list[int]:
-    """Tokens that end a completion, by generation_config.json, else by config.json.
+def _end_ids(directory: Path, arch: Architecture) -> list[int]:
+    """Tokens that end a completion, from generation_config.json, else from config.json.
 
     Raises:
         DataError: they are not token ids.
@@ -310,10 +300,10 @@ def _end_ids(directory: Path, plan: Architecture) -> list[int]:
     stated = read_json(where).get("eos_token_id") if where.exists() else None
     if stated is None:
         where = directory / "config.json"
-        stated = getattr(plan.config.get_text_config(), "eos_token_id", None)
+        stated = getattr(arch.config.get_text_config(), "eos_token_id", None)
     ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
     if not all(type(i) is int and i >= 0 for i in ids):
-        raise DataError("eos_token_id is not a token id, nor a list of some", str(where))
+        raise DataError("eos_token_id is neither a token id nor a list of token ids", str(where))
     return ids
 
 
@@ -328,58 +318,58 @@ def checkpoint_revision(directory: Path, base_revision: str) -> str:
 def reload_policy(policy: Policy, name: str, device: str, dtype: str) -> Policy:
     """The policy with the weights of a newer checkpoint of the same run.
 
-    They are copied into the tensors that are there, so that nothing is allocated or built again.
-    One with other weights or shapes, as the first adapter after its base, is loaded afresh.
+    They are copied into the existing tensors, so that nothing is allocated or built again. A
+    checkpoint with other weights or shapes, such as the first adapter of a run, is loaded afresh.
     """
     directory = model_directory(name)
     adapter = directory / "adapter_model.safetensors"
-    here = policy.model.state_dict()
+    present = policy.model.state_dict()
     if adapter.exists() != hasattr(policy.model, "peft_config"):
         return load_policy(name, device, dtype, policy.prompting)
     files = [adapter] if adapter.exists() else weight_files(directory)
-    tensors = read_weights(files, lambda key: key)
+    tensors = read_weights(files, str)
     if adapter.exists():
-        # peft leaves the name of the adapter out.
+        # On disk peft leaves out the name of the adapter.
         parts = (key.rpartition(".") for key in tensors)
         tensors = {
             f"{a}.default.{b}": t for (a, _, b), t in zip(parts, tensors.values(), strict=True)
         }
-        wanted = {key for key in here if "lora_" in key}
+        wanted = {key for key in present if "lora_" in key}
         base = policy.revision.rpartition(".")[0]
     else:
         tied = getattr(policy.model, "all_tied_weights_keys", None) or {}
-        here = _as_on_disk(policy.model, here)
-        wanted, base = here.keys() - set(tied), policy.revision
-    if not wanted <= tensors.keys() <= here.keys() or any(
-        here[key].shape != tensor.shape for key, tensor in tensors.items()
+        present = _as_on_disk(policy.model, present)
+        wanted, base = present.keys() - set(tied), policy.revision
+    if not wanted <= tensors.keys() <= present.keys() or any(
+        present[key].shape != tensor.shape for key, tensor in tensors.items()
     ):
         return load_policy(name, device, dtype, policy.prompting)
     with torch.no_grad():
         for key, tensor in tensors.items():
-            here[key].copy_(tensor)
+            present[key].copy_(tensor)
     return dataclasses.replace(policy, name=name, revision=checkpoint_revision(directory, base))
 
 
 def _as_on_disk(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a model by their names in its checkpoints, where transformers has others.
+    """The tensors of a model by their names in its checkpoints, if those differ in transformers.
 
-    The same tensors, or none are renamed: where a checkpoint holds them joined or divided, what
-    came out would be copies.
+    Nothing is renamed if a checkpoint contains some of them joined or split, since the result would
+    be copies and not the model's own tensors.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
     renamed: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(tensors))
-    own = {id(tensor) for tensor in tensors.values()}
-    return renamed if all(id(tensor) in own for tensor in renamed.values()) else tensors
+    same = {id(tensor) for tensor in tensors.values()}
+    return renamed if all(id(tensor) in same for tensor in renamed.values()) else tensors
 
 
 def _load_adapter(
     name: str, directory: Path, device: str, dtype: str, prompting: Prompting
 ) -> Policy:
-    """A base model with the peft adapter that `directory` holds.
+    """A base model with the peft adapter in `directory`.
 
     Raises:
-        DataError: the base model has other weights than when the adapter was trained on it here.
+        DataError: the base model no longer has the weights that the adapter was trained on here.
     """
     base_name = adapter_base(directory)
     base = merged(load_policy(base_name, device, dtype, prompting))
@@ -387,8 +377,8 @@ def _load_adapter(
     trained_on = read_json(run).get("reference_revision") if run.exists() else None
     if trained_on not in (None, base.revision):
         raise DataError(
-            f"{base_name}, the model that it was trained on, has other weights now; put them back, "
-            "or train anew",
+            f"{base_name}, the model that it was trained on, has other weights now; restore them, "
+            "or train again",
             str(directory),
         )
     policy = with_adapter(base, name, directory)

@@ -1,9 +1,9 @@
 """From the prompt of a record to text, and from text to token ids.
 
-A prompt goes through the tokenizer's chat template and gets the special tokens that the template
-writes, and no others. A text without a template gets those that the tokenizer itself puts around a
-text (its post-processor): beginning-of-sequence in Gemma and Llama, [CLS] and [SEP] in BERT, none
-in Qwen. So the ids are those of transformers in both cases.
+A prompt goes through the tokenizer's chat template and gets only the special tokens that the
+template writes. A text without a template gets those that the tokenizer itself puts around a text
+(its post-processor): beginning-of-sequence in Gemma and Llama, [CLS] and [SEP] in BERT, none in
+Qwen. In both cases the ids are the same as in transformers.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def prompt_ids(
     images: int = 0,
     vision: Vision | None = None,
 ) -> list[int]:
-    """The ids of `messages` or `prompt` of a record, images as placeholders that are not expanded.
+    """The ids of `messages` or `prompt` of a record, with one placeholder for each image.
 
     Args:
-        name: of the model, for messages.
-        images: how many the record has.
+        name: of the model, for error messages.
+        images: number of images of the record.
 
     Raises:
-        DataError: there is no prompt, or template or tokenizer cannot express it.
+        DataError: there is no prompt, or the template or tokenizer cannot express it.
     """
     messages = _messages(record)
     if images:
@@ -43,10 +43,10 @@ def prompt_ids(
         return text_ids(tokenizer, text + prompting.prefill, name, special=True)
     if images:
         messages = [{**m, "content": image_parts(m["content"])} for m in messages]
-    # An answer that has begun is continued, as transformers' pipelines do.
+    # An answer that has begun is continued, as in transformers' pipelines.
     begun = isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant"
-    own = record.get("chat_template_kwargs") or {}
-    if not isinstance(own, dict):
+    arguments = record.get("chat_template_kwargs") or {}
+    if not isinstance(arguments, dict):
         raise DataError("field 'chat_template_kwargs' is not an object")
     try:
         text = str(
@@ -55,10 +55,10 @@ def prompt_ids(
                 tokenize=False,
                 add_generation_prompt=not begun,
                 continue_final_message=begun,
-                **{**prompting.template_args, **own},
+                **{**prompting.template_args, **arguments},
             )
         )
-    except Exception as error:  # the template is a program of the model's author
+    except Exception as error:  # the template is a program by the model's author
         raise DataError(f"the chat template of {name} refuses it: {error}") from None
     return text_ids(tokenizer, text + prompting.prefill, name)
 
@@ -67,7 +67,7 @@ def text_ids(tokenizer: Any, text: str, name: str, special: bool = False) -> lis
     """Ids of a text by the tokenizer of the model `name`.
 
     Args:
-        special: with the special tokens that the tokenizer puts around a text.
+        special: include the special tokens that the tokenizer puts around a text.
 
     Raises:
         DataError: a character has no token.
@@ -83,7 +83,7 @@ def text_ids(tokenizer: Any, text: str, name: str, special: bool = False) -> lis
 
 
 def context_ids(tokenizer: Any, text: str, name: str) -> list[int]:
-    """Ids of a text that is continued: with the special tokens before it, without those behind it.
+    """Ids of a text to be continued: with the special tokens before it, without those after it.
 
     Raises:
         DataError: a character has no token.
@@ -107,12 +107,12 @@ def _messages(record: Mapping[str, Any]) -> list[Any]:
 
 
 def _with_images(messages: list[Any], images: int) -> list[dict[str, Any]]:
-    """Messages whose contents are texts with as many image marks as there are images, at least.
+    """Messages whose contents are texts with at least as many image marks as there are images.
 
-    Marks that are missing come first.
+    Missing marks are put first.
 
     Raises:
-        DataError: a message is no object with a content.
+        DataError: a message is not an object with a content.
     """
     texts = [_text_of(message) for message in messages]
     first = next((i for i, m in enumerate(messages) if m.get("role") == "user"), 0)
@@ -122,7 +122,7 @@ def _with_images(messages: list[Any], images: int) -> list[dict[str, Any]]:
 
 
 def _text_of(message: Any) -> str:
-    """The content of a message, its image parts as marks."""
+    """The content of a message, with its image parts as marks."""
     content = message.get("content") if isinstance(message, dict) else None
     if isinstance(content, str):
         return content
@@ -135,13 +135,12 @@ def _text_of(message: Any) -> str:
 
 
 def _only_content(messages: list[Any], name: str, raw: bool) -> str:
-    """The content of the one message that there is to write down without a template."""
+    """The content of the only message, which can be written without a template."""
     if len(messages) == 1 and isinstance(messages[0], dict):
         return str(messages[0].get("content", ""))
     why, instead = f"{name} has no chat template", "give 'prompt' instead"
     if raw:
         why, instead = "--raw leaves out the chat template", "leave --raw out"
     raise DataError(
-        f"{why}, so that a conversation of {len(messages)} messages cannot be written down: "
-        f"{instead}"
+        f"{why}, so a conversation of {len(messages)} messages cannot be written as text: {instead}"
     )

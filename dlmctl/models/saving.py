@@ -1,18 +1,23 @@
 """A policy to disk, as an ordinary Hugging Face directory that transformers loads by itself.
 
-What config.json has no field for (family, mask token, shift, sampling) stands in it under `dlmctl`.
+config.json has what it has no field for (family, mask token, shift, sampling) under `dlmctl`.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+
 from dlmctl.models.policy import Policy
+from dlmctl.records.errors import UsageError
+from dlmctl.records.files import publish_directory
 
 
 def save_policy(policy: Policy, directory: Path) -> None:
-    """Write model and tokenizer; of a model with an adapter, the adapter and its base's name."""
+    """Write model and tokenizer; for a model with an adapter, the adapter and its base's name."""
     model: Any = policy.model
     if hasattr(model, "peft_config"):
         for config in model.peft_config.values():
@@ -37,7 +42,41 @@ def save_policy(policy: Policy, directory: Path) -> None:
 
 
 def save_tokenizer(policy: Policy, directory: Path) -> None:
-    """Write the tokenizer, without what transformers notes of the process that loaded it."""
-    for note in ("is_local", "local_files_only"):  # else the files depend on HF_HUB_OFFLINE
+    """Write the tokenizer, without what transformers records about the process that loaded it."""
+    for note in ("is_local", "local_files_only"):  # or the files depend on HF_HUB_OFFLINE
         policy.tokenizer.init_kwargs.pop(note, None)
     policy.tokenizer.save_pretrained(directory)
+
+
+def save_original(policy: Policy, directory: Path) -> None:
+    """Write a model as its authors publish theirs: their weight names and fields of config.json.
+
+    Raises:
+        UsageError: the authors publish stock models of transformers.
+    """
+    family, model = policy.model_family, policy.model
+    ids = {"mask": policy.mask_id, "eos": policy.eos_id, "pad": policy.pad_id}
+    special_ids = {f"{name}_token_id": number for name, number in ids.items()}
+    fields = family.original_config(model.config, special_ids)
+    if fields is None:
+        raise UsageError(
+            "--original-naming is for families whose authors have names of their own, as llada "
+            f"and dream; models of {family.name} have those of transformers"
+        )
+    weights = {family.original_name(n): t.contiguous() for n, t in model.state_dict().items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    save_tokenizer(policy, directory)
+
+
+def save_new(policy: Policy, directory: Path, original: bool) -> None:
+    """Write a new model, as transformers has it or as its authors publish theirs.
+
+    It appears whole or not at all; in an existing directory, file by file.
+    """
+    save = save_original if original else save_policy
+    if directory.exists():
+        save(policy, directory)
+    else:
+        publish_directory(directory, lambda temporary: save(policy, temporary))

@@ -1,4 +1,4 @@
-"""Tokens one by one as text, so that they read as a text again when they are put in a row."""
+"""The text of single tokens, such that tokens in a row spell the text that they encode."""
 
 from __future__ import annotations
 
@@ -6,38 +6,24 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from dlmctl.models.adapters import adapter_base
-from dlmctl.models.families import architecture
-from dlmctl.models.loading import (
-    TOKENIZER_FILES,
-    load_tokenizer,
-    model_directory,
-)
-from dlmctl.records.errors import MissingInputError
+from dlmctl.models.architecture import architecture
+from dlmctl.models.loading import TOKENIZER_FILES, config_file, load_tokenizer
 from dlmctl.records.files import read_json
-from dlmctl.settings.models import split_name
 
 PART = "\ufffd"
-"""What a decoder writes for part of a character."""
+"""What a decoder writes for an incomplete character."""
 
 
 def tokenizer_of_model(name: str) -> Any:
-    """The tokenizer of a model, by its name; its weights are neither read nor fetched.
+    """The tokenizer of a model, by its name; its weights are neither read nor downloaded.
 
     Raises:
         MissingInputError: there is no such model.
-        DataError: it has no tokenizer that can be used.
+        DataError: it has no usable tokenizer.
         TryAgainError: the hub does not answer.
     """
-    directory = model_directory(name, TOKENIZER_FILES)
-    config = directory / "config.json"
-    if (directory / "adapter_config.json").exists():  # its tokenizer is its base model's
-        return tokenizer_of_model(adapter_base(directory))
-    if not config.exists():
-        raise MissingInputError(f"{directory} has no config.json: it is not a model")
-    return load_tokenizer(
-        directory, architecture(read_json(config), str(config), split_name(name)[1])
-    )
+    config, reading = config_file(name, TOKENIZER_FILES)  # an adapter has its base's tokenizer
+    return load_tokenizer(config.parent, architecture(read_json(config), str(config), reading))
 
 
 def texts_of_model(name: str) -> TokenTexts:
@@ -48,8 +34,8 @@ def texts_of_model(name: str) -> TokenTexts:
 class TokenTexts:
     """The text of each token of a tokenizer's vocabulary.
 
-    A token is decoded behind another, which keeps the space before a word where the tokenizer has
-    it in the token (SentencePiece) or between tokens (WordPiece).
+    A token is decoded after another one, which keeps the space before a word, whether it belongs to
+    the token (SentencePiece) or goes between tokens (WordPiece).
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -60,25 +46,25 @@ class TokenTexts:
         self._anchor = next(plain, None)
 
     def __call__(self, token: int) -> str:
-        """Its text; `#ID` where it has none."""
+        """Its text; `#ID` if it has none."""
         if token not in self._known:
             self._known[token] = self._text(token) or f"#{token}"
         return self._known[token]
 
     def row(self, tokens: Sequence[int]) -> list[str]:
-        """The text of each of neighbouring tokens, which together are the text that they spell.
+        """The texts of neighbouring tokens, which joined are the text that the tokens encode.
 
-        Where a character is divided among tokens, the last of them has it, and the others nothing.
+        A character that is split among tokens belongs to the last of them; the others are empty.
         """
         texts = [self(token) for token in tokens]
         for broken, run in groupby(range(len(tokens)), lambda i: PART in texts[i]):
-            places = list(run)
-            given = 0
-            for place in places if broken else []:
-                spelt = str(self._tokenizer.decode(list(tokens[places[0] : place + 1])))
-                whole = spelt if place == places[-1] else spelt.rstrip(PART)
-                texts[place] = whole[given:]
-                given = max(given, len(whole))
+            positions = list(run)
+            assigned = 0  # characters of the run that already belong to a token
+            for position in positions if broken else []:
+                spelt = str(self._tokenizer.decode(list(tokens[positions[0] : position + 1])))
+                complete = spelt if position == positions[-1] else spelt.rstrip(PART)
+                texts[position] = complete[assigned:]
+                assigned = max(assigned, len(complete))
         return texts
 
     def _text(self, token: int) -> str:

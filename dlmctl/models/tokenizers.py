@@ -14,7 +14,7 @@ PAD, EOS, MASK = "<pad>", "<eos>", "<mask>"
 SPECIAL = [PAD, EOS, MASK]
 PUZZLE_ALPHABET = "0123456789+-*/(),:="
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
-"""Stands for the space before a word, so that decoding gives back the text as it was."""
+"""Stands for the space before a word, so that decoding restores the text exactly."""
 
 
 def character_tokenizer(alphabet: str = PUZZLE_ALPHABET) -> PreTrainedTokenizerFast:
@@ -39,9 +39,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """One token per word or punctuation mark of the texts; the most frequent have the lowest ids.
 
-    A word has the space before it in its token, and the first of a text has one too. A punctuation
-    mark is there with the space and without, since a text can begin with any. Ids 0, 1, 2 are
-    padding, end-of-sequence and mask.
+    The token of a word includes the space before it, even for the first word of a text. A
+    punctuation mark has a token with the space and one without, since a text can begin with any.
+    Ids 0, 1, 2 are padding, end-of-sequence and mask.
     """
     splitting = pre_tokenizers.Sequence(
         [

@@ -1,8 +1,8 @@
 """A policy from config.json alone: its tensors have shapes and dtypes, but no values and no memory.
 
-On torch's meta device a model can be built and counted. To follow a pass, its tensors are those of
-`FakeTensorMode`, for which everything else is as it is: autocast, autograd and what it saves. So
-the product's own passes can be looked at for a model of any size on any machine.
+On torch's meta device a model can be built and its parameters counted. To follow a pass, its
+tensors become those of `FakeTensorMode`, under which autocast, autograd and what autograd saves
+work as usual. So dlmctl's own passes can be measured for a model of any size on any machine.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlmctl.models.adapters import adapter_base
+from dlmctl.models.architecture import FAULTS, architecture
 from dlmctl.models.blocks import decoder_blocks
-from dlmctl.models.families import FAULTS, Architecture, architecture
-from dlmctl.models.loading import model_class, model_directory
-from dlmctl.models.policy import LEFT_TO_RIGHT, Policy
-from dlmctl.records.errors import DataError, MissingInputError
+from dlmctl.models.loading import config_file
+from dlmctl.models.policy import Policy
+from dlmctl.records.errors import DataError
 from dlmctl.records.files import read_json
-from dlmctl.settings.models import Reading, split_name
+from dlmctl.settings.models import split_name
 
 CONFIG_FILES = ["config.json", "adapter_config.json"]
 
@@ -36,27 +35,42 @@ def weightless_policy(name: str, dtype: torch.dtype) -> Policy:
 
     Raises:
         MissingInputError: there is no config.json.
-        DataError: it is of no model that is known here.
+        DataError: no known family fits it.
         TryAgainError: the hub does not answer.
     """
-    config_file, reading = _config_file(name)
-    plan = architecture(read_json(config_file), str(config_file), reading)
+    plain, reading = split_name(name)
+    config = Path(plain).expanduser()
+    if config.suffix != ".json" or not config.is_file():
+        config, reading = config_file(name, CONFIG_FILES)
+    arch = architecture(read_json(config), str(config), reading)
     try:
         with torch.device("meta"):
-            factory: Any = model_class(plan, str(config_file))
-            model = factory._from_config(plan.config, dtype=dtype, attn_implementation="sdpa")
+            factory = arch.model_class(str(config))
+            model = factory._from_config(arch.config, dtype=dtype, attn_implementation="sdpa")
     except FAULTS as error:
         reason = str(error).strip().split("\n")[-1][:200]
-        raise DataError(f"no model can be made of it ({reason})", str(config_file)) from None
-    return _policy(name, plan, model)
+        raise DataError(f"no model can be built from it ({reason})", str(config)) from None
+    return Policy(
+        model=model.eval(),
+        tokenizer=None,
+        family=arch.family.name,
+        mask_id=(arch.mask_id or 0) if arch.family.diffusion else None,
+        eos_id=0,
+        pad_id=0,
+        shift=arch.shift,
+        vocab_size=arch.config.get_text_config().vocab_size,
+        name=name,
+        revision="none",
+        sampling=arch.sampling,
+    )
 
 
 def followable(policy: Policy, layers: int) -> Policy:
-    """A copy of a weightless policy for passes under FakeTensorMode, under which this is called.
+    """A copy of a weightless policy for passes under FakeTensorMode; call it under that mode.
 
     Args:
-        layers: blocks of the language model that it has, the first ones; what passes need is linear
-            in their number.
+        layers: number of blocks of the language model to keep, from the first; what passes need is
+            linear in it.
     """
     model = policy.model
     fake: dict[int, Any] = {
@@ -65,37 +79,7 @@ def followable(policy: Policy, layers: int) -> Policy:
     }
     for parameter in model.parameters():
         fake[id(parameter)] = nn.Parameter(fake[id(parameter)], parameter.requires_grad)
-    copied = dataclasses.replace(policy, model=copy.deepcopy(model, fake))
-    del decoder_blocks(copied)[layers:]
-    copied.core.config.get_text_config().num_hidden_layers = layers
-    return copied
-
-
-def _config_file(name: str) -> tuple[Path, Reading]:
-    plain, reading = split_name(name)
-    path = Path(plain).expanduser()
-    if path.suffix == ".json" and path.is_file():
-        return path, reading
-    directory = model_directory(plain, CONFIG_FILES)
-    if (directory / "adapter_config.json").exists():
-        return _config_file(adapter_base(directory))
-    if not (directory / "config.json").exists():
-        raise MissingInputError(f"{directory} has no config.json: it is not a model")
-    return directory / "config.json", reading
-
-
-def _policy(name: str, plan: Architecture, model: Any) -> Policy:
-    diffusion = plan.family not in LEFT_TO_RIGHT
-    return Policy(
-        model=model.eval(),
-        tokenizer=None,
-        family=plan.family,
-        mask_id=(plan.mask_id or 0) if diffusion else None,
-        eos_id=0,
-        pad_id=0,
-        shift=plan.shift,
-        vocab_size=plan.config.get_text_config().vocab_size,
-        name=name,
-        revision="none",
-        sampling=plan.sampling,
-    )
+    followed = dataclasses.replace(policy, model=copy.deepcopy(model, fake))
+    del decoder_blocks(followed)[layers:]
+    followed.core.config.get_text_config().num_hidden_layers = layers
+    return followed

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from dlmctl.diffusion.sampling import SamplerConfig
-from dlmctl.models.families import FAULTS
+from dlmctl.models.architecture import FAULTS
 from dlmctl.models.policy import Policy
 from dlmctl.models.weightless import weightless_policy
 from dlmctl.plan.flops import Counts, counts, denoising, left_to_right

@@ -1,37 +1,35 @@
-"""How a model is read, and how it is prompted."""
+"""How a model is read and how it is prompted."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import knob
-
-Family = Literal["llada", "dream", "a2d", "mlm", "ar", "vlm"]
+from dlmctl.settings.families import Family, summaries
 
 READING = "Reading the model"
 PROMPT = "Prompt"
 
 NAMES = {"family": str, "shift": int, "mask_id": int}
-"""What may stand behind a model's name, and its type."""
+"""Settings that may follow a model's name, and their types."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What config.json of a checkpoint does not say, or says otherwise.
+    """What the config.json of a checkpoint does not say, or says differently.
 
-    It stands behind the name of the model, as in `DIR,family=a2d,mask_id=151669`, so that whatever
+    It is appended to the name of the model, as in `DIR,family=a2d,mask_id=151669`, so that whatever
     names the model (a record, a run, an adapter) says how to read it.
     """
 
     family: Family | None = knob(
         None,
-        "Family of a checkpoint whose config.json does not say that it denoises: llada and a2d "
-        "attend in both directions, dream too, with its logits one position to the left; mlm is a "
-        "masked language model, ar goes from left to right. The same as MODEL,family=FAMILY.",
+        "Family of a checkpoint whose config.json does not say that it denoises. The same as "
+        f"MODEL,family=FAMILY. {summaries()}",
         panel=READING,
         shown_default="as config.json says",
         env=True,
@@ -43,7 +41,7 @@ class Reading:
         panel=READING,
         minimum=0,
         maximum=1,
-        shown_default="1 for ar and dream, else 0",
+        shown_default="the family's: 1 if its logits stand one position to the left, else 0",
         env=True,
     )
     mask_id: int | None = knob(
@@ -57,7 +55,7 @@ class Reading:
     )
 
     def of(self, model: str | None) -> str | None:
-        """`name` of an option that may be left out.
+        """`name` for a model that may be None.
 
         Raises:
             UsageError: there is no model to read.
@@ -67,26 +65,26 @@ class Reading:
         return None if model is None else self.name(model)
 
     def name(self, model: str) -> str:
-        """The model's name with these settings behind it."""
-        given = {name: getattr(self, name) for name in NAMES}
-        return model + "".join(f",{k}={v}" for k, v in given.items() if v is not None)
+        """The model's name followed by these settings."""
+        values = {name: getattr(self, name) for name in NAMES}
+        return model + "".join(f",{k}={v}" for k, v in values.items() if v is not None)
 
 
 def split_name(name: str) -> tuple[str, Reading]:
-    """A model's name and the settings behind it, the last of each name.
+    """A model's name and the settings that follow it; of two with the same name the last counts.
 
     Raises:
         UsageError: a setting has no such value.
     """
-    given: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     while True:
         before, comma, last = name.rpartition(",")
         key, equals, value = last.partition("=")
         if not comma or not equals or key not in NAMES:
-            return name, Reading(**given)
+            return name, Reading(**values)
         if NAMES[key] is int and not (value.isdecimal() and len(value) <= 9):
-            raise UsageError(f"{key}={value} behind a model's name is not a whole number")
-        given.setdefault(key, NAMES[key](value))
+            raise UsageError(f"{key}={value} after a model's name is not a whole number")
+        values.setdefault(key, NAMES[key](value))
         name = before
 
 
@@ -96,16 +94,16 @@ class Prompting:
 
     chat: bool = knob(
         True,
-        "Write prompts by the tokenizer's chat template, if it has one, or as they are, for the "
-        "model to continue. Without a template --raw is all there is.",
+        "Write prompts with the tokenizer's chat template, if it has one, or as they are, for the "
+        "model to continue. Without a template only --raw is possible.",
         "--chat/--raw",
         panel=PROMPT,
         env=True,
     )
     template_arg: list[str] | None = knob(
         None,
-        "Argument of the chat template, as enable_thinking=false; the value is JSON or a text. May "
-        "be given more than once. A record's field 'chat_template_kwargs' comes before it.",
+        "Argument of the chat template, such as enable_thinking=false; the value is JSON or text. "
+        "May be given more than once. A record's field 'chat_template_kwargs' overrides it.",
         metavar="NAME=VALUE",
         panel=PROMPT,
         shown_default="none",
@@ -114,7 +112,7 @@ class Prompting:
     prefill: str = knob(
         "",
         "Text that every answer begins with. It counts as part of the prompt: 'completion' is what "
-        "the model wrote after it.",
+        "the model writes after it.",
         metavar="TEXT",
         panel=PROMPT,
         shown_default="nothing",
@@ -128,14 +126,14 @@ class Prompting:
 
     @cached_property
     def template_args(self) -> dict[str, Any]:
-        """Arguments of the template by their names."""
-        made = {}
+        """Arguments of the template by name."""
+        arguments = {}
         for text in self.template_arg or ():
             name, equals, value = text.partition("=")
             if not equals or not name.isidentifier():
                 raise UsageError(f"--template-arg {text} is not NAME=VALUE")
             try:
-                made[name] = json.loads(value)
+                arguments[name] = json.loads(value)
             except ValueError:
-                made[name] = value
-        return made
+                arguments[name] = value
+        return arguments

@@ -14,16 +14,6 @@ from dlmctl.models.policy import Policy
 from dlmctl.records.errors import missing_package
 from dlmctl.settings.optimizer import Adapter
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Projections of Llama- and Qwen-like decoders (LLaDA, Dream, A2D): all linear layers of a block.
-
-d1's diffu-GRPO lists the same names, of which LLaDA's own code has q_proj, k_proj, v_proj and
-up_proj; its SFT lists q_proj, k_proj and v_proj.
-"""
-
-MASKED_LM_TARGETS = ("query", "key", "value", "dense", "Wqkv", "Wo", "Wi")
-"""The same in BERT-like encoders."""
-
 
 def add_adapter(policy: Policy, settings: Adapter) -> Policy:
     """The policy with a new adapter that alone is trained; it changes nothing until it learns.
@@ -36,7 +26,7 @@ def add_adapter(policy: Policy, settings: Adapter) -> Policy:
     except ImportError:
         raise missing_package("peft", "lora", "--lora-rank") from None
     modules = {name.rsplit(".", 1)[-1] for name, _ in policy.model.named_modules()}
-    targets = [name for name in (*TARGETS, *MASKED_LM_TARGETS) if name in modules]
+    targets = [name for name in policy.model_family.lora_targets if name in modules]
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

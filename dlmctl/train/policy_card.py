@@ -9,9 +9,6 @@ from dlmctl.models.policy import Policy
 from dlmctl.train.card import DIRECTORY, Card, told_metrics
 from dlmctl.train.run_directory import Progress
 
-KINDS = {"vlm": "vision-language model", "ar": "autoregressive language model"}
-"""Families that do not denoise; the others are diffusion language models."""
-
 
 def policy_card(
     policy: Policy, progress: Progress, settings: Mapping[str, Any], metrics: Mapping[str, Any]
@@ -23,7 +20,6 @@ def policy_card(
         metrics: record of the last step.
     """
     adapter = getattr(policy.model, "peft_config", {}).get("default")
-    kind = KINDS.get(policy.family, "diffusion language model")
     trained = "A LoRA adapter" if adapter else "All weights"
     of = progress.reference.rstrip("/").split("/")[-1]
     use = [
@@ -36,7 +32,7 @@ def policy_card(
     lora = {"LoRA rank": adapter.r, "LoRA alpha": adapter.lora_alpha} if adapter else {}
     return Card(
         title=f"{of}, {progress.algo}",
-        summary=f"{trained} of the {kind} `{progress.reference}` (weights "
+        summary=f"{trained} of the {policy.model_family.title} `{progress.reference}` (weights "
         f"`{progress.reference_revision}`), trained by `{progress.algo}` of dlmctl.",
         library="peft" if adapter else "transformers",
         base=progress.reference,

@@ -6,9 +6,10 @@ from conftest import invoke
 
 from dlmctl.bench import credit
 from dlmctl.models.saving import save_policy
-from dlmctl.models.small_vision import make_vision_policy
+from dlmctl.models.small import make_policy
 from dlmctl.models.tokenizers import word_tokenizer
 from dlmctl.settings.prompts import Prompts
+from dlmctl.settings.small import SmallModel
 from dlmctl.tasks.sources import prompts
 
 STAGES = ["rollout", "verify", "advantage", "advantage --algo srpo", "update"]
@@ -19,9 +20,7 @@ def model(tmp_path_factory) -> str:
     directory = tmp_path_factory.mktemp("shapes")
     made = prompts("shapes", Prompts(completions=True), limit=300)
     texts = [row["prompt"] + " " + row["completion"] for row in made]
-    policy = make_vision_policy(
-        "qwen2.5-vl", word_tokenizer(texts), 32, 2, 2, sampling={"gen_length": 8}
-    )
+    policy = make_policy(SmallModel("qwen2.5-vl", 32, 2, 2, gen_length=8), word_tokenizer(texts))
     save_policy(policy, directory)
     return str(directory)
 

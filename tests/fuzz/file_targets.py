@@ -42,11 +42,12 @@ def _models() -> Path:
     from dlmctl.models.saving import save_policy
     from dlmctl.models.small import make_policy
     from dlmctl.models.tokenizers import character_tokenizer
+    from dlmctl.settings.small import SmallModel
 
     folder = Path(tempfile.mkdtemp(prefix="models-"))
     atexit.register(shutil.rmtree, folder, True)
     for family in STATES:
-        made = make_policy(family, character_tokenizer(), 16, 2, 2, sampling={}, seed=1)
+        made = make_policy(SmallModel(family, 16, 2, 2), character_tokenizer(), seed=1)
         (folder / family).mkdir()
         save_policy(made, folder / family)
     return folder
@@ -98,12 +99,13 @@ def _weight_seeds() -> list[bytes]:
 
 
 def _weights(data: bytes, folder: Path) -> None:
-    from dlmctl.models.weights import from_llada, read_weights, weights_hash
+    from dlmctl.models.architecture import family_named
+    from dlmctl.models.weights import read_weights, weights_hash
 
     path = folder / "model.safetensors"
     path.write_bytes(data)
     weights_hash([path])
-    for tensor in read_weights([path], from_llada).values():
+    for tensor in read_weights([path], family_named("llada").rename).values():
         tensor.clone()
 
 
@@ -192,7 +194,7 @@ def _progress(data: bytes, folder: Path) -> None:
 
 def _architecture(data: bytes, folder: Path) -> None:
     """What a config.json says, without a model."""
-    from dlmctl.models.families import architecture
+    from dlmctl.models.architecture import architecture
     from dlmctl.records.files import read_json
 
     path = folder / "config.json"

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import silu
 
 from dlmctl.models.loading import load_policy
-from dlmctl.models.small import save_original
+from dlmctl.models.saving import save_original
 from dlmctl.records.errors import DataError
 
 

@@ -81,7 +81,9 @@ def test_ends_are_those_of_generation_and_of_the_tokenizer(tmp_path, generation,
 
 @pytest.mark.parametrize("value", ["x", [1, "x"], 1.5, [-1]])
 def test_ends_that_are_no_tokens_are_refused(tmp_path, value):
-    with pytest.raises(DataError, match=r"generation_config\.json: eos_token_id is not a token id"):
+    with pytest.raises(
+        DataError, match=r"generation_config\.json: eos_token_id is neither a token id nor"
+    ):
         load_policy(saved(tmp_path / "m", eos_token_id=value), "cpu")
 
 

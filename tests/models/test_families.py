@@ -5,21 +5,21 @@ import json
 
 import pytest
 import torch
+import transformers
 from conftest import tiny_policy
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from dlmctl.diffusion.elbo import scored_states
 from dlmctl.diffusion.projection import weighted_log_prob
+from dlmctl.models.architecture import all_families, family_named
 from dlmctl.models.loading import load_policy
 from dlmctl.models.policy import Policy
-from dlmctl.models.saving import save_policy
-from dlmctl.models.small import save_original
+from dlmctl.models.saving import save_original, save_policy
 from dlmctl.models.tokenizers import byte_tokenizer, character_tokenizer
 from dlmctl.records.errors import DataError, MissingInputError, UnavailableError, UsageError
 from dlmctl.records.jsonl import Record
 
-FAMILIES = ["llada", "dream", "a2d", "mlm", "ar"]
+FAMILIES = [family.name for family in all_families() if not family.takes_images]
 
 
 def all_logits(policy: Policy, ids, attention=None):
@@ -82,13 +82,12 @@ def test_a_saved_policy_loads_as_it_was(family, tmp_path):
         assert getattr(again, name) == getattr(policy, name)
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d", "mlm"])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if family_named(f).diffusion])
 def test_transformers_alone_loads_what_is_saved(family, tmp_path):
     policy = tiny_policy(family)
     policy.model.float()
     save_policy(policy, tmp_path)
-    auto = AutoModelForMaskedLM if family == "mlm" else AutoModelForCausalLM
-    stock = auto.from_pretrained(tmp_path)
+    stock = getattr(transformers, family_named(family).auto_class).from_pretrained(tmp_path)
     ids = torch.tensor([[3, 4, 5, 2, 7]])
     with torch.no_grad():
         expected = policy.model(input_ids=ids).logits
@@ -97,12 +96,11 @@ def test_transformers_alone_loads_what_is_saved(family, tmp_path):
 
 @pytest.mark.parametrize("kind", ["roberta", "modernbert", "distilbert"])
 def test_heads_of_masked_language_models_give_their_own_logits(kind, tmp_path):
-    import transformers as t
 
     sizes = {"vocab_size": 9, "pad_token_id": 0, "max_position_embeddings": 64}
     model = {
-        "roberta": lambda: t.RobertaForMaskedLM(
-            t.RobertaConfig(
+        "roberta": lambda: transformers.RobertaForMaskedLM(
+            transformers.RobertaConfig(
                 **sizes,
                 hidden_size=16,
                 num_hidden_layers=2,
@@ -110,8 +108,8 @@ def test_heads_of_masked_language_models_give_their_own_logits(kind, tmp_path):
                 intermediate_size=32,
             )
         ),
-        "modernbert": lambda: t.ModernBertForMaskedLM(
-            t.ModernBertConfig(
+        "modernbert": lambda: transformers.ModernBertForMaskedLM(
+            transformers.ModernBertConfig(
                 **sizes,
                 hidden_size=16,
                 num_hidden_layers=2,
@@ -123,8 +121,8 @@ def test_heads_of_masked_language_models_give_their_own_logits(kind, tmp_path):
                 sep_token_id=1,
             )
         ),
-        "distilbert": lambda: t.DistilBertForMaskedLM(
-            t.DistilBertConfig(**sizes, dim=16, n_layers=2, n_heads=2, hidden_dim=32)
+        "distilbert": lambda: transformers.DistilBertForMaskedLM(
+            transformers.DistilBertConfig(**sizes, dim=16, n_layers=2, n_heads=2, hidden_dim=32)
         ),
     }[kind]()
     model.eval().save_pretrained(tmp_path)
@@ -186,15 +184,15 @@ UNKNOWN = {
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (UNKNOWN, "StableDiffcoderForCausalLM is not of transformers"),
+        (UNKNOWN, "StableDiffcoderForCausalLM is not part of transformers"),
         (
             {"architectures": None, "auto_map": {"AutoModelForCausalLM": "modeling_x.XDiffusion"}},
-            "XDiffusion is not of transformers",
+            "XDiffusion is not part of transformers",
         ),
         ({"mask_token_id": 2}, "has a mask token and would be read from left to right"),
-        ({"mask_token_id": 2, "dlm_paradigm": "bidirectional"}, "tells of block diffusion"),
-        ({"mask_token_id": 2, "block_size": 32}, "block_size tells of block diffusion"),
-        ({"is_causal": False, "block_length": 4}, "block_length tells of block diffusion"),
+        ({"mask_token_id": 2, "dlm_paradigm": "bidirectional"}, "indicates block diffusion"),
+        ({"mask_token_id": 2, "block_size": 32}, "block_size indicates block diffusion"),
+        ({"is_causal": False, "block_length": 4}, "block_length indicates block diffusion"),
         (
             {"auto_map": {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}},
             "its tokenizer has a mask token",
@@ -278,7 +276,7 @@ def test_weights_that_belong_nowhere_are_refused_by_name(tmp_path):
     load_policy(str(tmp_path), "cpu")
     extra = {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}
     save_file({**tensors, **extra}, file)
-    with pytest.raises(DataError, match=r"1 weights are of no part .*layers\.0\.self_attn\.q_norm"):
+    with pytest.raises(DataError, match=r"1 weights belong to no part .*\.0\.self_attn\.q_norm"):
         load_policy(str(tmp_path), "cpu")
 
 

@@ -95,12 +95,12 @@ def test_ids_are_taken_as_they_are_where_they_read_as_the_text() -> None:
     ("tokens", "message"),
     [
         ({"completion": [3, 4]}, "do not read as its completion"),
-        ({"completion": [3, 99]}, "tokens.completion holds ids beyond the vocabulary"),
-        ({"completion": [-1]}, "tokens.completion holds ids beyond"),
+        ({"completion": [3, 99]}, "tokens.completion contains ids beyond the vocabulary"),
+        ({"completion": [-1]}, "tokens.completion contains ids beyond"),
         ({"completion": [True]}, "tokens.completion is not a list"),
         ({"completion": "01"}, "tokens.completion is not a list"),
         ({"completion": 0}, "tokens.completion is not a list"),
-        ({"prompt": [9]}, "tokens.prompt holds ids beyond"),
+        ({"prompt": [9]}, "tokens.prompt contains ids beyond"),
         ([3], "'tokens' is list"),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dlmctl.models.families import architecture
+from dlmctl.models.architecture import architecture
 from dlmctl.models.loading import load_policy, load_tokenizer
 from dlmctl.models.token_text import tokenizer_of_model
 from dlmctl.records.errors import DataError

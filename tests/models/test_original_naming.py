@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import silu
 
 from dlmctl.models.loading import load_policy
-from dlmctl.models.small import save_original
+from dlmctl.models.saving import save_original
 from dlmctl.records.errors import DataError, MissingInputError
 
 IDS = torch.tensor([[3, 4, 8, 2, 2, 7, 2], [5, 2, 8, 6, 2, 2, 1]])

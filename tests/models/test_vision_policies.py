@@ -101,7 +101,7 @@ def test_places_are_those_of_transformers_for_each_row(kind, left):
     policy.core.model.get_rope_index = lambda given, **more: (
         asked.append(len(given)) or rope_index(given, **more)
     )
-    made = policy.vision.places(policy.core, ids, there, pictures)
+    made = policy.vision.positions(policy.core, ids, there, pictures)
     assert torch.equal(made[:, there.bool()], wanted[:, there.bool()])
     # One row of text is not asked about, and two are alike.
     assert asked == [len(rows) - 2]

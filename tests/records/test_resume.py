@@ -19,6 +19,8 @@ from dlmctl.records.groups import BatchEnds, group_batches
 from dlmctl.records.jsonl import Record, dump
 from dlmctl.records.resume import Resume, Rule, Written, contains, find_rest
 
+from dlmctl.settings.small import SmallModel
+
 
 def prompts(count, bad=()):
     made = []
@@ -282,7 +284,7 @@ def test_advantage_goes_on(tmp_path, scale):
 def test_advantages_of_tokens_go_on_at_a_batch(tmp_path):
     text = "<description>1 2</description> <think>1+2</think> \\boxed{3}"
     tokenizer = character_tokenizer("".join(sorted(set(text))))
-    policy, rows = make_policy("llada", tokenizer, 16, 2, 2, seed=1), []
+    policy, rows = make_policy(SmallModel("llada", 16, 2, 2), tokenizer, seed=1), []
     save_policy(policy, tmp_path / "model")
     for n in range(12):
         # One without ids, which cannot be weighted.

@@ -26,6 +26,7 @@ from dlmctl.report.page import shown, shown_lines
 from dlmctl.report.token_lines import ABOVE, BELOW, LEVELS, completion_lines
 from dlmctl.report.token_page import write_page
 from dlmctl.report.token_scale import fitted
+from dlmctl.settings.small import SmallModel
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -37,7 +38,7 @@ TOKENIZER = byte_tokenizer()
 def speller(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with a token for each byte, its weights taken away."""
     directory = tmp_path_factory.mktemp("speller")
-    save_policy(make_policy("llada", TOKENIZER, 16, 1, 2, seed=0), directory)
+    save_policy(make_policy(SmallModel("llada", 16, 1, 2), TOKENIZER), directory)
     [weights] = directory.glob("*.safetensors")
     weights.unlink()
     return directory

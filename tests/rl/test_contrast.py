@@ -129,7 +129,7 @@ def test_a_hole_in_attention_is_a_shorter_sequence(policy):
     there = torch.cat([torch.ones(len(own.prompt)).bool(), own.roles != PERCEPTION])[None]
     pictures = [list(own.pictures)]
     with torch.no_grad():
-        places = policy.vision.places(policy.core, ids, there, pictures)
+        places = policy.vision.positions(policy.core, ids, there, pictures)
         if places is None:
             places = (there.long().cumsum(1) - 1).clamp(min=0)
         holed = policy.hidden(ids, there, places, pictures=pictures)[there]

@@ -11,10 +11,10 @@ from dlmctl.diffusion.sampling import configured
 from dlmctl.models.loading import load_policy
 from dlmctl.models.saving import save_policy
 from dlmctl.models.small import make_policy
-from dlmctl.models.small_vision import make_vision_policy
 from dlmctl.models.tokenizers import character_tokenizer
 from dlmctl.records.jsonl import Record
 from dlmctl.settings.sampler import Sampler
+from dlmctl.settings.small import SmallModel
 
 GOOD = "<description>12 3</description><think>3 = 3</think>\\boxed{3}"
 OTHER = "<description>2 2 1</description><think>1</think>\\boxed{1}"
@@ -25,7 +25,7 @@ MALFORMED = "<description>12 3</description>\\boxed{3}"
 def model(tmp_path_factory) -> str:
     directory = tmp_path_factory.mktemp("vlm")
     tokenizer = character_tokenizer("0123456789=<>/descriptonhkbx\\{} ?a")
-    save_policy(make_vision_policy("qwen2.5-vl", tokenizer, 32, 2, 2), directory)
+    save_policy(make_policy(SmallModel("qwen2.5-vl", 32, 2, 2), tokenizer), directory)
     return str(directory)
 
 
@@ -147,7 +147,7 @@ def test_every_record_of_a_batch_is_of_the_policy_that_weighs_it(tmp_path, verif
 def test_records_of_several_policies_are_each_weighed_by_their_own(tmp_path, verified):
     tokenizer = character_tokenizer("?0123456789=<>/descriptonhkbx\\{} a")  # other ids
     directory = tmp_path / "another"
-    save_policy(make_vision_policy("qwen2.5-vl", tokenizer, 32, 2, 2, seed=7), directory)
+    save_policy(make_policy(SmallModel("qwen2.5-vl", 32, 2, 2), tokenizer, seed=7), directory)
     policy, other = load_policy(str(directory)), []
     for row in renamed(verified[:3], model=str(directory), revision=policy.revision):
         prompt = policy.encode({k: v for k, v in row.items() if k != "tokens"})
@@ -192,7 +192,9 @@ def test_update_srpo_goes_by_the_weights_and_grpo_does_not(tmp_path, verified, m
 
 
 def test_a_diffusion_model_perceives_the_evidence_of_its_prompt(tmp_path):
-    policy = make_policy("llada", character_tokenizer("0123456789=<>/descriptonhkbx\\{} ?a"), 16)
+    policy = make_policy(
+        SmallModel("llada", 16), character_tokenizer("0123456789=<>/descriptonhkbx\\{} ?a")
+    )
     save_policy(policy, tmp_path / "llada")
     rows = []
     for sample, (text, reward) in enumerate([(GOOD, 1.0), (OTHER, 0.0), (MALFORMED, 0.0)]):

@@ -13,10 +13,11 @@ from small_world import random_sae, small_world
 from typer.testing import CliRunner
 
 from dlmctl.cli import app
-from dlmctl.models.saving import save_policy
-from dlmctl.models.small import make_policy, save_new
+from dlmctl.models.saving import save_new, save_policy
+from dlmctl.models.small import make_policy
 from dlmctl.models.tokenizers import byte_tokenizer
 from dlmctl.sae.formats.folders import SavedSae, write_sae
+from dlmctl.settings.small import SmallModel
 
 KNOWN = {"dlm_layer": 1, "dlm_positions": "unmask", "dlm_t_min": 0.2, "dlm_t_max": 0.6}
 
@@ -116,7 +117,7 @@ def test_records_go_round_twice_and_have_scores(place: Path) -> None:
 
 def test_a_model_here_can_be_the_judge(place: Path) -> None:
     """One of random weights, whose answers no one can read: the way there is what is tested."""
-    save_new(make_policy("llada", byte_tokenizer(), 16, 1, 2, seed=0), Path("judge"), False)
+    save_new(make_policy(SmallModel("llada", 16, 1, 2), byte_tokenizer()), Path("judge"), False)
     run("sae-features", "sae", "corpus.jsonl", "--features", "top:2", "-o", "features.jsonl")
     done = run(
         *("sae-judge", "--judge", "judge", "--gen-length", 4, "features.jsonl"),

@@ -28,6 +28,7 @@ from dlmctl.sae.evaluation.probe import (
 from dlmctl.sae.evaluation.sentences import Tokens, collect, sentence_labels, token_sentences
 from dlmctl.sae.formats.folders import SavedSae, find_saes, write_sae
 from dlmctl.sae.topk import TopKSae
+from dlmctl.settings.small import SmallModel
 from dlmctl.tasks.sources import prompts
 
 
@@ -142,7 +143,7 @@ def test_sentences_without_a_token_that_counts_are_left_out():
 
 def word_policy():
     texts = [t for r in prompts("concepts", limit=300) for t in (r["prompt"], r["completion"])]
-    return make_policy("llada", word_tokenizer(texts), 16, 2, 2)
+    return make_policy(SmallModel("llada", 16, 2, 2), word_tokenizer(texts))
 
 
 def spans_of(policy, document):

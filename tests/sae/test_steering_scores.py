@@ -34,6 +34,7 @@ from dlmctl.sae.steering.twins import (
     read_sampled_text,
     read_twins,
 )
+from dlmctl.settings.small import SmallModel
 
 FIRST = Treatment("saes/a", 3, 7, 2.0, "all", None)
 
@@ -370,7 +371,7 @@ def parrots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Models that answer whatever they are asked with one character over and over."""
     made = {}
     for character in "7x":
-        policy = make_policy("ar", byte_tokenizer(), 16, 1, 2, seed=0)
+        policy = make_policy(SmallModel("ar", 16, 1, 2), byte_tokenizer())
         [token] = policy.encode_text(character)
         with torch.no_grad():
             for name, weight in policy.model.named_parameters():

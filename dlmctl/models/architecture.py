@@ -1,0 +1,153 @@
+"""From a config.json to a family, a stock model of transformers and its conventions.
+
+What decides, in this order: settings behind the model's name (`DIR,family=a2d,mask_id=151669`);
+the object `dlmctl` in config.json, with `family`, `mask_token_id`, `shift` and `sampling`, which
+every checkpoint written here has; the rest of config.json. A checkpoint is refused if the rest of
+its config.json does not describe it: if it names a class that transformers does not have, has a
+mask token but a left-to-right model, or shows signs of block diffusion.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PretrainedConfig
+
+from dlmctl.models.families import ModelFamily, Raw
+from dlmctl.records.errors import DataError
+from dlmctl.settings.families import declared_families
+from dlmctl.settings.models import Reading
+
+MOST_LAYERS = 10_000
+FAULTS = (
+    LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError,
+    StrictDataclassError,
+)  # fmt: skip
+"""What transformers raises on values of the wrong kind."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a checkpoint is to be read."""
+
+    family: ModelFamily
+    config: PretrainedConfig
+    rename: Callable[[str], str]
+    """From the checkpoint's weight names to those of transformers."""
+    mask_id: int | None
+    """None: the tokenizer states it."""
+    shift: int
+    sampling: dict[str, int]
+    doubtful: bool
+    """It is of a class of transformers, but its authors' code may be a different class of the same
+    name."""
+
+    def model_class(self, where: str) -> Any:
+        """The class of transformers to load it with; raises DataError if there is none."""
+        auto: Any = getattr(transformers, self.family.auto_class)
+        try:
+            return auto._model_mapping[type(self.config)]
+        except KeyError:
+            raise DataError(
+                f"{where}: a model of type '{self.config.model_type}' is no language model"
+            ) from None
+
+
+@functools.cache
+def family_named(name: str) -> ModelFamily:
+    """The family with this name, which is one of `declared_families()`."""
+    module = importlib.import_module(f"dlmctl.models.families.{name.replace('-', '_')}")
+    family: ModelFamily = module.FAMILY
+    return family
+
+
+def all_families() -> list[ModelFamily]:
+    """Every family, by name."""
+    return [family_named(name) for name in declared_families()]
+
+
+def recognised_family(raw: Raw) -> ModelFamily:
+    """The family that a config.json describes, dlmctl's own field left aside."""
+    kind, names = str(raw.get("model_type", "")).lower(), raw.get("architectures") or []
+    for values, patterns in ([kind], "model_types"), (names, "classes"):
+        for family in all_families():
+            if any(fnmatchcase(str(v), p) for v in values for p in getattr(family, patterns)):
+                return family
+    return family_named("a2d" if raw.get("is_causal") is False else "ar")
+
+
+def architecture(raw: dict[str, Any], where: str, reading: Reading | None = None) -> Architecture:
+    """Read a config.json.
+
+    Args:
+        reading: what the user says instead of it.
+
+    Raises:
+        DataError: no known family fits, or config.json has impossible values.
+    """
+    _check_layers(raw, where)
+    try:
+        chosen = _architecture(raw, where, reading or Reading())
+    except FAULTS as error:
+        reason = str(error).strip().split("\n")[-1].strip()[:200]
+        raise DataError(f"not a model's configuration ({reason})", where) from None
+    mask_id = 0 if chosen.mask_id is None else chosen.mask_id
+    numbers = (chosen.shift, *chosen.sampling.values(), mask_id)
+    if not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
+        raise DataError("mask_token_id, shift and sampling are not whole numbers", where)
+    return chosen
+
+
+def _check_layers(raw: Raw, where: str) -> None:
+    """Refuse numbers of layers for which transformers would write endless lists."""
+    for name, value in raw.items():
+        if isinstance(value, dict):
+            _check_layers(value, where)
+        counts = name.endswith(("layers", "n_layer", "depth")) and isinstance(value, (int, float))
+        if counts and value > MOST_LAYERS:
+            raise DataError(f"{name} = {str(value)[:20]} is more than any model has", where)
+
+
+def _architecture(raw: Raw, where: str, reading: Reading) -> Architecture:
+    # 1. Who wrote the config.json: that family reads its fields and renames its weights.
+    recognised = recognised_family(raw)
+    marker = raw.get("dlmctl") or {}
+    named = reading.family or marker.get("family") or recognised.name
+    if recognised.own_config and named != recognised.name:
+        raise DataError(f"it is of family {recognised.name}, not {str(named)[:80]}", where)
+    config = recognised.config(raw, where)
+
+    # 2. Which family's conventions the model follows.
+    if named not in [*declared_families()]:  # it may not be hashable
+        names = ", ".join(declared_families())
+        raise DataError(f"there is no family '{str(named)[:80]}'; there are {names}", where)
+    family = family_named(named)
+    stated = reading.family is not None or bool(marker)
+    if not stated:
+        recognised.check(raw, where)
+    if family.is_causal is False or (
+        family.is_causal and getattr(config, "is_causal", True) is False
+    ):
+        config.is_causal = family.is_causal
+
+    # 3. Numbers, of which the user's come first.
+    shift = family.shift
+    if reading.family in (None, marker.get("family")):
+        shift = marker.get("shift", shift)
+    mask_id = marker.get("mask_token_id", raw.get("mask_token_id", recognised.mask_id))
+    return Architecture(
+        family,
+        config,
+        rename=recognised.rename,
+        mask_id=mask_id if reading.mask_id is None else reading.mask_id,
+        shift=shift if reading.shift is None else reading.shift,
+        sampling=dict(marker.get("sampling", family.sampling) or {}),
+        doubtful=bool(raw.get("auto_map")) and not stated,
+    )

@@ -1,0 +1,19 @@
+"""Any decoder of transformers, left to right (a new one is a Llama).
+
+Checkpoints that no other family recognises are of this one.
+"""
+
+from __future__ import annotations
+
+from dlmctl.models.families import ModelFamily
+
+
+class Autoregressive(ModelFamily):
+    diffusion = False
+    is_causal = True
+    shift = 1
+    reuses_keys = False
+    title = "autoregressive language model"
+
+
+FAMILY = Autoregressive()

@@ -1,0 +1,53 @@
+"""Dream, a Qwen2 that attends in both directions, its logits one position to the left.
+
+The weights keep Qwen2's names (arXiv 2508.15487). The original modeling code does not load in
+transformers 5.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig, Qwen2Config
+
+from dlmctl.models.families import ModelFamily, Raw, decoder_sizes
+from dlmctl.settings.small import SmallModel
+
+SHARED = (
+    "hidden_act", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+    "vocab_size",
+)  # fmt: skip
+"""Fields that Dream's config.json has in common with Qwen2's, the ids of special tokens aside."""
+
+
+class Dream(ModelFamily):
+    model_types = ("dream",)
+    own_config = True
+    tokenizer_class = "Qwen2Tokenizer"
+    """Dream's own class is the same under another name."""
+    mask_id = 151666
+    shift = 1
+
+    def config(self, raw: Raw, where: str) -> PretrainedConfig:
+        fields = (*SHARED, "eos_token_id", "bos_token_id", "pad_token_id")
+        return Qwen2Config(
+            **{name: raw[name] for name in fields if name in raw},
+            rope_parameters={"rope_type": "default", "rope_theta": raw.get("rope_theta", 1e6)},
+        )
+
+    def new_config(self, small: SmallModel, tokenizer: Any) -> PretrainedConfig:
+        return Qwen2Config(**decoder_sizes(small, tokenizer), is_causal=False)
+
+    def original_config(self, config: Any, special_ids: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "architectures": ["DreamModel"],
+            "model_type": "Dream",
+            **{name: getattr(config, name) for name in SHARED},
+            "rope_theta": config.rope_parameters["rope_theta"],
+            **special_ids,
+            "bos_token_id": special_ids["eos_token_id"],
+        }
+
+
+FAMILY = Dream()

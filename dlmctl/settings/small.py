@@ -1,0 +1,80 @@
+"""Small new models, as `dlmctl init` makes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dlmctl.records.errors import UsageError
+from dlmctl.settings import knob
+from dlmctl.settings.families import Variant, variant_summaries
+
+SAMPLING = ("gen_length", "block_length", "steps")
+
+
+@dataclass(frozen=True)
+class SmallModel:
+    """A small model of a family: its sizes, and its own defaults for sampling."""
+
+    family: Variant = knob(
+        "llada",
+        f"{variant_summaries()} Both halves of a vision-language model have the given sizes.",
+        "--family",
+    )
+    hidden_size: int = knob(64, "Width of the model.", "--hidden-size", minimum=2)
+    layers: int = knob(2, "Number of layers.", "--layers", minimum=1)
+    heads: int = knob(4, "Attention heads.", "--heads", minimum=1)
+    intermediate_size: int | None = knob(
+        None,
+        "Width of the MLPs.",
+        "--intermediate-size",
+        minimum=1,
+        shown_default="8/3 of --hidden-size",
+    )
+    gen_length: int | None = knob(
+        None,
+        "The model's own default for rollout --gen-length.",
+        "--gen-length",
+        minimum=1,
+        shown_default="none",
+    )
+    block_length: int | None = knob(
+        None, "The same for --block-length.", "--block-length", minimum=1, shown_default="none"
+    )
+    steps: int | None = knob(
+        None, "The same for --steps.", "--steps", minimum=1, shown_default="none"
+    )
+
+    @property
+    def sampling(self) -> dict[str, int]:
+        """Those of the model's own defaults that are set."""
+        return {name: getattr(self, name) for name in SAMPLING if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True)
+class SmallTokenizer:
+    """The tokenizer of a small model."""
+
+    tokenizer: Literal["char", "byte", "word"] = knob(
+        "char",
+        "A token for each character of --alphabet, for each byte, or for each word and punctuation "
+        "mark of --vocabulary.",
+        "--tokenizer",
+    )
+    alphabet: str = knob(
+        "0123456789+-*/(),:=",
+        "Characters of the char tokenizer; the default is what puzzles need.",
+        "--alphabet",
+    )
+    vocabulary: str | None = knob(
+        None,
+        "For the word tokenizer: JSONL whose `prompt`, `completion`, `text` and `messages` contain "
+        "every word that the model is to know; - is standard input.",
+        "--vocabulary",
+        metavar="FILE",
+        shown_default="none",
+    )
+
+    def __post_init__(self) -> None:
+        if (self.vocabulary is not None) != (self.tokenizer == "word"):
+            raise UsageError("--tokenizer word and --vocabulary FILE go together")
