@@ -18,14 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dlmctl.distill.consistency_model import ConsistencyModel
-from dlmctl.distill.edm import Denoiser, EdmDenoiser, NoiseRange, OptimalDenoiser
+from dlmctl.distill.edm import Denoiser, EdmDenoiser, OptimalDenoiser
 from dlmctl.distill.image_networks import NetworkConfig, make_network
 from dlmctl.distill.image_sets import read_images
 from dlmctl.models.weights import read_weights, weights_hash
 from dlmctl.records.errors import DataError, MissingInputError, UsageError
 from dlmctl.records.files import read_json
+from dlmctl.settings.images import NoiseRange
 
-Kind = Literal["edm", "consistency", "optimal"]
+ModelKind = Literal["edm", "consistency", "optimal"]
 OPTIMAL = "optimal:"
 """Before a source of images: the closed-form denoiser of that set."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -42,11 +43,11 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class Model:
+class ImageModel:
     """A denoiser or a consistency model, ready to evaluate."""
 
     name: str
-    kind: Kind
+    kind: ModelKind
     function: Denoiser
     shape: tuple[int, ...]
     """Of one image or vector."""
@@ -78,7 +79,7 @@ def save_model(
     save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
 
 
-def load_model(name: str, device: torch.device | str = "cpu", at: int | None = None) -> Model:
+def load_model(name: str, device: torch.device | str = "cpu", at: int | None = None) -> ImageModel:
     """A model by the name of its run or checkpoint, or `optimal:IMAGES`.
 
     Args:
@@ -95,14 +96,14 @@ def load_model(name: str, device: torch.device | str = "cpu", at: int | None = N
             raise UsageError(f"{name} is a closed form and has no checkpoints")
         images = read_images(name[len(OPTIMAL) :])
         exact = OptimalDenoiser(images).to(device)
-        return Model(name, "optimal", exact, tuple(images.shape[1:]), NoiseRange(), device)
+        return ImageModel(name, "optimal", exact, tuple(images.shape[1:]), NoiseRange(), device)
     directory = find_checkpoint(Path(name), at)
     about = read_json(directory / CONFIG)
     config = _config(about, directory / CONFIG)
     tensors = read_weights([directory / WEIGHTS], lambda tensor: tensor)
     network = _network(config.network, tensors, directory)
     network.to(device).eval().requires_grad_(False)
-    return Model(
+    return ImageModel(
         str(directory),
         config.kind,
         wrap(config, network),

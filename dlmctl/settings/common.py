@@ -51,6 +51,9 @@ Model = Annotated[
         env=True,
     ),
 ]
+DeviceName = Annotated[
+    str, Knob("auto, cpu, cuda or cuda:N.", "--device", metavar="DEVICE", env=True)
+]
 Memory = Annotated[
     str,
     Knob(
@@ -60,13 +63,21 @@ Memory = Annotated[
         env=True,
     ),
 ]
+ResumeInput = Annotated[
+    bool,
+    Knob(
+        "The input is the whole of it again: leave out what the run's newest checkpoint has been "
+        "trained on. Without this option all input counts as new.",
+        "--resume",
+    ),
+]
 
 
 @dataclass(frozen=True)
 class Device:
     """Where a model runs."""
 
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N.", "--device", metavar="DEVICE", env=True)
+    device: str = same("auto", DeviceName)
     dtype: str = knob(
         "auto",
         "auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16.",

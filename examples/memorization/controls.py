@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dlmctl.distill.edm import solve
 from dlmctl.distill.image_checkpoints import load_model
-from dlmctl.distill.image_sampling import draw, gaussian
+from dlmctl.distill.image_sampling import draw, sample_noise
 from dlmctl.distill.image_sets import read_images, write_images
 
 SEED = 7
@@ -32,7 +32,7 @@ def of_gaussian(source: str, count: int) -> Tensor:
     images = read_images(source)
     data = images.flatten(1).double()
     values, vectors = torch.linalg.eigh(data.T.cov())
-    noise = gaussian(SEED, range(count), (data.shape[1],)).double()
+    noise = sample_noise(SEED, range(count), (data.shape[1],)).double()
     drawn = data.mean(0) + noise * values.clamp_min(0).sqrt() @ vectors.T
     return drawn.float().view(-1, *images.shape[1:])
 

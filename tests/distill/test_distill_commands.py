@@ -7,7 +7,7 @@ from conftest import invoke, read_jsonl
 from safetensors import safe_open
 
 from dlmctl.distill.image_checkpoints import load_model
-from dlmctl.distill.image_sampling import draw, gaussian
+from dlmctl.distill.image_sampling import draw, sample_noise
 from dlmctl.distill.image_sets import read_images, write_images
 
 TINY = "--network mlp --width 16 --blocks 1 --steps 6 -b 8 --log-every 3 --first-checkpoint 2"
@@ -101,7 +101,7 @@ def test_teacher_and_student_begin_at_the_same_noise(folder, monkeypatch):
         draw(model, 6, 3, 4)
     assert torch.equal(begun["teacher"][0], begun["student"][0])
     assert torch.equal(begun["teacher"][1], begun["student"][1])
-    expected = 80 * gaussian(3, range(6), (1, 4, 4))
+    expected = 80 * sample_noise(3, range(6), (1, 4, 4))
     torch.testing.assert_close(begun["student"][0], expected)
 
 

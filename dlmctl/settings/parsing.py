@@ -1,0 +1,50 @@
+"""Texts of options that stand for several values, or for a number with a unit."""
+
+from __future__ import annotations
+
+import math
+
+from dlmctl.records.errors import UsageError
+
+DIGITS = 18
+"""Most digits of a whole number on the command line, so that it fits into 64 bits."""
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """The numbers of a list like 2,4,8; raises UsageError if one is not a whole number >= 1."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and len(part) <= DIGITS and int(part) > 0 for part in parts):
+        raise UsageError(f"{option} {text} is not a list of whole numbers from 1 on")
+    return [int(part) for part in parts]
+
+
+def byte_count(option: str, text: str) -> int:
+    """Bytes of a size like 512M or 2G; raises UsageError if it is not one."""
+    number, unit = text.rstrip("KMGkmg"), text[len(text.rstrip("KMGkmg")) :].upper()
+    if not number.isdecimal() or len(number) > DIGITS or len(unit) > 1:
+        raise UsageError(f"{option} {text} is not a size such as 512M or 2G")
+    return int(number) * 1024 ** ("KMG".index(unit) + 1 if unit else 0)
+
+
+def float_grid(option: str, text: str) -> list[float]:
+    """The numbers of a list like 1,10,1e3, or of LOW:HIGH:COUNT, which is even in the logarithm.
+
+    Raises:
+        UsageError: the text is neither.
+    """
+    try:
+        if ":" not in text:
+            numbers = [float(part) for part in text.split(",")]
+            if not all(map(math.isfinite, numbers)):
+                raise ValueError
+            return numbers
+        low, high, count = text.split(":")
+        first, last, many = float(low), float(high), int(count)
+        if not 0 < first < last < math.inf or many < 2:
+            raise ValueError
+    except ValueError:
+        raise UsageError(
+            f"{option} {text} is neither a list of numbers nor LOW:HIGH:COUNT with 0 < LOW < HIGH"
+        ) from None
+    ratio = (last / first) ** (1 / (many - 1))
+    return [first * ratio**number for number in range(many - 1)] + [last]
