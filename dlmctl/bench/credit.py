@@ -12,18 +12,19 @@ from typing import Any
 
 from dlmctl.bench.loop import Loop
 from dlmctl.diffusion.rollout import rollout
-from dlmctl.diffusion.sampling import settings_for
+from dlmctl.diffusion.sampling import configured
 from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.records.jsonl import Record
 from dlmctl.rl.advantage_stage import advantage
 from dlmctl.rl.advantages import Normalization
-from dlmctl.rl.credit_stage import Sampler, credited
+from dlmctl.rl.credit_stage import BehaviorPolicy, credited
 from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Batching
 from dlmctl.rl.srpo.contrast import Contrast
 from dlmctl.rl.srpo.credit import Credit
 from dlmctl.rl.update import update_policy
 from dlmctl.settings.algorithms import RECIPES
+from dlmctl.settings.sampler import Sampler
 from dlmctl.tasks.layout import Tags
 from dlmctl.tasks.sources import prompts
 from dlmctl.train.lora import Adapter
@@ -81,10 +82,10 @@ def _rounds(
     batching = Batching(
         MaskPlan(recipe.law, recipe.samples, until_eos=recipe.until_eos), normalization
     )
-    sampler = Sampler(plan.model, plan.device, plan.dtype, False)
+    sampler = BehaviorPolicy(plan.model, plan.device, plan.dtype, False)
     for number in range(plan.rounds):
         policy = sampler.policy = run.policy
-        settings, seed = settings_for(policy, temperature=1.0), plan.seed + number
+        settings, seed = configured(policy, Sampler(temperature=1.0)), plan.seed + number
         batch = list(islice(source, plan.prompts))
         records = timed("rollout", rollout(batch, policy, settings, plan.samples, seed, size))
         records = timed("verify", verify(records))

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from dlmctl.diffusion.rollout import Round, rollout
-from dlmctl.diffusion.sampling import settings_for
+from dlmctl.diffusion.sampling import configured
 from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.records.errors import CannotWriteError
 from dlmctl.records.jsonl import Record
 from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Batching
 from dlmctl.rl.update import update_policy
+from dlmctl.settings.sampler import Sampler
 from dlmctl.tasks.sources import prompts
 from dlmctl.train.checkpoint import latest_checkpoint
 from dlmctl.train.lora import Adapter
@@ -103,7 +104,7 @@ def in_process(loop: Loop, directory: Path) -> Iterator[dict[str, Any]]:
 def _samples(loop: Loop, run: Run) -> Iterator[Record]:
     epochs = (prompts(loop.task, seed=loop.seed + epoch) for epoch in count())
     source = chain.from_iterable(epochs)
-    settings = settings_for(run.policy, temperature=0.9)
+    settings = configured(run.policy, Sampler(temperature=0.9))
     for number in range(loop.rounds):
         place = Round(number, loop.prompts * loop.samples, 0)
         batch = list(islice(source, loop.prompts))
