@@ -104,10 +104,10 @@ def _read(name: str, gray: bool, taken: dict[Range, str]) -> Tensor:
     path = Path(name)
     if path.suffix == ".safetensors":
         return _of_file(path, taken)
-    if path.is_dir() and (
-        files := sorted(p for p in path.iterdir() if p.suffix.lower() in ENDINGS)
-    ):
-        return _stacked([_pixels(load_image(str(file)), gray) for file in files], name)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS)
+        if files:
+            return _stacked([_pixels(load_image(str(file)), gray) for file in files], name)
     rows, images, row = read_rows(name, "train", None, "fail"), [], None
     for row in rows:
         images += [_pixels(image, gray) for image in record_images(row)]

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dlmctl.distill.edm import solve
+from dlmctl.distill.edm import noise_grid, solve
 from dlmctl.distill.image_checkpoints import load_model
 from dlmctl.distill.image_sampling import draw, sample_noise
 from dlmctl.distill.image_sets import read_images, write_images
@@ -46,7 +46,7 @@ def of_exact_map(teacher: str, count: int, steps: int) -> Tensor:
         level = float(sigma[0])
         if level <= model.noise.sigma_min:
             return x
-        grid = dataclasses.replace(model.noise, sigma_max=level).grid(POINTS)
+        grid = noise_grid(dataclasses.replace(model.noise, sigma_max=level), POINTS)
         return solve(model.function, x, grid, to_zero=False)
 
     exact = dataclasses.replace(model, kind="consistency", function=beginning)

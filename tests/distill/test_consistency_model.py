@@ -103,11 +103,9 @@ def test_the_exact_map_loses_nothing_on_exact_steps():
     data, noise, sigma, to = batch(20, 2.0, 0.3)
     x = data + 2.0 * noise
     exact = x * math.sqrt((SD**2 + 0.3**2) / (SD**2 + 2.0**2))
-    loss = consistency_loss(Solution(), Solution(), LevelPair(x, sigma, exact, to, data), "l2")
-    assert loss.max() < 1e-30
-    assert consistency_loss(
-        Solution(1.1), Solution(), LevelPair(x, sigma, exact, to, data), "l2"
-    ).min()
+    pair = LevelPair(x, sigma, exact, to, data)
+    assert consistency_loss(Solution(), Solution(), pair, "l2").max() < 1e-30
+    assert consistency_loss(Solution(1.1), Solution(), pair, "l2").min()
 
 
 def test_the_gradient_stops_at_the_target():

@@ -44,7 +44,7 @@ def exact_solution(x, sigma, to):
 def test_the_grid_has_the_ends_and_the_bend_of_the_paper():
     noise = NoiseRange()
     for points in (2, 18, 40):
-        grid = noise.grid(points)
+        grid = noise_grid(noise, points)
         assert (grid[0].item(), grid[-1].item()) == (80.0, 0.002)
         assert bool((grid[1:] < grid[:-1]).all())
     middle = ((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7
