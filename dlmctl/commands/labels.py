@@ -1,4 +1,4 @@
-"""The option --set NAME=VALUE: fields of a summary that say what it is of."""
+"""The option --set NAME=VALUE: fields of a summary that say what it describes."""
 
 from __future__ import annotations
 
@@ -6,34 +6,33 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-import typer
-
 from dlmctl.records.errors import UsageError
+from dlmctl.settings import Knob
 
 Labels = Annotated[
     list[str] | None,
-    typer.Option(
+    Knob(
+        "Add a field to the summary, as role=teacher; repeatable.",
         "--set",
         metavar="NAME=VALUE",
-        show_default="none",
-        help="A field of the summary, as role=teacher; repeatable.",
+        shown_default="none",
     ),
 ]
 
 
 def label_fields(labels: Sequence[str] | None) -> dict[str, Any]:
     """Fields of NAME=VALUE, numbers as such; raises UsageError."""
-    made: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for label in labels or []:
         name, equals, value = label.partition("=")
         if not name or not equals:
             raise UsageError(f"--set {label} is not NAME=VALUE")
-        made[name] = number_or_text(value)
-    return made
+        fields[name] = number_or_text(value)
+    return fields
 
 
 def number_or_text(text: str) -> int | float | str:
-    """A finite number where it is one."""
+    """A text as a finite number if it is one."""
     for kind in (int, float):
         try:
             number: int | float = kind(text)
@@ -44,7 +43,7 @@ def number_or_text(text: str) -> int | float | str:
 
 
 def labelled(fields: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    """The row behind the fields; raises UsageError where it has one of them itself."""
+    """The fields, then the row; raises UsageError if the row has one of them itself."""
     for name in fields:
         if name in row:
             raise UsageError(f"--set {name}=…: the summary has a field of that name")

@@ -48,8 +48,8 @@ def test_the_grid_has_the_ends_and_the_bend_of_the_paper():
         assert (grid[0].item(), grid[-1].item()) == (80.0, 0.002)
         assert bool((grid[1:] < grid[:-1]).all())
     middle = ((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7
-    assert noise.grid(3)[1].item() == pytest.approx(middle, rel=1e-12)
-    assert noise.grid(1).tolist() == [80.0]
+    assert noise_grid(noise, 3)[1].item() == pytest.approx(middle, rel=1e-12)
+    assert noise_grid(noise, 1).tolist() == [80.0]
     straight = noise_grid(NoiseRange(1.0, 5.0, 1.0), 5)
     torch.testing.assert_close(straight, torch.arange(5.0, 0, -1, dtype=torch.float64))
 
