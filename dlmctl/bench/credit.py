@@ -20,15 +20,14 @@ from dlmctl.rl.advantages import Normalization
 from dlmctl.rl.credit_stage import BehaviorPolicy, credited
 from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Batching
-from dlmctl.rl.srpo.contrast import Contrast
-from dlmctl.rl.srpo.credit import Credit
 from dlmctl.rl.update import update_policy
 from dlmctl.settings.algorithms import RECIPES
+from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.settings.sampler import Sampler
+from dlmctl.settings.srpo import Contrast, Credit
 from dlmctl.tasks.layout import Tags
 from dlmctl.tasks.sources import prompts
-from dlmctl.train.lora import Adapter
-from dlmctl.train.run import Optimization, Run, open_run
+from dlmctl.train.run import Run, open_run
 from dlmctl.verifiers.registry import verify
 
 CREDIT = "advantage --algo srpo"
@@ -50,7 +49,7 @@ def credit_cost(
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="dlmctl-credit-") as scratch:
         run = open_run(
-            Path(scratch) / "run", plan.model, "srpo", Optimization(), Adapter(), plan.device,
+            Path(scratch) / "run", plan.model, "srpo", Optimizer(), Adapter(), plan.device,
             plan.dtype, False, plan.seed,
         )  # fmt: skip
         scored: list[float] = []

@@ -23,7 +23,7 @@ from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.policy import Policy
 from dlmctl.records.groups import groups
 from dlmctl.records.jsonl import Record
-from dlmctl.settings.masks import PAIRED, UNBIASED, Law
+from dlmctl.settings.mask_laws import PAIRED, UNBIASED, Law
 
 LAWS: tuple[Law, ...] = (*UNBIASED, "quadrature")
 

@@ -22,11 +22,11 @@ from dlmctl.records.jsonl import Record
 from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Batching
 from dlmctl.rl.update import update_policy
+from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.settings.sampler import Sampler
 from dlmctl.tasks.sources import prompts
 from dlmctl.train.checkpoint import latest_checkpoint
-from dlmctl.train.lora import Adapter
-from dlmctl.train.run import Optimization, Run, open_run
+from dlmctl.train.run import Run, open_run
 from dlmctl.verifiers.registry import verify
 
 DLMCTL = (sys.executable, "-m", "dlmctl")
@@ -85,7 +85,7 @@ def compare_loops(
 def in_process(loop: Loop, directory: Path) -> Iterator[dict[str, Any]]:
     """Metrics of every round; samples are drawn from the weights that are trained."""
     run = open_run(
-        directory, loop.model, "rspo", Optimization(), Adapter(), loop.device, loop.dtype, False,
+        directory, loop.model, "rspo", Optimizer(), Adapter(), loop.device, loop.dtype, False,
         loop.seed,
     )  # fmt: skip
     verified = verify(_samples(loop, run))

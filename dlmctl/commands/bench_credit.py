@@ -47,7 +47,7 @@ def command(
     """
     from dlmctl.bench.credit import credit_cost
     from dlmctl.bench.loop import Loop
-    from dlmctl.rl.srpo.contrast import Contrast
+    from dlmctl.settings.srpo import Contrast
 
     plan = Loop(model, task, rounds, prompts, samples, batch_size, seed, device, dtype)
     with counting("rounds", quiet, rounds) as gauge:

@@ -14,12 +14,12 @@ from dlmctl.commands.options import (
     Model,
     Quiet,
     Seed,
-    whole_numbers,
 )
 from dlmctl.commands.progress import counting
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import read_records
+from dlmctl.settings.parsing import whole_numbers
 
 
 def command(

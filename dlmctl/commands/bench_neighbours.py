@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from dlmctl.commands.options import Device, Json, Memory, Quiet, Seed, byte_count
+from dlmctl.commands.options import Device, Json, Memory, Quiet, Seed
 from dlmctl.commands.progress import counting
 from dlmctl.commands.tables import write_rows
+from dlmctl.settings.parsing import byte_count
 
 
 def command(

@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from dlmctl.commands.corpora import layer_numbers, position_kinds
-from dlmctl.commands.options import Device, Dtype, Json, Quiet, Seed, whole_numbers
+from dlmctl.commands.options import Device, Dtype, Json, Quiet, Seed
 from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import UsageError
+from dlmctl.settings.parsing import whole_numbers
 
 MEASURES = ("steps", "pipeline")
 STEPS_COLUMNS = [

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from dlmctl.commands.options import Device, Dtype, Json, Quiet, Seed, whole_numbers
+from dlmctl.commands.options import Device, Dtype, Json, Quiet, Seed
 from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
+from dlmctl.settings.parsing import whole_numbers
 
 
 def command(

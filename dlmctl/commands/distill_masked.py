@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Annotated
 
 from dlmctl.commands.input_lines import input_lines
-from dlmctl.commands.mask_options import FillTo
 from dlmctl.commands.ranks import on_every_rank, write_metrics
 from dlmctl.records.jsonl import read_records
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Compute, Files, OnErrorOption, Quiet, ResumeInput
+from dlmctl.settings.common import Compute, Files, OnErrorOption, Quiet
 from dlmctl.settings.distill import MaskedConsistency
 from dlmctl.settings.models import Prompting, Reading
 from dlmctl.settings.optimizer import OPTIMIZER, Adapter, GradientCheckpointing, Optimizer
+from dlmctl.settings.training import ResumeInput
 
 
 @on_every_rank
@@ -40,7 +40,15 @@ def command(
     records_per_step: Annotated[
         int, Knob("Completions per step.", "--records-per-step", minimum=1, panel=OPTIMIZER)
     ] = 32,
-    fill_to: FillTo = None,
+    fill_to: Annotated[
+        int | None,
+        Knob(
+            "Fill completions with end-of-sequence up to this many tokens.",
+            "--fill-to",
+            minimum=1,
+            shown_default="off",
+        ),
+    ] = None,
     optimizer: Optimizer = Optimizer(),
     adapter: Adapter = Adapter(),
     gradient_checkpointing: GradientCheckpointing = False,
@@ -69,8 +77,7 @@ def command(
     """
     from dlmctl.distill.masked_lm import ALGO, distill_masked
     from dlmctl.train.distributed import is_first
-    from dlmctl.train.lora import Adapter as Lora
-    from dlmctl.train.run import Optimization, open_run
+    from dlmctl.train.run import open_run
 
     lines = input_lines(files)
     records = read_records(files or [], on_error)
@@ -80,16 +87,8 @@ def command(
         output,
         reading.of(teacher),
         ALGO,
-        Optimization(
-            optimizer.rate,
-            (optimizer.beta1, optimizer.beta2),
-            optimizer.weight_decay,
-            optimizer.max_norm,
-            optimizer.warmup,
-            optimizer.schedule,
-            optimizer.total_steps,
-        ),
-        Lora(adapter.rank, adapter.alpha, adapter.dropout),
+        optimizer,
+        adapter,
         compute.device,
         compute.dtype,
         gradient_checkpointing,

@@ -6,11 +6,8 @@ from typing import Annotated
 
 import typer
 
-from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import OnError
-from dlmctl.settings.parsing import byte_count as byte_count
-from dlmctl.settings.parsing import whole_numbers as whole_numbers
-from dlmctl.tasks.layout import Tags
+from dlmctl.settings.layout import Tags
 
 Files = Annotated[
     list[str] | None,
@@ -132,12 +129,7 @@ Json = Annotated[bool, typer.Option("--json", help="JSON on a terminal too, as i
 
 
 def tag_names(perception: str, reasoning: str) -> Tags:
-    """The names of both tags; raises UsageError where one is none, or they are the same."""
-    for option, name in (("--perception-tag", perception), ("--reasoning-tag", reasoning)):
-        if not name.replace("-", "_").isidentifier():
-            raise UsageError(f"{option} {name} is not a name: give it without < and >")
-    if perception == reasoning:
-        raise UsageError(f"--perception-tag and --reasoning-tag are both {perception}")
+    """The names of both tags."""
     return Tags(perception, reasoning)
 
 

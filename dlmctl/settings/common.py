@@ -63,14 +63,6 @@ Memory = Annotated[
         env=True,
     ),
 ]
-ResumeInput = Annotated[
-    bool,
-    Knob(
-        "The input is the whole of it again: leave out what the run's newest checkpoint has been "
-        "trained on. Without this option all input counts as new.",
-        "--resume",
-    ),
-]
 
 
 @dataclass(frozen=True)

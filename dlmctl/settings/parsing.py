@@ -1,4 +1,4 @@
-"""Texts of options that stand for several values, or for a number with a unit."""
+"""Texts of options that are more than one value."""
 
 from __future__ import annotations
 
@@ -16,6 +16,24 @@ def whole_numbers(option: str, text: str) -> list[int]:
     if not all(part.isdecimal() and len(part) <= DIGITS and int(part) > 0 for part in parts):
         raise UsageError(f"{option} {text} is not a list of whole numbers from 1 on")
     return [int(part) for part in parts]
+
+
+def number_pair(option: str, text: str, form: str) -> tuple[float, float]:
+    """The numbers of a pair like 0.8,1.2; raises UsageError if it is not one."""
+    low, _, high = text.partition(",")
+    try:
+        return float(low), float(high)
+    except ValueError:
+        raise UsageError(f"{option} {text} is not {form}") from None
+
+
+def level_range(text: str) -> tuple[float, float]:
+    """Least and greatest level of --t 0.3 or --t 0.05-0.5; raises UsageError if it is neither."""
+    first, _, last = text.partition("-")
+    try:
+        return float(first), float(last or first)
+    except ValueError:
+        raise UsageError(f"--t {text} is neither a number nor a range such as 0.05-0.5") from None
 
 
 def byte_count(option: str, text: str) -> int:
