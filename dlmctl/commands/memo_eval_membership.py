@@ -94,9 +94,9 @@ def command(
         write_records(points, str(curve))
 
     def row(name: str, values: Tensor) -> dict[str, Any]:
-        about = {"method": name, **source}
-        about["reference"] = reference if name in NEED_REFERENCE else None
+        about = {"reference": reference if name in NEED_REFERENCE else None}
         sizes = {"members": count, "others": len(texts) - count}
-        return {**about, **sizes, **separation(values[:count], values[count:], bootstrap)}
+        figures = separation(values[:count], values[count:], bootstrap)
+        return {"method": name, **source, **about, **sizes, **figures}
 
     write_rows((row(name, values) for name, values in scores.items()), COLUMNS, json)

@@ -112,8 +112,8 @@ def command(
         return
     row, sets, result = studied(sources.samples[0])
     if rows:
-        records = sample_rows(sets, result, study.threshold)
-        write_records(counted(records, "samples", quiet, len(sets.samples.images)), rows)
+        of_samples = sample_rows(sets, result, study.threshold)
+        write_records(counted(of_samples, "samples", quiet, len(sets.samples.images)), rows)
     if gallery.gallery:
         write_file(gallery.gallery, picture(sets, result, study.threshold, gallery))
     if json or output != "-" or not sys.stdout.isatty():

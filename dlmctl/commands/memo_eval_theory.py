@@ -11,7 +11,7 @@ from dlmctl.records.files import write_file
 from dlmctl.records.jsonl import write_records
 from dlmctl.settings import Knob
 from dlmctl.settings.common import Quiet
-from dlmctl.settings.memorization import FeatureModel, FeatureTraining
+from dlmctl.settings.theory import FeatureModel, FeatureTraining
 
 
 def command(

@@ -145,16 +145,11 @@ def _reference_set(name: str, images: Tensor, study: SampleStudy, notes: list[st
 
 def with_features(sets: ImageSets, features: Callable[[str, ImageSet], Tensor]) -> ImageSets:
     """The sets with the features that a function returns for each, given its name."""
-    made = {
-        name: part._replace(features=features(name, part))
-        for name, part in (
-            ("samples", sets.samples),
-            ("train", sets.train),
-            ("heldout", sets.heldout),
-        )
-        if part is not None
-    }
-    return sets._replace(**made)
+    samples, train, heldout = (
+        part and part._replace(features=features(name, part))
+        for name, part in zip(("samples", "train", "heldout"), sets[:3], strict=True)
+    )
+    return sets._replace(samples=samples, train=train, heldout=heldout)
 
 
 def study_samples(

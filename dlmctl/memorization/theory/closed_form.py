@@ -46,7 +46,7 @@ from dlmctl.memorization.theory.random_features import (
     noisy_samples,
 )
 from dlmctl.records.errors import UsageError
-from dlmctl.settings.memorization import FeatureModel, noise_variance
+from dlmctl.settings.theory import FeatureModel, noise_variance
 
 KAPPA_SAMPLES = 4096
 """Noisy samples that suffice for kappa, of which only the mean over a bulk is used."""

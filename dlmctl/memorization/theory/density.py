@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dlmctl.memorization.theory.random_features import Constants, constants
-from dlmctl.settings.memorization import FeatureModel
+from dlmctl.settings.theory import FeatureModel
 
 FAR = 1e3
 """Imaginary part at which the solution is known, in units of psi_p and the largest variance."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dlmctl.memorization.theory.gaussian_features import feature_moments, normal_rule
 from dlmctl.records.errors import UsageError
-from dlmctl.settings.memorization import FeatureModel
+from dlmctl.settings.theory import FeatureModel
 
 BATCH = 2048
 """Noisy samples at once."""
@@ -195,7 +195,7 @@ def _drawn_moments(
 
 
 def losses(problem: Problem, network: Tensor) -> Losses:
-    """Losses of the score s(y) = B phi(y); network is B in the eigenvectors of U, float64 [d, p]."""
+    """Losses of the score s(y) = B phi(y), with B in the eigenvectors of U, float64 [d, p]."""
     model = problem.model
     noise, d = model.noise, model.dimension
     product = problem.noise_product

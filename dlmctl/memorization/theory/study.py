@@ -24,7 +24,7 @@ from dlmctl.memorization.theory.random_features import (
     losses,
     norms,
 )
-from dlmctl.settings.memorization import BULKS, FeatureModel, FeatureTraining
+from dlmctl.settings.theory import BULKS, FeatureModel, FeatureTraining
 
 DRAWS_PER_FEATURE = 20
 """Noisy samples per feature, if --noise-draws does not say."""

@@ -8,7 +8,7 @@ import torch
 from dlmctl.memorization.theory.density import density, stieltjes
 from dlmctl.memorization.theory.random_features import constants, data_spectrum, draw_problem
 from dlmctl.memorization.theory.study import expected_bulks
-from dlmctl.settings.memorization import FeatureModel
+from dlmctl.settings.theory import FeatureModel
 
 TABLE = FeatureModel(6, 24, 50, 0.05)
 TWO = FeatureModel(6, 24, 50, 0.05, "0.5,1.5")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from dlmctl.memorization.theory.closed_form import train_teacher
 from dlmctl.memorization.theory.random_features import draw_problem, losses
 from dlmctl.memorization.theory.study import TheoryStudy, study
-from dlmctl.settings.memorization import FeatureModel, FeatureTraining
+from dlmctl.settings.theory import FeatureModel, FeatureTraining
 
 OPTIONS = "theory -d 6 --psi-n 3 --psi-p 10 --taus 1:1e6:13"
 SHARED = ["gap", "norm_gen", "norm_mem", "norm_null"]

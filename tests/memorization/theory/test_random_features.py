@@ -22,7 +22,7 @@ from dlmctl.memorization.theory.random_features import (
     norms,
 )
 from dlmctl.records.errors import UsageError
-from dlmctl.settings.memorization import FeatureModel, noise_variance
+from dlmctl.settings.theory import FeatureModel, noise_variance
 
 SMALL = FeatureModel(psi_n=2, psi_p=4, dimension=6, time=0.3, variances="0.5,1.5")
 DRAWS = 200_000
