@@ -31,8 +31,7 @@ def command(
     output: Run,
     sizes: NetworkSizes = NetworkSizes(),
     sigma_data: Annotated[
-        float,
-        Knob("Standard deviation of the data in EDM's scalings.", minimum=0.0, panel=NOISE),
+        float, Knob("Standard deviation of the data in EDM's scalings.", minimum=0.0, panel=NOISE)
     ] = 0.5,
     noise: NoiseRange = NoiseRange(),
     law: NoiseLaw = NoiseLaw(),

@@ -62,8 +62,7 @@ def command(
         ),
     ] = None,
     least: Annotated[
-        int,
-        Knob("A text that shares this many units in a row is copied.", "--least", minimum=1),
+        int, Knob("A text that shares this many units in a row is copied.", "--least", minimum=1)
     ] = 50,
     ngrams: Annotated[
         str, Knob("Lengths n of the n-grams of novelty.", "--ngrams", metavar="NUMBERS")
@@ -134,7 +133,7 @@ def command(
     texts, faulty = documents(files or [], kept_in(rows, on_error))
     for name, part in (("--train", corpus), ("the input", texts)):
         if not part:
-            raise UsageError(f"{name} holds no texts; there is nothing to compare")
+            raise UsageError(f"{name} has no texts; there is nothing to compare")
     sets = {"train": corpus}
     if heldout:
         sets["heldout"], notes = held_out(corpus, documents([str(heldout)], of_corpus)[0])

@@ -27,8 +27,7 @@ def command(
         Path, Knob("Texts that the model was trained on.", "--members", metavar="FILE")
     ],
     others: Annotated[
-        Path,
-        Knob("Texts of the same kind that it was not trained on.", "--others", metavar="FILE"),
+        Path, Knob("Texts of the same kind that it was not trained on.", "--others", metavar="FILE")
     ],
     model: Model = "builtin:puzzles",
     reading: Reading = Reading(),

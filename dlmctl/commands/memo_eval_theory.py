@@ -29,9 +29,7 @@ def command(
     plot: Annotated[
         Path | None,
         Knob(
-            "Picture of spectrum and curves, PNG or SVG by its extension.",
-            "--plot",
-            metavar="FILE",
+            "Picture of spectrum and curves, PNG or SVG by its extension.", "--plot", metavar="FILE"
         ),
     ] = None,
     quiet: Quiet = False,

@@ -172,9 +172,9 @@ def _example(
 
 
 class _Targets:
-    """The frozen model of each round: the teacher, then the student as it was at its begin.
+    """The frozen target of each round: the teacher, then the student as it was at the beginning.
 
-    The latter stands in RUN/target-NN, so that a run that goes on within a round has it.
+    The latter is saved in RUN/target-NN for a run that is resumed within a round.
     """
 
     def __init__(self, run: Run, steps_per_round: int, keep: int) -> None:
@@ -182,7 +182,7 @@ class _Targets:
         self._held: tuple[int, Policy] | None = None
 
     def of(self, number: int) -> Policy:
-        """Raises DataError where the model of a round that is under way is not there."""
+        """The target of a round; raises DataError if a round has begun and its target is missing."""
         if self._held is None or self._held[0] != number:
             self._held = None  # before the next one is loaded
             self._held = number, self._load(number)
@@ -195,14 +195,14 @@ class _Targets:
             return merged(load_policy(run.progress.reference, device, "float32"))
         place = self._place(number)
         if run.progress.step == number * self._steps:
-            # First the checkpoint: a run that dies in between comes back to this very step.
+            # First the checkpoint: a run that dies in between resumes at this very step.
             if run.saved_step != run.progress.step:
                 run.save(self._keep)
             whole = run.whole_policy()
             if is_first():
                 publish_directory(place, lambda directory: save_policy(whole, directory))
                 shutil.rmtree(self._place(number - 1), ignore_errors=True)
-            agreed(number)  # from here on it is there
+            agreed(number)  # from here on it exists
         if not place.exists():
             raise DataError(
                 f"{place} is missing, the target of this round: begin a new run, or give the "

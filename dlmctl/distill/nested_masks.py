@@ -56,11 +56,7 @@ def nested_masks(scored: Tensor, ranks: Tensor, masked: int, decided: int) -> Ne
 
 
 def draw_nested(
-    record: Record,
-    scored: Tensor,
-    order: Order,
-    decided: int,
-    keys: Sequence[str | int],
+    record: Record, scored: Tensor, order: Order, decided: int, keys: Sequence[str | int]
 ) -> NestedMasks:
     """The masks of a record's completion at two levels, a function of the keys.
 

@@ -106,11 +106,7 @@ class NoiseLaw:
 
     mean: float = knob(-1.2, "Mean of ln sigma in training.", "--p-mean", panel=NOISE)
     std: float = knob(
-        1.2,
-        "Standard deviation of ln sigma in training.",
-        "--p-std",
-        minimum=0.0,
-        panel=NOISE,
+        1.2, "Standard deviation of ln sigma in training.", "--p-std", minimum=0.0, panel=NOISE
     )
 
 

@@ -85,10 +85,7 @@ class SampleStudy:
         panel=COPIES,
     )
     dedup: bool = knob(
-        False,
-        "Leave duplicates out of the training and held-out sets.",
-        "--dedup",
-        panel=COPIES,
+        False, "Leave duplicates out of the training and held-out sets.", "--dedup", panel=COPIES
     )
     tolerance: float = knob(
         0.0,

@@ -213,7 +213,7 @@ def test_loading_is_strict(tmp_path):
         with pytest.raises(DataError, match="not the configuration"):
             load_model(str(tmp_path))
     shutil.rmtree(tmp_path)
-    with pytest.raises(MissingInputError, match="holds no model"):
+    with pytest.raises(MissingInputError, match="has no model"):
         load_model(str(tmp_path))
 
 

@@ -73,10 +73,7 @@ def text_of(record: Record) -> str:
 
 
 def read_documents(
-    records: Iterable[Record],
-    unit: Unit,
-    numbers: dict[Hashable, int],
-    on_error: OnError = "fail",
+    records: Iterable[Record], unit: Unit, numbers: dict[Hashable, int], on_error: OnError = "fail"
 ) -> tuple[list[Document], list[Record]]:
     """The texts of records, and the records that cannot be used, if these are kept.
 

@@ -39,12 +39,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dlmctl.memorization.theory.random_features import (
-    BATCH,
-    Problem,
-    data_spectrum,
-    noisy_samples,
-)
+from dlmctl.memorization.theory.random_features import BATCH, Problem, data_spectrum, noisy_samples
 from dlmctl.records.errors import UsageError
 from dlmctl.settings.theory import FeatureModel, noise_variance
 
