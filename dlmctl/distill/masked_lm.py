@@ -182,7 +182,7 @@ class _Targets:
         self._held: tuple[int, Policy] | None = None
 
     def of(self, number: int) -> Policy:
-        """The target of a round; raises DataError if a round has begun and its target is missing."""
+        """The target of a round; raises DataError if the round has begun and has lost it."""
         if self._held is None or self._held[0] != number:
             self._held = None  # before the next one is loaded
             self._held = number, self._load(number)

@@ -145,10 +145,12 @@ def _reference_set(name: str, images: Tensor, study: SampleStudy, notes: list[st
 
 def with_features(sets: ImageSets, features: Callable[[str, ImageSet], Tensor]) -> ImageSets:
     """The sets with the features that a function returns for each, given its name."""
-    samples, train, heldout = (
-        part and part._replace(features=features(name, part))
-        for name, part in zip(("samples", "train", "heldout"), sets[:3], strict=True)
-    )
+
+    def encoded(name: str, part: ImageSet) -> ImageSet:
+        return part._replace(features=features(name, part))
+
+    samples, train = encoded("samples", sets.samples), encoded("train", sets.train)
+    heldout = encoded("heldout", sets.heldout) if sets.heldout else None
     return sets._replace(samples=samples, train=train, heldout=heldout)
 
 
