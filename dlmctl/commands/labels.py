@@ -1,4 +1,4 @@
-"""The option --set NAME=VALUE: fields of a summary that say what it describes."""
+"""The option --set NAME=VALUE: fields that say what a summary is of."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Labels = Annotated[
 
 
 def label_fields(labels: Sequence[str] | None) -> dict[str, Any]:
-    """Fields of NAME=VALUE, numbers as such; raises UsageError."""
+    """Fields of NAME=VALUE, with numbers as such; raises UsageError."""
     fields: dict[str, Any] = {}
     for label in labels or []:
         name, equals, value = label.partition("=")
@@ -32,7 +32,7 @@ def label_fields(labels: Sequence[str] | None) -> dict[str, Any]:
 
 
 def number_or_text(text: str) -> int | float | str:
-    """A text as a finite number if it is one."""
+    """The finite number that a text is, else the text."""
     for kind in (int, float):
         try:
             number: int | float = kind(text)
@@ -43,7 +43,7 @@ def number_or_text(text: str) -> int | float | str:
 
 
 def labelled(fields: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    """The fields, then the row; raises UsageError if the row has one of them itself."""
+    """The row with the fields before it; raises UsageError if it has one of their names."""
     for name in fields:
         if name in row:
             raise UsageError(f"--set {name}=…: the summary has a field of that name")
