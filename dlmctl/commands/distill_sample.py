@@ -3,84 +3,91 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from dlmctl.commands.options import Device, Json, Quiet, Seed
 from dlmctl.commands.progress import counting
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import CannotCreateError, UsageError
+from dlmctl.settings import Knob
+from dlmctl.settings.common import DeviceName, Json, Quiet, Seed
+from dlmctl.settings.distill import Solver
 from dlmctl.settings.parsing import whole_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+COLUMNS = ("samples", "count", "kind", "step", "seed", "steps", "evaluations")
+
 
 def command(
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A run of 'dlmctl distill', one of its checkpoints, or optimal:IMAGES, the exact "
+        Knob(
+            "A run of 'dlmctl distill', one of its checkpoints, or optimal:IMAGES, the exact "
             "denoiser of a set.",
+            metavar="MODEL",
+            argument=True,
         ),
     ],
     output: Annotated[
         Path,
-        typer.Option(
+        Knob(
+            "File of the samples: safetensors, which can be used as IMAGES anywhere. {step} in its "
+            "name stands for the step of the checkpoint.",
             "-o",
             "--output",
             metavar="FILE",
-            help="The samples, a safetensors file that every IMAGES takes; {step} in its name is "
-            "the step of the checkpoint.",
         ),
     ],
-    count: Annotated[int, typer.Option("-n", "--samples", min=1, help="Samples.")] = 1000,
+    count: Annotated[int, Knob("Number of samples.", "-n", "--samples", minimum=1)] = 1000,
     steps: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            show_default="18 of a denoiser, 1 of a student",
-            help="Steps of the sampler. A student of several adds noise again in between.",
+        Knob(
+            "Sampling steps. A student that takes several adds noise again between them.",
+            "--steps",
+            minimum=1,
+            shown_default="18 for a denoiser, 1 for a student",
         ),
     ] = None,
     solver: Annotated[
-        Literal["heun", "euler"] | None,
-        typer.Option(
-            show_default="heun",
-            help="Of a denoiser's ODE: heun evaluates it twice in a step, but in the last.",
+        Solver | None,
+        Knob(
+            "Solver of a denoiser's ODE: heun evaluates the model twice per step, except in the "
+            "last.",
+            "--solver",
+            shown_default="heun",
         ),
     ] = None,
     at: Annotated[
         str | None,
-        typer.Option(
+        Knob(
+            "Steps of the run's checkpoints to sample from, separated by commas, or all.",
+            "--at",
             metavar="STEPS",
-            show_default="the newest",
-            help="Steps of a run's checkpoints, several with commas, or all.",
+            shown_default="the newest",
         ),
     ] = None,
     batch_size: Annotated[
         int,
-        typer.Option(
+        Knob(
+            "Samples per batch; changes speed and memory, not results.",
             "-b",
             "--batch-size",
-            min=1,
-            envvar="DLMCTL_BATCH_SIZE",
-            help="Samples made at once; changes speed and memory, not results.",
+            minimum=1,
+            env=True,
         ),
     ] = 256,
     seed: Seed = 0,
-    device: Device = "auto",
+    device: DeviceName = "auto",
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Sample images or vectors from a teacher or a student.
 
     A denoiser follows the ODE of EDM from sigma_max to 0; a student maps noise to an image in one
-    step. With the same seed sample i begins at the same noise in all of them, whatever the number
-    of samples and steps. Writes a record for each file, with the model and its evaluations for each
-    sample.
+    step. With the same seed, sample i starts from the same noise in every model, whatever the
+    number of samples and steps. Writes one record per file, with the model and the number of its
+    evaluations for each sample.
 
     Examples:
 
@@ -99,30 +106,29 @@ def command(
     rows = []
     with counting("samples", quiet, count * len(points)) as gauge:
         for point in points:
-            found = load_model(model, place, point)
-            if found.kind == "consistency" and solver:
+            loaded = load_model(model, place, point)
+            if loaded.kind == "consistency" and solver:
                 raise UsageError(
                     f"--solver is for denoisers, and {model} is a student without an ODE"
                 )
-            taken = steps or (1 if found.kind == "consistency" else 18)
-            samples = draw(found, count, seed, taken, solver or "heun", batch_size, gauge.advance)
-            trained = (found.training or {}).get("step")
+            taken = steps or (1 if loaded.kind == "consistency" else 18)
+            samples = draw(loaded, count, seed, taken, solver or "heun", batch_size, gauge.advance)
+            trained = (loaded.training or {}).get("step")
             file = Path(str(output).replace("{step}", str(trained)))
             row = {
                 "samples": str(file),
                 "count": count,
                 "model": model,
-                "kind": found.kind,
+                "kind": loaded.kind,
                 "step": trained,
-                "revision": found.revision,
+                "revision": loaded.revision,
                 "seed": seed,
                 "steps": taken,
-                "evaluations": evaluations(found, taken, solver or "heun"),
+                "evaluations": evaluations(loaded, taken, solver or "heun"),
             }
             _write(file, samples, row)
             rows.append(row)
-    columns = ("samples", "count", "kind", "step", "seed", "steps", "evaluations")
-    write_rows(rows, columns, json)
+    write_rows(rows, COLUMNS, json)
 
 
 def _checkpoints(model: str, at: str | None, output: Path) -> list[int | None]:
@@ -135,11 +141,11 @@ def _checkpoints(model: str, at: str | None, output: Path) -> list[int | None]:
     if at == "all":
         steps += checkpoint_steps(Path(model))
         if not steps:
-            raise UsageError(f"--at all: {model} is no run with checkpoints")
+            raise UsageError(f"--at all: {model} is not a run with checkpoints")
     else:
         steps += whole_numbers("--at", at)
     if len(steps) > 1 and "{step}" not in output.name:
-        raise UsageError(f"--at {at}: write {{step}} into the name of -o, for a file each")
+        raise UsageError(f"--at {at} needs {{step}} in the name of -o, to write a file for each")
     return steps
 
 

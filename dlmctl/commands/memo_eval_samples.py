@@ -4,182 +4,62 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from dlmctl.commands.labels import Labels, label_fields, labelled, number_or_text
-from dlmctl.commands.options import Device, Json, Memory, Quiet, Seed
 from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import print_table
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.files import write_file
 from dlmctl.records.jsonl import write_records
-from dlmctl.settings.parsing import byte_count
+from dlmctl.settings import Knob
+from dlmctl.settings.common import DeviceName, Json, Output, Quiet
+from dlmctl.settings.memorization import Bootstrap, Gallery, ImageSources, SampleStudy
 
 if TYPE_CHECKING:
     import torch
 
-    from dlmctl.memorization.images.sample_study import Part, Parts, Result
+    from dlmctl.memorization.images.sample_study import ImageSet, ImageSets, StudyResult
 
 OF_SAMPLER = ("model", "step", "steps", "evaluations")
-"""What 'distill sample' says of itself in a file, as the record of 'memo-eval' has it."""
-SOURCE = (
-    "builtin:digits, FILE.safetensors (bytes, or floats in [-1, 1] or [0, 1]), a directory of "
-    "images, JSONL, a data set; #A:B cuts it"
-)
+"""Metadata that 'distill sample' writes into a file, which the record of 'memo-eval' repeats."""
 
 
 def command(
-    samples: Annotated[
-        list[str],
-        typer.Option(
-            "--samples",
-            metavar="SET",
-            help=f"What was generated: {SOURCE}. Repeatable: a record for each.",
-        ),
-    ],
-    train: Annotated[
-        str, typer.Option("--train", metavar="SET", help="What the model was trained on.")
-    ],
-    heldout: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SET",
-            show_default="none",
-            help="As many images of the same kind that it was not trained on: every figure is "
-            "taken against them, too. More are cut; of fewer there is a warning.",
-        ),
-    ] = None,
-    gray: Annotated[bool, typer.Option("--gray", help="Image files by their luminance.")] = False,
-    threshold: Annotated[
-        float,
-        typer.Option(
-            min=0, max=1, show_default="1/3", help="A copy has a ratio d1 / d2 below this."
-        ),
-    ] = 1 / 3,
-    distance: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            show_default="off",
-            help="Add f_near: the share with d1 up to this, L2 of pixels in [-1, 1].",
-        ),
-    ] = None,
-    dedup: Annotated[
-        bool, typer.Option("--dedup", help="Leave duplicates out of training and held-out set.")
-    ] = False,
-    dedup_within: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            metavar="L2",
-            help="With --dedup: images as near as this are duplicates, too. Near duplicates hide "
-            "copies as well.",
-        ),
-    ] = 0.0,
-    extractor: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIRECTORY",
-            show_default="none",
-            help="Model whose features of images are compared by cosine: config.json and "
-            "safetensors, as transformers has it.",
-        ),
-    ] = None,
-    features: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SAMPLES,TRAIN[,HELDOUT]",
-            show_default="none",
-            help="Instead of --extractor: safetensors of features [N, F], a row for each image.",
-        ),
-    ] = None,
-    copy_thresholds: Annotated[
-        str,
-        typer.Option(
-            "--copy-threshold",
-            metavar="COSINE,…",
-            help="Add the share of samples with a cosine above each.",
-        ),
-    ] = "0.5,0.6",
-    quality: Annotated[
-        bool,
-        typer.Option(
-            "--quality/--no-quality",
-            help="Fréchet distance, precision, recall, density, coverage, MMD.",
-        ),
-    ] = True,
-    space: Annotated[
-        str,
-        typer.Option(
-            metavar="SPACE",
-            help="Of --quality: pixels, features, or pca:K, principal components of training and "
-            "held-out set together; auto is features where there are such, else pca:32, or a "
-            "quarter of the smallest set.",
-        ),
-    ] = "auto",
-    ridge: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            show_default="a singular covariance is refused",
-            help="Fréchet distance: add so many mean variances along every direction.",
-        ),
-    ] = None,
-    k: Annotated[
-        int, typer.Option("-k", min=1, help="Neighbours of precision, recall, density, coverage.")
-    ] = 5,
-    resamples: Annotated[
-        int, typer.Option("--bootstrap", min=1, help="Resamples for intervals and for p.")
-    ] = 1000,
-    confidence: Annotated[float, typer.Option(min=0.5, max=0.9999, help="Of intervals.")] = 0.95,
+    sources: ImageSources,
+    study: SampleStudy = SampleStudy(),
+    bootstrap: Bootstrap = Bootstrap(),
     rows: Annotated[
         str | None,
-        typer.Option(
+        Knob(
+            "Write a record for each sample: id, nn, d1, d2, ratio, memorized.",
+            "--rows",
             metavar="FILE",
-            show_default="none",
-            help="A record for each sample: id, nn, d1, d2, ratio, memorized.",
+            shown_default="none",
         ),
     ] = None,
-    gallery: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.png",
-            show_default="none",
-            help="Picture of samples beside their nearest images, by ratio.",
-        ),
-    ] = None,
-    gallery_rows: Annotated[int, typer.Option(min=1, help="Samples in the picture.")] = 24,
-    gallery_spread: Annotated[
-        bool,
-        typer.Option("--gallery-spread", help="Samples of all ratios, not those of the lowest."),
-    ] = False,
+    gallery: Gallery = Gallery(),
     labels: Labels = None,
-    output: Annotated[
-        str,
-        typer.Option("-o", "--output", metavar="FILE", help="Where the summary goes."),
-    ] = "-",
+    output: Output = "-",
     json: Json = False,
-    seed: Seed = 0,
-    memory: Memory = "512M",
-    device: Device = "auto",
+    device: DeviceName = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Measure how much of a training set samples repeat, and how good they are.
 
-    The ratio test: a sample is memorized where its nearest training image is less than a third as
-    far as the second nearest (L2 of pixels). Cosines of features, Fréchet distance, precision,
-    recall, density, coverage and MMD come beside it. Everything is taken against the held-out set,
-    too: what samples have in common with images that the model never saw is no memory.
+    The ratio test: a sample is memorized if its nearest training image is less than a third as far
+    away as the second nearest (L2 of pixels). It is complemented by cosines of features, Fréchet
+    distance, precision, recall, density, coverage and MMD. Every figure is taken against the
+    held-out set too: what samples have in common with images that the model never saw is not
+    memorization.
 
-    Writes a record for each set: f_mem is the share that is memorized, f_mem_interval a bootstrap
-    interval, heldout_f_mem the same of the held-out set, f_mem_excess the difference; ratio and d1
-    are means; sim, sim_p95, sim_max are of cosines; mmd2_gap is MMD to the training set less MMD to
-    held-out images, with p of one side by exchanging them. A share of exactly 0 or 1 has an
-    interval without width: it may be wrong by up to 3 / N. Of files by 'distill sample' model, step
-    (of training), steps (of the sampler) and evaluations are written, too.
+    Writes a record for each set of samples: f_mem is the share that is memorized, f_mem_interval a
+    bootstrap interval, heldout_f_mem the same against the held-out set, f_mem_excess the
+    difference; ratio and d1 are means; sim, sim_p95 and sim_max are of cosines; mmd2_gap is the MMD
+    to the training set less the MMD to held-out images, with a one-sided p from exchanging them. A
+    share of exactly 0 or 1 has an interval of width 0: it may be wrong by up to 3 / N. For files by
+    'distill sample' the record also has model, step (of training), steps (of the sampler) and
+    evaluations.
 
     Examples:
 
@@ -191,18 +71,10 @@ def command(
     dlmctl memo-eval --samples s.safetensors --train d.safetensors --set role=teacher --set n=128
     """
     fields = label_fields(labels)
-    thresholds = _thresholds(copy_thresholds)
-    if dedup_within and not dedup:
-        raise UsageError("--dedup-within is for --dedup")
-    if extractor and features:
-        raise UsageError("--extractor and --features are two ways to the same: give one")
-    if gallery and gallery.suffix.lower() != ".png":
-        raise UsageError(f"--gallery {gallery} does not end in .png")
     from dlmctl.distill.image_sets import read_about, read_images
-    from dlmctl.memorization.images.nearest_ratio import Bootstrap
+    from dlmctl.memorization.images.gallery import check_drawable, picture
     from dlmctl.memorization.images.sample_study import (
-        Study,
-        parts,
+        compared_sets,
         sample_rows,
         study_samples,
         summary,
@@ -210,111 +82,90 @@ def command(
     )
     from dlmctl.models.loading import resolve_device
 
-    if gallery:
-        from dlmctl.memorization.images.gallery import check_drawable, picture
-
     where = resolve_device(device)
-    study = Study(
-        threshold, distance, thresholds, dedup, dedup_within, quality, space, ridge, k,
-        Bootstrap(resamples, confidence, seed), byte_count("--memory", memory), where,
-    )  # fmt: skip
-    if len(samples) > 1 and (rows or gallery or features):
+    if len(sources.samples) > 1 and (rows or gallery.gallery or study.features):
         raise UsageError("--rows, --gallery and --features are for one --samples")
     ranges: dict[tuple[float, float], str] = {}
-    known = read_images(train, gray, ranges)
-    fresh = read_images(heldout, gray, ranges) if heldout else None
-    said: set[str] = set()
+    train = read_images(sources.train, sources.gray, ranges)
+    heldout = read_images(sources.heldout, sources.gray, ranges) if sources.heldout else None
+    printed: set[str] = set()
 
-    def studied(name: str) -> tuple[dict[str, Any], Parts, Result]:
-        found = parts(read_images(name, gray, ranges), known, fresh, study)
-        for note in found.notes:
-            if note not in said:
+    def studied(name: str) -> tuple[dict[str, Any], ImageSets, StudyResult]:
+        samples = read_images(name, sources.gray, ranges)
+        sets = compared_sets(samples, train, heldout, study)
+        for note in sets.notes:
+            if note not in printed:
                 print(f"dlmctl: {note}", file=sys.stderr)
-        said.update(found.notes)
-        if gallery:
-            check_drawable(found.samples.images)  # before anything takes long
-        if extractor:
-            found = with_features(found, _extracted(extractor, where))
-        elif features:
-            found = with_features(found, _read_features(features, heldout is not None))
-        result = study_samples(found, study)
-        about = {**_about(read_about(name)), **fields}
-        return labelled(about, summary(found, result, study)), found, result
+        printed.update(sets.notes)
+        if gallery.gallery:
+            check_drawable(sets.samples.images)  # before anything takes long
+        if study.extractor or study.features:
+            sets = with_features(sets, _features(study, where, heldout is not None))
+        result = study_samples(sets, study, bootstrap, where)
+        written = read_about(name)
+        about = {key: number_or_text(written[key]) for key in OF_SAMPLER if key in written}
+        return labelled({**about, **fields}, summary(sets, result, study)), sets, result
 
-    if len(samples) > 1:
-        found_rows = (studied(name)[0] for name in samples)
-        write_records(counted(found_rows, "sets", quiet, len(samples)), output)
+    if len(sources.samples) > 1:
+        records = (studied(name)[0] for name in sources.samples)
+        write_records(counted(records, "sets", quiet, len(sources.samples)), output)
         return
-    row, found, result = studied(samples[0])
+    row, sets, result = studied(sources.samples[0])
     if rows:
-        made = sample_rows(found, result, study)
-        write_records(counted(made, "samples", quiet, len(found.samples.images)), rows)
-    if gallery:
-        write_file(gallery, picture(found, result, study.threshold, gallery_rows, gallery_spread))
+        of_samples = sample_rows(sets, result, study.threshold)
+        write_records(counted(of_samples, "samples", quiet, len(sets.samples.images)), rows)
+    if gallery.gallery:
+        write_file(gallery.gallery, picture(sets, result, study.threshold, gallery))
     if json or output != "-" or not sys.stdout.isatty():
         write_records([row], output)
     else:
-        _table(found, result)
+        _table(sets, result)
 
 
-def _about(written: dict[str, str]) -> dict[str, Any]:
-    """What a record says of the sampler that made a file."""
-    return {name: number_or_text(written[name]) for name in OF_SAMPLER if name in written}
+def _features(
+    study: SampleStudy, device: torch.device, heldout: bool
+) -> Callable[[str, ImageSet], torch.Tensor]:
+    """A function from a set's name and the set to its features: encoded, or read from files."""
+    if study.extractor:
+        from dlmctl.memorization.images.image_encoder import ImageEncoder
 
-
-def _thresholds(text: str) -> tuple[float, ...]:
-    found = [number_or_text(part) for part in text.split(",")]
-    if not all(isinstance(each, (int, float)) and -1 <= each <= 1 for each in found):
-        raise UsageError(f"--copy-threshold {text} is not a list of cosines")
-    return tuple(float(each) for each in found)
-
-
-def _extracted(directory: Path, device: torch.device) -> Callable[[str, Part], torch.Tensor]:
-    from dlmctl.memorization.images.image_encoder import Extractor
-
-    extract = Extractor(directory, device)
-    return lambda name, part: extract(part.images)
-
-
-def _read_features(text: str, heldout: bool) -> Callable[[str, Part], torch.Tensor]:
+        encode = ImageEncoder(study.extractor, device)
+        return lambda _, part: encode(part.images)
     from dlmctl.distill.image_sets import read_images
 
-    files = text.split(",")
+    files = (study.features or "").split(",")
     names = ["samples", "train", *(["heldout"] if heldout else [])]
     if len(files) != len(names):
         raise UsageError(f"--features takes {len(names)} files here: {','.join(names).upper()}")
-    held = dict(zip(names, files, strict=True))
+    sources = dict(zip(names, files, strict=True))
 
-    def features(name: str, part: Part) -> torch.Tensor:
-        rows = read_images(held[name])
+    def read(name: str, part: ImageSet) -> torch.Tensor:
+        rows = read_images(sources[name])
         if rows.dim() != 2 or len(rows) != part.read:
             raise DataError(
-                f"{held[name]} is {list(rows.shape)}: of --{name} there have to be features "
+                f"{sources[name]} is {list(rows.shape)}: of --{name} there have to be features "
                 f"[{part.read}, F]"
             )
         return rows[part.places]
 
-    return features
+    return read
 
 
-def _table(found: Parts, result: Result) -> None:
-    """Figures with their intervals, a line each, and what is of both sets below."""
-    columns = {
-        "figure": "figure",
-        **{name or "train": name or "train" for name in found.references},
-    }
+def _table(sets: ImageSets, result: StudyResult) -> None:
+    """A line for each figure, with its intervals, then the figures of both sets at once."""
+    names = [name or "train" for name in sets.references]
     lines = []
     for figure in result.figures:
         line = {"figure": figure.name}
-        for number, name in enumerate(list(columns)[1:]):
-            low_high = figure.intervals[number] if figure.intervals else None
-            line[name] = _cell(figure.values[number], low_high)
+        for number, name in enumerate(names):
+            interval = figure.intervals[number] if figure.intervals else None
+            line[name] = _cell(figure.values[number], interval)
         lines.append(line)
-    for name, value in result.more.items():
+    for name, value in result.joint.items():
         if value is not None and not name.endswith("_interval"):
-            line = {"figure": name, "train": _cell(value, result.more.get(f"{name}_interval"))}
-            lines.append(line)
-    print_table(lines, {name: heading.strip("_") for name, heading in columns.items()})
+            interval = result.joint.get(f"{name}_interval")
+            lines.append({"figure": name, "train": _cell(value, interval)})
+    print_table(lines, {name: name.strip("_") for name in ("figure", *names)})
 
 
 def _cell(value: Any, interval: tuple[float, float] | None) -> str:

@@ -14,19 +14,19 @@ KINDS = {"edm": "diffusion model", "consistency": "consistency model"}
 def image_card(
     config: ModelConfig, training: Mapping[str, Any], metrics: Mapping[str, float]
 ) -> Card:
-    """A card.
+    """The card of a checkpoint.
 
     Args:
-        training: as it stands in the checkpoint's configuration, the step included.
+        training: `training` of the checkpoint's config.json, which includes the step.
         metrics: of the last step.
     """
     kind = KINDS[config.kind]
     shape = " x ".join(map(str, config.network.shape))
     data = training.get("images")
     of = f" of `{data}`" if data else ""
-    told = {name: v for name, v in training.items() if name not in ("checkpoints", "first")}
+    shown = {name: v for name, v in training.items() if name not in ("checkpoints", "first")}
     use = f"dlmctl distill sample {DIRECTORY} -n 1000 -o samples.safetensors"
-    ours = (
+    code = (
         "from dlmctl.distill.image_checkpoints import load_model\n\n"
         f'model = load_model("{DIRECTORY}")'
     )
@@ -36,7 +36,7 @@ def image_card(
         library="dlmctl",
         tags=[kind.replace(" ", "-")],
         pipeline="unconditional-image-generation" if len(config.network.shape) == 3 else None,
-        settings={"steps so far": training["step"], **told},
+        settings={"steps so far": training["step"], **shown},
         metrics=metrics,
-        usage=[("sh", use), ("python", ours)],
+        usage=[("sh", use), ("python", code)],
     )

@@ -8,49 +8,33 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-Solver = Literal["heun", "euler"]
+from dlmctl.settings.distill import Solver
+from dlmctl.settings.images import NoiseLaw, NoiseRange
+
 EVERY = slice(None)
 """All rows of a batch."""
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """From x float [N, ...] and sigma float64 [N] to the estimate of the data, float [N, ...]."""
 
 
-@dataclass(frozen=True)
-class NoiseRange:
-    """The levels of noise, and how a grid is spread over them; defaults are EDM's."""
+def noise_grid(noise: NoiseRange, points: int) -> Tensor:
+    """Levels from sigma_max down to sigma_min (eq. 5), float64 [points]; the ends are exact.
 
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
-
-    def grid(self, points: int) -> Tensor:
-        """Levels from sigma_max down to sigma_min (eq. 5), float64 [points]; the ends are exact.
-
-        A grid of one point is sigma_max.
-        """
-        high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
-        share = torch.arange(points, dtype=torch.float64) / max(1, points - 1)
-        sigmas = (high + share * (low - high)) ** self.rho
-        sigmas[-1], sigmas[0] = self.sigma_min, self.sigma_max
-        return sigmas
-
-
-@dataclass(frozen=True)
-class NoiseLaw:
-    """ln sigma ~ N(mean, std^2) in training; defaults are EDM's."""
-
-    mean: float = -1.2
-    std: float = 1.2
+    A grid of one point is sigma_max.
+    """
+    high, low = noise.sigma_max ** (1 / noise.rho), noise.sigma_min ** (1 / noise.rho)
+    share = torch.arange(points, dtype=torch.float64) / max(1, points - 1)
+    sigmas = (high + share * (low - high)) ** noise.rho
+    sigmas[-1], sigmas[0] = noise.sigma_min, noise.sigma_max
+    return sigmas
 
 
 class EdmDenoiser(nn.Module):
-    """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), the scalings of table 1."""
+    """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), with the scalings of table 1."""
 
     def __init__(self, network: nn.Module, sigma_data: float) -> None:
         super().__init__()
@@ -69,12 +53,12 @@ def precondition(
 ) -> Tensor:
     """c_skip x + c_out F(x / sqrt(sigma^2 + sigma_data^2), ln(sigma) / 4), in the dtype of x."""
     c_in = 1 / (sigma**2 + sigma_data**2).sqrt()
-    made: Tensor = network(each(c_in, x) * x, (sigma.log() / 4).to(x.dtype))
-    return each(c_skip, x) * x + each(c_out, x) * made
+    output: Tensor = network(each(c_in, x) * x, (sigma.log() / 4).to(x.dtype))
+    return each(c_skip, x) * x + each(c_out, x) * output
 
 
 def each(values: Tensor, x: Tensor) -> Tensor:
-    """One number for each row of x, [N] to [N, 1, ...], in the dtype of x."""
+    """Per-row numbers [N] as [N, 1, ...], in the dtype of x, to broadcast over its rows."""
     return values.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
@@ -88,9 +72,9 @@ def edm_loss(
     """The weighted denoising loss (eq. 2 with lambda = 1 / c_out^2), a mean over batch and pixels.
 
     Args:
-        images: float [N, ...], of the data.
-        generator: on the CPU, of the levels and the noise, which are drawn for all images.
-        own: the images whose part of the mean this is; one at least.
+        images: float [N, ...], a batch of the data.
+        generator: on the CPU; levels and noise are drawn for the whole batch.
+        own: rows of the batch, at least one, whose part of the mean is returned.
     """
     normal = torch.randn(len(images), generator=generator, dtype=torch.float64)
     sigma = (law.mean + law.std * normal).exp().to(images.device)
@@ -107,8 +91,8 @@ def ode_step(
 ) -> Tensor:
     """One step of the ODE from the levels `sigma` to the levels `to`, both float64 [N].
 
-    A step of Heun to the level 0, where the slope is not defined, is one of Euler (algorithm 1);
-    all rows go to 0, or none.
+    At level 0 the slope is not defined, so that a Heun step to it is an Euler step (algorithm 1).
+    Either all rows go to 0 or none does.
     """
     slope = (x - denoiser(x, sigma)) / each(sigma, x)
     h = each(to - sigma, x)
@@ -122,9 +106,9 @@ def ode_step(
 def solve(
     denoiser: Denoiser, x: Tensor, sigmas: Tensor, solver: Solver = "heun", to_zero: bool = True
 ) -> Tensor:
-    """Follow the ODE along `sigmas`, float64 [K], from x at sigmas[0]; then to 0, as in EDM.
+    """Follow the ODE from x at sigmas[0] along `sigmas`, float64 [K]; then to 0, as in EDM.
 
-    With Heun that is 2 K - 1 evaluations of the denoiser, or 2 K - 2 without the step to 0.
+    Heun evaluates the denoiser 2 K - 1 times, or 2 K - 2 times without the step to 0.
     """
     levels = torch.cat([sigmas, sigmas.new_zeros(1)]) if to_zero else sigmas
     levels = levels.to(x.device)
@@ -134,9 +118,9 @@ def solve(
 
 
 class OptimalDenoiser(nn.Module):
-    """E[y | x] where the data are these images and nothing else: the perfect memorizer.
+    """E[y | x] for data that are exactly these images: the perfect memorizer.
 
-    D(x, sigma) = sum_i w_i x_i with w = softmax_i(-|x - x_i|^2 / (2 sigma^2)): the minimum of the
+    D(x, sigma) = sum_i w_i x_i with w = softmax_i(-|x - x_i|^2 / (2 sigma^2)): the minimizer of the
     denoising loss over all functions, as in Gu et al. (arXiv 2310.02664). Its samples are images
     of the set.
     """

@@ -1,18 +1,18 @@
-"""Divergence of the predictions of two models, with gradient by one of them.
+"""KL divergence between the predictions of two models, with gradient for one of them.
 
-As in `diffusion.projection`, the logits of a few positions are in memory at a time, and the
-gradient of a chunk is made while they are there. With p of the target, q of the student, z the
-student's logits and c a factor for each position:
+As in `diffusion.projection`, only the logits of a few positions are in memory at a time, and the
+gradient of a chunk is computed while they are. With p the target's predictions, q the student's, z
+the student's logits and c a factor for each position, value and gradient by z are
 
-    kl-fwd    c KL(p || q) = c sum_v p (log p - log q)      by z   c (q - p)
-    kl-bwd    c KL(q || p) = c sum_v q (log q - log p)      by z   c q (log q - log p - KL(q || p))
+    kl-fwd    c KL(p || q) = c sum_v p (log p - log q)      c (q - p)
+    kl-bwd    c KL(q || p) = c sum_v q (log q - log p)      c q (log q - log p - KL(q || p))
 
-(SDTT, arXiv 2410.21035, has both, and the second as its default.)
+(SDTT, arXiv 2410.21035, has both; kl-bwd is its default.)
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ from torch.nn import functional
 
 from dlmctl.diffusion.projection import rows_per_chunk, wide
 from dlmctl.models.policy import Policy
-
-Divergence = Literal["kl-fwd", "kl-bwd"]
+from dlmctl.settings.distill import Divergence
 
 
 def weighted_divergence(
@@ -33,12 +32,13 @@ def weighted_divergence(
     coefficients: Tensor,
     kind: Divergence,
 ) -> Tensor:
-    """sum_n c_n D_n, a scalar in nats, with gradient by the student's states and weights.
+    """sum_n c_n D_n, a scalar in nats, with gradient for the student's states and weights.
 
     Args:
         states: the student's hidden states [N, H].
-        goals: the target's [N, H'] for the same tokens; the vocabularies are the same.
-        coefficients: float [N], c; taken as constants.
+        goals: the target's hidden states [N, H'] for the same tokens; both models have the same
+            vocabulary.
+        coefficients: float [N], c; treated as constants.
     """
     head, other = student.head, target.head
     value: Tensor = _WeightedDivergence.apply(
@@ -100,5 +100,5 @@ class _WeightedDivergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
         scale = float(upstream)
-        made = [d if d is None or scale == 1 else d * scale for d in ctx.saved_tensors]
-        return *made, None, None, None, None
+        gradients = [d if d is None or scale == 1 else d * scale for d in ctx.saved_tensors]
+        return *gradients, None, None, None, None

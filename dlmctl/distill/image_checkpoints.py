@@ -1,7 +1,7 @@
 """Models in directories: `config.json`, and the weights of the network in `model.safetensors`.
 
-The configuration names the kind (`edm`: a denoiser; `consistency`: a student), the range of noise,
-and the sizes of the network; `training` says what it was trained on, and how.
+The configuration has the kind (`edm`: a denoiser; `consistency`: a student), the noise range and
+the sizes of the network; `training` records what it was trained on, and how.
 """
 
 from __future__ import annotations
@@ -18,23 +18,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dlmctl.distill.consistency_model import ConsistencyModel
-from dlmctl.distill.edm import Denoiser, EdmDenoiser, NoiseRange, OptimalDenoiser
+from dlmctl.distill.edm import Denoiser, EdmDenoiser, OptimalDenoiser
 from dlmctl.distill.image_networks import NetworkConfig, make_network
 from dlmctl.distill.image_sets import read_images
 from dlmctl.models.weights import read_weights, weights_hash
 from dlmctl.records.errors import DataError, MissingInputError, UsageError
 from dlmctl.records.files import read_json
 from dlmctl.train.run_directory import checkpoint_name, checkpoint_numbers
+from dlmctl.settings.images import NoiseRange
 
-Kind = Literal["edm", "consistency", "optimal"]
+ModelKind = Literal["edm", "consistency", "optimal"]
 OPTIMAL = "optimal:"
-"""Before a source of images: the closed-form denoiser of that set."""
+"""Prefix of a source of images: the closed-form denoiser of that set."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+UNREADABLE = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
+"""What comes of a configuration that is not one of ours."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a network stands for."""
+    """What a network is part of."""
 
     kind: Literal["edm", "consistency"]
     network: NetworkConfig
@@ -43,21 +46,21 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class Model:
+class ImageModel:
     """A denoiser or a consistency model, ready to evaluate."""
 
     name: str
-    kind: Kind
+    kind: ModelKind
     function: Denoiser
     shape: tuple[int, ...]
-    """Of one image or vector."""
+    """Shape of one image or vector."""
     noise: NoiseRange
     device: torch.device
     config: ModelConfig | None = None
-    """None of the closed form."""
+    """None for the closed form."""
     network: nn.Module | None = None
     training: Mapping[str, Any] | None = None
-    """How it was trained; `step` is its checkpoint's."""
+    """How it was trained, and the `step` of its checkpoint."""
     revision: str = ""
     """Hash of the weights."""
 
@@ -72,22 +75,22 @@ def wrap(config: ModelConfig, network: nn.Module) -> EdmDenoiser | ConsistencyMo
 def save_model(
     directory: Path, config: ModelConfig, network: nn.Module, training: Mapping[str, Any]
 ) -> None:
-    """Write a model into a directory that is there."""
+    """Write a model into a directory that exists."""
     about = {**asdict(config), "training": dict(training)}
     (directory / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
     state = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
     save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
 
 
-def load_model(name: str, device: torch.device | str = "cpu", at: int | None = None) -> Model:
+def load_model(name: str, device: torch.device | str = "cpu", at: int | None = None) -> ImageModel:
     """A model by the name of its run or checkpoint, or `optimal:IMAGES`.
 
     Args:
-        at: the step of a run's checkpoint; the newest without it.
+        at: the step of a run's checkpoint; None is the newest.
 
     Raises:
         MissingInputError: there is no such directory or checkpoint.
-        DataError: its configuration or weights are not whole.
+        DataError: its configuration or weights are damaged.
         UsageError: the closed form has no checkpoints.
     """
     device = torch.device(device)
@@ -96,14 +99,14 @@ def load_model(name: str, device: torch.device | str = "cpu", at: int | None = N
             raise UsageError(f"{name} is a closed form and has no checkpoints")
         images = read_images(name[len(OPTIMAL) :])
         exact = OptimalDenoiser(images).to(device)
-        return Model(name, "optimal", exact, tuple(images.shape[1:]), NoiseRange(), device)
+        return ImageModel(name, "optimal", exact, tuple(images.shape[1:]), NoiseRange(), device)
     directory = find_checkpoint(Path(name), at)
     about = read_json(directory / CONFIG)
     config = _config(about, directory / CONFIG)
     tensors = read_weights([directory / WEIGHTS], lambda tensor: tensor)
     network = _network(config.network, tensors, directory)
     network.to(device).eval().requires_grad_(False)
-    return Model(
+    return ImageModel(
         str(directory),
         config.kind,
         wrap(config, network),
@@ -118,10 +121,10 @@ def load_model(name: str, device: torch.device | str = "cpu", at: int | None = N
 
 
 def _network(config: NetworkConfig, tensors: Mapping[str, Tensor], directory: Path) -> nn.Module:
-    """The network with its weights; none is allocated that the file does not have.
+    """The network with its weights; nothing is allocated that the file does not contain.
 
     Raises:
-        DataError: the configuration is of another network.
+        DataError: the configuration belongs to another network.
     """
     try:
         if config.blocks * max(1, len(config.multipliers)) > len(tensors):
@@ -134,7 +137,7 @@ def _network(config: NetworkConfig, tensors: Mapping[str, Tensor], directory: Pa
             raise ValueError(f"{len(wrong)} of other names or shapes, first {min(wrong)}")
         network = make_network(config)
         network.load_state_dict(dict(tensors), strict=True)
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         reason = str(error).strip().splitlines()[-1].strip()[:200]
         raise DataError(f"not the weights of its {CONFIG}: {reason}", str(directory)) from None
     return network
@@ -155,7 +158,7 @@ def find_checkpoint(directory: Path, at: int | None = None) -> Path:
         if (chosen / CONFIG).exists() and (chosen / WEIGHTS).exists():
             return chosen
     raise MissingInputError(
-        f"{directory} holds no model: it needs {CONFIG} and {WEIGHTS}, or a run's 'latest'"
+        f"{directory} has no model: it needs {CONFIG} and {WEIGHTS}, or a run's 'latest'"
     )
 
 
@@ -177,13 +180,5 @@ def _config(about: Mapping[str, Any], path: Path) -> ModelConfig:
         if not all(0 < float(level) < math.inf for level in (sigma, *astuple(noise))):
             raise ValueError("levels of noise are positive numbers")
         return ModelConfig(about["kind"], NetworkConfig(**network), sigma, noise)
-    except (
-        ArithmeticError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        UsageError,
-    ) as error:
+    except (*UNREADABLE, AttributeError, UsageError) as error:
         raise DataError(f"not the configuration of a model ({error})", str(path)) from None

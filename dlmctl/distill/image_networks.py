@@ -1,40 +1,38 @@
 """Networks F(x, c) of a noisy input and its noise level: a small U-Net, and a residual MLP.
 
-Both are ours in size and layout. The last layer begins at zero, so that a denoiser around them
-begins as its skip connection. There is no dropout: it would hide memorization.
+Sizes and layout of both are ours. The last layer is initialized to zero, so that a denoiser around
+them begins as its skip connection. There is no dropout, which would mask memorization.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dlmctl.records.errors import UsageError
+from dlmctl.settings.images import NetworkKind, NetworkSizes
+from dlmctl.settings.parsing import whole_numbers
 
-Kind = Literal["unet", "mlp"]
 FASTEST = 16.0
-"""Radians of the highest frequency of the embedding for each unit of c_noise = ln(sigma) / 4;
-higher ones make the derivative by time, which consistency rests on, rough (ours)."""
+"""Highest frequency of the embedding, in radians per unit of c_noise = ln(sigma) / 4; higher ones
+make the derivative by time rough, on which consistency depends (ours)."""
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Sizes of a network."""
+    """Sizes of a network, as config.json of a checkpoint has them; see also `NetworkSizes`."""
 
-    kind: Kind
+    kind: NetworkKind
     shape: tuple[int, ...]
-    """Of an input without its batch: (C, H, W), or (D,) for `mlp` alone."""
+    """Of an input without the batch dimension: (C, H, W), or (D,), which only `mlp` takes."""
     width: int = 32
-    """Channels of the first level; of the MLP, hidden units."""
     multipliers: tuple[int, ...] = (1, 2)
-    """Channels of each level of the U-Net by the width; each level halves the resolution."""
     blocks: int = 1
-    """Residual blocks of a level and direction; of the MLP, all."""
     attention: tuple[int, ...] = ()
     """Levels of the U-Net, 0 the finest, with self-attention."""
     heads: int = 4
@@ -45,7 +43,7 @@ class NetworkConfig:
             raise UsageError("sizes of a network are whole numbers from 1 on")
         if not all(type(level) is int and level >= 0 for level in self.attention):
             raise UsageError("levels with attention are whole numbers from 0 on")
-        if self.kind not in get_args(Kind) or not self.shape:
+        if self.kind not in get_args(NetworkKind) or not self.shape:
             raise UsageError(f"a network is a unet or an mlp, not {self.kind!s:.80}")
         if self.kind == "mlp":
             return
@@ -65,16 +63,35 @@ class NetworkConfig:
             raise UsageError(f"channels of a level with attention are not {self.heads} heads")
 
 
+def network_config(shape: tuple[int, ...], sizes: NetworkSizes) -> NetworkConfig:
+    """The network that options describe, for inputs of a shape.
+
+    Raises:
+        UsageError: the options do not go together, or do not fit the shape.
+    """
+    kind = sizes.kind or ("unet" if len(shape) == 3 and min(shape[1:]) >= 16 else "mlp")
+    blocks = sizes.blocks or 2
+    if kind == "mlp":
+        if sizes.multipliers or sizes.attention:
+            raise UsageError("--multipliers and --attention are for --network unet")
+        return NetworkConfig("mlp", shape, sizes.width or 256, (), blocks)
+    levels = whole_numbers("--attention", sizes.attention) if sizes.attention else []
+    multipliers = whole_numbers("--multipliers", sizes.multipliers or "1,2,2")
+    attention = tuple(level - 1 for level in levels)
+    return NetworkConfig("unet", shape, sizes.width or 32, tuple(multipliers), blocks, attention)
+
+
 def make_network(config: NetworkConfig) -> nn.Module:
     """A network with new weights, drawn from torch's global generator.
 
-    Its `forward(x, c)` takes float [N, *shape] and float [N], and returns float [N, *shape].
+    Its `forward(x, c)` maps float [N, *shape] and float [N] to float [N, *shape].
     """
     return Unet(config) if config.kind == "unet" else ResidualMlp(config)
 
 
 class Unet(nn.Module):
-    """Time-conditioned residual blocks at falling and rising resolution, with skips between."""
+    """Residual blocks, conditioned on the noise level, at falling then rising resolution, with skip
+    connections between the two."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -123,7 +140,7 @@ class Unet(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions, scaled and shifted by the noise level in between, then attention."""
+    """Two convolutions, between which the noise level scales and shifts, then attention."""
 
     def __init__(self, width: int, out: int, time: int, heads: int) -> None:
         super().__init__()
@@ -144,7 +161,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the places of an image, added to it."""
+    """Residual self-attention over the pixels of a level."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -154,7 +171,7 @@ class Attention(nn.Module):
         self.out = _zeroed(nn.Conv2d(width, width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Float [N, width, H, W], as it comes out."""
+        """Float [N, width, H, W] to the same shape."""
         n, width, h, w = x.shape
         parts = self.qkv(self.norm(x)).view(n, 3, self.heads, width // self.heads, h * w)
         q, k, v = parts.transpose(-1, -2).unbind(1)
@@ -177,7 +194,7 @@ class Upsample(nn.Module):
 
 
 class ResidualMlp(nn.Module):
-    """Residual blocks of two layers on the flat input."""
+    """Residual blocks of two layers on the flattened input."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -199,7 +216,7 @@ class ResidualMlp(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """Two layers, scaled and shifted by the noise level in between."""
+    """Two layers, between which the noise level scales and shifts."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -209,7 +226,7 @@ class MlpBlock(nn.Module):
         self.time = nn.Linear(width, 2 * width)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """Both float [N, width], as it comes out."""
+        """hidden float [N, width] and time float [N, width] to float [N, width]."""
         scale, shift = self.time(time).chunk(2, dim=1)
         hidden = self.linear1(self.norm(x)) * (1 + scale) + shift
         out: Tensor = x + self.linear2(functional.silu(hidden))

@@ -1,4 +1,4 @@
-"""A teacher's run and a student's: what network begins, and what loss it has."""
+"""Runs of a teacher and of a student: their first weights, and their losses."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from dlmctl.diffusion.noise import stream_key
-from dlmctl.distill.consistency_model import ConsistencyModel, Distillation
-from dlmctl.distill.edm import EdmDenoiser, NoiseLaw, edm_loss
-from dlmctl.distill.image_checkpoints import Model, ModelConfig
-from dlmctl.distill.image_networks import make_network
-from dlmctl.distill.image_training import Recipe, TrainingRun
+from dlmctl.distill.consistency_model import ConsistencyModel, distillation_loss
+from dlmctl.distill.edm import EdmDenoiser, edm_loss
+from dlmctl.distill.image_checkpoints import ImageModel, ModelConfig
+from dlmctl.distill.image_networks import make_network, network_config
+from dlmctl.distill.image_training import TrainingRun
+from dlmctl.records.errors import UsageError
+from dlmctl.settings.distill import Distillation
+from dlmctl.settings.images import NetworkSizes, NoiseLaw, Training
 
 
 def teacher_run(
@@ -24,11 +27,11 @@ def teacher_run(
     config: ModelConfig,
     law: NoiseLaw,
     images: Tensor,
-    recipe: Recipe,
+    recipe: Training,
     about: Mapping[str, Any],
     device: torch.device | str = "cpu",
 ) -> TrainingRun:
-    """Begin a denoiser, or go on with the one in the directory; raises as `TrainingRun`."""
+    """Begin a denoiser, or resume the one in the directory; raises as `TrainingRun`."""
 
     def loss(
         network: nn.Module,
@@ -49,18 +52,18 @@ def student_run(
     directory: Path,
     config: ModelConfig,
     plan: Distillation,
-    teacher: Model | None,
-    from_teacher: bool,
+    teacher: ImageModel | None,
     images: Tensor,
-    recipe: Recipe,
+    recipe: Training,
     about: Mapping[str, Any],
     device: torch.device | str = "cpu",
 ) -> TrainingRun:
-    """Begin a student, or go on with the one in the directory; raises as `TrainingRun`.
+    """Begin a student, or resume the one in the directory; raises as `TrainingRun`.
 
     Args:
-        teacher: frozen; of its network the student begins with a copy if `from_teacher`.
+        teacher: frozen; with `plan.init` "teacher" the student begins with a copy of its network.
     """
+    stage_steps = plan.steps_per_stage(recipe.steps)
 
     def wrapped(network: nn.Module) -> ConsistencyModel:
         return ConsistencyModel(network, config.sigma_data, config.noise.sigma_min)
@@ -73,23 +76,47 @@ def student_run(
         random: torch.Generator,
         own: slice,
     ) -> Tensor:
-        denoiser = teacher.function if teacher else None
+        denoiser, stage = teacher.function if teacher else None, int(step // stage_steps)
         pair = (wrapped(network), wrapped(target))
-        return plan.loss(*pair, denoiser, batch, step, config.noise, random, own)
+        return distillation_loss(plan, *pair, denoiser, batch, stage, config.noise, random, own)
 
-    if from_teacher and teacher is not None and teacher.network is not None:
+    if plan.init == "teacher" and teacher is not None and teacher.network is not None:
         network = copy.deepcopy(teacher.network)
     else:
         network = new_network(config, recipe.seed)
     source = {"teacher": teacher.name, "teacher_revision": teacher.revision} if teacher else {}
-    init = {"init": "teacher" if from_teacher else "scratch"}
-    about = {**asdict(plan), **init, **source, **about}
+    about = {**asdict(plan), "stage_steps": stage_steps, **source, **about}
     return TrainingRun(
         directory, config, network, loss, images, recipe, about, plan.target_ema, device
     )
 
 
+def student_config(
+    teacher: ImageModel | None, shape: tuple[int, ...], init: str, sizes: NetworkSizes
+) -> ModelConfig:
+    """The student of a teacher, or without one.
+
+    Raises:
+        UsageError: teacher, images and options do not fit each other.
+    """
+    if teacher is not None:
+        if teacher.kind == "consistency":
+            raise UsageError(f"--teacher {teacher.name} is a student itself, not a denoiser")
+        if teacher.shape != shape:
+            made, given = ("x".join(map(str, each)) for each in (teacher.shape, shape))
+            raise UsageError(f"--teacher {teacher.name} makes {made}, and IMAGES are {given}")
+    base = teacher.config if teacher else None
+    if init == "teacher" and base is None:
+        raise UsageError("an exact denoiser has no weights to begin with: give --init scratch")
+    if init == "teacher" and sizes != NetworkSizes():
+        raise UsageError("the student has the teacher's network; give sizes with --init scratch")
+    if base is None:
+        return ModelConfig("consistency", network_config(shape, sizes))
+    network = base.network if sizes == NetworkSizes() else network_config(shape, sizes)
+    return ModelConfig("consistency", network, base.sigma_data, base.noise)
+
+
 def new_network(config: ModelConfig, seed: int) -> nn.Module:
-    """A network whose first weights are a function of the seed."""
+    """A network whose initial weights are a function of the seed."""
     torch.manual_seed(stream_key(seed, "weights"))
     return make_network(config.network)

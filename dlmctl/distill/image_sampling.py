@@ -1,7 +1,7 @@
-"""Samples of a teacher or a student, from noise that depends on the seed and the sample alone.
+"""Samples of a teacher or a student, from noise that depends only on the seed and the sample.
 
-Sample i begins at the same noise whatever the model, its number of steps, the batch and the number
-of samples, so that teacher and student can be compared point by point.
+Sample i starts from the same noise whatever the model, its number of steps, the batch size and the
+number of samples, so that teacher and student can be compared sample by sample.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from torch import Tensor
 
 from dlmctl.diffusion.noise import key_tensor, stream_key, subkeys, uniform
 from dlmctl.distill.consistency_model import sample_steps
-from dlmctl.distill.edm import Solver, solve
-from dlmctl.distill.image_checkpoints import Model
+from dlmctl.distill.edm import noise_grid, solve
+from dlmctl.distill.image_checkpoints import ImageModel
+from dlmctl.settings.distill import Solver
 
 
-def gaussian(seed: int, samples: range, shape: tuple[int, ...], step: int = 0) -> Tensor:
+def sample_noise(seed: int, samples: range, shape: tuple[int, ...], step: int = 0) -> Tensor:
     """Standard normal noise of these samples, float32 [N, *shape].
 
-    A function of the seed, the number of the sample and the step: 0 is the beginning, the later
-    ones are those of sampling in several steps.
+    A function of the seed, the number of the sample and the step. Step 0 is the start; later steps
+    are those of a student that samples in several.
     """
     base = key_tensor([stream_key(seed, "continuous", step)])
     keys = subkeys(base, torch.tensor(list(samples), dtype=torch.int64))
@@ -31,19 +32,19 @@ def gaussian(seed: int, samples: range, shape: tuple[int, ...], step: int = 0) -
     return normal.float().view(-1, *shape)
 
 
-def levels(model: Model, steps: int) -> Tensor:
-    """The levels that a sampler of so many steps visits, float64 [steps].
+def levels(model: ImageModel, steps: int) -> Tensor:
+    """The noise levels that a sampler of so many steps visits, float64 [steps].
 
-    A teacher's are EDM's grid, from sigma_max to sigma_min. A student's are the same grid with one
-    point more and without its end, where it does nothing (ours): sigma_max alone for one step.
+    A teacher's are EDM's grid, from sigma_max to sigma_min. A student's are the grid with one more
+    point, without its end, at which a student is the identity (ours): sigma_max alone for one step.
     """
     if model.kind == "consistency":
-        return model.noise.grid(steps + 1)[:-1]
-    return model.noise.grid(steps)
+        return noise_grid(model.noise, steps + 1)[:-1]
+    return noise_grid(model.noise, steps)
 
 
 def draw(
-    model: Model,
+    model: ImageModel,
     count: int,
     seed: int,
     steps: int,
@@ -53,31 +54,30 @@ def draw(
 ) -> Tensor:
     """Samples, float32 [count, *shape] on the CPU.
 
-    A denoiser follows the ODE down to 0 and takes 2 steps - 1 evaluations with `heun`, `steps` with
-    `euler`; a consistency model takes `steps`.
+    A denoiser follows the ODE down to 0.
 
     Args:
-        advance: is told how many more are made.
+        advance: called with the number of samples of each finished batch.
     """
-    sigmas, made = levels(model, steps), []
+    sigmas, samples = levels(model, steps), []
     for first in range(0, count, batch_size):
         batch = range(first, min(count, first + batch_size))
-        x = sigmas[0].item() * gaussian(seed, batch, model.shape).to(model.device)
+        x = sigmas[0].item() * sample_noise(seed, batch, model.shape).to(model.device)
         if model.kind == "consistency":
 
             def fresh(step: int, batch: range = batch) -> Tensor:
-                return gaussian(seed, batch, model.shape, step).to(model.device)
+                return sample_noise(seed, batch, model.shape, step).to(model.device)
 
             x = sample_steps(model.function, x, sigmas, model.noise.sigma_min, fresh)
         else:
             x = solve(model.function, x, sigmas, solver)
-        made.append(x.cpu())
+        samples.append(x.cpu())
         advance(len(batch))
-    return torch.cat(made)
+    return torch.cat(samples)
 
 
-def evaluations(model: Model, steps: int, solver: Solver) -> int:
-    """How often a sampler of so many steps evaluates the model."""
+def evaluations(model: ImageModel, steps: int, solver: Solver) -> int:
+    """How often a sampler of so many steps evaluates the model for one sample."""
     if model.kind == "consistency" or solver == "euler":
         return steps
     return 2 * steps - 1

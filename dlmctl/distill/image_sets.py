@@ -2,17 +2,17 @@
 
     builtin:digits      scikit-learn's 1,797 handwritten digits, 8 x 8, gray, in a fixed order that
                         mixes the classes
-    FILE.safetensors    the tensor `images`, or the only one
+    FILE.safetensors    the tensor `images`, or the only tensor
     DIRECTORY           the images in it, by name
     FILE, NAME          records, tables and data sets with a column of images: images, image, img,
-                        pixel_values, or the only one that is of images by `datasets`
+                        pixel_values, or the only column that `datasets` declares as images
 
-Images of a safetensors file are bytes, or floats in [-1, 1] or [0, 1]: all that are not negative
-are taken for the latter. Its metadata may say instead what stands for black and white, as
-`range: 0:255`, or `range: any` for what is no brightness, as latents.
+Images of a safetensors file are bytes, or floats in [-1, 1] or [0, 1]: floats none of which is
+negative count as the latter. Its metadata may state instead which numbers are black and white, as
+in `range: 0:255`, or `range: any` for numbers that are not brightness, such as latents.
 
-With `#A:B` behind it a source is cut to the images from A to B, so that training and held-out sets
-of one source are disjoint: `builtin:digits#0:128`, `builtin:digits#128:256`.
+A suffix `#A:B` takes the images from A up to B, so that training and held-out sets of one source
+can be disjoint: `builtin:digits#0:128`, `builtin:digits#128:256`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from dlmctl.tasks.readers import read_rows
 
 DIGITS = "builtin:digits"
 DIGITS_SEED = 0
-"""Of the order of the digits; as scikit-learn has them they stand writer by writer."""
+"""Seed of the order of the digits, which scikit-learn has sorted by writer."""
 NAME = "images"
 """The tensor of a safetensors file."""
-KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 RANGE = "range"
-"""In the metadata of such a file: what is black and what white, as 0:1, or any."""
+"""Key in the metadata of such a file; its value is BLACK:WHITE, such as 0:1, or any."""
 Range = tuple[float, float]
 _CUT = re.compile(r"(.+)#(\d*):(\d*)")
 
@@ -50,48 +50,49 @@ def read_images(source: str, gray: bool = False, taken: dict[Range, str] | None 
     """A set of images or vectors: float32, images [N, C, H, W] in [-1, 1], vectors [N, D].
 
     Args:
-        source: as above.
-        gray: of files with colours: one channel, the luminance.
-        taken: of sets that are compared: the ranges that floats were taken to be in, with a file of
-            each. One that no file stated is put in.
+        source: as in the list above.
+        gray: read image files as one channel, their luminance.
+        taken: ranges that the floats of earlier sets were taken to be in, with a file for each; a
+            range that this file does not state is added. Give the same to all sets that are
+            compared.
 
     Raises:
         MissingInputError: there is no such file or data set.
-        DataError: it holds no images, images of several sizes, or floats of no known range; or
-            floats of another range than those that it is compared with.
-        UsageError: the part asked for is empty.
+        DataError: it contains no images, images of several sizes, floats of no known range, or
+            floats of another range than the sets that it is compared with.
+        UsageError: the part that #A:B takes is empty.
         UnavailableError: a package is missing.
     """
-    name, begin, end = _parts(source)
-    found = _read(name, gray, {} if taken is None else taken)
-    part = found[int(begin or 0) : int(end) if end else None]
+    name, begin, end = _split(source)
+    images = _read(name, gray, {} if taken is None else taken)
+    part = images[int(begin or 0) : int(end) if end else None]
     if not len(part):
-        raise UsageError(f"{source} is empty: {name} has {len(found)} images")
+        raise UsageError(f"{source} is empty: {name} has {len(images)} images")
     return part
 
 
 def write_images(path: Path, images: Tensor, about: dict[str, str] | None = None) -> None:
-    """Images, or vectors, as the safetensors file that `read_images` reads."""
+    """Write images or vectors as a safetensors file that `read_images` reads."""
     metadata = {RANGE: "-1:1", **(about or {})}
     save_file({NAME: images.contiguous().cpu()}, path, metadata=metadata)
 
 
 def read_about(source: str) -> dict[str, str]:
-    """What `write_images` was told about a set; empty for one of another kind.
+    """The metadata that `write_images` wrote with a set; empty for another kind of set.
 
     Raises:
         MissingInputError: there is no such file.
-        DataError: it is no safetensors file.
+        DataError: it is not a safetensors file.
     """
-    path = Path(_parts(source)[0])
+    path = Path(_split(source)[0])
     if path.suffix != ".safetensors":
         return {}
     with _opened(path) as file:
         return dict(file.metadata() or {})
 
 
-def _parts(source: str) -> tuple[str, str, str]:
-    """Name, first image and the one behind the last."""
+def _split(source: str) -> tuple[str, str, str]:
+    """Name, first image, and the image after the last."""
     cut = _CUT.fullmatch(source)
     name, begin, end = cut.groups() if cut else (source, "", "")
     return name, begin, end
@@ -103,14 +104,18 @@ def _read(name: str, gray: bool, taken: dict[Range, str]) -> Tensor:
     path = Path(name)
     if path.suffix == ".safetensors":
         return _of_file(path, taken)
-    if path.is_dir() and (files := sorted(p for p in path.iterdir() if p.suffix.lower() in KINDS)):
-        return _stacked([_pixels(load_image(str(file)), gray) for file in files], name)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS)
+        if files:
+            return _stacked([_pixels(load_image(str(file)), gray) for file in files], name)
     rows, images, row = read_rows(name, "train", None, "fail"), [], None
     for row in rows:
         images += [_pixels(image, gray) for image in record_images(row)]
     if row is not None and not images:
         columns = ", ".join(row)
-        raise DataError(f"{name} holds no images in its columns {columns}: name one of them image")
+        raise DataError(
+            f"{name} has no images in its columns {columns}: rename one of them to image"
+        )
     return _stacked(images, name)
 
 
@@ -152,7 +157,7 @@ def _of_file(path: Path, taken: dict[Range, str]) -> Tensor:
         return tensor.float() / 127.5 - 1
     if not tensor.is_floating_point():
         raise DataError(f"{path}: images are floats or bytes, not {tensor.dtype}")
-    tensor = tensor.float()  # of 8 bits torch cannot say whether they are finite
+    tensor = tensor.float()  # isfinite does not take floats of 8 bits
     if not bool(tensor.isfinite().all()):
         raise DataError(f"{path}: not all of its numbers are finite")
     if tensor.dim() == 2 or stated == "any":
@@ -160,7 +165,7 @@ def _of_file(path: Path, taken: dict[Range, str]) -> Tensor:
     black, white = _stated(stated, path) if stated else _taken(tensor, path, taken)
     if (black, white) == (-1, 1):
         return tensor
-    # By way of bytes, so that images that were bytes come out as those do, to the last bit.
+    # By way of bytes, so that images that were bytes once are read as bytes are, to the last bit.
     return (tensor - black) * (255 / (white - black)) / 127.5 - 1
 
 
@@ -176,7 +181,7 @@ def _stated(text: str, path: Path) -> Range:
 
 
 def _taken(tensor: Tensor, path: Path, taken: dict[Range, str]) -> Range:
-    """The range of floats of which no one has said it."""
+    """The range of floats whose file does not state it."""
     least, most = map(float, tensor.aminmax())
     if not -1 <= least <= most <= 1:
         raise DataError(
@@ -184,33 +189,33 @@ def _taken(tensor: Tensor, path: Path, taken: dict[Range, str]) -> Range:
             "[0, 1]: scale or clamp them, or say in the file's metadata what black and white are "
             f"({RANGE}: 0:255, for one; {RANGE}: any takes them as they are)"
         )
-    found = (0.0, 1.0) if least >= 0 else (-1.0, 1.0)
+    own = (0.0, 1.0) if least >= 0 else (-1.0, 1.0)
     for (black, white), other in taken.items():
-        if (black, white) != found:
+        if (black, white) != own:
             raise DataError(
-                f"{path} has floats in [{found[0]:g}, {found[1]:g}], and {other} in [{black:g}, "
+                f"{path} has floats in [{own[0]:g}, {own[1]:g}], and {other} in [{black:g}, "
                 f"{white:g}]: sets that are compared are in one range, or state it in their "
                 f"metadata ({RANGE}: 0:1)"
             )
-    if found == (0, 1) and found not in taken:
+    if own == (0, 1) and own not in taken:
         print(f"dlmctl: {path}: no number is negative, so 0 is black and 1 white", file=sys.stderr)
-    taken.setdefault(found, str(path))
-    return found
+    taken.setdefault(own, str(path))
+    return own
 
 
 def _pixels(image: Any, gray: bool) -> Tensor:
     """float32 [C, H, W] in [-1, 1] of an image of Pillow."""
     import numpy
 
-    held = numpy.asarray(image.convert("L" if gray else "RGB"), dtype=numpy.float32)
-    pixels = torch.from_numpy(held) / 127.5 - 1
+    array = numpy.asarray(image.convert("L" if gray else "RGB"), dtype=numpy.float32)
+    pixels = torch.from_numpy(array) / 127.5 - 1
     return pixels[None] if gray else pixels.permute(2, 0, 1)
 
 
 def _stacked(images: list[Tensor], name: str) -> Tensor:
     sizes = {tuple(image.shape[1:]) for image in images}
     if not images:
-        raise DataError(f"{name} holds no images")
+        raise DataError(f"{name} has no images")
     if len(sizes) > 1:
         (h, w), (h2, w2) = sorted(sizes)[:2]
         raise DataError(

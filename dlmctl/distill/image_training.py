@@ -17,10 +17,10 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,7 +31,7 @@ from dlmctl.distill.card import image_card
 from dlmctl.distill.image_checkpoints import ModelConfig, save_model
 from dlmctl.records.errors import CannotCreateError, UsageError
 from dlmctl.records.files import read_json
-from dlmctl.settings.optimizer import Schedule
+from dlmctl.settings.images import Training
 from dlmctl.train.card import write_card
 from dlmctl.train.distributed import agreed, from_first, is_first, own_part, sum_up
 from dlmctl.train.optimizer import (
@@ -51,34 +51,6 @@ from dlmctl.train.run_directory import (
 Loss = Callable[[nn.Module, nn.Module, Tensor, int, torch.Generator, slice], Tensor]
 """From the network, the target network (the network itself if there is none), a batch, the step, a
 generator on the CPU and some rows of the batch to their part of the loss."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The optimization of a run."""
-
-    steps: int
-    batch_size: int
-    rate: float
-    optimizer: Literal["adam", "radam"] = "adam"
-    warmup: int = 0
-    schedule: Schedule = "constant"
-    max_norm: float = 1.0
-    ema: float = 0.999
-    """Of the weights that are saved, rising to this from 0.1 as (1 + step) / (10 + step); 0 saves
-    those of the last step."""
-    checkpoints: int = 8
-    first: int = 100
-    """Step of the first checkpoint."""
-    seed: int = 0
-
-    def checkpoint_steps(self) -> list[int]:
-        """The steps with a checkpoint: from `first` to the last by a constant factor."""
-        if self.checkpoints == 1 or self.first >= self.steps:
-            return [self.steps]
-        factor = (self.steps / self.first) ** (1 / (self.checkpoints - 1))
-        between = {round(self.first * factor**n) for n in range(self.checkpoints - 1)}
-        return sorted(between | {self.steps})
 
 
 def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
@@ -122,7 +94,7 @@ class TrainingRun:
         network: nn.Module,
         loss: Loss,
         images: Tensor,
-        recipe: Recipe,
+        recipe: Training,
         about: Mapping[str, Any],
         target_ema: float = 0.0,
         device: torch.device | str = "cpu",
@@ -153,10 +125,11 @@ class TrainingRun:
         self._parameters = dict(self.network.named_parameters())
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.Adam(self._parameters.values(), lr=0.0, fused=True)
-            if recipe.optimizer == "adam"
+            if config.kind == "edm"
             else torch.optim.RAdam(self._parameters.values(), lr=0.0)
         )
-        self.about = {**about, "images_hash": images_hash(images), **asdict(recipe)}
+        about = {**about, "images_hash": images_hash(images), **asdict(recipe)}
+        self.about = {**about, "optimizer": "adam" if config.kind == "edm" else "radam"}
         self._measured: dict[str, float] = {}
         self.progress = ImageProgress(as_json({**self.about, "config": asdict(config)}))
         if agreed(self.progress.settings) != self.progress.settings:

@@ -1,20 +1,20 @@
-"""Masked consistency: a student that decides many tokens in the pass its teacher decides few in.
+"""Masked consistency: the student decides in one pass what its teacher decides in several.
 
-With nested masks M_s in M_t (distill/nested_masks) of a completion y, z_t and z_s what they leave
-of it, and k tokens hidden at t:
+With nested masks M_s in M_t (distill/nested_masks) of a completion y, z_t and z_s the completion
+under them, and k tokens masked at t:
 
     L = E (1/k) [ sum_{i in M_s} D(p_target(. | z_s), p_student(. | z_t))
                   - sum_{i in M_t, not in M_s} log p_student(y_i | z_t) ]
 
-The student, which sees z_t alone, is to predict what the target predicts once the tokens between
-the two levels are decided. Where nothing is hidden at s this is masked cross-entropy, the boundary
-condition; if all were, L would be the negative ELBO per token. The target is the teacher in the
-first round, and afterwards the student as it was when the round began, with twice the tokens to a
-step: after r rounds from m tokens on a pass stands for 2^r m. (The form follows MCD, arXiv
-2602.00792, and the doubling SDTT, arXiv 2410.21035; the weight 1/k and the levels are ours.)
+The student, which sees only z_t, learns to predict what the target predicts once the tokens between
+the two levels are decided. If M_s is empty this is masked cross-entropy, the boundary condition; if
+it always were, L would be the negative ELBO per token. The target is the teacher in the first
+round, and in each later one the student as it was when the round began, with twice as many tokens
+per step: after r rounds that began with m tokens, one pass stands for 2^r m. (The form follows MCD,
+arXiv 2602.00792, and the doubling SDTT, arXiv 2410.21035; the weight 1/k and the levels are ours.)
 
-Completions from a data set anchor the student in the data; completions that the teacher sampled let
-it learn from nothing but the teacher. For the study of memorization these are two different arms.
+Completions of a data set anchor the student in the data; from completions that the teacher sampled
+it learns from the teacher alone. A study of memorization treats these as two different arms.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dlmctl.diffusion.elbo import own_parts, scored_states, scored_tokens
 from dlmctl.diffusion.projection import weighted_log_prob
-from dlmctl.distill.fused_linear_kl import Divergence, weighted_divergence
-from dlmctl.distill.nested_masks import Nested, Order, draw_nested
+from dlmctl.distill.fused_linear_kl import weighted_divergence
+from dlmctl.distill.nested_masks import NestedMasks, draw_nested
 from dlmctl.models.adapters import merged
 from dlmctl.models.loading import load_policy
 from dlmctl.models.policy import Policy
@@ -44,62 +44,49 @@ from dlmctl.records.jsonl import Record, each
 from dlmctl.rl.batches import StepBatch
 from dlmctl.rl.supervised import with_completion_ids
 from dlmctl.rl.update import plain_batches, take_steps
+from dlmctl.settings.distill import Divergence, MaskedConsistency
 from dlmctl.train.distributed import agreed, is_first, total
 from dlmctl.train.run import Run
 from dlmctl.train.sharding import whole_pass
 
 ALGO = "masked-consistency"
-"""The name of such a run."""
+"""What the progress of such a run calls its algorithm."""
 
 
-@dataclass(frozen=True)
-class MaskedConsistency:
-    """How levels are drawn, and what is compared at them."""
-
-    order: Order = "random"
-    divergence: Divergence = "kl-fwd"
-    decided: int = 1
-    """m of the first round, tokens between the two levels."""
-    rounds: int = 3
-    steps_per_round: int = 500
-    until_eos: bool = False
-    seed: int = 0
-
-
-class Pair(NamedTuple):
-    """A completion at two levels."""
+class NestedExample(NamedTuple):
+    """A prompt, and a completion with its masks at two levels."""
 
     prompt: Sequence[int]
     completion: Sequence[int]
-    levels: Nested
+    masks: NestedMasks
 
 
 def consistency_gradient(
     student: Policy,
     target: Policy,
-    pairs: Sequence[Pair],
+    examples: Sequence[NestedExample],
     divergence: Divergence,
     batch_size: int,
 ) -> dict[str, float]:
-    """Accumulate the gradient of L, the mean over the pairs; each rank that of its share.
+    """Accumulate the gradient of L, the mean over the examples; each rank that of its share.
 
     Args:
-        target: whole on every rank, as its passes are not the same in number.
+        target: unsharded on every rank, as ranks differ in their number of passes through it.
 
     Returns:
         loss, and its two parts consistency and cross_entropy, in nats per token.
     """
-    ordered = sorted(pairs, key=lambda pair: len(pair.prompt) + len(pair.completion))
-    found = torch.zeros(2, dtype=torch.float64)
+    ordered = sorted(examples, key=lambda example: len(example.prompt) + len(example.completion))
+    sums = torch.zeros(2, dtype=torch.float64)
     student.model.train()
     for part, counts in own_parts(ordered, batch_size):
-        share = counts / len(pairs)
+        share = counts / len(examples)
         losses = functools.partial(_losses, student, target, part, divergence, share)
-        apart, missed = whole_pass(student.model, losses)
-        (apart + missed).backward()
-        found += torch.stack([apart.detach(), missed.detach()]).double().cpu()
+        divergences, cross_entropies = whole_pass(student.model, losses)
+        (divergences + cross_entropies).backward()
+        sums += torch.stack([divergences.detach(), cross_entropies.detach()]).double().cpu()
     student.model.eval()
-    consistency, cross_entropy = total(found).tolist()
+    consistency, cross_entropy = total(sums).tolist()
     return {
         "loss": consistency + cross_entropy,
         "consistency": consistency,
@@ -108,30 +95,32 @@ def consistency_gradient(
 
 
 def _losses(
-    student: Policy, target: Policy, pairs: Sequence[Pair], divergence: Divergence, share: float
+    student: Policy,
+    target: Policy,
+    examples: Sequence[NestedExample],
+    divergence: Divergence,
+    share: float,
 ) -> tuple[Tensor, Tensor]:
     """The two parts of L of a micro-batch, each completion with this share in the mean."""
-    given = [pair.prompt for pair in pairs], [pair.completion for pair in pairs]
-    hidden = scored_states(student, *given, [pair.levels.hidden for pair in pairs])
-    counts = torch.tensor([int(pair.levels.hidden.sum()) for pair in pairs], dtype=torch.float64)
-    weights = (share / counts).to(hidden.rows.device)[hidden.rows]
-    width = max(len(pair.completion) for pair in pairs)
-    still = torch.zeros(len(pairs), width, dtype=torch.bool)
-    for n, pair in enumerate(pairs):
-        still[n, : len(pair.completion)] = pair.levels.still
-    later = still.to(hidden.rows.device)[hidden.rows, hidden.columns]
-    missed = weighted_log_prob(
-        student, hidden.states[~later], hidden.targets[~later], -weights[~later]
+    texts = [e.prompt for e in examples], [e.completion for e in examples]
+    at_t = [e.masks.at_t for e in examples]
+    scored = scored_states(student, *texts, at_t)  # K masked tokens, row by row
+    counts = torch.tensor([int(mask.sum()) for mask in at_t], dtype=torch.float64)
+    weights = (share / counts).to(scored.rows.device)[scored.rows]  # [K]
+    at_s = pad_sequence([e.masks.at_s for e in examples], batch_first=True)  # [N, G]
+    later = at_s.to(scored.rows.device)[scored.rows, scored.columns]  # [K], also in M_s
+    cross_entropy = weighted_log_prob(
+        student, scored.states[~later], scored.targets[~later], -weights[~later]
     )
     if not bool(later.any()):
-        return torch.zeros_like(missed), missed
+        return torch.zeros_like(cross_entropy), cross_entropy
     with torch.no_grad():
-        goals = scored_states(target, *given, [pair.levels.still for pair in pairs])
-    # Both list their tokens row by row, so that these are the same ones in the same order.
-    apart = weighted_divergence(
-        student, hidden.states[later], target, goals.states, weights[later], divergence
+        goals = scored_states(target, *texts, [e.masks.at_s for e in examples])
+    # Both list their tokens row by row, so that these are the same tokens in the same order.
+    consistency = weighted_divergence(
+        student, scored.states[later], target, goals.states, weights[later], divergence
     )
-    return apart, missed
+    return consistency, cross_entropy
 
 
 def distill_masked(
@@ -143,10 +132,10 @@ def distill_masked(
     fill_to: int | None,
     keep: int,
 ) -> Generator[dict[str, Any], None, None]:
-    """The metrics of each step; the run ends after all rounds, or with the records.
+    """The metrics of each step; the run ends after the last round, or with the records.
 
     Raises:
-        UsageError: the model does not denoise, or the run is at its end already.
+        UsageError: the model does not denoise, or the run has taken all its steps already.
     """
     if not run.policy.diffusion:
         raise UsageError(f"{run.policy.name} is autoregressive: there are no masks to distil")
@@ -160,11 +149,11 @@ def distill_masked(
     def gradients(batch: StepBatch) -> Iterator[dict[str, Any]]:
         number = run.progress.step // plan.steps_per_round
         decided = plan.decided * 2**number
-        pairs = [
-            _pair(record, run.policy, plan, decided, run.progress.step) for record in batch.rows
+        examples = [
+            _example(record, run.policy, plan, decided, run.progress.step) for record in batch.rows
         ]
         target = targets.of(number)
-        metrics = consistency_gradient(run.policy, target, pairs, plan.divergence, batch_size)
+        metrics = consistency_gradient(run.policy, target, examples, plan.divergence, batch_size)
         yield {"round": number, "decided": decided, **metrics}
 
     prepared = each(records, lambda record: with_completion_ids(record, run.policy, fill_to))
@@ -172,18 +161,20 @@ def distill_masked(
     return take_steps(batches, run, gradients, plan.steps_per_round, keep)
 
 
-def _pair(record: Record, policy: Policy, plan: MaskedConsistency, decided: int, step: int) -> Pair:
+def _example(
+    record: Record, policy: Policy, plan: MaskedConsistency, decided: int, step: int
+) -> NestedExample:
     tokens = record["tokens"]
     keys = (plan.seed, step, record["id"], record.get("sample", 0), "levels")
     scored = scored_tokens(tokens["completion"], policy, plan.until_eos)
-    levels = draw_nested(record, scored, plan.order, decided, keys)
-    return Pair(tokens["prompt"], tokens["completion"], levels)
+    masks = draw_nested(record, scored, plan.order, decided, keys)
+    return NestedExample(tokens["prompt"], tokens["completion"], masks)
 
 
 class _Targets:
-    """The frozen model of each round: the teacher, then the student as it was at its begin.
+    """The frozen target of each round: the teacher, then the student as it was at the beginning.
 
-    The latter stands in RUN/target-NN, so that a run that goes on within a round has it.
+    The latter is saved in RUN/target-NN for a run that is resumed within a round.
     """
 
     def __init__(self, run: Run, steps_per_round: int, keep: int) -> None:
@@ -191,7 +182,7 @@ class _Targets:
         self._held: tuple[int, Policy] | None = None
 
     def of(self, number: int) -> Policy:
-        """Raises DataError where the model of a round that is under way is not there."""
+        """The target of a round; raises DataError if the round has begun and has lost it."""
         if self._held is None or self._held[0] != number:
             self._held = None  # before the next one is loaded
             self._held = number, self._load(number)
@@ -204,14 +195,14 @@ class _Targets:
             return merged(load_policy(run.progress.reference, device, "float32"))
         place = self._place(number)
         if run.progress.step == number * self._steps:
-            # First the checkpoint: a run that dies in between comes back to this very step.
+            # First the checkpoint: a run that dies in between resumes at this very step.
             if run.saved_step != run.progress.step:
                 run.save(self._keep)
             whole = run.whole_policy()
             if is_first():
                 publish_directory(place, lambda directory: save_policy(whole, directory))
                 shutil.rmtree(self._place(number - 1), ignore_errors=True)
-            agreed(number)  # from here on it is there
+            agreed(number)  # from here on it exists
         if not place.exists():
             raise DataError(
                 f"{place} is missing, the target of this round: begin a new run, or give the "

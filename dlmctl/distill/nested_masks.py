@@ -1,13 +1,13 @@
-"""Nested masks: the same completion hidden more at level t than at level s < t.
+"""Nested masks: a completion with more tokens masked at level t than at level s < t.
 
-Every token has a number u_i, and is hidden at level t where u_i < t; so that what is hidden at s is
-hidden at t as well. With the tokens ranked by these numbers the k first of L are hidden at level
-k / L, which leaves out the levels at which nothing is hidden:
+Every token has a number u_i and is masked at level t if u_i < t, so that what is masked at s is
+masked at t as well. With the L tokens ranked by these numbers, the first k are masked at level
+k / L, which leaves out the levels at which nothing is masked:
 
-    k ~ U{1..L},   k' = max(k - m, 0),   M_s = the k' first,   M_t = the k first
+    k ~ U{1..L},   k' = max(k - m, 0),   M_s = the first k',   M_t = the first k
 
-m tokens are decided in a step from t to s, which is a step of a sampler with L / m of them. The
-numbers are random (method of the masked consistency papers), or fall with the step at which a
+The step from t to s decides m tokens, as does a step of a sampler that takes L / m of them. The
+numbers are random (as in the papers on masked consistency), or fall with the step at which a
 sampler decided the token, so that M_t is a state that the sampler was in (the order of its
 trajectory, as in d3LLM, arXiv 2601.07568).
 """
@@ -15,7 +15,7 @@ trajectory, as in d3LLM, arXiv 2601.07568).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,63 +23,59 @@ from torch import Tensor
 from dlmctl.diffusion.noise import stream_uniform
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record, object_field
+from dlmctl.settings.distill import Order
 
-Order = Literal["random", "trajectory"]
 
+class NestedMasks(NamedTuple):
+    """The masks of one completion at two levels."""
 
-class Nested(NamedTuple):
-    """Two levels of one completion."""
-
-    hidden: Tensor
+    at_t: Tensor
     """bool [G], M_t."""
-    still: Tensor
-    """bool [G], M_s, a subset of it."""
+    at_s: Tensor
+    """bool [G], M_s, a subset of M_t."""
 
     @property
     def decided(self) -> Tensor:
-        """bool [G], hidden at t and no more at s."""
-        return self.hidden & ~self.still
+        """bool [G], masked at t but not at s."""
+        return self.at_t & ~self.at_s
 
 
-def nested_masks(scored: Tensor, ranks: Tensor, hidden: int, decided: int) -> Nested:
-    """M_t with `hidden` tokens and M_s with `decided` fewer, at least none.
+def nested_masks(scored: Tensor, ranks: Tensor, masked: int, decided: int) -> NestedMasks:
+    """M_t with `masked` tokens and M_s with `decided` fewer, but at least 0.
 
     Args:
-        scored: bool [G], the tokens that count; L of them.
-        ranks: int64 [L], a permutation; those with the lowest are hidden longest.
+        scored: bool [G], the tokens that count, L of them.
+        ranks: int64 [L], a permutation; the tokens of lowest rank stay masked longest.
     """
     levels = []
-    for count in (hidden, max(hidden - decided, 0)):
+    for count in (masked, max(masked - decided, 0)):
         level = torch.zeros_like(scored)
         level[scored] = ranks < count
         levels.append(level)
-    return Nested(*levels)
+    return NestedMasks(*levels)
 
 
 def draw_nested(
-    record: Record,
-    scored: Tensor,
-    order: Order,
-    decided: int,
-    keys: Sequence[str | int],
-) -> Nested:
-    """Two levels of a record's completion, drawn by these keys alone.
+    record: Record, scored: Tensor, order: Order, decided: int, keys: Sequence[str | int]
+) -> NestedMasks:
+    """The masks of a record's completion at two levels, a function of the keys.
 
     Args:
         scored: bool [G], the tokens that count.
         decided: m, tokens that a step decides.
 
     Raises:
-        DataError: `trajectory` of a record that does not say in which order it was decided.
+        DataError: `order` is "trajectory", and the record does not say in which order its tokens
+            were decided.
     """
     length = int(scored.sum())
     numbers = stream_uniform(keys, length + 1)
-    hidden = 1 + int(numbers[0] * length)
+    masked = 1 + int(numbers[0] * length)
     late = numbers[1:]
     if order == "trajectory":
-        # The latest step first; tokens of one step by chance.
+        # The latest step first; the order within a step is random.
         late = late - _steps(record, len(scored))[scored]
-    return nested_masks(scored, late.argsort().argsort(), hidden, decided)
+    return nested_masks(scored, late.argsort().argsort(), masked, decided)
 
 
 def _steps(record: Record, length: int) -> Tensor:

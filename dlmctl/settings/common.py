@@ -62,6 +62,9 @@ Model = Annotated[
         env=True,
     ),
 ]
+DeviceName = Annotated[
+    str, Knob("auto, cpu, cuda or cuda:N.", "--device", metavar="DEVICE", env=True)
+]
 Memory = Annotated[
     str,
     Knob(
@@ -77,7 +80,7 @@ Memory = Annotated[
 class Device:
     """Where a model runs."""
 
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N.", "--device", metavar="DEVICE", env=True)
+    device: str = same("auto", DeviceName)
     dtype: str = knob(
         "auto",
         "auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16.",

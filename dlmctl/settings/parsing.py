@@ -5,6 +5,8 @@ Those that take the option's name need it for their message.
 
 from __future__ import annotations
 
+import math
+
 from dlmctl.records.errors import UsageError
 
 DIGITS = 18
@@ -53,7 +55,7 @@ def whole_numbers(option: str, text: str) -> list[int]:
 
 
 def number_pair(option: str, text: str, form: str) -> tuple[float, float]:
-    """The numbers of a pair like 0.8,1.2; raises UsageError if it is none."""
+    """The numbers of a pair like 0.8,1.2; raises UsageError if it is not one."""
     low, _, high = text.partition(",")
     try:
         return float(low), float(high)
@@ -71,8 +73,32 @@ def level_range(text: str) -> tuple[float, float]:
 
 
 def byte_count(option: str, text: str) -> int:
-    """Bytes of a size like 512M or 2G; raises UsageError if it is none."""
+    """Bytes of a size like 512M or 2G; raises UsageError if it is not one."""
     number, unit = text.rstrip("KMGkmg"), text[len(text.rstrip("KMGkmg")) :].upper()
     if not number.isdecimal() or len(number) > DIGITS or len(unit) > 1:
         raise UsageError(f"{option} {text} is not a size such as 512M or 2G")
     return int(number) * 1024 ** ("KMG".index(unit) + 1 if unit else 0)
+
+
+def float_grid(option: str, text: str) -> list[float]:
+    """The numbers of a list like 1,10,1e3, or of LOW:HIGH:COUNT, which is even in the logarithm.
+
+    Raises:
+        UsageError: the text is neither.
+    """
+    try:
+        if ":" not in text:
+            numbers = [float(part) for part in text.split(",")]
+            if not all(map(math.isfinite, numbers)):
+                raise ValueError
+            return numbers
+        low, high, count = text.split(":")
+        first, last, many = float(low), float(high), int(count)
+        if not 0 < first < last < math.inf or many < 2:
+            raise ValueError
+    except ValueError:
+        raise UsageError(
+            f"{option} {text} is neither a list of numbers nor LOW:HIGH:COUNT with 0 < LOW < HIGH"
+        ) from None
+    ratio = (last / first) ** (1 / (many - 1))
+    return [first * ratio**number for number in range(many - 1)] + [last]

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dlmctl.distill.edm import solve
+from dlmctl.distill.edm import noise_grid, solve
 from dlmctl.distill.image_checkpoints import load_model
-from dlmctl.distill.image_sampling import draw, gaussian
+from dlmctl.distill.image_sampling import draw, sample_noise
 from dlmctl.distill.image_sets import read_images, write_images
 
 SEED = 7
@@ -32,7 +32,7 @@ def of_gaussian(source: str, count: int) -> Tensor:
     images = read_images(source)
     data = images.flatten(1).double()
     values, vectors = torch.linalg.eigh(data.T.cov())
-    noise = gaussian(SEED, range(count), (data.shape[1],)).double()
+    noise = sample_noise(SEED, range(count), (data.shape[1],)).double()
     drawn = data.mean(0) + noise * values.clamp_min(0).sqrt() @ vectors.T
     return drawn.float().view(-1, *images.shape[1:])
 
@@ -46,7 +46,7 @@ def of_exact_map(teacher: str, count: int, steps: int) -> Tensor:
         level = float(sigma[0])
         if level <= model.noise.sigma_min:
             return x
-        grid = dataclasses.replace(model.noise, sigma_max=level).grid(POINTS)
+        grid = noise_grid(dataclasses.replace(model.noise, sigma_max=level), POINTS)
         return solve(model.function, x, grid, to_zero=False)
 
     exact = dataclasses.replace(model, kind="consistency", function=beginning)

@@ -10,16 +10,18 @@ from torch import nn
 from dlmctl.distill.consistency_model import (
     HUBER,
     ConsistencyModel,
-    Distillation,
-    Pair,
+    LevelPair,
     cd_pair,
     consistency_loss,
     ct_pair,
+    distillation_loss,
     ect_level,
     sample_steps,
 )
-from dlmctl.distill.edm import NoiseRange, OptimalDenoiser
+from dlmctl.distill.edm import OptimalDenoiser, noise_grid
 from dlmctl.distill.image_networks import NetworkConfig, make_network
+from dlmctl.settings.distill import Distillation
+from dlmctl.settings.images import NoiseLaw, NoiseRange
 
 SD, EPS = 0.7, 0.002
 
@@ -68,7 +70,7 @@ def test_the_boundary_is_bit_exact(kind, shape, precision):
         assert torch.equal(model(x, torch.full((6,), eps, dtype=precision)), x)
         # And it is the boundary alone that does it.
         assert not torch.equal(model(x, torch.full((6,), 2 * eps, dtype=precision)), x)
-        grid = NoiseRange(eps).grid(5)
+        grid = noise_grid(NoiseRange(eps), 5)
         assert torch.equal(model(x, grid[-1].expand(6)), x)
 
 
@@ -101,9 +103,9 @@ def test_the_exact_map_loses_nothing_on_exact_steps():
     data, noise, sigma, to = batch(20, 2.0, 0.3)
     x = data + 2.0 * noise
     exact = x * math.sqrt((SD**2 + 0.3**2) / (SD**2 + 2.0**2))
-    loss = consistency_loss(Solution(), Solution(), Pair(x, sigma, exact, to, data), "l2")
-    assert loss.max() < 1e-30
-    assert consistency_loss(Solution(1.1), Solution(), Pair(x, sigma, exact, to, data), "l2").min()
+    pair = LevelPair(x, sigma, exact, to, data)
+    assert consistency_loss(Solution(), Solution(), pair, "l2").max() < 1e-30
+    assert consistency_loss(Solution(1.1), Solution(), pair, "l2").min()
 
 
 def test_the_gradient_stops_at_the_target():
@@ -160,25 +162,25 @@ def test_the_distances():
     square, huber = (consistency_loss(model, target, pair, m).detach() for m in ("l2", "huber"))
     torch.testing.assert_close(square, away.square().mean(1))
     torch.testing.assert_close(huber, (away.norm(dim=1) ** 2 + c**2).sqrt() - c)
-    same = Pair(pair.x, sigma, pair.x, sigma, data)
+    same = LevelPair(pair.x, sigma, pair.x, sigma, data)
     loss = consistency_loss(target, target, same, "huber").sum()
     loss.backward()
     assert loss.item() == 0
     assert target.scale.grad.isfinite()
 
 
-def losses(plan, model, step, count=4000, seed=0):
+def losses(plan, model, count=4000, seed=0):
     data = SD * torch.randn(count, 3, generator=torch.Generator().manual_seed(9)).double()
     random = torch.Generator().manual_seed(seed)
-    return plan.loss(model, model, teacher, data, step, NoiseRange(), random)
+    return distillation_loss(plan, model, model, teacher, data, 0, NoiseRange(), random)
 
 
 def test_the_exact_map_is_better_than_others_for_distillation():
     """And the finer the grid, the nearer to 0 its loss."""
     exact, wrong = Solution(), Solution(1.05)
-    coarse, fine = (losses(Distillation("cd", scales=n), exact, 0).item() for n in (20, 80))
+    coarse, fine = (losses(Distillation("cd", scales=n), exact).item() for n in (20, 80))
     assert fine < coarse / 100
-    assert losses(Distillation("cd", scales=80), wrong, 0).item() > 0
+    assert losses(Distillation("cd", scales=80), wrong).item() > 0
 
 
 def test_a_pair_is_of_neighbours_of_the_grid():
@@ -189,8 +191,8 @@ def test_a_pair_is_of_neighbours_of_the_grid():
             seen.append(sigma)
             return super().forward(x, sigma)
 
-    losses(Distillation("ct", scales=5), Recorder(), 0)
-    grid = NoiseRange().grid(5)
+    losses(Distillation("ct", scales=5), Recorder())
+    grid = noise_grid(NoiseRange(), 5)
     to, sigma = seen
     for high, low in itertools.pairwise(grid):
         chosen = sigma == high
@@ -202,12 +204,14 @@ def test_ect_is_weighted_by_the_distance_of_its_levels(monkeypatch):
     """With one level, t = 3, r is known, and so is the factor."""
     from dlmctl.distill import consistency_model as consistency
 
-    monkeypatch.setattr(consistency, "ECT_LAW", consistency.NoiseLaw(math.log(3.0), 0.0))
+    monkeypatch.setattr(consistency, "ECT_LAW", NoiseLaw(math.log(3.0), 0.0))
     plan = Distillation("ect", metric="l2", target_ema=0, stage_steps=10)
     data, model = SD * torch.randn(30, 3).double(), Solution(1.3)
     for step, stage in ((0, 0), (9, 0), (10, 1), (25, 2)):
         random = torch.Generator().manual_seed(4)
-        found = plan.loss(model, model, None, data, step, NoiseRange(), random)
+        found_stage = int(step // plan.steps_per_stage(1000))
+        assert found_stage == stage
+        found = distillation_loss(plan, model, model, None, data, stage, NoiseRange(), random)
         random = torch.Generator().manual_seed(4)
         torch.randn(30, generator=random, dtype=torch.float64)
         noise = torch.randn(data.shape, generator=random).double()
@@ -222,7 +226,7 @@ def test_ect_is_weighted_by_the_distance_of_its_levels(monkeypatch):
 def test_samples_of_the_exact_map_have_the_variance_of_the_data(steps):
     random = torch.Generator().manual_seed(0)
     x = 80 * torch.randn(20_000, 1, generator=random).double()
-    sigmas = NoiseRange().grid(steps + 1)[:-1]
+    sigmas = noise_grid(NoiseRange(), steps + 1)[:-1]
     made = sample_steps(
         Solution(), x, sigmas, EPS, lambda _: torch.randn(x.shape, generator=random).double()
     )

@@ -7,7 +7,7 @@ from conftest import invoke, read_jsonl
 from safetensors import safe_open
 
 from dlmctl.distill.image_checkpoints import load_model
-from dlmctl.distill.image_sampling import draw, gaussian
+from dlmctl.distill.image_sampling import draw, sample_noise
 from dlmctl.distill.image_sets import read_images, write_images
 
 TINY = "--network mlp --width 16 --blocks 1 --steps 6 -b 8 --log-every 3 --first-checkpoint 2"
@@ -101,7 +101,7 @@ def test_teacher_and_student_begin_at_the_same_noise(folder, monkeypatch):
         draw(model, 6, 3, 4)
     assert torch.equal(begun["teacher"][0], begun["student"][0])
     assert torch.equal(begun["teacher"][1], begun["student"][1])
-    expected = 80 * gaussian(3, range(6), (1, 4, 4))
+    expected = 80 * sample_noise(3, range(6), (1, 4, 4))
     torch.testing.assert_close(begun["student"][0], expected)
 
 
@@ -186,13 +186,13 @@ def test_the_same_command_goes_on_or_says_that_all_is_done(folder):
         ("cd SET -o new --teacher teacher --width 32", 2, "the teacher's network"),
         ("cd SET -o new --teacher optimal:SET", 2, "--init scratch"),
         ("cd builtin:digits#0:5 -o new --teacher teacher", 2, "1x4x4, and IMAGES are 1x8x8"),
-        ("cd SET -o new --teacher nowhere", 66, "holds no model"),
+        ("cd SET -o new --teacher nowhere", 66, "has no model"),
         ("sample student -o x --solver heun", 2, "--solver is for denoisers"),
         ("sample teacher -o x --at 5", 66, "there are: 2, 3, 6"),
         ("sample optimal:SET -o x --at 5", 2, "no checkpoints"),
         ("sample student -n 1 --device cpu -o teacher", 73, "cannot write teacher"),
         ("sample student -n 1 --device cpu -o /proc/x/y", 73, "cannot write /proc/x/y"),
-        ("sample nowhere -o x", 66, "holds no model"),
+        ("sample nowhere -o x", 66, "has no model"),
     ],
 )
 def test_what_does_not_make_sense_is_refused(folder, monkeypatch, line, code, complaint):

@@ -8,19 +8,19 @@ import torch
 from conftest import read_jsonl
 from safetensors.torch import load_file, save_file
 
-from dlmctl.distill.consistency_model import Distillation
-from dlmctl.distill.edm import NoiseLaw, NoiseRange
 from dlmctl.distill.image_checkpoints import ModelConfig, load_model, save_model
 from dlmctl.distill.image_networks import NetworkConfig
 from dlmctl.distill.image_runs import new_network, student_run, teacher_run
-from dlmctl.distill.image_sampling import draw, gaussian
-from dlmctl.distill.image_training import Recipe, update_average
+from dlmctl.distill.image_sampling import draw, sample_noise
+from dlmctl.distill.image_training import update_average
 from dlmctl.records.errors import (
     CannotCreateError,
     DataError,
     MissingInputError,
     UsageError,
 )
+from dlmctl.settings.distill import Distillation
+from dlmctl.settings.images import NoiseLaw, NoiseRange, Training
 
 SIZES = NetworkConfig("mlp", (2,), 24, (), 2)
 CONFIG = ModelConfig("edm", SIZES)
@@ -30,7 +30,8 @@ DATA = torch.tensor([[0.5, 0.5], [-0.5, 0.25], [0.1, -0.6]])
 
 def recipe(**changes):
     settings = {"steps": 12, "batch_size": 8, "rate": 1e-3, "checkpoints": 3, "first": 3}
-    return Recipe(**{**settings, **changes})
+    settings |= {"warmup": 0}
+    return Training(**{**settings, **changes})
 
 
 def train(run, records=None, log_every=2, save_seconds=1e9):
@@ -46,9 +47,9 @@ def train(run, records=None, log_every=2, save_seconds=1e9):
 def begin(kind, directory, teacher=None, **changes):
     if kind == "edm":
         return teacher_run(directory, CONFIG, NoiseLaw(), DATA, recipe(**changes), {})
-    plan = Distillation(kind, scales=6, target_ema=0.0 if kind == "ect" else 0.9, stage_steps=5)
-    settings = recipe(optimizer="radam", **changes)
-    return student_run(directory, STUDENT, plan, teacher, kind == "cd", DATA, settings, {})
+    options = {"stage_steps": 5} if kind == "ect" else {"scales": 6, "target_ema": 0.9}
+    plan = Distillation(kind, init="teacher" if kind == "cd" else "scratch", **options)
+    return student_run(directory, STUDENT, plan, teacher, DATA, recipe(**changes), {})
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_the_seed_alone_makes_the_run(tmp_path):
 
 
 def test_checkpoints_are_spaced_by_a_factor():
-    assert Recipe(12_800, 1, 1, first=100, checkpoints=8).checkpoint_steps() == [
+    assert Training(12_800, first=100, checkpoints=8).checkpoint_steps() == [
         100 * 2**n for n in range(8)
     ]
     assert recipe(steps=5, first=100).checkpoint_steps() == [5]
@@ -163,8 +164,7 @@ def test_the_average_of_weights():
 
 def test_the_target_network_and_the_saved_one_follow_the_student(teacher, tmp_path):
     plan = Distillation("cd", scales=6, target_ema=0.8)
-    settings = recipe(optimizer="radam", ema=0.999)
-    run = student_run(tmp_path, STUDENT, plan, teacher, True, DATA, settings, {})
+    run = student_run(tmp_path, STUDENT, plan, teacher, DATA, recipe(ema=0.999), {})
     first = copy.deepcopy(run.network)
     path = []
     for _ in range(3):
@@ -213,21 +213,22 @@ def test_loading_is_strict(tmp_path):
         with pytest.raises(DataError, match="not the configuration"):
             load_model(str(tmp_path))
     shutil.rmtree(tmp_path)
-    with pytest.raises(MissingInputError, match="holds no model"):
+    with pytest.raises(MissingInputError, match="has no model"):
         load_model(str(tmp_path))
 
 
 def test_a_teacher_and_its_student_learn_the_three_points_there_are(tmp_path):
     """The teacher's samples are the points; the student's, from the same noise, the same ones."""
     sizes = NetworkConfig("mlp", (2,), 32, (), 1)
-    settings = Recipe(250, 64, 1e-2, schedule="cosine", ema=0.99, checkpoints=1)
+    shared = {"warmup": 0, "schedule": "cosine", "ema": 0.99, "checkpoints": 1}
+    settings = Training(250, 64, 1e-2, **shared)
     config = ModelConfig("edm", sizes)
     train(teacher_run(tmp_path / "t", config, NoiseLaw(), DATA, settings, {}), log_every=100)
     made = load_model(str(tmp_path / "t"))
     plan = Distillation("cd", scales=12, target_ema=0.5)
-    settings = Recipe(150, 64, 5e-3, "radam", schedule="cosine", ema=0.99, checkpoints=1)
+    settings = Training(150, 64, 5e-3, **shared)
     student = ModelConfig("consistency", sizes)
-    run = student_run(tmp_path / "s", student, plan, made, True, DATA, settings, {})
+    run = student_run(tmp_path / "s", student, plan, made, DATA, settings, {})
     train(run, log_every=100)
     ends = draw(made, 200, 0, 18)
     nearest = torch.cdist(ends, DATA)
@@ -241,13 +242,13 @@ def test_a_teacher_and_its_student_learn_the_three_points_there_are(tmp_path):
 
 
 def test_noise_is_normal_and_a_function_of_seed_sample_and_step():
-    z = gaussian(0, range(2000), (3, 4))
+    z = sample_noise(0, range(2000), (3, 4))
     assert z.mean().abs() < 0.02
     assert z.var().item() == pytest.approx(1, abs=0.03)
     assert z.flatten(1).T.corrcoef().fill_diagonal_(0).abs().max() < 0.1
-    assert torch.equal(gaussian(0, range(7, 9), (3, 4)), z[7:9])
+    assert torch.equal(sample_noise(0, range(7, 9), (3, 4)), z[7:9])
     for seed, step in ((1, 0), (0, 1)):
-        other = gaussian(seed, range(2000), (3, 4), step)
+        other = sample_noise(seed, range(2000), (3, 4), step)
         assert torch.stack([z.flatten(), other.flatten()]).corrcoef()[0, 1].abs() < 0.03
 
 

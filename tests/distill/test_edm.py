@@ -9,14 +9,14 @@ from torch import nn
 
 from dlmctl.distill.edm import (
     EdmDenoiser,
-    NoiseLaw,
-    NoiseRange,
     OptimalDenoiser,
     edm_loss,
+    noise_grid,
     ode_step,
     solve,
 )
 from dlmctl.distill.image_sets import read_images
+from dlmctl.settings.images import NoiseLaw, NoiseRange
 
 SD = 0.7
 
@@ -44,13 +44,13 @@ def exact_solution(x, sigma, to):
 def test_the_grid_has_the_ends_and_the_bend_of_the_paper():
     noise = NoiseRange()
     for points in (2, 18, 40):
-        grid = noise.grid(points)
+        grid = noise_grid(noise, points)
         assert (grid[0].item(), grid[-1].item()) == (80.0, 0.002)
         assert bool((grid[1:] < grid[:-1]).all())
     middle = ((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7
-    assert noise.grid(3)[1].item() == pytest.approx(middle, rel=1e-12)
-    assert noise.grid(1).tolist() == [80.0]
-    straight = NoiseRange(1.0, 5.0, 1.0).grid(5)
+    assert noise_grid(noise, 3)[1].item() == pytest.approx(middle, rel=1e-12)
+    assert noise_grid(noise, 1).tolist() == [80.0]
+    straight = noise_grid(NoiseRange(1.0, 5.0, 1.0), 5)
     torch.testing.assert_close(straight, torch.arange(5.0, 0, -1, dtype=torch.float64))
 
 
@@ -109,7 +109,7 @@ def test_the_order_of_the_samplers(solver, order):
 
 def test_samples_of_gaussian_data_have_its_variance():
     z = 80 * torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0)).double()
-    made = solve(gaussian_denoiser, z, NoiseRange().grid(40))
+    made = solve(gaussian_denoiser, z, noise_grid(NoiseRange(), 40))
     # Where the ODE begins, at sigma_max, the spread is that of noise and data together.
     assert made.std().item() == pytest.approx(SD * 80 / math.hypot(80, SD), rel=0.015)
     torch.testing.assert_close(made, exact_solution(z, 80.0, 0.0), rtol=0.01, atol=0)
@@ -124,7 +124,7 @@ def test_a_sampler_evaluates_the_denoiser_as_often_as_it_says():
 
     for solver, count in (("heun", 35), ("euler", 18)):
         calls.clear()
-        solve(counting, torch.ones(2, 1), NoiseRange().grid(18), solver)
+        solve(counting, torch.ones(2, 1), noise_grid(NoiseRange(), 18), solver)
         assert len(calls) == count
         assert min(calls) == 0.002
 
@@ -160,7 +160,7 @@ def test_the_optimal_denoiser_minimises_the_loss():
 def test_samples_of_the_optimal_denoiser_are_images_of_its_set():
     data = read_images("builtin:digits#0:64")
     z = 80 * torch.randn(100, 1, 8, 8, generator=torch.Generator().manual_seed(3))
-    made = solve(OptimalDenoiser(data), z, NoiseRange().grid(18))
+    made = solve(OptimalDenoiser(data), z, noise_grid(NoiseRange(), 18))
     near = torch.cdist(made.flatten(1), data.flatten(1)).topk(2, 1, largest=False)
     assert near.values[:, 0].max() < 1e-2
     assert (near.values[:, 0] / near.values[:, 1]).max() < 1 / 3

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from dlmctl.distill.fused_linear_kl import weighted_divergence
-from dlmctl.distill.masked_lm import Pair, consistency_gradient
-from dlmctl.distill.nested_masks import Nested
+from dlmctl.distill.masked_lm import NestedExample, consistency_gradient
+from dlmctl.distill.nested_masks import NestedMasks
 from dlmctl.models.policy import Policy
 from dlmctl.models.saving import save_policy
 
@@ -31,13 +31,13 @@ def gradient(policy: Policy) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def pair(hidden: list[int], still: list[int], completion: list[int]) -> Pair:
+def pair(hidden: list[int], still: list[int], completion: list[int]) -> NestedExample:
     def at(places: list[int]) -> torch.Tensor:
         mask = torch.zeros(len(completion), dtype=torch.bool)
         mask[places] = True
         return mask
 
-    return Pair(PROMPT, completion, Nested(at(hidden), at(still)))
+    return NestedExample(PROMPT, completion, NestedMasks(at(hidden), at(still)))
 
 
 PAIRS = [
@@ -47,7 +47,7 @@ PAIRS = [
 ]
 
 
-def whole_logits(policy: Policy, one: Pair, hidden: torch.Tensor) -> torch.Tensor:
+def whole_logits(policy: Policy, one: NestedExample, hidden: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of every token of the completion: [G, V]."""
     ids = torch.tensor([[*one.prompt, *one.completion]])
     ids[0, len(one.prompt) :][hidden] = policy.mask_id
@@ -56,15 +56,17 @@ def whole_logits(policy: Policy, one: Pair, hidden: torch.Tensor) -> torch.Tenso
     return logits[first : first + len(one.completion)].log_softmax(-1)
 
 
-def plain_loss(student: Policy, target: Policy, pairs: list[Pair], kind: str) -> torch.Tensor:
+def plain_loss(
+    student: Policy, target: Policy, pairs: list[NestedExample], kind: str
+) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for one in pairs:
-        log_q = whole_logits(student, one, one.levels.hidden)
+        log_q = whole_logits(student, one, one.masks.at_t)
         with torch.no_grad():
-            log_p = whole_logits(target, one, one.levels.still)
-        count = int(one.levels.hidden.sum())
-        for place in one.levels.hidden.nonzero()[:, 0].tolist():
-            if not one.levels.still[place]:
+            log_p = whole_logits(target, one, one.masks.at_s)
+        count = int(one.masks.at_t.sum())
+        for place in one.masks.at_t.nonzero()[:, 0].tolist():
+            if not one.masks.at_s[place]:
                 total = total - log_q[place, one.completion[place]] / count
                 continue
             a, b = (log_p, log_q) if kind == "kl-fwd" else (log_q, log_p)
@@ -115,7 +117,7 @@ def test_with_all_tokens_decided_it_is_the_bound_per_token():
             one = pair(list(places), [], completion)
             found = consistency_gradient(student, target, [one], "kl-fwd", 1)
             mean += found["loss"] / 3 / comb(3, count)
-            log_q = whole_logits(student, one, one.levels.hidden)
+            log_q = whole_logits(student, one, one.masks.at_t)
             of_places = sum(float(log_q[i, completion[i]].detach()) for i in places)
             elbo += of_places / count / comb(3, count)
     assert mean == pytest.approx(-elbo / 3)

@@ -28,23 +28,23 @@ def drawn(number: int, decided: int = 2, scored: torch.Tensor = EVERY, **record)
 def test_counts_and_nesting(hidden, decided):
     scored = torch.tensor([True, False, True, True, True, True])
     made = nested_masks(scored, torch.tensor([3, 0, 4, 1, 2]), hidden, decided)
-    assert int(made.hidden.sum()) == hidden
-    assert int(made.still.sum()) == max(hidden - decided, 0)
-    assert not (made.still & ~made.hidden).any()
-    assert not (made.hidden & ~scored).any()
-    assert torch.equal(made.decided, made.hidden ^ made.still)
+    assert int(made.at_t.sum()) == hidden
+    assert int(made.at_s.sum()) == max(hidden - decided, 0)
+    assert not (made.at_s & ~made.at_t).any()
+    assert not (made.at_t & ~scored).any()
+    assert torch.equal(made.decided, made.at_t ^ made.at_s)
     # The lowest rank stays hidden longest.
-    assert bool(made.hidden[2])
+    assert bool(made.at_t[2])
 
 
 def test_a_draw_is_a_function_of_its_keys():
     assert all(torch.equal(*pair) for pair in zip(drawn(1), drawn(1), strict=True))
-    assert len({tuple(drawn(n).hidden.tolist()) for n in range(40)}) > 10
+    assert len({tuple(drawn(n).at_t.tolist()) for n in range(40)}) > 10
 
 
 def test_levels_are_uniform_and_tokens_alike():
     number = 3000
-    made = [drawn(n).hidden for n in range(number)]
+    made = [drawn(n).at_t for n in range(number)]
     counts = Counter(int(hidden.sum()) for hidden in made)
     assert set(counts) == set(range(1, 7))
     # Five standard deviations of a share of one in six.
@@ -55,8 +55,8 @@ def test_levels_are_uniform_and_tokens_alike():
 
 def test_tokens_that_do_not_count_are_never_masked():
     scored = torch.tensor([True] * 5 + [False])
-    assert not any(drawn(n, scored=scored).hidden[5] for n in range(50))
-    assert any(drawn(n, scored=scored).hidden[4] for n in range(50))
+    assert not any(drawn(n, scored=scored).at_t[5] for n in range(50))
+    assert any(drawn(n, scored=scored).at_t[4] for n in range(50))
 
 
 def test_along_a_trajectory_what_is_hidden_is_what_the_sampler_had_not_decided():
@@ -77,7 +77,7 @@ def test_tokens_of_one_step_are_left_to_chance():
     steps = [0, 0, 0, 1, 1, 1]
     seen = set()
     for n in range(80):
-        hidden = drawn(n, rollout={"order": steps}).hidden
+        hidden = drawn(n, rollout={"order": steps}).at_t
         late = hidden[3:].sum()
         assert late == min(int(hidden.sum()), 3)
         seen.add(tuple(hidden.tolist()))

@@ -23,7 +23,6 @@ from world import World, make_world
 
 from dlmctl.cli import app
 from dlmctl.commands import distill_cd
-from dlmctl.distill.image_training import Recipe
 
 EXAMPLES = [*of_help_texts(), *of_readmes()]
 RUN = [example for example in EXAMPLES if not entry(NOT_RUN, example.text)]
@@ -144,17 +143,10 @@ def test_help_shows_the_examples_as_a_shell_takes_them(columns: str) -> None:
 
 
 def test_the_steps_that_examples_ask_for_have_checkpoints() -> None:
-    defaults = {n: p.default for n, p in inspect.signature(distill_cd.command).parameters.items()}
-    recipe = Recipe(
-        defaults["steps"],
-        batch_size=1,
-        rate=1e-3,
-        checkpoints=defaults["checkpoints"],
-        first=defaults["first_checkpoint"],
-    )
+    training = inspect.signature(distill_cd.command).parameters["training"].default
     asked = [int(n) for e in EXAMPLES for n in re.findall(r"--at (\d+)", e.text)]
     assert asked
-    assert set(asked) <= set(recipe.checkpoint_steps())
+    assert set(asked) <= set(training.checkpoint_steps())
 
 
 LIKE_A_COMMAND = re.compile(r"^\s*(\$ |dlmctl |torchrun |```)|(\||&&) *dlmctl ", re.MULTILINE)

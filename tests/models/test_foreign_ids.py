@@ -12,7 +12,7 @@ import torch
 from conftest import invoke, read_jsonl, tiny_policy
 
 from dlmctl.diffusion.scoring import MaskPlan, score
-from dlmctl.memorization.text.membership import Sama, likelihoods, sama_scores
+from dlmctl.memorization.text.membership import likelihoods, sama_scores
 from dlmctl.models.policy import Policy, check_same_tokens
 from dlmctl.models.saving import save_policy
 from dlmctl.records.errors import DataError, UsageError
@@ -21,6 +21,7 @@ from dlmctl.rl.recorded import recorded_difference
 from dlmctl.sae.corpus import MaskLaw, documents, masked_corpus
 from dlmctl.sae.evaluation.stability import stability
 from dlmctl.settings.sae import Insertion
+from dlmctl.settings.memorization import Sama
 
 OWN, OTHER = "01234=", "=43210"
 

@@ -1,4 +1,4 @@
-"""A picture of samples beside their nearest training images."""
+"""A picture of samples next to their nearest images."""
 
 from __future__ import annotations
 
@@ -12,63 +12,62 @@ import torch
 from torch import Tensor
 
 from dlmctl.memorization.images.nearest_ratio import ratios
-from dlmctl.memorization.images.sample_study import Part, Parts, Result
+from dlmctl.memorization.images.sample_study import ImageSet, ImageSets, StudyResult
 from dlmctl.records.errors import UsageError, missing_package
+from dlmctl.settings.memorization import Gallery
 
 COPY, TEXT, PALE, FRAME = "#c0392b", "#222222", "#666666", "#bbbbbb"
 CELL, ACROSS, DOWN = 0.92, 1.0, 1.2
-"""Inches of an image, from one to the next, and from row to row."""
+"""Inches: size of an image, distance to the next one, and distance of two rows."""
 MARGIN, GAP, HEAD = 0.3, 0.35, 0.8
-"""Inches beside, between columns of rows, and above."""
+"""Inches: at the sides, between two columns of rows, and at the top."""
 SMALL = 6.5
 
 
-class Shown(NamedTuple):
-    """A row of the picture."""
+class GalleryRow(NamedTuple):
+    """A sample and its neighbours."""
 
     sample: int
     ratio: float
     memorized: bool
-    neighbours: list[tuple[Part, int, float]]
-    """Set, place in it, and distance, of each image beside the sample."""
+    neighbours: list[tuple[ImageSet, int, float]]
+    """Set, place in the set, and distance, of each image next to the sample."""
 
 
-def picture(found: Parts, result: Result, threshold: float, count: int, spread: bool) -> bytes:
-    """PNG of samples beside their two nearest training images and the nearest held-out one.
+def picture(sets: ImageSets, result: StudyResult, threshold: float, options: Gallery) -> bytes:
+    """PNG of samples next to their two nearest training images and the nearest held-out one.
 
     Args:
         threshold: of the ratio test.
-        count: how many samples.
-        spread: of all ratios, not those of the lowest.
 
     Raises:
         UsageError, UnavailableError: as `check_drawable`.
     """
-    check_drawable(found.samples.images)
+    check_drawable(sets.samples.images)
     tests = ratios(result.neighbours[0])
     rows = []
-    for sample in chosen(tests, count, spread):
-        beside: list[tuple[Part, int, float]] = []
-        for part, near, most in zip(
-            found.references.values(), result.neighbours, (2, 1), strict=False
-        ):
-            for place, far in zip(
-                near.indices[sample, :most], near.distances[sample], strict=False
-            ):
-                beside.append((part, int(place), float(far)))
+    for sample in chosen(tests, options.gallery_rows, options.gallery_spread):
+        neighbours = [
+            (part, int(place), float(far))
+            for part, near, most in zip(
+                sets.references.values(), result.neighbours, (2, 1), strict=False
+            )
+            for place, far in zip(near.indices[sample, :most], near.distances[sample], strict=False)
+        ]
         ratio = float(tests[sample])
-        rows.append(Shown(sample, ratio, ratio < threshold, beside))
+        rows.append(GalleryRow(sample, ratio, ratio < threshold, neighbours))
     headings = ["sample", "nearest in train", "second nearest"]
-    headings += ["nearest held out"] if found.heldout else []
+    headings += ["nearest held out"] if sets.heldout else []
     copies = int((tests < threshold).sum())
-    which = "with the lowest ratios" if not spread else "at even steps of the ratio"
+    even = options.gallery_spread
+    which = "at even steps of the ratio" if even else "with the lowest ratios"
     if len(rows) == len(tests):
         which = "by ratio"
     title = (
         f"{len(rows)} of {len(tests)} samples, {which}: "
         f"{copies} memorized, d1 / d2 < {threshold:.2f} (red)"
     )
-    return _draw(rows, found.samples, headings, title)
+    return _draw(rows, sets.samples, headings, title)
 
 
 def check_drawable(images: Tensor) -> None:
@@ -80,15 +79,15 @@ def check_drawable(images: Tensor) -> None:
 
 
 def chosen(tests: Tensor, count: int, spread: bool) -> list[int]:
-    """Samples to show, by ratio: the lowest, or of all at even steps."""
+    """Samples to show, by ratio: those with the lowest, or at even steps through all."""
     order = tests.argsort(stable=True)
     if not spread or len(order) <= count:
         return order[:count].tolist()
     return order[torch.linspace(0, len(order) - 1, count).round().long()].tolist()
 
 
-def _draw(rows: Sequence[Shown], samples: Part, headings: list[str], title: str) -> bytes:
-    """The rows in as many columns as make the picture about as wide as high."""
+def _draw(rows: Sequence[GalleryRow], samples: ImageSet, headings: list[str], title: str) -> bytes:
+    """The rows, in a number of columns that makes the picture about as wide as high."""
     from matplotlib.figure import Figure
 
     wide = ACROSS * len(headings) + GAP
@@ -111,7 +110,7 @@ def _draw(rows: Sequence[Shown], samples: Part, headings: list[str], title: str)
     return stream.getvalue()
 
 
-def _row(figure: Any, row: Shown, samples: Part, left: float, top: float) -> None:
+def _row(figure: Any, row: GalleryRow, samples: ImageSet, left: float, top: float) -> None:
     images = [(samples, row.sample, f"#{row.sample}   ratio {row.ratio:.2f}")]
     images += [
         (part, place, f"#{int(part.places[place])}   d {far:#.3g}")
@@ -124,8 +123,8 @@ def _row(figure: Any, row: Shown, samples: Part, left: float, top: float) -> Non
             ((middle - CELL / 2) / width, (top - CELL) / height, CELL / width, CELL / height)
         )
         image = ((part.images[place] + 1) / 2).clamp(0, 1).cpu().permute(1, 2, 0)
-        held = image[:, :, 0] if image.shape[2] == 1 else image
-        axes.imshow(held.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        pixels = image[:, :, 0] if image.shape[2] == 1 else image
+        axes.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_xticks([])
         axes.set_yticks([])
         marked = row.memorized and number < 2

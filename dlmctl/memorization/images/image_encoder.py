@@ -1,8 +1,8 @@
-"""Features of images from a model in a directory: config.json and safetensors, no code of theirs.
+"""Features of images from a model in a directory: config.json and safetensors, no remote code.
 
-Images are resized to the size that the model takes, gray ones get three channels, and the mean and
-standard deviation of preprocessor_config.json are applied where there are such. That resizing is by
-torch (bicubic, antialiased, no cropping) is ours.
+Images are resized to the input size of the model, gray ones get three channels, and the mean and
+standard deviation of preprocessor_config.json are applied if it has them. Resizing by torch
+(bicubic, antialiased, no cropping) is ours.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from dlmctl.records.files import read_json
 _SIZE = 224
 
 
-class Extractor:
-    """A model of images behind one method."""
+class ImageEncoder:
+    """A model that maps images to features."""
 
     def __init__(self, directory: Path, device: torch.device) -> None:
-        """Load it.
+        """Load the model.
 
         Raises:
             MissingInputError: there is no model in the directory.
-            DataError: it cannot be loaded, or its weights are pickled.
+            DataError: the model cannot be loaded, or its weights are pickled.
         """
         from transformers import AutoModel
 
@@ -49,7 +49,7 @@ class Extractor:
             raise DataError(f"{directory} cannot be loaded as a model ({reason})") from None
         missing = sorted(report["missing_keys"])
         self.pools = not any("pooler" in name for name in missing)
-        """Whether the checkpoint has the pooler, which that of a classifier lacks."""
+        """Whether the checkpoint has a pooler, which that of a classifier lacks."""
         if others := [name for name in missing if "pooler" not in name]:
             raise DataError(
                 f"{directory}: {len(others)} weights are missing, first {others[0]}: features "
@@ -57,8 +57,8 @@ class Extractor:
             )
         self.model = model.to(device).float().eval()
         self.name, self.device = str(directory), device
-        held = directory / "preprocessor_config.json"
-        about = read_json(held) if held.exists() else {}
+        preprocessor = directory / "preprocessor_config.json"
+        about = read_json(preprocessor) if preprocessor.exists() else {}
         self.size = _size(model.config, about)
         self.mean, self.std = (
             torch.tensor(about.get(name) or [0.5] * 3, device=device).view(1, 3, 1, 1)
@@ -67,55 +67,55 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, batch_size: int = 64) -> Tensor:
-        """float32 [N, F] on the CPU, of images [N, C, H, W] in [-1, 1].
+        """Features, float32 [N, F] on the CPU, of images [N, C, H, W] in [-1, 1].
 
         Raises:
-            UsageError: vectors, or channels other than one or three.
-            DataError: the model takes no images, or gives no features.
+            UsageError: the images are vectors, or have other than 1 or 3 channels.
+            DataError: the model does not take images, or does not return features.
         """
         if images.dim() != 4 or images.shape[1] not in (1, 3):
             raise UsageError(f"--extractor takes images of 1 or 3 channels, not {images.shape[1:]}")
-        made = []
+        features = []
         for part in images.split(batch_size):
             pixels = part.to(self.device).expand(-1, 3, -1, -1)
             pixels = functional.interpolate(
                 pixels, self.size, mode="bicubic", antialias=True, align_corners=False
             ).clamp(-1, 1)
             pixels = ((pixels + 1) / 2 - self.mean) / self.std
-            made.append(self._features(pixels).float().cpu())
-        return torch.cat(made)
+            features.append(self._features(pixels).float().cpu())
+        return torch.cat(features)
 
     def _features(self, pixels: Tensor) -> Tensor:
         try:
             if hasattr(self.model, "get_image_features"):
-                found = self.model.get_image_features(pixel_values=pixels)
+                output = self.model.get_image_features(pixel_values=pixels)
             else:
-                found = self.model(pixel_values=pixels)
+                output = self.model(pixel_values=pixels)
         except (TypeError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             raise DataError(f"{self.name} does not take images ({reason})") from None
-        if isinstance(found, Tensor):
-            return found.flatten(1)
-        pooled = getattr(found, "pooler_output", None)
+        if isinstance(output, Tensor):
+            return output.flatten(1)
+        pooled = getattr(output, "pooler_output", None)
         if pooled is not None and self.pools:
             return pooled.flatten(1)
-        states = getattr(found, "last_hidden_state", None)
+        states = getattr(output, "last_hidden_state", None)
         if states is None:
             raise DataError(f"{self.name} gives neither pooler_output nor last_hidden_state")
         return states.mean(1) if states.dim() == 3 else states.flatten(2).mean(2)
 
 
 def _size(config: Any, about: dict[str, Any]) -> tuple[int, int]:
-    """Height and width that the model takes.
+    """Height and width of the model's input.
 
-    What the preprocessor crops comes first: a model whose positions are interpolated may name a
-    larger size than it is fed, as DINOv2 does.
+    The preprocessor's crop comes first: a model that interpolates its positions may state a larger
+    size than it is fed, as DINOv2 does.
     """
     inner = getattr(config, "vision_config", None)
     crop = about.get("crop_size") if about.get("do_center_crop", True) else None
-    held: Any = crop or getattr(config, "image_size", None) or getattr(inner, "image_size", None)
-    held = held or about.get("size") or _SIZE
-    if isinstance(held, dict):
-        edge = held.get("shortest_edge", _SIZE)
-        held = (held.get("height", edge), held.get("width", edge))
-    return (held, held) if isinstance(held, int) else (int(held[0]), int(held[1]))
+    size: Any = crop or getattr(config, "image_size", None) or getattr(inner, "image_size", None)
+    size = size or about.get("size") or _SIZE
+    if isinstance(size, dict):
+        edge = size.get("shortest_edge", _SIZE)
+        size = (size.get("height", edge), size.get("width", edge))
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

@@ -1,15 +1,15 @@
 """Exact nearest neighbours of many vectors among many, at about the cost of one matrix product.
 
 Squared distances come from |y|^2 - 2 x.y in float32, of vectors centred on the references' mean,
-block by block. Near a copy that form cancels, so that it only names candidates: a few more than
-are asked for, whose distances are then taken from differences. Rounding could have left a true
-neighbour out where the last candidate is hardly farther than the last neighbour; such rows are
-searched again in float64. The bound on rounding is the probabilistic one, sqrt(D) u (Higham and
-Mary 2019, SIAM J. Sci. Comput. 41(5)), times four.
+block by block. Near a copy this form cancels, so that it only selects candidates, a few more than
+are asked for, whose distances are then computed from differences. If the last candidate is hardly
+farther than the last neighbour, rounding may have left a true neighbour out; such rows are searched
+again in float64. The bound on rounding is the probabilistic one, sqrt(D) u (Higham and Mary 2019,
+SIAM J. Sci. Comput. 41(5)), times four.
 
 GPUs may round the operands of a float32 product to TF32, and do so in NVIDIA's containers, which
-set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1. That is switched off for the search; and as it is not known
-who else has a say in it, the error of a few products is measured and added to the bound.
+set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1. This is switched off during the search; and as other
+switches may exist, the error of a few products is measured and added to the bound.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from torch import Tensor
 from dlmctl.records.errors import DataError
 
 SPARE = 4
-"""Candidates more than neighbours."""
+"""How many more candidates than neighbours are selected."""
 GROUP = 32
-"""Columns of which only the least is looked at first."""
+"""Columns of a group, of which only the minimum is looked at first."""
 MEMORY = 512 * 2**20
-"""Bytes of the work, where nothing else is asked for."""
+"""Default of the bytes that the search may use."""
 CACHE = 2**20
-"""Bytes of differences at once on a processor: what stays in its cache."""
+"""Bytes of differences at once on a CPU: what stays in its cache."""
 _FACTOR = 4.0
 _PROBES = 256
-"""Numbers on either side whose products are looked at."""
+"""Numbers on either side of the products whose error is measured."""
 
 
 class Neighbours(NamedTuple):
@@ -42,7 +42,7 @@ class Neighbours(NamedTuple):
     distances: Tensor
     """float64 [N, k], L2."""
     indices: Tensor
-    """int64 [N, k], into the references; of references at one distance the first comes first."""
+    """int64 [N, k], into the references; equal distances are in the order of the references."""
 
 
 def nearest(
@@ -57,10 +57,10 @@ def nearest(
 
     Args:
         samples: [N, D], float32 or float64.
-        references: [M, D], of the same type.
-        memory: bytes that the work may take at once, beside both sets, which are on the device.
-        device: where to work; None is where the references are.
-        own: samples are the references, and none is its own neighbour.
+        references: [M, D], of the same dtype.
+        memory: bytes that the search may use on the device in addition to both sets.
+        device: where to search; None is where the references are.
+        own: the samples are the references, and none is its own neighbour.
 
     Returns:
         Distances and indices on the CPU.
@@ -77,15 +77,15 @@ def nearest(
     search = _Search(y, k, max(memory, 2**16), own)
     rows = torch.arange(len(x), device=where)
     with _whole_products():
-        found, sure = search.run(x, rows, torch.float32)
-    if not bool(sure.all()):
-        again, _ = search.run(x[~sure], rows[~sure], torch.float64)
-        found.distances[~sure], found.indices[~sure] = again
-    return Neighbours(found.distances.cpu(), found.indices.cpu())
+        neighbours, certain = search.run(x, rows, torch.float32)
+    if not bool(certain.all()):
+        again, _ = search.run(x[~certain], rows[~certain], torch.float64)
+        neighbours.distances[~certain], neighbours.indices[~certain] = again
+    return Neighbours(neighbours.distances.cpu(), neighbours.indices.cpu())
 
 
 class _Search:
-    """What is common to all blocks of samples."""
+    """What all blocks of samples share."""
 
     def __init__(self, references: Tensor, k: int, memory: int, own: bool) -> None:
         self.references, self.k, self.own = references, k, own
@@ -93,21 +93,22 @@ class _Search:
         self.candidates = min(k + SPARE, len(references) - own)
         self.mean = references.mean(0)
         self.error = 0.0
-        """Of a product of two numbers, relative, in the dtype in use."""
+        """Relative error of a product of two numbers in the dtype in use."""
 
     def run(self, x: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Neighbours, Tensor]:
-        """Neighbours of `x`, which are the samples `rows`; and of which rows that is certain."""
+        """Neighbours of `x`, which are the samples `rows`, and bool [N], which are certain."""
         self.error = product_error(x.device, dtype)
         size, columns = self._block(len(x), dtype)
         parts = [
             self._rows(part, numbers, columns, dtype)
             for part, numbers in zip(x.split(size), rows.split(size), strict=True)
         ]
-        distances, indices, sure = (torch.cat(each) for each in zip(*parts, strict=True))
-        return Neighbours(distances, indices), sure
+        distances, indices, certain = (torch.cat(each) for each in zip(*parts, strict=True))
+        return Neighbours(distances, indices), certain
 
     def _block(self, count: int, dtype: torch.dtype) -> tuple[int, int]:
-        """Samples and references of a block: scores and centred copies take a third."""
+        """Samples and references of a block, whose scores and centred copies use a third of the
+        memory."""
         numbers = self.memory // (3 * dtype.itemsize)
         width = self.references.shape[1]
         side = int((width**2 + numbers) ** 0.5) - width
@@ -120,7 +121,7 @@ class _Search:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Distances, indices, and whether they are certain, of one block of samples."""
         centred = (x - self.mean).to(dtype)
-        scores, chosen = self._candidates(centred, rows, columns)
+        scores, chosen = self._candidates(centred, rows, columns)  # [n, candidates] each
         norms = torch.linalg.vector_norm(centred, dim=1).double().square()
         squares = 2 * scores.double() + norms[:, None]
         distances, indices = self._sorted(x, chosen[:, : self.k])
@@ -129,34 +130,34 @@ class _Search:
             if not bool(far.all()):
                 again = self._sorted(x[~far], chosen[~far])
                 distances[~far], indices[~far] = (each[:, : self.k] for each in again)
-        # Whoever was left out scored no less than the last candidate.
-        sure = squares[:, -1] >= self._limit(distances[:, -1], norms, dtype)
+        # The references that were left out scored no less than the last candidate.
+        certain = squares[:, -1] >= self._limit(distances[:, -1], norms, dtype)
         if self.candidates == len(self.references) - self.own:
-            sure = torch.ones_like(sure)
-        return distances, indices, sure
+            certain = torch.ones_like(certain)
+        return distances, indices, certain
 
     def _limit(self, last: Tensor, norms: Tensor, dtype: torch.dtype) -> Tensor:
-        """Squared distance by scores from which a reference is no nearer than `last`.
+        """The squared distance by scores from which on a reference is not nearer than `last`.
 
         Only references nearer than `last` matter: their norm is at most |x| + `last`.
         """
-        # x.y errs by |x| |y| times the error of a product at most, a quarter of what it adds.
+        # The error of x.y is at most |x| |y| times that of a product, a quarter of what it adds.
         rounding = _FACTOR * self.references.shape[1] ** 0.5 * torch.finfo(dtype).eps / 2
         rounding += 2 * self.error
         return last.square() + rounding * (2 * norms.sqrt() + last).square()
 
     def _sorted(self, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Distances of chosen references, ascending, and which they are; ties by index."""
+        """Distances of chosen references, ascending, and their indices; ties by index."""
         chosen = chosen.sort(dim=1).values
         distances, order = self._exact(x, chosen).sort(dim=1, stable=True)
         return distances, chosen.gather(1, order)
 
     def _candidates(self, centred: Tensor, rows: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-        """Of each sample the references of least |y|^2 / 2 - x.y, and those numbers, ascending."""
+        """For each sample the least scores |y|^2 / 2 - x.y, ascending, and their references."""
         kept: list[tuple[Tensor, Tensor]] = []
         for begin in range(0, len(self.references), columns):
             y = (self.references[begin : begin + columns] - self.mean).to(centred.dtype)
-            halves = torch.linalg.vector_norm(y, dim=1).square() / 2  # without a copy of y
+            halves = torch.linalg.vector_norm(y, dim=1).square() / 2  # makes no copy of y
             scores = torch.addmm(halves[None], centred, y.T, alpha=-1)
             if self.own:
                 within = (rows >= begin) & (rows < begin + len(y))
@@ -170,23 +171,23 @@ class _Search:
         return kept[0]
 
     def _exact(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """float64 [N, m]: distances by differences, a part of the rows at a time."""
+        """float64 [N, m]: distances by differences, for some rows at a time."""
         most = CACHE if x.device.type == "cpu" else self.memory // 4
         size = max(1, most // (chosen.shape[1] * x.shape[1] * x.element_size()))
-        made = [torch.empty(0, chosen.shape[1], dtype=torch.float64, device=x.device)]
+        distances = [torch.empty(0, chosen.shape[1], dtype=torch.float64, device=x.device)]
         for part, some in zip(x.split(size), chosen.split(size), strict=True):
             differences = self.references[some.flatten()].view(*some.shape, -1)
             differences.sub_(part[:, None]).square_()
-            made.append(differences.sum(2, dtype=torch.float64).sqrt_())
-        return torch.cat(made)
+            distances.append(differences.sum(2, dtype=torch.float64).sqrt_())
+        return torch.cat(distances)
 
 
 @contextlib.contextmanager
 def _whole_products() -> Iterator[None]:
-    """float32 products of all 24 bits, as far as torch decides."""
+    """float32 products with all 24 bits, as far as torch decides."""
     try:
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # someone set it by the newer switches, of which torch wants no mix
+    except RuntimeError:  # it was set by the newer switches, which torch refuses to mix with this
         yield
         return
     torch.set_float32_matmul_precision("highest")
@@ -197,21 +198,21 @@ def _whole_products() -> Iterator[None]:
 
 
 def product_error(device: torch.device, dtype: torch.dtype) -> float:
-    """The largest relative error of products of two numbers, by the operation that scores are made
-    by: half an ulp, unless operands are rounded to fewer bits."""
+    """The largest relative error of products of two numbers in the operation that computes scores:
+    half an ulp, unless operands are rounded to fewer bits."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.zeros(2, _PROBES, _PROBES, dtype=dtype, device=device)
     for each in (x, y):
         each[:, 0] = 1 + torch.rand(_PROBES, generator=generator, dtype=torch.float64)
-    found = torch.addmm(x.new_zeros(1, _PROBES), x, y.T)
+    products = torch.addmm(x.new_zeros(1, _PROBES), x, y.T)
     exact = x[:, :1].double() * y[:, 0].double()
-    return float(((found.double() - exact) / exact).abs().max())
+    return float(((products.double() - exact) / exact).abs().max())
 
 
 def _least(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The least numbers of each row, ascending, and their columns.
 
-    They are in the groups of columns with the least minima, so that all columns are read once.
+    They are in the groups of columns with the least minima, so that every column is read once.
     """
     rows, columns = scores.shape
     groups = columns // GROUP

@@ -17,15 +17,16 @@ from dlmctl.memorization.images.neighbours import MEMORY, nearest
 from dlmctl.records.errors import DataError
 
 SINGULAR = 1e-10
-"""Smallest variance along any direction, relative to the largest, of a covariance that is taken."""
+"""Smallest variance along any direction, relative to the largest, of an accepted covariance."""
 TIE = 1e-9
-"""Of the squared norms: distances closer than that are equal, as those of a copy and its ball."""
+"""Squared distances that differ by less than this share of the squared norms count as equal, as
+those of a copy and of the radius of its ball."""
 WHOLE = 512
-"""Rows or columns of a matrix whose principal components come from all of its eigenvectors."""
+"""Most rows or columns of a matrix whose principal components come from all its eigenvectors."""
 KRYLOV = 6
-"""Steps of the Krylov space for larger ones."""
+"""Steps of the Krylov space for larger matrices."""
 MEDIAN_OF = 1000
-"""Vectors whose distances the kernel's width is taken from."""
+"""Number of vectors from whose distances the kernel's width is taken."""
 
 
 class Projection(NamedTuple):
@@ -59,10 +60,10 @@ def principal_components(vectors: Tensor, k: int) -> Projection:
 
 
 def _krylov(centred: Tensor, k: int) -> Tensor:
-    """Orthonormal columns that hold the leading k right singular vectors of [N, D].
+    """Orthonormal columns whose span contains the k leading right singular vectors of [N, D].
 
-    Of a small matrix all of its rows or columns; of others a block Krylov space (Musco and Musco
-    2015, arXiv 1504.05477), which the order of the rows does not change.
+    For a small matrix they span all its rows or columns; for others a block Krylov space (Musco and
+    Musco 2015, arXiv 1504.05477), which does not depend on the order of the rows.
     """
     rows, width = centred.shape
     if width <= WHOLE:
@@ -71,13 +72,13 @@ def _krylov(centred: Tensor, k: int) -> Tensor:
         return torch.linalg.qr(centred.T).Q
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(width, k + 16, generator=generator, dtype=torch.float64)
-    found = [torch.linalg.qr(start.to(centred.device)).Q]
+    blocks = [torch.linalg.qr(start.to(centred.device)).Q]
     for _ in range(KRYLOV):
-        new = centred.T @ (centred @ found[-1])
-        before = torch.cat(found, dim=1)
-        found.append(torch.linalg.qr(new - before @ (before.T @ new)).Q)
-    # Once more: rounding, or a matrix of low rank, leaves the blocks a little askew.
-    return torch.linalg.qr(torch.cat(found, dim=1)).Q
+        new = centred.T @ (centred @ blocks[-1])
+        before = torch.cat(blocks, dim=1)
+        blocks.append(torch.linalg.qr(new - before @ (before.T @ new)).Q)
+    # Once more: rounding, or a matrix of low rank, leaves the blocks not quite orthogonal.
+    return torch.linalg.qr(torch.cat(blocks, dim=1)).Q
 
 
 class Gaussian(NamedTuple):
@@ -89,11 +90,11 @@ class Gaussian(NamedTuple):
     """float64 [D, D]."""
 
 
-def gaussian(vectors: Tensor, name: str, ridge: float | None = None) -> Gaussian:
+def fit_gaussian(vectors: Tensor, name: str, ridge: float | None = None) -> Gaussian:
     """Mean and unbiased covariance of [N, D].
 
     Args:
-        name: what complaints call the vectors.
+        name: of the vectors in error messages.
         ridge: this many mean variances are added along every direction.
 
     Raises:
@@ -112,8 +113,8 @@ def gaussian(vectors: Tensor, name: str, ridge: float | None = None) -> Gaussian
         spread = torch.linalg.eigvalsh(covariance)
         if not float(spread[0]) > SINGULAR * float(spread[-1]):
             raise DataError(
-                f"the covariance of the {name} is singular in {width} dimensions: along some they "
-                f"are all the same; {advice}"
+                f"the covariance of the {name} is singular in {width} dimensions: along some "
+                f"direction they are all the same; {advice}"
             )
     else:
         scale = float(covariance.diagonal().mean()) * ridge
@@ -131,22 +132,23 @@ def frechet_distance(one: Gaussian, two: Gaussian) -> float:
 
 
 class Manifolds(NamedTuple):
-    """What precision, recall, density and coverage are the means of."""
+    """The values of which precision, recall, density and coverage are the means."""
 
     precision: Tensor
     """float64 [N], 1 for a sample within the ball of a reference."""
     recall: Tensor
     """float64 [M], 1 for a reference within the ball of a sample."""
     density: Tensor
-    """float64 [N], balls of references around a sample, over k."""
+    """float64 [N], the number of references' balls that contain a sample, over k."""
     coverage: Tensor
     """float64 [M], 1 for a reference with a sample in its ball."""
 
 
 def manifolds(samples: Tensor, references: Tensor, k: int, memory: int = MEMORY) -> Manifolds:
-    """Which vectors lie in the balls of others, which reach to the k-th nearest of their own set.
+    """Which vectors lie in the balls of the other set.
 
-    A vector is not its own neighbour; the surface belongs to the ball.
+    The ball of a vector reaches to its k-th nearest neighbour in its own set, not counting itself,
+    and contains its surface.
 
     Raises:
         DataError: a set has no more than k vectors.
@@ -172,10 +174,10 @@ class Discrepancy(NamedTuple):
     train: float
     heldout: float | None
     gap: float | None
-    """Train less held-out: below 0 where samples are closer to the training set."""
+    """Train less held-out: below 0 if the samples are closer to the training set."""
     p: float | None
-    """Of the gap being as low, were the sets exchanged at random; of one side. None of sets of two
-    sizes."""
+    """One-sided probability of a gap as low if the sets were exchanged at random; None for sets of
+    two sizes."""
     width: float
     """Standard deviation of the Gaussian kernel."""
 
@@ -190,59 +192,52 @@ def discrepancy(
 ) -> Discrepancy:
     """MMD of samples to the training set and to as many held-out vectors, Gaussian kernel.
 
-    The kernel's width is the median distance between vectors of all sets. That samples are closer
-    to the training set than to fresh data is the test of one-step students in arXiv 2502.02970.
-    The gap is linear in which vectors are training data: with z = 1 for these and -1 for held-out
-    ones, n of each, it is sum_j z_j (r_j / (n (n - 1)) - 2 s_j / n), where r_j is the kernel's sum
-    over the other vectors of both sets and s_j its mean over samples. So the distribution under
-    exchange, from which p is, takes no kernels more; that test is ours.
+    The kernel's width is the median distance between vectors of all sets. Whether samples are
+    closer to the training set than to fresh data is the test of one-step students in
+    arXiv 2502.02970. The gap is linear in which vectors are training data: with z = 1 for these and
+    -1 for held-out ones, n of each, it is sum_j z_j (r_j / (n (n - 1)) - 2 s_j / n), where r_j is
+    the kernel's sum over the other vectors of both sets and s_j its mean over samples. Therefore
+    the distribution under exchange, which gives p, needs no further kernels; that test is ours.
 
     Args:
         samples: float64 [N, D].
         train: float64 [n, D].
-        heldout: float64 [n, D]; of other than n vectors there is no p.
+        heldout: float64 [n, D]; if there are not n, p is None.
     """
-    width = median_distance([samples, train, *([] if heldout is None else [heldout])], seed)
+    held = [] if heldout is None else [heldout]
+    width = median_distance([samples, train, *held], seed)
     n, m = len(train), len(samples)
     within = float(kernel_sums(samples, None, width, memory).sum()) / (m * (m - 1))
 
-    def one(own: Tensor, across: Tensor) -> float:
+    def squared(own: Tensor, across: Tensor) -> float:
         count = len(own)
         return within + float(own.sum()) / (count * (count - 1)) - 2 * float(across.mean()) / m
 
-    own, across = (
-        kernel_sums(train, None, width, memory),
-        kernel_sums(train, samples, width, memory),
-    )
-    near = one(own, across)
+    own = [kernel_sums(each, None, width, memory) for each in (train, *held)]
+    across = [kernel_sums(each, samples, width, memory) for each in (train, *held)]
+    near = squared(own[0], across[0])
     if heldout is None:
         return Discrepancy(near, None, None, None, width)
-    other = kernel_sums(heldout, None, width, memory)
-    beyond = kernel_sums(heldout, samples, width, memory)
-    far = one(other, beyond)
+    far = squared(own[1], across[1])
     if len(heldout) != n:
         return Discrepancy(near, far, near - far, None, width)
-    r = torch.cat(
-        [
-            own + kernel_sums(train, heldout, width, memory),
-            other + kernel_sums(heldout, train, width, memory),
-        ]
-    )
-    s = torch.cat([across, beyond]) / m
-    each = (r / (n * (n - 1)) - 2 * s / n).cpu()
+    own[0] = own[0] + kernel_sums(train, heldout, width, memory)
+    own[1] = own[1] + kernel_sums(heldout, train, width, memory)
+    r, s = torch.cat(own), torch.cat(across) / m  # [2 n] each
+    weights = (r / (n * (n - 1)) - 2 * s / n).cpu()
     signs = torch.ones(2 * n, dtype=torch.float64)
     signs[n:] = -1
-    gap = float(signs @ each)
+    gap = float(signs @ weights)
     generator = torch.Generator().manual_seed(seed)
-    drawn = [
-        float(signs[torch.randperm(2 * n, generator=generator)] @ each) for _ in range(resamples)
+    exchanged = [
+        float(signs[torch.randperm(2 * n, generator=generator)] @ weights) for _ in range(resamples)
     ]
-    p = (1 + sum(value <= gap for value in drawn)) / (1 + resamples)
+    p = (1 + sum(value <= gap for value in exchanged)) / (1 + resamples)
     return Discrepancy(near, far, gap, p, width)
 
 
 def median_distance(sets: list[Tensor], seed: int = 0) -> float:
-    """Median distance between two of some vectors of all sets.
+    """Median distance between two of a random part of the vectors of all sets.
 
     Raises:
         DataError: most of them are the same.
@@ -257,7 +252,7 @@ def median_distance(sets: list[Tensor], seed: int = 0) -> float:
 
 
 def kernel_sums(x: Tensor, y: Tensor | None, width: float, memory: int = MEMORY) -> Tensor:
-    """float64 [N]: for each x the sum of the kernel over y; without y, over the other x."""
+    """float64 [N]: for each x the sum of the kernel over y, or without y over the other x."""
     sums = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for rows, columns, squares in blocks(x, x if y is None else y, memory):
         values = squares.mul_(-0.5 / width**2).exp_()
@@ -270,7 +265,7 @@ def kernel_sums(x: Tensor, y: Tensor | None, width: float, memory: int = MEMORY)
 
 
 def blocks(x: Tensor, y: Tensor, memory: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Squared distances float64 [n, m] of parts of both sets, with where the parts are."""
+    """Squared distances, float64 [n, m], of parts of both sets, after the places of the parts."""
     centre = y.mean(0)
     side = max(16, int((memory / 32) ** 0.5))
     for top in range(0, len(x), side):

@@ -1,75 +1,52 @@
-"""Samples of a generative model beside its training set and a held-out set of equal size.
+"""Samples of a generative model compared with its training set and a held-out set of equal size.
 
-Every figure is taken twice, in the same way, against either set. How near the second nearest image
-is depends on how many there are, so that the sets should be of one size.
+Every figure is taken twice, in the same way, against either set. The distance to the second nearest
+image depends on how many images there are, which is why the sets should be of one size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dlmctl.memorization.images.nearest_ratio import (
-    THRESHOLD,
-    Bootstrap,
     distinct,
     memorized,
     ratios,
     shared,
     similarities,
 )
-from dlmctl.memorization.images.neighbours import MEMORY, Neighbours, nearest
+from dlmctl.memorization.images.neighbours import Neighbours, nearest
 from dlmctl.memorization.images.quality import (
     discrepancy,
+    fit_gaussian,
     frechet_distance,
-    gaussian,
     manifolds,
     principal_components,
 )
 from dlmctl.records.errors import DataError, UsageError
+from dlmctl.report.bootstrap import mean_interval, quantile_interval
+from dlmctl.settings.memorization import Bootstrap, SampleStudy
 
 AXES = 32
-"""Principal components where nothing else is asked for, or a quarter of the smallest set."""
+"""Most principal components of the space `auto`, which are at most a quarter of the smallest set.
+"""
 
 
-@dataclass(frozen=True)
-class Study:
-    """What is measured, and how."""
-
-    threshold: float = THRESHOLD
-    distance: float | None = None
-    """L2 below which a sample counts as a copy, too; None is not asked for."""
-    copy_thresholds: tuple[float, ...] = (0.5, 0.6)
-    """Cosines above which features are those of a copy."""
-    dedup: bool = False
-    tolerance: float = 0.0
-    """L2 within which images are duplicates."""
-    quality: bool = True
-    space: str = "auto"
-    """pixels, pca:K, features; or auto, features where there are such, else pca."""
-    ridge: float | None = None
-    k: int = 5
-    """Neighbours of precision, recall, density and coverage."""
-    bootstrap: Bootstrap = field(default_factory=Bootstrap)
-    memory: int = MEMORY
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-
-class Part(NamedTuple):
+class ImageSet(NamedTuple):
     """One of the sets."""
 
     images: Tensor
     """float32 [N, ...], those that are left."""
     places: Tensor
-    """int64 [N]: where they stand in the set that was read."""
+    """int64 [N]: their places in the set that was read."""
     read: int
     """Images of the set that was read."""
     duplicates: int
-    """Of these the copies of earlier ones."""
+    """How many of these are copies of earlier ones."""
     features: Tensor | None = None
     """float32 [N, F]."""
 
@@ -78,39 +55,44 @@ class Part(NamedTuple):
         return self.images.flatten(1).to(device)
 
 
-class Parts(NamedTuple):
+class ImageSets(NamedTuple):
     """The sets that are compared."""
 
-    samples: Part
-    train: Part
-    heldout: Part | None
+    samples: ImageSet
+    train: ImageSet
+    heldout: ImageSet | None
     notes: list[str]
-    """What the user has to know of them."""
+    """What the user has to know about them."""
 
     @property
-    def references(self) -> dict[str, Part]:
-        """Training set, and held-out set where there is one, by the beginning of their figures."""
+    def references(self) -> dict[str, ImageSet]:
+        """Training set, and held-out set if there is one, by the prefix of their figures."""
         return {"": self.train, **({"heldout_": self.heldout} if self.heldout else {})}
 
 
 class Figure(NamedTuple):
-    """A number of each reference set."""
+    """A number for each reference set."""
 
     name: str
     values: list[float]
     intervals: list[tuple[float, float]] | None = None
 
 
-def part(images: Tensor, study: Study) -> Part:
-    """A reference set, without its duplicates where these are to be left out."""
-    vectors = images.flatten(1)
-    kept = distinct(vectors, study.tolerance if study.dedup else 0.0, study.memory)
-    duplicates = len(images) - len(kept)
-    places = kept if study.dedup else torch.arange(len(images))
-    return Part(images[places], places, len(images), duplicates)
+class StudyResult(NamedTuple):
+    """Everything that was measured."""
+
+    figures: list[Figure]
+    joint: dict[str, Any]
+    """Figures of both reference sets at once."""
+    neighbours: list[Neighbours]
+    """Of the samples, in each reference set."""
+    similarity: list[Tensor]
+    """float64 [N] for each reference set; empty without features."""
 
 
-def parts(samples: Tensor, train: Tensor, heldout: Tensor | None, study: Study) -> Parts:
+def compared_sets(
+    samples: Tensor, train: Tensor, heldout: Tensor | None, study: SampleStudy
+) -> ImageSets:
     """The sets of a study, checked against each other.
 
     Raises:
@@ -124,204 +106,186 @@ def parts(samples: Tensor, train: Tensor, heldout: Tensor | None, study: Study) 
                 f"{name} has images of {_shape(images)}, and --train of {_shape(train)}"
             )
     notes: list[str] = []
-    known = part(train, study)
+    known = _reference_set("--train", train, study, notes)
     if len(known.images) < 2:
         raise DataError("--train needs two different images for a ratio of distances")
-    _say_duplicates(notes, "--train", known, study)
-    own = Part(samples, torch.arange(len(samples)), len(samples), 0)
+    own = ImageSet(samples, torch.arange(len(samples)), len(samples), 0)
     if heldout is None:
-        return Parts(own, known, None, notes)
-    fresh = part(heldout, study)
-    _say_duplicates(notes, "--heldout", fresh, study)
+        return ImageSets(own, known, None, notes)
+    fresh = _reference_set("--heldout", heldout, study, notes)
     count = len(known.images)
     if len(fresh.images) < count:
         notes.append(
-            f"--heldout has {len(fresh.images)} images and --train {count}: fewer lie further away "
-            "for that alone, so that figures of the two do not quite compare"
+            f"--heldout has {len(fresh.images)} images and --train {count}: fewer images lie "
+            "further away for that reason alone, so that figures of the two do not quite compare"
         )
     if len(fresh.images) > count:
         notes.append(f"--heldout is cut from {len(fresh.images)} to {count} images, as --train has")
     fresh = fresh._replace(images=fresh.images[:count], places=fresh.places[:count])
     if both := shared(known.images.flatten(1), fresh.images.flatten(1)):
         notes.append(f"{both} of the held-out images are in --train, too: they are not held out")
-    return Parts(own, known, fresh, notes)
+    return ImageSets(own, known, fresh, notes)
 
 
-def with_features(found: Parts, features: Callable[[str, Part], Tensor]) -> Parts:
-    """The same with features of all sets, of which `features` is asked by name."""
-    held = found.heldout
-    return found._replace(
-        samples=found.samples._replace(features=features("samples", found.samples)),
-        train=found.train._replace(features=features("train", found.train)),
-        heldout=held._replace(features=features("heldout", held)) if held else None,
-    )
+def _reference_set(name: str, images: Tensor, study: SampleStudy, notes: list[str]) -> ImageSet:
+    """A reference set, without its duplicates if these are to be left out."""
+    tolerance = study.tolerance if study.dedup else 0.0
+    kept = distinct(images.flatten(1), tolerance, study.memory_bytes)
+    duplicates = len(images) - len(kept)
+    if duplicates and study.dedup:
+        notes.append(f"{duplicates} duplicates in {name} are left out")
+    elif duplicates:
+        notes.append(
+            f"{name} has {duplicates} duplicates: a copy of an image that is there twice "
+            "has the ratio 1 and does not count as memorized; --dedup leaves them out"
+        )
+    places = kept if study.dedup else torch.arange(len(images))
+    return ImageSet(images[places], places, len(images), duplicates)
 
 
-class Result(NamedTuple):
-    """What was found."""
+def with_features(sets: ImageSets, features: Callable[[str, ImageSet], Tensor]) -> ImageSets:
+    """The sets with the features that a function returns for each, given its name."""
 
-    figures: list[Figure]
-    more: dict[str, Any]
-    """What is of both sets at once."""
-    neighbours: list[Neighbours]
-    """Of the samples, in the training set and in the held-out one."""
-    similarity: list[Tensor]
-    """float64 [N] for each; empty without features."""
+    def encoded(name: str, part: ImageSet) -> ImageSet:
+        return part._replace(features=features(name, part))
+
+    samples, train = encoded("samples", sets.samples), encoded("train", sets.train)
+    heldout = encoded("heldout", sets.heldout) if sets.heldout else None
+    return sets._replace(samples=samples, train=train, heldout=heldout)
 
 
-def study_samples(found: Parts, study: Study) -> Result:
+def study_samples(
+    sets: ImageSets, study: SampleStudy, bootstrap: Bootstrap, device: torch.device
+) -> StudyResult:
     """All figures.
 
     Raises:
         DataError: the sets are too small for one of them, or a covariance is singular.
     """
-    device, boot = study.device, study.bootstrap
-    x = found.samples.vectors(device)
-    near = [nearest(x, each.vectors(device), 2, study.memory) for each in found.references.values()]
+    memory, references = study.memory_bytes, sets.references.values()
+
+    def mean(name: str, values: Sequence[Tensor]) -> Figure:
+        means = [float(each.double().mean()) for each in values]
+        return Figure(name, means, [mean_interval(each, bootstrap) for each in values])
+
+    def quantile(name: str, values: Sequence[Tensor], at: float) -> Figure:
+        quantiles = [float(each.quantile(at)) for each in values]
+        intervals = [quantile_interval(each, at, bootstrap) for each in values]
+        return Figure(name, quantiles, intervals)
+
+    # 1. Distances of pixels.
+    x = sets.samples.vectors(device)
+    near = [nearest(x, each.vectors(device), 2, memory) for each in references]
     tests = [memorized(each, study.threshold).double() for each in near]
     first = [each.distances[:, 0] for each in near]
-    figures = [_mean("f_mem", tests, boot)]
+    figures = [mean("f_mem", tests)]
     if (limit := study.distance) is not None:
-        figures.append(_mean("f_near", [(each <= limit).double() for each in first], boot))
-    figures.append(_mean("ratio", [ratios(each) for each in near], boot))
-    figures += [_mean("d1", first, boot), _quantile("d1_p05", first, 0.05, boot)]
-    more: dict[str, Any] = {}
+        figures.append(mean("f_near", [(each <= limit).double() for each in first]))
+    figures += [mean("ratio", [ratios(each) for each in near]), mean("d1", first)]
+    figures.append(quantile("d1_p05", first, 0.05))
+    joint: dict[str, Any] = {}
     if len(tests) > 1:
-        more["f_mem_excess"] = float((tests[0] - tests[1]).mean())
-        more["f_mem_excess_interval"] = boot.interval(tests[0] - tests[1])
-    alike = _similarity(found, study)
-    if alike:
-        figures += [_mean("sim", alike, boot), _quantile("sim_p95", alike, 0.95, boot)]
+        joint["f_mem_excess"] = float((tests[0] - tests[1]).mean())
+        joint["f_mem_excess_interval"] = mean_interval(tests[0] - tests[1], bootstrap)
+    # 2. Cosines of features.
+    features, alike = sets.samples.features, []
+    if features is not None:
+        alike = [
+            similarities(features, each.features, memory, device)
+            for each in references
+            if each.features is not None
+        ]
+        figures += [mean("sim", alike), quantile("sim_p95", alike, 0.95)]
         figures.append(Figure("sim_max", [float(each.max()) for each in alike]))
         for least in study.copy_thresholds:
             over = [(each > least).double() for each in alike]
-            figures.append(_mean(f"sim_over_{least:g}", over, boot))
+            figures.append(mean(f"sim_over_{least:g}", over))
+    # 3. Quality in a space of features.
     if study.quality:
-        better, beside = _quality(found, study)
-        figures += better
-        more.update(beside)
-    return Result(figures, more, near, alike)
+        name, vectors = _space(sets, study.space, device)
+        joint |= {"space": name, "k": study.k}
+        titles = ["--samples", "--train", "--heldout"][: len(vectors)]
+        for each, title in zip(vectors, titles, strict=True):
+            if len(each) <= study.k:
+                raise DataError(
+                    f"{title} has {len(each)} images, and quality with -k {study.k} needs more "
+                    f"than {study.k}: give more, or --no-quality"
+                )
+        normals = [
+            fit_gaussian(each, title, study.ridge)
+            for each, title in zip(vectors, titles, strict=True)
+        ]
+        figures.append(Figure("fd", [frechet_distance(normals[0], each) for each in normals[1:]]))
+        if len(normals) > 2:
+            joint["fd_train_heldout"] = frechet_distance(normals[1], normals[2])
+        inside = [manifolds(vectors[0], each, study.k, memory) for each in vectors[1:]]
+        for place, title in enumerate(("precision", "recall", "density", "coverage")):
+            figures.append(mean(title, [each[place] for each in inside]))
+        heldout = vectors[2] if len(vectors) > 2 else None
+        mmd = discrepancy(
+            vectors[0], vectors[1], heldout, bootstrap.resamples, bootstrap.seed, memory
+        )
+        figures.append(Figure("mmd2", [v for v in (mmd.train, mmd.heldout) if v is not None]))
+        joint["mmd_width"] = mmd.width
+        if mmd.gap is not None:
+            joint["mmd2_gap"], joint["mmd2_gap_p"] = mmd.gap, mmd.p
+    return StudyResult(figures, joint, near, alike)
 
 
-def summary(found: Parts, result: Result, study: Study) -> dict[str, Any]:
-    """One flat record of the sets and all figures, those of the held-out set behind `heldout_`."""
-    row: dict[str, Any] = {"samples": len(found.samples.images)}
-    row.update({"train": len(found.train.images), "duplicates": found.train.duplicates})
-    if found.heldout:
-        row["heldout"] = len(found.heldout.images)
-        row["heldout_duplicates"] = found.heldout.duplicates
+def summary(sets: ImageSets, result: StudyResult, study: SampleStudy) -> dict[str, Any]:
+    """One flat record of the sets and all figures; those of the held-out set have the prefix
+    `heldout_`."""
+    row: dict[str, Any] = {"samples": len(sets.samples.images)}
+    row.update({"train": len(sets.train.images), "duplicates": sets.train.duplicates})
+    if sets.heldout:
+        row["heldout"] = len(sets.heldout.images)
+        row["heldout_duplicates"] = sets.heldout.duplicates
     row.update({"dedup": study.dedup, "threshold": study.threshold})
     for figure in result.figures:
-        for number, prefix in enumerate(found.references):
+        for number, prefix in enumerate(sets.references):
             row[prefix + figure.name] = figure.values[number]
             if figure.intervals:
                 row[f"{prefix}{figure.name}_interval"] = list(figure.intervals[number])
-    row.update(result.more)
+    row.update(result.joint)
     return row
 
 
-def sample_rows(found: Parts, result: Result, study: Study) -> Iterator[dict[str, Any]]:
-    """A record for each sample; `nn` is the place in the set as it was read."""
-    for number in range(len(found.samples.images)):
+def sample_rows(sets: ImageSets, result: StudyResult, threshold: float) -> Iterator[dict[str, Any]]:
+    """A record for each sample; `nn` is the place of its neighbour in the set as it was read."""
+    for number in range(len(sets.samples.images)):
         row: dict[str, Any] = {"id": number}
-        for each, (prefix, known) in enumerate(found.references.items()):
-            near = result.neighbours[each]
-            one = Neighbours(*(held[number : number + 1] for held in near))
-            row[f"{prefix}nn"] = int(known.places[one.indices[0, 0]])
-            row[f"{prefix}d1"], row[f"{prefix}d2"] = one.distances[0].tolist()
-            row[f"{prefix}ratio"] = float(ratios(one)[0])
-            row[f"{prefix}memorized"] = bool(memorized(one, study.threshold)[0])
+        for each, (prefix, known) in enumerate(sets.references.items()):
+            near = Neighbours(*(part[number : number + 1] for part in result.neighbours[each]))
+            row[f"{prefix}nn"] = int(known.places[near.indices[0, 0]])
+            row[f"{prefix}d1"], row[f"{prefix}d2"] = near.distances[0].tolist()
+            row[f"{prefix}ratio"] = float(ratios(near)[0])
+            row[f"{prefix}memorized"] = bool(memorized(near, threshold)[0])
             if result.similarity:
                 row[f"{prefix}sim"] = float(result.similarity[each][number])
         yield row
 
 
-def _say_duplicates(notes: list[str], name: str, found: Part, study: Study) -> None:
-    if found.duplicates and not study.dedup:
-        notes.append(
-            f"{name} has {found.duplicates} duplicates: a copy of an image that is there twice "
-            "has the ratio 1 and does not count as memorized; --dedup leaves them out"
-        )
-    elif found.duplicates:
-        notes.append(f"{found.duplicates} duplicates in {name} are left out")
-
-
-def _similarity(found: Parts, study: Study) -> list[Tensor]:
-    own = found.samples.features
-    if own is None:
-        return []
-    return [
-        similarities(own, each.features, study.memory, study.device)
-        for each in found.references.values()
-        if each.features is not None
-    ]
-
-
-def _space(found: Parts, study: Study) -> tuple[str, list[Tensor]]:
-    """Name of the space of features, and samples and references in it, float64."""
-    sets = [found.samples, *found.references.values()]
-    name, featured = study.space, found.samples.features is not None
+def _space(sets: ImageSets, name: str, device: torch.device) -> tuple[str, list[Tensor]]:
+    """Name of the space of features; samples and references in it, float64 [N, K] each."""
+    parts = [sets.samples, *sets.references.values()]
+    features = [part.features for part in parts if part.features is not None]
     if name == "auto":
-        smallest = min(len(each.images) for each in sets)
-        axes = min(AXES, max(1, smallest // 4), found.train.images[0].numel())
-        name = "features" if featured else f"pca:{axes}"
+        smallest = min(len(part.images) for part in parts)
+        axes = min(AXES, max(1, smallest // 4), sets.train.images[0].numel())
+        name = "features" if features else f"pca:{axes}"
     if name == "features":
-        if not featured:
+        if not features:
             raise UsageError("--space features needs --extractor, or files of features")
-        given = [each.features for each in sets if each.features is not None]
-        return name, [each.to(study.device).double() for each in given]
-    vectors = [each.vectors(study.device).double() for each in sets]
+        return name, [each.to(device).double() for each in features]
+    vectors = [part.vectors(device).double() for part in parts]
     if name == "pixels":
         return name, vectors
     kind, _, number = name.partition(":")
     if kind != "pca" or not number.isdecimal() or int(number) < 1:
         raise UsageError(f"--space {name} is none of auto, pixels, features, pca:K")
-    # Of both references together: axes of one would favour it.
+    # Of both references together: axes of one alone would favour it.
     project = principal_components(torch.cat(vectors[1:]), int(number))
     return name, [project(each) for each in vectors]
-
-
-def _quality(found: Parts, study: Study) -> tuple[list[Figure], dict[str, Any]]:
-    name, (x, *references) = _space(found, study)
-    boot, memory = study.bootstrap, study.memory
-    titles = ["--samples", "--train", "--heldout"]
-    for each, title in zip((x, *references), titles, strict=False):
-        if len(each) <= study.k:
-            raise DataError(
-                f"{title} has {len(each)} images, and quality with -k {study.k} needs more than "
-                f"{study.k}: give more, or --no-quality"
-            )
-    normals = [
-        gaussian(each, title, study.ridge)
-        for each, title in zip((x, *references), titles, strict=False)
-    ]
-    figures = [Figure("fd", [frechet_distance(normals[0], each) for each in normals[1:]])]
-    more: dict[str, Any] = {"space": name, "k": study.k}
-    if len(references) > 1:
-        more["fd_train_heldout"] = frechet_distance(normals[1], normals[2])
-    inside = [manifolds(x, each, study.k, memory) for each in references]
-    for place, title in enumerate(("precision", "recall", "density", "coverage")):
-        figures.append(_mean(title, [each[place] for each in inside], boot))
-    apart = discrepancy(
-        x, references[0], references[1] if len(references) > 1 else None,
-        boot.resamples, boot.seed, memory,
-    )  # fmt: skip
-    values = [apart.train, *([] if apart.heldout is None else [apart.heldout])]
-    figures.append(Figure("mmd2", values))
-    more["mmd_width"] = apart.width
-    if apart.gap is not None:
-        more["mmd2_gap"], more["mmd2_gap_p"] = apart.gap, apart.p
-    return figures, more
-
-
-def _mean(name: str, values: Sequence[Tensor], boot: Bootstrap) -> Figure:
-    means = [float(each.double().mean()) for each in values]
-    return Figure(name, means, [boot.interval(each) for each in values])
-
-
-def _quantile(name: str, values: Sequence[Tensor], at: float, boot: Bootstrap) -> Figure:
-    found = [float(each.quantile(at)) for each in values]
-    return Figure(name, found, [boot.percentile(each, at) for each in values])
 
 
 def _shape(images: Tensor) -> str:

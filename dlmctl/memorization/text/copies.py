@@ -1,13 +1,13 @@
-"""`memo-eval copies`: what freely generated texts have word for word out of a corpus.
+"""`memo-eval copies`: which stretches of freely generated texts occur verbatim in a corpus.
 
-    longest     units of the longest stretch of a text that one document of the corpus has, too
-    copied      share of texts in which that is 50 units or more
-    novelty     share of the n-grams of the texts that no document has; for n = 1, 2, 4, … a curve
-                (n-novelty of Merrill, Smith and Elazar, arXiv 2406.13069)
+    longest     units of the longest stretch of a text that one document of the corpus contains too
+    copied      share of texts in which this is 50 units or more
+    novelty     share of the n-grams of the texts that no document contains; for n = 1, 2, 4, … a
+                curve (n-novelty of Merrill, Smith and Elazar, arXiv 2406.13069)
 
-A unit is a token, a word or a character; n-grams are counted as often as they come. Texts have much
-in common with any corpus of their kind, and the more the larger it is: how much, the same against
-as many texts says that the model has not seen.
+A unit is a token, a word or a character; n-grams are counted as often as they occur. Texts have
+much in common with any corpus of their kind, the more the larger it is: how much is measured
+against as many texts that the model has not seen.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import OnError, Record, each
 
 WORDS = re.compile(r"\w+|[^\w\s]")
-"""A word, or a mark by itself; spaces do not count."""
+"""A word or a punctuation mark; spaces do not count."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Unit:
 
     name: str
     cut: Callable[[str], Iterable[Hashable]]
-    """Raises DataError where it cannot."""
+    """Raises DataError if the text cannot be cut."""
     piece: Callable[[str, int, int], str]
-    """The text from one unit up to another, which is left out."""
+    """The text from one unit up to another, exclusive."""
 
 
 def _words(text: str, start: int, end: int) -> str:
-    spans = [found.span() for found in WORDS.finditer(text)]
+    spans = [match.span() for match in WORDS.finditer(text)]
     return text[spans[start][0] : spans[end - 1][1]]
 
 
@@ -48,7 +48,7 @@ WORD = Unit("word", WORDS.findall, _words)
 
 
 class Document(NamedTuple):
-    """A record's text, cut."""
+    """A record's text, cut into units."""
 
     record: Record
     text: str
@@ -65,7 +65,7 @@ class Comparison(NamedTuple):
 
 
 def text_of(record: Record) -> str:
-    """A record's `completion`, or its `text`; raises DataError where it has neither."""
+    """A record's `completion`, or its `text`; raises DataError if it has neither."""
     text = record.get("completion", record.get("text"))
     if not isinstance(text, str):
         raise DataError("the record has no text: 'completion', or 'text'", record.where)
@@ -73,35 +73,33 @@ def text_of(record: Record) -> str:
 
 
 def read_documents(
-    records: Iterable[Record],
-    unit: Unit,
-    numbers: dict[Hashable, int],
-    on_error: OnError = "fail",
+    records: Iterable[Record], unit: Unit, numbers: dict[Hashable, int], on_error: OnError = "fail"
 ) -> tuple[list[Document], list[Record]]:
-    """The texts of records, and the records that cannot be used, where these are kept.
+    """The texts of records, and the records that cannot be used, if these are kept.
 
     Args:
-        numbers: of the units; new ones are added. Give the same for all that is compared.
+        numbers: a number for each unit, to which new units are added. Give the same for all texts
+            that are compared.
 
     Raises:
         DataError: a record has no text, or one that cannot be cut (only with `on_error="fail"`).
     """
-    made: list[Document] = []
+    documents: list[Document] = []
 
     def read(record: Record) -> Record:
         text = text_of(record)
         symbols = [numbers.setdefault(part, len(numbers)) for part in unit.cut(text)]
-        made.append(Document(record, text, numpy.array(symbols, numpy.int64)))
+        documents.append(Document(record, text, numpy.array(symbols, numpy.int64)))
         return record
 
     faulty = [record for record in each(records, read, on_error) if "error" in record]
-    return made, faulty
+    return documents, faulty
 
 
 def held_out(
     train: Sequence[Document], heldout: Sequence[Document]
 ) -> tuple[list[Document], list[str]]:
-    """As many held-out texts as there are of training, and what is to be said of them.
+    """As many held-out texts as there are training texts, and notes on them for the user.
 
     Raises:
         UsageError: there are fewer.
@@ -109,8 +107,8 @@ def held_out(
     count, notes = len(train), []
     if len(heldout) < count:
         raise UsageError(
-            f"--heldout has {len(heldout)} texts and --train {count}, so that what is found in "
-            f"them does not compare: give {count} held-out ones, or cut the training set"
+            f"--heldout has {len(heldout)} texts and --train {count}, so that matches in the two "
+            f"cannot be compared: give {count} held-out texts, or cut the training set"
         )
     if len(heldout) > count:
         notes.append(f"--heldout is cut from {len(heldout)} to {count} texts, as --train has")
@@ -132,19 +130,20 @@ def figures(
 ) -> dict[str, float | int | None]:
     """The longest match over texts, the share with `least` units, and novelty for each order."""
     longest = numpy.array([match.lengths.max(initial=0) for match in comparison.matches])
-    made: dict[str, float | int | None] = {
+    return {
         "longest": float(longest.mean()),
         "longest_p95": float(numpy.quantile(longest, 0.95)),
         "longest_max": int(longest.max()),
         "copied": float((longest >= least).mean()),
+        **{f"novel_{n}": novelty(comparison.matches, n) for n in orders},
     }
-    return {**made, **{f"novel_{n}": novelty(comparison.matches, n) for n in orders}}
 
 
 def novelty(matches: Sequence[Matches], n: int) -> float | None:
-    """Share of the n-grams of all texts that the corpus does not have; None: there are no n-grams.
+    """Share of the n-grams of all texts that are not in the corpus; None: there are no n-grams.
 
-    An n-gram is in the corpus exactly where the longest match from its first unit on has n units.
+    An n-gram is in the corpus if and only if the longest match from its first unit on has at least
+    n units.
     """
     lengths = [match.lengths[: max(0, len(match.lengths) - n + 1)] for match in matches]
     count = sum(map(len, lengths))
@@ -154,7 +153,7 @@ def novelty(matches: Sequence[Matches], n: int) -> float | None:
 def text_rows(
     texts: Sequence[Document], comparisons: Mapping[str, Comparison], unit: Unit
 ) -> Iterator[dict[str, Any]]:
-    """A record for each text: its longest match, and where that is.
+    """A record for each text: its longest match, and where it is.
 
     Args:
         comparisons: by the prefix of their fields.
@@ -165,8 +164,8 @@ def text_rows(
             row["sample"] = record["sample"]
         row["units"] = len(symbols)
         for prefix, comparison in comparisons.items():
-            found = _longest(text, comparison.matches[number], comparison.corpus, unit)
-            row |= {f"{prefix}{name}": value for name, value in found.items()}
+            match = _longest(text, comparison.matches[number], comparison.corpus, unit)
+            row |= {f"{prefix}{name}": value for name, value in match.items()}
         yield row
 
 

@@ -1,15 +1,15 @@
-"""The longest stretch of a corpus that begins at each place of some texts, exactly.
+"""The longest match in a corpus from each place of some texts on, exactly.
 
-Texts and documents stand in one array, each with a separator of its own behind it, and the suffixes
-of that array are sorted by prefix doubling (Manber and Myers 1993): places with the same h symbols
-are a class, and a class is divided by the classes of the places h further on. The longest match of
-a text's suffix is with the suffix of a document just before or just after it in that order. How
-long it is the classes say: the largest h at which both are in one class, then the next one from
+Texts and documents are joined in one array, each followed by a separator of its own, and the
+suffixes of that array are sorted by prefix doubling (Manber and Myers 1993): places with the same h
+symbols form a class, and a class is divided by the classes of the places h further on. The longest
+match of a text's suffix is with the document suffix just before or just after it in that order. The
+classes also give its length: the largest h at which both are in one class, then the next one from
 there on, as the digits of a binary number.
 
-Only classes that hold a place of a text and one of a document are divided further. The others need
-no order of their own: nothing that a text has in common with the corpus is in them. So what a
-corpus repeats within itself costs nothing; the number of rounds goes by the longest match.
+Only classes that contain a place of a text and one of a document are divided further. The others
+need no order of their own, as they contain nothing that a text and the corpus have in common. So
+repetitions within the corpus cost nothing; the number of rounds depends on the longest match.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Matches(NamedTuple):
     lengths: Integers
     """Symbols in common."""
     documents: Integers
-    """A document that has them; -1 where nothing is in common."""
+    """A document that contains them; -1 if none does."""
     starts: Integers
-    """Where they begin in it; -1 where nothing is in common."""
+    """Where they begin in it; -1 if no document contains them."""
 
 
 def longest_matches(texts: Sequence[Integers], corpus: Sequence[Integers]) -> list[Matches]:
-    """For each place of each text the longest stretch from there that a document has, too.
+    """For each place of each text the longest stretch from there on that a document contains too.
 
     Time is O(n log n log m) and memory O(n log m) for n symbols in all and a longest match of m.
 
@@ -45,26 +45,27 @@ def longest_matches(texts: Sequence[Integers], corpus: Sequence[Integers]) -> li
     symbols, ends = _joined([*texts, *corpus])
     own = int(ends[len(texts) - 1]) if len(texts) else 0
     levels, ranks = _classes(symbols, own)
+    # 1. The better of the two neighbours in the order of suffixes.
     before, after = _neighbours(ranks, own)
     places = numpy.arange(own)
-    lengths, at = _common(levels, places, before), before
-    others = _common(levels, places, after)
-    at = numpy.where(others > lengths, after, at)
+    lengths, others = _common(levels, places, before), _common(levels, places, after)
+    at = numpy.where(others > lengths, after, before)
     lengths = numpy.maximum(lengths, others)
-    found = lengths > 0
+    # 2. From places of the array to places of documents.
     part_of = numpy.searchsorted(ends, at, "right")
-    documents = numpy.where(found, part_of - len(texts), -1)
-    starts = numpy.where(found, at - numpy.append(0, ends)[part_of], -1)
-    made, start = [], 0
+    documents = numpy.where(lengths > 0, part_of - len(texts), -1)
+    starts = numpy.where(lengths > 0, at - numpy.append(0, ends)[part_of], -1)
+    # 3. Text by text, without the separators.
+    matches, start = [], 0
     for text in texts:
         part = slice(start, start + len(text))
-        made.append(Matches(lengths[part], documents[part], starts[part]))
+        matches.append(Matches(lengths[part], documents[part], starts[part]))
         start = part.stop + 1
-    return made
+    return matches
 
 
 def _joined(parts: Sequence[Integers]) -> tuple[Integers, Integers]:
-    """All parts in a row, -1, -2, … behind each, and where each ends, its separator included."""
+    """All parts in a row, followed by -1, -2, … each, and where each ends with its separator."""
     lengths = numpy.array([len(part) + 1 for part in parts], numpy.int64)
     ends = lengths.cumsum()
     symbols = numpy.empty(int(lengths.sum()), numpy.int64)
@@ -75,10 +76,10 @@ def _joined(parts: Sequence[Integers]) -> tuple[Integers, Integers]:
 
 
 def _classes(symbols: Integers, own: int) -> tuple[list[NDArray[Any]], Integers]:
-    """Classes of places by their first 1, 2, 4, … symbols, and at last by as many as it takes.
+    """Classes of places by their first 1, 2, 4, … symbols, and the ranks of the final ones.
 
-    A class has for a number how many places come before it. Those of the last round are not in the
-    list: none of them holds both a place before `own` and another.
+    The number of a class is the count of places that come before it. The list does not have the
+    classes of the last round, none of which contains both a place before `own` and another.
     """
     active = symbols.argsort(kind="stable")
     ranks = numpy.empty(len(symbols), numpy.int64)
@@ -86,21 +87,21 @@ def _classes(symbols: Integers, own: int) -> tuple[list[NDArray[Any]], Integers]
     levels: list[NDArray[Any]] = []
     kind = numpy.int32 if len(symbols) < 2**31 else numpy.int64
     while len(active := _mixed(active, ranks, own)):
-        # Two places have these symbols in common, so that no separator is among them: what comes
-        # next is within the array.
+        # Two places have these symbols in common, so that no separator is among them and what
+        # comes next is within the array.
         further = ranks[active + 2 ** len(levels)]
         levels.append(ranks.astype(kind))
         keys = ranks[active] * len(symbols) + further
         order = keys.argsort(kind="stable")
         active, keys = active[order], keys[order]
-        # A class is active as a whole, and stays where it was.
+        # A class is active as a whole, and keeps its place in the order.
         old = keys // len(symbols)
         ranks[active] = old + _firsts(keys) - _firsts(old)
     return levels, ranks
 
 
 def _firsts(values: Integers) -> Integers:
-    """For each of sorted values, how many are less."""
+    """For each of sorted values, how many are smaller."""
     new = numpy.empty(len(values), bool)
     new[:1] = True
     numpy.not_equal(values[1:], values[:-1], out=new[1:])
@@ -108,7 +109,7 @@ def _firsts(values: Integers) -> Integers:
 
 
 def _mixed(places: Integers, ranks: Integers, own: int) -> Integers:
-    """Of places sorted by class, those of classes that hold some before `own` and some others."""
+    """Of places sorted by class, those whose class contains some before `own` and some others."""
     if not len(places):
         return places
     classes = ranks[places]
@@ -119,7 +120,7 @@ def _mixed(places: Integers, ranks: Integers, own: int) -> Integers:
 
 
 def _neighbours(ranks: Integers, own: int) -> tuple[Integers, Integers]:
-    """For each place before `own` the nearest others in the order; -1 where there is none."""
+    """For each place before `own` the nearest others before and after it in the order, or -1."""
     order = ranks.argsort(kind="stable")
     number = numpy.arange(len(order))
     other = order >= own
@@ -133,7 +134,7 @@ def _neighbours(ranks: Integers, own: int) -> tuple[Integers, Integers]:
 
 
 def _common(levels: Sequence[NDArray[Any]], places: Integers, others: Integers) -> Integers:
-    """Symbols in common from each place and its other on; 0 where that is -1."""
+    """Number of symbols in common from each place and its other on; 0 if the other is -1."""
     lengths = numpy.zeros(len(places), numpy.int64)
     there = numpy.flatnonzero(others >= 0)
     one, two = places[there], others[there]

@@ -21,27 +21,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dlmctl.memorization.theory.random_features import Constants, Setting, constants
+from dlmctl.memorization.theory.random_features import Constants, constants
+from dlmctl.settings.theory import FeatureModel
 
 FAR = 1e3
-"""Imaginary part where the solution is known, in units of psi_p and the largest variance."""
+"""Imaginary part at which the solution is known, in units of psi_p and the largest variance."""
 NEAR = 1e-8
-"""That at which the density is read, in units of s2."""
+"""Imaginary part at which the density is read, in units of s2."""
 APART = 1.02
-"""Distance from the atom at s2, as a factor, from which on its width can no more be seen."""
+"""Distance from the atom at s2, as a factor, from which on its width is not visible."""
 RATIO = 0.6
-"""Of one imaginary part to the one before."""
+"""Ratio of one imaginary part to the one before."""
 STEPS = 30
-"""Of Newton's method, at most."""
+"""Most steps of Newton's method."""
 POINTS = 1500
 
 
 class Density(NamedTuple):
-    """Of the eigenvalues but for the atom at s2.
+    """Density of the eigenvalues except the atom at s2.
 
-    Where 1 + psi_n < psi_p it has three parts: the bulk that generalizes, of mass 1/psi_p; the one
-    that memorizes, of mass (psi_n - 1)/psi_p; and directions that stand out of the null bulk but
-    little, of mass 1/psi_p. The last two together are the psi_n/psi_p of the paper.
+    If 1 + psi_n < psi_p it has three parts: the bulk that generalizes, of mass 1/psi_p; the bulk
+    that memorizes, of mass (psi_n - 1)/psi_p; and directions that stand out only slightly from the
+    null bulk, of mass 1/psi_p. The last two together are the psi_n/psi_p of the paper.
     """
 
     at: Tensor
@@ -58,42 +59,43 @@ class Density(NamedTuple):
         outside = self.at < APART * self.s2
         inside = (weight > 1e-3 * weight[~outside].max()) & ~outside
         edges = torch.nonzero(inside[1:] != inside[:-1])[:, 0].tolist()
-        found = []
+        bulks = []
         for low, high in zip(edges[::2], edges[1::2], strict=True):
             part = slice(low, high + 2)
             mass = float(torch.trapezoid(self.values[part], self.at[part]))
-            found.append((float(self.at[low + 1]), float(self.at[high]), mass))
-        return found
+            bulks.append((float(self.at[low + 1]), float(self.at[high]), mass))
+        return bulks
 
 
-def density(setting: Setting, points: int = POINTS) -> Density:
-    """On a grid that is even in the logarithm, from s2 to above the largest eigenvalue."""
-    s2 = constants(setting).s2
-    ends = s2 * (1 + APART) / 2, 8 * setting.psi_p * max(1.0, *setting.variances)
+def density(model: FeatureModel, points: int = POINTS) -> Density:
+    """The density on a grid, evenly spaced in the logarithm, from s2 to above the largest
+    eigenvalue."""
+    s2 = constants(model).s2
+    ends = s2 * (1 + APART) / 2, 8 * model.psi_p * max(1.0, *model.eigenvalues)
     at = torch.logspace(*map(math.log10, ends), points, dtype=torch.float64)
-    q = stieltjes(setting, torch.complex(at, torch.full_like(at, NEAR * s2)))
-    atom = max(0.0, 1 - (1 + setting.psi_n) / setting.psi_p)
+    q = stieltjes(model, torch.complex(at, torch.full_like(at, NEAR * s2)))
+    atom = max(0.0, 1 - (1 + model.psi_n) / model.psi_p)
     return Density(at, q.imag / math.pi, atom, s2)
 
 
-def stieltjes(setting: Setting, z: Tensor) -> Tensor:
+def stieltjes(model: FeatureModel, z: Tensor) -> Tensor:
     """q(z) = trace (U - z)^-1 / p in the limit; z complex128 with positive imaginary parts."""
-    known, spectrum = constants(setting), torch.tensor(setting.variances, dtype=torch.float64)
-    height = (z.imag * 0 + FAR * setting.psi_p * max(1.0, *setting.variances)).maximum(z.imag)
+    known, spectrum = constants(model), torch.tensor(model.eigenvalues, dtype=torch.float64)
+    height = (z.imag * 0 + FAR * model.psi_p * max(1.0, *model.eigenvalues)).maximum(z.imag)
     w = -torch.complex(z.real, height)
-    r = setting.data_variance / w
+    r = model.data_variance / w
     while True:
-        w, r = _newton(setting, known, spectrum, torch.complex(z.real, height), w, r)
+        w, r = _newton(model, known, spectrum, torch.complex(z.real, height), w, r)
         if bool((height <= z.imag).all()):
             return 1 / w
         height = (RATIO * height).maximum(z.imag)
 
 
 def _newton(
-    setting: Setting, known: Constants, spectrum: Tensor, z: Tensor, w: Tensor, r: Tensor
+    model: FeatureModel, known: Constants, spectrum: Tensor, z: Tensor, w: Tensor, r: Tensor
 ) -> tuple[Tensor, Tensor]:
     for _ in range(STEPS):
-        first, second, (a, b, c, d) = _equations(setting, known, spectrum, z, w, r)
+        first, second, (a, b, c, d) = _equations(model, known, spectrum, z, w, r)
         determinant = a * d - b * c
         step_w = (d * first - b * second) / determinant
         step_r = (a * second - c * first) / determinant
@@ -104,11 +106,11 @@ def _newton(
 
 
 def _equations(
-    setting: Setting, known: Constants, spectrum: Tensor, z: Tensor, w: Tensor, r: Tensor
+    model: FeatureModel, known: Constants, spectrum: Tensor, z: Tensor, w: Tensor, r: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """What is to be 0 of the second and third line above, and their derivatives by w and r."""
-    psi_p, v2, c = setting.psi_p, known.v2, setting.psi_p / setting.psi_n
-    signal = known.a**2 * math.exp(-2 * setting.time)
+    """The residuals of r and of the last equation above, and their derivatives by w and r."""
+    psi_p, v2, c = model.psi_p, known.v2, model.psi_p / model.psi_n
+    signal = known.a**2 * math.exp(-2 * model.time)
     # 1/K = w / N
     n = w * (1 + c * signal * r) + c * v2
     inverse, inverse_w, inverse_r = w / n, c * v2 / n**2, -c * signal * (w / n) ** 2

@@ -1,11 +1,11 @@
-"""Moments of the features tanh(h) where h is Gaussian, without random draws.
+"""Moments of the features tanh(h) for Gaussian h, without random draws.
 
 With normalized Hermite polynomials H_k and h = m + s z, z ~ N(0, 1), let c_k = E[tanh(h) H_k(z)].
 For two features whose z have correlation r (Mehler's formula)
 
     E[tanh(h_i) tanh(h_j)] = sum_k r^k c_k(m_i, s_i) c_k(m_j, s_j)
 
-so that a covariance over all noise is a few matrix products, where draws of the noise would need
+so that a covariance over all noise takes a few matrix products. Draws of the noise would have to be
 some 20 per feature and still be off by several per cent in the directions of least variance.
 """
 
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 1e-12
-"""Of the terms of the series that are left out."""
+"""Size up to which terms of the series are left out."""
 QUADRATURE = 1e-15
 """Exponential part of a quadrature's error, which is some hundred times as large."""
 NODES = (40, 400)
-"""Least and most of a quadrature."""
+"""Least and largest number of nodes of a quadrature."""
 BATCH_BYTES = 1 << 26
 
 
@@ -90,11 +90,11 @@ def _series(terms: Tensor, square: Tensor, correlation: Tensor, closest: float) 
     power = torch.ones_like(correlation)
     total = torch.zeros_like(correlation)
     for k, term in enumerate(terms):
-        # By Cauchy and Schwarz what is left is at most r^k times the variance left in a feature.
+        # By Cauchy-Schwarz the rest is at most r^k times the variance left in a feature.
         left = float((square - (terms[:k] ** 2).sum(0)).max())
         if closest**k * left < TOLERANCE:
             break
-        if float(term.abs().max()) > TOLERANCE:  # a mean of 0 leaves the odd terms alone
+        if float(term.abs().max()) > TOLERANCE:  # with a mean of 0 every second term is 0
             total += power * (term @ term.T)
         power = power * correlation
     total.diagonal().copy_(square.sum(1))  # r = 1 there, and the whole series is E[phi^2]

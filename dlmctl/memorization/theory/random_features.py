@@ -3,24 +3,24 @@
 Bonnaire et al. 2025 (arXiv 2505.17638): x_t = e^-t x + sqrt(D) xi with D = 1 - e^-2t,
 x ~ N(0, Sigma) and xi ~ N(0, I) in d dimensions. The score is s(y) = B phi(y), where
 phi(y) = tanh(W y / sqrt(d)), W [p, d] is N(0, 1) and frozen, and B [d, p] is trained from 0 on
-n samples under ever fresh noise:
+n samples under fresh noise at every step:
 
     L(B) = E |sqrt(D) B phi(x_t) + xi|^2 / d
 
 The sizes are psi_n = n/d and psi_p = p/d. All expectations over the noise, and over the population
 of the test loss, are exact (`gaussian_features`); the published script draws them. Everything is in
-the basis of the eigenvectors of U = E[phi phi^T] over the training set, where the flow is diagonal.
+the basis of the eigenvectors of U = E[phi phi^T] over the training set, in which the flow is
+diagonal.
 
-The noise may also be M draws for each sample that stay the same, so that U and E[phi xi^T] are
-means over n M points. Losses are under all noise and data then, too. The score error is above that
-of ever fresh noise by 1 / M, of the order of k / (n M D) where k directions are learned.
+The noise may also be M fixed draws for each sample, so that U and E[phi xi^T] are means over n M
+points. Losses are still under all noise and data. The score error then exceeds that of fresh noise
+in proportion to 1 / M, by an amount of the order of k / (n M D) if k directions are learned.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,73 +28,16 @@ from torch import Tensor
 
 from dlmctl.memorization.theory.gaussian_features import feature_moments, normal_rule
 from dlmctl.records.errors import UsageError
+from dlmctl.settings.theory import FeatureModel
 
-BULKS = ("gen", "mem", "null")
-"""Groups of eigen-directions, by falling eigenvalue: d that generalize, n - d that memorize, and
-p - n that change neither loss."""
 BATCH = 2048
 """Noisy samples at once."""
 LEAST_DRAWN = 2
-"""Noisy samples for each feature, without which U of drawn noise is nearly singular."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Sizes, time and data of the model."""
-
-    psi_n: float
-    psi_p: float
-    dimension: int
-    time: float
-    variances: tuple[float, ...] = (1.0,)
-    """Eigenvalues of Sigma, in equal shares."""
-
-    def __post_init__(self) -> None:
-        if not self.dimension < self.samples < self.features:
-            raise UsageError(
-                f"--psi-n {self.psi_n:g} and --psi-p {self.psi_p:g}: "
-                "the bulks are apart only where 1 < psi-n < psi-p"
-            )
-        if not 0 < self.time < math.inf:
-            raise UsageError(f"--time {self.time:g} is not a number above 0")
-        if min(self.variances) <= 0 or self.dimension < 2 * len(self.variances):
-            raise UsageError(
-                "--variances are positive numbers, at most one for two of the --dimension"
-            )
-
-    @property
-    def samples(self) -> int:
-        """n."""
-        return round(self.psi_n * self.dimension)
-
-    @property
-    def features(self) -> int:
-        """p."""
-        return round(self.psi_p * self.dimension)
-
-    @property
-    def noise(self) -> float:
-        """D, the variance of the noise."""
-        return noise_variance(self.time)
-
-    @property
-    def data_variance(self) -> float:
-        """trace(Sigma) / d."""
-        return sum(self.variances) / len(self.variances)
-
-    def spectrum(self) -> Tensor:
-        """Eigenvalues of Sigma, float64 [d]."""
-        shares = torch.arange(self.dimension) * len(self.variances) // self.dimension
-        return torch.tensor(self.variances, dtype=torch.float64)[shares]
-
-    def bulks(self) -> dict[str, slice]:
-        """Ranks of the eigenvalues of each bulk, the largest first."""
-        d, n, p = self.dimension, self.samples, self.features
-        return dict(zip(BULKS, (slice(0, d), slice(d, n), slice(n, p)), strict=True))
+"""Noisy samples per feature below which U of drawn noise is nearly singular."""
 
 
 class Constants(NamedTuple):
-    """Of the Gaussian equivalent of U, with Omega [p, n] of N(0, 1):
+    """Constants of the Gaussian equivalent of U, with Omega [p, n] of N(0, 1):
 
     U ~ G G^T / n + b^2 W W^T / d + s2 I,    G = e^-t a W X / sqrt(d) + v Omega
     """
@@ -106,13 +49,13 @@ class Constants(NamedTuple):
     v2: float
     """Variance over the data of the mean over the noise, less its linear part."""
     s2: float
-    """What is left of the variance of a feature: the eigenvalue of the null bulk."""
+    """The rest of the variance of a feature: the eigenvalue of the null bulk."""
 
 
 class Problem(NamedTuple):
     """A draw of the model; matrices over features are in the eigenvectors of U."""
 
-    setting: Setting
+    model: FeatureModel
     weights: Tensor
     """float64 [p, d], W."""
     data: Tensor
@@ -130,15 +73,16 @@ class Problem(NamedTuple):
     slope: Tensor
     """float64 [p, d], E[phi y^T] Gamma^-1 over fresh y ~ N(0, Gamma)."""
     draws: int = 0
-    """Of the noise for each sample, over which U and the two products are means; 0 is all noise."""
+    """Draws of the noise per sample, over which U and the two products are means; 0: all noise."""
     noise_seed: int = 0
-    """Of the draws."""
+    """Seed of the draws."""
     all_noise: tuple[Tensor, Tensor] | None = None
-    """Of draws: E[phi phi^T], float64 [p, p], and E[phi xi^T], [p, d], under all noise."""
+    """If there are draws: E[phi phi^T], float64 [p, p], and E[phi xi^T], [p, d], under all noise.
+    """
 
 
 class Losses(NamedTuple):
-    """Per dimension."""
+    """Losses per dimension."""
 
     train: float
     test: float
@@ -146,15 +90,16 @@ class Losses(NamedTuple):
     """E|s(y) - true score|^2 / d over fresh y."""
 
 
-def noise_variance(time: float) -> float:
-    """D = 1 - e^-2t."""
-    return -math.expm1(-2 * time)
+def data_spectrum(model: FeatureModel) -> Tensor:
+    """Eigenvalues of Sigma, float64 [d]."""
+    shares = torch.arange(model.dimension) * len(model.eigenvalues) // model.dimension
+    return torch.tensor(model.eigenvalues, dtype=torch.float64)[shares]
 
 
-def constants(setting: Setting) -> Constants:
-    """By quadrature."""
-    shrunk = math.exp(-setting.time) * math.sqrt(setting.data_variance)
-    noise = setting.noise
+def constants(model: FeatureModel) -> Constants:
+    """The constants of a model, by quadrature."""
+    shrunk = math.exp(-model.time) * math.sqrt(model.data_variance)
+    noise = model.noise
     total = math.sqrt(shrunk**2 + noise)
     nodes, weights = normal_rule(total)
     values = torch.tanh(total * nodes)
@@ -165,41 +110,41 @@ def constants(setting: Setting) -> Constants:
     return Constants(a, math.sqrt(noise) * a, v2, s2)
 
 
-def draw_problem(setting: Setting, seed: int, draws: int = 0) -> Problem:
-    """Random features and a training set, with the moments of both.
+def draw_problem(model: FeatureModel, seed: int, draws: int = 0) -> Problem:
+    """Draw random features and a training set, with the moments of both.
 
     Raises:
-        UsageError: there are fewer than two noisy samples for each feature.
+        UsageError: there are draws, but fewer than two noisy samples per feature.
     """
     generator = torch.Generator().manual_seed(seed)
-    p, n, d = setting.features, setting.samples, setting.dimension
+    p, n, d = model.features, model.samples, model.dimension
     weights = torch.randn(p, d, dtype=torch.float64, generator=generator)
-    data = torch.randn(n, d, dtype=torch.float64, generator=generator) * setting.spectrum().sqrt()
-    return make_problem(setting, weights, data, draws, seed + 1)
+    data = torch.randn(n, d, dtype=torch.float64, generator=generator) * data_spectrum(model).sqrt()
+    return make_problem(model, weights, data, draws, seed + 1)
 
 
 def make_problem(
-    setting: Setting, weights: Tensor, data: Tensor, draws: int = 0, noise_seed: int = 0
+    model: FeatureModel, weights: Tensor, data: Tensor, draws: int = 0, noise_seed: int = 0
 ) -> Problem:
-    """The same of given features [p, d] and data [n, d], float64."""
-    least = math.ceil(LEAST_DRAWN * setting.features / len(data))
+    """The problem of these features [p, d] and data [n, d], float64; raises as `draw_problem`."""
+    least = math.ceil(LEAST_DRAWN * model.features / len(data))
     if 0 < draws < least:
         raise UsageError(f"--draws {draws} are too few: at least {least}, or 0 for all noise")
-    rows = weights / math.sqrt(setting.dimension)
-    shrink, noise = math.exp(-setting.time), setting.noise
+    rows = weights / math.sqrt(model.dimension)
+    shrink, noise = math.exp(-model.time), model.noise
     loadings = math.sqrt(noise) * rows
     seen = feature_moments(shrink * rows @ data.T, loadings)
     whole = seen.second, seen.slope.mean(1, keepdim=True) * loadings
     second, noise_product, level = *whole, seen.level
     if draws:
-        second, noise_product, level = _drawn_moments(setting, rows, data, draws, noise_seed)
+        second, noise_product, level = _drawn_moments(model, rows, data, draws, noise_seed)
     input_product = shrink * level @ data / len(data) + math.sqrt(noise) * noise_product
-    spread = (shrink**2 * setting.spectrum() + noise).sqrt()
+    spread = (shrink**2 * data_spectrum(model) + noise).sqrt()
     fresh = feature_moments(torch.zeros_like(rows[:, :1]), rows * spread)
     values, vectors = torch.linalg.eigh(second)
     vectors = vectors.flip(1).contiguous()
     return Problem(
-        setting,
+        model,
         weights,
         data,
         vectors,
@@ -215,33 +160,33 @@ def make_problem(
 
 
 def noisy_samples(
-    setting: Setting, data: Tensor, draws: int, seed: int
+    model: FeatureModel, data: Tensor, draws: int, seed: int
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """x_t and xi of every sample under each draw of the noise, in parts.
 
     Yields:
-        Which samples, and x_t and xi as columns, float32 [d, b]. All parts of a draw come before
-        those of the next.
+        The places of the samples, and x_t and xi as columns, float32 [d, b]. All parts of a draw
+        come before those of the next.
     """
     generator = torch.Generator().manual_seed(seed)
-    shrunk = (math.exp(-setting.time) * data).float()
+    shrunk = (math.exp(-model.time) * data).float()
     for _ in range(draws):
         for begin in range(0, len(data), BATCH):
             part = slice(begin, begin + BATCH)
             noise = torch.randn(shrunk[part].shape, generator=generator).T
-            yield part, shrunk[part].T + math.sqrt(setting.noise) * noise, noise
+            yield part, shrunk[part].T + math.sqrt(model.noise) * noise, noise
 
 
 def _drawn_moments(
-    setting: Setting, rows: Tensor, data: Tensor, draws: int, seed: int
+    model: FeatureModel, rows: Tensor, data: Tensor, draws: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """E[phi phi^T], E[phi xi^T], and E[phi] of each sample, [p, n], over draws of the noise.
 
     Features are float32, whose rounding is far below the least eigenvalue.
     """
-    p, n, d = setting.features, len(data), setting.dimension
+    p, n, d = model.features, len(data), model.dimension
     second, product, level = (torch.zeros(p, size, dtype=torch.float64) for size in (p, d, n))
-    for part, y, noise in noisy_samples(setting, data, draws, seed):
+    for part, y, noise in noisy_samples(model, data, draws, seed):
         phi = torch.tanh(rows.float() @ y)
         second += phi @ phi.T
         product += phi @ noise.T
@@ -250,9 +195,9 @@ def _drawn_moments(
 
 
 def losses(problem: Problem, network: Tensor) -> Losses:
-    """Of the score s(y) = B phi(y); network is B in the eigenvectors of U, float64 [d, p]."""
-    setting = problem.setting
-    noise, d = setting.noise, setting.dimension
+    """Losses of the score s(y) = B phi(y), with B in the eigenvectors of U, float64 [d, p]."""
+    model = problem.model
+    noise, d = model.noise, model.dimension
     product = problem.noise_product
     if problem.all_noise is None:
         train = noise * float((network**2 @ problem.values).sum())
@@ -262,8 +207,9 @@ def losses(problem: Problem, network: Tensor) -> Losses:
     train += 2 * math.sqrt(noise) * float((network.T * product).sum())
     error = float(((network @ problem.population) * network).sum())
     error += 2 * float((network.T * problem.slope).sum())
-    fisher = float((1 / (math.exp(-2 * setting.time) * setting.spectrum() + noise)).sum()) / d
-    # The loss on fresh data is the error of the score and what no score can foretell of the noise.
+    fisher = float((1 / (math.exp(-2 * model.time) * data_spectrum(model) + noise)).sum()) / d
+    # The loss on fresh data is the error of the score and the part of the noise that no score can
+    # predict.
     return Losses(
         1 + train / d, 1 - noise * fisher + noise * (fisher + error / d), fisher + error / d
     )
@@ -271,4 +217,4 @@ def losses(problem: Problem, network: Tensor) -> Losses:
 
 def norms(problem: Problem, network: Tensor) -> dict[str, float]:
     """Frobenius norm of B within each bulk."""
-    return {name: float(network[:, part].norm()) for name, part in problem.setting.bulks().items()}
+    return {name: float(network[:, part].norm()) for name, part in problem.model.bulks().items()}

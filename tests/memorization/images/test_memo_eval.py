@@ -252,13 +252,13 @@ def extractor(tmp_path_factory):
 
 
 def test_an_extractor_gives_features_of_images(sets, extractor):
-    from dlmctl.memorization.images.image_encoder import Extractor
+    from dlmctl.memorization.images.image_encoder import ImageEncoder
 
     row = evaluate(
         "--samples", sets[0], "--train", TRAIN, "--heldout", HELDOUT, "--extractor", extractor,
         "--no-quality",
     )  # fmt: skip
-    extract = Extractor(extractor, torch.device("cpu"))
+    extract = ImageEncoder(extractor, torch.device("cpu"))
     x, y = extract(read_images(sets[0])), extract(read_images(TRAIN), batch_size=7)
     assert x.shape == (100, 16)
     cosine = torch.nn.functional.cosine_similarity(x[:, None], y[None], dim=2).amax(1)
@@ -271,7 +271,7 @@ def test_an_extractor_gives_features_of_images(sets, extractor):
         '{"image_mean": [0.5, 0.5, 0.5], "image_std": [1, 1, 1]}'
     )
     pale = read_images(TRAIN)[:3] / 2  # so that no resized pixel is cut off
-    halved = Extractor(extractor, torch.device("cpu"))(pale)
+    halved = ImageEncoder(extractor, torch.device("cpu"))(pale)
     torch.testing.assert_close(halved, extract(pale / 2), rtol=1e-4, atol=1e-5)
 
 
@@ -386,13 +386,14 @@ def test_too_few_samples_for_quality_are_refused(sets):
 
 def test_a_terminal_gets_a_table(sets, capsys, monkeypatch):
     from dlmctl.commands.memo_eval_samples import _table
-    from dlmctl.memorization.images.sample_study import Study, parts, study_samples
+    from dlmctl.memorization.images.sample_study import compared_sets, study_samples
+    from dlmctl.settings.memorization import Bootstrap, SampleStudy
 
     monkeypatch.setenv("COLUMNS", "100")
-    study = Study()
-    found = parts(*map(read_images, (sets[0], TRAIN, HELDOUT)), study)
-    result = study_samples(found, study)
-    _table(found, result)
+    study = SampleStudy()
+    compared = compared_sets(*map(read_images, (sets[0], TRAIN, HELDOUT)), study)
+    result = study_samples(compared, study, Bootstrap(), torch.device("cpu"))
+    _table(compared, result)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["figure", "train", "heldout"]
     [line] = [line for line in lines if line.startswith("f_mem ")]

@@ -9,8 +9,8 @@ from torch import Tensor
 from dlmctl.memorization.images.quality import (
     Gaussian,
     discrepancy,
+    fit_gaussian,
     frechet_distance,
-    gaussian,
     kernel_sums,
     manifolds,
     median_distance,
@@ -40,7 +40,7 @@ def test_the_frechet_distance_of_commuting_gaussians_is_the_closed_form():
 
 def test_the_frechet_distance_is_that_of_another_square_root():
     """Trace of (C1 C2)^(1/2) from the eigenvalues of the product, which is not symmetric."""
-    one, two = gaussian(normal(40, 6, 1), "one"), gaussian(normal(40, 6, 2) * 2 + 1, "two")
+    one, two = fit_gaussian(normal(40, 6, 1), "one"), fit_gaussian(normal(40, 6, 2) * 2 + 1, "two")
     roots = torch.linalg.eigvals(one.covariance @ two.covariance).real.sqrt().sum()
     wanted = (one.mean - two.mean).square().sum() + one.covariance.trace() + two.covariance.trace()
     assert frechet_distance(one, two) == pytest.approx(float(wanted - 2 * roots), rel=1e-10)
@@ -48,7 +48,7 @@ def test_the_frechet_distance_is_that_of_another_square_root():
 
 def test_sets_of_two_gaussians_have_about_their_distance():
     x, y = normal(20_000, 4, 3), normal(20_000, 4, 4) * 3 + 2
-    found = frechet_distance(gaussian(x, "x"), gaussian(y, "y"))
+    found = frechet_distance(fit_gaussian(x, "x"), fit_gaussian(y, "y"))
     assert found == pytest.approx(4 * (3 - 1) ** 2 + 4 * 2**2, rel=0.03)
 
 
@@ -56,13 +56,13 @@ def test_a_singular_covariance_is_refused_or_gets_a_ridge():
     flat = normal(50, 3, 5)
     flat[:, 1] = flat[:, 0]
     with pytest.raises(DataError, match="of the samples is singular in 3 dimensions"):
-        gaussian(flat, "samples")
+        fit_gaussian(flat, "samples")
     with pytest.raises(DataError, match="of 3 samples in 3 dimensions is singular: more than 3"):
-        gaussian(normal(3, 3, 6), "samples")
+        fit_gaussian(normal(3, 3, 6), "samples")
     with pytest.raises(DataError, match="singular"):
-        gaussian(torch.ones(9, 2), "samples")
+        fit_gaussian(torch.ones(9, 2), "samples")
     plain = torch.cov(flat.T)
-    ridged = gaussian(flat, "samples", ridge=0.1).covariance
+    ridged = fit_gaussian(flat, "samples", ridge=0.1).covariance
     torch.testing.assert_close(ridged - plain, 0.1 * plain.trace() / 3 * torch.eye(3).double())
 
 

@@ -12,7 +12,7 @@ from conftest import tiny_policy
 
 from dlmctl.diffusion.sampling import tokens_per_step
 from dlmctl.memorization.text.extraction import (
-    Text,
+    PartialText,
     asked_tokens,
     chance_in,
     greedy,
@@ -52,7 +52,7 @@ def along(policy, tokens, asked, order, steps):
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_the_mean_over_orders_is_that_of_all_orders(family, steps):
     policy = tiny_policy(family)
-    text = Text(PROMPT, [3, 6, 4, 5], torch.tensor([True, False, True, True]))
+    text = PartialText(PROMPT, [3, 6, 4, 5], torch.tensor([True, False, True, True]))
     orders = list(permutations([0, 2, 3]))
     every = [along(policy, text.tokens, text.asked, order, steps) for order in orders]
     found = random_order_log_probs(policy, [text], steps, 60, [("k",)], 16)[0]
@@ -69,7 +69,7 @@ def test_probabilities_of_all_texts_sum_to_one():
     policy = tiny_policy()
     alphabet = [t for t in range(policy.vocab_size) if t != policy.mask_id]
     asked = torch.tensor([True, True])
-    texts = [Text(PROMPT, list(pair), asked) for pair in product(alphabet, repeat=2)]
+    texts = [PartialText(PROMPT, list(pair), asked) for pair in product(alphabet, repeat=2)]
     keys = [("same",)] * len(texts)
     for steps in (1, 2):
         values = random_order_log_probs(policy, texts, steps, 1, keys, 32)
@@ -79,9 +79,9 @@ def test_probabilities_of_all_texts_sum_to_one():
 def test_batches_and_company_change_nothing():
     policy = tiny_policy()
     texts = [
-        Text(PROMPT, [3, 4, 5], torch.tensor([False, True, True])),
-        Text([4], [6, 3, 5, 4, 4], torch.tensor([True, True, False, True, True])),
-        Text(PROMPT, [5, 5], torch.tensor([True, False])),
+        PartialText(PROMPT, [3, 4, 5], torch.tensor([False, True, True])),
+        PartialText([4], [6, 3, 5, 4, 4], torch.tensor([True, True, False, True, True])),
+        PartialText(PROMPT, [5, 5], torch.tensor([True, False])),
     ]
     keys = [(n,) for n in range(3)]
     together = random_order_log_probs(policy, texts, 2, 3, keys, 64)
@@ -99,7 +99,7 @@ def test_greedy_decides_the_most_confident_first(steps):
     policy = tiny_policy(seed=3)
     asked = torch.tensor([True, True, False, True, True])
     tokens = [3, 4, 6, 5, 4]
-    [found] = greedy(policy, [Text(PROMPT, tokens, asked)], steps, 4)
+    [found] = greedy(policy, [PartialText(PROMPT, tokens, asked)], steps, 4)
     for forced in (False, True):
         written, hidden, total = list(tokens), asked.clone(), 0.0
         for count in tokens_per_step(4, steps):
@@ -121,13 +121,13 @@ def test_an_autoregressive_model_has_the_chain_rule():
     policy = tiny_policy("ar")
     tokens = [3, 4, 5]
     asked = torch.tensor([False, True, True])
-    [found] = greedy(policy, [Text(PROMPT, tokens, asked)], 1, 4)
+    [found] = greedy(policy, [PartialText(PROMPT, tokens, asked)], 1, 4)
     with torch.no_grad():
         log_p = policy.model(input_ids=torch.tensor([[*PROMPT, *tokens]])).logits[0].log_softmax(-1)
     expected = sum(float(log_p[len(PROMPT) + i - 1, tokens[i]]) for i in (1, 2))
     assert found.log_prob == pytest.approx(expected)
     with pytest.raises(UsageError, match="one order"):
-        random_order_log_probs(policy, [Text(PROMPT, tokens, asked)], 1, 1, [(0,)], 1)
+        random_order_log_probs(policy, [PartialText(PROMPT, tokens, asked)], 1, 1, [(0,)], 1)
 
 
 def oracle():
@@ -147,7 +147,7 @@ def oracle():
 
 
 def test_more_steps_extract_more_of_what_is_known_by_heart():
-    text = Text([], [1, 1, 1, 1], torch.ones(4, dtype=torch.bool))
+    text = PartialText([], [1, 1, 1, 1], torch.ones(4, dtype=torch.bool))
     found = [
         math.exp(mean_probability(random_order_log_probs(oracle(), [text], k, 5, [(0,)], 8)[0])[0])
         for k in (1, 2, 4)

@@ -12,16 +12,17 @@ from conftest import invoke, tiny_policy
 
 from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.memorization.text.membership import (
-    Sama,
     compressed_size,
     likelihoods,
     roc_curve,
     sama_scores,
     separation,
+    shares,
 )
 from dlmctl.models.saving import save_policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
+from dlmctl.settings.memorization import Bootstrap, Sama
 
 TEXTS = ["0123401", "44", "3210432104321", "0011223344", "1"]
 
@@ -39,8 +40,8 @@ def test_a_model_is_not_better_than_itself():
 def test_all_tokens_in_a_subset_is_a_comparison_of_whole_losses():
     """With l as large as the text every subset is all hidden tokens: 0 or 1 in each step."""
     own, other = tiny_policy(seed=1), tiny_policy(seed=2)
-    plan = Sama(tokens=100, subsets=3)
-    scores = sama_scores(own, other, records(), plan, 8)
+    plan = Sama(sama_tokens=100)
+    scores = sama_scores(own, other, records(), plan, 8, subsets=3)
     weights = [1, 1 / 2, 1 / 3, 1 / 4]
     possible = {
         round(sum(w * bit for w, bit in zip(weights, bits, strict=True)) / sum(weights), 9)
@@ -48,7 +49,7 @@ def test_all_tokens_in_a_subset_is_a_comparison_of_whole_losses():
     }
     assert {round(score, 9) for score in scores.tolist()} <= possible
     # The other way round the wins are the others'.
-    turned = sama_scores(other, own, records(), plan, 8)
+    turned = sama_scores(other, own, records(), plan, 8, subsets=3)
     assert (scores + turned).tolist() == pytest.approx([1] * len(TEXTS))
 
 
@@ -68,15 +69,17 @@ def test_of_one_token_the_score_is_who_predicts_it_better():
 
 def test_batches_and_company_change_nothing():
     own, other = tiny_policy(seed=1), tiny_policy(seed=2)
-    plan = Sama(tokens=2, subsets=40)
-    together = sama_scores(own, other, records(), plan, 8)
-    alone = [float(sama_scores(own, other, [record], plan, 1)[0]) for record in records()]
+    plan = Sama(sama_tokens=2)
+    together = sama_scores(own, other, records(), plan, 8, subsets=40)
+    alone = [
+        float(sama_scores(own, other, [record], plan, 1, subsets=40)[0]) for record in records()
+    ]
     assert together.tolist() == pytest.approx(alone)
     assert 0 < float(together.mean()) < 1
 
 
 def test_shares_are_those_of_the_published_configuration():
-    assert Sama().shares() == pytest.approx([0.14, 0.23, 0.32, 0.41])
+    assert shares(4) == pytest.approx([0.14, 0.23, 0.32, 0.41])
 
 
 def test_an_autoregressive_model_has_its_exact_likelihood_and_no_masks():
@@ -87,14 +90,14 @@ def test_an_autoregressive_model_has_its_exact_likelihood_and_no_masks():
         log_p = policy.model(input_ids=ids).logits[0].log_softmax(-1)
     expected = sum(float(log_p[t, ids[0, t + 1]]) for t in range(3))
     assert value == pytest.approx(expected)
-    with pytest.raises(UsageError, match="sama hides tokens"):
+    with pytest.raises(UsageError, match="sama masks tokens"):
         sama_scores(policy, tiny_policy(), records(), Sama(), 4)
 
 
 def test_rates_by_hand():
     members = torch.tensor([0.9, 0.8, 0.4, 0.3], dtype=torch.float64)
     others = torch.arange(10, dtype=torch.float64) / 10 - 0.05  # -0.05, …, 0.85
-    found = separation(members, others, 50, 0)
+    found = separation(members, others, Bootstrap(50))
     wins = sum(float((m > others).sum()) for m in members) / 40
     assert found["auc"] == pytest.approx(wins)
     # One of ten may be above: the threshold is 0.75.
@@ -103,8 +106,8 @@ def test_rates_by_hand():
     low, high = found["auc_interval"]
     assert 0 <= low < wins < high <= 1
     same = torch.zeros(5, dtype=torch.float64)
-    assert separation(same, same, 5, 0)["auc"] == 0.5
-    assert separation(same, same, 5, 0)["tpr_at_0.1"] == 0
+    assert separation(same, same, Bootstrap(5))["auc"] == 0.5
+    assert separation(same, same, Bootstrap(5))["tpr_at_0.1"] == 0
 
 
 def every_threshold(members: list[float], others: list[float]) -> dict[float, float]:
@@ -146,7 +149,7 @@ def test_the_curve_has_the_rates_of_the_summary():
     generator = torch.Generator().manual_seed(0)
     members = torch.randint(9, (60,), generator=generator).double() + 2
     others = torch.randint(9, (80,), generator=generator).double()
-    found = separation(members, others, 2, 0)
+    found = separation(members, others, Bootstrap(2))
     for rate in (0.1, 0.01):
         under = [point["tpr"] for point in roc_curve(members, others) if point["fpr"] <= rate]
         assert under[-1] == found[f"tpr_at_{rate}"]
@@ -262,4 +265,4 @@ def test_faulty_records_are_refused_or_left_out(models, tmp_path):
         line = ["--members", members, "--others", one, "--on-error", "skip"]
         done = invoke("memo-eval", "membership", *options, *line)
         assert done.exit_code == 2
-        assert f"{one} holds no texts that can be scored" in done.stderr
+        assert f"{one} has no texts that can be scored" in done.stderr

@@ -140,8 +140,8 @@ def test_what_cannot_be_used_is_named(sets, tmp_path):
     train, _, own = sets
     empty, other = tmp_path / "empty", written(tmp_path / "other", TEXTS, "answer")
     empty.write_bytes(b"")
-    assert "--train holds no texts" in refused(2, "--train", empty, own)
-    assert "the input holds no texts" in refused(2, "--train", train, empty)
+    assert "--train has no texts" in refused(2, "--train", empty, own)
+    assert "the input has no texts" in refused(2, "--train", train, empty)
     assert "other:1: the record has no text" in refused(65, "--train", train, other)
     assert "--unit token needs" in refused(2, "--train", train, "--unit", "token", own)
     assert "--ngrams 0 is not" in refused(2, "--train", train, "--ngrams", "0", own)

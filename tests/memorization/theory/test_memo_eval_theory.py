@@ -10,9 +10,10 @@ import torch
 from conftest import invoke
 from safetensors.torch import load_file
 
-from dlmctl.memorization.theory.flow import teacher
-from dlmctl.memorization.theory.random_features import Setting, draw_problem, losses
-from dlmctl.memorization.theory.study import Plan, Study, study
+from dlmctl.memorization.theory.closed_form import train_teacher
+from dlmctl.memorization.theory.random_features import draw_problem, losses
+from dlmctl.memorization.theory.study import TheoryStudy, study
+from dlmctl.settings.theory import FeatureModel, FeatureTraining
 
 OPTIONS = "theory -d 6 --psi-n 3 --psi-p 10 --taus 1:1e6:13"
 SHARED = ["gap", "norm_gen", "norm_mem", "norm_null"]
@@ -26,10 +27,10 @@ def rows(*options: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def full() -> Study:
+def full() -> TheoryStudy:
     """d = 50, p = 1200, with a tenth of the draws of the noise."""
-    times = [10, 30, 100, 1e3, 1e4, 1e5]
-    return study(Setting(6, 24, 50, 0.05), Plan(times, [1e4], 0.02, draws=8))
+    training = FeatureTraining(delta=0.02, taus="10,30,100,1e3,1e4,1e5", noise_draws=8)
+    return study(FeatureModel(), training)
 
 
 def test_the_teacher_learns_to_generalize_and_then_to_memorize(full):
@@ -53,7 +54,7 @@ def test_the_teacher_learns_to_generalize_and_then_to_memorize(full):
 
 def test_a_teacher_of_a_hundred_draws_has_the_score_errors_of_simulations():
     """Values of a program that drew the noise; exact ones are up to 15 % less."""
-    problem = draw_problem(Setting(6, 24, 50, 0.05), 11, draws=100)
+    problem = draw_problem(FeatureModel(), 11, draws=100)
     wanted = {
         10: (0.933, 0.933, 0.27),
         30: (0.897, 0.913, 0.085),
@@ -63,7 +64,7 @@ def test_a_teacher_of_a_hundred_draws_has_the_score_errors_of_simulations():
         1e5: (0.550, 3.15, 23.7),
     }
     for tau, values in wanted.items():
-        assert losses(problem, teacher(problem, tau)) == pytest.approx(values, rel=0.05), tau
+        assert losses(problem, train_teacher(problem, tau)) == pytest.approx(values, rel=0.05), tau
 
 
 def test_the_student_keeps_less_of_the_training_set(full):

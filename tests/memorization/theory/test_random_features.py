@@ -5,21 +5,26 @@ import math
 import pytest
 import torch
 
-from dlmctl.memorization.theory.flow import Descent, distill, map_error, teacher
+from dlmctl.memorization.theory.closed_form import (
+    descent_steps,
+    distill_student,
+    map_error,
+    train_teacher,
+)
 from dlmctl.memorization.theory.random_features import (
     Problem,
-    Setting,
     constants,
+    data_spectrum,
     draw_problem,
     losses,
     make_problem,
-    noise_variance,
     noisy_samples,
     norms,
 )
 from dlmctl.records.errors import UsageError
+from dlmctl.settings.theory import FeatureModel, noise_variance
 
-SMALL = Setting(psi_n=2, psi_p=4, dimension=6, time=0.3, variances=(0.5, 1.5))
+SMALL = FeatureModel(psi_n=2, psi_p=4, dimension=6, time=0.3, variances="0.5,1.5")
 DRAWS = 200_000
 
 
@@ -56,7 +61,7 @@ def noised(data: torch.Tensor, draws: int, seed: int) -> tuple[torch.Tensor, tor
     ],
 )
 def test_constants_are_the_known_ones(time, wanted):
-    assert constants(Setting(6, 24, 50, time)) == pytest.approx(wanted, abs=1e-5)
+    assert constants(FeatureModel(6, 24, 50, time)) == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -65,13 +70,13 @@ def test_constants_are_the_known_ones(time, wanted):
         ({"psi_n": 1}, "--psi-n 1"),
         ({"psi_p": 2}, "--psi-p 2"),
         ({"time": 0}, "--time 0"),
-        ({"variances": (1, -1)}, "--variances"),
+        ({"variances": "1,-1"}, "--variances"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options, message):
     known = {"psi_n": 2, "psi_p": 4, "dimension": 6, "time": 0.3}
     with pytest.raises(UsageError, match=message):
-        Setting(**{**known, **options})
+        FeatureModel(**{**known, **options})
 
 
 @pytest.mark.parametrize("draws", [0, 5])
@@ -82,11 +87,11 @@ def test_losses_are_those_of_drawn_noise_and_data(network, draws):
     left = SMALL.noise**0.5 * network @ features(problem, y) + noise
     assert float((left**2).sum(0).mean()) / 6 == pytest.approx(found.train, rel=0.01)
     fresh = torch.randn(DRAWS, 6, generator=torch.Generator().manual_seed(3)).double()
-    y, noise = noised(fresh * SMALL.spectrum().sqrt(), DRAWS, 4)
+    y, noise = noised(fresh * data_spectrum(SMALL).sqrt(), DRAWS, 4)
     phi = network @ features(problem, y)
     left = SMALL.noise**0.5 * phi + noise
     assert float((left**2).sum(0).mean()) / 6 == pytest.approx(found.test, rel=0.01)
-    gamma = math.exp(-2 * SMALL.time) * SMALL.spectrum() + SMALL.noise
+    gamma = math.exp(-2 * SMALL.time) * data_spectrum(SMALL) + SMALL.noise
     error = float(((phi + y / gamma[:, None]) ** 2).sum(0).mean()) / 6
     assert error == pytest.approx(found.score_err, rel=0.01)
 
@@ -112,13 +117,13 @@ def test_with_draws_the_moments_are_means_over_them():
 
 
 def test_what_draws_add_to_the_score_error_falls_as_their_inverse():
-    setting, tau = Setting(psi_n=3, psi_p=8, dimension=10, time=0.1), 100.0
+    setting, tau = FeatureModel(psi_n=3, psi_p=8, dimension=10, time=0.1), 100.0
     exact = draw_problem(setting, 0)
-    best = losses(exact, teacher(exact, tau)).score_err
+    best = losses(exact, train_teacher(exact, tau)).score_err
     above = []
     for draws in (20, 80):
         many = [make_problem(setting, exact.weights, exact.data, draws, s) for s in range(20)]
-        found = [losses(each, teacher(each, tau)).score_err for each in many]
+        found = [losses(each, train_teacher(each, tau)).score_err for each in many]
         above.append(sum(found) / len(found) - best)
     assert above[0] / above[1] == pytest.approx(4, rel=0.25), above
 
@@ -126,8 +131,8 @@ def test_what_draws_add_to_the_score_error_falls_as_their_inverse():
 def test_a_student_of_draws_learns_from_the_same():
     """M and R are means over the teacher's own noisy samples."""
     problem = draw_problem(SMALL, 0, draws=5)
-    network = teacher(problem, 300.0)
-    student = distill(problem, network, 0.2, None, 99, 99)
+    network = train_teacher(problem, 300.0)
+    student = distill_student(problem, network, 0.2, None, 99, 99)
     parts = [*noisy_samples(SMALL, problem.data, 5, problem.noise_seed)]
     y = torch.cat([part[1] for part in parts], 1).double()
     phi, later = features(problem, y), SMALL.time - 0.2
@@ -153,16 +158,18 @@ def train_gradient(problem: Problem, at: torch.Tensor) -> torch.Tensor:
 def test_the_flow_follows_the_gradient(problem):
     for tau in (0.5, 20.0, 400.0):
         step = 1e-4 * tau
-        speed = (teacher(problem, tau + step) - teacher(problem, tau - step)) / (2 * step)
-        gradient = train_gradient(problem, teacher(problem, tau))
+        speed = (train_teacher(problem, tau + step) - train_teacher(problem, tau - step)) / (
+            2 * step
+        )
+        gradient = train_gradient(problem, train_teacher(problem, tau))
         wanted = -SMALL.dimension / SMALL.psi_p * gradient
         torch.testing.assert_close(speed, wanted, rtol=1e-5, atol=1e-9)
-    assert teacher(problem, 0).abs().max() == 0
-    assert train_gradient(problem, teacher(problem, 1e12)).abs().max() < 1e-9
+    assert train_teacher(problem, 0).abs().max() == 0
+    assert train_gradient(problem, train_teacher(problem, 1e12)).abs().max() < 1e-9
 
 
 def test_descent_in_closed_form_is_descent_on_a_fixed_set_of_noise():
-    setting = Setting(psi_n=3, psi_p=5, dimension=8, time=0.2)
+    setting = FeatureModel(psi_n=3, psi_p=5, dimension=8, time=0.2)
     problem = draw_problem(setting, 0)
     draws, rate, steps = 12, 3.0, 400
     noise = torch.randn(draws, 24, 8, generator=torch.Generator().manual_seed(1)).double()
@@ -177,23 +184,23 @@ def test_descent_in_closed_form_is_descent_on_a_fixed_set_of_noise():
     product = vectors.T @ (phi.T @ noise.reshape(-1, 8) / len(phi))
     drawn = problem._replace(values=values, vectors=vectors, noise_product=product)
     tau = setting.psi_p * rate * steps / 8
-    found = teacher(drawn, tau, Descent(rate)) @ vectors.T
-    assert Descent(rate).steps(drawn, tau) == steps
+    found = train_teacher(drawn, tau, rate) @ vectors.T
+    assert descent_steps(setting, rate, tau) == steps
     torch.testing.assert_close(found, network.detach(), rtol=0, atol=1e-9)
 
 
 def test_small_steps_of_descent_are_the_flow(problem):
-    flow = teacher(problem, 50.0)
+    flow = train_teacher(problem, 50.0)
     rates = (0.1, 0.01)
-    off = [float((teacher(problem, 50.0, Descent(rate)) - flow).norm()) for rate in rates]
+    off = [float((train_teacher(problem, 50.0, rate) - flow).norm()) for rate in rates]
     assert off[0] < 0.02 * float(flow.norm())
     assert off[1] == pytest.approx(off[0] / 10, rel=0.05)  # of first order
     with pytest.raises(UsageError, match="diverges: it must be below"):
-        teacher(problem, 50.0, Descent(1e4))
+        train_teacher(problem, 50.0, 1e4)
 
 
 def test_bulks_are_d_and_n_less_d_directions():
-    setting = Setting(psi_n=4, psi_p=20, dimension=24, time=0.01)
+    setting = FeatureModel(psi_n=4, psi_p=20, dimension=24, time=0.01)
     values = draw_problem(setting, 1).values
     drops = (values[:200] / values[1:201]).log()
     # The largest falls from one eigenvalue to the next, among those above the null bulk.
@@ -203,26 +210,26 @@ def test_bulks_are_d_and_n_less_d_directions():
 
 
 def test_turned_data_and_features_have_the_same_losses():
-    setting = Setting(psi_n=2, psi_p=4, dimension=5, time=0.3)
+    setting = FeatureModel(psi_n=2, psi_p=4, dimension=5, time=0.3)
     plain = draw_problem(setting, 0)
     turn = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(9)).double())[
         0
     ]
     turned = make_problem(setting, plain.weights @ turn, plain.data @ turn)
     for tau in (3.0, 3e4):
-        one, other = (losses(each, teacher(each, tau)) for each in (plain, turned))
+        one, other = (losses(each, train_teacher(each, tau)) for each in (plain, turned))
         assert one == pytest.approx(other, rel=1e-8)
 
 
 @pytest.fixture(scope="module")
 def taught(problem) -> torch.Tensor:
-    return teacher(problem, 300.0)
+    return train_teacher(problem, 300.0)
 
 
 def test_the_student_descends_the_consistency_loss(problem, taught, network):
     """The gradient of the loss with drawn noise and a fixed target."""
     delta, later = 0.2, SMALL.time - 0.2
-    student = distill(problem, taught, delta, None, 2000, 0)
+    student = distill_student(problem, taught, delta, None, 2000, 0)
     y, _ = noised(problem.data, DRAWS, 5)
     phi = features(problem, y)
     there = y + delta * (y + taught @ phi)
@@ -241,7 +248,7 @@ def test_the_student_descends_the_consistency_loss(problem, taught, network):
 @pytest.mark.parametrize("start", ["teacher", "zero"])
 def test_the_student_follows_its_flow_to_the_fixed_point(problem, taught, start):
     begin = taught if start == "teacher" else torch.zeros_like(taught)
-    student = distill(problem, taught, 0.2, begin if start == "teacher" else None, 300, 0)
+    student = distill_student(problem, taught, 0.2, begin if start == "teacher" else None, 300, 0)
     torch.testing.assert_close(student.at(0.0), begin, rtol=0, atol=1e-8)
     alpha = math.exp(SMALL.time) * SMALL.noise
     for tau in (3.0, 300.0):
@@ -257,7 +264,7 @@ def test_the_student_follows_its_flow_to_the_fixed_point(problem, taught, start)
 
 
 def test_kappa_is_the_share_that_a_step_of_the_teacher_moves(problem, taught):
-    student = distill(problem, taught, 0.2, None, 2000, 0)
+    student = distill_student(problem, taught, 0.2, None, 2000, 0)
     y, _ = noised(problem.data, DRAWS, 6)
     phi = features(problem, y)
     moved = phi - features(problem, y + 0.2 * (y + taught @ phi))
@@ -271,7 +278,7 @@ def test_kappa_is_the_share_that_a_step_of_the_teacher_moves(problem, taught):
 def test_a_student_needs_a_time_before_the_teachers(problem, taught):
     for delta in (0.0, 0.3):
         with pytest.raises(UsageError, match="--delta"):
-            distill(problem, taught, delta, None, 1, 0)
+            distill_student(problem, taught, delta, None, 1, 0)
 
 
 def test_norms_of_the_bulks_make_the_whole(problem, taught):
@@ -280,10 +287,10 @@ def test_norms_of_the_bulks_make_the_whole(problem, taught):
     assert math.hypot(*parts.values()) == pytest.approx(float(taught.norm()))
 
 
-def ends_of_paths(y: torch.Tensor, setting: Setting, steps: int = 200) -> torch.Tensor:
+def ends_of_paths(y: torch.Tensor, setting: FeatureModel, steps: int = 200) -> torch.Tensor:
     """Points at time 0 of the probability flow dx/dt = -x - score(x, t) through y [d, N] at time t:
     the classical method of Runge and Kutta, with the score of N(0, e^-2t Sigma + (1 - e^-2t) I)."""
-    spectrum = setting.spectrum()[:, None]
+    spectrum = data_spectrum(setting)[:, None]
 
     def slope(x: torch.Tensor, time: float) -> torch.Tensor:
         shrunk = math.exp(-2 * time)
@@ -302,9 +309,9 @@ def ends_of_paths(y: torch.Tensor, setting: Setting, steps: int = 200) -> torch.
 def test_the_error_of_a_map_is_from_the_ends_of_the_probability_flow(network):
     problem = draw_problem(SMALL, 0)
     fresh = torch.randn(DRAWS, 6, generator=torch.Generator().manual_seed(5)).double()
-    y, _ = noised(fresh * SMALL.spectrum().sqrt(), DRAWS, 6)
-    assert len(SMALL.spectrum().unique()) > 1
-    for each in (network, torch.zeros_like(network), teacher(problem, 300.0)):
+    y, _ = noised(fresh * data_spectrum(SMALL).sqrt(), DRAWS, 6)
+    assert len(data_spectrum(SMALL).unique()) > 1
+    for each in (network, torch.zeros_like(network), train_teacher(problem, 300.0)):
         found = math.exp(SMALL.time) * (y + SMALL.noise * each @ features(problem, y))
         missed = found - ends_of_paths(y, SMALL)
         wanted = float((missed**2).sum(0).mean()) / 6
@@ -313,7 +320,7 @@ def test_the_error_of_a_map_is_from_the_ends_of_the_probability_flow(network):
 
 def test_a_perfect_student_has_no_error_and_is_no_denoiser():
     """Features that are all but linear can be the map of N(0, I), f*(y) = y, itself."""
-    setting = Setting(psi_n=2, psi_p=3, dimension=6, time=0.05)
+    setting = FeatureModel(psi_n=2, psi_p=3, dimension=6, time=0.05)
     drawn = draw_problem(setting, 0)
     # Where tanh is linear; its moments are of the order of the square of the weights.
     problem = make_problem(setting, 1e-3 * drawn.weights, drawn.data)

@@ -1,13 +1,10 @@
-"""The ratio test, duplicates, cosines, and the bootstrap against what is known."""
-
-import math
+"""The ratio test, duplicates and cosines against what is known."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from dlmctl.memorization.images.nearest_ratio import (
-    Bootstrap,
     distinct,
     memorized,
     ratios,
@@ -87,46 +84,3 @@ def test_cosines_are_the_largest():
     torch.testing.assert_close(similarities(y * 2, y), torch.ones(50).double(), rtol=0, atol=1e-6)
     with pytest.raises(DataError, match="have no cosine"):
         similarities(x, torch.zeros(2, 8))
-
-
-@pytest.mark.parametrize("confidence", [0.8, 0.95])
-def test_the_interval_of_a_share_is_about_that_of_a_normal(confidence):
-    count, hits = 2000, 600
-    values = (torch.arange(count) < hits).double()
-    low, high = Bootstrap(4000, confidence).interval(values)
-    z = math.sqrt(2) * float(torch.erfinv(torch.tensor(confidence)))
-    half = z * math.sqrt(0.3 * 0.7 / count)
-    assert low == pytest.approx(0.3 - half, abs=0.1 * half)
-    assert high == pytest.approx(0.3 + half, abs=0.1 * half)
-
-
-def test_intervals_cover_as_often_as_they_say():
-    generator = torch.Generator().manual_seed(11)
-    covered = 0
-    for _ in range(300):
-        low, high = Bootstrap(300, 0.9).interval(torch.randn(60, generator=generator) + 5)
-        covered += low <= 5 <= high
-    # Standard error 0.017; that of the percentile interval is a little too narrow.
-    assert 0.84 < covered / 300 < 0.95
-
-
-def test_the_interval_of_a_quantile_is_about_that_of_order_statistics():
-    values = torch.arange(1000).double()
-    low, high = Bootstrap(2000).percentile(values, 0.95)
-    half = 1.96 * math.sqrt(1000 * 0.95 * 0.05)
-    assert low == pytest.approx(949 - half, abs=3)
-    assert high == pytest.approx(949 + half, abs=3)
-
-
-def test_one_seed_resamples_samples_together(monkeypatch):
-    x = normal(50, 1, 12)[:, 0]
-    boot = Bootstrap(200)
-    both = boot._means(x) - boot._means(3 * x)
-    torch.testing.assert_close(both, boot._means(-2 * x))
-    assert boot.interval(x) == boot.interval(x)
-    assert boot.interval(x) != Bootstrap(200, seed=1).interval(x)
-    # Nor do the parts matter that resamples are drawn in.
-    whole = boot.interval(x)
-    monkeypatch.setattr("dlmctl.memorization.images.nearest_ratio._PART", 50 * 7)
-    assert boot.interval(x) == whole
-    assert Bootstrap().interval(torch.ones(9)) == (1.0, 1.0)

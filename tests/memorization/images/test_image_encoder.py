@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification
 
-from dlmctl.memorization.images.image_encoder import Extractor
+from dlmctl.memorization.images.image_encoder import ImageEncoder
 from dlmctl.records.errors import DataError
 
 
@@ -35,7 +35,7 @@ def test_a_model_is_fed_what_its_preprocessor_crops(tmp_path, about, edge):
     mean, std = (torch.tensor(about[n]).view(3, 1, 1) for n in ("image_mean", "image_std"))
     with torch.no_grad():
         wanted = model(pixel_values=((images + 1) / 2 - mean) / std).pooler_output
-    found = Extractor(tmp_path, torch.device("cpu"))(images)
+    found = ImageEncoder(tmp_path, torch.device("cpu"))(images)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -47,10 +47,10 @@ def test_no_part_of_an_extractor_is_random(tmp_path):
     )  # fmt: skip
     ViTForImageClassification(config).save_pretrained(tmp_path)
     images = torch.rand(2, 3, 16, 16) * 2 - 1
-    one, other = (Extractor(tmp_path, torch.device("cpu"))(images) for _ in range(2))
+    one, other = (ImageEncoder(tmp_path, torch.device("cpu"))(images) for _ in range(2))
     torch.testing.assert_close(one, other)
     file = tmp_path / "model.safetensors"
     kept = {name: t for name, t in load_file(file).items() if "attention" not in name}
     save_file(kept, file, metadata={"format": "pt"})
     with pytest.raises(DataError, match=r"weights are missing, first .*attention"):
-        Extractor(tmp_path, torch.device("cpu"))
+        ImageEncoder(tmp_path, torch.device("cpu"))

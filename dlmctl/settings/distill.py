@@ -1,0 +1,146 @@
+"""How a student of few steps is distilled from a diffusion model, of images or of text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dlmctl.records.errors import UsageError
+from dlmctl.settings import knob, same
+from dlmctl.settings.common import Seed
+
+Objective = Literal["cd", "ct", "ect"]
+Solver = Literal["heun", "euler"]
+Metric = Literal["l2", "huber"]
+Order = Literal["random", "trajectory"]
+Divergence = Literal["kl-fwd", "kl-bwd"]
+
+OBJECTIVE, CONSISTENCY = "Objective", "Consistency"
+ECT_STAGES = 8
+"""Stages of the published recipe of ect, which halves the distance of its two levels after every
+3.2 of 25.6 million images; in the last stage r is above 0.98 t."""
+USES = {"solver": ("cd",), "scales": ("cd", "ct"), "stage_steps": ("ect",)}
+"""The objectives that have an option, if not all have it."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How a consistency model of images is trained.
+
+    What is given as None takes the default of the objective. Those of cd are the defaults of its
+    published code, except the metric, which is a perceptual distance there.
+    """
+
+    objective: Objective = knob(
+        "cd",
+        "cd distils the teacher's ODE. ct and ect need no teacher and learn from the images: ct on "
+        "the same grid of noise levels, ect at two levels that approach each other in stages.",
+        "--objective",
+        panel=OBJECTIVE,
+    )
+    solver: Solver = knob(
+        None,
+        "How the teacher takes a step, for cd.",
+        "--solver",
+        shown_default="heun",
+        panel=OBJECTIVE,
+    )
+    scales: int = knob(
+        None,
+        "Points of the grid of noise levels, for cd and ct.",
+        "--scales",
+        minimum=2,
+        shown_default="40",
+        panel=OBJECTIVE,
+    )
+    target_ema: float = knob(
+        None,
+        "Decay of the target network; 0 takes the student itself as the target.",
+        "--target-ema",
+        minimum=0.0,
+        maximum=1.0,
+        shown_default="0.95, for ect 0",
+        panel=OBJECTIVE,
+    )
+    metric: Metric = knob(
+        None,
+        "Distance from the target: l2 is the mean squared error, huber is pseudo-Huber.",
+        "--loss",
+        shown_default="l2, for ect huber",
+        panel=OBJECTIVE,
+    )
+    stage_steps: int | None = knob(
+        None,
+        "Steps after which ect halves the distance between its two levels.",
+        "--stage-steps",
+        minimum=1,
+        shown_default="an eighth of --steps",
+        panel=OBJECTIVE,
+    )
+    init: Literal["teacher", "scratch"] = knob(
+        "teacher", "Initial weights of the student.", "--init", panel=OBJECTIVE
+    )
+
+    def __post_init__(self) -> None:
+        for name, objectives in USES.items():
+            if getattr(self, name) is not None and self.objective not in objectives:
+                option = "--" + name.replace("_", "-")
+                raise UsageError(f"{option} is not for --objective {self.objective}")
+        ect = self.objective == "ect"
+        defaults = {
+            "solver": "heun",
+            "scales": 40,
+            "target_ema": 0.0 if ect else 0.95,
+            "metric": "huber" if ect else "l2",
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+    def steps_per_stage(self, steps: int) -> float:
+        """Steps between the stages of ect in a run of so many, not always a whole number."""
+        return self.stage_steps or steps / ECT_STAGES
+
+
+@dataclass(frozen=True)
+class MaskedConsistency:
+    """How a language model is distilled: which tokens are masked, and what is compared."""
+
+    order: Order = knob(
+        "random",
+        "Which tokens stay masked longest: random ones, or those that 'dlmctl rollout' decided "
+        "last.",
+        "--order",
+        panel=CONSISTENCY,
+    )
+    divergence: Divergence = knob(
+        "kl-fwd",
+        "KL divergence from target to student, or from student to target.",
+        "--divergence",
+        panel=CONSISTENCY,
+    )
+    decided: int = knob(
+        1,
+        "Tokens between the two levels in the first round; the number doubles in each round.",
+        "--decided",
+        minimum=1,
+        panel=CONSISTENCY,
+    )
+    rounds: int = knob(
+        3,
+        "Number of rounds. The target of the first is the teacher; that of each later round is the "
+        "student as it was when the round began.",
+        "--rounds",
+        minimum=1,
+        panel=CONSISTENCY,
+    )
+    steps_per_round: int = knob(
+        500, "Steps per round.", "--steps-per-round", minimum=1, panel=CONSISTENCY
+    )
+    until_eos: bool = knob(
+        False,
+        "Train on the tokens up to the first end-of-sequence, or on the whole completion.",
+        "--until-eos/--all-tokens",
+        panel=CONSISTENCY,
+    )
+    seed: int = same(0, Seed)

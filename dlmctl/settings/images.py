@@ -1,0 +1,182 @@
+"""Sets of images, the networks that are trained on them, and how they are trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from dlmctl.records.errors import UsageError
+from dlmctl.settings import Knob, knob, knob_of, same
+from dlmctl.settings.common import Seed
+from dlmctl.settings.optimizer import OPTIMIZER, Optimizer, Schedule
+
+NetworkKind = Literal["unet", "mlp"]
+NETWORK, NOISE = "Network", "Noise"
+
+Images = Annotated[
+    str,
+    Knob(
+        "builtin:digits, a folder of images, a safetensors file (bytes, or floats in [-1, 1] or "
+        "[0, 1]), or a data set. A suffix #A:B takes the images from A up to B.",
+        metavar="IMAGES",
+        argument=True,
+    ),
+]
+Run = Annotated[
+    Path,
+    Knob(
+        "Directory of the run: its checkpoints, the link 'latest', metrics.jsonl.",
+        "-o",
+        "--output",
+        metavar="RUN",
+    ),
+]
+Gray = Annotated[bool, Knob("Read image files as their luminance.", "--gray")]
+
+
+@dataclass(frozen=True)
+class NetworkSizes:
+    """The network as the command line describes it; None is the default of its kind."""
+
+    kind: NetworkKind | None = knob(
+        None,
+        "A U-Net, or a residual MLP on the flattened input.",
+        "--network",
+        shown_default="unet for images from 16x16 on, else mlp",
+        panel=NETWORK,
+    )
+    width: int | None = knob(
+        None,
+        "Channels of the finest level; for an mlp, hidden units.",
+        "--width",
+        minimum=4,
+        shown_default="32, for an mlp 256",
+        panel=NETWORK,
+    )
+    multipliers: str | None = knob(
+        None,
+        "Channels of each level as multiples of the width; each level halves the resolution.",
+        "--multipliers",
+        metavar="M,…",
+        shown_default="1,2,2",
+        panel=NETWORK,
+    )
+    blocks: int | None = knob(
+        None,
+        "Residual blocks per level and direction; for an mlp, in all.",
+        "--blocks",
+        minimum=1,
+        shown_default="2",
+        panel=NETWORK,
+    )
+    attention: str | None = knob(
+        None,
+        "Levels with self-attention; 1 is the finest.",
+        "--attention",
+        metavar="LEVEL,…",
+        shown_default="none",
+        panel=NETWORK,
+    )
+
+
+@dataclass(frozen=True)
+class NoiseRange:
+    """The levels of noise, and how a grid is spread over them; defaults are EDM's."""
+
+    sigma_min: float = knob(0.002, "Smallest noise level.", "--sigma-min", panel=NOISE)
+    sigma_max: float = knob(
+        80.0, "Largest noise level, at which sampling begins.", "--sigma-max", panel=NOISE
+    )
+    rho: float = knob(
+        7.0, "Curvature of the grid of noise levels.", "--rho", minimum=1.0, panel=NOISE
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise UsageError(
+                f"--sigma-min {self.sigma_min:g} and --sigma-max {self.sigma_max:g} are not a "
+                "range of positive numbers"
+            )
+
+
+@dataclass(frozen=True)
+class NoiseLaw:
+    """ln sigma ~ N(mean, std^2) in training; defaults are EDM's."""
+
+    mean: float = knob(-1.2, "Mean of ln sigma in training.", "--p-mean", panel=NOISE)
+    std: float = knob(
+        1.2, "Standard deviation of ln sigma in training.", "--p-std", minimum=0.0, panel=NOISE
+    )
+
+
+def _as_in_optimizer(name: str, default: Any) -> Any:
+    """A field with the knob of that field of `Optimizer`."""
+    [declared] = [field for field in fields(Optimizer) if field.name == name]
+    return field(default=default, metadata={"knob": knob_of(declared)})
+
+
+@dataclass(frozen=True)
+class Training:
+    """The optimization of a run, and the steps at which it writes a checkpoint.
+
+    The defaults are those of a teacher.
+    """
+
+    steps: int = knob(6000, "Training steps.", "--steps", minimum=1, panel=OPTIMIZER)
+    batch_size: int = knob(
+        128,
+        "Images per step, drawn with replacement.",
+        "-b",
+        "--batch-size",
+        minimum=1,
+        panel=OPTIMIZER,
+    )
+    rate: float = _as_in_optimizer("rate", 2e-3)
+    warmup: int = _as_in_optimizer("warmup", 100)
+    schedule: Schedule = knob(
+        "constant",
+        "Learning rate after the warm-up; cosine falls to 0 at the last step.",
+        "--schedule",
+        panel=OPTIMIZER,
+    )
+    max_norm: float = _as_in_optimizer("max_norm", 1.0)
+    ema: float = knob(
+        0.999,
+        "Checkpoints have an exponential moving average of the weights with this decay, which is "
+        "smaller in the first steps; 0 saves the weights themselves.",
+        "--ema",
+        minimum=0.0,
+        maximum=1.0,
+        panel=OPTIMIZER,
+    )
+    checkpoints: int = knob(
+        8,
+        "Number of checkpoints, all of which are kept. Their steps grow by a constant factor from "
+        "--first-checkpoint to the last step.",
+        "--checkpoints",
+        minimum=1,
+    )
+    first: int = knob(100, "Step of the first checkpoint.", "--first-checkpoint", minimum=1)
+    seed: int = same(0, Seed)
+
+    def checkpoint_steps(self) -> list[int]:
+        """The steps with a checkpoint."""
+        if self.checkpoints == 1 or self.first >= self.steps:
+            return [self.steps]
+        factor = (self.steps / self.first) ** (1 / (self.checkpoints - 1))
+        between = {round(self.first * factor**n) for n in range(self.checkpoints - 1)}
+        return sorted(between | {self.steps})
+
+
+@dataclass(frozen=True)
+class Reports:
+    """How often a run writes metrics, and the state that it can be resumed from."""
+
+    log_every: int = knob(100, "Steps between metrics records.", "--log-every", minimum=1)
+    save_minutes: float = knob(
+        10.0,
+        "Minutes between the states from which a killed run resumes.",
+        "--save-minutes",
+        minimum=0.0,
+    )

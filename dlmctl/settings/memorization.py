@@ -1,0 +1,308 @@
+"""What is measured of samples and texts that may repeat the training data of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from dlmctl.records.errors import UsageError
+from dlmctl.settings import knob, same
+from dlmctl.settings.common import Memory, Seed
+from dlmctl.settings.images import Gray
+from dlmctl.settings.parsing import byte_count, whole_numbers
+
+Mode = Literal["prefix", "suffix", "edge", "random"]
+Method = Literal["loss", "ratio", "zlib", "sama"]
+NEED_REFERENCE: tuple[Method, ...] = ("ratio", "sama")
+
+REQUIRED: Any = dataclasses.MISSING
+COPIES, QUALITY, GALLERY = "Copies", "Quality", "Gallery"
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Intervals by Efron's percentile bootstrap.
+
+    The same seed draws the same places, so that values of the same samples are resampled together.
+    """
+
+    resamples: int = knob(
+        1000, "Bootstrap resamples for intervals and p-values.", "--bootstrap", minimum=1
+    )
+    confidence: float = knob(
+        0.95, "Confidence of the intervals.", "--confidence", minimum=0.5, maximum=0.9999
+    )
+    seed: int = same(0, Seed)
+
+
+@dataclass(frozen=True)
+class ImageSources:
+    """Where samples, and the images that they are compared with, are read from."""
+
+    samples: list[str] = knob(
+        REQUIRED,
+        "What was generated: builtin:digits, FILE.safetensors (bytes, or floats in [-1, 1] or "
+        "[0, 1]), a directory of images, JSONL, or a data set; #A:B takes a part of it. "
+        "Repeatable: a record for each.",
+        "--samples",
+        metavar="SET",
+    )
+    train: str = knob(REQUIRED, "What the model was trained on.", "--train", metavar="SET")
+    heldout: str | None = knob(
+        None,
+        "As many images of the same kind that it was not trained on, with which every figure is "
+        "taken too. A larger set is cut; a smaller one gives a warning.",
+        "--heldout",
+        metavar="SET",
+        shown_default="none",
+    )
+    gray: bool = same(False, Gray)
+
+
+@dataclass(frozen=True)
+class SampleStudy:
+    """What is measured of samples, and how."""
+
+    threshold: float = knob(
+        1 / 3,
+        "A sample is memorized if its ratio d1 / d2 is below this.",
+        "--threshold",
+        minimum=0,
+        maximum=1,
+        shown_default="1/3",
+        panel=COPIES,
+    )
+    distance: float | None = knob(
+        None,
+        "Add f_near: the share of samples with d1 up to this, in L2 of pixels in [-1, 1].",
+        "--distance",
+        minimum=0,
+        shown_default="off",
+        panel=COPIES,
+    )
+    dedup: bool = knob(
+        False, "Leave duplicates out of the training and held-out sets.", "--dedup", panel=COPIES
+    )
+    tolerance: float = knob(
+        0.0,
+        "With --dedup: images within this distance also count as duplicates. Near duplicates mask "
+        "copies as well.",
+        "--dedup-within",
+        minimum=0,
+        metavar="L2",
+        panel=COPIES,
+    )
+    extractor: Path | None = knob(
+        None,
+        "Model whose features of images are compared by cosine: a directory with config.json and "
+        "safetensors that transformers loads.",
+        "--extractor",
+        metavar="DIRECTORY",
+        shown_default="none",
+        panel=COPIES,
+    )
+    features: str | None = knob(
+        None,
+        "Instead of --extractor: safetensors of features [N, F], one row per image.",
+        "--features",
+        metavar="SAMPLES,TRAIN[,HELDOUT]",
+        shown_default="none",
+        panel=COPIES,
+    )
+    copy_threshold: str = knob(
+        "0.5,0.6",
+        "Add the share of samples with a cosine above each of these.",
+        "--copy-threshold",
+        metavar="COSINE,…",
+        panel=COPIES,
+    )
+    quality: bool = knob(
+        True,
+        "Fréchet distance, precision, recall, density, coverage and MMD.",
+        "--quality/--no-quality",
+        panel=QUALITY,
+    )
+    space: str = knob(
+        "auto",
+        "Space of --quality: pixels, features, or pca:K, principal components of the training and "
+        "held-out sets together. auto is features if there are any, else pca:32, or a quarter of "
+        "the smallest set.",
+        "--space",
+        metavar="SPACE",
+        panel=QUALITY,
+    )
+    ridge: float | None = knob(
+        None,
+        "For the Fréchet distance: add this many mean variances along every direction.",
+        "--ridge",
+        minimum=0,
+        shown_default="a singular covariance is refused",
+        panel=QUALITY,
+    )
+    k: int = knob(
+        5,
+        "Nearest neighbours for precision, recall, density and coverage.",
+        "-k",
+        minimum=1,
+        panel=QUALITY,
+    )
+    memory: str = same("512M", Memory)
+
+    def __post_init__(self) -> None:
+        self.copy_thresholds, self.memory_bytes  # noqa: B018 (raises)
+        if self.tolerance and not self.dedup:
+            raise UsageError("--dedup-within is for --dedup")
+        if self.extractor and self.features:
+            raise UsageError("--extractor and --features are two ways to the same: give one")
+
+    @cached_property
+    def copy_thresholds(self) -> list[float]:
+        """Cosines above which features are those of a copy."""
+        try:
+            cosines = [float(part) for part in self.copy_threshold.split(",")]
+        except ValueError:
+            cosines = [math.nan]
+        if not all(-1 <= cosine <= 1 for cosine in cosines):
+            raise UsageError(f"--copy-threshold {self.copy_threshold} is not a list of cosines")
+        return cosines
+
+    @cached_property
+    def memory_bytes(self) -> int:
+        """Bytes for blocks of distances."""
+        return byte_count("--memory", self.memory)
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """A picture of samples and their nearest images."""
+
+    gallery: Path | None = knob(
+        None,
+        "Picture of samples with their nearest images, by ratio.",
+        "--gallery",
+        metavar="FILE.png",
+        shown_default="none",
+        panel=GALLERY,
+    )
+    gallery_rows: int = knob(
+        24, "Samples in the picture.", "--gallery-rows", minimum=1, panel=GALLERY
+    )
+    gallery_spread: bool = knob(
+        False,
+        "Show samples over the whole range of ratios, not those with the lowest.",
+        "--gallery-spread",
+        panel=GALLERY,
+    )
+
+    def __post_init__(self) -> None:
+        if self.gallery and self.gallery.suffix.lower() != ".png":
+            raise UsageError(f"--gallery {self.gallery} does not end in .png")
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """Which part of a text a model is asked for, and when the text counts as extractable."""
+
+    mode: str = knob(
+        "prefix",
+        "Which part of a text is given: prefix, suffix, edge (both ends) or random; several "
+        "separated by commas.",
+        "--mode",
+        metavar="MODES",
+    )
+    given: float = knob(
+        0.5,
+        "Share of a text's tokens that is given; at least one is given and one asked for.",
+        "--given",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    steps: str = knob(
+        "1,2,4,8,16",
+        "Sampling steps for the tokens asked for; compare models at the same number.",
+        "--steps",
+        metavar="NUMBERS",
+    )
+    orders: int = knob(
+        8,
+        "Random orders over which the probability of a text is averaged; 0 takes the order of "
+        "confidence.",
+        "--orders",
+        minimum=0,
+    )
+    n: int = knob(100, "Samples that may be drawn.", "-n", minimum=1)
+    p: float = knob(
+        0.5,
+        "A text is extractable if it is among these samples with at least this probability.",
+        "-p",
+    )
+    seed: int = same(0, Seed)
+
+    def __post_init__(self) -> None:
+        self.modes, self.step_counts  # noqa: B018 (raises)
+        if not 0 < self.p < 1:
+            raise UsageError(f"-p {self.p:g} is not between 0 and 1")
+
+    @cached_property
+    def modes(self) -> list[Mode]:
+        """The parts that are given, one at a time."""
+        modes: list[Any] = self.mode.split(",")
+        for mode in modes:
+            if mode not in get_args(Mode):
+                raise UsageError(f"--mode {mode} is not one of {', '.join(get_args(Mode))}")
+        return modes
+
+    @cached_property
+    def step_counts(self) -> list[int]:
+        """The numbers of sampling steps."""
+        return whole_numbers("--steps", self.steps)
+
+
+@dataclass(frozen=True)
+class Attacks:
+    """Which membership inference attacks are tried."""
+
+    reference: str | None = knob(
+        None,
+        "A model that has seen neither file: the one that training began with, or one trained "
+        "without the members. ratio and sama need it.",
+        "--reference",
+        metavar="MODEL",
+        shown_default="none",
+    )
+    method: str | None = knob(
+        None,
+        "loss, ratio (to the reference), zlib (by compressed length), sama (masked tokens of "
+        "growing masks against the reference); several separated by commas.",
+        "--method",
+        metavar="METHODS",
+        shown_default="loss,zlib; with a reference ratio and sama too",
+    )
+    samples: int = knob(8, "Masks per ELBO; an even number.", "-k", "--masks-per-sample", minimum=2)
+
+    def __post_init__(self) -> None:
+        self.methods  # noqa: B018 (raises)
+
+    @cached_property
+    def methods(self) -> list[Method]:
+        """The attacks, in the order in which they were asked for."""
+        default = "loss,ratio,zlib,sama" if self.reference else "loss,zlib"
+        methods: list[Any] = (self.method or default).split(",")
+        for name in methods:
+            if name not in get_args(Method):
+                raise UsageError(f"--method {name} is not one of {', '.join(get_args(Method))}")
+            if name in NEED_REFERENCE and self.reference is None:
+                raise UsageError(f"--method {name} needs a --reference")
+        return methods
+
+
+@dataclass(frozen=True)
+class Sama:
+    """Constants of SAMA; defaults are those of its published configuration."""
+
+    sama_steps: int = knob(4, "Masks of sama.", "--sama-steps", minimum=1)
+    sama_tokens: int = knob(8, "Tokens in a subset of sama, l.", "--sama-tokens", minimum=1)
