@@ -21,7 +21,7 @@ from hashlib import blake2b
 from typing import Any
 
 from dlmctl.records.errors import DataError
-from dlmctl.records.jsonl import Record
+from dlmctl.records.jsonl import Record, located
 from dlmctl.settings.prompts import Style
 from dlmctl.tasks.boxes import last_boxed
 from dlmctl.tasks.image_columns import with_images
@@ -39,8 +39,7 @@ def to_record(row: Record, renamed: Mapping[str, str], task: str | None, style: 
     Raises:
         DataError: a mapped column is missing, or no column can be a prompt.
     """
-    record = Record(row)
-    record.where = row.where
+    record = located(row, row.where)
     for name, column in renamed.items():
         if column not in row:
             raise DataError(f"there is no column '{column}'; there are {', '.join(row)}", row.where)
@@ -61,8 +60,7 @@ def to_record(row: Record, renamed: Mapping[str, str], task: str | None, style: 
 
 def _ordered(fields: dict[str, Any], rest: Record, task: str | None) -> Record:
     """`id`, `task` and the prompt first, then the task's fields, then the other columns."""
-    record = Record()
-    record.where = rest.where
+    record = located({}, rest.where)
     implied, key = fields.pop("task", None), fields.pop("id", None)
     name = task or implied or rest.get("task") or ("vqa" if "images" in fields else None)
     key = rest.get("id", key)
