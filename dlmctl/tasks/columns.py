@@ -23,10 +23,11 @@ from typing import Any
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record, located
 from dlmctl.settings.prompts import Style
+from dlmctl.tasks import countdown, sudoku
 from dlmctl.tasks.boxes import last_boxed
 from dlmctl.tasks.image_columns import with_images
 from dlmctl.tasks.images import image_sources
-from dlmctl.tasks.wording import countdown_prompt, question_prompt, sudoku_prompt
+from dlmctl.tasks.wording import question_prompt
 
 
 def to_record(row: Record, renamed: Mapping[str, str], task: str | None, style: Style) -> Record:
@@ -100,14 +101,7 @@ def _sudoku(row: Record, style: Style) -> dict[str, Any] | None:
     for name, value in (("puzzle", puzzle), ("solution", solution)):
         if value is not None and not re.fullmatch(r"[0-4]{16}", str(value)):
             raise DataError(f"{name} {value!r} is not 16 digits from 0 to 4", row.where)
-    fields = {
-        "id": f"sudoku/{puzzle}",
-        "task": "sudoku",
-        "prompt": sudoku_prompt(puzzle, style),
-        "puzzle": puzzle,
-        "drop": ("Puzzle", "Solution"),
-    }
-    return fields if solution is None else {**fields, "solution": solution}
+    return {**sudoku.fields(puzzle, solution, style), "drop": ("Puzzle", "Solution")}
 
 
 def _countdown(row: Record, style: Style) -> dict[str, Any] | None:
@@ -124,14 +118,7 @@ def _countdown(row: Record, style: Style) -> dict[str, Any] | None:
     except (TypeError, ValueError, OverflowError):
         shown = f"numbers {str(numbers)[:80]} and target {str(target)[:80]}"
         raise DataError(f"{shown} are not integers of 64 bits") from None
-    return {
-        "id": f"countdown/{','.join(map(str, numbers))}:{target}",
-        "task": "countdown",
-        "prompt": countdown_prompt(numbers, target, style),
-        "numbers": numbers,
-        "target": target,
-        "drop": ("nums", "input", "output"),
-    }
+    return {**countdown.fields(numbers, target, style), "drop": ("nums", "input", "output")}
 
 
 def _vision(row: Record, style: Style) -> dict[str, Any] | None:
