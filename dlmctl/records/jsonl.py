@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
@@ -39,6 +39,13 @@ class Record(dict[str, Any]):
     """One JSON object of the stream; `where` is the `file:line` it was read from."""
 
     where: str = ""
+
+
+def located(fields: Mapping[str, Any], where: str) -> Record:
+    """A new record of these fields, read from `where`."""
+    record = Record(fields)
+    record.where = where
+    return record
 
 
 def read_records(files: Sequence[str], on_error: OnError = "fail") -> Iterator[Record]:
@@ -82,9 +89,7 @@ def parse_record(line: bytes, where: str) -> Record:
     # Few brackets cannot nest deeply, and counting them costs next to nothing.
     if line.count(b"[") + line.count(b"{") > DEEPEST and _is_deep(value):
         raise DataError(f"lists and objects are nested more than {DEEPEST} levels deep", where)
-    record = Record(value)
-    record.where = where
-    return record
+    return located(value, where)
 
 
 def _is_deep(value: Any) -> bool:
@@ -124,10 +129,8 @@ def faulty(record: Record, error: DataError, on_error: OnError | None) -> Iterat
     if on_error == "skip":
         print(f"dlmctl: skipped: {error}", file=sys.stderr)
         return
-    marked = Record(record)
-    marked.where = record.where
-    marked["error"] = {"where": error.where, "message": error.message}
-    yield marked
+    said = {"where": error.where, "message": error.message}
+    yield located({**record, "error": said}, record.where)
 
 
 def field(record: Record, name: str, kind: type | tuple[type, ...], hint: str = "") -> Any:

@@ -21,12 +21,13 @@ from hashlib import blake2b
 from typing import Any
 
 from dlmctl.records.errors import DataError
-from dlmctl.records.jsonl import Record
+from dlmctl.records.jsonl import Record, located
 from dlmctl.settings.prompts import Style
+from dlmctl.tasks import countdown, sudoku
 from dlmctl.tasks.boxes import last_boxed
 from dlmctl.tasks.image_columns import with_images
 from dlmctl.tasks.images import image_sources
-from dlmctl.tasks.wording import countdown_prompt, question_prompt, sudoku_prompt
+from dlmctl.tasks.wording import question_prompt
 
 
 def to_record(row: Record, renamed: Mapping[str, str], task: str | None, style: Style) -> Record:
@@ -39,8 +40,7 @@ def to_record(row: Record, renamed: Mapping[str, str], task: str | None, style: 
     Raises:
         DataError: a mapped column is missing, or no column can be a prompt.
     """
-    record = Record(row)
-    record.where = row.where
+    record = located(row, row.where)
     for name, column in renamed.items():
         if column not in row:
             raise DataError(f"there is no column '{column}'; there are {', '.join(row)}", row.where)
@@ -61,8 +61,7 @@ def to_record(row: Record, renamed: Mapping[str, str], task: str | None, style: 
 
 def _ordered(fields: dict[str, Any], rest: Record, task: str | None) -> Record:
     """`id`, `task` and the prompt first, then the task's fields, then the other columns."""
-    record = Record()
-    record.where = rest.where
+    record = located({}, rest.where)
     implied, key = fields.pop("task", None), fields.pop("id", None)
     name = task or implied or rest.get("task") or ("vqa" if "images" in fields else None)
     key = rest.get("id", key)
@@ -102,14 +101,7 @@ def _sudoku(row: Record, style: Style) -> dict[str, Any] | None:
     for name, value in (("puzzle", puzzle), ("solution", solution)):
         if value is not None and not re.fullmatch(r"[0-4]{16}", str(value)):
             raise DataError(f"{name} {value!r} is not 16 digits from 0 to 4", row.where)
-    fields = {
-        "id": f"sudoku/{puzzle}",
-        "task": "sudoku",
-        "prompt": sudoku_prompt(puzzle, style),
-        "puzzle": puzzle,
-        "drop": ("Puzzle", "Solution"),
-    }
-    return fields if solution is None else {**fields, "solution": solution}
+    return {**sudoku.fields(puzzle, solution, style), "drop": ("Puzzle", "Solution")}
 
 
 def _countdown(row: Record, style: Style) -> dict[str, Any] | None:
@@ -126,14 +118,7 @@ def _countdown(row: Record, style: Style) -> dict[str, Any] | None:
     except (TypeError, ValueError, OverflowError):
         shown = f"numbers {str(numbers)[:80]} and target {str(target)[:80]}"
         raise DataError(f"{shown} are not integers of 64 bits") from None
-    return {
-        "id": f"countdown/{','.join(map(str, numbers))}:{target}",
-        "task": "countdown",
-        "prompt": countdown_prompt(numbers, target, style),
-        "numbers": numbers,
-        "target": target,
-        "drop": ("nums", "input", "output"),
-    }
+    return {**countdown.fields(numbers, target, style), "drop": ("nums", "input", "output")}
 
 
 def _vision(row: Record, style: Style) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
-from dlmctl.settings.prompts import Prompts, Split
+from dlmctl.settings.prompts import Prompts, Split, Style
 from dlmctl.tasks.wording import countdown_prompt
 
 LARGEST = 100
@@ -38,14 +38,19 @@ class _Term(NamedTuple):
 def records(settings: Prompts, seed: int) -> Iterator[dict[str, Any]]:
     """An endless stream of records of task countdown."""
     for numbers, target, solution in problems(settings.split, settings.number_range, seed):
-        yield {
-            "id": f"countdown/{','.join(map(str, numbers))}:{target}",
-            "task": "countdown",
-            "prompt": countdown_prompt(numbers, target, settings.style),
-            "numbers": numbers,
-            "target": target,
-            **({"completion": solution} if settings.completions else {}),
-        }
+        answer = {"completion": solution} if settings.completions else {}
+        yield {**fields(numbers, target, settings.style), **answer}
+
+
+def fields(numbers: list[int], target: int, style: Style) -> dict[str, Any]:
+    """The record of a problem."""
+    return {
+        "id": f"countdown/{','.join(map(str, numbers))}:{target}",
+        "task": "countdown",
+        "prompt": countdown_prompt(numbers, target, style),
+        "numbers": numbers,
+        "target": target,
+    }
 
 
 def problems(

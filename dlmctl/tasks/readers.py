@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dlmctl.records.errors import DataError, MissingInputError, TryAgainError
-from dlmctl.records.jsonl import OnError, Record, faulty, read_records
+from dlmctl.records.jsonl import OnError, Record, faulty, located, read_records
 
 FILE_KINDS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 
@@ -37,12 +37,6 @@ def read_rows(name: str, split: str, config: str | None, on_error: OnError) -> I
         yield from _dataset_rows(name, split, config)
 
 
-def _row(values: dict[str, Any], where: str) -> Record:
-    record = Record(values)
-    record.where = where
-    return record
-
-
 def _csv_rows(path: Path, delimiter: str, on_error: OnError) -> Iterator[Record]:
     try:
         stream = path.open(newline="", encoding="utf-8-sig")
@@ -52,7 +46,7 @@ def _csv_rows(path: Path, delimiter: str, on_error: OnError) -> Iterator[Record]
         reader = csv.DictReader(stream, delimiter=delimiter, restkey="")
         try:
             for values in reader:
-                row = _row(values, f"{path}:{reader.line_num}")
+                row = located(values, f"{path}:{reader.line_num}")
                 if "" in values or None in values.values():
                     columns = len(reader.fieldnames or [])
                     message = f"the header has {columns} columns, this line not"
@@ -78,7 +72,7 @@ def _parquet_rows(path: Path) -> Iterator[Record]:
         for batch in table.iter_batches(batch_size=256):
             for values in batch.to_pylist():
                 number += 1
-                yield _row(values, f"{path}:{number}")
+                yield located(values, f"{path}:{number}")
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise DataError(
             f"not parquet from here on ({' '.join(str(error).split())})", f"{path}:{number + 1}"
@@ -108,7 +102,7 @@ def _dataset_rows(name: str, split: str, config: str | None) -> Iterator[Record]
         reason = str(error).split("\n")[0]
         raise TryAgainError(f"{name} is not here, and the hub does not answer ({reason})") from None
     for number, values in enumerate(_undecoded(rows), start=1):
-        yield _row(dict(values), f"{name}[{split}]:{number}")
+        yield located(values, f"{name}[{split}]:{number}")
 
 
 def _undecoded(rows: Any) -> Iterator[dict[str, Any]]:

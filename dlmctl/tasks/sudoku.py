@@ -16,7 +16,7 @@ from hashlib import blake2b
 from itertools import permutations
 from typing import Any
 
-from dlmctl.settings.prompts import Prompts, Split
+from dlmctl.settings.prompts import Prompts, Split, Style
 from dlmctl.tasks.wording import sudoku_prompt
 
 TRAIN_GRIDS = 200
@@ -25,14 +25,15 @@ TRAIN_GRIDS = 200
 def records(settings: Prompts, seed: int) -> Iterator[dict[str, Any]]:
     """An endless stream of records of task sudoku."""
     for puzzle, solution in puzzles(settings.split, settings.hole_range, seed):
-        yield {
-            "id": f"sudoku/{puzzle}",
-            "task": "sudoku",
-            "prompt": sudoku_prompt(puzzle, settings.style),
-            "puzzle": puzzle,
-            "solution": solution,
-            **({"completion": solution} if settings.completions else {}),
-        }
+        answer = {"completion": solution} if settings.completions else {}
+        yield {**fields(puzzle, solution, settings.style), **answer}
+
+
+def fields(puzzle: str, solution: str | None, style: Style) -> dict[str, Any]:
+    """The record of a puzzle; `solution` may be unknown."""
+    prompt = sudoku_prompt(puzzle, style)
+    record = {"id": f"sudoku/{puzzle}", "task": "sudoku", "prompt": prompt, "puzzle": puzzle}
+    return record if solution is None else {**record, "solution": solution}
 
 
 @cache

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from dlmctl.records.errors import DataError
-from dlmctl.records.jsonl import Record
+from dlmctl.records.jsonl import Record, located
 
 
 def from_evaluation(row: Record) -> Record:
@@ -21,11 +21,9 @@ def from_evaluation(row: Record) -> Record:
     text = row.get("generation", row.get("generations"))
     if not isinstance(text, str) or "ground_truth" not in row or "completion" in row:
         return row
-    record = Record({k: v for k, v in row.items() if k not in ("generation", "generations")})
-    record.where = row.where
-    record["completion"] = "<reasoning>" + text
-    record.update(_task_fields(str(row.get("task", "")), row))
-    return record
+    fields = {k: v for k, v in row.items() if k not in ("generation", "generations")}
+    fields["completion"] = "<reasoning>" + text
+    return located({**fields, **_task_fields(str(row.get("task", "")), row)}, row.where)
 
 
 def _task_fields(task: str, row: Record) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import orjson
 
 from dlmctl.records import errors
 from dlmctl.records.errors import DataError, UserFacingError
-from dlmctl.records.jsonl import Record, dump
+from dlmctl.records.jsonl import dump, located
 from dlmctl.verifiers.answer import Verdict, judged
 from dlmctl.verifiers.program import OverrunError, Program
 
@@ -162,8 +162,7 @@ def serve() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for line in sys.stdin.buffer:
         asked = orjson.loads(line)
-        record = Record(asked["record"])
-        record.where = asked["where"]
+        record = located(asked["record"], asked["where"])
         signal.setitimer(signal.ITIMER_REAL, asked["seconds"] + 5.0)
         try:
             verdict = ask(verifier, record)

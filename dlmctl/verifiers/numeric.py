@@ -62,7 +62,12 @@ def parse_number(text: str) -> Fraction | None:
     numbers = NUMBER.findall(text)
     if not numbers or len(numbers[-1]) > LONGEST:
         return None
-    top, _, bottom = numbers[-1].replace(",", "").replace(" ", "").partition("/")
-    if bottom and int(bottom) == 0:
+    return fraction(numbers[-1])
+
+
+def fraction(text: str) -> Fraction | None:
+    """The value of a number such as -1,234.5 or 3 / 4; None if it has no value."""
+    top, _, bottom = text.replace(",", "").replace(" ", "").partition("/")
+    if top.strip() in ("", "-") or (bottom and int(bottom) == 0):
         return None
     return Fraction(top) / Fraction(bottom or 1)

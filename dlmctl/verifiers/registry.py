@@ -17,7 +17,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from dlmctl.records.errors import DataError, UsageError
-from dlmctl.records.jsonl import OnError, Record, each
+from dlmctl.records.jsonl import OnError, Record, each, located
 from dlmctl.settings.layout import Tags
 from dlmctl.settings.verify import Judging
 from dlmctl.verifiers.answer import Verdict, judged
@@ -171,12 +171,12 @@ def verify(
 def _with_verdicts(
     record: Record, verdicts: dict[str, Verdict], weights: dict[str, float]
 ) -> Record:
-    done = Record(record)
-    done.where = record.where
-    done["rewards"] = {name: verdict.reward for name, verdict in verdicts.items()}
-    done["reward"] = sum(weights[name] * verdict.reward for name, verdict in verdicts.items())
-    done["verdict"] = {name: verdict.detail for name, verdict in verdicts.items()}
-    return done
+    written = {
+        "rewards": {name: verdict.reward for name, verdict in verdicts.items()},
+        "reward": sum(weights[name] * verdict.reward for name, verdict in verdicts.items()),
+        "verdict": {name: verdict.detail for name, verdict in verdicts.items()},
+    }
+    return located({**record, **written}, record.where)
 
 
 def _for_task(record: Record, preset: str | None) -> dict[str, float]:

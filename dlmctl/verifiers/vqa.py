@@ -22,6 +22,7 @@ from dlmctl.records.errors import DataError
 from dlmctl.tasks.boxes import last_boxed
 from dlmctl.verifiers.answer import Verdict, answer_text, completion_text, required
 from dlmctl.verifiers.mathematics import TIME_LIMIT, judge, math
+from dlmctl.verifiers.numeric import fraction
 from dlmctl.verifiers.typography import plain
 
 PEOPLE = 10
@@ -133,10 +134,7 @@ def number(text: str) -> Fraction | None:
     text = _DIGITS.get(text.lower(), text)
     if not re.search(r"\d", text) or not _NUMBER.fullmatch(text):
         return None
-    top, _, bottom = text.replace(",", "").replace(" ", "").partition("/")
-    if top.strip() in ("", "-") or (bottom and int(bottom) == 0):
-        return None
-    return Fraction(top) / Fraction(bottom or 1)
+    return fraction(text)
 
 
 def _may_be_latex(answer: str, wanted: str) -> bool:

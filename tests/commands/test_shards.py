@@ -206,7 +206,7 @@ def test_the_example_makes_what_is_missing_and_compares_it_with_a_single_run(tmp
     (tmp_path / "train.jsonl").unlink()
     again = shell(f"{make} check", tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "samples.2-of-2.jsonl.partial stay" in again.stderr
+    assert "records of samples.2-of-2.jsonl.partial" in again.stderr
     assert "1-of-2" not in again.stderr
     assert samples.read_bytes() == begun
     assert (tmp_path / "train.jsonl").read_bytes() == train

@@ -332,7 +332,7 @@ def test_a_killed_rollout_goes_on_to_the_same_bytes(tmp_path, saved_models, prob
     os.close(writing)
     assert start(whole_input(), "--resume").wait() == 0, (tmp_path / "err").read_text()
     assert (tmp_path / "out.jsonl").read_bytes() == whole
-    assert "stay" in (tmp_path / "err").read_text()
+    assert "resuming after" in (tmp_path / "err").read_text()
     assert json.loads(whole.splitlines()[0])["sample"] == 0
 
 

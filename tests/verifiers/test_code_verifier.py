@@ -198,10 +198,10 @@ def test_a_process_that_is_left_would_be_seen(scratch):
 
 def unconfined_harness(tmp_path, monkeypatch):
     script = tmp_path / "harness.py"
-    whole = sandbox._harness().read_text()
+    whole = sandbox.HARNESS.read_text()
     script.write_text(whole.replace('sys.platform != "linux"', "True"))
     assert script.read_text() != whole
-    monkeypatch.setattr(sandbox, "_harness", lambda: script)
+    monkeypatch.setattr(sandbox, "HARNESS", script)
 
 
 def test_what_cannot_be_confined_is_not_run_unless_allowed(tmp_path, monkeypatch, capsys):
