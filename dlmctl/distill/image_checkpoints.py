@@ -24,8 +24,8 @@ from dlmctl.distill.image_sets import read_images
 from dlmctl.models.weights import read_weights, weights_hash
 from dlmctl.records.errors import DataError, MissingInputError, UsageError
 from dlmctl.records.files import read_json
-from dlmctl.train.run_directory import checkpoint_name, checkpoint_numbers
 from dlmctl.settings.images import NoiseRange
+from dlmctl.train.run_directory import checkpoint_name, checkpoint_numbers
 
 ModelKind = Literal["edm", "consistency", "optimal"]
 OPTIMAL = "optimal:"

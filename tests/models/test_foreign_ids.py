@@ -20,8 +20,8 @@ from dlmctl.records.jsonl import Record
 from dlmctl.rl.recorded import recorded_difference
 from dlmctl.sae.corpus import MaskLaw, documents, masked_corpus
 from dlmctl.sae.evaluation.stability import stability
-from dlmctl.settings.sae import Insertion
 from dlmctl.settings.memorization import Sama
+from dlmctl.settings.sae import Insertion
 
 OWN, OTHER = "01234=", "=43210"
 

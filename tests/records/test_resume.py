@@ -18,7 +18,6 @@ from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.groups import BatchEnds, group_batches
 from dlmctl.records.jsonl import Record, dump
 from dlmctl.records.resume import Resume, Rule, Written, contains, find_rest
-
 from dlmctl.settings.small import SmallModel
 
 
