@@ -69,10 +69,10 @@ def corpus_batches(
     on_error: OnError = "fail",
 ) -> Iterator[MaskedBatch]:
     """Masked batches of a corpus."""
-    from dlmctl.sae.corpus import mask_batches, read_windows
+    from dlmctl.sae.corpus import masked_corpus, read_documents
 
-    windows = read_windows(files, policy, plan, batch_size, on_error)
-    return mask_batches(windows, policy, plan.law)
+    stream = read_documents(files, policy, plan, on_error)
+    return masked_corpus(stream, policy, plan.law, batch_size)
 
 
 def split_paths(paths: list[str]) -> tuple[list[Path], list[str]]:

@@ -143,7 +143,7 @@ def _source(
 ) -> Source:
     """Stored activations if a directory is given, else those of the model on the corpus."""
     from dlmctl.models.loading import load_policy, resolve_device
-    from dlmctl.sae.corpus import read_windows
+    from dlmctl.sae.corpus import read_documents, together
     from dlmctl.sae.training.sources import ModelSource, StoredSource
     from dlmctl.train.distributed import size
     from dlmctl.train.sharding import shard
@@ -157,6 +157,6 @@ def _source(
         shard(policy)
 
     def windows() -> Iterator[list[Document]]:
-        return read_windows(files, policy, plan, sequences, repeat=True)
+        return together(read_documents(files, policy, plan, repeat=True), sequences)
 
     return ModelSource(policy, windows, layers or [0], kinds or ["mask"], plan)

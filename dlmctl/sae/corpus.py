@@ -107,15 +107,14 @@ class MaskedBatch(NamedTuple):
         return self._replace(masked_ids=self.ids, masked=masked, level=level)
 
 
-def read_windows(
+def read_documents(
     files: Sequence[str],
     policy: Policy,
     plan: CorpusPlan,
-    batch_size: int,
     on_error: OnError = "fail",
     repeat: bool = False,
-) -> Iterator[list[Document]]:
-    """The documents of each batch of a corpus; with `repeat` over and over, unless it is a pipe."""
+) -> Iterator[Document]:
+    """The documents of a corpus; with `repeat` over and over, unless it is a pipe."""
 
     def records() -> Iterator[Record]:
         empty = True
@@ -126,9 +125,7 @@ def read_windows(
             yield from read_records(files, on_error)
 
     stream = documents(records(), policy, plan.context, plan.hide_prompt, on_error)
-    if plan.pack:
-        stream = packed(stream, policy, plan.context)
-    yield from together(stream, batch_size)
+    return packed(stream, policy, plan.context) if plan.pack else stream
 
 
 def documents(
@@ -196,14 +193,7 @@ def masked_corpus(
     stream: Iterable[Document], policy: Policy, law: MaskLaw, batch_size: int
 ) -> Iterator[MaskedBatch]:
     """The batches of a corpus."""
-    return mask_batches(together(stream, batch_size), policy, law)
-
-
-def mask_batches(
-    windows: Iterable[list[Document]], policy: Policy, law: MaskLaw
-) -> Iterator[MaskedBatch]:
-    """A batch of each of these lists of documents."""
-    for number, window in enumerate(windows):
+    for number, window in enumerate(together(stream, batch_size)):
         yield mask_batch(window, policy, law, number)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from dlmctl.models.blocks import check_layers
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
-from dlmctl.sae.fitting import check_width, computing_dtype
 from dlmctl.sae.formats.folders import read_sae
 from dlmctl.sae.topk import TopKSae
 
@@ -43,6 +44,15 @@ def read_at_layer(name: str, layer: int | None, policy: Policy, option: str) -> 
     if not isinstance(layer, int):
         raise UsageError(f"{name} does not say which layer it is of (dlm_layer): write {option}")
     check_layers(policy, [layer])
-    check_width(name, saved.sae, policy)
+    if saved.sae.d_in != policy.width:
+        raise UsageError(
+            f"{name} is for activations of width {saved.sae.d_in}, the model's have {policy.width}"
+        )
     sae = saved.sae.requires_grad_(False).to(policy.device, computing_dtype(policy))
     return SaeAtLayer(name, layer, sae)
+
+
+def computing_dtype(policy: Policy) -> torch.dtype:
+    """float32, whatever the precision of the model; float64 for a model in float64."""
+    wide = next(policy.model.parameters()).dtype == torch.float64
+    return torch.float64 if wide else torch.float32

@@ -25,8 +25,7 @@ from dlmctl.models.blocks import Edit, edited_blocks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
-from dlmctl.sae.fitting import computing_dtype
-from dlmctl.sae.steering.sae_at_layer import SaeAtLayer, read_at_layer
+from dlmctl.sae.steering.sae_at_layer import SaeAtLayer, computing_dtype, read_at_layer
 from dlmctl.sae.topk import TopKSae
 from dlmctl.settings.steering import SteeredFeature, Steering
 

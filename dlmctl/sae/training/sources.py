@@ -1,10 +1,18 @@
-"""Sources of activations for a training run: a model over a corpus, or a directory."""
+"""Sources of activations for a training run: a model over a corpus, or a directory.
+
+A source has activations of some layers and positions, in blocks (one per batch of the corpus):
+
+    keys, width, device   which activations, their width, and where they are
+    settings              everything that determines them; a resumed run must have the same
+    blocks(start)         from block `start` on; all ranks call this, each gets what it trains on
+    metadata(key)         what the folder of an autoencoder says about model and masks
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -21,23 +29,6 @@ from dlmctl.sae.activations import (
 from dlmctl.sae.corpus import CorpusPlan, Document, MaskedBatch, Positions, mask_batch
 from dlmctl.sae.training.division import Takers, own_batches, shared_out
 from dlmctl.train.distributed import rank
-
-
-class Source(Protocol):
-    """Activations of some layers and positions, in blocks (one per batch of the corpus)."""
-
-    keys: Sequence[Key]
-    width: int
-    """Of an activation."""
-    device: torch.device
-    settings: Mapping[str, Any]
-    """Everything that determines the activations; a resumed run must have the same."""
-
-    def blocks(self, start: int, takers: Takers | None = None) -> Iterator[ActivationBatch]:
-        """Blocks from number `start` on; all ranks call this, and each gets what it trains on."""
-
-    def metadata(self, key: Key) -> dict[str, Any]:
-        """What the folder of an autoencoder says about the model and the masks."""
 
 
 class ModelSource:
@@ -121,3 +112,6 @@ class StoredSource:
 
     def metadata(self, key: Key) -> dict[str, Any]:
         return _with_key(self.stored.metadata, self.stored.index["hooks"][str(key.layer)], key)
+
+
+Source = ModelSource | StoredSource
