@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from dlmctl import __version__
 
-REQUIRED = ("torch", "transformers", "safetensors", "datasets", "typer", "rich", "orjson")
+MODELS = ("torch", "transformers", "safetensors", "datasets")
+REQUIRED = (*MODELS, "typer", "rich", "orjson", "jinja2")
 OPTIONAL = {
     "peft": ("peft", "lora", "update --lora-rank"),
     "math_verify": ("math-verify", "math", "verify: math"),

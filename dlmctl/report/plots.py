@@ -32,7 +32,9 @@ COLOURS = ("#1b6ca8", "#d1495b", "#3c887e", "#edae49", "#66508f", "#7a7a7a")
 
 
 def collect(records: Iterable[Record], curves: Curves) -> dict[str, tuple[Series, Grid]]:
-    """The points of each measure and line, or its lists; records without x or y are skipped.
+    """The points of each measure and line, or its lists.
+
+    Records without a measure are skipped; one without x is drawn at its number in the stream.
 
     Raises:
         DataError: no record has a measure, or it is a number in one record and a list in another.
