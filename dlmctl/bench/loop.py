@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from dlmctl.diffusion.rollout import Round, rollout
-from dlmctl.diffusion.sampling import settings_for
+from dlmctl.diffusion.sampling import configured
 from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.records.errors import CannotWriteError
 from dlmctl.records.jsonl import Record
 from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Batching
 from dlmctl.rl.update import update_policy
-from dlmctl.settings.bench import Loop
+from dlmctl.settings.bench import Workload
 from dlmctl.settings.common import Compute
+from dlmctl.settings.sampler import Sampler
 from dlmctl.tasks.sources import prompts
 from dlmctl.train.checkpoint import latest_checkpoint
 from dlmctl.train.lora import Adapter
@@ -35,7 +36,7 @@ DLMCTL = (sys.executable, "-m", "dlmctl")
 
 def compare_loops(
     model: str,
-    loop: Loop,
+    work: Workload,
     compute: Compute,
     max_lags: list[int],
     advance: Callable[[], None] = lambda: None,
@@ -56,9 +57,9 @@ def compare_loops(
             directory = Path(scratch) / "run"
             steps: Iterator[Any]
             if lag is None:
-                steps = in_process(model, loop, compute, directory)
+                steps = in_process(model, work, compute, directory)
             else:
-                steps = as_pipe(model, loop, compute, directory, lag)
+                steps = as_pipe(model, work, compute, directory, lag)
             times = []
             for _ in steps:
                 times.append(time.perf_counter())
@@ -78,57 +79,57 @@ def compare_loops(
 
 
 def in_process(
-    model: str, loop: Loop, compute: Compute, directory: Path
+    model: str, work: Workload, compute: Compute, directory: Path
 ) -> Iterator[dict[str, Any]]:
     """Metrics of every round; samples are drawn from the weights that are trained."""
     run = open_run(
         directory, model, "rspo", Optimization(), Adapter(), compute.device, compute.dtype, False,
-        loop.seed,
+        work.seed,
     )  # fmt: skip
-    settings = settings_for(run.policy, temperature=0.9)
+    settings = configured(run.policy, Sampler(temperature=0.9))
 
     def samples() -> Iterator[Record]:
-        epochs = (prompts(loop.task, seed=loop.seed + epoch) for epoch in count())
+        epochs = (prompts(work.task, seed=work.seed + epoch) for epoch in count())
         source = chain.from_iterable(epochs)
-        for number in range(loop.rounds):
+        for number in range(work.rounds):
             yield from rollout(
-                list(islice(source, loop.prompts)),
+                list(islice(source, work.prompts)),
                 run.policy,
                 settings,
-                loop.samples,
-                loop.seed,
+                work.samples,
+                work.seed,
                 compute.batch_size,
-                round_=Round(number, loop.prompts * loop.samples, 0),
+                round_=Round(number, work.prompts * work.samples, 0),
             )
 
     return update_policy(
         verify(samples()),
         run,
         make_objective("rspo"),
-        Batching(MaskPlan(seed=loop.seed)),
-        loop.prompts,
+        Batching(MaskPlan(seed=work.seed)),
+        work.prompts,
         compute.batch_size,
-        save_every=loop.rounds,
+        save_every=work.rounds,
         keep=2,
     )
 
 
 def as_pipe(
-    model: str, loop: Loop, compute: Compute, directory: Path, max_lag: int
+    model: str, work: Workload, compute: Compute, directory: Path, max_lag: int
 ) -> Iterator[bytes]:
     """Metrics lines of `rollout --follow RUN | verify | update -o RUN`.
 
     Raises:
         CannotWriteError: a stage failed; its message is on standard error.
     """
-    shared: list[Any] = ["-q", "--batch-size", compute.batch_size, "--seed", loop.seed]
+    shared: list[Any] = ["-q", "--batch-size", compute.batch_size, "--seed", work.seed]
     shared += ["--device", compute.device, "--dtype", compute.dtype, "-m", model]
-    sampled = ["--rounds", loop.rounds, "--prompts", loop.prompts, "-n", loop.samples]
+    sampled = ["--rounds", work.rounds, "--prompts", work.prompts, "-n", work.samples]
     sampled += ["--max-lag", max_lag]
     stages: list[list[Any]] = [
-        ["rollout", *shared, *sampled, "--task", loop.task, "--follow", directory],
+        ["rollout", *shared, *sampled, "--task", work.task, "--follow", directory],
         ["verify", "-q"],
-        ["update", *shared, "-o", directory, "--prompts-per-step", loop.prompts],
+        ["update", *shared, "-o", directory, "--prompts-per-step", work.prompts],
     ]
     running: list[subprocess.Popen[bytes]] = []
     for stage in stages:

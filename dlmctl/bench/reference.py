@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 
 from dlmctl.diffusion.noise import gumbel, key_tensor, subkeys
-from dlmctl.diffusion.sampling import Request, Sampling
+from dlmctl.diffusion.sampling import Request, SamplerConfig
 from dlmctl.models.policy import Policy
 
 
 @torch.no_grad()
-def plain_sample(policy: Policy, request: Request, settings: Sampling) -> list[int]:
+def plain_sample(policy: Policy, request: Request, settings: SamplerConfig) -> list[int]:
     """Tokens of one completion; block length, steps and temperature are taken from the settings."""
     prompt, mask, device = len(request.prompt), policy.mask_id, policy.device
     hidden = [policy.mask_id or 0] * settings.gen_length

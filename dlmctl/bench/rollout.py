@@ -11,23 +11,28 @@ from typing import Any
 from dlmctl.bench.memory import Peak, synchronize
 from dlmctl.bench.reference import plain_sample
 from dlmctl.diffusion.sampler import sample_stream
-from dlmctl.diffusion.sampling import CacheRule, Request, Sample, Sampling
+from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
+from dlmctl.settings.sampler import CacheRule
 
 Judge = Callable[[Sequence[list[int]]], float]
 """Accuracy of the completions of all requests."""
 
 
 def ways(
-    settings: Sampling, threshold: float, factor: float, refresh: int | None, refresh_below: float
-) -> dict[str, Sampling]:
+    settings: SamplerConfig,
+    threshold: float,
+    factor: float,
+    refresh: int | None,
+    refresh_below: float,
+) -> dict[str, SamplerConfig]:
     """The sampler's paths by name; `exact` is the one that the others approximate."""
 
-    def way(**changes: Any) -> Sampling:
+    def way(**changes: Any) -> SamplerConfig:
         return dataclasses.replace(settings, **changes)
 
-    def cached(cache: CacheRule, **changes: Any) -> Sampling:
+    def cached(cache: CacheRule, **changes: Any) -> SamplerConfig:
         return way(cache=cache, refresh=refresh, refresh_below=refresh_below, **changes)
 
     by_threshold: dict[str, Any] = {"steps": None, "threshold": threshold}
@@ -48,8 +53,8 @@ def ways(
 def compare_samplers(
     policy: Policy,
     requests: Sequence[Request],
-    exact: Sampling,
-    paths: dict[str, Sampling],
+    exact: SamplerConfig,
+    paths: dict[str, SamplerConfig],
     batch_size: int,
     reference: int,
     judge: Judge | None = None,
@@ -108,12 +113,12 @@ def compare_samplers(
 
 
 def _samples(
-    policy: Policy, requests: Sequence[Request], settings: Sampling, batch_size: int
+    policy: Policy, requests: Sequence[Request], settings: SamplerConfig, batch_size: int
 ) -> list[Sample]:
     return list(sample_stream(policy, requests, settings, batch_size))
 
 
-def _short(settings: Sampling) -> Sampling:
+def _short(settings: SamplerConfig) -> SamplerConfig:
     """A block, of few steps, to have everything allocated and compiled."""
     length = min(settings.gen_length, settings.block_length)
     steps = None if settings.steps is None else min(2, settings.steps)

@@ -161,13 +161,13 @@ def command(
         )
     records = going.rest(records, rule)
     if algo == "srpo":
-        from dlmctl.rl.credit_stage import Sampler, credited
+        from dlmctl.rl.credit_stage import BehaviorPolicy, credited
         from dlmctl.rl.srpo.contrast import Contrast
         from dlmctl.rl.srpo.credit import Credit
 
         records = credited(
             records,
-            Sampler(model, device, dtype, any_policy),
+            BehaviorPolicy(model, device, dtype, any_policy),
             Contrast(
                 visual_signal,
                 reason_signal,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dlmctl.commands.progress import counting
 from dlmctl.commands.tables import write_rows
-from dlmctl.settings.bench import Loop
+from dlmctl.settings.bench import Workload
 from dlmctl.settings.common import Compute, Json, Model, Quiet
 
 
 def command(
     model: Model = "builtin:puzzles",
-    loop: Loop = Loop(),
+    work: Workload = Workload(),
     compute: Compute = Compute(batch_size=256),
     quiet: Quiet = False,
     json: Json = False,
@@ -31,5 +31,5 @@ def command(
     from dlmctl.bench.loop import compare_loops
 
     names = ["loop", "rounds", "seconds_per_round", "ratio", "same"]
-    with counting("rounds", quiet, 3 * loop.rounds) as gauge:
-        write_rows(compare_loops(model, loop, compute, [0, 1], gauge.advance), names, json)
+    with counting("rounds", quiet, 3 * work.rounds) as gauge:
+        write_rows(compare_loops(model, work, compute, [0, 1], gauge.advance), names, json)

@@ -20,6 +20,7 @@ from dlmctl.commands.sampling import (
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record, read_records
+from dlmctl.settings.sampler import Sampler
 
 if TYPE_CHECKING:
     from dlmctl.models.policy import Policy
@@ -89,11 +90,10 @@ def command(
     from dlmctl.bench.rollout import compare_samplers, ways
     from dlmctl.bench.shapes import bench_policy, random_prompts
     from dlmctl.diffusion.noise import stream_key
-    from dlmctl.diffusion.sampling import Request, settings_for
+    from dlmctl.diffusion.sampling import Request, configured
 
     policy = bench_policy(model, device, dtype)
-    given = {"gen_length": gen_length, "block_length": block_length, "steps": steps}
-    settings = settings_for(policy, **given, temperature=temperature)
+    settings = configured(policy, Sampler(gen_length, block_length, steps, temperature))
     known = ways(settings, threshold, factor, refresh, refresh_below)
     for name in paths.split(","):
         if name not in known:

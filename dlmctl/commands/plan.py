@@ -25,6 +25,7 @@ from dlmctl.commands.tables import print_table
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
 from dlmctl.settings.algorithms import PROMPTS_PER_STEP, RECIPES, check_kind, constants
+from dlmctl.settings.sampler import Sampler
 
 SEEN, RUN, MACHINE = "What a step sees", "The run", "The machine"
 
@@ -197,7 +198,7 @@ def command(
     """
     import torch
 
-    from dlmctl.diffusion.sampling import settings_for
+    from dlmctl.diffusion.sampling import configured
     from dlmctl.models.loading import resolve_dtype
     from dlmctl.models.weightless import weightless_policy
     from dlmctl.plan.requirements import Machine, Options, Work, plan
@@ -217,15 +218,9 @@ def command(
         sampled = recipe.sampled_old and not policy.diffusion
         passes = passes_for(objective, inner or recipe.inner, sampled)
     whole = not policy.diffusion or (masks or recipe.law) == "full"
-    given = {
-        "gen_length": gen_length,
-        "block_length": block_length,
-        "steps": steps,
-        "temperature": temperature,
-        "cfg_scale": cfg_scale,
-        "cache": cache,
-        "refresh": refresh,
-    }
+    sampler = Sampler(
+        gen_length, block_length, steps, temperature, cfg_scale, cache=cache, refresh=refresh
+    )
     work = Work(
         prompt_length=prompt_length + image_tokens,
         image_tokens=image_tokens,
@@ -235,7 +230,7 @@ def command(
         scored=1.0 if whole else 0.5,
         passes=passes,
         contrasts=credit_passes(policy.diffusion) if algo == "srpo" else 0,
-        sampling=settings_for(policy, **given),
+        sampling=configured(policy, sampler),
         sampling_batch=0 if algo == "sft" else rollout_batch_size,
     )
     machine = Machine(

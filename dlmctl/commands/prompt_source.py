@@ -23,9 +23,6 @@ Task = Annotated[
         "anything else that 'dlmctl prompts' takes.",
     ),
 ]
-Prompts = Annotated[
-    int, typer.Option(min=1, help="Prompts taken from --task, or in each round with --follow.")
-]
 
 
 def prompt_records(

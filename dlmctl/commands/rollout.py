@@ -1,59 +1,20 @@
-"""`dlmctl rollout`: options and wiring of the stage."""
+"""`dlmctl rollout`: the stage that samples completions."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import typer
-
-from dlmctl.commands.options import (
-    BatchSize,
-    Device,
-    Dtype,
-    Files,
-    Model,
-    OnErrorOption,
-    Output,
-    Quiet,
-    ResumeOption,
-    Seed,
-    ShardOption,
-)
 from dlmctl.commands.progress import Total, counted, times
-from dlmctl.commands.prompt_source import (
-    Prompts,
-    Task,
-    prompt_records,
-    prompt_shard,
-    prompt_total,
-)
-from dlmctl.commands.sampling import (
-    BlockLength,
-    Cache,
-    CfgScale,
-    Compile,
-    Corrupt,
-    CorruptProb,
-    EarlyStop,
-    Eos,
-    Factor,
-    GenLength,
-    Refresh,
-    RefreshBelow,
-    Remasking,
-    Sae,
-    Steer,
-    SteerScope,
-    SteerTime,
-    Steps,
-    Temperature,
-    Threshold,
-)
+from dlmctl.commands.prompt_source import prompt_records, prompt_shard, prompt_total
+from dlmctl.commands.sampling import Sae, Steer, SteerScope, SteerTime
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
 from dlmctl.records.resume import Resume, Rule
+from dlmctl.settings import Knob
+from dlmctl.settings.common import Compute, Files, Model, Seed, Stage
 from dlmctl.settings.models import Prompting, Reading
+from dlmctl.settings.rollout import Corrupted, Loop, PromptSource
+from dlmctl.settings.sampler import Sampler
 
 
 def command(
@@ -61,59 +22,18 @@ def command(
     model: Model = "builtin:puzzles",
     reading: Reading = Reading(),
     prompting: Prompting = Prompting(),
-    samples: Annotated[
-        int, typer.Option("-n", "--samples", min=1, help="Completions for each prompt.")
-    ] = 8,
-    gen_length: GenLength = None,
-    block_length: BlockLength = None,
-    steps: Steps = None,
-    temperature: Temperature = 0.9,
-    cfg_scale: CfgScale = 0.0,
-    remasking: Remasking = "low_confidence",
+    samples: Annotated[int, Knob("Completions for each prompt.", "-n", "--samples", minimum=1)] = 8,
+    sampler: Sampler = Sampler(temperature=0.9),
     sae: Sae = None,
-    threshold: Threshold = None,
-    factor: Factor = None,
-    cache: Cache = "none",
-    refresh: Refresh = None,
-    refresh_below: RefreshBelow = 0.0,
-    eos: Eos = "normal",
-    early_stop: EarlyStop = False,
-    compile_model: Compile = False,
     steer: Steer = None,
     steer_scope: SteerScope = None,
     steer_time: SteerTime = None,
-    task: Task = None,
-    prompts: Prompts = 32,
-    follow: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN",
-            help="Training loop: before each round load the newest checkpoint of this run, which "
-            "'dlmctl update -o RUN' at the end of the pipe writes.",
-        ),
-    ] = None,
-    rounds: Annotated[
-        int, typer.Option(min=1, help="With --follow: rounds in all; a run goes on where it was.")
-    ] = 1,
-    max_lag: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="With --follow: rounds that the weights may lag behind; 0 is strictly on-policy, "
-            "1 samples a round while the one before is trained on.",
-        ),
-    ] = 0,
-    corrupt: Corrupt = None,
-    corrupt_prob: CorruptProb = 0.6,
-    shard: ShardOption = None,
+    source: PromptSource = PromptSource(),
+    loop: Loop = Loop(),
+    images: Corrupted = Corrupted(),
     seed: Seed = 0,
-    batch_size: BatchSize = 64,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    on_error: OnErrorOption = "fail",
-    quiet: Quiet = False,
-    output: Output = "-",
-    resume: ResumeOption = False,
+    compute: Compute = Compute(batch_size=64),
+    stage: Stage = Stage(),
 ) -> None:
     """Sample completions from a model.
 
@@ -147,107 +67,82 @@ def command(
     from dlmctl.diffusion.corrupted import with_corrupted_images
     from dlmctl.diffusion.follow import follow_run, rounds_done
     from dlmctl.diffusion.rollout import batch_begins, made_by, rollout
-    from dlmctl.diffusion.sampling import settings_for
+    from dlmctl.diffusion.sampling import configured
     from dlmctl.models.loading import load_policy
     from dlmctl.sae.order.feature_watch import FeatureWatch, check_watchable, read_dictionaries
     from dlmctl.sae.steering.edit import Reach, Steering, parse_steer, parse_time
 
+    files, task = files or [], source.task
     if files and task is not None:
         raise UsageError("prompts come from FILE or from --task, not from both")
     model = reading.name(model)
-    part = prompt_shard(shard, files or [], task)
-    if follow is not None and part is not None:
-        raise UsageError(
-            "--shard and --follow do not go together: each round of a run is sampled by one "
-            "process; leave one out"
-        )
-    given: dict[str, Any] = {
-        "gen_length": gen_length,
-        "block_length": block_length,
-        "steps": steps,
-        "temperature": temperature,
-        "cfg_scale": cfg_scale,
-        "remasking": remasking,
-        "threshold": threshold,
-        "factor": factor,
-        "cache": cache,
-        "refresh": refresh,
-        "refresh_below": refresh_below,
-        "eos": eos,
-        "early_stop": early_stop,
-        "compile": compile_model,
-    }
+    shard = prompt_shard(stage.shard, files, task)
     steering = [parse_steer(text) for text in steer or []]
     reach = Reach(steer_scope or "all", parse_time(steer_time) if steer_time else None)
     if not steer and (steer_scope or steer_time):
         raise UsageError("--steer-scope and --steer-time say how to steer: give --steer too")
-    if follow is not None and steer:
-        raise UsageError(
-            "--steer and --follow do not go together: a steered completion is no sample of the "
-            "weights that are trained; leave one out"
-        )
-    if follow is not None and corrupt is not None:
-        raise UsageError(
-            "--corrupt and --follow do not go together: the run is trained with its images; leave "
-            "one out"
-        )
-    if (remasking == "sae") != bool(sae):
+    if (sampler.remasking == "sae") != bool(sae):
         raise UsageError("--remasking sae and --sae SAE go together: give both, or neither")
-    if follow is not None and sae:
-        raise UsageError(
-            "--sae and --follow do not go together: an autoencoder is of weights that stay as they "
-            "are; leave one out"
-        )
-    if follow is not None and resume:
-        raise UsageError("--follow goes on with its run by itself: leave --resume out")
-    going = Resume(output, resume)
-    if going.done:
+    if loop.follow is not None:
+        _check_loop(shard=shard, steer=steer, corrupt=images.corrupt, sae=sae, resume=stage.resume)
+    partial = Resume(stage.output, stage.resume)
+    if partial.done:
         return
-    total: Total = times(prompt_total(files or [], task, prompts, part), samples)
-    done = 0
-    if follow is not None:
-        done, total = (n * prompts * samples for n in (rounds_done(follow), rounds))
-        source = prompt_records(files or [], task, None, seed, on_error, repeat=True)
+    if loop.follow is not None:
+        first = rounds_done(loop.follow)
+        per_round = source.prompts * samples
+        endless = prompt_records(files, task, None, seed, stage.on_error, repeat=True)
         records = follow_run(
-            source,
-            follow,
-            model,
-            lambda policy: settings_for(policy, **given),
-            samples,
-            prompts,
-            rounds,
-            max_lag,
-            seed,
-            batch_size,
-            device,
-            dtype,
-            on_error,
+            endless, loop, model, sampler, samples, source.prompts, seed, compute, stage.on_error,
             prompting,
-        )
-    else:
-        policy = load_policy(model, device, dtype, prompting)
-        if corrupt is not None:
-            policy = with_corrupted_images(policy, corrupt, corrupt_prob, seed)
-        source = prompt_records(files or [], task, prompts, seed, on_error, False, part)
-        settings = settings_for(policy, **given)
-        rule = Rule(
-            frozenset({"sample", "completion", "tokens", "rollout"}),
-            samples,
-            skips=on_error == "skip",
-            begins=batch_begins(policy, settings, batch_size),
-            made_by={"rollout": made_by(policy, settings, samples, seed)},
-        )
-        source = going.rest(source, rule)
-        watch = None
-        if sae:
-            check_watchable(policy, settings, "--remasking sae")
-            watch = FeatureWatch(policy, read_dictionaries(sae, policy))
-        records = rollout(
-            source, policy, settings, samples, seed, batch_size, on_error, watch=watch
-        )
-        if watch is not None:
-            records = watch.around(records)
-        if steering:
-            records = Steering(policy, settings, steering, reach).around(records)
-    shown = counted(records, "samples", quiet, total, done or going.lines)
-    write_records(shown, output, None if follow else going)
+        )  # fmt: skip
+        shown = counted(records, "samples", stage.quiet, loop.rounds * per_round, first * per_round)
+        write_records(shown, stage.output)
+        return
+    policy = load_policy(model, compute.device, compute.dtype, prompting)
+    if images.corrupt is not None:
+        policy = with_corrupted_images(policy, images.corrupt, images.corrupt_prob, seed)
+    config = configured(policy, sampler)
+    rule = Rule(
+        frozenset({"sample", "completion", "tokens", "rollout"}),
+        samples,
+        skips=stage.on_error == "skip",
+        begins=batch_begins(policy, config, compute.batch_size),
+        made_by={"rollout": made_by(policy, config, samples, seed)},
+    )
+    total: Total = times(prompt_total(files, task, source.prompts, shard), samples)
+    prompts = prompt_records(files, task, source.prompts, seed, stage.on_error, False, shard)
+    watch = None
+    if sae:
+        check_watchable(policy, config, "--remasking sae")
+        watch = FeatureWatch(policy, read_dictionaries(sae, policy))
+    records = rollout(
+        partial.rest(prompts, rule), policy, config, samples, seed, compute.batch_size,
+        stage.on_error, watch=watch,
+    )  # fmt: skip
+    if watch is not None:
+        records = watch.around(records)
+    if steering:
+        records = Steering(policy, config, steering, reach).around(records)
+    shown = counted(records, "samples", stage.quiet, total, partial.lines)
+    write_records(shown, stage.output, partial)
+
+
+def _check_loop(**given: object) -> None:
+    """Raise UsageError if an option is given that a training loop cannot have."""
+    for option, value in given.items():
+        if value:
+            raise UsageError(
+                f"--{option} and --follow do not go together: {NOT_IN_A_LOOP[option]}; leave one "
+                "out"
+            )
+
+
+NOT_IN_A_LOOP = {
+    "shard": "each round of a run is sampled by one process",
+    "steer": "a steered completion is no sample of the weights that are trained",
+    "corrupt": "the run is trained with its images",
+    "sae": "an autoencoder belongs to weights that do not change",
+    "resume": "a run resumes by itself",
+}
+"""Options that do not go with --follow, and why."""

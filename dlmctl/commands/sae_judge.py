@@ -22,6 +22,7 @@ from dlmctl.commands.options import (
 )
 from dlmctl.commands.progress import counted
 from dlmctl.records.jsonl import Record, each, read_records, write_records
+from dlmctl.settings.sampler import Sampler
 
 
 def command(
@@ -75,11 +76,11 @@ def command(
     records = step(read_records(files or [], on_error))
     if judge is not None:
         from dlmctl.diffusion.rollout import rollout
-        from dlmctl.diffusion.sampling import settings_for
+        from dlmctl.diffusion.sampling import configured
         from dlmctl.models.loading import load_policy
 
         policy = load_policy(judge, device, dtype)
-        settings = settings_for(policy, gen_length=gen_length, temperature=0.0)
+        settings = configured(policy, Sampler(gen_length=gen_length, temperature=0.0))
         for _ in range(2):
             records = step(rollout(records, policy, settings, 1, seed, batch_size, on_error))
     if html is not None:

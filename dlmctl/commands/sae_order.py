@@ -39,7 +39,7 @@ from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
 
 if TYPE_CHECKING:
-    from dlmctl.diffusion.sampling import Remasking
+    from dlmctl.settings.sampler import Remasking
 
 MEANS = ("s_pre", "s_pre_last5", "lock_ratio", "jump", "d_post", "flips_post")
 SIGNALS = ("signal", "auroc", "auroc_step", "auroc_choice", "used", "right")
@@ -134,10 +134,11 @@ def command(
     dlmctl sae-order --sae saes/layer1-k8-mask --sae saes/layer2-k8-mask --orders entropy,random
     --summary orders.jsonl prompts.jsonl | dlmctl verify | dlmctl stats --by remasking
     """
-    from dlmctl.diffusion.sampling import settings_for
+    from dlmctl.diffusion.sampling import configured
     from dlmctl.models.loading import load_policy
     from dlmctl.sae.order.feature_watch import read_dictionaries
     from dlmctl.sae.order.study import OrderStudy
+    from dlmctl.settings.sampler import Sampler
 
     if files and task is not None:
         raise UsageError("prompts come from FILE or from --task, not from both")
@@ -145,17 +146,19 @@ def command(
         raise UsageError("standard output has the records: give --summary a file, or -o one")
     chosen = _orders(orders)
     policy = load_policy(model, device, dtype)
-    settings = settings_for(
+    settings = configured(
         policy,
-        gen_length=gen_length,
-        block_length=block_length,
-        steps=steps,
-        temperature=temperature,
-        cfg_scale=cfg_scale,
-        threshold=threshold,
-        factor=factor,
-        eos=eos,
-        early_stop=early_stop,
+        Sampler(
+            gen_length=gen_length,
+            block_length=block_length,
+            steps=steps,
+            temperature=temperature,
+            cfg_scale=cfg_scale,
+            threshold=threshold,
+            factor=factor,
+            eos=eos,
+            early_stop=early_stop,
+        ),
     )
     study = OrderStudy(policy, read_dictionaries(sae, policy), settings, chosen, truth)
     total = times(prompt_total(files or [], task, prompts, None), samples * len(chosen))
@@ -176,7 +179,7 @@ def command(
 
 
 def _orders(text: str) -> list[Remasking]:
-    from dlmctl.diffusion.sampling import Remasking
+    from dlmctl.settings.sampler import Remasking
 
     known = get_args(Remasking)
     names: list[Remasking] = list(dict.fromkeys(text.split(",")))  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from dlmctl.commands.progress import counted, counting
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record, read_records, write_records
+from dlmctl.settings.sampler import Sampler
 
 if TYPE_CHECKING:
     from dlmctl.sae.steering.fluency import Perplexities
@@ -226,11 +227,11 @@ def _answered(
 ) -> Iterator[Record]:
     """The answers of a model, greedily; those that it cannot read have an error."""
     from dlmctl.diffusion.rollout import rollout
-    from dlmctl.diffusion.sampling import settings_for
+    from dlmctl.diffusion.sampling import configured
     from dlmctl.models.loading import load_policy
 
     policy = load_policy(judge, device, dtype)
-    settings = settings_for(policy, gen_length=length, temperature=0.0)
+    settings = configured(policy, Sampler(gen_length=length, temperature=0.0))
     return rollout(asked, policy, settings, 1, 0, batch_size, "keep")
 
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from dlmctl.diffusion.noise import gumbel, key_tensor, subkeys
-from dlmctl.diffusion.sampling import Request, Sample, Sampling
+from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig
 from dlmctl.models.policy import Policy, cache_argument
 from dlmctl.records.errors import UsageError
 
 
 def sample_autoregressive(
-    policy: Policy, requests: Iterable[Request], settings: Sampling, batch_size: int
+    policy: Policy, requests: Iterable[Request], settings: SamplerConfig, batch_size: int
 ) -> Iterator[Sample]:
     """Sample a completion for each request, up to and including end-of-sequence, in their order.
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dlmctl.diffusion.sampling import Request, Sample, Sampling
+from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig
 from dlmctl.models.policy import Policy
 
 
@@ -32,7 +32,7 @@ class Masked(NamedTuple):
 class Canvas:
     """Slots of token ids; the host knows where each row stands, the device what it holds."""
 
-    def __init__(self, policy: Policy, settings: Sampling, slots: int) -> None:
+    def __init__(self, policy: Policy, settings: SamplerConfig, slots: int) -> None:
         self.policy, self.settings, self.device = policy, settings, policy.device
         self.ids = torch.full((slots, 0), policy.pad_id, dtype=torch.int64, device=self.device)
         self.order = self.ids.new_zeros(slots, settings.gen_length)

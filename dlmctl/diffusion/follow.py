@@ -10,18 +10,20 @@ rounds trained on, so that round r on lag 0 waits for round r in the checkpoint.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 from dlmctl.diffusion.rollout import Round, rollout, with_prompt_ids
-from dlmctl.diffusion.sampling import Sampling
+from dlmctl.diffusion.sampling import configured
 from dlmctl.models.loading import load_policy, reload_policy
-from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import OnError, Record
 from dlmctl.records.stdin import reader_is_gone
+from dlmctl.settings.common import Compute
 from dlmctl.settings.models import Prompting
+from dlmctl.settings.rollout import Loop
+from dlmctl.settings.sampler import Sampler
 from dlmctl.train.checkpoint import latest_checkpoint, read_progress
 
 POLL_SECONDS = 0.02
@@ -29,17 +31,13 @@ POLL_SECONDS = 0.02
 
 def follow_run(
     prompts: Iterator[Record],
-    run: Path,
+    loop: Loop,
     model: str,
-    settings_for: Callable[[Policy], Sampling],
+    sampler: Sampler,
     samples: int,
     prompts_per_round: int,
-    rounds: int,
-    max_lag: int,
     seed: int,
-    batch_size: int,
-    device: str,
-    dtype: str,
+    compute: Compute,
     on_error: OnError,
     prompting: Prompting | None = None,
 ) -> Iterator[Record]:
@@ -48,14 +46,16 @@ def follow_run(
     Raises:
         BrokenPipeError: the reader of standard output went away while a checkpoint was awaited.
     """
-    checkpoint = latest_checkpoint(run)
-    first = rounds_done(run)
+    assert loop.follow is not None
+    device, dtype = compute.device, compute.dtype
+    checkpoint = latest_checkpoint(loop.follow)
+    first = rounds_done(loop.follow)
     policy = load_policy(str(checkpoint or model), device, dtype, prompting)
     loaded = checkpoint
     # Prompts of rounds that an earlier process sampled are not sampled again.
     prompts = islice(prompts, first * prompts_per_round, None)
-    for number in range(first, rounds):
-        checkpoint = _await_round(run, number - max_lag)
+    for number in range(first, loop.rounds):
+        checkpoint = _await_round(loop.follow, number - loop.max_lag)
         if checkpoint is not None and checkpoint != loaded:
             policy = reload_policy(policy, str(checkpoint), device, dtype)
             loaded = checkpoint
@@ -67,9 +67,10 @@ def follow_run(
         sound = sum("error" not in record for record in batch)
         if not sound:
             raise DataError(f"none of the prompts of round {number} can be used: nothing to train")
-        place = Round(number, sound * samples, max_lag)
-        settings = settings_for(policy)
-        yield from rollout(batch, policy, settings, samples, seed, batch_size, on_error, place)
+        place = Round(number, sound * samples, loop.max_lag)
+        config = configured(policy, sampler)
+        size = compute.batch_size
+        yield from rollout(batch, policy, config, samples, seed, size, on_error, place)
 
 
 def rounds_done(run: Path) -> int:

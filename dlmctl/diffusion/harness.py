@@ -24,19 +24,13 @@ from dlmctl.diffusion.autoregressive import sample_autoregressive
 from dlmctl.diffusion.elbo import Example, elbo_samples
 from dlmctl.diffusion.noise import stream_key
 from dlmctl.diffusion.sampler import sample_stream
-from dlmctl.diffusion.sampling import (
-    CacheRule,
-    EosRule,
-    Remasking,
-    Request,
-    Sampling,
-    settings_for,
-)
+from dlmctl.diffusion.sampling import Request, SamplerConfig, configured
 from dlmctl.diffusion.scoring import MaskPlan, completion_masks
 from dlmctl.models.loading import load_policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.settings.masks import LAWS
 from dlmctl.settings.models import Reading
+from dlmctl.settings.sampler import CacheRule, EosRule, Remasking, Sampler
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")
 """Names that tasks have for the length of a completion."""
@@ -185,7 +179,7 @@ class HarnessModel(LM):
         """A completion of each context, up to the first of its stop strings."""
         texts = [""] * len(requests)
         repeats: Counter[tuple[str | int, ...]] = Counter()
-        groups: dict[Sampling, list[tuple[int, Request]]] = {}
+        groups: dict[SamplerConfig, list[tuple[int, Request]]] = {}
         for number, request in enumerate(requests):
             context, asked = request.args[0], request.args[1]
             settings = self._settings(asked)
@@ -319,19 +313,19 @@ class HarnessModel(LM):
                 same[n] = tokens == pairs[n].continuation
         return same
 
-    def _greedy_settings(self, length: int) -> Sampling:
+    def _greedy_settings(self, length: int) -> SamplerConfig:
         """A completion of exactly `length` tokens; of no more steps than it has tokens."""
         given = {**self.sampler, **self._blocks(length), "early_stop": False}
         if given.get("steps"):
-            own = settings_for(self.policy, gen_length=length, **self._blocks(length))
+            own = configured(self.policy, Sampler(gen_length=length, **self._blocks(length)))
             given["steps"] = max(own.blocks, min(length, given["steps"]))
-        return settings_for(self.policy, gen_length=length, temperature=0.0, **given)
+        return configured(self.policy, Sampler(gen_length=length, temperature=0.0, **given))
 
-    def _blocks(self, length: int) -> dict[str, int]:
+    def _blocks(self, length: int) -> dict[str, Any]:
         block = self.sampler.get("block_length")
         return {} if block is None else {"block_length": min(block, length)}
 
-    def _settings(self, asked: dict[str, Any]) -> Sampling:
+    def _settings(self, asked: dict[str, Any]) -> SamplerConfig:
         """The sampler's settings for a task's `generation_kwargs`."""
         for name in sorted(set(asked) - UNSAMPLED - self._told):
             self._told.add(name)
@@ -343,11 +337,12 @@ class HarnessModel(LM):
         elif asked.get("do_sample") is False:
             temperature = 0.0
         length = self.gen_length or length
-        return settings_for(
-            self.policy, gen_length=length, temperature=float(temperature), **self.sampler
+        return configured(
+            self.policy,
+            Sampler(gen_length=length, temperature=float(temperature), **self.sampler),
         )
 
-    def _sample(self, requests: Sequence[Request], settings: Sampling) -> list[list[int]]:
+    def _sample(self, requests: Sequence[Request], settings: SamplerConfig) -> list[list[int]]:
         sampler = sample_stream if self.policy.diffusion else sample_autoregressive
         samples = sampler(self.policy, requests, settings, self.batch_size)
         return [made.tokens for made in self.counted(samples, "completions", len(requests))]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dlmctl.diffusion.cache import SlotCache, check_cache
 from dlmctl.diffusion.canvas import Canvas, Masked
-from dlmctl.diffusion.sampling import Sampling
+from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.diffusion.watching import Watch
 from dlmctl.models.policy import Policy
 
@@ -36,7 +36,9 @@ def buckets(lengths: Sequence[int]) -> Iterator[slice]:
 class Passes:
     """Hidden states of masked positions, with the passes that the settings ask for."""
 
-    def __init__(self, policy: Policy, settings: Sampling, canvas: Canvas, watch: Watch) -> None:
+    def __init__(
+        self, policy: Policy, settings: SamplerConfig, canvas: Canvas, watch: Watch
+    ) -> None:
         self.policy, self.settings, self.canvas, self.watch = policy, settings, canvas, watch
         self.cache: SlotCache | None = None
         if settings.cache != "none":

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from dlmctl.diffusion.noise import gumbel, uniform
-from dlmctl.diffusion.sampling import Remasking, Sampling
+from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.policy import Policy
+from dlmctl.settings.sampler import Remasking
 
 
 def propose(
-    policy: Policy, states: Sequence[Tensor], keys: Tensor, settings: Sampling
+    policy: Policy, states: Sequence[Tensor], keys: Tensor, settings: SamplerConfig
 ) -> tuple[Tensor, Tensor]:
     """A token and a confidence for each of N positions.
 
@@ -55,7 +56,7 @@ def positions_per_chunk(vocab_size: int, cuda: bool) -> int:
 
 
 def propose_chunk(
-    policy: Policy, states: Sequence[Tensor], keys: Tensor, settings: Sampling
+    policy: Policy, states: Sequence[Tensor], keys: Tensor, settings: SamplerConfig
 ) -> tuple[Tensor, Tensor]:
     """`propose` with the logits of all positions in memory at once."""
     return _decide(policy, _logits(policy, states, settings.cfg_scale), keys, settings)
@@ -73,7 +74,7 @@ def _logits(policy: Policy, states: Sequence[Tensor], cfg_scale: float) -> Tenso
 
 
 def _decide(
-    policy: Policy, logits: Tensor, keys: Tensor, settings: Sampling
+    policy: Policy, logits: Tensor, keys: Tensor, settings: SamplerConfig
 ) -> tuple[Tensor, Tensor]:
     """`propose` for one chunk of logits [N, V], which are overwritten."""
     if settings.eos == "never":
@@ -116,7 +117,7 @@ def _confidence(logits: Tensor, token: Tensor, keys: Tensor, remasking: Remaskin
     return chosen / (1 + below.exp_().sum(dim=1).double())
 
 
-def kept(confidence: Tensor, quota: Tensor, settings: Sampling) -> Tensor:
+def kept(confidence: Tensor, quota: Tensor, settings: SamplerConfig) -> Tensor:
     """bool [R, B]: the positions whose token stays.
 
     By `threshold` and `factor`, as in Fast-dLLM's get_transfer_index and

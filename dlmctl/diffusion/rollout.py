@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from dlmctl.diffusion.autoregressive import sample_autoregressive
 from dlmctl.diffusion.noise import stream_key
 from dlmctl.diffusion.sampler import sample_stream
-from dlmctl.diffusion.sampling import Request, Sample, Sampling
+from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig
 from dlmctl.diffusion.watching import Watch
 from dlmctl.models.policy import Policy
 from dlmctl.records.jsonl import OnError, Record, each, field
@@ -38,7 +38,7 @@ class Round(NamedTuple):
 def rollout(
     records: Iterable[Record],
     policy: Policy,
-    settings: Sampling,
+    settings: SamplerConfig,
     samples: int,
     seed: int,
     batch_size: int,
@@ -91,7 +91,7 @@ def with_prompt_ids(
     return each(records, prepare, on_error)
 
 
-def made_by(policy: Policy, settings: Sampling, samples: int, seed: int) -> dict[str, Any]:
+def made_by(policy: Policy, settings: SamplerConfig, samples: int, seed: int) -> dict[str, Any]:
     """What of a completion's `rollout` is the same for all that a command samples."""
     return {
         "model": policy.name,
@@ -102,7 +102,7 @@ def made_by(policy: Policy, settings: Sampling, samples: int, seed: int) -> dict
     }
 
 
-def batch_begins(policy: Policy, settings: Sampling, batch_size: int) -> Begins:
+def batch_begins(policy: Policy, settings: SamplerConfig, batch_size: int) -> Begins:
     """Where a batch that nothing earlier is part of begins, for `records.resume`.
 
     Rows that take the same number of steps come and go together. Where a row may be done early,
@@ -120,7 +120,7 @@ def _completed(
     index: int,
     result: Sample,
     policy: Policy,
-    settings: Sampling,
+    settings: SamplerConfig,
     samples: int,
     seed: int,
     round_: Round | None,

@@ -26,14 +26,14 @@ from dlmctl.diffusion.canvas import Canvas
 from dlmctl.diffusion.noise import subkeys
 from dlmctl.diffusion.passes import Passes
 from dlmctl.diffusion.proposals import kept, propose
-from dlmctl.diffusion.sampling import Request, Sample, Sampling
+from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig
 from dlmctl.diffusion.watching import Watch
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 
 
 def sample(
-    policy: Policy, prompts: Sequence[Sequence[int]], keys: Sequence[int], settings: Sampling
+    policy: Policy, prompts: Sequence[Sequence[int]], keys: Sequence[int], settings: SamplerConfig
 ) -> list[Sample]:
     """Sample a completion for each of B prompts, all in one batch; `keys` are their 64-bit keys."""
     requests = [Request(list(p), key) for p, key in zip(prompts, keys, strict=True)]
@@ -44,7 +44,7 @@ def sample(
 def sample_stream(
     policy: Policy,
     requests: Iterable[Request],
-    settings: Sampling,
+    settings: SamplerConfig,
     batch_size: int,
     watch: Watch | None = None,
 ) -> Iterator[Sample]:

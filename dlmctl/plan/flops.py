@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from dlmctl.diffusion.sampling import Sampling
+from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.blocks import decoder_blocks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
@@ -180,7 +180,7 @@ def _tower(config: Any, patches: Part, tokens: Part) -> Tower:
     )
 
 
-def denoising(found: Counts, settings: Sampling, prompt_length: int, shift: int) -> float:
+def denoising(found: Counts, settings: SamplerConfig, prompt_length: int, shift: int) -> float:
     """Sampling of one completion by the block-wise sampler, with all its steps."""
     length = prompt_length + settings.gen_length
     interval = settings.refresh or settings.steps_per_block

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dlmctl.diffusion.autoregressive import next_tokens
 from dlmctl.diffusion.projection import target_log_probs, weighted_log_prob
 from dlmctl.diffusion.proposals import positions_per_chunk, propose_chunk
-from dlmctl.diffusion.sampling import Sampling
+from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.blocks import decoder_blocks
 from dlmctl.models.policy import Policy
 from dlmctl.models.weightless import followable
@@ -125,7 +125,7 @@ def scoring_memory(
 
 
 def sampling_memory(
-    policy: Policy, settings: Sampling, rows: int, prompt_length: int
+    policy: Policy, settings: SamplerConfig, rows: int, prompt_length: int
 ) -> tuple[float, Passing]:
     """Keys and values that `rollout` keeps, and the pass over its whole batch with the proposals.
 
@@ -163,7 +163,7 @@ def sampling_memory(
     return cached, Passing(forward, max(0.0, head - forward))
 
 
-def _propose(policy: Policy, hidden: Tensor, settings: Sampling) -> None:
+def _propose(policy: Policy, hidden: Tensor, settings: SamplerConfig) -> None:
     rows = len(hidden)
     if not policy.diffusion:
         logits = policy.logits(hidden[:, -1]).double()

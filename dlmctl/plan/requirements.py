@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from dlmctl.diffusion.sampling import Sampling
+from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.families import FAULTS
 from dlmctl.models.policy import Policy
 from dlmctl.models.weightless import weightless_policy
@@ -65,7 +65,7 @@ class Work:
     passes: Passes
     contrasts: int
     """Passes of `advantage --algo srpo` over each completion; 0 without it."""
-    sampling: Sampling
+    sampling: SamplerConfig
     sampling_batch: int
     """Sequences that `rollout` has under way; 0 where nothing is sampled."""
 

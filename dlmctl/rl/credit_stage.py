@@ -27,7 +27,7 @@ from dlmctl.rl.srpo.roles import OTHER, PERCEPTION, REASONING, token_roles
 from dlmctl.tasks.layout import Tags
 
 
-class Sampler:
+class BehaviorPolicy:
     """The policy that sampled the records, whichever round they are of."""
 
     def __init__(self, model: str | None, device: str, dtype: str, any_policy: bool) -> None:
@@ -82,7 +82,7 @@ def credit_passes(diffusion: bool) -> int:
 
 def credited(
     records: Iterable[Record],
-    sampler: Sampler,
+    sampler: BehaviorPolicy,
     contrast: Contrast,
     credit: Credit,
     tags: Tags,

@@ -9,7 +9,7 @@ from dlmctl.settings.common import Seed
 
 
 @dataclass(frozen=True)
-class Loop:
+class Workload:
     """Rounds of training, all alike."""
 
     task: str = knob("sudoku", "Prompts, as in 'dlmctl rollout'.", "--task")

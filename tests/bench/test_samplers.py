@@ -8,7 +8,7 @@ from dlmctl.bench.reference import plain_sample
 from dlmctl.bench.rollout import compare_samplers, ways
 from dlmctl.bench.shapes import bench_policy, random_prompts
 from dlmctl.diffusion.sampler import sample
-from dlmctl.diffusion.sampling import Request, Sampling
+from dlmctl.diffusion.sampling import Request, SamplerConfig
 from dlmctl.records.errors import UsageError
 
 
@@ -16,7 +16,7 @@ from dlmctl.records.errors import UsageError
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_the_plain_sampler_draws_the_tokens_of_the_fast_one(family, temperature):
     policy = tiny_policy(family)
-    settings = Sampling(10, 4, 6, temperature=temperature)
+    settings = SamplerConfig(10, 4, 6, temperature=temperature)
     prompts, keys = [[3, 4, 8], [5, 8], [6] * 7], [1, 2, 3]
     fast = sample(policy, prompts, keys, settings)
     for prompt, key, ours in zip(prompts, keys, fast, strict=True):
@@ -26,7 +26,7 @@ def test_the_plain_sampler_draws_the_tokens_of_the_fast_one(family, temperature)
 def test_rows_are_of_the_paths_asked_for_beside_the_reference():
     policy = bench_policy("random:tiny", "cpu", "float32")
     requests = [Request(p, n) for n, p in enumerate(random_prompts(policy, 6, 4, 20))]
-    exact = Sampling(16, 8, 16)
+    exact = SamplerConfig(16, 8, 16)
     paths = {name: ways(exact, 0.0, 1.0, None, 0.0)[name] for name in ("exact", "threshold")}
     rows = list(compare_samplers(policy, requests, exact, paths, 4, 3, lambda tokens: 0.25))
     assert [row["path"] for row in rows] == ["reference", "exact", "threshold"]
@@ -44,7 +44,7 @@ def test_rows_are_of_the_paths_asked_for_beside_the_reference():
 def test_paths_by_confidence_take_the_passes_they_need_beside_fewer_steps():
     policy = bench_policy("random:tiny", "cpu", "float32")
     requests = [Request(p, n) for n, p in enumerate(random_prompts(policy, 6, 4, 20))]
-    exact = Sampling(16, 8, 5)
+    exact = SamplerConfig(16, 8, 5)
     known = ways(exact, 0.9, 0.0, None, 0.0)
     paths = {name: known[name] for name in ("dual", "dual+threshold", "dual+factor")}
     nfe = [row["nfe"] for row in compare_samplers(policy, requests, exact, paths, 4, 3)]
@@ -57,7 +57,7 @@ def test_a_random_model_is_sure_of_some_tokens_and_not_of_others():
     requests = random_prompts(policy, 8, 4, 40)
     assert [len(p) for p in requests][::7] == [4, 40]
     passes = [
-        sum(s.nfe for s in sample(policy, requests, list(range(8)), Sampling(32, 32, **way)))
+        sum(s.nfe for s in sample(policy, requests, list(range(8)), SamplerConfig(32, 32, **way)))
         for way in ({"threshold": 0.0}, {"threshold": 0.6}, {})
     ]
     assert passes[0] < passes[1] < passes[2]

@@ -20,12 +20,12 @@ from script import script
 from dlmctl.commands.progress import counting
 from dlmctl.commands.tables import write_rows
 from dlmctl.diffusion.rollout import rollout
-from dlmctl.diffusion.sampling import settings_for
+from dlmctl.diffusion.sampling import configured
 from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.records.jsonl import Record
 from dlmctl.rl.advantage_stage import advantage
 from dlmctl.rl.advantages import Normalization
-from dlmctl.rl.credit_stage import Sampler, credited
+from dlmctl.rl.credit_stage import BehaviorPolicy, credited
 from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Batching
 from dlmctl.rl.srpo.contrast import Contrast
@@ -33,8 +33,9 @@ from dlmctl.rl.srpo.credit import Credit
 from dlmctl.rl.update import update_policy
 from dlmctl.settings import Knob
 from dlmctl.settings.algorithms import RECIPES
-from dlmctl.settings.bench import Loop
+from dlmctl.settings.bench import Workload
 from dlmctl.settings.common import Compute, Json, Quiet
+from dlmctl.settings.sampler import Sampler
 from dlmctl.tasks.layout import Tags
 from dlmctl.tasks.sources import prompts
 from dlmctl.train.lora import Adapter
@@ -55,7 +56,7 @@ def command(
             metavar="MODEL",
         ),
     ],
-    loop: Loop = Loop("shapes", rounds=6, prompts=16, samples=8),
+    work: Workload = Workload("shapes", rounds=6, prompts=16, samples=8),
     compute: Compute = Compute(batch_size=128),
     quiet: Quiet = False,
     json: Json = False,
@@ -67,13 +68,13 @@ def command(
     weights: seconds, the median over the rounds; ratio to the round without; and the share of the
     completions that were scored.
     """
-    with counting("rounds", quiet, loop.rounds) as gauge:
-        rows = credit_cost(model, loop, compute, gauge.advance)
+    with counting("rounds", quiet, work.rounds) as gauge:
+        rows = credit_cost(model, work, compute, gauge.advance)
         write_rows(rows, ["stage", "seconds", "ratio", "scored"], json)
 
 
 def credit_cost(
-    model: str, loop: Loop, compute: Compute, advance: Callable[[], None] = lambda: None
+    model: str, work: Workload, compute: Compute, advance: Callable[[], None] = lambda: None
 ) -> Iterator[dict[str, Any]]:
     """A row for each stage of a round, for the round of GRPO, and for that of SRPO.
 
@@ -88,10 +89,10 @@ def credit_cost(
     with tempfile.TemporaryDirectory(prefix="dlmctl-credit-") as scratch:
         run = open_run(
             Path(scratch) / "run", model, "srpo", Optimization(), Adapter(), compute.device,
-            compute.dtype, False, loop.seed,
+            compute.dtype, False, work.seed,
         )  # fmt: skip
         scored: list[float] = []
-        for share in _rounds(model, loop, compute, run, seconds):
+        for share in _rounds(model, work, compute, run, seconds):
             scored.append(share)
             advance()
     taken = {stage: median(times[1:]) for stage, times in seconds.items()}
@@ -103,7 +104,7 @@ def credit_cost(
 
 
 def _rounds(
-    model: str, loop: Loop, compute: Compute, run: Run, seconds: dict[str, list[float]]
+    model: str, work: Workload, compute: Compute, run: Run, seconds: dict[str, list[float]]
 ) -> Iterator[float]:
     """The share of scored completions of each round; appends each stage's time to `seconds`."""
 
@@ -113,24 +114,24 @@ def _rounds(
         seconds.setdefault(stage, []).append(time.perf_counter() - begun)
         return records
 
-    source, size = prompts(loop.task, seed=loop.seed), compute.batch_size
+    source, size = prompts(work.task, seed=work.seed), compute.batch_size
     recipe = RECIPES["srpo"]
     normalization = Normalization.of("srpo")
     batching = Batching(
         MaskPlan(recipe.law, recipe.samples, until_eos=recipe.until_eos), normalization
     )
-    sampler = Sampler(model, compute.device, compute.dtype, False)
-    for number in range(loop.rounds):
+    sampler = BehaviorPolicy(model, compute.device, compute.dtype, False)
+    for number in range(work.rounds):
         policy = sampler.policy = run.policy
-        settings, seed = settings_for(policy, temperature=1.0), loop.seed + number
-        batch = list(islice(source, loop.prompts))
-        records = timed("rollout", rollout(batch, policy, settings, loop.samples, seed, size))
+        settings, seed = configured(policy, Sampler(temperature=1.0)), work.seed + number
+        batch = list(islice(source, work.prompts))
+        records = timed("rollout", rollout(batch, policy, settings, work.samples, seed, size))
         records = timed("verify", verify(records))
         records = timed("advantage", advantage(records, normalization))
         records = timed(CREDIT, credited(records, sampler, Contrast(), Credit(), Tags(), size))
         yield sum(record["credit"]["scored"] for record in records) / len(records)
         trained = update_policy(
-            records, run, make_objective("srpo"), batching, loop.prompts, size, loop.rounds + 1, 2
+            records, run, make_objective("srpo"), batching, work.prompts, size, work.rounds + 1, 2
         )
         timed("update", map(Record, trained))
 

@@ -16,11 +16,12 @@ import torch
 from conftest import invoke, read_jsonl
 
 from dlmctl.diffusion.elbo import Example, elbo_samples
-from dlmctl.diffusion.sampling import Request, settings_for
+from dlmctl.diffusion.sampling import Request, configured
 from dlmctl.diffusion.scoring import MaskPlan, completion_masks, score
 from dlmctl.models.loading import load_policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
+from dlmctl.settings.sampler import Sampler
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
@@ -180,7 +181,7 @@ def test_only_the_models_own_completion_is_greedy(
 ) -> None:
     model = _model(saved_models(family), gen_length=5)
     policy = model.policy
-    settings = settings_for(policy, gen_length=5, temperature=0.0)
+    settings = configured(policy, Sampler(gen_length=5, temperature=0.0))
     [tokens] = model._sample([Request(policy.encode_text("12="), 1)], settings)
     text = policy.tokenizer.decode(tokens)
     if policy.encode_text(text) != tokens:

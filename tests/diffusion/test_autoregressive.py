@@ -8,9 +8,10 @@ import pytest
 from conftest import noise_image, tiny_policy, tiny_vision_policy
 
 from dlmctl.diffusion.rollout import rollout
-from dlmctl.diffusion.sampling import settings_for
+from dlmctl.diffusion.sampling import configured
 from dlmctl.models.policy import Policy
 from dlmctl.records.jsonl import Record
+from dlmctl.settings.sampler import Sampler
 
 LONGEST = 12
 
@@ -25,7 +26,7 @@ def sampled(policy: Policy, batch_size: int) -> list[Record]:
         prompts.append(Record(id=f"p{n}", prompt=text))
         if policy.vision is not None:
             prompts[-1] |= {"prompt": "<image>" + text, "images": [noise_image(n)]}
-    settings = settings_for(policy, gen_length=LONGEST, temperature=1.5)
+    settings = configured(policy, Sampler(gen_length=LONGEST, temperature=1.5))
     return list(rollout(prompts, policy, settings, 6, 3, batch_size))
 
 

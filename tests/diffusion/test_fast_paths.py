@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from dlmctl.diffusion.passes import SMALL_PASS, buckets
 from dlmctl.diffusion.proposals import propose
 from dlmctl.diffusion.sampler import sample, sample_stream
-from dlmctl.diffusion.sampling import Request, Sampling
+from dlmctl.diffusion.sampling import Request, SamplerConfig
 from dlmctl.models.policy import cache_argument
 from dlmctl.records.errors import DataError, UnavailableError, UsageError
 
@@ -21,7 +21,7 @@ def test_results_do_not_depend_on_how_many_are_under_way_and_keep_their_order():
     policy = tiny_policy()
     requests = [Request(p, key) for key, p in enumerate(PROMPTS * 3)]
     for way in WAYS:
-        settings = Sampling(12, 4, temperature=0.9, early_stop=True, **way)
+        settings = SamplerConfig(12, 4, temperature=0.9, early_stop=True, **way)
         alone = [sample(policy, [r.prompt], [r.key], settings)[0] for r in requests]
         for batch_size in (1, 4, 15, 40):
             assert list(sample_stream(policy, requests, settings, batch_size)) == alone
@@ -35,7 +35,7 @@ def test_requests_are_taken_only_as_places_become_free():
             taken.append(number)
             yield Request(PROMPTS[0], number)
 
-    samples = sample_stream(policy, requests(), Sampling(4, 4, 4), 3)
+    samples = sample_stream(policy, requests(), SamplerConfig(4, 4, 4), 3)
     next(samples)
     assert len(taken) == 3
 
@@ -46,7 +46,7 @@ def test_what_is_under_way_is_given_out_before_a_request_that_fails():
         yield Request(PROMPTS[1], 2)
         raise DataError("the third line is broken")
 
-    policy, settings, given = tiny_policy(), Sampling(4, 4, 4), []
+    policy, settings, given = tiny_policy(), SamplerConfig(4, 4, 4), []
     samples = sample_stream(policy, requests(), settings, 8)
     given += [next(samples), next(samples)]
     with pytest.raises(DataError, match="third"):
@@ -58,8 +58,8 @@ def test_what_is_under_way_is_given_out_before_a_request_that_fails():
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_a_cache_that_is_renewed_in_each_step_changes_nothing(family, cache):
     policy = tiny_policy(family)
-    exact = Sampling(12, 4, 12, temperature=0.7)
-    cached = Sampling(12, 4, 12, temperature=0.7, cache=cache, refresh=1)
+    exact = SamplerConfig(12, 4, 12, temperature=0.7)
+    cached = SamplerConfig(12, 4, 12, temperature=0.7, cache=cache, refresh=1)
     keys = list(range(5))
     assert sample(policy, PROMPTS, keys, cached) == sample(policy, PROMPTS, keys, exact)
 
@@ -69,8 +69,8 @@ def test_a_cache_that_is_renewed_in_each_step_changes_nothing(family, cache):
 def test_a_step_that_is_never_sure_enough_is_taken_again_exactly(family, cache):
     """A random model is never sure, so every step but a block's first takes two passes."""
     policy = tiny_policy(family)
-    exact = Sampling(12, 4, 12, temperature=0.7)
-    careful = Sampling(12, 4, 12, temperature=0.7, cache=cache, refresh_below=1.0)
+    exact = SamplerConfig(12, 4, 12, temperature=0.7)
+    careful = SamplerConfig(12, 4, 12, temperature=0.7, cache=cache, refresh_below=1.0)
     keys = list(range(5))
     ours, theirs = sample(policy, PROMPTS, keys, careful), sample(policy, PROMPTS, keys, exact)
     assert [(x.tokens, x.order) for x in ours] == [(x.tokens, x.order) for x in theirs]
@@ -82,13 +82,14 @@ def test_only_rows_that_are_unsure_pass_over_their_whole_sequence_again():
     between = [
         {x.nfe for x in sample(policy, PROMPTS, list(range(5)), settings)}
         for settings in (
-            Sampling(12, 4, 12, cache="dual", refresh_below=bound) for bound in (0.0, 0.05, 1.0)
+            SamplerConfig(12, 4, 12, cache="dual", refresh_below=bound)
+            for bound in (0.0, 0.05, 1.0)
         )
     ]
     assert between[0] == {12}
     assert between[2] == {21}
     assert all(12 <= nfe <= 21 for nfe in between[1])
-    alone = Sampling(12, 4, 12, cache="dual", refresh_below=0.05)
+    alone = SamplerConfig(12, 4, 12, cache="dual", refresh_below=0.05)
     for number, key in enumerate(range(5)):
         together = sample(policy, PROMPTS, list(range(5)), alone)[number]
         assert sample(policy, [PROMPTS[number]], [key], alone) == [together]
@@ -99,8 +100,8 @@ def test_only_rows_that_are_unsure_pass_over_their_whole_sequence_again():
 def test_with_one_layer_keys_of_other_tokens_do_not_change_and_a_cache_is_exact(family, cache):
     """In the first layer they come from embeddings, and only the block's own tokens change."""
     policy = tiny_policy(family, layers=1)
-    exact = Sampling(12, 4, 12, temperature=0.7)
-    cached = Sampling(12, 4, 12, temperature=0.7, cache=cache)
+    exact = SamplerConfig(12, 4, 12, temperature=0.7)
+    cached = SamplerConfig(12, 4, 12, temperature=0.7, cache=cache)
     keys = list(range(5))
     assert sample(policy, PROMPTS, keys, cached) == sample(policy, PROMPTS, keys, exact)
 
@@ -134,8 +135,8 @@ def with_prefix_of_transformers(policy, prompt, gen_length, block_length):
 @pytest.mark.parametrize("family", DECODERS)
 def test_a_prefix_cache_is_that_of_transformers(family):
     policy = tiny_policy(family, layers=3, seed=5)
-    settings = Sampling(12, 4, 12, cache="prefix")
-    exact, differs = Sampling(12, 4, 12), False
+    settings = SamplerConfig(12, 4, 12, cache="prefix")
+    exact, differs = SamplerConfig(12, 4, 12), False
     for prompt in PROMPTS[:3]:
         [ours] = sample(policy, [prompt], [0], settings)
         assert ours.tokens == with_prefix_of_transformers(policy, prompt, 12, 4)
@@ -150,22 +151,22 @@ def test_a_dual_cache_passes_over_the_block_alone(family):
     body.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    sample(policy, [[5, 8, 3]], [0], Sampling(8, 4, 8, cache="dual"))
+    sample(policy, [[5, 8, 3]], [0], SamplerConfig(8, 4, 8, cache="dual"))
     part = 4 + policy.shift
     assert seen == [11, part, part, part, 11, part, part, part]
 
 
 def test_a_cache_wants_a_decoder_and_no_guidance():
     with pytest.raises(UsageError, match="--cache is for"):
-        sample(tiny_policy("mlm"), PROMPTS, list(range(5)), Sampling(4, 4, 4, cache="dual"))
+        sample(tiny_policy("mlm"), PROMPTS, list(range(5)), SamplerConfig(4, 4, 4, cache="dual"))
     with pytest.raises(UsageError, match="--cfg-scale"):
-        Sampling(4, 4, 4, cache="dual", cfg_scale=1.0)
+        SamplerConfig(4, 4, 4, cache="dual", cfg_scale=1.0)
     with pytest.raises(UsageError, match="--refresh"):
-        Sampling(4, 4, 4, refresh=2)
+        SamplerConfig(4, 4, 4, refresh=2)
     with pytest.raises(UsageError, match="--refresh-below says"):
-        Sampling(4, 4, 4, refresh_below=0.9)
+        SamplerConfig(4, 4, 4, refresh_below=0.9)
     with pytest.raises(UsageError, match="--remasking entropy"):
-        Sampling(4, 4, 4, cache="dual", refresh_below=0.9, remasking="entropy")
+        SamplerConfig(4, 4, 4, cache="dual", refresh_below=0.9, remasking="entropy")
 
 
 @pytest.mark.parametrize("remasking", ["low_confidence", "entropy", "margin"])
@@ -186,7 +187,7 @@ def test_confidences_in_float32_rank_as_in_float64_where_p_rounds_to_one(remaski
         "margin": best[:, 0] - best[:, 1],
     }[remasking]
     with torch.no_grad():
-        token, sure = propose(policy, [states], keys, Sampling(4, 4, 4, remasking=remasking))
+        token, sure = propose(policy, [states], keys, SamplerConfig(4, 4, 4, remasking=remasking))
     assert torch.equal(token, logits.argmax(1))
     torch.testing.assert_close(sure, exact, rtol=1e-5, atol=1e-9)
 
@@ -209,8 +210,8 @@ def test_a_compiled_model_draws_the_same_tokens(family, monkeypatch):
     # The graph is captured as for the real compiler, which would take half a minute for each.
     monkeypatch.setattr("dlmctl.models.policy.COMPILER", "aot_eager")
     policy = tiny_policy(family)
-    exact = Sampling(12, 4, 12, temperature=0.7)
-    compiled = Sampling(12, 4, 12, temperature=0.7, compile=True)
+    exact = SamplerConfig(12, 4, 12, temperature=0.7)
+    compiled = SamplerConfig(12, 4, 12, temperature=0.7, compile=True)
     keys = list(range(5))
     assert sample(policy, PROMPTS, keys, compiled) == sample(policy, PROMPTS, keys, exact)
 
@@ -218,4 +219,4 @@ def test_a_compiled_model_draws_the_same_tokens(family, monkeypatch):
 def test_without_a_compiler_compile_says_what_is_missing(monkeypatch):
     monkeypatch.setattr("dlmctl.models.policy.which", lambda name: None)
     with pytest.raises(UnavailableError, match="needs a C\\+\\+ compiler"):
-        sample(tiny_policy("llada"), PROMPTS, list(range(5)), Sampling(4, 4, 4, compile=True))
+        sample(tiny_policy("llada"), PROMPTS, list(range(5)), SamplerConfig(4, 4, 4, compile=True))

@@ -9,8 +9,9 @@ from conftest import invoke, tiny_policy
 
 from dlmctl.diffusion.proposals import kept
 from dlmctl.diffusion.sampler import sample
-from dlmctl.diffusion.sampling import Sampling, settings_for
+from dlmctl.diffusion.sampling import SamplerConfig, configured
 from dlmctl.records.errors import UsageError
+from dlmctl.settings.sampler import Sampler
 
 PROMPTS = [[3, 4, 8], [5, 8]]
 RULES = [{"threshold": t} for t in (0.15, 0.3, 0.9)] + [{"factor": f} for f in (0.5, 1.6, 1.9)]
@@ -46,7 +47,7 @@ def test_a_step_decides_what_fast_dllm_decides(rule):
         rows.append([c if place in masked else -torch.inf for place, c in enumerate(row)])
         wanted.append({masked[n] for n in decided([row[place] for place in masked], **rule)})
     stays = kept(
-        torch.tensor(rows, dtype=torch.float64), torch.ones(len(rows)), Sampling(8, 8, **rule)
+        torch.tensor(rows, dtype=torch.float64), torch.ones(len(rows)), SamplerConfig(8, 8, **rule)
     )
     assert [set(row.nonzero()[:, 0].tolist()) for row in stays] == wanted
 
@@ -60,7 +61,7 @@ def test_the_factor_in_numbers():
         (0.91, 0.99, 0.10, 0.95, 0.92): [1, 1, 1, 1, 1],  # 0.1 would be left over
     }
     confidence = torch.tensor(list(rows), dtype=torch.float64)
-    made = kept(confidence, torch.ones(4), Sampling(5, 5, factor=0.5))
+    made = kept(confidence, torch.ones(4), SamplerConfig(5, 5, factor=0.5))
     assert made.int().tolist() == list(rows.values())
 
 
@@ -99,16 +100,16 @@ def test_a_block_takes_as_many_steps_as_it_needs(family, cache, rule):
     """With one layer a cache is exact."""
     policy = tiny_policy(family, layers=3 if cache == "none" else 1)
     for length, block in ((12, 4), (16, 16), (11, 4)):
-        made = sample(policy, PROMPTS, [0, 1], Sampling(length, block, cache=cache, **rule))
+        made = sample(policy, PROMPTS, [0, 1], SamplerConfig(length, block, cache=cache, **rule))
         for prompt, ours in zip(PROMPTS, made, strict=True):
             assert ours[:3] == generate(policy, prompt, length, block, rule)
 
 
 def test_a_threshold_of_one_decides_one_token_per_step_and_zero_all_at_once():
     policy = tiny_policy()
-    one = sample(policy, PROMPTS[:1], [0], Sampling(8, 4, threshold=1.0))[0]
-    assert one.tokens == sample(policy, PROMPTS[:1], [0], Sampling(8, 4, 8))[0].tokens
-    all_at_once = sample(policy, PROMPTS[:1], [0], Sampling(8, 4, threshold=0.0))[0]
+    one = sample(policy, PROMPTS[:1], [0], SamplerConfig(8, 4, threshold=1.0))[0]
+    assert one.tokens == sample(policy, PROMPTS[:1], [0], SamplerConfig(8, 4, 8))[0].tokens
+    all_at_once = sample(policy, PROMPTS[:1], [0], SamplerConfig(8, 4, threshold=0.0))[0]
     assert all_at_once.order == [0, 0, 0, 0, 4, 4, 4, 4]
     assert all_at_once.nfe == 2
 
@@ -117,8 +118,8 @@ def test_a_threshold_of_one_decides_one_token_per_step_and_zero_all_at_once():
 def test_the_steps_of_a_model_do_not_cut_a_block_short(rule):
     policy = tiny_policy()
     policy.sampling.update(gen_length=8, block_length=8, steps=2)
-    assert settings_for(policy).steps == 2
-    [done] = sample(policy, PROMPTS[:1], [0], settings_for(policy, **rule))
+    assert configured(policy).steps == 2
+    [done] = sample(policy, PROMPTS[:1], [0], configured(policy, Sampler(**rule)))
     # Of the factor's last step two are left.
     assert done.nfe == 8 - (rule == {"factor": 0.0})
 
@@ -135,7 +136,7 @@ def test_steps_and_a_rule_of_confidence_are_not_both_taken(option):
 def test_a_threshold_is_one_of_the_confidence_that_remasking_names(remasking):
     policy, nfe = tiny_policy(), []
     for threshold in (0.0, 0.3, 1.0):
-        settings = Sampling(8, 8, threshold=threshold, remasking=remasking)
+        settings = SamplerConfig(8, 8, threshold=threshold, remasking=remasking)
         nfe.append(sum(x.nfe for x in sample(policy, PROMPTS * 20, range(40), settings)))
     assert nfe[0] == 40 < nfe[1] < nfe[2] == 320
 
@@ -153,4 +154,4 @@ def test_a_threshold_is_one_of_the_confidence_that_remasking_names(remasking):
 )
 def test_rules_of_confidence_that_make_no_sense_are_refused(wrong, message):
     with pytest.raises(UsageError, match=message):
-        Sampling(8, 4, **wrong)
+        SamplerConfig(8, 4, **wrong)

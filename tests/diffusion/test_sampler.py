@@ -5,8 +5,9 @@ import torch
 from conftest import tiny_policy
 
 from dlmctl.diffusion.sampler import sample
-from dlmctl.diffusion.sampling import Sampling, settings_for, tokens_per_step
+from dlmctl.diffusion.sampling import SamplerConfig, configured, tokens_per_step
 from dlmctl.records.errors import UsageError
+from dlmctl.settings.sampler import Sampler
 
 PROMPT = [3, 4, 8]
 OTHER = [5, 8]
@@ -55,7 +56,7 @@ def llada_generate(policy, prompt, gen_length, block_length, steps, cfg_scale=0.
 @pytest.mark.parametrize(("length", "block", "steps"), [(12, 12, 12), (12, 4, 6), (12, 4, 12)])
 def test_greedy_samples_are_token_for_token_those_of_llada(family, length, block, steps):
     policy = tiny_policy(family)
-    settings = Sampling(gen_length=length, block_length=block, steps=steps)
+    settings = SamplerConfig(gen_length=length, block_length=block, steps=steps)
     [first, second] = sample(policy, [PROMPT, OTHER], [1, 2], settings)
     for prompt, ours in ((PROMPT, first), (OTHER, second)):
         tokens, order = llada_generate(policy, prompt, length, block, steps)
@@ -67,14 +68,14 @@ def test_greedy_samples_are_token_for_token_those_of_llada(family, length, block
 def test_greedy_samples_in_float32_are_those_of_llada():
     policy = tiny_policy(seed=3)
     policy.model.float()
-    settings = Sampling(gen_length=16, block_length=8, steps=8)
+    settings = SamplerConfig(gen_length=16, block_length=8, steps=8)
     [ours] = sample(policy, [PROMPT], [1], settings)
     assert ours.tokens == llada_generate(policy, PROMPT, 16, 8, 8)[0]
 
 
 def test_guidance_is_that_of_llada():
     policy = tiny_policy()
-    settings = Sampling(gen_length=8, block_length=4, steps=8, cfg_scale=1.5)
+    settings = SamplerConfig(gen_length=8, block_length=4, steps=8, cfg_scale=1.5)
     [ours] = sample(policy, [PROMPT], [1], settings)
     tokens, order = llada_generate(policy, PROMPT, 8, 4, 8, cfg_scale=1.5)
     assert (ours.tokens, ours.order, ours.nfe) == (tokens, order, 16)
@@ -84,7 +85,7 @@ def test_guidance_is_that_of_llada():
 @pytest.mark.parametrize("remasking", ["low_confidence", "random", "entropy", "margin"])
 def test_a_sample_does_not_depend_on_its_batch(remasking):
     policy = tiny_policy()
-    settings = Sampling(8, 4, 4, temperature=0.9, remasking=remasking)
+    settings = SamplerConfig(8, 4, 4, temperature=0.9, remasking=remasking)
     prompts = [PROMPT, OTHER, [6] * 7, PROMPT]
     together = sample(policy, prompts, [1, 2, 3, 4], settings)
     alone = [
@@ -96,7 +97,7 @@ def test_a_sample_does_not_depend_on_its_batch(remasking):
 
 def test_one_token_is_drawn_from_the_models_distribution():
     policy = tiny_policy()
-    settings = Sampling(gen_length=1, block_length=1, steps=1, temperature=1.0)
+    settings = SamplerConfig(gen_length=1, block_length=1, steps=1, temperature=1.0)
     draws = 4000
     samples = sample(policy, [PROMPT] * draws, list(range(draws)), settings)
     counts = torch.tensor([s.tokens[0] for s in samples]).bincount(minlength=policy.vocab_size)
@@ -111,7 +112,9 @@ def test_one_token_is_drawn_from_the_models_distribution():
 def test_confidence_is_measured_without_temperature_and_guides_the_order():
     policy = tiny_policy()
     orders = {
-        remasking: sample(policy, [PROMPT], [0], Sampling(6, 6, 6, remasking=remasking))[0].order
+        remasking: sample(policy, [PROMPT], [0], SamplerConfig(6, 6, 6, remasking=remasking))[
+            0
+        ].order
         for remasking in ("low_confidence", "random", "entropy", "margin")
     }
     assert all(sorted(order) == list(range(6)) for order in orders.values())
@@ -128,11 +131,11 @@ def test_end_of_sequence_can_be_left_out_or_put_last():
     policy = tiny_policy()
     settings = {"gen_length": 24, "block_length": 24, "steps": 24, "temperature": 2.0}
     keys = list(range(20))
-    plain = sample(policy, [PROMPT] * 20, keys, Sampling(**settings))
+    plain = sample(policy, [PROMPT] * 20, keys, SamplerConfig(**settings))
     assert any(policy.eos_id in s.tokens for s in plain)
-    never = sample(policy, [PROMPT] * 20, keys, Sampling(**settings, eos="never"))
+    never = sample(policy, [PROMPT] * 20, keys, SamplerConfig(**settings, eos="never"))
     assert not any(policy.eos_id in s.tokens for s in never)
-    late = sample(policy, [PROMPT] * 20, keys, Sampling(**settings, eos="late"))
+    late = sample(policy, [PROMPT] * 20, keys, SamplerConfig(**settings, eos="late"))
     for s in late:
         ends = [o for t, o in zip(s.tokens, s.order, strict=True) if t == policy.eos_id]
         others = [o for t, o in zip(s.tokens, s.order, strict=True) if t != policy.eos_id]
@@ -142,8 +145,10 @@ def test_end_of_sequence_can_be_left_out_or_put_last():
 def test_early_stop_fills_the_rest_with_end_of_sequence():
     policy = tiny_policy()
     settings = {"gen_length": 24, "block_length": 4, "steps": 24, "temperature": 2.0}
-    full = sample(policy, [PROMPT] * 20, list(range(20)), Sampling(**settings))
-    short = sample(policy, [PROMPT] * 20, list(range(20)), Sampling(**settings, early_stop=True))
+    full = sample(policy, [PROMPT] * 20, list(range(20)), SamplerConfig(**settings))
+    short = sample(
+        policy, [PROMPT] * 20, list(range(20)), SamplerConfig(**settings, early_stop=True)
+    )
     stopped = 0
     for a, b in zip(full, short, strict=True):
         blocks = [a.tokens[i : i + 4] for i in range(0, 24, 4)]
@@ -158,7 +163,9 @@ def test_early_stop_fills_the_rest_with_end_of_sequence():
 
 def test_the_mask_token_is_never_a_result():
     policy = tiny_policy()
-    samples = sample(policy, [PROMPT] * 50, list(range(50)), Sampling(6, 6, 3, temperature=5.0))
+    samples = sample(
+        policy, [PROMPT] * 50, list(range(50)), SamplerConfig(6, 6, 3, temperature=5.0)
+    )
     assert not any(policy.mask_id in s.tokens for s in samples)
 
 
@@ -170,7 +177,7 @@ def test_tokens_are_spread_evenly_over_the_steps():
 
 def test_a_last_block_may_be_shorter_and_more_steps_than_tokens_do_no_harm():
     policy = tiny_policy()
-    short = sample(policy, [PROMPT], [0], Sampling(gen_length=7, block_length=4, steps=8))[0]
+    short = sample(policy, [PROMPT], [0], SamplerConfig(gen_length=7, block_length=4, steps=8))[0]
     assert len(short.tokens) == 7
     assert policy.mask_id not in short.tokens
     assert max(short.order[:4]) < min(short.order[4:])
@@ -178,12 +185,12 @@ def test_a_last_block_may_be_shorter_and_more_steps_than_tokens_do_no_harm():
 
 def test_settings_come_from_the_model_where_they_are_not_given():
     policy = tiny_policy()
-    assert settings_for(policy, gen_length=None, temperature=0.0).gen_length == 6
-    longer = settings_for(policy, gen_length=64)
+    assert configured(policy, Sampler(gen_length=None, temperature=0.0)).gen_length == 6
+    longer = configured(policy, Sampler(gen_length=64))
     assert (longer.gen_length, longer.block_length, longer.steps) == (64, 32, 64)
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 1}, {"gen_length": 0}, {"block_length": 0}])
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(UsageError, match="--"):
-        Sampling(**{"gen_length": 8, "block_length": 4, "steps": 8, **wrong})
+        SamplerConfig(**{"gen_length": 8, "block_length": 4, "steps": 8, **wrong})

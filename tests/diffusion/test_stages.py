@@ -9,12 +9,12 @@ import pytest
 from conftest import tiny_policy
 
 from dlmctl.diffusion.rollout import Round, rollout
-from dlmctl.diffusion.sampling import Sampling
+from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.diffusion.scoring import MaskPlan, example_of, masks_by, score
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
 
-SETTINGS = Sampling(gen_length=4, block_length=2, steps=4, temperature=1.0)
+SETTINGS = SamplerConfig(gen_length=4, block_length=2, steps=4, temperature=1.0)
 
 
 def sampled(policy, records, batch_size=3, on_error="fail", round_=None, settings=SETTINGS):
@@ -180,6 +180,6 @@ def test_scoring_until_the_end_of_sequence_counts_no_token_after_it(policy):
     ],
 )
 def test_an_autoregressive_model_refuses_what_only_denoising_has(option, setting):
-    settings = Sampling(gen_length=4, block_length=2, **setting)
+    settings = SamplerConfig(gen_length=4, block_length=2, **setting)
     with pytest.raises(UsageError, match=f"{option} means nothing to"):
         list(sampled(tiny_policy("ar"), prompts("12="), settings=settings))

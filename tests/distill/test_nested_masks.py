@@ -9,10 +9,11 @@ import torch
 from conftest import tiny_policy
 
 from dlmctl.diffusion.rollout import rollout
-from dlmctl.diffusion.sampling import settings_for
+from dlmctl.diffusion.sampling import configured
 from dlmctl.distill.nested_masks import draw_nested, nested_masks
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record
+from dlmctl.settings.sampler import Sampler
 
 EVERY = torch.ones(6, dtype=torch.bool)
 
@@ -60,7 +61,7 @@ def test_tokens_that_do_not_count_are_never_masked():
 
 def test_along_a_trajectory_what_is_hidden_is_what_the_sampler_had_not_decided():
     policy = tiny_policy()
-    settings = settings_for(policy, temperature=1.0)
+    settings = configured(policy, Sampler(temperature=1.0))
     prompts = [Record(id="p", prompt="12=")]
     [record] = rollout(prompts, policy, settings, 1, 0, 1)
     order = torch.tensor(record["rollout"]["order"])

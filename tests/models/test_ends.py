@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from dlmctl.diffusion.proposals import propose
 from dlmctl.diffusion.rollout import rollout
-from dlmctl.diffusion.sampling import settings_for
+from dlmctl.diffusion.sampling import configured
 from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.loading import load_policy
 from dlmctl.models.policy import Policy
 from dlmctl.models.saving import save_policy
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record
+from dlmctl.settings.sampler import Sampler
 
 
 def saved(directory, family="ar", seed=0, **generation):
@@ -30,7 +31,7 @@ def saved(directory, family="ar", seed=0, **generation):
 
 def first_tokens(policy, prompts):
     """What greedy sampling begins with for each prompt."""
-    settings = settings_for(policy, gen_length=6, temperature=0.0)
+    settings = configured(policy, Sampler(gen_length=6, temperature=0.0))
     records = [Record(id=p, prompt=p) for p in prompts]
     return [r["tokens"]["completion"] for r in rollout(records, policy, settings, 1, 0, 8)]
 
@@ -101,7 +102,9 @@ def test_early_stopping_knows_every_end():
     given = {"gen_length": 12, "block_length": 4, "temperature": 1.0}
     records = [Record(id=str(n), prompt="1") for n in range(24)]
     plain, early = (
-        list(rollout(records, policy, settings_for(policy, **given, early_stop=stop), 1, 0, 8))
+        list(
+            rollout(records, policy, configured(policy, Sampler(**given, early_stop=stop)), 1, 0, 8)
+        )
         for stop in (False, True)
     )
     stopped = 0
@@ -117,7 +120,7 @@ def test_early_stopping_knows_every_end():
 def proposals(policy, eos):
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(64, 16, generator=generator, dtype=torch.float64)
-    settings = settings_for(policy, temperature=0.0, eos=eos)
+    settings = configured(policy, Sampler(temperature=0.0, eos=eos))
     return propose(policy, [states], torch.zeros(64, dtype=torch.int64), settings)
 
 

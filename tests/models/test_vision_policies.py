@@ -10,13 +10,14 @@ from safetensors.torch import load_file, save_file
 from dlmctl.diffusion.corrupted import with_corrupted_images
 from dlmctl.diffusion.elbo import log_probs
 from dlmctl.diffusion.rollout import rollout
-from dlmctl.diffusion.sampling import settings_for
+from dlmctl.diffusion.sampling import configured
 from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.loading import load_policy, reload_policy
 from dlmctl.models.policy import Policy
 from dlmctl.models.saving import save_policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
+from dlmctl.settings.sampler import Sampler
 
 KINDS = ["qwen2.5-vl", "qwen3-vl", "llava"]
 RECORDS = [
@@ -41,7 +42,7 @@ def records() -> list[Record]:
 
 
 def sampled(policy: Policy, batch_size: int, temperature: float = 1.0) -> list[Record]:
-    settings = settings_for(policy, temperature=temperature)
+    settings = configured(policy, Sampler(temperature=temperature))
     return list(rollout(records(), policy, settings, 2, 0, batch_size))
 
 
@@ -136,7 +137,7 @@ def test_a_sample_depends_on_its_image_and_on_no_neighbour(policy):
     together = sampled(policy, 8)
     assert [r["tokens"] for r in together] == [r["tokens"] for r in sampled(policy, 1)]
     other = Record(RECORDS[0], images=[noise_image(9)])
-    settings = settings_for(policy, temperature=1.0)
+    settings = configured(policy, Sampler(temperature=1.0))
     changed = list(rollout([other], policy, settings, 2, 0, 8))
     assert [r["tokens"] for r in changed] != [r["tokens"] for r in together[:2]]
     assert changed[0]["rollout"]["images"] != together[0]["rollout"]["images"]
@@ -229,7 +230,7 @@ def test_what_was_sampled_with_corrupted_images_is_not_trained_on_with_whole_one
     same = rollout(
         [Record(RECORDS[0], images=[noise_image(9)])],
         blind,
-        settings_for(blind, temperature=1.0),
+        configured(blind, Sampler(temperature=1.0)),
         2,
         0,
         8,
@@ -248,7 +249,7 @@ def test_without_images_prompts_are_those_of_text_alone(policy):
         {**r, "prompt": str(r["prompt"]).replace("<image>", ""), "images": []} for r in RECORDS
     ]
     assert [r["tokens"]["prompt"] for r in made[::2]] == [policy.encode(r) for r in plain]
-    settings = settings_for(policy, temperature=1.0)
+    settings = configured(policy, Sampler(temperature=1.0))
     blind = rollout([Record(record) for record in plain], policy, settings, 2, 0, 8)
     assert [r["tokens"] for r in made] == [r["tokens"] for r in blind]
     # What rollout wrote can be read again, and is not taken for what was seen.

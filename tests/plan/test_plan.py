@@ -24,7 +24,7 @@ from dlmctl.bench.memory import CLEAR
 from dlmctl.bench.shapes import SHAPES, bench_policy
 from dlmctl.diffusion.elbo import log_probs
 from dlmctl.diffusion.sampler import sample
-from dlmctl.diffusion.sampling import Sampling
+from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.saving import save_policy
 from dlmctl.models.weightless import weightless_policy
@@ -226,7 +226,7 @@ def resident_peaks():
 
     policy, settings = (
         random_policy(8, 128, 4000),
-        Sampling(gen_length=64, steps=2, temperature=1.0),
+        SamplerConfig(gen_length=64, steps=2, temperature=1.0),
     )
     prompts, keys = [[3] * 64] * 16, list(range(16))
     sample(policy, prompts, keys, settings)
@@ -332,7 +332,7 @@ def test_operations_of_a_step_are_counted_within_two_percent(rank, recomputes):
 )
 def test_operations_of_sampling_are_those_of_the_sampler(family, options):
     policy = tiny_policy(family, layers=4)
-    settings = Sampling(gen_length=12, block_length=4, steps=6, **options)
+    settings = SamplerConfig(gen_length=12, block_length=4, steps=6, **options)
     prompt = [3, 4, 5, 6, 7]
     planned = denoising(counts(policy, False), settings, len(prompt), policy.shift)
     assert planned == pytest.approx(
@@ -347,7 +347,7 @@ def test_operations_of_an_autoregressive_model_are_those_of_its_sampler():
     policy = dataclasses.replace(tiny_policy("ar", layers=4), eos_id=None)
     planned = left_to_right(counts(policy, False), 12, 5)
     requests = [Request([3, 4, 5, 6, 7], 1)]
-    settings = Sampling(gen_length=12, steps=12)
+    settings = SamplerConfig(gen_length=12, steps=12)
     made = counted(lambda: list(sample_autoregressive(policy, requests, settings, 1)))
     assert planned == pytest.approx(made, rel=0.01)
 

@@ -7,13 +7,14 @@ import pytest
 from conftest import invoke, noise_image, read_jsonl
 
 from dlmctl.diffusion.rollout import rollout
-from dlmctl.diffusion.sampling import settings_for
+from dlmctl.diffusion.sampling import configured
 from dlmctl.models.loading import load_policy
 from dlmctl.models.saving import save_policy
 from dlmctl.models.small import make_policy
 from dlmctl.models.small_vision import make_vision_policy
 from dlmctl.models.tokenizers import character_tokenizer
 from dlmctl.records.jsonl import Record
+from dlmctl.settings.sampler import Sampler
 
 GOOD = "<description>12 3</description><think>3 = 3</think>\\boxed{3}"
 OTHER = "<description>2 2 1</description><think>1</think>\\boxed{1}"
@@ -35,7 +36,7 @@ def verified(model) -> list[dict]:
     rows = []
     for number, rewards in enumerate([(1.0, 0.0, 0.1), (1.0, 1.0, 1.0)]):
         prompt = Record(id=f"p{number}", prompt="<image>1?", images=[noise_image(number)])
-        settings = settings_for(policy, gen_length=2)
+        settings = configured(policy, Sampler(gen_length=2))
         made = rollout([prompt], policy, settings, 3, 0, 8)
         for record, text, reward in zip(made, (GOOD, OTHER, MALFORMED), rewards, strict=True):
             record["completion"], record["reward"] = text, reward

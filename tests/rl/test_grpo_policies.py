@@ -10,7 +10,7 @@ from conftest import invoke, read_jsonl, tiny_policy
 from dlmctl.diffusion.elbo import Example, log_probs
 from dlmctl.diffusion.masks import MaskSet
 from dlmctl.diffusion.rollout import rollout
-from dlmctl.diffusion.sampling import Sampling
+from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record
@@ -143,7 +143,7 @@ def test_on_a_diffusion_policy_the_gradient_at_ratio_one_is_that_of_the_elbo(wei
 
 
 def sampled(policy, temperature=1.0, batch_size=3):
-    settings = Sampling(gen_length=5, block_length=5, steps=5, temperature=temperature)
+    settings = SamplerConfig(gen_length=5, block_length=5, steps=5, temperature=temperature)
     prompts = [Record(id=f"p{n}", prompt=text) for n, text in enumerate(("12=", "4"))]
     records = list(rollout(prompts, policy, settings, 3, 7, batch_size))
     for record in records:

@@ -12,7 +12,7 @@ from small_world import random_sae
 from torch import Tensor
 
 from dlmctl.diffusion.rollout import rollout
-from dlmctl.diffusion.sampling import Sampling
+from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.blocks import block_outputs
 from dlmctl.models.policy import Family, Policy
 from dlmctl.records.jsonl import Record
@@ -21,7 +21,7 @@ from dlmctl.sae.order.signals import auroc
 from dlmctl.sae.order.study import OrderStudy
 
 PROMPTS = ["012", "34", "0", "01234=0", "4321"]
-SETTINGS = Sampling(9, 5, 8, temperature=0.9)
+SETTINGS = SamplerConfig(9, 5, 8, temperature=0.9)
 
 
 def _dictionaries(*layers: int) -> list[Dictionary]:
@@ -122,7 +122,7 @@ def _written_out(steps: list[_Step], dictionary: Dictionary) -> dict[str, Any]:
 @pytest.mark.parametrize("way", [{}, {"cfg_scale": 1.0}, {"remasking": "random"}])
 def test_what_is_recorded_is_what_a_replay_sees(family: Family, way: dict[str, Any]) -> None:
     policy, dictionaries = tiny_policy(family), _dictionaries(0, 1, 1)
-    settings = Sampling(9, 5, 8, temperature=0.9, **way)
+    settings = SamplerConfig(9, 5, 8, temperature=0.9, **way)
     order = settings.remasking
     study = OrderStudy(policy, dictionaries, settings, [order])
     [record] = study.run(_records()[:1], 1, 0, 4)
@@ -224,7 +224,7 @@ def test_records_and_summary_do_not_depend_on_the_batch(family: Family) -> None:
     policy, dictionaries = tiny_policy(family), _dictionaries(0, 1)
     made = []
     for batch_size in (1, 3):
-        settings = Sampling(10, 4, None, 0.9, threshold=0.4, early_stop=True)
+        settings = SamplerConfig(10, 4, None, 0.9, threshold=0.4, early_stop=True)
         study = OrderStudy(policy, dictionaries, settings, ["random", "sae"], "answer")
         records = sorted(
             study.run(_records(answer="01234012"), 1, 3, batch_size),
@@ -234,7 +234,7 @@ def test_records_and_summary_do_not_depend_on_the_batch(family: Family) -> None:
     assert made[0] == nearly(made[1], rel=1e-9, abs=1e-12)
 
 
-def _guided(policy: Policy, settings: Sampling, watch: FeatureWatch, batch_size: int = 4):
+def _guided(policy: Policy, settings: SamplerConfig, watch: FeatureWatch, batch_size: int = 4):
     made = rollout(_records(), policy, settings, 2, 7, batch_size, watch=watch)
     return [(r["tokens"]["completion"], r["rollout"]["order"]) for r in watch.around(made)]
 
@@ -245,7 +245,7 @@ def test_a_signal_that_is_constant_leaves_the_order_of_low_confidence(
     policy, dictionaries = tiny_policy(), _dictionaries(0, 1)
     for way in ({"eos": "late"}, {"temperature": 0.0}):
         plain, guided = (
-            Sampling(
+            SamplerConfig(
                 **{"gen_length": 9, "block_length": 5, "steps": 8, "temperature": 0.9} | way,
                 remasking=remasking,
             )
@@ -267,7 +267,7 @@ def test_a_signal_that_is_constant_leaves_the_order_of_low_confidence(
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_the_order_that_goes_by_features_written_out(family: Family) -> None:
     policy, dictionaries = tiny_policy(family), _dictionaries(0, 1)
-    settings = Sampling(8, 8, 8, remasking="sae")
+    settings = SamplerConfig(8, 8, 8, remasking="sae")
     watch = FeatureWatch(policy, dictionaries)
     [made] = watch.around(rollout(_records()[:1], policy, settings, 1, 0, 1, watch=watch))
     tokens = {"prompt": made["tokens"]["prompt"], "completion": [policy.mask_id] * 8}
@@ -293,7 +293,7 @@ def test_the_order_that_goes_by_features_written_out(family: Family) -> None:
 def test_completions_by_features_do_not_depend_on_their_neighbours() -> None:
     policy = tiny_policy()
     watch = FeatureWatch(policy, _dictionaries(1))
-    settings = Sampling(10, 4, None, 0.9, threshold=0.4, remasking="sae")
+    settings = SamplerConfig(10, 4, None, 0.9, threshold=0.4, remasking="sae")
     alone = _guided(policy, settings, watch, 1)
     assert _guided(policy, settings, watch, 4) == alone
     assert _guided(policy, settings, watch, 64) == alone

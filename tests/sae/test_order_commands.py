@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from dlmctl.cli import app
 from dlmctl.diffusion.sampler import sample
-from dlmctl.diffusion.sampling import Sampling
+from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.policy import Family
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
@@ -23,7 +23,7 @@ from dlmctl.sae.order.feature_watch import Dictionary, read_dictionaries
 from dlmctl.sae.order.study import OrderStudy
 from dlmctl.sae.topk import TopKSae
 
-SETTINGS = Sampling(9, 5, 8, temperature=0.9)
+SETTINGS = SamplerConfig(9, 5, 8, temperature=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +50,14 @@ def test_what_features_cannot_be_followed_in_is_refused(
         OrderStudy(
             tiny_policy(family),
             [Dictionary("d", 0, random_sae().double())],
-            Sampling(**settings),
+            SamplerConfig(**settings),
             ["random", "entropy"],
         )
 
 
 def test_an_order_by_features_needs_someone_who_watches() -> None:
     with pytest.raises(UsageError, match="give one with --sae"):
-        sample(tiny_policy(), [[3, 4]], [1], Sampling(4, 4, 4, remasking="sae"))
+        sample(tiny_policy(), [[3, 4]], [1], SamplerConfig(4, 4, 4, remasking="sae"))
 
 
 def test_dictionaries_are_read_and_refused(folder: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from dlmctl.cli import app
 from dlmctl.diffusion.rollout import rollout
-from dlmctl.diffusion.sampling import Sampling
+from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.policy import Family, Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
@@ -25,7 +25,7 @@ from dlmctl.sae.topk import TopKSae
 
 IDS = torch.tensor([[3, 4, 2, 5, 2, 2, 6, 2], [4, 2, 2, 5, 6, -1, -1, -1]])
 STATES = torch.randn(2, 8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-SETTINGS = Sampling(12, 4, 12, temperature=0.9)
+SETTINGS = SamplerConfig(12, 4, 12, temperature=0.9)
 PROMPTS = ["012", "34", "0", "01234=0", "4321"]
 SCOPES = ["all", "update", "topk"]
 
@@ -49,7 +49,7 @@ def _dictionary(width: int, latents: int) -> TopKSae:
 
 
 def _steering(
-    policy: Policy, *steers: Steer, settings: Sampling = SETTINGS, **reach: Any
+    policy: Policy, *steers: Steer, settings: SamplerConfig = SETTINGS, **reach: Any
 ) -> Steering:
     return Steering(policy, settings, steers, Reach(**reach))
 
@@ -68,7 +68,9 @@ def _written_out(folder: str, states: Tensor, pushes: dict[int, float]) -> Tenso
         return (other @ sae.W_dec + sae.b_dec + rest).view_as(states)
 
 
-def _sampled(policy: Policy, settings: Sampling, batch_size: int, *steers: Steer, **reach: Any):
+def _sampled(
+    policy: Policy, settings: SamplerConfig, batch_size: int, *steers: Steer, **reach: Any
+):
     records = [Record(id=n, prompt=text) for n, text in enumerate(PROMPTS)]
     made = rollout(records, policy, settings, 2, 7, batch_size)
     if steers:
@@ -198,7 +200,7 @@ def test_steered_completions_do_not_depend_on_their_neighbours(
     if policy.diffusion:
         ways += [{"cache": "prefix"}, {"cache": "dual"}]
     for way in ways:
-        settings = Sampling(10, 4, 12, temperature=0.9, early_stop=True, **way)
+        settings = SamplerConfig(10, 4, 12, temperature=0.9, early_stop=True, **way)
         alone = _sampled(policy, settings, 1, steer, scope=scope)
         assert _sampled(policy, settings, 4, steer, scope=scope) == alone
         assert not policy.diffusion or any(1 in tokens[:-1] for tokens in alone)
@@ -227,7 +229,7 @@ def test_time_counts_the_masked_tokens_of_the_row_with_a_prefix_cache_too(
         for batch_size in (1, 2):
             seen.clear()
             # With a threshold rows get to stand in different blocks, which a pass pads.
-            settings = Sampling(10, 4, None, 0.9, threshold=0.4, cache=cache)
+            settings = SamplerConfig(10, 4, None, 0.9, threshold=0.4, cache=cache)
             _sampled(policy, settings, batch_size, Steer(folder, 0, 7, 0.0), time=(0.0, 0.5))
             counts.append(sorted(seen))
     assert counts[0] == counts[1]
@@ -250,7 +252,10 @@ def test_what_does_not_go_with_steering_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         _steering(
-            tiny_policy(family), Steer(folder, None, 7, 1.0), settings=Sampling(**settings), **reach
+            tiny_policy(family),
+            Steer(folder, None, 7, 1.0),
+            settings=SamplerConfig(**settings),
+            **reach,
         )
 
 

@@ -9,11 +9,12 @@ from conftest import invoke, noise_image, read_jsonl, tiny_vision_policy
 from ranks import Ranks, same_files, same_metrics, write
 
 from dlmctl.diffusion.rollout import rollout
-from dlmctl.diffusion.sampling import settings_for
+from dlmctl.diffusion.sampling import configured
 from dlmctl.models.loading import load_policy
 from dlmctl.models.saving import save_policy
 from dlmctl.models.small_vision import VisionKind
 from dlmctl.records.jsonl import Record
+from dlmctl.settings.sampler import Sampler
 
 PROMPTS = [
     # A step in which one rank has no image, one with none at all, one with a second image.
@@ -45,7 +46,7 @@ def test_two_ranks_are_as_one(tmp_path: Path, kind: VisionKind, options: str) ->
     made.model.float()
     save_policy(made, tmp_path / "model")
     policy = load_policy(str(tmp_path / "model"))
-    settings = settings_for(policy, temperature=1.0)
+    settings = configured(policy, Sampler(temperature=1.0))
     records = list(rollout([Record(p) for p in PROMPTS], policy, settings, 2, 0, 12))
     for number, record in enumerate(records):
         record["reward"] = float(number % 2)

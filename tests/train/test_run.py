@@ -265,10 +265,10 @@ def test_supervised_training_learns_its_completions(tmp_path, saved_models):
     assert metrics[-1]["loss"] < 0.1 * metrics[0]["loss"]
     assert run.progress.tokens == 480 * 4  # with the end-of-sequence that fills up
     from dlmctl.diffusion.sampler import sample
-    from dlmctl.diffusion.sampling import Sampling
+    from dlmctl.diffusion.sampling import SamplerConfig
 
     prompt = run.policy.encode({"prompt": "12="})
-    [made] = sample(run.policy, [prompt], [0], Sampling(4, 4, 4))
+    [made] = sample(run.policy, [prompt], [0], SamplerConfig(4, 4, 4))
     assert run.policy.decode(made.tokens) == "34"
     assert made.tokens[2:] == [1, 1]
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dlmctl.diffusion.canvas import Canvas, Masked
-from dlmctl.diffusion.sampling import Sampling
+from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.diffusion.watching import Watch
 from dlmctl.models.blocks import Edit, check_layers, edited_blocks
 from dlmctl.models.policy import Policy
@@ -94,7 +94,7 @@ def read_dictionaries(texts: Sequence[str], policy: Policy) -> list[Dictionary]:
     return found
 
 
-def check_watchable(policy: Policy, settings: Sampling, what: str) -> None:
+def check_watchable(policy: Policy, settings: SamplerConfig, what: str) -> None:
     """Raise UsageError where features cannot be followed; `what` is what asks for them."""
     if not policy.diffusion:
         raise UsageError(f"{what} means nothing to {policy.name}, an autoregressive model")

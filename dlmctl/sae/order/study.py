@@ -12,13 +12,14 @@ from itertools import islice
 from typing import Any
 
 from dlmctl.diffusion.rollout import rollout
-from dlmctl.diffusion.sampling import Remasking, Sampling
+from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import OnError, Record, each, field
 from dlmctl.sae.order.feature_watch import Dictionary, check_watchable
 from dlmctl.sae.order.signals import auroc
 from dlmctl.sae.order.watch import SIGNALS, OrderWatch
+from dlmctl.settings.sampler import Remasking
 
 WINDOW = 4
 """Batches of completions of an order, before the next order has its turn."""
@@ -40,7 +41,7 @@ class OrderStudy:
         self,
         policy: Policy,
         dictionaries: Sequence[Dictionary],
-        settings: Sampling,
+        settings: SamplerConfig,
         orders: Sequence[Remasking],
         truth: str | None = None,
     ) -> None:

@@ -12,11 +12,12 @@ from torch import Tensor
 from dlmctl.diffusion.canvas import Canvas, Masked
 from dlmctl.diffusion.noise import random_bits
 from dlmctl.diffusion.proposals import propose
-from dlmctl.diffusion.sampling import EosRule, Request
+from dlmctl.diffusion.sampling import Request
 from dlmctl.models.policy import Policy
 from dlmctl.sae.order.feature_change import Ledger, progress
 from dlmctl.sae.order.feature_watch import Dictionary, FeatureWatch, Look
 from dlmctl.sae.order.signals import Pool
+from dlmctl.settings.sampler import EosRule
 
 STEPS = 20
 """Bins of the share decided, over which features are counted."""

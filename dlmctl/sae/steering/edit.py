@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dlmctl.diffusion.sampling import Sampling
+from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.blocks import Edit, check_layers, edited_blocks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
@@ -98,7 +98,7 @@ class Steering:
     """
 
     def __init__(
-        self, policy: Policy, settings: Sampling, steers: Sequence[Steer], reach: Reach
+        self, policy: Policy, settings: SamplerConfig, steers: Sequence[Steer], reach: Reach
     ) -> None:
         _check(policy, settings, reach)
         self.policy, self.reach, self.gen_length = policy, reach, settings.gen_length
@@ -209,7 +209,7 @@ def _strongest(strength: Tensor, where: Tensor) -> Tensor:
     return torch.zeros_like(table, dtype=torch.bool).scatter_(1, top, True)[where]
 
 
-def _check(policy: Policy, settings: Sampling, reach: Reach) -> None:
+def _check(policy: Policy, settings: SamplerConfig, reach: Reach) -> None:
     if settings.compile:
         raise UsageError("--compile and --steer do not go together: leave one out")
     if reach.time is not None and not policy.diffusion:

@@ -1,0 +1,70 @@
+"""What `rollout` samples for, beside how: prompts, a training loop, corrupted images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dlmctl.settings import knob
+
+Corruption = Literal["patch", "blank", "blur", "noise", "shuffle", "no-image"]
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Prompts of a stage that samples, if no FILE is given."""
+
+    task: str | None = knob(
+        None,
+        "Take prompts from this task and not from standard input: sudoku, countdown, or anything "
+        "else that 'dlmctl prompts' takes.",
+        "--task",
+        shown_default="sudoku, when there is no FILE and standard input is a terminal or /dev/null",
+    )
+    prompts: int = knob(
+        32, "Prompts taken from --task, or in each round of --follow.", "--prompts", minimum=1
+    )
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A training loop whose other end is `update`."""
+
+    follow: Path | None = knob(
+        None,
+        "Training loop: before each round load the newest checkpoint of this run, which 'dlmctl "
+        "update -o RUN' at the end of the pipe writes.",
+        "--follow",
+        metavar="RUN",
+    )
+    rounds: int = knob(
+        1, "With --follow: rounds in all, those of a resumed run included.", "--rounds", minimum=1
+    )
+    max_lag: int = knob(
+        0,
+        "With --follow: rounds that the weights may lag behind; 0 is strictly on-policy, 1 samples "
+        "a round while the one before is trained on.",
+        "--max-lag",
+        minimum=0,
+    )
+
+
+@dataclass(frozen=True)
+class Corrupted:
+    """Images that a vision-language model does not see as they are."""
+
+    corrupt: Corruption | None = knob(
+        None,
+        "Show a vision-language model corrupted images, to see what it answers without them: as in "
+        "'dlmctl advantage --corrupt'.",
+        "--corrupt",
+        shown_default="off",
+    )
+    corrupt_prob: float = knob(
+        0.6,
+        "Share of the squares that --corrupt patch blackens.",
+        "--corrupt-prob",
+        minimum=0.0,
+        maximum=1.0,
+    )
