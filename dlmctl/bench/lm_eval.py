@@ -28,7 +28,7 @@ from dlmctl.diffusion.sampling import Request, SamplerConfig, configured
 from dlmctl.diffusion.scoring import MaskPlan, completion_masks
 from dlmctl.models.loading import load_policy
 from dlmctl.records.errors import DataError, UsageError
-from dlmctl.settings.masks import LAWS
+from dlmctl.settings.mask_laws import LAWS
 from dlmctl.settings.models import Reading
 from dlmctl.settings.sampler import Sampler
 

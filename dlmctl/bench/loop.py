@@ -23,11 +23,11 @@ from dlmctl.rl.policy_gradient import Batching
 from dlmctl.rl.update import update_policy
 from dlmctl.settings.bench import Workload
 from dlmctl.settings.common import Compute
+from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.settings.sampler import Sampler
 from dlmctl.tasks.sources import prompts
 from dlmctl.train.checkpoint import latest_checkpoint
-from dlmctl.train.lora import Adapter
-from dlmctl.train.run import Optimization, open_run
+from dlmctl.train.run import open_run
 from dlmctl.verifiers.registry import verify
 
 DLMCTL = (sys.executable, "-m", "dlmctl")
@@ -83,7 +83,7 @@ def in_process(
 ) -> Iterator[dict[str, Any]]:
     """Metrics of every round; samples are drawn from the weights that are trained."""
     run = open_run(
-        directory, model, "rspo", Optimization(), Adapter(), compute.device, compute.dtype, False,
+        directory, model, "rspo", Optimizer(), Adapter(), compute.device, compute.dtype, False,
         work.seed,
     )  # fmt: skip
     settings = configured(run.policy, Sampler(temperature=0.9))

@@ -1,117 +1,58 @@
-"""`dlmctl advantage`: options and wiring of the stage."""
+"""`dlmctl advantage`: the stage that turns rewards into advantages."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
-from dlmctl.commands.credit_options import (
-    Corrupt,
-    CorruptProb,
-    CorruptScope,
-    CorruptSeed,
-    CreditBaseline,
-    ReasonContrast,
-    ReasonSignal,
-    SignAware,
-    VisualSignal,
-    WeightClip,
-    WeightLambda,
-    WeightMap,
-    WeightNorm,
-    WeightTau,
-    bounds,
-)
 from dlmctl.commands.input_lines import input_lines
-from dlmctl.commands.objective_options import ADVANTAGES, BaselineOption, ScaleOption
-from dlmctl.commands.options import (
-    BatchSize,
-    Device,
-    Dtype,
-    Files,
-    OnErrorOption,
-    Output,
-    PerceptionTag,
-    Quiet,
-    ReasoningTag,
-    ResumeOption,
-    ShardOption,
-    tag_names,
-)
 from dlmctl.commands.progress import counted
 from dlmctl.records.errors import UsageError
 from dlmctl.records.groups import BatchEnds
 from dlmctl.records.jsonl import write_records
 from dlmctl.records.resume import Resume, Rule
 from dlmctl.records.shards import parse_shard, read_shard
-from dlmctl.settings.algorithms import PROMPTS_PER_STEP, Reinforcement
-from dlmctl.tasks.layout import TAGS
+from dlmctl.settings import Knob
+from dlmctl.settings.algorithms import Advantages, Reinforcement
+from dlmctl.settings.common import Compute, Files, Stage
+from dlmctl.settings.layout import Tags
+from dlmctl.settings.srpo import Contrast, Credit
 
 
 def command(
     files: Files = None,
     algo: Annotated[
         Reinforcement,
-        typer.Option(
-            help="Algorithm of 'dlmctl update' that the advantages are for: it says what "
-            "--baseline and --scale are by default. srpo also gives each token a weight, by its "
-            "role: it implements the mechanism described in the abstract of arXiv 2605.07274; "
-            "form and constants are ours."
+        Knob(
+            "Algorithm of 'dlmctl update' that the advantages are for: it sets the defaults of "
+            "--baseline and --scale. srpo also gives each token a weight, by its role: it "
+            "implements the mechanism described in the abstract of arXiv 2605.07274; form and "
+            "constants are ours."
         ),
     ] = "rspo",
-    baseline: BaselineOption = None,
-    scale: ScaleOption = None,
-    prompts_per_step: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="For --scale batch: prompts in a step of 'dlmctl update', which are a batch.",
-            rich_help_panel=ADVANTAGES,
-        ),
-    ] = PROMPTS_PER_STEP,
+    advantages: Advantages = Advantages(),
     model: Annotated[
         str | None,
-        typer.Option(
+        Knob(
+            "Policy that the signals are taken from, for --algo srpo.",
             "-m",
             "--model",
             metavar="MODEL",
-            show_default="the model that the records were sampled from",
-            help="Policy that the signals are taken from, for --algo srpo.",
+            shown_default="the model that the records were sampled from",
         ),
     ] = None,
     any_policy: Annotated[
         bool,
-        typer.Option(
-            "--any-policy/--own-policy",
-            help="Take the signals from the weights of --model, whatever weights the records were "
+        Knob(
+            "Take the signals from the weights of --model, whatever weights the records were "
             "sampled from, instead of refusing them.",
+            "--any-policy/--own-policy",
         ),
     ] = False,
-    perception_tag: PerceptionTag = TAGS.perception,
-    reasoning_tag: ReasoningTag = TAGS.reasoning,
-    visual_signal: VisualSignal = "logratio",
-    reason_signal: ReasonSignal = "logratio",
-    reason_contrast: ReasonContrast = "drop",
-    corrupt: Corrupt = "patch",
-    corrupt_prob: CorruptProb = 0.6,
-    corrupt_scope: CorruptScope = "prompt",
-    corrupt_seed: CorruptSeed = 0,
-    credit_baseline: CreditBaseline = "traj-mean",
-    weight_map: WeightMap = "exp",
-    weight_clip: WeightClip = "0.8,1.2",
-    weight_tau: WeightTau = 1.0,
-    weight_lambda: WeightLambda = 1.0,
-    weight_norm: WeightNorm = "none",
-    sign_aware: SignAware = False,
-    shard: ShardOption = None,
-    batch_size: BatchSize = 32,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    on_error: OnErrorOption = "fail",
-    quiet: Quiet = False,
-    output: Output = "-",
-    resume: ResumeOption = False,
+    tags: Tags = Tags(),
+    contrast: Contrast = Contrast(),
+    credit: Credit = Credit(),
+    compute: Compute = Compute(),
+    stage: Stage = Stage(),
 ) -> None:
     """Turn the rewards of a group into advantages, on request token by token.
 
@@ -138,56 +79,34 @@ def command(
     from dlmctl.rl.advantage_stage import advantage
     from dlmctl.rl.advantages import Normalization
 
-    normalization = Normalization.of(algo, baseline, scale, prompts_per_step)
-    if shard is not None and normalization.scale == "batch":
+    normalization = Normalization.of(algo, advantages)
+    if stage.shard is not None and normalization.scale == "batch":
         raise UsageError(
             "--scale batch goes by the steps of the whole input, and a shard is a part of it: "
             "leave one out"
         )
-    going = Resume(output, resume)
-    if going.done:
+    partial = Resume(stage.output, stage.resume)
+    if partial.done:
         return
-    part = parse_shard(shard)
-    total = input_lines(files).times(1 / part.count if part else 1)
-    records = advantage(read_shard(files or [], part, on_error), normalization)
+    shard = parse_shard(stage.shard)
+    total = input_lines(files).times(1 / shard.count if shard else 1)
+    records = advantage(read_shard(files or [], shard, stage.on_error), normalization)
     # Advantages are quick to make again, of the whole input if need be; not so the weights.
     rule = Rule(frozenset())
     if algo == "srpo":
-        ends = BatchEnds(batch_size)
+        ends = BatchEnds(compute.batch_size)
         rule = Rule(
             frozenset({"roles", "signal", "weights", "credit"}),
-            skips=on_error == "skip",
+            skips=stage.on_error == "skip",
             begins=lambda record, _: ends.begins(record),
         )
-    records = going.rest(records, rule)
+    records = partial.rest(records, rule)
     if algo == "srpo":
         from dlmctl.rl.credit_stage import BehaviorPolicy, credited
-        from dlmctl.rl.srpo.contrast import Contrast
-        from dlmctl.rl.srpo.credit import Credit
 
+        policy = BehaviorPolicy(model, compute.device, compute.dtype, any_policy)
         records = credited(
-            records,
-            BehaviorPolicy(model, device, dtype, any_policy),
-            Contrast(
-                visual_signal,
-                reason_signal,
-                reason_contrast,
-                corrupt,
-                corrupt_prob,
-                corrupt_scope,
-                corrupt_seed,
-            ),
-            Credit(
-                credit_baseline,
-                weight_map,
-                bounds(weight_clip),
-                weight_tau,
-                weight_lambda,
-                weight_norm == "mean",
-                sign_aware,
-            ),
-            tag_names(perception_tag, reasoning_tag),
-            batch_size,
-            on_error,
+            records, policy, contrast, credit, tags, compute.batch_size, stage.on_error
         )
-    write_records(counted(records, "records", quiet, total, going.lines), output, going)
+    shown = counted(records, "records", stage.quiet, total, partial.lines)
+    write_records(shown, stage.output, partial)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dlmctl.commands.options import whole_numbers
 from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
 from dlmctl.settings.bench import BenchModel, GradientStep
 from dlmctl.settings.common import Device, Json, Quiet
+from dlmctl.settings.optimizer import Adapter
+from dlmctl.settings.parsing import whole_numbers
 
 COLUMNS = [
     "path", "batch_size", "seconds", "ratio", "peak_memory_mb", "memory_ratio", "difference",
@@ -36,7 +37,7 @@ def command(
     from dlmctl.bench.shapes import bench_policy
     from dlmctl.bench.update import compare_gradients
     from dlmctl.train.activations import checkpoint_activations
-    from dlmctl.train.lora import Adapter, add_adapter
+    from dlmctl.train.lora import add_adapter
 
     sizes = whole_numbers("--batch-size", step.batch_sizes)
     policy, reference = bench_policy(model, device.device, device.dtype), None

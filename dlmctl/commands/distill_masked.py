@@ -141,7 +141,7 @@ def command(
     from dlmctl.distill.masked_lm import ALGO, MaskedConsistency, distill_masked
     from dlmctl.train.distributed import is_first
     from dlmctl.train.lora import Adapter
-    from dlmctl.train.run import Optimization, open_run
+    from dlmctl.train.run import Optimizer, open_run
 
     lines = input_lines(files)
     records = read_records(files or [], on_error)
@@ -151,7 +151,7 @@ def command(
         output,
         reading.of(teacher),
         ALGO,
-        Optimization(rate, (beta1, beta2), weight_decay, max_norm, warmup),
+        Optimizer(rate, warmup, "constant", None, beta1, beta2, weight_decay, max_norm),
         Adapter(lora_rank, lora_alpha, lora_dropout),
         device,
         dtype,

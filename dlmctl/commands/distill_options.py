@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dlmctl.commands.optimizer_options import OPTIMIZER
-from dlmctl.commands.options import whole_numbers
 from dlmctl.commands.ranks import write_metrics
 from dlmctl.records.errors import UsageError
+from dlmctl.settings.parsing import whole_numbers
 
 if TYPE_CHECKING:
     from dlmctl.distill.image_networks import NetworkConfig

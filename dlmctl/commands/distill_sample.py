@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dlmctl.commands.options import Device, Json, Quiet, Seed, whole_numbers
+from dlmctl.commands.options import Device, Json, Quiet, Seed
 from dlmctl.commands.progress import counting
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import CannotCreateError, UsageError
+from dlmctl.settings.parsing import whole_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor

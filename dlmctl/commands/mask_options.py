@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dlmctl.settings.algorithms import defaults
-from dlmctl.settings.masks import Law
+from dlmctl.settings.mask_laws import Law
 
 MASKS = "Masks"
 

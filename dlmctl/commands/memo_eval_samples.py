@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dlmctl.commands.labels import Labels, label_fields, labelled, number_or_text
-from dlmctl.commands.options import Device, Json, Memory, Quiet, Seed, byte_count
+from dlmctl.commands.options import Device, Json, Memory, Quiet, Seed
 from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import print_table
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.files import write_file
 from dlmctl.records.jsonl import write_records
+from dlmctl.settings.parsing import byte_count
 
 if TYPE_CHECKING:
     import torch

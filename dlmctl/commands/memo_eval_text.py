@@ -19,13 +19,13 @@ from dlmctl.commands.options import (
     Quiet,
     Seed,
     kept_in,
-    whole_numbers,
 )
 from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import read_records, write_records
 from dlmctl.settings.models import Prompting, Reading
+from dlmctl.settings.parsing import whole_numbers
 
 COLUMNS = (
     "mode",

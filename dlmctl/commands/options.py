@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import OnError
-from dlmctl.tasks.layout import Tags
+from dlmctl.settings.layout import Tags
 
 Files = Annotated[
     list[str] | None,
@@ -129,36 +128,11 @@ ReasoningTag = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="JSON on a terminal too, as in a pipe.")]
 
 
-DIGITS = 18
-"""Of a whole number on the command line, so that it fits into 64 bits."""
-
-
 def tag_names(perception: str, reasoning: str) -> Tags:
-    """The names of both tags; raises UsageError where one is none, or they are the same."""
-    for option, name in (("--perception-tag", perception), ("--reasoning-tag", reasoning)):
-        if not name.replace("-", "_").isidentifier():
-            raise UsageError(f"{option} {name} is not a name: give it without < and >")
-    if perception == reasoning:
-        raise UsageError(f"--perception-tag and --reasoning-tag are both {perception}")
+    """The names of both tags."""
     return Tags(perception, reasoning)
 
 
 def kept_in(output: object, on_error: OnError) -> OnError:
     """What becomes of faulty records: those that no output can keep are left out, and named."""
     return on_error if output or on_error == "fail" else "skip"
-
-
-def whole_numbers(option: str, text: str) -> list[int]:
-    """The numbers of a list like 2,4,8; raises UsageError where one is not a whole number >= 1."""
-    parts = text.split(",")
-    if not all(part.isdecimal() and len(part) <= DIGITS and int(part) > 0 for part in parts):
-        raise UsageError(f"{option} {text} is not a list of whole numbers from 1 on")
-    return [int(part) for part in parts]
-
-
-def byte_count(option: str, text: str) -> int:
-    """Bytes of a size like 512M or 2G; raises UsageError where it is none."""
-    number, unit = text.rstrip("KMGkmg"), text[len(text.rstrip("KMGkmg")) :].upper()
-    if not number.isdecimal() or len(number) > DIGITS or len(unit) > 1:
-        raise UsageError(f"{option} {text} is not a size such as 512M or 2G")
-    return int(number) * 1024 ** ("KMG".index(unit) + 1 if unit else 0)

@@ -11,7 +11,7 @@ import typer
 from dlmctl.commands.mask_options import Masks, MasksPerSample
 from dlmctl.commands.objective_options import Algo, Beta, Inner
 from dlmctl.commands.optimizer_options import GradientCheckpointing, LoraRank
-from dlmctl.commands.options import BatchSize, Dtype, Json, byte_count
+from dlmctl.commands.options import BatchSize, Dtype, Json
 from dlmctl.commands.sampling import (
     BlockLength,
     Cache,
@@ -24,7 +24,8 @@ from dlmctl.commands.sampling import (
 from dlmctl.commands.tables import print_table
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
-from dlmctl.settings.algorithms import PROMPTS_PER_STEP, RECIPES, check_kind, constants
+from dlmctl.settings.algorithms import PROMPTS_PER_STEP, RECIPES, Constants, check_kind
+from dlmctl.settings.parsing import byte_count
 from dlmctl.settings.sampler import Sampler
 
 SEEN, RUN, MACHINE = "What a step sees", "The run", "The machine"
@@ -210,7 +211,7 @@ def command(
     policy = weightless_policy(model, chosen)
     if image_tokens and policy.family != "vlm":
         raise UsageError(f"{model} takes no images: leave --image-tokens out")
-    constants(algo, beta=beta)
+    Constants(beta=beta).of(algo)
     check_kind(algo, policy.diffusion, model)
     recipe, passes = RECIPES[algo], Passes(0, 0, 1)
     if algo != "sft":

@@ -24,11 +24,12 @@ from dlmctl.commands.corpora import (
     level_range,
     position_kinds,
 )
-from dlmctl.commands.options import Device, Dtype, Model, Quiet, Seed, byte_count, whole_numbers
+from dlmctl.commands.options import Device, Dtype, Model, Quiet, Seed
 from dlmctl.commands.ranks import on_every_rank, write_metrics
 from dlmctl.records.errors import UsageError
 from dlmctl.records.locks import Lock, hold_run
 from dlmctl.settings.models import Reading
+from dlmctl.settings.parsing import byte_count, whole_numbers
 
 if TYPE_CHECKING:
     from dlmctl.sae.corpus import Document

@@ -1,166 +1,45 @@
-"""`dlmctl update`: options and wiring of the stage."""
+"""`dlmctl update`: the stage that trains."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from dlmctl.commands.corpora import level_range
 from dlmctl.commands.input_lines import input_lines
-from dlmctl.commands.mask_options import (
-    FillTo,
-    Level,
-    Masks,
-    MasksPerSample,
-    PromptMask,
-    UntilEos,
-)
-from dlmctl.commands.objective_options import (
-    Algo,
-    BaselineOption,
-    Beta,
-    Center,
-    Clip,
-    ClipHigh,
-    DropZeroAdvantage,
-    DualClip,
-    Inner,
-    LossType,
-    MaxLength,
-    Omega,
-    Psi,
-    ResidualMasks,
-    ScaleOption,
-    ScoreNorm,
-    Strength,
-)
-from dlmctl.commands.optimizer_options import (
-    OPTIMIZER,
-    Beta1,
-    Beta2,
-    GradientCheckpointing,
-    LoraAlpha,
-    LoraDropout,
-    LoraRank,
-    MaxNorm,
-    Rate,
-    ResumeInput,
-    ScheduleOption,
-    TotalSteps,
-    Warmup,
-    WeightDecay,
-)
-from dlmctl.commands.options import (
-    BatchSize,
-    Device,
-    Dtype,
-    Files,
-    MaskBlock,
-    OnErrorOption,
-    Quiet,
-    Seed,
-)
 from dlmctl.commands.ranks import on_every_rank, write_metrics
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.groups import group_size
 from dlmctl.records.jsonl import Record, object_field, read_records
 from dlmctl.records.locks import Lock, hold_run
-from dlmctl.settings.algorithms import PROMPTS_PER_STEP, RECIPES, check_kind, constants
+from dlmctl.settings.algorithms import RECIPES, Advantages, Algo, Algorithm, Constants, check_kind
+from dlmctl.settings.common import Compute, Files, OnErrorOption, Quiet, Seed
+from dlmctl.settings.masks import Masks, Supervised
 from dlmctl.settings.models import Prompting, Reading
+from dlmctl.settings.optimizer import Adapter, Optimizer
+from dlmctl.settings.training import Learning, OptionalModel, ResumeInput, RunOutput, Saving
 
 
 @on_every_rank
 def command(
     files: Files = None,
     algo: Algo = "rspo",
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "-m",
-            "--model",
-            metavar="MODEL",
-            envvar="DLMCTL_MODEL",
-            show_default="the model that the records were sampled from",
-            help="Model to begin from, which is also the reference; a run that exists goes on "
-            "from its own checkpoint.",
-        ),
-    ] = None,
+    model: OptionalModel = None,
     reading: Reading = Reading(),
     prompting: Prompting = Prompting(),
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="RUN",
-            show_default="the next free runs/ALGO-N",
-            help="Directory of the run: checkpoints, the link 'latest', metrics.jsonl.",
-        ),
-    ] = None,
-    strength: Strength = None,
-    score_norm: ScoreNorm = None,
-    center: Center = None,
-    residual_masks: ResidualMasks = None,
-    loss_type: LossType = None,
-    clip: Clip = None,
-    clip_high: ClipHigh = None,
-    dual_clip: DualClip = None,
-    beta: Beta = None,
-    psi: Psi = None,
-    omega: Omega = None,
-    max_length: MaxLength = None,
-    inner: Inner = None,
-    baseline: BaselineOption = None,
-    scale: ScaleOption = None,
-    drop_zero_adv: DropZeroAdvantage = False,
-    prompts_per_step: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Prompts (groups) in an optimizer step; for sft, completions.",
-            rich_help_panel=OPTIMIZER,
-        ),
-    ] = PROMPTS_PER_STEP,
-    masks: Masks = None,
-    level: Level = None,
-    samples: MasksPerSample = None,
-    prompt_mask: PromptMask = None,
-    mask_block: MaskBlock = None,
-    until_eos: UntilEos = None,
-    fill_to: FillTo = None,
-    rate: Rate = 3e-6,
-    warmup: Warmup = 0,
-    schedule: ScheduleOption = "constant",
-    total_steps: TotalSteps = None,
-    beta1: Beta1 = 0.9,
-    beta2: Beta2 = 0.99,
-    weight_decay: WeightDecay = 0.1,
-    max_norm: MaxNorm = 0.2,
-    lora_rank: LoraRank = 0,
-    lora_alpha: LoraAlpha = 64.0,
-    lora_dropout: LoraDropout = 0.0,
-    gradient_checkpointing: GradientCheckpointing = False,
-    any_policy: Annotated[
-        bool,
-        typer.Option(
-            "--any-policy/--own-policy",
-            help="Train on records of 'rollout --follow' whatever weights they were sampled from, "
-            "instead of refusing those that this run did not have.",
-        ),
-    ] = False,
-    save_every: Annotated[
-        int, typer.Option(min=1, help="Steps between checkpoints within a round.")
-    ] = 100,
-    keep: Annotated[int, typer.Option(min=1, help="Checkpoints that stay.")] = 2,
+    output: RunOutput = None,
+    constants: Constants = Constants(),
+    learning: Learning = Learning(),
+    advantages: Advantages = Advantages(),
+    masks: Masks = Masks(),
+    supervised: Supervised = Supervised(),
+    optimizer: Optimizer = Optimizer(),
+    adapter: Adapter = Adapter(),
+    saving: Saving = Saving(),
     seed: Seed = 0,
-    batch_size: BatchSize = 32,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    compute: Compute = Compute(),
     on_error: OnErrorOption = "fail",
     quiet: Quiet = False,
     resume: ResumeInput = False,
@@ -200,7 +79,7 @@ def command(
     torchrun --nproc-per-node 8 -m dlmctl update -m GSAI-ML/LLaDA-8B-Instruct -o runs/b
     verified.jsonl
     """
-    from dlmctl.diffusion.scoring import MaskPlan
+    from dlmctl.diffusion.scoring import mask_plan
     from dlmctl.rl.advantage_stage import consistent
     from dlmctl.rl.advantages import Normalization
     from dlmctl.rl.batches import of_one_model
@@ -208,51 +87,22 @@ def command(
     from dlmctl.rl.policy_gradient import Batching
     from dlmctl.rl.update import update_policy, update_supervised
     from dlmctl.train.distributed import from_first
-    from dlmctl.train.lora import Adapter
-    from dlmctl.train.run import Optimization, next_run, open_run
+    from dlmctl.train.run import next_run, open_run
 
-    if schedule == "cosine" and total_steps is None:
-        raise UsageError("--schedule cosine needs --total-steps")
-    levels = level_range(level) if level else (0.0, 1.0)
-    if level and algo != "sft":
-        raise UsageError("--t is for --algo sft: other objectives need the whole bound")
-    if not 0 <= levels[0] <= levels[1] <= 1 or not levels[1]:
-        raise UsageError(f"--t {level} is not a range of shares between 0 and 1")
-    rewarded = {
-        "--inner": inner,
-        "--baseline": baseline,
-        "--scale": scale,
-        "--drop-zero-adv": drop_zero_adv or None,
-    }
-    for option, value in rewarded.items():
-        if algo == "sft" and value is not None:
-            raise UsageError(f"{option} means nothing to --algo sft, which has no rewards")
-    if algo != "sft" and fill_to is not None:
-        raise UsageError(f"--fill-to is for --algo sft: the completions of {algo} are as sampled")
-    given = {
-        "strength": strength,
-        "score_norm": score_norm,
-        "center": center,
-        "residual_masks": residual_masks,
-        "loss_type": loss_type,
-        "clip": clip,
-        "clip_high": clip_high,
-        "dual_clip": dual_clip,
-        "beta": beta,
-        "psi": psi,
-        "omega": omega,
-        "max_length": max_length,
-    }
-    settings = constants(algo, **given)
-    objective = None if algo == "sft" else make_objective(algo, **given)
+    # 1. Refuse what does not go together.
+    _check_supervised(algo, supervised, learning, advantages)
+    levels = supervised.levels
+    loss = constants.of(algo)
     recipe = RECIPES[algo]
-    normalization = Normalization.of(algo, baseline, scale, prompts_per_step)
+    normalization = Normalization.of(algo, advantages)
     lines = input_lines(files)
     group: int | None = None
-    passes = inner or recipe.inner
+    inner = learning.inner or recipe.inner
+    prompts = advantages.prompts_per_step
     records: Iterator[Record] = iter(())
     _lock: Lock | None = None
 
+    # 2. Open the run; the first rank looks at the first record.
     def begin() -> tuple[str | None, str]:
         nonlocal records, group, _lock
         directory = output or next_run(algo)
@@ -271,11 +121,11 @@ def command(
         Path(directory),
         reading.of(model),
         algo,
-        Optimization(rate, (beta1, beta2), weight_decay, max_norm, warmup, schedule, total_steps),
-        Adapter(lora_rank, lora_alpha, lora_dropout),
-        device,
-        dtype,
-        gradient_checkpointing,
+        optimizer,
+        adapter,
+        compute.device,
+        compute.dtype,
+        learning.gradient_checkpointing,
         seed,
         sampled_from or "builtin:puzzles",
         prompting,
@@ -286,39 +136,76 @@ def command(
         return
     if model is None and not run.progress.step:
         rest = of_one_model(rest, sampled_from)
-    plan = MaskPlan(
-        masks or ("independent" if level else recipe.law),
-        samples or recipe.samples,
-        seed,
-        recipe.until_eos if until_eos is None else until_eos,
-        recipe.prompt_mask if prompt_mask is None else prompt_mask,
-        mask_block,
-        levels=levels,
-    )
+
+    # 3. Train.
+    if supervised.level and masks.law is None:
+        masks = replace(masks, law="independent")
+    plan = mask_plan(masks, seed, recipe, levels)
     run.about = {
         "seed": seed,
         "masks": plan.law,
         "masks per sample": plan.samples,
         "prompt mask": plan.prompt_mask,
         "until eos": plan.until_eos,
-        "prompts per step": prompts_per_step,
-        **{name: value for name, value in settings.items() if value is not None},
+        "prompts per step": prompts,
+        **{name: value for name, value in loss.items() if value is not None},
     }
-    if objective is None:
+    if algo == "sft":
         metrics = update_supervised(
-            rest, run, plan, prompts_per_step, batch_size, fill_to, save_every, keep
+            rest,
+            run,
+            plan,
+            prompts,
+            compute.batch_size,
+            supervised.fill_to,
+            saving.save_every,
+            saving.keep,
         )
     else:
-        run.about |= {"inner steps": passes, **normalization.settings()}
+        run.about |= {"inner steps": inner, **normalization.settings()}
         batching = Batching(
-            plan, normalization, passes, drop_zero_adv, residual_masks == "independent"
+            plan,
+            normalization,
+            inner,
+            learning.drop_zero_adv,
+            loss.get("residual_masks") == "independent",
         )
         metrics = update_policy(
-            consistent(rest, normalization), run, objective, batching, prompts_per_step, batch_size,
-            save_every, keep, any_policy,
-        )  # fmt: skip
-    total = lines.times(passes / (group * prompts_per_step)) if group and group > 0 else None
+            consistent(rest, normalization),
+            run,
+            make_objective(algo, **vars(constants)),
+            batching,
+            prompts,
+            compute.batch_size,
+            saving.save_every,
+            saving.keep,
+            learning.any_policy,
+        )
+    total = lines.times(inner / (group * prompts)) if group and group > 0 else None
     write_metrics(metrics, quiet, run.standing, total, run.progress.step if resume else 0)
+
+
+def _check_supervised(
+    algo: Algorithm, supervised: Supervised, learning: Learning, advantages: Advantages
+) -> None:
+    """Raise UsageError for options of rewards with sft, or of sft with rewards."""
+    if algo != "sft":
+        if supervised.level:
+            raise UsageError("--t is for --algo sft: other objectives need the whole bound")
+        if supervised.fill_to is not None:
+            raise UsageError(
+                f"--fill-to is for --algo sft: the completions of {algo} are as sampled"
+            )
+        return
+    rewarded = {
+        "--inner": learning.inner,
+        "--baseline": advantages.baseline,
+        "--scale": advantages.scale,
+        "--drop-zero-adv": learning.drop_zero_adv or None,
+    }
+    for option, value in rewarded.items():
+        if value is not None:
+            raise UsageError(f"{option} means nothing to --algo sft, which has no rewards")
 
 
 def _with_first(records: Iterator[Record]) -> tuple[Iterator[Record], Record]:

@@ -19,7 +19,6 @@ from dlmctl.commands.options import (
     ReasoningTag,
     ResumeOption,
     ShardOption,
-    byte_count,
     tag_names,
 )
 from dlmctl.commands.progress import counted
@@ -27,6 +26,7 @@ from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import each, write_records
 from dlmctl.records.resume import Resume, Rule
 from dlmctl.records.shards import parse_shard, read_shard
+from dlmctl.settings.parsing import byte_count
 from dlmctl.tasks.layout import TAGS
 
 

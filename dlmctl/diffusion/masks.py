@@ -49,7 +49,7 @@ from torch import Tensor
 
 from dlmctl.diffusion.noise import key_tensor, stream_key, uniform
 from dlmctl.records.errors import UsageError
-from dlmctl.settings.masks import LAWS, LEVELLED, PAIRED
+from dlmctl.settings.mask_laws import LAWS, LEVELLED, PAIRED
 
 GOLDEN_RATIO = 0.6180339887498949
 

@@ -20,7 +20,9 @@ from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
 from dlmctl.records.groups import group_size
 from dlmctl.records.jsonl import OnError, Record, each, field, object_field
-from dlmctl.settings.masks import PAIRED, Law
+from dlmctl.settings.algorithms import Recipe
+from dlmctl.settings.mask_laws import PAIRED, Law
+from dlmctl.settings.masks import Masks
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,24 @@ class MaskPlan:
     """Independent draws of the masks of the same records have numbers of their own."""
     levels: tuple[float, float] = (0.0, 1.0)
     """Range of t, for the laws independent and quadrature."""
+
+
+def mask_plan(
+    masks: Masks,
+    seed: int,
+    recipe: Recipe = Recipe("score-elbo"),
+    levels: tuple[float, float] = (0.0, 1.0),
+) -> MaskPlan:
+    """The masks that the options ask for; what is None is as the recipe has it."""
+    return MaskPlan(
+        masks.law or recipe.law,
+        masks.samples or recipe.samples,
+        seed,
+        recipe.until_eos if masks.until_eos is None else masks.until_eos,
+        recipe.prompt_mask if masks.prompt_mask is None else masks.prompt_mask,
+        masks.block_length,
+        levels=levels,
+    )
 
 
 def example_of(record: Record, policy: Policy, plan: MaskPlan) -> Example:

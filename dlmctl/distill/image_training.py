@@ -45,9 +45,10 @@ from dlmctl.records.files import (
 from dlmctl.records.interrupts import standing
 from dlmctl.records.jsonl import dump
 from dlmctl.records.locks import Lock, hold_run
+from dlmctl.settings.optimizer import Schedule
 from dlmctl.train.card import write_card
 from dlmctl.train.distributed import agreed, from_first, is_first, own_part, sum_up
-from dlmctl.train.optimizer import Schedule, apply_step, learning_rate
+from dlmctl.train.optimizer import apply_step, learning_rate
 
 Loss = Callable[[nn.Module, nn.Module, Tensor, int, torch.Generator, slice], Tensor]
 """From the network, the target network (the network itself where there is none), a batch, the step,

@@ -40,8 +40,9 @@ from dlmctl.plan.footprint import (
 )
 from dlmctl.records.errors import DataError
 from dlmctl.rl.policy_gradient import Passes
+from dlmctl.settings.optimizer import Adapter
 from dlmctl.train.activations import checkpoint_activations
-from dlmctl.train.lora import Adapter, add_adapter
+from dlmctl.train.lora import add_adapter
 
 MARGIN = 0.1
 """Share of a device's memory that is left to CUDA, its libraries and fragmentation."""

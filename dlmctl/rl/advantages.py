@@ -17,7 +17,14 @@ from typing import Any
 import torch
 
 from dlmctl.records.errors import UsageError
-from dlmctl.settings.algorithms import PROMPTS_PER_STEP, RECIPES, Algorithm, Baseline, Scale
+from dlmctl.settings.algorithms import (
+    PROMPTS_PER_STEP,
+    RECIPES,
+    Advantages,
+    Algorithm,
+    Baseline,
+    Scale,
+)
 
 EPSILON = 1e-4
 
@@ -44,16 +51,12 @@ class Normalization:
             )
 
     @classmethod
-    def of(
-        cls,
-        algo: Algorithm,
-        baseline: Baseline | None = None,
-        scale: Scale | None = None,
-        prompts_per_step: int = PROMPTS_PER_STEP,
-    ) -> Normalization:
+    def of(cls, algo: Algorithm, given: Advantages = Advantages()) -> Normalization:
         """That of an algorithm, but for what is given."""
         recipe = RECIPES[algo]
-        return cls(baseline or recipe.baseline, scale or recipe.scale, prompts_per_step)
+        return cls(
+            given.baseline or recipe.baseline, given.scale or recipe.scale, given.prompts_per_step
+        )
 
     def settings(self) -> dict[str, Any]:
         """What an advantage depends on beside the rewards, as a record has it."""

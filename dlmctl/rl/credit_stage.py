@@ -19,11 +19,12 @@ from dlmctl.records.errors import DataError
 from dlmctl.records.groups import group_batches
 from dlmctl.records.jsonl import OnError, Record, faulty, field, object_field
 from dlmctl.rl.batches import Source, source_of
-from dlmctl.rl.srpo.contrast import Contrast, Response, signals
-from dlmctl.rl.srpo.credit import Credit, token_weights
+from dlmctl.rl.srpo.contrast import Response, signals
+from dlmctl.rl.srpo.credit import token_weights
 from dlmctl.rl.srpo.evidence import MASKS, diffusion_signals, evidence_tokens
 from dlmctl.rl.srpo.per_token import number_list
 from dlmctl.rl.srpo.roles import OTHER, PERCEPTION, REASONING, token_roles
+from dlmctl.settings.srpo import Contrast, Credit
 from dlmctl.tasks.layout import Tags
 
 

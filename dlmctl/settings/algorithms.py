@@ -1,19 +1,21 @@
-"""The algorithms of `update --algo`, each with the recipe that it was published with.
+"""The algorithms of `update --algo`: their objectives, constants and published recipes.
 
-The one table of these constants: `update`, `advantage` and `plan` take their defaults from it, and
-their help shows them. Where authors released configurations that differ by task, it is that of
-GSM8K, which all of them have; the docstrings of the objectives name the others.
+The one table of them: `update`, `advantage` and `plan` take their defaults from it, and their help
+shows them. If authors released configurations that differ by task, the recipe is that of GSM8K,
+which all of them have; the docstrings of the objectives name the others. A new algorithm is a row
+here, its name in `Reinforcement`, and a module of `dlmctl.rl.objectives`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import Annotated, Any, Literal
 
 from dlmctl.records.errors import UsageError
-from dlmctl.settings.masks import Law
+from dlmctl.settings import Knob, knob, knob_of
+from dlmctl.settings.mask_laws import Law
 
 Reinforcement = Literal[
     "rspo", "reinforce", "diffu-grpo", "wd1", "espo", "spg", "gdsd", "vrpo", "grpo", "srpo"
@@ -27,27 +29,15 @@ PROMPTS_PER_STEP = 32
 CISPO_BOUND = 5.0
 """`clip_high` of the loss type cispo."""
 
-OPTIONS = {
-    "strength": "--lambda",
-    "score_norm": "--score-norm",
-    "center": "--center",
-    "residual_masks": "--residual-masks",
-    "loss_type": "--loss-type",
-    "clip": "--clip",
-    "clip_high": "--clip-high",
-    "dual_clip": "--dual-clip",
-    "beta": "--beta",
-    "psi": "--psi",
-    "omega": "--omega",
-    "max_length": "--max-length",
-}
-"""Constants of the losses, by the names of their fields."""
-
 
 @dataclass(frozen=True)
 class Recipe:
     """What an algorithm was published with."""
 
+    summary: str
+    """What help says of it."""
+    objective: str | None = None
+    """Its class, as `module:Class` within `dlmctl.rl.objectives`; None is likelihood."""
     constants: Mapping[str, Any] = field(default_factory=dict)
     """Of its loss, by the fields of the objective; None: off, or derived from others."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -70,19 +60,14 @@ class Recipe:
     """Its loss means nothing for an autoregressive model."""
 
 
-_PPO = Recipe(
-    {
-        "loss_type": "dapo",
-        "clip": 0.2,
-        "clip_high": None,
-        "dual_clip": None,
-        "beta": 0.0,
-        "max_length": None,
-    },
-    scale="group",
-    until_eos=True,
-    sampled_old=True,
-)
+_PPO = {
+    "loss_type": "dapo",
+    "clip": 0.2,
+    "clip_high": None,
+    "dual_clip": None,
+    "beta": 0.0,
+    "max_length": None,
+}
 _RSPO = {
     "strength": 0.01,
     "score_norm": "sequence",
@@ -91,12 +76,16 @@ _RSPO = {
 }
 
 RECIPES: Mapping[Algorithm, Recipe] = {
-    "rspo": Recipe(_RSPO),
+    "rspo": Recipe("residual feedback towards a target log-ratio", "rspo:Rspo", _RSPO),
     "reinforce": Recipe(
+        "rspo with lambda 0",
+        "rspo:Rspo",
         {"score_norm": _RSPO["score_norm"]},
         {"strength": 0.0, "center": "batch", "residual_masks": "shared"},
     ),
     "diffu-grpo": Recipe(
+        "that of d1",
+        "diffu_grpo:DiffuGrpo",
         {"clip": 0.5, "beta": 0.04},
         law="full",
         samples=1,
@@ -104,11 +93,27 @@ RECIPES: Mapping[Algorithm, Recipe] = {
         until_eos=True,
         prompt_mask=0.15,
     ),
-    "wd1": Recipe(law="full", samples=1, inner=12, until_eos=True, prompt_mask=0.15),
+    "wd1": Recipe(
+        "weighted likelihood without ratios",
+        "wd1:Wd1",
+        law="full",
+        samples=1,
+        inner=12,
+        until_eos=True,
+        prompt_mask=0.15,
+    ),
     "espo": Recipe(
-        {"clip": 0.2, "beta": 1e-3}, law="complementary", samples=4, inner=8, baseline="loo"
+        "ratios of whole sequences by the ELBO",
+        "espo:Espo",
+        {"clip": 0.2, "beta": 1e-3},
+        law="complementary",
+        samples=4,
+        inner=8,
+        baseline="loo",
     ),
     "spg": Recipe(
+        "lower and upper bounds of the likelihood",
+        "spg:Spg",
         {"beta": 1.5, "omega": 0.5},
         law="block",
         samples=2,
@@ -117,6 +122,8 @@ RECIPES: Mapping[Algorithm, Recipe] = {
         prompt_mask=0.15,
     ),
     "gdsd": Recipe(
+        "the advantage as a target of the log-ratio, for diffusion models alone",
+        "gdsd:Gdsd",
         {"clip": 4e-4, "beta": 1e-3, "psi": 10.0},
         law="complementary",
         samples=4,
@@ -124,26 +131,29 @@ RECIPES: Mapping[Algorithm, Recipe] = {
         baseline="loo",
         needs_masks=True,
     ),
-    "vrpo": Recipe({"beta": 0.1}, law="uniform", samples=8),
-    "grpo": _PPO,
-    "srpo": Recipe(**{**vars(_PPO), "token_weights": True}),
-    "sft": Recipe(samples=2),
+    "vrpo": Recipe("preferences by the ELBO", "vrpo:Vrpo", {"beta": 0.1}, law="uniform", samples=8),
+    "grpo": Recipe(
+        "PPO's clip on every token: as in TRL for autoregressive models, with the masks of the "
+        "ELBO for diffusion models",
+        "grpo:Grpo",
+        _PPO,
+        scale="group",
+        until_eos=True,
+        sampled_old=True,
+    ),
+    "srpo": Recipe(
+        "grpo with the advantage weighted token by token, by the weights of the records "
+        "(implements the mechanism described in the abstract of arXiv 2605.07274; constants are "
+        "ours)",
+        "grpo:Srpo",
+        _PPO,
+        scale="group",
+        until_eos=True,
+        sampled_old=True,
+        token_weights=True,
+    ),
+    "sft": Recipe("masked cross-entropy on the given completions", samples=2),
 }
-
-
-def constants(algo: Algorithm, **given: Any) -> dict[str, Any]:
-    """The constants of an algorithm's loss; those given as None have their published values.
-
-    Raises:
-        UsageError: the algorithm has no such constant.
-    """
-    recipe = RECIPES[algo]
-    chosen = {name: value for name, value in given.items() if value is not None}
-    for name in chosen:
-        if name not in recipe.constants:
-            own = ", ".join(OPTIONS[name] for name in recipe.constants) or "none"
-            raise UsageError(f"{OPTIONS[name]} means nothing to --algo {algo}; it has: {own}")
-    return {**recipe.fixed, **recipe.constants, **chosen}
 
 
 def check_kind(algo: Algorithm, diffusion: bool, model: str) -> None:
@@ -188,3 +198,164 @@ def _written(value: Any, words: Mapping[Any, str] | None) -> str:
     if words:
         return words[value]
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+OBJECTIVE, ADVANTAGES = "Objective", "Advantages"
+
+Algo = Annotated[
+    Algorithm,
+    Knob(
+        f"{'; '.join(f'{algo}: {recipe.summary}' for algo, recipe in RECIPES.items())}. Each has "
+        "the constants that it was published with.",
+        panel=OBJECTIVE,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Constants of the losses; what is None is as the algorithm was published."""
+
+    strength: float | None = knob(
+        None,
+        "Feedback coefficient of RSPO; the target of the log-ratio is advantage/lambda.",
+        "--lambda",
+        minimum=0.0,
+        panel=OBJECTIVE,
+        shown_default=defaults("strength"),
+    )
+    score_norm: Literal["sequence", "token"] | None = knob(
+        None,
+        "Score of a completion: its ELBO, or the ELBO per token. One lambda of `token` is length "
+        "times one of `sequence`. We could not read what the paper does; the default is ours.",
+        "--score-norm",
+        panel=OBJECTIVE,
+        shown_default=defaults("score_norm"),
+    )
+    center: Literal["batch", "prompt"] | None = knob(
+        None,
+        "What the mean of the log-ratios is taken over.",
+        "--center",
+        panel=OBJECTIVE,
+        shown_default=defaults("center"),
+    )
+    residual_masks: Literal["shared", "independent"] | None = knob(
+        None,
+        "Masks that the log-ratio is measured under: those of the gradient, or a second draw, "
+        "which makes the gradient unbiased for twice the forward passes.",
+        "--residual-masks",
+        panel=OBJECTIVE,
+        shown_default=defaults("residual_masks"),
+    )
+    loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo", "cispo"] | None = knob(
+        None,
+        "Average over tokens, under TRL's names: of the whole batch (dapo, and bnpo, since a step "
+        "is one batch here); of each completion, then over completions (grpo); the sum over "
+        "--max-length (dr_grpo); cispo: like dapo, with the ratio a bounded constant.",
+        "--loss-type",
+        panel=OBJECTIVE,
+        shown_default=defaults("loss_type"),
+    )
+    clip: float | None = knob(
+        None,
+        "Half-width of the interval that ratios (gdsd: log-ratios) are clipped to; cispo has "
+        "--clip-high alone.",
+        "--clip",
+        minimum=0.0,
+        panel=OBJECTIVE,
+        shown_default=defaults("clip"),
+    )
+    clip_high: float | None = knob(
+        None,
+        "For grpo and srpo: how far above 1 ratios are clipped; for cispo their bound.",
+        "--clip-high",
+        minimum=0.0,
+        panel=OBJECTIVE,
+        shown_default=f"that of --clip; cispo {CISPO_BOUND:g}",
+    )
+    dual_clip: float | None = knob(
+        None,
+        "For grpo and srpo: ratios of bad completions count as at most this (EasyR1: 3).",
+        "--dual-clip",
+        minimum=1.0,
+        panel=OBJECTIVE,
+        shown_default="off",
+    )
+    beta: float | None = knob(
+        None,
+        "Coefficient of the KL penalty; for spg the exponent of the upper bound, for vrpo the "
+        "temperature of the preference.",
+        "--beta",
+        minimum=0.0,
+        panel=OBJECTIVE,
+        shown_default=defaults("beta"),
+    )
+    psi: float | None = knob(
+        None,
+        "Scale of the advantage as a target.",
+        "--psi",
+        panel=OBJECTIVE,
+        shown_default=defaults("psi"),
+    )
+    omega: float | None = knob(
+        None,
+        "Share of the upper bound in the score of bad completions; 1 is the bound alone.",
+        "--omega",
+        minimum=0.0,
+        maximum=1.0,
+        panel=OBJECTIVE,
+        shown_default=defaults("omega"),
+    )
+    max_length: int | None = knob(
+        None,
+        "For --loss-type dr_grpo: tokens that the loss of every completion is divided by.",
+        "--max-length",
+        minimum=1,
+        panel=OBJECTIVE,
+        shown_default="the longest completion of the batch",
+    )
+
+    def of(self, algo: Algorithm) -> dict[str, Any]:
+        """The constants of an algorithm's loss, by the fields of its objective.
+
+        Raises:
+            UsageError: one is given that the algorithm does not have.
+        """
+        recipe = RECIPES[algo]
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        flags = {field.name: knob_of(field).flags[0] for field in fields(self)}
+        for name in given:
+            if name not in recipe.constants:
+                those = ", ".join(flags[name] for name in recipe.constants) or "none"
+                raise UsageError(f"{flags[name]} means nothing to --algo {algo}; it has: {those}")
+        return {**recipe.fixed, **recipe.constants, **given}
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """How rewards become advantages; what is None is as the algorithm was published."""
+
+    baseline: Baseline | None = knob(
+        None,
+        "What is subtracted from a reward: the group's mean, the mean of the others "
+        "(leave-one-out), or nothing.",
+        "--baseline",
+        panel=ADVANTAGES,
+        shown_default=defaults("baseline"),
+    )
+    scale: Scale | None = knob(
+        None,
+        "Divide by the standard deviation of the rewards of the group, or of the batch: all groups "
+        "of a step.",
+        "--scale",
+        panel=ADVANTAGES,
+        shown_default=defaults("scale"),
+    )
+    prompts_per_step: int = knob(
+        PROMPTS_PER_STEP,
+        "Prompts (groups) in an optimizer step; for sft, completions. With --scale batch they are "
+        "the batch.",
+        "--prompts-per-step",
+        minimum=1,
+        panel=ADVANTAGES,
+    )

@@ -2,14 +2,101 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from dataclasses import dataclass
 
-Law = Literal[
-    "independent", "uniform", "complementary", "stratified", "quadrature", "block", "full"
-]
-LAWS: tuple[str, ...] = get_args(Law)
-UNBIASED: tuple[Law, ...] = ("independent", "uniform", "complementary", "stratified")
-PAIRED = frozenset({"complementary", "stratified"})
-"""Laws whose masks come as a mask and its complement."""
-LEVELLED: tuple[Law, ...] = ("independent", "quadrature")
-"""Laws that draw a level t."""
+from dlmctl.records.errors import UsageError
+from dlmctl.settings import knob
+from dlmctl.settings.algorithms import defaults
+from dlmctl.settings.mask_laws import Law
+from dlmctl.settings.parsing import level_range
+
+MASKS = "Masks"
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Options of the masks; what is None is as the algorithm was published."""
+
+    law: Law | None = knob(
+        None,
+        "Distribution of the masks. Unbiased for the ELBO: independent levels t ~ U(0,1); a "
+        "uniform number of masks with weight L/l; complementary pairs, which score every token "
+        "once, with levels spread evenly over the samples of a prompt; stratified, such pairs with "
+        "levels spread over the masks of a completion too. Others: quadrature, at Gauss nodes in "
+        "t; block, one block in part and the blocks after it whole; full, everything masked.",
+        "--masks",
+        panel=MASKS,
+        shown_default=defaults("law"),
+    )
+    samples: int | None = knob(
+        None,
+        "Masks for each completion.",
+        "-k",
+        "--masks-per-sample",
+        minimum=1,
+        panel=MASKS,
+        shown_default=defaults("samples"),
+    )
+    prompt_mask: float | None = knob(
+        None,
+        "Probability that a token of the prompt is masked as well; with block also a token of the "
+        "blocks before.",
+        "--prompt-mask",
+        minimum=0.0,
+        maximum=1.0,
+        panel=MASKS,
+        shown_default=defaults("prompt_mask"),
+    )
+    block_length: int | None = knob(
+        None,
+        "Length of a block, with --masks block.",
+        "--mask-block",
+        minimum=1,
+        panel=MASKS,
+        shown_default="the model's own, else 32",
+    )
+    until_eos: bool | None = knob(
+        None,
+        "Score tokens up to the first end-of-sequence, or the whole completion.",
+        "--until-eos/--all-tokens",
+        panel=MASKS,
+        shown_default=defaults("until_eos", {True: "until-eos", False: "all-tokens"}),
+    )
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """What supervised fine-tuning alone has."""
+
+    level: str | None = knob(
+        None,
+        "For sft: range of the share of masked tokens; the masks are independent, or those of "
+        "--masks quadrature.",
+        "--t",
+        metavar="T or T-T",
+        panel=MASKS,
+        shown_default="0-1",
+    )
+    fill_to: int | None = knob(
+        None,
+        "For sft: fill completions with end-of-sequence up to this many tokens. For an "
+        "autoregressive model, completions of at most this many tokens end with one.",
+        "--fill-to",
+        minimum=1,
+        panel=MASKS,
+        shown_default="off",
+    )
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        """Range of t.
+
+        Raises:
+            UsageError: it is none.
+        """
+        if self.level is None:
+            return 0.0, 1.0
+        low, high = level_range(self.level)
+        if not 0 <= low <= high <= 1 or not high:
+            raise UsageError(f"--t {self.level} is not a range of shares between 0 and 1")
+        return low, high

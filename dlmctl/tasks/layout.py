@@ -11,17 +11,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from dlmctl.settings.layout import Tags
 from dlmctl.tasks.boxes import last_box
 
 Span = tuple[int, int]
 """First character, and the one behind the last."""
-
-
-class Tags(NamedTuple):
-    """Names of the tags around the two parts."""
-
-    perception: str = "description"
-    reasoning: str = "think"
 
 
 TAGS = Tags()

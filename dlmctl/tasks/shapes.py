@@ -61,7 +61,7 @@ class Problem(NamedTuple):
     @property
     def completion(self) -> str:
         """A right response."""
-        seen, thought = TAGS
+        seen, thought = TAGS.perception, TAGS.reasoning
         return (
             f"<{seen}> {describe(self.scene)} </{seen}> "
             f"<{thought}> {self.thought} </{thought}> \\boxed{{{self.answer}}}"

@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import missing_package
+from dlmctl.settings.optimizer import Adapter
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Projections of Llama- and Qwen-like decoders (LLaDA, Dream, A2D): all linear layers of a block.
@@ -23,15 +23,6 @@ up_proj; its SFT lists q_proj, k_proj and v_proj.
 
 MASKED_LM_TARGETS = ("query", "key", "value", "dense", "Wqkv", "Wo", "Wi")
 """The same in BERT-like encoders."""
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """LoRA settings; rank 0 trains the full weights."""
-
-    rank: int = 0
-    alpha: float = 64.0
-    dropout: float = 0.0
 
 
 def add_adapter(policy: Policy, settings: Adapter) -> Policy:

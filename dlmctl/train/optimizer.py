@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 from torch import nn
 
+from dlmctl.settings.optimizer import Optimizer, Schedule
 from dlmctl.train.sharding import full_tensor
-
-Schedule = Literal["constant", "cosine"]
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -19,19 +17,18 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def make_optimizer(
-    parameters: Iterable[nn.Parameter], betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
+def make_optimizer(parameters: Iterable[nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
     """AdamW; matrices decay, vectors (norms, biases) do not. The rate is set at every step."""
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for parameter in parameters:
         (matrices if parameter.dim() > 1 else vectors).append(parameter)
     kinds = [
-        {"params": matrices, "weight_decay": weight_decay},
+        {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([kind for kind in kinds if kind["params"]], lr=0.0, betas=betas)
+    kinds = [kind for kind in kinds if kind["params"]]
+    return torch.optim.AdamW(kinds, lr=0.0, betas=(settings.beta1, settings.beta2))
 
 
 def learning_rate(

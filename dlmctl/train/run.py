@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from dlmctl.records.interrupts import standing
 from dlmctl.records.jsonl import Record
 from dlmctl.records.locks import Lock, hold_run
 from dlmctl.settings.models import Prompting
+from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.train.activations import checkpoint_activations
 from dlmctl.train.card import last_metrics
 from dlmctl.train.checkpoint import (
@@ -40,7 +40,6 @@ from dlmctl.train.checkpoint import (
 )
 from dlmctl.train.distributed import agreed, is_first, size
 from dlmctl.train.lora import (
-    Adapter,
     adapter_off,
     adapter_settings,
     add_adapter,
@@ -48,7 +47,6 @@ from dlmctl.train.lora import (
     set_adapter_trainable,
 )
 from dlmctl.train.optimizer import (
-    Schedule,
     apply_step,
     learning_rate,
     make_optimizer,
@@ -56,19 +54,6 @@ from dlmctl.train.optimizer import (
 )
 from dlmctl.train.policy_card import policy_card
 from dlmctl.train.sharding import check_trainable, gathered, outline, shard
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """Settings of the optimizer; defaults are the common recipe of the d1 family."""
-
-    rate: float = 3e-6
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.1
-    max_norm: float = 0.2
-    warmup: int = 0
-    schedule: Schedule = "constant"
-    total_steps: int | None = None
 
 
 class Run:
@@ -79,7 +64,7 @@ class Run:
         directory: Path,
         policy: Policy,
         progress: Progress,
-        optimization: Optimization,
+        optimization: Optimizer,
         compute_dtype: torch.dtype,
         lock: Lock | None = None,
         form: nn.Module | None = None,
@@ -92,9 +77,7 @@ class Run:
         self.optimization = optimization
         self.compute_dtype = compute_dtype
         self.parameters: dict[str, nn.Parameter] = trained_parameters(policy.model)
-        self.optimizer = make_optimizer(
-            self.parameters.values(), optimization.betas, optimization.weight_decay
-        )
+        self.optimizer = make_optimizer(self.parameters.values(), optimization)
         self.saved_step = progress.step
         self.logged_step = progress.step
         """The newest step whose metrics are in metrics.jsonl."""
@@ -219,7 +202,7 @@ def open_run(
     directory: Path,
     model: str | None,
     algo: str,
-    optimization: Optimization,
+    optimization: Optimizer,
     adapter: Adapter,
     device: str,
     dtype: str,

@@ -21,7 +21,7 @@ from dlmctl.verifiers.answer import Verdict, completion_text, required
 
 def layout(record: Mapping[str, Any], tags: Tags = TAGS) -> Verdict:
     """1 if the whole completion is of the layout with these tags."""
-    found = layouts.layout(completion_text(record), *tags)
+    found = layouts.layout(completion_text(record), tags.perception, tags.reasoning)
     if found is not None and found.alone:
         return Verdict(1.0, {})
     what = f"<{tags.perception}>, <{tags.reasoning}> and a box"

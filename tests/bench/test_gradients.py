@@ -7,7 +7,8 @@ from conftest import shell, tiny_policy
 from dlmctl.bench.memory import CLEAR
 from dlmctl.bench.update import compare_gradients
 from dlmctl.settings.bench import GradientStep
-from dlmctl.train.lora import Adapter, add_adapter
+from dlmctl.settings.optimizer import Adapter
+from dlmctl.train.lora import add_adapter
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])

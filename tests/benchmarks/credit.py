@@ -28,18 +28,17 @@ from dlmctl.rl.advantages import Normalization
 from dlmctl.rl.credit_stage import BehaviorPolicy, credited
 from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Batching
-from dlmctl.rl.srpo.contrast import Contrast
-from dlmctl.rl.srpo.credit import Credit
 from dlmctl.rl.update import update_policy
 from dlmctl.settings import Knob
 from dlmctl.settings.algorithms import RECIPES
 from dlmctl.settings.bench import Workload
 from dlmctl.settings.common import Compute, Json, Quiet
+from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.settings.sampler import Sampler
+from dlmctl.settings.srpo import Contrast, Credit
 from dlmctl.tasks.layout import Tags
 from dlmctl.tasks.sources import prompts
-from dlmctl.train.lora import Adapter
-from dlmctl.train.run import Optimization, Run, open_run
+from dlmctl.train.run import Run, open_run
 from dlmctl.verifiers.registry import verify
 
 CREDIT = "advantage --algo srpo"
@@ -88,7 +87,7 @@ def credit_cost(
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="dlmctl-credit-") as scratch:
         run = open_run(
-            Path(scratch) / "run", model, "srpo", Optimization(), Adapter(), compute.device,
+            Path(scratch) / "run", model, "srpo", Optimizer(), Adapter(), compute.device,
             compute.dtype, False, work.seed,
         )  # fmt: skip
         scored: list[float] = []

@@ -23,7 +23,6 @@ import torch
 from script import script
 from torch import Tensor
 
-from dlmctl.commands.options import whole_numbers
 from dlmctl.commands.progress import counting
 from dlmctl.commands.tables import write_rows
 from dlmctl.diffusion.elbo import elbo_samples
@@ -35,7 +34,8 @@ from dlmctl.records.groups import groups
 from dlmctl.records.jsonl import Record, read_records
 from dlmctl.settings import Knob
 from dlmctl.settings.common import Compute, Files, Json, Model, Quiet, Seed
-from dlmctl.settings.masks import PAIRED, UNBIASED, Law
+from dlmctl.settings.mask_laws import PAIRED, UNBIASED, Law
+from dlmctl.settings.parsing import whole_numbers
 
 LAWS: tuple[Law, ...] = (*UNBIASED, "quadrature")
 

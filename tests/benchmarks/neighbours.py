@@ -19,13 +19,13 @@ from script import script
 from torch import Tensor
 
 from dlmctl.bench.memory import Peak, synchronize
-from dlmctl.commands.options import byte_count
 from dlmctl.commands.progress import counting
 from dlmctl.commands.tables import write_rows
 from dlmctl.memorization.images.neighbours import nearest
 from dlmctl.models.loading import resolve_device
 from dlmctl.settings import Knob
 from dlmctl.settings.common import Json, Memory, Quiet, Seed
+from dlmctl.settings.parsing import byte_count
 
 CHECKED = 16
 """Samples whose neighbours are compared with those by differences in float64."""

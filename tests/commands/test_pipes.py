@@ -259,10 +259,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, saved_models, mo
     from dlmctl.train import checkpoint as module
     from dlmctl.train.checkpoint import latest_checkpoint
     from dlmctl.train.lora import Adapter
-    from dlmctl.train.run import Optimization, open_run
+    from dlmctl.train.run import Optimizer, open_run
 
     run = open_run(
-        tmp_path / "run", saved_models("llada"), "rspo", Optimization(), Adapter(), "cpu",
+        tmp_path / "run", saved_models("llada"), "rspo", Optimizer(), Adapter(), "cpu",
         "auto", False, 0,
     )  # fmt: skip
     run.progress.step = 1

@@ -10,7 +10,7 @@ from conftest import tiny_policy
 from dlmctl.diffusion.elbo import Example, elbo_samples, log_probs, summarize, token_log_probs
 from dlmctl.diffusion.masks import MaskSet, draw_masks
 from dlmctl.diffusion.scoring import MaskPlan, completion_masks
-from dlmctl.settings.masks import UNBIASED
+from dlmctl.settings.mask_laws import UNBIASED
 
 PROMPT = [3, 4, 8]
 

@@ -9,7 +9,7 @@ import torch
 
 from dlmctl.diffusion.masks import draw_masks
 from dlmctl.records.errors import UsageError
-from dlmctl.settings.masks import LAWS, UNBIASED
+from dlmctl.settings.mask_laws import LAWS, UNBIASED
 
 
 def all_scored(length):

@@ -1,5 +1,5 @@
-"""The examples of every page, as they are printed: of help texts, manual pages, READMEs and the
-benchmarks that are scripts."""
+"""The examples of every page as they are printed: help texts, manual pages, docs/, READMEs, and
+the benchmarks that are scripts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Example(NamedTuple):
     """One or several commands that stand together."""
 
     page: str
-    """`dlmctl NAME` of a help text, or the path of a README or a script."""
+    """`dlmctl NAME` of a help text, or the path of a Markdown page or a script."""
     number: int
     """Among those of the page, from 1."""
     text: str
@@ -70,12 +70,14 @@ def of_help_texts() -> list[Example]:
 
 
 def readmes() -> list[Path]:
+    """README.md, the pages under docs/, and the READMEs of the examples."""
     folder = ROOT / "examples"
-    return [ROOT / "README.md", folder / "README.md", *sorted(folder.glob("*/README.md"))]
+    top = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [*top, folder / "README.md", *sorted(folder.glob("*/README.md"))]
 
 
 def of_readmes() -> list[Example]:
-    """The indented blocks of README.md and of those of the examples."""
+    """The indented blocks of the Markdown pages."""
     return [
         Example(str(path.relative_to(ROOT)), number, text)
         for path in readmes()

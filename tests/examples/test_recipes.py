@@ -75,9 +75,9 @@ def test_the_calls_of_make_in_prose_name_targets_that_there_are() -> None:
         for path in sorted((ROOT / "examples").glob("*/README.md"))
         for call in re.findall(r"`make( [^`]*)?`", path.read_text())
     }
-    readme = (ROOT / "README.md").read_text()
-    named = re.findall(r"`make( [^`]*)?` in\s`([^`]*)`", readme)
-    calls |= {(ROOT / folder, call) for call, folder in named}
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        named = re.findall(r"`make( [^`]*)?` in\s\[?`([^`]*)`", page.read_text())
+        calls |= {(ROOT / folder, call) for call, folder in named}
     assert len(calls) > 8
     for folder, call in sorted(calls):
         _make(folder, *call.split())

@@ -227,16 +227,17 @@ def _curves(data: bytes, folder: Path) -> None:
 
 def _options(data: bytes, folder: Path) -> None:
     """What parses the text of an option."""
-    from dlmctl.commands.options import byte_count, tag_names, whole_numbers
     from dlmctl.commands.verify import _weight
     from dlmctl.distill.image_sets import read_about
     from dlmctl.sae.steering.edit import Reach, parse_steer, parse_time
+    from dlmctl.settings.layout import Tags
+    from dlmctl.settings.parsing import byte_count, whole_numbers
 
     text = data.decode("utf-8", "replace")
     parsers: tuple[Callable[[], Any], ...] = (
         lambda: whole_numbers("--k", text),
         lambda: byte_count("--memory", text),
-        lambda: tag_names(text, "think"),
+        lambda: Tags(text),
         lambda: _weight(text),
         lambda: parse_steer(text),
         lambda: Reach(time=parse_time(text)),

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import orjson
 import pytest
@@ -40,10 +41,12 @@ from dlmctl.plan.footprint import (
 from dlmctl.plan.live_memory import LiveMemory
 from dlmctl.records.jsonl import Record
 from dlmctl.rl.gradient import accumulate_gradient
-from dlmctl.rl.objectives.table import OBJECTIVES, make_objective
+from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Batching, Reference, passes_for, policy_gradients
+from dlmctl.settings.algorithms import Reinforcement
+from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.train.activations import checkpoint_activations
-from dlmctl.train.lora import Adapter, add_adapter
+from dlmctl.train.lora import add_adapter
 from dlmctl.train.optimizer import apply_step, make_optimizer, trained_parameters
 
 HERE = Path(__file__)
@@ -105,7 +108,7 @@ def test_weights_gradients_and_moments_are_those_of_a_step_to_the_byte(rank):
     trained = trained_parameters(policy.model)
     assert size(policy.model.parameters()) == expected.weights
     assert size(p.grad for p in trained.values()) == expected.gradients
-    optimizer = make_optimizer(trained.values(), (0.9, 0.99), 0.1)
+    optimizer = make_optimizer(trained.values(), Optimizer())
     apply_step(optimizer, trained.values(), 1e-3, 1.0)
     states = [optimizer.state[p] for p in trained.values()]
     assert size(s[name] for s in states for name in ("exp_avg", "exp_avg_sq")) == expected.moments
@@ -145,7 +148,7 @@ def rank_report(number, port, results):
         scored = dict(moved)
         accumulate_gradient(policy, examples, torch.ones(4, 2, 12, dtype=torch.float64), 2)
         trained = trained_parameters(policy.model)
-        optimizer = make_optimizer(trained.values(), (0.9, 0.99), 0.1)
+        optimizer = make_optimizer(trained.values(), Optimizer())
         apply_step(optimizer, trained.values(), 1e-3, 1.0)
         states = [optimizer.state[p] for p in trained.values()]
         results.put({
@@ -374,7 +377,8 @@ def test_a_vision_tower_keeps_about_what_a_llama_of_its_shape_does():
 
 
 @pytest.mark.parametrize(
-    ("algo", "family"), [*((algo, "llada") for algo in sorted(OBJECTIVES)), ("grpo", "ar")]
+    ("algo", "family"),
+    [*((algo, "llada") for algo in sorted(get_args(Reinforcement))), ("grpo", "ar")],
 )
 def test_every_algorithm_takes_the_passes_that_are_planned(algo, family):
     policy, given = tiny_policy(family), records()

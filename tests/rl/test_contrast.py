@@ -10,8 +10,9 @@ import dlmctl.rl.srpo.contrast as contrast_module
 from dlmctl.diffusion.elbo import log_probs
 from dlmctl.models.policy import Policy
 from dlmctl.models.vision import Picture
-from dlmctl.rl.srpo.contrast import Contrast, Response, corrupted, signals
+from dlmctl.rl.srpo.contrast import Response, corrupted, signals
 from dlmctl.rl.srpo.roles import PERCEPTION, REASONING
+from dlmctl.settings.srpo import Contrast
 
 ROLES = [0, 1, 1, 1, 0, 2, 2, 0, 0]
 

@@ -6,17 +6,18 @@ import pytest
 import torch
 
 from dlmctl.records.errors import UsageError
-from dlmctl.rl.srpo.credit import Credit, Weighted, token_weights
+from dlmctl.rl.srpo.credit import Weighted, token_weights
 from dlmctl.rl.srpo.roles import token_roles
+from dlmctl.settings.srpo import Credit
 from dlmctl.tasks.layout import Tags
 
 ROLES = [[1, 1, 2, 2, 0], [1, 2, 2, 0, 0], [1, 1, 2, 2, 0], [0, 0, 0, 0, 0]]
 SIGNALS = [[1.2, 0.1, 0.8, -0.1, 0], [0.4, 0.3, 1.5, 0, 0], [-0.1, 2.5, 0.05, 0.6, 0], [0] * 5]
 
 
-def weights_of(signal, roles, advantage: float = 1.0, **settings) -> Weighted:
+def weights_of(signal, roles, advantage: float = 1.0, limit: float = 5.0, **settings) -> Weighted:
     signal = torch.tensor(signal, dtype=torch.float64)
-    return token_weights(signal, torch.tensor(roles), advantage, Credit(**settings))
+    return token_weights(signal, torch.tensor(roles), advantage, Credit(**settings), limit)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,7 @@ def weights_of(signal, roles, advantage: float = 1.0, **settings) -> Weighted:
             ],
         ),
         (
-            {"mean_one": True},
+            {"norm": "mean"},
             [
                 [1.2, 0.8, 1.2, 0.8, 1],
                 [0.857143, 0.857143, 1.285714, 1, 1],
@@ -51,10 +52,10 @@ def test_weights_of_the_worked_case(settings, expected):
 
 
 SETTINGS = [
-    {"baseline": baseline, "weight_map": kind, "mean_one": mean_one, "sign_aware": aware}
+    {"signal_baseline": baseline, "weight_map": kind, "norm": norm, "sign_aware": aware}
     for baseline in ("traj-mean", "role-mean", "none")
     for kind in ("exp", "softplus", "sigmoid2", "tanh1")
-    for mean_one in (False, True)
+    for norm in ("none", "mean")
     for aware in (False, True)
 ]
 
@@ -68,7 +69,7 @@ def test_weights_are_positive_and_keep_the_sign(settings):
         made = weights_of(signal.tolist(), roles.tolist(), advantage, **settings)
         assert (made.weights > 0).all()
         assert (made.weights[roles == 0] == 1).all()
-        if settings["mean_one"]:
+        if settings["norm"] == "mean":
             assert made.weights[roles != 0].mean() == pytest.approx(1, abs=1e-12)
 
 
@@ -85,7 +86,7 @@ def test_a_shared_baseline_moves_credit_between_roles_and_one_of_each_role_does_
     signal, roles = [0.20, 0.24, -0.05, -0.09], [1, 1, 2, 2]
     shared = weights_of(signal, roles).weights
     assert shared[:2].mean() > 1.1 > 0.9 > shared[2:].mean()
-    own = weights_of(signal, roles, baseline="role-mean").weights
+    own = weights_of(signal, roles, signal_baseline="role-mean").weights
     assert float(own[:2].mean()) == pytest.approx(float(own[2:].mean()), abs=1e-12)
 
 
@@ -102,18 +103,21 @@ def test_sign_aware_turns_the_signal_over_for_bad_completions():
 
 
 def test_ratio_to_the_mean():
-    made = weights_of([1.0, 3.0], [1, 2], baseline="traj-ratio", clip=(0.1, 2.0)).weights
+    made = weights_of([1.0, 3.0], [1, 2], signal_baseline="traj-ratio", weight_clip="0.1,2").weights
     assert made.tolist() == [0.5, 1.5]
-    assert weights_of([0.0, 0.0], [1, 2], baseline="traj-ratio").weights.tolist() == [1.0, 1.0]
+    assert weights_of([0.0, 0.0], [1, 2], signal_baseline="traj-ratio").weights.tolist() == [
+        1.0,
+        1.0,
+    ]
     with pytest.raises(UsageError, match="never negative"):
-        weights_of([-1.0, 3.0], [1, 2], baseline="traj-ratio")
+        weights_of([-1.0, 3.0], [1, 2], signal_baseline="traj-ratio")
 
 
 def test_bounds_are_counted_where_they_hold():
     made = weights_of([0.0, 0.0, 4.0, -4.0], [1, 2, 2, 1])
     assert (made.clipped_low, made.clipped_high) == (0.25, 0.25)
     with pytest.raises(UsageError, match="--weight-clip"):
-        Credit(clip=(0.0, 1.2))
+        Credit(weight_clip="0,1.2")
     with pytest.raises(UsageError, match="--weight-lambda"):
         weights_of([-9.0, 9.0], [1, 2], strength=6.0)
 

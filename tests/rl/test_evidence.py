@@ -8,8 +8,9 @@ from conftest import tiny_policy
 
 from dlmctl.diffusion.masks import draw_masks
 from dlmctl.records.errors import DataError, UsageError
-from dlmctl.rl.srpo.contrast import Contrast, Response
+from dlmctl.rl.srpo.contrast import Response
 from dlmctl.rl.srpo.evidence import MASKS, diffusion_signals, evidence_tokens
+from dlmctl.settings.srpo import Contrast
 
 PROMPT, COMPLETION = [3, 4, 5, 6, 8], [4, 5, 6, 3, 7, 4]
 ROLES = torch.tensor([0, 1, 1, 2, 2, 0])

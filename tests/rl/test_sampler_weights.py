@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.loading import fixed_name, load_policy
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record, write_records
-from dlmctl.rl.objectives.table import OBJECTIVES, make_objective
+from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Batching
 from dlmctl.rl.samplers import Samplers
 from dlmctl.rl.update import update_policy
+from dlmctl.settings.algorithms import Reinforcement
+from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.train.checkpoint import latest_checkpoint
-from dlmctl.train.run import Adapter, Optimization, open_run
+from dlmctl.train.run import open_run
 
 PLAN = MaskPlan("complementary", 2)
 
@@ -46,7 +49,7 @@ def records(first, groups, policy, **place):
 
 def opened(directory, model, algo="espo", rank=0, rate=0.03):
     return open_run(
-        directory, model, algo, Optimization(rate, max_norm=10.0), Adapter(rank), "cpu",
+        directory, model, algo, Optimizer(rate, max_norm=10.0), Adapter(rank), "cpu",
         "auto", False, seed=0,
     )  # fmt: skip
 
@@ -266,7 +269,7 @@ def test_where_the_weights_are_gone_the_batch_is_refused(tmp_path, saved_models)
 
 
 def test_algorithms_without_ratios_take_completions_of_any_weights(tmp_path, saved_models):
-    without = [a for a in OBJECTIVES if make_objective(a).needs != "ratios"]
+    without = [a for a in get_args(Reinforcement) if make_objective(a).needs != "ratios"]
     assert sorted(without) == ["reinforce", "rspo", "spg", "vrpo", "wd1"]
     sampler = replace(load_policy(saved_models("llada"), "cpu"), name="nowhere", revision="gone")
     for algo in without:

@@ -7,32 +7,32 @@ from typing import get_args
 
 import pytest
 
-from dlmctl.commands import advantage, plan, update
+from dlmctl.cli import functions
 from dlmctl.records.errors import UsageError
-from dlmctl.rl.objectives.table import OBJECTIVES, make_objective
+from dlmctl.rl.objectives.table import make_objective, objective_class
 from dlmctl.settings.algorithms import (
-    OPTIONS,
     RECIPES,
     Algorithm,
+    Constants,
     Reinforcement,
     check_kind,
-    constants,
 )
 
 WORDS = {"until-eos": True, "all-tokens": False}
 FIELDS = {
     "masks": "law",
+    "law": "law",
     "samples": "samples",
     "masks_per_sample": "samples",
     **{name: name for name in ("inner", "baseline", "scale", "until_eos", "prompt_mask")},
-    **{name: name for name in OPTIONS},
+    **{field.name: field.name for field in fields(Constants)},
 }
 """What of the table the options of the commands are, by their names."""
 
 
 def shown(command, name):
     """The default of an option as its help shows it; None if the command has no such option."""
-    parameter = inspect.signature(command, eval_str=True).parameters.get(name)
+    parameter = inspect.signature(functions(command)[command], eval_str=True).parameters.get(name)
     found = getattr(parameter and parameter.annotation, "__metadata__", ())
     return found[0].show_default if found else None
 
@@ -56,7 +56,7 @@ def number(text):
     return float(text) if re.fullmatch(r"[0-9.e-]+", text) else text
 
 
-@pytest.mark.parametrize("command", [update.command, plan.command, advantage.command])
+@pytest.mark.parametrize("command", ["update", "plan", "advantage"])
 def test_help_shows_the_default_of_every_algorithm(command):
     seen = 0
     for name, field in FIELDS.items():
@@ -70,17 +70,16 @@ def test_help_shows_the_default_of_every_algorithm(command):
         }
         assert {algo: number(value) for algo, value in values(text).items()} == table, name
         seen += 1
-    assert seen == {update.command: 16, plan.command: 4, advantage.command: 2}[command]
+    assert seen == {"update": 16, "plan": 4, "advantage": 2}[command]
 
 
 def test_every_algorithm_has_a_recipe_and_an_objective_with_its_constants():
     assert [*RECIPES] == [*get_args(Algorithm)]
-    assert [*OBJECTIVES] == [*get_args(Reinforcement)]
-    for algo, kind in OBJECTIVES.items():
-        recipe = RECIPES[algo]
+    for algo in get_args(Reinforcement):
+        recipe, kind = RECIPES[algo], objective_class(algo)
         assert {field.name for field in fields(kind)} == {*recipe.constants, *recipe.fixed}
         assert not {*recipe.constants} & {*recipe.fixed}
-        assert {*recipe.constants} <= {*OPTIONS}
+        assert {*recipe.constants} <= {field.name for field in fields(Constants)}
 
 
 @pytest.mark.parametrize(
@@ -109,8 +108,8 @@ def test_constants_are_those_that_the_authors_released(algo, told):
 
 
 def test_what_is_given_wins_over_the_table():
-    assert constants("espo", beta=0.5, clip=None) == {"clip": 0.2, "beta": 0.5}
-    assert constants("reinforce")["strength"] == 0
+    assert Constants(beta=0.5).of("espo") == {"clip": 0.2, "beta": 0.5}
+    assert Constants().of("reinforce")["strength"] == 0
     assert make_objective("gdsd", psi=2.0).psi == 2
 
 
@@ -122,9 +121,9 @@ def test_an_option_that_an_algorithm_lacks_is_refused():
         ("wd1", "beta", "none"),
         ("sft", "clip", "none"),
     ):
-        option = OPTIONS[name]
+        option = {"strength": "--lambda"}.get(name, f"--{name}")
         with pytest.raises(UsageError, match=f"{option} means nothing to --algo {algo}; .* {own}$"):
-            constants(algo, **{name: 0.1})
+            Constants(**{name: 0.1}).of(algo)
 
 
 def test_gdsd_alone_refuses_an_autoregressive_model():

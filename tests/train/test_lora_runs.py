@@ -20,8 +20,9 @@ from dlmctl.models.tokenizers import PUZZLE_ALPHABET
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.rl.samplers import reference_log_probs
 from dlmctl.rl.update import update_policy
-from dlmctl.train.lora import Adapter, has_adapter
-from dlmctl.train.run import Optimization, open_run
+from dlmctl.settings.optimizer import Adapter, Optimizer
+from dlmctl.train.lora import has_adapter
+from dlmctl.train.run import open_run
 
 
 def scores(policy):
@@ -123,7 +124,7 @@ def test_merge_writes_down_how_a_model_is_read(tmp_path):
 
 def resumed(directory, model=None, adapter=None):
     run = open_run(
-        directory, model, "rspo", Optimization(1e-2), adapter or Adapter(), "cpu", "auto", False, 0
+        directory, model, "rspo", Optimizer(1e-2), adapter or Adapter(), "cpu", "auto", False, 0
     )
     return list(update_policy(verified(1), run, OBJECTIVE, BATCHING, 2, 8, 100, 2))
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from dlmctl.settings.optimizer import Optimizer
 from dlmctl.train.optimizer import apply_step, learning_rate, make_optimizer
 
 
@@ -22,7 +23,7 @@ def test_a_cosine_falls_to_zero_at_its_end():
 
 def test_matrices_decay_and_vectors_do_not():
     matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    optimizer = make_optimizer([matrix, vector], (0.9, 0.99), weight_decay=0.5)
+    optimizer = make_optimizer([matrix, vector], Optimizer(weight_decay=0.5))
     matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
     apply_step(optimizer, [matrix, vector], rate=0.1, max_norm=0)
     assert matrix.flatten().tolist() == pytest.approx([0.95] * 4)
@@ -42,7 +43,7 @@ def test_gradients_are_clipped_to_their_norm_and_cleared():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_moves_nothing(bad):
     parameter = nn.Parameter(torch.ones(2))
-    optimizer = make_optimizer([parameter], (0.9, 0.99), 0.0)
+    optimizer = make_optimizer([parameter], Optimizer(weight_decay=0.0))
     parameter.grad = torch.tensor([1.0, bad])
     _, applied = apply_step(optimizer, [parameter], rate=1.0, max_norm=1.0)
     assert not applied

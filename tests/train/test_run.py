@@ -20,9 +20,9 @@ from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Batching
 from dlmctl.rl.samplers import reference_log_probs
 from dlmctl.rl.update import update_policy, update_supervised
+from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.train.checkpoint import latest_checkpoint, read_progress
-from dlmctl.train.lora import Adapter
-from dlmctl.train.run import Optimization, open_run
+from dlmctl.train.run import open_run
 
 OBJECTIVE = make_objective("rspo", strength=0.05)
 BATCHING = Batching(MaskPlan(samples=2))
@@ -48,7 +48,7 @@ def train(directory, model, records, rank=0, rate=1e-2, **settings):
         directory,
         model,
         "rspo",
-        Optimization(rate, max_norm=1.0, **settings),
+        Optimizer(rate, max_norm=1.0, **settings),
         Adapter(rank),
         "cpu",
         "auto",
@@ -89,7 +89,7 @@ def test_a_batch_that_failed_is_not_among_what_was_trained_on(tmp_path, saved_mo
         yield from ({**record, "tokens": {"completion": "?"}} for record in verified(1, first=1))
 
     run = open_run(
-        tmp_path / "run", saved_models("llada"), "rspo", Optimization(1e-2), Adapter(), "cpu",
+        tmp_path / "run", saved_models("llada"), "rspo", Optimizer(1e-2), Adapter(), "cpu",
         "auto", False, seed=0,
     )  # fmt: skip
     with pytest.raises(DataError):
@@ -103,7 +103,7 @@ def test_a_batch_that_was_cut_between_its_steps_is_taken_again(tmp_path, saved_m
 
     def part(name, records, steps=None, save_every=1):
         run = open_run(
-            tmp_path / name, saved_models("llada"), "rspo", Optimization(1e-2), Adapter(), "cpu",
+            tmp_path / name, saved_models("llada"), "rspo", Optimizer(1e-2), Adapter(), "cpu",
             "auto", False, seed=0,
         )  # fmt: skip
         rest = run.untrained(iter(records))
@@ -128,7 +128,7 @@ def test_dropout_of_an_adapter_resumes_with_the_random_state(tmp_path, saved_mod
             tmp_path / name,
             saved_models("llada"),
             "rspo",
-            Optimization(1e-2),
+            Optimizer(1e-2),
             Adapter(4, dropout=0.3),
             "cpu",
             "auto",
@@ -191,7 +191,7 @@ def test_only_the_newest_checkpoints_stay_and_each_is_whole(tmp_path, saved_mode
         tmp_path / "run",
         saved_models("llada"),
         "rspo",
-        Optimization(1e-3),
+        Optimizer(1e-3),
         Adapter(),
         "cpu",
         "auto",
@@ -222,7 +222,7 @@ def test_what_was_learnt_before_a_bad_record_is_kept(tmp_path, saved_models):
 def test_a_directory_of_another_algorithm_is_refused(tmp_path, saved_models):
     train(tmp_path / "run", saved_models("llada"), verified(1))
     with pytest.raises(UsageError, match="--algo rspo, not sft"):
-        open_run(tmp_path / "run", "x", "sft", Optimization(), Adapter(), "cpu", "auto", False, 0)
+        open_run(tmp_path / "run", "x", "sft", Optimizer(), Adapter(), "cpu", "auto", False, 0)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, saved_models):
@@ -232,7 +232,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, saved_model
             tmp_path / str(checkpointing),
             saved_models("llada"),
             "rspo",
-            Optimization(1e-2),
+            Optimizer(1e-2),
             Adapter(),
             "cpu",
             "auto",
@@ -250,7 +250,7 @@ def test_supervised_training_learns_its_completions(tmp_path, saved_models):
         tmp_path / "run",
         saved_models("llada"),
         "sft",
-        Optimization(1e-2, max_norm=1.0, weight_decay=0.0),
+        Optimizer(1e-2, max_norm=1.0, weight_decay=0.0),
         Adapter(),
         "cpu",
         "auto",
@@ -278,7 +278,7 @@ def test_a_completion_longer_than_the_filling_is_refused(tmp_path, saved_models)
         tmp_path / "run",
         saved_models("llada"),
         "sft",
-        Optimization(),
+        Optimizer(),
         Adapter(),
         "cpu",
         "auto",

@@ -23,8 +23,7 @@ is the same and shorter, and a sequence ends with the last token that is scored.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,27 +32,11 @@ from dlmctl.diffusion.elbo import Example, log_probs, masked_rows, micro_batches
 from dlmctl.diffusion.masks import MaskSet
 from dlmctl.diffusion.noise import stream_key
 from dlmctl.diffusion.projection import divergence
-from dlmctl.models.corruption import NO_IMAGE, Unseen, corrupt
+from dlmctl.models.corruption import NO_IMAGE, corrupt
 from dlmctl.models.policy import Policy
 from dlmctl.models.vision import Picture
 from dlmctl.rl.srpo.roles import OTHER, PERCEPTION, REASONING
-
-Signal = Literal["logratio", "k3", "abs-logratio", "full-kl"]
-ReasonContrast = Literal["drop", "swap", "blind", "blind-drop"]
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """What is compared with what."""
-
-    visual_signal: Signal = "logratio"
-    reason_signal: Signal = "logratio"
-    reason_contrast: ReasonContrast = "drop"
-    corruption: Unseen = "patch"
-    probability: float = 0.6
-    scope: Literal["prompt", "rollout"] = "prompt"
-    """Whether all samples of a prompt see one corruption."""
-    seed: int = 0
+from dlmctl.settings.srpo import Contrast
 
 
 class Response(NamedTuple):

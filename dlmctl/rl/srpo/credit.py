@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,9 +26,7 @@ from torch.nn import functional
 
 from dlmctl.records.errors import UsageError
 from dlmctl.rl.srpo.roles import OTHER, PERCEPTION, REASONING
-
-Baseline = Literal["traj-mean", "role-mean", "none", "traj-ratio"]
-WeightMap = Literal["exp", "softplus", "sigmoid2", "tanh1"]
+from dlmctl.settings.srpo import Credit, WeightMap
 
 MAPS: dict[WeightMap, Callable[[Tensor], Tensor]] = {
     "exp": torch.exp,
@@ -40,30 +37,8 @@ MAPS: dict[WeightMap, Callable[[Tensor], Tensor]] = {
 """All positive, increasing, and 1 at 0."""
 
 
-@dataclass(frozen=True)
-class Credit:
-    """The map from signals to weights; defaults are ours."""
-
-    baseline: Baseline = "traj-mean"
-    """Mean over all tokens with a role, over those of the token's role, none; or the signal is
-    divided by the mean over all instead of less it."""
-    weight_map: WeightMap = "exp"
-    clip: tuple[float, float] = (0.8, 1.2)
-    tau: float = 1.0
-    strength: float = 1.0
-    """lambda."""
-    mean_one: bool = False
-    sign_aware: bool = False
-    """The exponent has the sign of the advantage, as in RLSD."""
-    limit: float = 5.0
-    """c, in nats."""
-
-    def __post_init__(self) -> None:
-        low, high = self.clip
-        if not 0 < low <= 1 <= high:
-            raise UsageError(
-                f"--weight-clip {low:g},{high:g} is not LOW,HIGH with 0 < LOW <= 1 <= HIGH"
-            )
+LIMIT = 5.0
+"""c, in nats: a signal is at most this far from 0."""
 
 
 class Weighted(NamedTuple):
@@ -78,13 +53,16 @@ class Weighted(NamedTuple):
     clipped_high: float
 
 
-def token_weights(signal: Tensor, roles: Tensor, advantage: float, credit: Credit) -> Weighted:
+def token_weights(
+    signal: Tensor, roles: Tensor, advantage: float, credit: Credit, limit: float = LIMIT
+) -> Weighted:
     """The weights of a completion's tokens.
 
     Args:
         signal: float64 [G], s in nats; read where there is a role.
         roles: int64 [G], of `rl.roles`; without any, all weights are 1.
         advantage: of the completion; only its sign is used, and only by `sign_aware`.
+        limit: c, in nats.
 
     Raises:
         UsageError: `traj-ratio` of signals that are not all positive in the mean.
@@ -93,19 +71,19 @@ def token_weights(signal: Tensor, roles: Tensor, advantage: float, credit: Credi
     ones = torch.ones_like(signal)
     if not chosen.any():
         return Weighted(ones, 0.0, 0.0, 0.0)
-    own = signal[chosen].clamp(-credit.limit, credit.limit)
-    baseline = 0.0 if credit.baseline == "none" else float(own.mean())
-    if credit.baseline == "traj-ratio":
+    own = signal[chosen].clamp(-limit, limit)
+    baseline = 0.0 if credit.signal_baseline == "none" else float(own.mean())
+    if credit.signal_baseline == "traj-ratio":
         raw = _ratio(own, baseline) ** credit.tau
     else:
         away = own - (
-            _role_means(own, roles[chosen]) if credit.baseline == "role-mean" else baseline
+            _role_means(own, roles[chosen]) if credit.signal_baseline == "role-mean" else baseline
         )
         sign = math.copysign(1.0, advantage) if credit.sign_aware and advantage else 1.0
         raw = MAPS[credit.weight_map](sign * credit.tau * away)
     low, high = credit.clip
     v = raw.clamp(low, high)
-    if credit.mean_one:
+    if credit.norm == "mean":
         v = v / v.mean()
     weights = ones.masked_scatter(chosen, 1 + credit.strength * (v - 1))
     if not bool((weights > 0).all()):

@@ -25,8 +25,9 @@ from dlmctl.diffusion.masks import MaskSet, draw_masks
 from dlmctl.diffusion.noise import stream_key
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
-from dlmctl.rl.srpo.contrast import ESTIMATORS, Contrast, Response
+from dlmctl.rl.srpo.contrast import ESTIMATORS, Response
 from dlmctl.rl.srpo.roles import OTHER, PERCEPTION, REASONING
+from dlmctl.settings.srpo import Contrast
 
 MASKS = 8
 """For each completion: four complementary pairs, so that every token is hidden four times."""

@@ -20,7 +20,7 @@ def token_roles(texts: Sequence[str], tags: Tags) -> list[int] | None:
     Args:
         texts: what each token spells; together they are the response.
     """
-    found = layout("".join(texts), *tags)
+    found = layout("".join(texts), tags.perception, tags.reasoning)
     if found is None:
         return None
     ends = list(accumulate(len(text) for text in texts))

@@ -1,0 +1,80 @@
+"""How a training run goes: model, directory, steps on a batch, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from dlmctl.settings import Knob, knob, same
+from dlmctl.settings.algorithms import OBJECTIVE, defaults
+from dlmctl.settings.optimizer import GradientCheckpointing
+
+OptionalModel = Annotated[
+    str | None,
+    Knob(
+        "Model to begin from, which is also the reference. A run that exists resumes from its own "
+        "checkpoint.",
+        "-m",
+        "--model",
+        metavar="MODEL",
+        env=True,
+        shown_default="the model that the records were sampled from",
+    ),
+]
+RunOutput = Annotated[
+    Path | None,
+    Knob(
+        "Directory of the run: checkpoints, the link 'latest', metrics.jsonl.",
+        "-o",
+        "--output",
+        metavar="RUN",
+        shown_default="the next free runs/ALGO-N",
+    ),
+]
+ResumeInput = Annotated[
+    bool,
+    Knob(
+        "Resume in the input too, which is the whole of it again: leave out what the run's newest "
+        "checkpoint was trained on. Without this option all that comes in is new.",
+        "--resume",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What is done with a batch."""
+
+    inner: int | None = knob(
+        None,
+        "Optimizer steps on a batch, each with masks of its own.",
+        "--inner",
+        minimum=1,
+        panel=OBJECTIVE,
+        shown_default=defaults("inner"),
+    )
+    drop_zero_adv: bool = knob(
+        False,
+        "Leave out completions with advantage 0. RSPO learns from them: they pull back to the "
+        "reference.",
+        "--drop-zero-adv/--keep-zero-adv",
+        panel=OBJECTIVE,
+    )
+    any_policy: bool = knob(
+        False,
+        "Train on records of 'rollout --follow' whatever weights they were sampled from, instead "
+        "of refusing those that this run did not have.",
+        "--any-policy/--own-policy",
+    )
+    gradient_checkpointing: bool = same(False, GradientCheckpointing)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Checkpoints of a run."""
+
+    save_every: int = knob(
+        100, "Steps between checkpoints within a round.", "--save-every", minimum=1
+    )
+    keep: int = knob(2, "How many checkpoints are kept.", "--keep", minimum=1)
