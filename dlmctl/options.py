@@ -17,20 +17,24 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from dlmctl.settings import Knob, Shown, knob_of
+from dlmctl.settings import Knob, Shown, Without, knob_of
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """The command with options in the place of its settings."""
     hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, Any] = {}
+    groups: dict[str, tuple[Any, dict[str, Any], list[str]]] = {}
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
         kind, *notes = _unpacked(hints[parameter.name])
         if dataclasses.is_dataclass(kind):
-            groups[parameter.name] = kind
             shown = next((note for note in notes if isinstance(note, Shown)), Shown())
-            parameters += _options(kind, parameter.default, shown)
+            left_out = next((note for note in notes if isinstance(note, Without)), Without())
+            defaults = kind if parameter.default is parameter.empty else parameter.default
+            options = list(_options(kind, defaults, shown, left_out))
+            fixed = {field: getattr(defaults, field) for field in left_out}
+            groups[parameter.name] = kind, fixed, [option.name for option in options]
+            parameters += options
         else:
             parameters.append(_option(parameter.name, kind, parameter.default, notes))
     if len({parameter.name for parameter in parameters}) < len(parameters):
@@ -38,9 +42,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        for name, kind in groups.items():
-            fields = [field.name for field in dataclasses.fields(kind) if field.init]
-            given[name] = kind(**{field: given.pop(field) for field in fields})
+        for name, (kind, fixed, fields) in groups.items():
+            given[name] = kind(**fixed, **{field: given.pop(field) for field in fields})
         command(**given)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -53,20 +56,24 @@ def _unpacked(hint: Any) -> list[Any]:
     return [*get_args(hint)] if get_origin(hint) is Annotated else [hint]
 
 
-def _options(kind: Any, defaults: Any, shown: Mapping[str, str]) -> Iterator[inspect.Parameter]:
+def _options(
+    kind: Any, defaults: Any, shown: Mapping[str, str], left_out: Without
+) -> Iterator[inspect.Parameter]:
     """A parameter with its option for each field of a settings class.
 
     Args:
-        defaults: an object of the class; Parameter.empty: its fields' own.
+        defaults: an object of the class, or the class itself for the defaults of its fields.
         shown: what help says of defaults in place of what the knobs say.
+        left_out: fields without an option.
     """
     types = get_type_hints(kind)
     for field in dataclasses.fields(kind):
+        if field.name in left_out:
+            continue
         declared = knob_of(field)
         if field.name in shown:
             declared = dataclasses.replace(declared, shown_default=shown[field.name])
-        own = field.default if field.default is not dataclasses.MISSING else inspect.Parameter.empty
-        default = getattr(defaults, field.name, own)
+        default = getattr(defaults, field.name, inspect.Parameter.empty)
         yield _option(field.name, types[field.name], default, [declared])
 
 

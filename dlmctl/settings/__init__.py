@@ -64,3 +64,14 @@ class Shown(dict[str, str]):
 
     corpus: Annotated[Corpus, Shown(context="the autoencoder's own, else 2048")]
     """
+
+
+class Without(tuple[str, ...]):
+    """Fields of a settings class that one command has no options for.
+
+    They keep the values of the parameter's default:
+    sampler: Annotated[Sampler, Without("cache", "refresh")] = Sampler()
+    """
+
+    def __new__(cls, *fields: str) -> Without:
+        return super().__new__(cls, fields)

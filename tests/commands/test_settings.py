@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from dlmctl.cli import SUBCOMMANDS, functions
 from dlmctl.options import with_options
 from dlmctl.records.errors import UsageError
-from dlmctl.settings import Knob, Shown, knob, knob_of
+from dlmctl.settings import Knob, Shown, Without, knob, knob_of
 from dlmctl.settings.models import Prompting, Reading, split_name
 
 
@@ -77,6 +77,20 @@ def test_a_default_of_the_parameter_is_that_of_the_options():
     shown = " ".join(run(app, ["--help"]).output.split())
     assert "(oval)" in shown
     assert "(round)" not in shown
+
+
+def test_a_field_that_is_left_out_has_no_option_and_keeps_its_default():
+    seen = []
+
+    def command(sizes: Annotated[Sizes, Without("width")] = Sizes(width=5)) -> None:
+        seen.append(sizes)
+
+    app = typer.Typer()
+    app.command()(with_options(command))
+    run = CliRunner().invoke
+    assert run(app, ["--kind", "square"]).exit_code == 0
+    assert seen == [Sizes(5, "square")]
+    assert run(app, ["--width", "4"]).exit_code == 2
 
 
 def test_two_fields_of_one_name_are_an_error():
