@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from dlmctl.records.errors import UsageError
-from dlmctl.settings import Knob, knob, same
+from dlmctl.settings import Knob, knob, same, same_field
 from dlmctl.settings.common import Seed
 from dlmctl.settings.optimizer import Adapter
 from dlmctl.settings.sampler import Sampler
@@ -21,12 +20,6 @@ BenchModel = Annotated[
         metavar="MODEL",
     ),
 ]
-
-
-def _as_in(settings: Any, name: str, default: Any) -> Any:
-    """A field with the knob that another settings class has under this name."""
-    [declared] = [field for field in dataclasses.fields(settings) if field.name == name]
-    return dataclasses.field(default=default, metadata=declared.metadata)
 
 
 @dataclass(frozen=True)
@@ -61,14 +54,14 @@ class SamplerPaths:
     prompt_lengths: str = knob(
         "64-256", "Their lengths, evenly spread.", "--prompt-lengths", metavar="FROM-TO"
     )
-    gen_length: int | None = _as_in(Sampler, "gen_length", None)
-    block_length: int | None = _as_in(Sampler, "block_length", None)
-    steps: int | None = _as_in(Sampler, "steps", None)
-    temperature: float = _as_in(Sampler, "temperature", 0.0)
+    gen_length: int | None = same_field(None, Sampler, "gen_length")
+    block_length: int | None = same_field(None, Sampler, "block_length")
+    steps: int | None = same_field(None, Sampler, "steps")
+    temperature: float = same_field(0.0, Sampler, "temperature")
     threshold: float = knob(0.9, "Threshold of the paths that name it.", "--threshold")
     factor: float = knob(1.0, "Factor of the paths that name it.", "--factor")
-    refresh: int | None = _as_in(Sampler, "refresh", None)
-    refresh_below: float = _as_in(Sampler, "refresh_below", 0.0)
+    refresh: int | None = same_field(None, Sampler, "refresh")
+    refresh_below: float = same_field(0.0, Sampler, "refresh_below")
 
     @property
     def exact(self) -> Sampler:
@@ -99,7 +92,7 @@ class GradientStep:
     prompt_length: int = knob(128, "Tokens of the prompt.", "--prompt-length", minimum=1)
     completions: int = knob(2, "Completions in the group.", "-n", "--completions", minimum=2)
     masks: int = knob(4, "Masks for each completion.", "-k", "--masks-per-sample", minimum=1)
-    rank: int = _as_in(Adapter, "rank", 0)
+    rank: int = same_field(0, Adapter, "rank")
     gradient_checkpointing: bool = knob(
         False,
         "Recompute activations in the backward pass, of both implementations.",
