@@ -1,4 +1,8 @@
-"""The sequences under way: slots, each with a prompt, its completion, and where it stands."""
+"""The sequences being sampled: slots, each with a prompt, its completion, and its progress.
+
+R rows are the slots that take part in a step, S all slots, B the block length, G the completion
+length, N the masked positions in the blocks of the R rows.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +17,24 @@ from dlmctl.models.policy import Policy
 
 
 class Masked(NamedTuple):
-    """The N masked positions in the blocks of R rows."""
+    """The N masked positions in the blocks of R rows, each by its five coordinates."""
 
     shape: tuple[int, int]
-    """R and the block length."""
+    """R and B."""
     row: Tensor
-    """int64 [N], which of the R rows."""
+    """int64 [N], index among the R rows."""
     offset: Tensor
-    """int64 [N], place in the block."""
+    """int64 [N], index in the block."""
     slot: Tensor
-    """int64 [N]."""
+    """int64 [N], index among the S slots."""
     position: Tensor
-    """int64 [N], place in the sequence."""
+    """int64 [N], index in the sequence, prompt included."""
     completion: Tensor
-    """int64 [N], place in the completion."""
+    """int64 [N], index in the completion."""
 
 
 class Canvas:
-    """Slots of token ids; the host knows where each row stands, the device what it holds."""
+    """Slots of token ids. Progress is kept on the host, ids on the device."""
 
     def __init__(self, policy: Policy, settings: SamplerConfig, slots: int) -> None:
         self.policy, self.settings, self.device = policy, settings, policy.device
@@ -40,7 +44,7 @@ class Canvas:
         self.owner: list[int | None] = [None] * slots
         """Number of the request in each slot."""
         self.starts, self.block, self.step, self.nfe = ([0] * slots for _ in range(4))
-        """Length of the prompt; block; step in the block; forward passes so far."""
+        """For each slot: length of the prompt, current block, step in the block, forward passes."""
 
     @property
     def width(self) -> int:
@@ -52,7 +56,7 @@ class Canvas:
 
     @property
     def active(self) -> list[int]:
-        """Slots under way, the longest sequences first."""
+        """Slots that are taken, the longest sequences first."""
         taken = [slot for slot, owner in enumerate(self.owner) if owner is not None]
         return sorted(taken, key=lambda slot: -self.starts[slot])
 
@@ -61,7 +65,7 @@ class Canvas:
         return self.starts[slot] + self.settings.gen_length
 
     def add(self, number: int, request: Request) -> int:
-        """Begin a request in the first free slot, and say which that is."""
+        """Put a request into the first free slot; returns the slot."""
         slot, start = self.owner.index(None), len(request.prompt)
         length = start + self.settings.gen_length
         if length > self.width:
@@ -83,26 +87,28 @@ class Canvas:
         return self.starts[slot] + start, self.starts[slot] + stop
 
     def masked(self, rows: Sequence[int]) -> Masked:
-        """What is still to be decided in the block of each row."""
-        slots = self.tensor(rows)
-        windows = self.tensor([self.window(slot) for slot in rows])
-        columns = windows[:, :1] + torch.arange(self.settings.block_length, device=self.device)
-        now = self.ids[slots[:, None], columns.clamp(max=self.width - 1)]
-        hidden = (now == self.policy.mask_id) & (columns < windows[:, 1:])
-        row, offset = hidden.nonzero(as_tuple=True)
+        """The positions that are still masked in the block of each row."""
+        slots = self.tensor(rows)  # [R]
+        windows = self.tensor([self.window(slot) for slot in rows])  # [R, 2]
+        offsets = torch.arange(self.settings.block_length, device=self.device)
+        columns = windows[:, :1] + offsets  # [R, B]
+        # The last block may be shorter: columns behind it are clamped here and left out below.
+        ids = self.ids[slots[:, None], columns.clamp(max=self.width - 1)]  # [R, B]
+        is_masked = (ids == self.policy.mask_id) & (columns < windows[:, 1:])
+        row, offset = is_masked.nonzero(as_tuple=True)  # [N], [N]
         slot, position = slots[row], columns[row, offset]
         completion = position - self.tensor([self.starts[slot] for slot in rows])[row]
         shape = (len(rows), self.settings.block_length)
         return Masked(shape, row, offset, slot, position, completion)
 
     def numbered_steps(self, rows: Sequence[int]) -> Tensor:
-        """int64 [R], counted as if every block took all its steps, so that neighbours do not
-        matter."""
+        """int64 [R]: steps counted as if every block took all its steps, so that the noise of a
+        step does not depend on how many steps earlier blocks took."""
         per_block = self.settings.steps_per_block
         return self.tensor([self.block[slot] * per_block + self.step[slot] for slot in rows])
 
     def decide(self, masked: Masked, stays: Tensor, token: Tensor, steps: Tensor) -> None:
-        """Write the tokens that stay, bool [N]; steps [R] are those they were decided at."""
+        """Write the tokens [N] that stay, bool [N], decided at `steps` [R]."""
         slot = masked.slot[stays]
         self.ids[slot, masked.position[stays]] = token[stays]
         self.order[slot, masked.completion[stays]] = steps[masked.row[stays]]
@@ -110,7 +116,7 @@ class Canvas:
     def advance(
         self, rows: Sequence[int], passes: int, blocks_done: Sequence[bool], again: Sequence[bool]
     ) -> list[int]:
-        """To the next step, or block, but for rows that take the same step again.
+        """Move each row to its next step or block; rows in `again` repeat their step.
 
         Returns:
             The slots whose completion is done.
@@ -129,7 +135,7 @@ class Canvas:
         return done
 
     def _stop_at_eos(self, slot: int) -> bool:
-        """Fill the rest of a row whose decided part holds end-of-sequence."""
+        """Fill the rest of a row whose decided part contains end-of-sequence."""
         eos, start, stop = self.policy.eos_id, self.starts[slot], self.window(slot)[1]
         decided = self.ids[slot, start:stop].tolist()
         if eos is None or self.policy.ends.isdisjoint(decided):
@@ -140,7 +146,7 @@ class Canvas:
         return True
 
     def take(self, slot: int) -> tuple[int, Sample]:
-        """Number and completion of a slot that is done; it is free again."""
+        """Number and completion of a slot that is done; the slot becomes free."""
         number = self.owner[slot]
         assert number is not None
         self.owner[slot] = None

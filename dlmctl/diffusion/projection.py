@@ -2,11 +2,13 @@
 
 A vocabulary of 126,464 times 512 positions is 259 MB of logits for each sequence, and a plain
 implementation holds four such tables: logits, their log-softmax, and the gradients of both. Here
-a few rows of one table are in memory at a time, and are worked on in place.
+a few rows of one table are in memory at a time, and are overwritten in place.
 
-`weighted_log_prob` knows what each log-probability is multiplied with before it is taken, so that
-the gradient of a chunk is made while its logits are there: three matrix products where recomputing
-them in the backward pass would need four.
+`weighted_log_prob` knows the coefficient of each log-probability in advance, so it computes the
+gradient of a chunk while its logits exist: three matrix products, where recomputing the logits in
+the backward pass would need four.
+
+N positions, hidden size H, vocabulary V, C positions in a chunk.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch.nn import functional
 from dlmctl.models.policy import Policy
 
 LOGITS_PER_CHUNK = 2**25
-"""Vocabulary × positions that are in memory at once: 128 MB in float32."""
+"""V × C: 128 MB in float32."""
 
 
 @torch.no_grad()
@@ -77,7 +79,7 @@ def weighted_log_prob(
 
 
 def rows_per_chunk(vocab_size: int) -> int:
-    """Positions whose logits are made at once."""
+    """C, the positions whose logits are in memory at once."""
     return max(1, LOGITS_PER_CHUNK // vocab_size)
 
 
@@ -93,6 +95,7 @@ class _WeightedLogProb(torch.autograd.Function):
         targets: Tensor,
         coefficients: Tensor,
     ) -> Tensor:
+        # The gradients are computed here, with an upstream gradient of 1; backward scales them.
         by_states, by_weight, by_bias = ctx.needs_input_grad[:3]
         compute = _compute_dtype(states)
         matrix = weight.to(compute)
@@ -103,38 +106,41 @@ class _WeightedLogProb(torch.autograd.Function):
         size = rows_per_chunk(len(weight))
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
-            rows, target = states[part].to(compute), targets[part]
+            rows, target = states[part].to(compute), targets[part]  # [C, H], [C]
+            # 1. Logits, then in place exp(logits - max), of which `total` is the sum.
             logits = wide(functional.linear(rows, matrix, None if bias is None else bias.to(rows)))
-            factor = coefficients[part].to(logits)
-            log_prob, total = _chosen_and_total_(logits, target)
+            factor = coefficients[part].to(logits)  # [C]
+            log_prob, total = _chosen_and_total_(logits, target)  # [C], [C]
             value += (factor * log_prob).sum()
-            away = logits.mul_((-factor / total)[:, None])
-            away[torch.arange(len(target), device=away.device), target] += factor
+            # 2. d/dlogits = c (onehot(y) - softmax), in the same memory.
+            d_logits = logits.mul_((-factor / total)[:, None])  # [C, V]
+            d_logits[torch.arange(len(target), device=d_logits.device), target] += factor
+            # 3. On to bias [V], states [N, H] and weight [V, H].
             if d_bias is not None:
-                d_bias += away.sum(0).to(d_bias)
-            away = away.to(compute)
+                d_bias += d_logits.sum(0).to(d_bias)
+            d_logits = d_logits.to(compute)
             if d_states is not None:
-                d_states[part] = away @ matrix
+                d_states[part] = d_logits @ matrix
             if d_weight is not None and d_weight.dtype == compute:
-                d_weight.addmm_(away.T, rows)
+                d_weight.addmm_(d_logits.T, rows)
             elif d_weight is not None:
-                d_weight += away.T @ rows
+                d_weight += d_logits.T @ rows
         ctx.save_for_backward(d_states, d_weight, d_bias)
         return value.to(wide(states).dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        scale = float(upstream)  # 1, where the sum itself is descended: nothing is copied
-        made = [d if d is None or scale == 1 else d * scale for d in ctx.saved_tensors]
-        return *made, None, None
+        scale = float(upstream)  # 1 if the loss is the sum itself: nothing is copied
+        gradients = [d if d is None or scale == 1 else d * scale for d in ctx.saved_tensors]
+        return *gradients, None, None
 
 
 def _chosen_and_total_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(target) [N]; the logits [N, V] become probabilities times a total [N] in place."""
+    """log p(target) [C] and a total [C]; the logits [C, V] become probabilities times the total."""
     logits -= logits.amax(-1, keepdim=True)
-    chosen = logits.gather(1, targets[:, None])[:, 0]
-    total = logits.exp_().sum(-1)
+    chosen = logits.gather(1, targets[:, None])[:, 0]  # [C]
+    total = logits.exp_().sum(-1)  # [C]
     return chosen - total.log(), total
 
 
@@ -144,7 +150,7 @@ def wide(values: Tensor) -> Tensor:
 
 
 def _compute_dtype(states: Tensor) -> torch.dtype:
-    """What a matrix product of these states is computed in."""
+    """The dtype in which a matrix product of these states is computed."""
     kind = states.device.type
     if torch.is_autocast_enabled(kind) and states.dtype == torch.float32:
         return torch.get_autocast_dtype(kind)

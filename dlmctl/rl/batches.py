@@ -18,7 +18,7 @@ from dlmctl.records.jsonl import Record, object_field
 
 
 class StepBatch(NamedTuple):
-    """What one optimizer step sees."""
+    """The records of one optimizer step."""
 
     groups: list[list[Record]]
     partial: int
@@ -44,7 +44,7 @@ def packed(batch: StepBatch) -> dict[str, Any]:
 
 
 def unpacked(value: dict[str, Any]) -> StepBatch:
-    """The batch that `packed` made this of."""
+    """The inverse of `packed`."""
     return StepBatch(**{**value, "groups": [[_record(*r) for r in g] for g in value["groups"]]})
 
 
@@ -60,7 +60,7 @@ class CutRoundError(TryAgainError):
     def __init__(self, number: int, seen: int, size: int) -> None:
         super().__init__(
             f"the stream ended within round {number}, after {seen} of {size} completions; the "
-            "same line does this round again"
+            "same command takes this round again"
         )
 
 
@@ -79,16 +79,16 @@ def step_batches(records: Iterable[Record], prompts_per_step: int) -> Iterator[S
 def whole_batches(
     records: Iterable[Record], prompts_per_step: int, cut_rounds: bool
 ) -> Iterator[tuple[list[list[Record]], int | None]]:
-    """Collect neighbouring groups; a batch leaves with `prompts_per_step` of them, or at round end.
+    """Collect neighbouring groups; a batch ends with `prompts_per_step` of them, or with its round.
 
-    Each with the round that is complete with it. The groups are those of `whole_groups`: a record
-    with an `error` counts as seen, and a group of nothing else is no prompt.
+    Each batch comes with the round that it completes. The groups are those of `whole_groups`: a
+    record with an `error` counts as seen, and a group that contains nothing else is no prompt.
 
     Args:
         cut_rounds: the last round may lack completions.
 
     Raises:
-        CutRoundError: it lacks some, and may not.
+        CutRoundError: it lacks some although `cut_rounds` is False.
     """
     batch: list[list[Record]] = []
     prompts = seen = 0
@@ -148,12 +148,12 @@ class Source(NamedTuple):
 
 
 def source_of(record: Record) -> Source:
-    """Raises DataError if `rollout` has no names in these places."""
+    """Raises DataError if these fields of `rollout` are not texts."""
     return Source(_name(record, "model"), _name(record, "revision"))
 
 
 def sampled_from(record: Record) -> str | None:
-    """Revision of the weights that a completion was sampled from, where it says so."""
+    """Revision of the weights that a completion was sampled from, if it has one."""
     return _name(record, "revision")
 
 
@@ -166,7 +166,7 @@ def _name(record: Record, field: str) -> str | None:
 
 
 def max_lag(record: Record) -> int:
-    """Rounds that the weights may be old which a completion was sampled from."""
+    """How many rounds old the weights may be that a completion was sampled from."""
     lag = object_field(record, "rollout").get("max_lag", 0)
     if type(lag) is not int or lag < 0:
         raise DataError(
@@ -192,7 +192,7 @@ def check_on_policy(batch: StepBatch, revisions: Sequence[str], trained_rounds: 
         if place["round"] != trained_rounds:
             raise DataError(
                 f"a completion of round {place['round']}; this run has been trained on "
-                f"{trained_rounds} rounds and goes on with round {trained_rounds} (--any-policy "
+                f"{trained_rounds} rounds and resumes with round {trained_rounds} (--any-policy "
                 "takes it all the same)",
                 record.where,
             )

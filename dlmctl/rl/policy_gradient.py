@@ -1,8 +1,10 @@
 """Steps on a batch of verified groups: from records to gradients.
 
 What the records lack is computed: advantages from rewards, scores of the current and the reference
-policy under one draw of masks. What they bear is taken, so that `rollout | verify | update` and
-`rollout | verify | score-elbo | advantage | update` make the same step.
+policy under one draw of masks. What they have is used, so that `rollout | verify | update` and
+`rollout | verify | score-elbo | advantage | update` take the same step.
+
+N completions, K masks for each, G tokens in the longest.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ Scorer = Callable[[Sequence[Example]], Tensor]
 
 
 class Reference(NamedTuple):
-    """The frozen policy that the log-ratio is taken to."""
+    """The frozen policy in the log-ratio."""
 
     revision: str
     """Hash of its weights."""
@@ -42,8 +44,8 @@ class Reference(NamedTuple):
 
 
 def no_other_weights(record: Record) -> Scorer:
-    """For a batch that was sampled from the policy as it is now."""
-    raise DataError("sampled from other weights than those of now", record.where)
+    """The sampler of a batch that was sampled from the current policy: there is no other."""
+    raise DataError("sampled from other weights than the current ones", record.where)
 
 
 @dataclass(frozen=True)
@@ -71,16 +73,16 @@ class Passes(NamedTuple):
 
 
 def passes_for(objective: Objective, inner: int, sampled: bool) -> Passes:
-    """The passes that `policy_gradients` takes on a batch that was sampled from the policy, once
-    this has left the reference.
+    """The passes that `policy_gradients` takes on a batch that was sampled from the policy, after
+    the first step has moved it away from the reference.
 
     Args:
         inner: steps on a batch.
-        sampled: the old policy is what `rollout` recorded of it.
+        sampled: the scores of the old policy are those that `rollout` recorded.
     """
     if objective.needs == "nothing":
         return Passes(0, 0, inner)
-    # The old policy is that of the first step, which is not scored again.
+    # In the first step the old policy is the current one, which is scored once.
     again = inner - 1 if objective.needs == "ratios" and not sampled else 0
     return Passes(inner + again, inner if objective.needs_reference else 0, inner)
 
@@ -94,7 +96,7 @@ def policy_gradients(
     batch_size: int,
     sampler: Callable[[Record], Scorer] = no_other_weights,
 ) -> Iterator[dict[str, Any]]:
-    """Accumulate the gradient of each inner step in turn; the caller applies it in between.
+    """Accumulate the gradient of each inner step in turn; the caller applies it before the next.
 
     Args:
         sampler: gives the weights that a record was sampled from, if these are not the policy's.
@@ -103,8 +105,8 @@ def policy_gradients(
         Metrics of the batch: loss, advantage, KL estimate, mask variance, and the objective's own.
 
     Raises:
-        DataError: a record lacks its completion, or both reward and advantage, or the weights that
-            the objective asks for; or it takes ratios to weights that are not there.
+        DataError: a record lacks its completion, or both reward and advantage, or the token
+            weights that the objective needs; or a ratio is to weights that cannot be found.
     """
     advantage = batch_advantages(groups, batching)
     kept = advantage != 0 if batching.drop_zero_advantage else torch.ones_like(advantage).bool()
@@ -135,13 +137,13 @@ SCORED = ("log_probs", "ratios")
 """Needs that take the log-probabilities of the policy before its gradient."""
 
 
-class Old(NamedTuple):
-    """What the policy that sampled a batch made of it."""
+class OldScores(NamedTuple):
+    """Log-probabilities under the policy that sampled a batch."""
 
     log_probs: list[Tensor]
     """[N, K, G] for each step."""
-    now: bool
-    """Whether it is the policy as it is before the first step."""
+    is_current: bool
+    """Whether that is the policy before the first step."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ class _Batch:
         return [example_of(record, self.policy, plan) for record in self.records]
 
     def log_probs(self, examples: Sequence[Example]) -> Tensor:
-        """Under the policy as it is now."""
+        """[N, K, G] under the current policy."""
         return log_probs(self.policy, examples, self.batch_size)
 
     def old(
@@ -170,34 +172,34 @@ class _Batch:
         draws: Sequence[Sequence[Example]],
         objective: Objective,
         sampler: Callable[[Record], Scorer],
-    ) -> Old:
+    ) -> OldScores:
         """Under the policy that each completion was sampled from.
 
-        One that does not say from which counts as sampled from the policy as it is now.
+        A completion that does not name its policy counts as sampled from the current one.
         """
         if objective.recipe.sampled_old and not self.policy.diffusion:
             recorded = sampled_log_probs(self.records, draws[0])
             if recorded is not None:
-                return Old([recorded] * len(draws), False)
+                return OldScores([recorded] * len(draws), False)
         now = self.policy.revision
         rows: dict[str, list[int]] = {}
         for n, record in enumerate(self.records):
             rows.setdefault(sampled_from(record) or now, []).append(n)
-        tables = [_nothing(examples) for examples in draws]
+        tables = [_zeros(examples) for examples in draws]
         for revision, own in rows.items():
             score = self.log_probs if revision == now else sampler(self.records[own[0]])
             for table, examples in zip(tables, draws, strict=True):
                 values = score([examples[n] for n in own])
                 table[own, :, : values.shape[2]] = values
-        return Old(tables, [*rows] == [now])
+        return OldScores(tables, [*rows] == [now])
 
     def scores(
-        self, examples: list[Example], objective: Objective, old: Old | None, step: int
+        self, examples: list[Example], objective: Objective, old: OldScores | None, step: int
     ) -> Scores:
-        """What the objective needs and no more; the rest is zeros."""
-        current = reference = nothing = _nothing(examples)
+        """What the objective needs; the rest is zeros."""
+        current = reference = zeros = _zeros(examples)
         if objective.needs in SCORED:
-            if old is not None and old.now and step == 0:
+            if old is not None and old.is_current and step == 0:
                 current = old.log_probs[0]
             else:
                 current = self.log_probs(examples)
@@ -206,7 +208,7 @@ class _Batch:
                 reference = current if same else self.reference.log_probs(examples)
         return Scores(
             current.clone().requires_grad_(),
-            nothing if old is None else old.log_probs[step],
+            zeros if old is None else old.log_probs[step],
             reference,
             _targets(examples),
             mask_weights(examples),
@@ -218,11 +220,11 @@ class _Batch:
         )
 
     def at_reference(self, step: int) -> bool:
-        """Whether policy and reference have the same weights, so that one pass tells of both."""
+        """Whether policy and reference have the same weights, so that one pass scores both."""
         return step == 0 and self.policy.revision == self.reference.revision
 
     def token_weights(self, examples: Sequence[Example], objective: Objective) -> Tensor:
-        """[N, G]; 1 where the algorithm has none."""
+        """[N, G]; 1 if the algorithm has none."""
         if objective.recipe.token_weights:
             return token_weights(self.records, examples)
         width = max(len(example.completion) for example in examples)
@@ -231,41 +233,41 @@ class _Batch:
     def relative(self, examples: list[Example], step: int) -> Tensor:
         """d of every record, one value for each mask: float64 [N, K], in nats.
 
-        Before the first step that of the records, where they have it.
+        In the first step it is taken from the records, if they have it.
         """
         draw = 2 * step + self.batching.independent_residual
         if step == 0:
             plan = dataclasses.replace(self.batching.plan, draw=draw)
-            taken = recorded_difference(self.records, self.policy, self.reference.revision, plan)
-            if taken is not None:
-                return taken
+            recorded = recorded_difference(self.records, self.policy, self.reference.revision, plan)
+            if recorded is not None:
+                return recorded
         if self.at_reference(step):
             return torch.zeros_like(mask_weights(examples))
         if self.batching.independent_residual:
             examples = self.examples(draw)
-        away = self.log_probs(examples) - self.reference.log_probs(examples)
-        return away.sum(dim=2) * mask_weights(examples)
+        log_ratio = self.log_probs(examples) - self.reference.log_probs(examples)  # [N, K, G]
+        return log_ratio.sum(dim=2) * mask_weights(examples)
 
 
 def batch_advantages(groups: Sequence[Sequence[Record]], batching: Batching) -> Tensor:
-    """A_i of every record, float64 [N]: as the records bear it, else from their rewards."""
+    """A_i of every record, float64 [N]: the record's own, else from the rewards."""
     if all("advantage" in record for group in groups for record in group):
         values = [
             float(record_field(r, "advantage", (int, float))) for group in groups for r in group
         ]
         return torch.tensor(values, dtype=torch.float64)
-    made = from_rewards(groups, batching.normalization)
-    return torch.tensor([a for group in made for a in group], dtype=torch.float64)
+    computed = from_rewards(groups, batching.normalization)
+    return torch.tensor([a for group in computed for a in group], dtype=torch.float64)
 
 
-def _nothing(examples: Sequence[Example]) -> Tensor:
+def _zeros(examples: Sequence[Example]) -> Tensor:
     """Zeros [N, K, G]."""
     width = max(len(example.completion) for example in examples)
     return torch.zeros(*mask_weights(examples).shape, width, dtype=torch.float64)
 
 
 def _targets(examples: Sequence[Example]) -> Tensor:
-    targets = _nothing(examples).bool()
+    targets = _zeros(examples).bool()
     for n, example in enumerate(examples):
         targets[n, :, : len(example.completion)] = example.masks.targets
     return targets

@@ -1,8 +1,9 @@
 """The stage `update`: verified records in, one metrics record per optimizer step out.
 
 A step is taken for every batch of prompts. In a training loop a checkpoint is published at the end
-of each round; a round that was cut leaves none. Elsewhere, every so many steps and at the end, also
-when the stream fails, so that no step is lost; not when the command is interrupted.
+of each round; an incomplete round leaves none. Otherwise a checkpoint is published every
+`save_every` steps and at the end, also if the stream fails, so that no step is lost; but not if the
+command is interrupted.
 
 Under torchrun the first rank reads the stream and tells the others each batch; all of them take
 the step, and the first writes its metrics.
@@ -105,10 +106,10 @@ def _rewards(batch: StepBatch) -> dict[str, float]:
 
 
 def plain_batches(records: Iterable[Record], size: int, first: int = 0) -> Iterator[StepBatch]:
-    """Batches of records that are no groups, each a group of its own.
+    """Batches of records that form no groups; each record is a group of its own.
 
     Args:
-        first: number of the first record, in the name of one without `id`.
+        first: number of the first record, for the ids of records without one.
     """
     rows: list[list[Record]] = []
     for number, record in enumerate(records, first):
@@ -130,10 +131,10 @@ def take_steps(
     keep: int,
     inner: int = 1,
 ) -> Generator[dict[str, Any], None, None]:
-    """The steps on all batches, each with its metrics; checkpoints on the way and at the end.
+    """Take the steps on all batches and save checkpoints; yields the metrics of each step.
 
     Args:
-        inner: steps on a batch, at most.
+        inner: the most steps on a batch.
 
     Raises:
         UsageError: there was no batch.
@@ -155,9 +156,9 @@ def take_steps(
             elif not within_round and run.progress.step - run.saved_step >= save_every:
                 run.save(keep)
     finally:
-        # A round or a batch that was cut is done again, from the checkpoint before it; and who is
-        # interrupted has no time: what counts is the newest checkpoint. A step whose metrics could
-        # not be written is one to take again.
+        # An incomplete round or batch is trained again from the checkpoint before it. After an
+        # interrupt there is no time to save. A step whose metrics could not be written is taken
+        # again.
         unsaved = run.progress.step != run.saved_step and not (within_round or within_batch)
         logged = run.logged_step == run.progress.step
         if unsaved and not stopping() and logged and may_save():
@@ -172,14 +173,14 @@ def _batch_steps(
     """The steps on a batch, each with its metrics record."""
     rows = batch.rows
     tokens = sum(_tokens(record) for record in rows)
-    found, begun = gradients(batch), time.monotonic()
+    steps, begun = gradients(batch), time.monotonic()
     for number in count(1):
         with run.precision():
-            metrics = next(found, None)
+            metrics = next(steps, None)
         if metrics is None:
             return
         stepped = run.step()
-        if number == 1:  # one that failed before is not among what was trained on
+        if number == 1:  # a batch that failed before its first step is not counted
             run.progress.completions += len(rows)
             run.progress.tokens += tokens
         seconds = time.monotonic() - begun

@@ -132,7 +132,7 @@ def test_what_says_otherwise_where_it_is_from_is_refused(lag, revision, told):
 
 
 def test_a_round_that_is_not_the_next_one_is_refused():
-    with pytest.raises(DataError, match=r"a completion of round 5; .* goes on with round 2"):
+    with pytest.raises(DataError, match=r"a completion of round 5; .* resumes with round 2"):
         check_on_policy(of_round(5, "new"), ["new"], 2)
 
 
