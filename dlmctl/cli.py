@@ -93,7 +93,7 @@ SUBCOMMANDS = {
     "lm-eval": Subcommand(
         "lm_eval", LOOK, "Evaluate a model on the tasks of lm-evaluation-harness."
     ),
-    "bench": Subcommand("bench", LOOK, "Measure speed, memory and variance beside a baseline."),
+    "bench": Subcommand("bench", LOOK, "Measure speed and memory, compared with a baseline."),
     "plan": Subcommand("plan", SETUP, "Say what a training run needs, from config.json alone."),
     "merge": Subcommand("merge", SETUP, "Write a model as plain weights, its adapters merged in."),
     "init": Subcommand("init", SETUP, "Make a small new model of any family."),

@@ -137,7 +137,7 @@ def main(address: str) -> None:
     gc.disable()  # all of it stays
     for module in pkgutil.walk_packages(dlmctl.__path__, "dlmctl."):
         # The harness subclasses a class of lm-eval, which may not be there.
-        if not module.name.endswith(("__main__", "diffusion.harness")):
+        if not module.name.endswith(("__main__", "bench.lm_eval")):
             importlib.import_module(module.name)
     for name in LATE:
         with contextlib.suppress(ImportError):

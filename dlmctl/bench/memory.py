@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, on CUDA and on Linux."""
+"""Peak memory of some work, on CUDA and on Linux."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import gc
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -14,15 +13,15 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
+    """Wait until the device has done what was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Peak:
-    """Megabytes that the work within `with` needs at its peak, on top of what was in use before.
+    """Megabytes that the body of `with` needs at its peak, on top of what was in use before.
 
-    On CUDA what torch allocates; on Linux the process's resident memory; elsewhere None.
+    On CUDA, what torch allocates; on Linux, the process's resident memory; elsewhere None.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,16 +35,11 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device) / 1e6
         elif CLEAR.exists():
-            CLEAR.write_text("5")  # the peak begins anew
+            CLEAR.write_text("5")  # resets VmHWM
             self._before = _resident("VmRSS")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device) / 1e6
             self.megabytes = peak - self._before
@@ -54,7 +48,7 @@ class Peak:
 
 
 def _return_freed_memory() -> None:
-    """To the system, where the C library can: what it keeps would hide a peak below it."""
+    """Return it to the system if the C library can; a peak below what it keeps would not show."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -1,8 +1,8 @@
-"""LLaDA's sampler as its authors publish it, for comparison: nothing left out, nothing shared.
+"""LLaDA's sampler as its authors publish it, for comparison: no shortcuts, no shared code.
 
-One pass over the whole sequence in each step, logits of every position over the whole vocabulary,
-probabilities in float64 (arXiv 2502.09992 and its code). Greedy, or with the same noise as the
-sampler of this package, so that both draw the same tokens.
+Each step is one pass over the whole sequence, with logits at every position over the whole
+vocabulary and probabilities in float64 (arXiv 2502.09992 and its code). Greedy, or with the same
+noise as the sampler of this package, so that both draw the same tokens.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from dlmctl.models.policy import Policy
 
 @torch.no_grad()
 def plain_sample(policy: Policy, request: Request, settings: SamplerConfig) -> list[int]:
-    """Tokens of one completion; block length, steps and temperature are taken from the settings."""
+    """Tokens of one completion; only lengths, steps and temperature of the settings are used."""
     prompt, mask, device = len(request.prompt), policy.mask_id, policy.device
-    hidden = [policy.mask_id or 0] * settings.gen_length
-    x = torch.tensor([request.prompt + hidden], device=device)
+    masked = [policy.mask_id or 0] * settings.gen_length
+    x = torch.tensor([request.prompt + masked], device=device)  # [1, T]
     everywhere = torch.arange(x.shape[1], device=device)
     vocabulary = torch.arange(policy.vocab_size, device=device)
     key = key_tensor([request.key], device)
     for step, number in enumerate(settings.quota().flatten().tolist()):
         block = step // settings.steps_per_block
         end = prompt + min((block + 1) * settings.block_length, settings.gen_length)
-        logits = policy.logits(policy.hidden(x, None))[0]
+        logits = policy.logits(policy.hidden(x, None))[0]  # [T, V]
         if policy.shift:
             logits = logits[policy.source(everywhere)]
         noisy = logits
         if settings.temperature > 0:
             where = subkeys(subkeys(key, torch.tensor(step, device=device)), everywhere - prompt)
-            noise = gumbel(where[:, None], vocabulary[None])
+            noise = gumbel(where[:, None], vocabulary[None])  # [T, V]
             noisy = logits.double() + settings.temperature * noise
         noisy = noisy.index_fill(1, torch.tensor([mask], device=device), -torch.inf)
         token = noisy.argmax(dim=1)

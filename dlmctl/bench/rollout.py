@@ -1,53 +1,46 @@
-"""Samplers beside LLaDA's plain one: tokens per second, passes, and how many tokens differ."""
+"""Samplers compared with LLaDA's plain one: tokens per second, passes, tokens that differ."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 from dlmctl.bench.memory import Peak, synchronize
 from dlmctl.bench.reference import plain_sample
 from dlmctl.diffusion.sampler import sample_stream
-from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig
+from dlmctl.diffusion.sampling import Request, SamplerConfig, configured
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
-from dlmctl.settings.sampler import CacheRule
+from dlmctl.records.jsonl import Record
+from dlmctl.settings.bench import SamplerPaths
+from dlmctl.verifiers.registry import verify
 
-Judge = Callable[[Sequence[list[int]]], float]
+Accuracy = Callable[[Sequence[list[int]]], float]
 """Accuracy of the completions of all requests."""
 
 
-def ways(
-    settings: SamplerConfig,
-    threshold: float,
-    factor: float,
-    refresh: int | None,
-    refresh_below: float,
-) -> dict[str, SamplerConfig]:
+def sampler_paths(policy: Policy, options: SamplerPaths) -> dict[str, SamplerConfig]:
     """The sampler's paths by name; `exact` is the one that the others approximate."""
-
-    def way(**changes: Any) -> SamplerConfig:
-        return dataclasses.replace(settings, **changes)
-
-    def cached(cache: CacheRule, **changes: Any) -> SamplerConfig:
-        return way(cache=cache, refresh=refresh, refresh_below=refresh_below, **changes)
-
-    by_threshold: dict[str, Any] = {"steps": None, "threshold": threshold}
-    by_factor: dict[str, Any] = {"steps": None, "factor": factor}
-    return {
-        "exact": settings,
-        "compiled": way(compile=True),
-        "threshold": way(**by_threshold),
-        "factor": way(**by_factor),
-        "prefix": cached("prefix"),
-        "dual": cached("dual"),
-        "prefix+threshold": cached("prefix", **by_threshold),
-        "dual+threshold": cached("dual", **by_threshold),
-        "dual+factor": cached("dual", **by_factor),
+    exact = configured(policy, options.exact)
+    threshold: dict[str, Any] = {"steps": None, "threshold": options.threshold}
+    factor: dict[str, Any] = {"steps": None, "factor": options.factor}
+    renewal = {"refresh": options.refresh, "refresh_below": options.refresh_below}
+    prefix: dict[str, Any] = {"cache": "prefix", **renewal}
+    dual: dict[str, Any] = {"cache": "dual", **renewal}
+    changes: dict[str, dict[str, Any]] = {
+        "exact": {},
+        "compiled": {"compile": True},
+        "threshold": threshold,
+        "factor": factor,
+        "prefix": prefix,
+        "dual": dual,
+        "prefix+threshold": {**prefix, **threshold},
+        "dual+threshold": {**dual, **threshold},
+        "dual+factor": {**dual, **factor},
     }
+    return {name: dataclasses.replace(exact, **change) for name, change in changes.items()}
 
 
 def compare_samplers(
@@ -57,101 +50,88 @@ def compare_samplers(
     paths: dict[str, SamplerConfig],
     batch_size: int,
     reference: int,
-    judge: Judge | None = None,
+    accuracy: Accuracy | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A row for the reference, then one for each path.
 
     Args:
-        reference: requests that the plain sampler is run on, evenly spread; it takes one at a time,
-            so that its speed does not depend on their number.
-        judge: accuracy of completions; rows have none without it.
+        reference: number of requests that the plain sampler runs on, evenly spread; it takes one at
+            a time, so that its speed does not depend on their number.
+        accuracy: rows have no accuracy if this is None.
 
     Yields:
         Dicts with tokens_per_second; ratio, to the first row's; nfe, forward passes of a
-        completion; same, the share of tokens that are the first row's; accuracy; peak_memory_mb,
+        completion; same, the share of tokens that equal the first row's; accuracy; peak_memory_mb,
         on top of what was in use before.
+
+    Raises:
+        UsageError: the model is autoregressive.
     """
     if not policy.diffusion:
         raise UsageError("bench rollout compares samplers of diffusion models")
-    step = max(1, len(requests) // reference) if reference else 1
-    chosen = list(range(0, len(requests), step))[:reference]
-    base: dict[int, list[int]] = {}
+    every = max(1, len(requests) // reference) if reference else 1
+    chosen = list(range(0, len(requests), every))[:reference]
+
+    def run_plain(config: SamplerConfig) -> tuple[dict[int, list[int]], float]:
+        tokens = {n: plain_sample(policy, requests[n], config) for n in chosen}
+        return tokens, config.blocks * config.steps_per_block
+
+    def run_path(config: SamplerConfig) -> tuple[dict[int, list[int]], float]:
+        samples = list(sample_stream(policy, requests, config, batch_size))
+        tokens = {n: sample.tokens for n, sample in enumerate(samples)}
+        return tokens, sum(sample.nfe for sample in samples) / len(samples)
+
+    first: dict[int, list[int]] = {}
     speed = None
-    if chosen:
-        plain_sample(policy, requests[0], _short(exact))
+    for name, config in {**({"reference": exact} if chosen else {}), **paths}.items():
+        run = run_plain if name == "reference" else run_path
+        if name == "reference":
+            plain_sample(policy, requests[0], _warm_up(config))
+        else:
+            list(sample_stream(policy, requests[:batch_size], _warm_up(config), batch_size))
         with Peak(policy.device) as peak:
-            seconds, tokens = _timed(
-                policy, lambda: [plain_sample(policy, requests[n], exact) for n in chosen]
-            )
-        base = dict(zip(chosen, tokens, strict=True))
-        speed = len(chosen) * exact.gen_length / seconds
-        whole = judge(tokens) if judge and len(chosen) == len(requests) else None
-        passes = exact.blocks * exact.steps_per_block
-        yield _row("reference", len(chosen), speed, 1.0, passes, 1.0, whole, seconds, peak)
-    for name, settings in paths.items():
-        _samples(policy, requests[:batch_size], _short(settings), batch_size)
-        with Peak(policy.device) as peak:
-            seconds, samples = _timed(
-                policy, partial(_samples, policy, requests, settings, batch_size)
-            )
-        completions = [sample.tokens for sample in samples]
-        base = base or dict(enumerate(completions))
-        here = len(requests) * exact.gen_length / seconds
+            synchronize(policy.device)
+            start = time.perf_counter()
+            completions, nfe = run(config)
+            synchronize(policy.device)
+            seconds = time.perf_counter() - start
+        first = first or completions
+        here = len(completions) * exact.gen_length / seconds
         speed = speed or here
-        same = sum(a == b for n, t in base.items() for a, b in zip(t, completions[n], strict=True))
-        yield _row(
-            name,
-            len(requests),
-            here,
-            here / speed,
-            sum(sample.nfe for sample in samples) / len(samples),
-            same / len(base) / exact.gen_length,
-            judge(completions) if judge else None,
-            seconds,
-            peak,
-        )
+        pairs = (pair for n in first for pair in zip(first[n], completions[n], strict=True))
+        record = {
+            "path": name,
+            "completions": len(completions),
+            "tokens_per_second": here,
+            "ratio": here / speed,
+            "nfe": nfe,
+            "same": sum(a == b for a, b in pairs) / len(first) / exact.gen_length,
+            "seconds": seconds,
+            "peak_memory_mb": peak.megabytes,
+        }
+        if accuracy and len(completions) == len(requests):
+            record["accuracy"] = accuracy(list(completions.values()))
+        yield record
 
 
-def _samples(
-    policy: Policy, requests: Sequence[Request], settings: SamplerConfig, batch_size: int
-) -> list[Sample]:
-    return list(sample_stream(policy, requests, settings, batch_size))
+def accuracy_of(records: Sequence[Record], policy: Policy) -> Accuracy:
+    """The share of completions that the verifiers of the records' tasks accept."""
+
+    def accuracy(completions: Sequence[list[int]]) -> float:
+        answered: list[Any] = []
+        for record, tokens in zip(records, completions, strict=True):
+            done = Record(record)
+            done.where = record.where
+            done["completion"] = policy.decode(tokens)
+            answered.append(done)
+        rewards = [record["reward"] for record in verify(answered)]
+        return sum(reward >= 1.0 for reward in rewards) / len(rewards)
+
+    return accuracy
 
 
-def _short(settings: SamplerConfig) -> SamplerConfig:
-    """A block, of few steps, to have everything allocated and compiled."""
-    length = min(settings.gen_length, settings.block_length)
-    steps = None if settings.steps is None else min(2, settings.steps)
-    return dataclasses.replace(settings, gen_length=length, steps=steps)
-
-
-def _timed(policy: Policy, work: Callable[[], Any]) -> tuple[float, Any]:
-    synchronize(policy.device)
-    start = time.perf_counter()
-    result = work()
-    synchronize(policy.device)
-    return time.perf_counter() - start, result
-
-
-def _row(
-    path: str,
-    completions: int,
-    speed: float,
-    ratio: float,
-    nfe: float,
-    same: float,
-    accuracy: float | None,
-    seconds: float,
-    peak: Peak,
-) -> dict[str, Any]:
-    return {
-        "path": path,
-        "completions": completions,
-        "tokens_per_second": speed,
-        "ratio": ratio,
-        "nfe": nfe,
-        "same": same,
-        **({} if accuracy is None else {"accuracy": accuracy}),
-        "seconds": seconds,
-        "peak_memory_mb": peak.megabytes,
-    }
+def _warm_up(config: SamplerConfig) -> SamplerConfig:
+    """One block of few steps, to allocate and compile everything."""
+    length = min(config.gen_length, config.block_length)
+    steps = None if config.steps is None else min(2, config.steps)
+    return dataclasses.replace(config, gen_length=length, steps=steps)

@@ -1,6 +1,6 @@
 """Models with random weights in the shape of published ones, to measure speed and memory with.
 
-Weights are scaled so that a model has opinions, and other ones in each place: confidences are
+Weights are scaled so that predictions are confident and differ between positions: confidences are
 spread between 0 and 1, a few of them above 0.9, as parallel decoding expects of a trained model.
 """
 
@@ -20,7 +20,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "100m": {"vocab": 126464, "hidden": 320, "inner": 1024, "layers": 14, "heads": 5},
     "8b": {"vocab": 126464, "hidden": 4096, "inner": 12288, "layers": 32, "heads": 32},
 }
-"""LLaDA's vocabulary; 8b is LLaDA-8B, 100m as deep as 100 million parameters allow with it."""
+"""8b is LLaDA-8B; 100m has its vocabulary and as many layers as 100 million parameters allow."""
 
 
 def bench_policy(model: str, device: str, dtype: str) -> Policy:
@@ -59,7 +59,7 @@ def _random_policy(shape: str, device: torch.device, dtype: torch.dtype) -> Poli
             model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
-    _give_opinions(model)
+    _scale_weights(model)
     return Policy(
         model=model.eval(),
         tokenizer=None,
@@ -75,8 +75,8 @@ def _random_policy(shape: str, device: torch.device, dtype: torch.dtype) -> Poli
 
 
 @torch.no_grad()
-def _give_opinions(model: LlamaForCausalLM) -> None:
-    """Variance 1 / inputs keeps the size of activations; a gain of two tells places apart."""
+def _scale_weights(model: LlamaForCausalLM) -> None:
+    """Variance 1 / inputs keeps the size of activations; a gain of 2 makes positions differ."""
     generator = torch.Generator(model.device).manual_seed(0)
     for name, weight in model.named_parameters():
         if "embed_tokens" in name:
@@ -87,7 +87,7 @@ def _give_opinions(model: LlamaForCausalLM) -> None:
 
 
 def random_prompts(policy: Policy, number: int, shortest: int, longest: int) -> list[list[int]]:
-    """Prompts of random ids, their lengths evenly spread."""
+    """Prompts of random ids, with evenly spread lengths."""
     generator = torch.Generator().manual_seed(1)
     limit = min(policy.vocab_size, policy.mask_id or policy.vocab_size)
     lengths = torch.linspace(shortest, longest, number).round().int().tolist()

@@ -6,11 +6,10 @@ import os
 import sys
 from typing import Annotated
 
-import typer
-
-from dlmctl.commands.options import Quiet
 from dlmctl.commands.progress import counted
 from dlmctl.records.errors import missing_package
+from dlmctl.settings import Knob
+from dlmctl.settings.common import Quiet
 
 PASSES_ON = True
 """Options that are not known here are arguments of the harness."""
@@ -19,30 +18,31 @@ PASSES_ON = True
 def command(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(
+        Knob(
+            "Arguments of lm_eval, as --model_args, --tasks, --limit, --batch_size; -- --help "
+            "lists them.",
             metavar="ARGUMENT",
-            help="What lm_eval takes, as --model_args, --tasks, --limit, --batch_size; -- --help "
-            "shows all of it.",
-            show_default=False,
+            argument=True,
+            shown_default=False,
         ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Evaluate a model on the tasks of lm-evaluation-harness.
 
-    Runs lm_eval with its own arguments and, unless --model is given, --model dlmctl: any model that
-    this package loads, 32 sequences at a time unless --batch_size says otherwise. Generation is
-    that of 'dlmctl rollout', what follows a stop string cut off; the log-likelihood of a masked
-    diffusion model is the estimate of 'dlmctl score-elbo' for the same masks, a document's id being
-    its field id, or else TASK/NUMBER.
+    Runs lm_eval with its own arguments and, unless --model is given, with --model dlmctl: any model
+    that this package loads, with 32 sequences at a time unless --batch_size says otherwise.
+    Generation is that of 'dlmctl rollout', cut at the first stop string; the log-likelihood of a
+    masked diffusion model is the estimate of 'dlmctl score-elbo' under the same masks. The id of a
+    document is its field id, or else TASK/NUMBER.
 
-    In --model_args stand pretrained=MODEL, and under the names they have in 'dlmctl rollout' and
-    'dlmctl score-elbo' gen_length, block_length, steps, cfg_scale, remasking, threshold, factor,
+    --model_args takes pretrained=MODEL and, under the names that they have in 'dlmctl rollout' and
+    'dlmctl score-elbo', gen_length, block_length, steps, cfg_scale, remasking, threshold, factor,
     cache, refresh, refresh_below, eos, early_stop, compile, masks (a law), masks_per_sample, seed
-    and dtype. max_length=N is the most tokens of a context with what follows it; its beginning is
-    left out where there are more. greedy=false saves the completions that tell whether a
-    continuation is the greedy one, which tasks of several choices do not use. gen_length is for all
-    tasks; without it a task's own max_gen_toks holds, then the model's.
+    and dtype. max_length=N is the most tokens of a context and its continuation; a longer context
+    loses its beginning. greedy=false skips the completions that tell whether a continuation is the
+    greedy one, which multiple-choice tasks do not use. gen_length applies to all tasks; without it,
+    a task's own max_gen_toks, then the model's length.
 
     Examples:
 
@@ -51,7 +51,7 @@ def command(
     dlmctl lm-eval --model_args pretrained=GSAI-ML/LLaDA-8B-Base,masks_per_sample=128,greedy=false
     --tasks arc_challenge
     """
-    # The harness's own bars: none, or in a log a line a minute.
+    # The harness's own progress bars: none, or one line a minute in a log.
     if quiet:
         os.environ.setdefault("TQDM_DISABLE", "1")
     elif not sys.stderr.isatty():
@@ -61,7 +61,7 @@ def command(
     except ImportError as error:
         package = (error.name or "lm_eval").split(".")[0].replace("_", "-")
         raise missing_package(package, "eval", "lm-eval") from None
-    from dlmctl.diffusion.harness import HarnessModel  # registers it
+    from dlmctl.bench.lm_eval import HarnessModel  # registers it
 
     HarnessModel.counted = staticmethod(
         lambda items, what, total: counted(items, what, quiet, total)
@@ -72,7 +72,7 @@ def command(
 
 
 def completed(arguments: list[str]) -> list[str]:
-    """Arguments of the harness with our model, and its batch size, where they name no other."""
+    """The harness's arguments, with our model and an automatic batch size unless they are given."""
     named = {text.split("=")[0] for text in arguments}
     first = arguments[0] if arguments else ""
     if first in ("ls", "validate", "-h", "--help") or named & {"--model", "-M", "--config", "-C"}:

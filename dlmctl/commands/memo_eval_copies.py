@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.labels import Labels, label_fields, labelled
-from dlmctl.commands.options import kept_in
 from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import print_table
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import OnError, Record, read_records, write_records
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Files, Json, OnErrorOption, Quiet
+from dlmctl.settings.common import Files, Json, OnErrorOption, Quiet, kept_in
 from dlmctl.settings.parsing import whole_numbers
 
 if TYPE_CHECKING:

@@ -6,13 +6,12 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from dlmctl.commands.options import kept_in
 from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import read_records, write_records
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Compute, Json, Model, OnErrorOption, Quiet
+from dlmctl.settings.common import Compute, Json, Model, OnErrorOption, Quiet, kept_in
 from dlmctl.settings.memorization import NEED_REFERENCE, Attacks, Bootstrap, Sama
 from dlmctl.settings.models import Prompting, Reading
 

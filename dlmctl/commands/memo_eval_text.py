@@ -6,12 +6,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
-from dlmctl.commands.options import kept_in
 from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.jsonl import read_records, write_records
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Compute, Files, Json, Model, OnErrorOption, Quiet
+from dlmctl.settings.common import Compute, Files, Json, Model, OnErrorOption, Quiet, kept_in
 from dlmctl.settings.memorization import Extraction
 from dlmctl.settings.models import Prompting, Reading
 

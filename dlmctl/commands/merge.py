@@ -6,25 +6,22 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from dlmctl.commands.options import Model
+from dlmctl.settings import Knob
+from dlmctl.settings.common import Model
 from dlmctl.settings.models import Reading
 
 
 def command(
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="DIR", help="Directory of the plain model.")
-    ],
+    output: Annotated[Path, Knob("Directory of the plain model.", "-o", "--output", metavar="DIR")],
     model: Model = "builtin:puzzles",
     reading: Reading = Reading(),
     dtype: Annotated[
         str,
-        typer.Option(
+        Knob(
+            "float32, bfloat16 or float16. Adapters are merged in float32, then rounded.",
             "--dtype",
             metavar="DTYPE",
-            show_default="that of the base model's weights",
-            help="float32, bfloat16 or float16. Adapters are merged in float32, then rounded.",
+            shown_default="that of the base model's weights",
         ),
     ] = "auto",
 ) -> None:

@@ -1,18 +1,18 @@
 """Floating-point operations of passes, from the shapes of a model.
 
-With W weights in the matrix products of the blocks, W' of them trained, a = layers x heads x size
-of a head, and H weights in the output head, H' of them trained:
+W is the number of weights in the matrix products of the blocks, W' of them trained; a = layers x
+heads x size of a head; H is the number of weights in the output head, H' of them trained:
 
     forward(Q, S)    2 W Q + 4 a Q S            Q tokens that see S
-    backward(Q, S)   2 W Q + 2 W' Q + 10 a Q S  fused attention makes its scores again
+    backward(Q, S)   2 W Q + 2 W' Q + 10 a Q S  fused attention recomputes its scores
     head(N)          2 H N                      logits of N positions
     its gradient     2 H N + 2 H' N
 
 A product of an m x k and a k x n matrix counts as 2 m k n, and nothing else counts, as in torch's
-FlopCounterMode. A backward pass that makes activations again has another forward pass in it, but
-for the last product of each block.
-Gradients by the inputs of the first block, which nothing asks for where the embeddings are not
-trained, are counted all the same: a share of about 1 / (4 layers) of an adapter's backward pass.
+FlopCounterMode. A backward pass that recomputes activations contains another forward pass, except
+for the last product of each block. Gradients with respect to the inputs of the first block are
+always counted, although they are not needed if the embeddings are not trained: that is about
+1 / (4 layers) of an adapter's backward pass.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 
 TOWERS = ("visual", "vision_tower")
-"""What transformers calls the vision half of a model."""
+"""Names of the vision half of a model in transformers."""
 JOINTS = ("merger", "projector")
-"""Parts of it that see the tokens of an image, and not its patches."""
+"""Its parts that process the tokens of an image, not its patches."""
 
 
 class Part(NamedTuple):
-    """Weights in matrix products."""
+    """Number of weights in matrix products."""
 
     all: int
     trained: int
@@ -48,26 +48,26 @@ class Tower:
     """The vision half of a model."""
 
     patches: Part
-    """Weights that a patch goes through."""
+    """Weights that each patch is multiplied with."""
     tokens: Part
-    """Weights that a token of the image goes through."""
+    """Weights that each token of the image is multiplied with."""
     attention: int
-    """Blocks that attend to the whole image, times heads and their size."""
+    """Blocks that attend to the whole image, times heads times size of a head."""
     windowed: int
-    """The same of those that attend within windows."""
+    """The same product for blocks that attend within windows."""
     window: int
-    """Patches of a window."""
+    """Patches in a window."""
     per_token: int
-    """Patches of a token."""
+    """Patches for each token."""
 
     def forward(self, tokens: int) -> float:
-        """An image of so many tokens."""
+        """Operations for an image of this many tokens."""
         patches = tokens * self.per_token
         seen = self.attention * patches + self.windowed * min(self.window, patches)
         return 2 * (self.patches.all * patches + self.tokens.all * tokens) + 4 * seen * patches
 
     def backward(self, tokens: int) -> float:
-        """Nothing is asked of the pixels, but of all that stands behind what is trained."""
+        """Its backward pass: gradients of trained weights and of activations, but not of pixels."""
         if not self.patches.trained + self.tokens.trained:
             return 0.0
         patches = tokens * self.per_token
@@ -80,35 +80,35 @@ class Tower:
 
 @dataclass(frozen=True)
 class Counts:
-    """What the operations of a model depend on."""
+    """What the number of operations of a model depends on."""
 
     blocks: Part
     head: Part
     attention: int
     """Layers x heads x size of a head."""
-    again: int | None
-    """Weights of the blocks that a backward pass goes through once more, where activations are made
-    again: without the last product of each block, which nothing needs."""
+    recomputed: int | None
+    """Weights of the blocks that a backward pass uses once more to recompute activations: all but
+    the last product of each block, which is not needed. None: activations are kept."""
     tower: Tower | None = None
 
     def forward(self, queries: float, seen: float) -> float:
-        """Tokens that go through the blocks, each of which sees so many."""
+        """The blocks, for `queries` tokens that each attend to `seen` tokens."""
         return 2 * self.blocks.all * queries + 4 * self.attention * queries * seen
 
     def backward(self, queries: float, seen: float) -> float:
-        """The same tokens backward."""
+        """The backward pass of `forward`."""
         weights = 2 * (self.blocks.all + self.blocks.trained) * queries
         attention = self.attention * queries * seen
-        if self.again is None:
+        if self.recomputed is None:
             return weights + 10 * attention
-        return weights + 2 * self.again * queries + 14 * attention
+        return weights + 2 * self.recomputed * queries + 14 * attention
 
     def scoring(self, length: int, scored: float) -> float:
-        """A sequence of which so many tokens are scored, without gradient."""
+        """A sequence with this many scored tokens, without gradient."""
         return self.forward(length, length) + 2 * self.head.all * scored
 
     def gradient(self, length: int, scored: float) -> float:
-        """The same with its backward pass."""
+        """The same with the backward pass."""
         head = 2 * (2 * self.head.all + self.head.trained) * scored
         return self.forward(length, length) + head + self.backward(length, length)
 
@@ -119,17 +119,17 @@ class Counts:
         forward = self.tower.forward(tokens)
         if not backward:
             return forward
-        return forward * (1 if self.again is None else 2) + self.tower.backward(tokens)
+        return forward * (1 if self.recomputed is None else 2) + self.tower.backward(tokens)
 
 
 def counts(policy: Policy, recomputes: bool) -> Counts:
-    """Those of a policy, its adapter's layers among them.
+    """Counts of a policy, with its adapter's layers.
 
     Raises:
-        UsageError: it is a mixture of experts, of which a token does not go through all.
+        UsageError: it is a mixture of experts, in which a token does not use all weights.
     """
     body = getattr(policy.core, policy.core.base_model_prefix)
-    own = {id(module) for module in body.modules()}
+    inside = {id(module) for module in body.modules()}
     blocks, head, patches, tokens = (Part(0, 0) for _ in range(4))
     for name, module in policy.core.named_modules():
         if name.endswith("experts"):
@@ -138,7 +138,7 @@ def counts(policy: Policy, recomputes: bool) -> Counts:
             continue
         weight: Any = module.weight
         part = Part(weight.numel(), weight.numel() * weight.requires_grad)
-        if id(module) not in own:
+        if id(module) not in inside:
             head += part
         elif any(joint in name for joint in JOINTS):
             tokens += part
@@ -151,22 +151,22 @@ def counts(policy: Policy, recomputes: bool) -> Counts:
     tower = None
     if patches.all:
         tower = _tower(policy.core.config.vision_config, patches, tokens)
-    again = None
+    recomputed = None
     if recomputes:
         last = [_products(block)[-1].weight for block in decoder_blocks(policy)]
-        again = blocks.all - sum(weight.numel() for weight in last)
-    return Counts(blocks, head, attention, again, tower)
+        recomputed = blocks.all - sum(weight.numel() for weight in last)
+    return Counts(blocks, head, attention, recomputed, tower)
 
 
 def head_size(config: Any) -> int:
-    """Of an attention head of a language model with this configuration."""
+    """Size of an attention head of a language model with this configuration."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _products(module: nn.Module) -> list[Any]:
-    """Its layers that are matrix products."""
+    """Layers in it that are matrix products."""
     kinds = (nn.Linear, nn.Conv2d, nn.Conv3d)
-    return [found for found in module.modules() if isinstance(found, kinds)]
+    return [layer for layer in module.modules() if isinstance(layer, kinds)]
 
 
 def _tower(config: Any, patches: Part, tokens: Part) -> Tower:
@@ -180,8 +180,8 @@ def _tower(config: Any, patches: Part, tokens: Part) -> Tower:
     )
 
 
-def denoising(found: Counts, settings: SamplerConfig, prompt_length: int, shift: int) -> float:
-    """Sampling of one completion by the block-wise sampler, with all its steps."""
+def denoising(model: Counts, settings: SamplerConfig, prompt_length: int, shift: int) -> float:
+    """Sampling one completion with the block-wise sampler, with all its steps."""
     length = prompt_length + settings.gen_length
     interval = settings.refresh or settings.steps_per_block
     guided = 2 if settings.cfg_scale > 0 else 1
@@ -194,17 +194,17 @@ def denoising(found: Counts, settings: SamplerConfig, prompt_length: int, shift:
         for step, decided in enumerate(quota):
             whole = settings.cache == "none" or step % interval == 0
             queries = length if whole else part + shift
-            total += guided * (found.forward(queries, length) + 2 * found.head.all * masked)
+            total += guided * (model.forward(queries, length) + 2 * model.head.all * masked)
             masked -= decided
     return total
 
 
-def left_to_right(found: Counts, gen_length: int, prompt_length: int) -> float:
-    """Sampling of one completion of full length by an autoregressive model with its cache."""
+def left_to_right(model: Counts, gen_length: int, prompt_length: int) -> float:
+    """Sampling one completion of full length with an autoregressive model and its cache."""
     steps = gen_length - 1
     seen = prompt_length + (steps + 1) / 2
     return (
-        found.forward(prompt_length, prompt_length)
-        + found.forward(steps, seen)
-        + 2 * found.head.all * gen_length
+        model.forward(prompt_length, prompt_length)
+        + model.forward(steps, seen)
+        + 2 * model.head.all * gen_length
     )

@@ -1,12 +1,12 @@
 """Memory of the passes of a training run, by following the passes themselves without values.
 
-What stays (weights, gradients, moments) is counted from shapes; what comes and goes is followed
-operation by operation (plan/live_memory) through the code that trains, under its autocast, on
-tensors without memory. Passes through two models of a few blocks are followed, since what they need
-is linear in the blocks.
+What stays (weights, gradients, moments) is counted from shapes. What comes and goes is followed
+operation by operation (plan/live_memory) through the training code itself, under its autocast, on
+tensors without memory. Two models with few blocks are followed, since memory is linear in the
+number of blocks.
 
-torch's allocator rounds up and fragments, and CUDA itself takes some hundred megabytes: neither is
-counted.
+Not counted: rounding and fragmentation of torch's allocator, and the few hundred megabytes of CUDA
+itself.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from dlmctl.plan.live_memory import LiveMemory
 from dlmctl.train.activations import checkpoint_activations, checkpoints_activations
 
 FEW = (3, 6)
-"""Blocks of the models that are followed."""
+"""Numbers of blocks of the models that are followed."""
 
 
 class Passing(NamedTuple):
-    """Bytes of what comes and goes, at the moment when there is most of it."""
+    """Bytes of what comes and goes, at its peak."""
 
     activations: float
-    """What blocks keep for the backward pass and work with."""
+    """What the blocks keep for the backward pass, and what they work with."""
     logits: float
-    """Of a chunk of scored positions, and what the output head keeps."""
+    """Logits of a chunk of scored positions, and what the output head keeps."""
 
     @property
     def total(self) -> float:
@@ -49,7 +49,7 @@ class Passing(NamedTuple):
 
 
 class _Phases(NamedTuple):
-    """Bytes alive in a pass: between its parts, and at most within them."""
+    """Bytes alive in a pass: the peaks within its parts, and what is alive between them."""
 
     forward: float
     saved: float
@@ -65,13 +65,13 @@ def gradient_memory(
 
     Args:
         policy: weightless, its adapter and gradient checkpointing in place.
-        rows: sequences of this length, of each of which the last `scored` tokens are scored.
+        rows: number of sequences of this length; the last `scored` tokens of each are scored.
         compute: dtype of the matrix products.
     """
-    found = _for_all_blocks(
+    phases = _for_all_blocks(
         policy, lambda few: _gradient(policy, few, rows, length, scored, compute)
     )
-    at = _Phases(*found)
+    at = _Phases(*phases)
     peak = max(at.forward, at.head, at.backward)
     if peak == at.head:
         return Passing(at.saved, at.head - at.saved)
@@ -106,7 +106,7 @@ def _gradient(
 def scoring_memory(
     policy: Policy, rows: int, length: int, scored: int, compute: torch.dtype
 ) -> Passing:
-    """A micro-batch that is scored without gradient, on top of the weights."""
+    """A micro-batch that is scored without gradient, on top of the weights; arguments as above."""
 
     def follow(few: int) -> tuple[float, ...]:
         with FakeTensorMode():
@@ -127,9 +127,8 @@ def scoring_memory(
 def sampling_memory(
     policy: Policy, settings: SamplerConfig, rows: int, prompt_length: int
 ) -> tuple[float, Passing]:
-    """Keys and values that `rollout` keeps, and the pass over its whole batch with the proposals.
-
-    The chunk of positions whose logits are made at once is that of CUDA.
+    """Bytes of keys and values that `rollout` keeps, and its pass over the whole batch with the
+    proposals, whose logits are computed in chunks as large as on CUDA.
     """
     length = prompt_length + settings.gen_length
     config = policy.core.config.get_text_config()
@@ -137,15 +136,8 @@ def sampling_memory(
     dtype = next(policy.model.parameters()).dtype
     cached = 0.0
     if not policy.diffusion or settings.cache != "none":
-        cached = (
-            2.0
-            * rows
-            * length
-            * config.num_hidden_layers
-            * heads
-            * head_size(config)
-            * dtype.itemsize
-        )
+        per_token = 2 * config.num_hidden_layers * heads * head_size(config)
+        cached = float(rows * length * per_token * dtype.itemsize)
 
     def follow(few: int) -> tuple[float, ...]:
         with FakeTensorMode():
@@ -178,7 +170,7 @@ def _propose(policy: Policy, hidden: Tensor, settings: SamplerConfig) -> None:
 
 
 def tower_memory(policy: Policy, patches: int, trained: bool, compute: torch.dtype) -> float:
-    """What a vision tower keeps of images, its blocks taken for those of a Llama of its shape."""
+    """Bytes that a vision tower keeps, estimated by a Llama of the same shape."""
     from transformers import LlamaConfig, LlamaModel
 
     config: Any = policy.core.config.vision_config
@@ -213,7 +205,7 @@ def tower_memory(policy: Policy, patches: int, trained: bool, compute: torch.dty
 
 @contextlib.contextmanager
 def _followed(compute: torch.dtype) -> Iterator[LiveMemory]:
-    """Within the block memory is followed, under autocast as training has it."""
+    """Follow memory in the body, under the autocast of training."""
     enabled = compute != torch.float32
     half = compute if enabled else torch.bfloat16
     with LiveMemory() as live, torch.autocast("cpu", half, enabled, False):
@@ -221,7 +213,7 @@ def _followed(compute: torch.dtype) -> Iterator[LiveMemory]:
 
 
 def _places(policy: Policy, rows: int, length: int, scored: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids [B, T], and the rows and columns of what is scored, [N] each."""
+    """Ids [B, T], and the rows and columns of the hidden states of scored tokens, [N] each."""
     ids = torch.zeros(rows, length, dtype=torch.int64)
     row = torch.arange(rows).repeat_interleave(scored)
     column = torch.arange(length - scored, length).repeat(rows)
@@ -231,7 +223,7 @@ def _places(policy: Policy, rows: int, length: int, scored: int) -> tuple[Tensor
 def _for_all_blocks(
     policy: Policy, follow: Callable[[int], tuple[float, ...]]
 ) -> tuple[float, ...]:
-    """What `follow(blocks)` would give for all blocks of the policy."""
+    """What `follow` would return for all blocks of the policy, extrapolated from few blocks."""
     depth = len(decoder_blocks(policy))
     if depth <= FEW[1]:
         return tuple(follow(depth))
@@ -246,17 +238,17 @@ def _line(first: tuple[int, float], second: tuple[int, float], place: int) -> fl
 
 
 class Kept(NamedTuple):
-    """Bytes that stay on a device: shards, where there are several."""
+    """Bytes that stay on a device; shards, if there are several devices."""
 
     weights: int
     gradients: int
     moments: int
     working: int
-    """What AdamW makes within its step on CUDA, when the passes are over."""
+    """What AdamW allocates within its step on CUDA, when the passes are over."""
 
 
 def kept_memory(policy: Policy, devices: int) -> Kept:
-    """Of a policy that is trained on so many devices; each has as much as the first."""
+    """Bytes of a policy that is trained on this many devices, each as full as the first."""
     everything = list(policy.model.parameters())
     weights = sum(shard_bytes(p, devices) for p in everything)
     gradients = sum(shard_bytes(p, devices) for p in everything if p.requires_grad)
@@ -264,7 +256,7 @@ def kept_memory(policy: Policy, devices: int) -> Kept:
 
 
 def shard_bytes(parameter: Tensor, devices: int) -> int:
-    """FSDP2 cuts the first dimension, and fills the last share up."""
+    """Bytes of a device's share: FSDP2 splits the first dimension and pads the last share."""
     if devices == 1:
         return parameter.numel() * parameter.itemsize
     rows = math.ceil(len(parameter) / devices)
@@ -272,7 +264,7 @@ def shard_bytes(parameter: Tensor, devices: int) -> int:
 
 
 class Units(NamedTuple):
-    """Bytes of a model as FSDP2 moves it: gathered weights and gradients of a unit."""
+    """Bytes of the units in which FSDP2 moves a model: their gathered weights and gradients."""
 
     blocks: list[int]
     gradients: list[int]
@@ -281,18 +273,18 @@ class Units(NamedTuple):
 
     @property
     def gathered(self) -> int:
-        """At most alive at once, in the backward pass.
+        """The most that is alive at once, in the backward pass.
 
-        The root, a block and the next that is fetched, the buffer it comes in; gradients of both
-        and the buffer they leave by. Two ranks on the CPU, where nothing is fetched ahead, had at
-        their peak 0.5 to 0.8 of this and the passes together.
+        The root, a block, the next block that is fetched ahead and its buffer; gradients of root
+        and block, and the buffers they leave by. Two ranks on the CPU, where nothing is fetched
+        ahead, had a peak of 0.5 to 0.8 of this plus the passes.
         """
         weights = self.root + 3 * max(self.blocks)
         return weights + 2 * self.root_gradients + 2 * max(self.gradients)
 
 
 def units(policy: Policy, devices: int) -> Units:
-    """Its units: every block, and what stands around the blocks."""
+    """Units of a policy: every block, and the root, which is everything outside the blocks."""
 
     def whole(parameters: Iterator[nn.Parameter], trained: bool = False) -> int:
         chosen = (p for p in parameters if p.requires_grad or not trained)

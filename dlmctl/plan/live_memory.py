@@ -1,7 +1,7 @@
 """Bytes of the tensors that are alive, followed operation by operation.
 
 An operation's results count until the last tensor that shares their memory is gone: what torch's
-allocator has handed out, without what it rounds up. Tensors from outside the block do not count.
+allocator has handed out, without its rounding. Tensors from outside the body do not count.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
-    """Within the block `now` and `peak` are the bytes of what was made in it."""
+    """In the body of `with`, `now` and `peak` are the bytes of the tensors created in it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,20 +26,20 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        given = {
+        results = func(*args, **(kwargs or {}))
+        arguments = {
             leaf.untyped_storage()._cdata
             for leaf in tree_leaves((args, kwargs))
             if isinstance(leaf, torch.Tensor)
         }
-        for leaf in tree_leaves(made):
+        for leaf in tree_leaves(results):
             if isinstance(leaf, torch.Tensor):
-                self._see(leaf.untyped_storage(), given)
-        return made
+                self._count(leaf.untyped_storage(), arguments)
+        return results
 
-    def _see(self, storage: Any, given: set[int]) -> None:
+    def _count(self, storage: Any, arguments: set[int]) -> None:
         key = storage._cdata
-        if key in self._sizes or key in given:  # a view, or changed in place
+        if key in self._sizes or key in arguments:  # a view, or changed in place
             return
         self._sizes[key] = storage.nbytes()
         self.now += self._sizes[key]
@@ -50,5 +50,5 @@ class LiveMemory(TorchDispatchMode):
         self.now -= self._sizes.pop(key, 0)
 
     def begin_peak(self) -> None:
-        """From here on `peak` is that of what follows."""
+        """Start a new peak from what is alive now."""
         self.peak = self.now

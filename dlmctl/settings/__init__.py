@@ -56,6 +56,12 @@ def same(default: Any, annotation: Any) -> Any:
     return field(default=default, metadata={"knob": declared})
 
 
+def same_field(default: Any, settings: type[Any], name: str) -> Any:
+    """A field of a settings class with the knob of another class's field."""
+    [declared] = [known for known in dataclasses.fields(settings) if known.name == name]
+    return field(default=default, metadata=declared.metadata)
+
+
 def knob_of(declared: dataclasses.Field[Any]) -> Knob:
     """What `knob` declared of a field."""
     found: Knob = declared.metadata["knob"]
@@ -78,3 +84,10 @@ class Without(tuple[str, ...]):
 
     def __new__(cls, *fields: str) -> Without:
         return super().__new__(cls, fields)
+
+
+def only(settings: type[Any], *names: str) -> Without:
+    """All fields of a settings class but these, for a command that has options for few of them."""
+    return Without(
+        *(known.name for known in dataclasses.fields(settings) if known.name not in names)
+    )

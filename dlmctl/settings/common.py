@@ -76,6 +76,11 @@ Memory = Annotated[
 ]
 
 
+def kept_in(output: object, on_error: OnError) -> OnError:
+    """What happens to faulty records: without an output that could keep them they are left out."""
+    return on_error if output or on_error == "fail" else "skip"
+
+
 @dataclass(frozen=True)
 class Device:
     """Where a model runs."""

@@ -6,6 +6,7 @@ from conftest import shell, tiny_policy
 
 from dlmctl.bench.memory import CLEAR
 from dlmctl.bench.update import compare_gradients
+from dlmctl.settings.bench import GradientStep
 from dlmctl.settings.optimizer import Adapter
 from dlmctl.train.lora import add_adapter
 
@@ -13,7 +14,7 @@ from dlmctl.train.lora import add_adapter
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_the_plain_gradient_is_that_of_update(family):
     policy, reference = tiny_policy(family, seed=1), tiny_policy(family, seed=2)
-    rows = list(compare_gradients(policy, reference, 5, 7, 3, 4, [4, 1], 1, 0))
+    rows = list(compare_gradients(policy, reference, GradientStep(7, 5, 3, 4, repeats=1), [4, 1]))
     assert [(row["path"], row["batch_size"]) for row in rows] == [
         ("plain", 4),
         ("update", 4),
@@ -26,7 +27,7 @@ def test_the_plain_gradient_is_that_of_update(family):
 
 def test_with_an_adapter_the_reference_is_the_model_without_it():
     policy = add_adapter(tiny_policy(), Adapter(2, 4.0))
-    plain, ours = compare_gradients(policy, None, 5, 7, 3, 2, [3], 1, 0)
+    plain, ours = compare_gradients(policy, None, GradientStep(7, 5, 3, 2, repeats=1), [3])
     assert plain["difference"] == 0
     assert ours["difference"] < 1e-6
 

@@ -6,8 +6,10 @@ from conftest import invoke
 from preload import dlmctl_script
 
 from dlmctl.bench import loop
-from dlmctl.bench.loop import Loop, as_pipe
+from dlmctl.bench.loop import as_pipe
 from dlmctl.records.errors import CannotWriteError
+from dlmctl.settings.bench import Workload
+from dlmctl.settings.common import Compute
 
 
 def test_at_lag_zero_the_pipe_trains_the_weights_of_one_process(monkeypatch):
@@ -24,6 +26,6 @@ def test_at_lag_zero_the_pipe_trains_the_weights_of_one_process(monkeypatch):
 
 
 def test_a_stage_that_fails_ends_the_benchmark(tmp_path):
-    wrong = Loop("builtin:puzzles", "no-such-task", 3, 4, 4, 16, 5, "cpu", "float32")
+    wrong, compute = Workload("no-such-task", 3, 4, 4, 5), Compute("cpu", "float32", 16)
     with pytest.raises(CannotWriteError, match="a stage of the pipe failed"):
-        list(as_pipe(wrong, tmp_path / "run", 0))
+        list(as_pipe("builtin:puzzles", wrong, compute, tmp_path / "run", 0))

@@ -5,11 +5,12 @@ from conftest import shell, tiny_policy
 
 from dlmctl.bench.memory import CLEAR, Peak
 from dlmctl.bench.reference import plain_sample
-from dlmctl.bench.rollout import compare_samplers, ways
+from dlmctl.bench.rollout import compare_samplers, sampler_paths
 from dlmctl.bench.shapes import bench_policy, random_prompts
 from dlmctl.diffusion.sampler import sample
 from dlmctl.diffusion.sampling import Request, SamplerConfig
 from dlmctl.records.errors import UsageError
+from dlmctl.settings.bench import SamplerPaths
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
@@ -23,11 +24,15 @@ def test_the_plain_sampler_draws_the_tokens_of_the_fast_one(family, temperature)
         assert plain_sample(policy, Request(prompt, key), settings) == ours.tokens
 
 
-def test_rows_are_of_the_paths_asked_for_beside_the_reference():
+def test_rows_are_those_of_the_reference_and_the_chosen_paths():
     policy = bench_policy("random:tiny", "cpu", "float32")
     requests = [Request(p, n) for n, p in enumerate(random_prompts(policy, 6, 4, 20))]
     exact = SamplerConfig(16, 8, 16)
-    paths = {name: ways(exact, 0.0, 1.0, None, 0.0)[name] for name in ("exact", "threshold")}
+    known = sampler_paths(
+        policy, SamplerPaths(gen_length=16, block_length=8, steps=16, threshold=0.0)
+    )
+    assert known["exact"] == exact
+    paths = {name: known[name] for name in ("exact", "threshold")}
     rows = list(compare_samplers(policy, requests, exact, paths, 4, 3, lambda tokens: 0.25))
     assert [row["path"] for row in rows] == ["reference", "exact", "threshold"]
     assert [row["completions"] for row in rows] == [3, 6, 6]
@@ -41,11 +46,11 @@ def test_rows_are_of_the_paths_asked_for_beside_the_reference():
         assert row["ratio"] == pytest.approx(speed / rows[0]["tokens_per_second"])
 
 
-def test_paths_by_confidence_take_the_passes_they_need_beside_fewer_steps():
+def test_paths_by_confidence_take_the_passes_they_need():
     policy = bench_policy("random:tiny", "cpu", "float32")
     requests = [Request(p, n) for n, p in enumerate(random_prompts(policy, 6, 4, 20))]
     exact = SamplerConfig(16, 8, 5)
-    known = ways(exact, 0.9, 0.0, None, 0.0)
+    known = sampler_paths(policy, SamplerPaths(gen_length=16, block_length=8, steps=5, factor=0.0))
     paths = {name: known[name] for name in ("dual", "dual+threshold", "dual+factor")}
     nfe = [row["nfe"] for row in compare_samplers(policy, requests, exact, paths, 4, 3)]
     assert nfe[:2] == [4, 4]  # two for each block

@@ -21,9 +21,9 @@ from typing import Annotated, Any, Protocol
 
 import torch
 import typer
+from sae import planted_activations
 from torch import Tensor
 
-from dlmctl.bench.sae import planted_activations
 from dlmctl.records.jsonl import write_records
 from dlmctl.sae.training.trainer import SaeTrainer, fit
 from dlmctl.settings.sae import SaeRecipe

@@ -1,4 +1,4 @@
-"""`--model dlmctl` in lm-evaluation-harness itself, where it is installed, beside our own stages.
+"""`--model dlmctl` in lm-evaluation-harness itself, if installed, compared with our own stages.
 
 pip install 'dlmctl[eval]' && pytest tests/benchmarks/test_lm_eval.py
 """
@@ -151,7 +151,7 @@ def _request(*arguments: Any, number: int = 0, **doc: Any) -> Any:
 
 
 def _model(name: str, **arguments: Any) -> Any:
-    from dlmctl.diffusion.harness import HarnessModel
+    from dlmctl.bench.lm_eval import HarnessModel
 
     return HarnessModel(name, device="cpu", **arguments)
 

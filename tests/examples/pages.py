@@ -1,7 +1,9 @@
-"""The examples of every page as they are printed: help texts, manual pages, docs/ and READMEs."""
+"""The examples of every page as they are printed: help texts, manual pages, docs/, READMEs, and
+the benchmarks that are scripts."""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import re
@@ -19,7 +21,7 @@ class Example(NamedTuple):
     """One or several commands that stand together."""
 
     page: str
-    """`dlmctl NAME` of a help text, or the path of a Markdown page."""
+    """`dlmctl NAME` of a help text, or the path of a Markdown page or a script."""
     number: int
     """Among those of the page, from 1."""
     text: str
@@ -81,6 +83,17 @@ def of_readmes() -> list[Example]:
         for path in readmes()
         for number, text in enumerate(indented(path.read_text()), start=1)
     ]
+
+
+def of_benchmarks() -> list[Example]:
+    """The calls of themselves that scripts in tests/benchmarks have in their docstrings."""
+    examples = []
+    for path in sorted((ROOT / "tests" / "benchmarks").glob("*.py")):
+        name = str(path.relative_to(ROOT))
+        blocks = indented(ast.get_docstring(ast.parse(path.read_text())) or "")
+        calls = [block for block in blocks if f"python {name}" in block]
+        examples += [Example(name, number, text) for number, text in enumerate(calls, start=1)]
+    return examples
 
 
 def indented(text: str) -> list[str]:

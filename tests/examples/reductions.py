@@ -60,17 +60,18 @@ REDUCTIONS = {
     "memo-eval theory": "memo-eval theory -d 4 --taus 1:1e6:4",
     "--draws 100": "--draws 8",
     # Measurements
-    "bench credit": "bench credit --rounds 2 --prompts 1 -n 2",
-    "bench elbo": "bench elbo --repeats 2",
+    "tests/benchmarks/credit.py": "tests/benchmarks/credit.py --rounds 3 --prompts 1 -n 2",
+    "tests/benchmarks/elbo.py": "tests/benchmarks/elbo.py --repeats 2",
     "--repeats 400": "",
-    "bench neighbours": "bench neighbours -n 40 --references 40 --repeats 1",
+    "tests/benchmarks/neighbours.py": "tests/benchmarks/neighbours.py -n 40 --references 40 "
+    "--repeats 1",
     "-n 50000 --references 50000": "",
     "bench rollout --gen-length 256 --steps 64": "bench rollout -m random:tiny --gen-length 32 "
     "--steps 8 --prompts 2",
     "bench rollout --gen-length 256 --steps 128": "bench rollout -m random:tiny --gen-length 32 "
     "--steps 8 --prompts 2",
-    "bench sae": "bench sae --width 16 --latents 600 --steps 1 --sae-batch-size 64 -m random:tiny "
-    "--layers 0 --context 16 --expansion 20",
+    "tests/benchmarks/sae.py": "tests/benchmarks/sae.py --width 16 --latents 600 --steps 1 "
+    "--sae-batch-size 64 -m random:tiny --layers 0 --context 16 --expansion 20",
     "-m random:8b --layers 1,6,11,16,26,30": "",
     "bench update": "bench update --prompt-length 8 --repeats 1 -m random:tiny",
     "--gen-length 512": "--gen-length 8",

@@ -1,4 +1,4 @@
-"""The examples of the help texts, the manual pages and the READMEs do what they say.
+"""The examples of help texts, manual pages, READMEs and benchmarks do what they say.
 
 Each is run in a shell as it is printed, but for sizes (reductions.py), where the files and models
 that it names are (world.py).
@@ -16,7 +16,17 @@ from pathlib import Path
 import pytest
 from command_lines import dlmctl_commands, known_options, parse, redirected, texts_of
 from conftest import shell
-from pages import ROOT, Example, as_typed, divided, help_texts, of_help_texts, of_readmes, readmes
+from pages import (
+    ROOT,
+    Example,
+    as_typed,
+    divided,
+    help_texts,
+    of_benchmarks,
+    of_help_texts,
+    of_readmes,
+    readmes,
+)
 from reductions import EXIT_CODES, NOT_RUN, PATTERN, REDUCTIONS, STANDS_FOR, entry, reduced
 from typer.testing import CliRunner
 from world import World, make_world
@@ -24,7 +34,7 @@ from world import World, make_world
 from dlmctl.cli import app
 from dlmctl.commands import distill_cd
 
-EXAMPLES = [*of_help_texts(), *of_readmes()]
+EXAMPLES = [*of_help_texts(), *of_readmes(), *of_benchmarks()]
 RUN = [example for example in EXAMPLES if not entry(NOT_RUN, example.text)]
 WRITTEN = (
     "output", "directory", "target", "html", "plot", "rows", "gallery", "summary", "curve",

@@ -157,6 +157,7 @@ def make_world(directory: Path) -> World:
     for name in ("seed-1", "seed-2", "runs"):
         (world.files / name).mkdir()
     (world.files / "check").chmod(0o755)
+    (world.files / "tests").symlink_to(Path(__file__).parents[1])
     shutil.copy(Path(__file__).parents[2] / "examples/nightly/nightly.sh", world.files)
     _add_programs(world)
     _run(COMMANDS, world)

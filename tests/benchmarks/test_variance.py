@@ -1,10 +1,12 @@
-"""`bench elbo` measures what it says it measures."""
+"""elbo.py measures what it says it measures."""
+
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import read_jsonl, shell, tiny_policy
+from elbo import elbo_variance
 
-from dlmctl.bench.elbo import elbo_variance
 from dlmctl.diffusion.elbo import elbo_samples
 from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.records.jsonl import Record
@@ -70,10 +72,11 @@ def test_the_variance_is_that_of_the_estimates():
 
 
 def test_the_command_line(tmp_path):
-    line = "dlmctl rollout -q -n 2 --prompts 2 | dlmctl bench elbo -k 2 --repeats 3 > rows.jsonl"
+    script = f"python {Path(__file__).with_name('elbo.py')}"
+    line = f"dlmctl rollout -q -n 2 --prompts 2 | {script} -k 2 --repeats 3 > rows.jsonl"
     assert shell(line, tmp_path).returncode == 0
     rows = read_jsonl(tmp_path / "rows.jsonl")
     assert len(rows) == 5
     assert {row["completions"] for row in rows} == {4}
-    wrong = shell("dlmctl bench elbo -k two", tmp_path)
+    wrong = shell(f"{script} -k two", tmp_path)
     assert (wrong.returncode, "-k two is not a list" in wrong.stderr) == (2, True)

@@ -1,7 +1,7 @@
 """A training step of a Top-K autoencoder as it is commonly written, for comparison.
 
-Codes are dense, [N, F], and the gradient is left to automatic differentiation. Loss, schedule,
-clipping and norm of the rows are those of `SaeTrainer`.
+Codes are dense, [N, F], and automatic differentiation computes the gradient. Loss, schedule,
+clipping and the norm of the decoder's rows are those of `SaeTrainer`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dlmctl.train.optimizer import apply_step
 
 
 class DenseTrainer:
-    """Begins where a trainer of this package stands before its first step."""
+    """Starts from the weights that a trainer of this package has before its first step."""
 
     def __init__(self, trainer: SaeTrainer) -> None:
         self.recipe, self.k, self.scale = trainer.recipe, trainer.k, trainer.scale
@@ -32,12 +32,12 @@ class DenseTrainer:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
             pre = (x - sae.centre) @ sae.encoder.T + sae.bias
             codes = _largest(pre, recipe.k_at(self.step, self.k)).relu()
-            made = codes @ sae.decoder + sae.centre
-            reconstruction = (made - x).square().sum(dim=1).mean()
-            target = x - sae.centre if recipe.aux == "input" else x - made
+            reconstruction = codes @ sae.decoder + sae.centre
+            loss = (reconstruction - x).square().sum(dim=1).mean()
+            target = x - sae.centre if recipe.aux == "input" else x - reconstruction
             auxiliary = self._auxiliary(x, pre, target.detach())
-            loss = reconstruction + recipe.aux_weight * auxiliary
-        loss.backward()
+            total = loss + recipe.aux_weight * auxiliary
+        total.backward()
         remove_parallel(sae)
         rate = rate_at(recipe, self.step)
         apply_step(self.optimizer, sae.parameters(), rate, recipe.max_norm)
@@ -46,7 +46,7 @@ class DenseTrainer:
         self.unused += len(x)
         self.unused[(codes > 0).any(dim=0)] = 0
         self.step += 1
-        return float(reconstruction.detach())
+        return float(loss.detach())
 
     def _auxiliary(self, x: Tensor, pre: Tensor, target: Tensor) -> Tensor:
         sae, aux = self.sae, self.recipe.aux
@@ -67,6 +67,6 @@ class DenseTrainer:
 
 
 def _largest(pre: Tensor, k: int) -> Tensor:
-    """The k largest of each row, 0 elsewhere."""
+    """The k largest values of each row, and 0 elsewhere."""
     values, places = pre.topk(k, dim=1)
     return torch.zeros_like(pre).scatter(1, places, values)

@@ -1,4 +1,4 @@
-"""`bench sae`: both sides do the same work, and come to the same."""
+"""sae.py: both sides do the same work, with the same result."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from pathlib import Path
 import orjson
 import pytest
 import torch
-from conftest import shell, tiny_policy
-from safetensors.torch import save_file
-
-from dlmctl.bench.dense_sae import DenseTrainer
-from dlmctl.bench.memory import CLEAR
-from dlmctl.bench.sae import (
+from conftest import tiny_policy
+from dense_sae import DenseTrainer
+from sae import (
     Pipeline,
+    app,
     compare_pipelines,
     compare_steps,
     planted_activations,
     stored_activations,
 )
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from dlmctl.bench.memory import CLEAR
 from dlmctl.records.errors import UsageError
 from dlmctl.sae.activations import StoredActivations
 from dlmctl.sae.training.trainer import SaeTrainer
@@ -75,13 +77,13 @@ def test_planted_activations_are_those_of_the_seed() -> None:
 def test_a_shared_pass_trains_the_autoencoders_of_a_pass_for_each_layer() -> None:
     policy = tiny_policy(layers=3)
     policy.model.float()
-    pipeline = Pipeline([0, 2], ["mask", "unmask"], [2, 3], 2, 64, 16, 4, 12, 0)
-    each, shared = compare_pipelines(policy, pipeline)
+    pipeline = Pipeline("", "0,2", "mask,unmask", 2, 64, 4, 12)
+    each, shared = compare_pipelines(policy, pipeline, [2, 3], 0)
     assert (each["path"], shared["path"]) == ("per layer", "shared")
     assert each["autoencoders"] == shared["autoencoders"] == 8
     assert each["difference"] == 0
     assert shared["difference"] < 1e-5
-    # Hidden tokens are the fewer, and decide how many passes all of them take together.
+    # There are fewer masked tokens, and they decide how many passes all of them take together.
     assert shared["passes"] < each["passes"] / 2 < 2 * shared["passes"]
     for row in (each, shared):
         assert row["seconds"] == pytest.approx(row["model_seconds"] + row["sae_seconds"])
@@ -99,11 +101,11 @@ def test_stored_activations_come_in_batches_in_their_order(tmp_path: Path) -> No
     assert torch.equal(torch.cat(data), torch.cat([rows, rows])[:18])
 
 
-def test_the_command_writes_both_measurements(tmp_path: Path) -> None:
+def test_the_command_writes_both_measurements() -> None:
     small = "--width 8 --latents 16 --sae-batch-size 16 --steps 1"
     pipe = "-m random:tiny --layers 0,1 --tokens 32 --context 16 -b 4"
-    done = shell(f"dlmctl bench sae -k 2 {small} {pipe}", tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, f"-k 2 {small} {pipe}".split())
+    assert done.exit_code == 0, done.stderr
     rows = [orjson.loads(text) for text in done.stdout.splitlines()]
     assert [(row["measure"], row["path"]) for row in rows] == [
         ("steps", "dense"),
@@ -114,14 +116,12 @@ def test_the_command_writes_both_measurements(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "ks", "message"), [([0, 7], [2], "no layer 7"), ([0], [33], "see --expansion")]
+    ("layers", "ks", "message"), [("0,7", [2], "no layer 7"), ("0", [33], "see --expansion")]
 )
-def test_a_pipeline_that_cannot_be_is_refused(
-    layers: list[int], ks: list[int], message: str
-) -> None:
-    pipeline = Pipeline(layers, ["mask"], ks, 2, 64, 16, 4, 12, 0)
+def test_a_pipeline_that_cannot_be_is_refused(layers: str, ks: list[int], message: str) -> None:
+    pipeline = Pipeline("", layers, "mask", 2, 64, 4, 12)
     with pytest.raises(UsageError, match=message):
-        list(compare_pipelines(tiny_policy(), pipeline))
+        list(compare_pipelines(tiny_policy(), pipeline, ks, 0))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_pipeline_that_cannot_be_is_refused(
         ("-k 20 --latents 16", "-k 20 is more than the 16 --latents"),
     ],
 )
-def test_wrong_options_are_named(tmp_path: Path, options: str, message: str) -> None:
-    done = shell(f"dlmctl bench sae {options}", tmp_path)
-    assert done.returncode == 2
+def test_wrong_options_are_named(options: str, message: str) -> None:
+    done = CliRunner().invoke(app, options.split())
+    assert done.exit_code == 2
     assert message in done.stderr

@@ -1,14 +1,15 @@
-"""`bench neighbours`: both paths run, ratios are those of the seconds, and neighbours are right."""
+"""neighbours.py: both paths run, ratios are those of the seconds, and neighbours are right."""
 
+import neighbours
 import orjson
 import pytest
-from conftest import invoke
+from typer.testing import CliRunner
 
 
 @pytest.mark.parametrize("memory", ["64K", "512M"])
-def test_neighbours_beside_the_product(memory):
-    line = "neighbours -n 301 --references 203 --width 40 --repeats 2 --device cpu --json --memory"
-    done = invoke("bench", *line.split(), memory)
+def test_neighbours_compared_with_the_product(memory):
+    line = "-n 301 --references 203 --width 40 --repeats 2 --device cpu --json --memory"
+    done = CliRunner().invoke(neighbours.app, [*line.split(), memory])
     assert done.exit_code == 0, done.stderr
     product, nearest = map(orjson.loads, done.stdout.splitlines())
     assert (product["path"], nearest["path"]) == ("product", "nearest")
@@ -18,14 +19,12 @@ def test_neighbours_beside_the_product(memory):
 
 
 def test_a_wrong_search_is_noticed(monkeypatch):
-    from dlmctl.bench import neighbours
-
     right = neighbours.nearest
     monkeypatch.setattr(
         neighbours,
         "nearest",
         lambda *given: right(*given)._replace(indices=right(*given).indices.flip(1)),
     )
-    line = "neighbours -n 20 --references 20 --width 4 --device cpu --json"
-    done = invoke("bench", *line.split())
+    line = "-n 20 --references 20 --width 4 --device cpu --json"
+    done = CliRunner().invoke(neighbours.app, line.split())
     assert orjson.loads(done.stdout.splitlines()[1])["wrong"] == 16

@@ -1,10 +1,10 @@
-"""`bench credit`: the stages of a round are those of the pipe, and what is scored is counted."""
+"""credit.py: the stages of a round are those of the pipe, and what is scored is counted."""
 
+import credit
 import orjson
 import pytest
-from conftest import invoke
+from typer.testing import CliRunner
 
-from dlmctl.bench import credit
 from dlmctl.models.saving import save_policy
 from dlmctl.models.small import make_policy
 from dlmctl.models.tokenizers import word_tokenizer
@@ -26,8 +26,8 @@ def model(tmp_path_factory) -> str:
 
 
 def rows(model: str) -> dict[str, dict]:
-    line = "credit --rounds 3 --prompts 2 -n 3 --batch-size 6 --device cpu --json -m"
-    done = invoke("bench", *line.split(), model)
+    line = "--rounds 3 --prompts 2 -n 3 --batch-size 6 --device cpu --json -m"
+    done = CliRunner().invoke(credit.app, [*line.split(), model])
     assert done.exit_code == 0, done.stderr
     return {row["stage"]: row for row in map(orjson.loads, done.stdout.splitlines())}
 

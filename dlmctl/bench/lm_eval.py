@@ -1,4 +1,4 @@
-"""A model of lm-evaluation-harness: `dlmctl`, any policy that is loaded here.
+"""The model `dlmctl` of lm-evaluation-harness: any policy that this package loads.
 
     log-likelihood   ELBO of the continuation given its context, under the masks of `score-elbo`;
                      exact for an autoregressive model
@@ -6,8 +6,8 @@
     generation       the sampler of `rollout`; what follows a stop string is cut off afterwards
 
 Importing the module registers the name with the harness, which has no entry points for models;
-`dlmctl lm-eval` imports it and hands its arguments on. Contexts and continuations are split into
-tokens as the harness has it: together, spaces at the end of a context going to the continuation.
+`dlmctl lm-eval` imports it and passes its arguments on. Contexts and continuations are tokenized as
+the harness does it: together, with spaces at the end of a context moved to the continuation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -30,53 +30,36 @@ from dlmctl.models.loading import load_policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.settings.mask_laws import LAWS
 from dlmctl.settings.models import Reading
-from dlmctl.settings.sampler import CacheRule, EosRule, Remasking, Sampler
+from dlmctl.settings.sampler import Sampler
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")
 """Names that tasks have for the length of a completion."""
 UNSAMPLED = frozenset({"until", "stop", "do_sample", "temperature", *LENGTHS})
-SAMPLER = (
-    "block_length",
-    "steps",
-    "cfg_scale",
-    "remasking",
-    "threshold",
-    "factor",
-    "cache",
-    "refresh",
-    "refresh_below",
-    "eos",
-    "early_stop",
-    "compile",
-)
+KINDS = get_type_hints(Sampler)
+SAMPLER = tuple(name for name in KINDS if name not in ("gen_length", "temperature"))
 """Arguments that go to the sampler as they are, under the names of `rollout`."""
-CHOICES = {
-    "remasking": get_args(Remasking),
-    "cache": get_args(CacheRule),
-    "eos": get_args(EosRule),
-    "masks": LAWS,
-}
-"""Values of the arguments that have a few."""
+CHOICES = {name: get_args(kind) for name, kind in KINDS.items() if get_origin(kind) is Literal}
+"""Values of the sampler's arguments that have a fixed set."""
 DEFAULT_LENGTH = 2048
-"""Tokens that a model of no stated length takes."""
+"""Tokens that a model takes if its configuration does not say how many."""
 
 
 class Pair(NamedTuple):
-    """A continuation to be scored."""
+    """A continuation to score."""
 
     context: list[int]
     continuation: list[int]
     keys: tuple[str | int, ...]
-    """Names of its masks."""
+    """What its masks are drawn from."""
     sample: int = 0
 
 
 @register_model("dlmctl")
 class HarnessModel(LM):
-    """A policy as lm-evaluation-harness asks it."""
+    """A policy with the methods that lm-evaluation-harness calls."""
 
     counted: ClassVar[Any] = staticmethod(lambda items, what, total: items)
-    """Passes on what takes long, and may say how far it is: of items, their name and number."""
+    """Passes items on and may show progress; arguments: the items, their name, their number."""
 
     def __init__(
         self,
@@ -101,12 +84,12 @@ class HarnessModel(LM):
         Args:
             pretrained: name, directory or run, as `--model` of other subcommands takes it.
             masks, masks_per_sample: law and number of the masks of a score.
-            greedy: whether is_greedy is found out, which takes a completion for each continuation;
-                otherwise it is false. Tasks of several choices do not use it.
+            greedy: compute is_greedy, which takes a completion for each continuation; otherwise it
+                is false. Multiple-choice tasks do not use it.
             gen_length: tokens of a completion, whatever the task says.
             max_length: tokens of context and continuation; a longer context loses its beginning.
             family, shift, mask_id: how to read the model, as in `Reading`.
-            sampler: of SAMPLER.
+            sampler: fields of `Sampler` that are in SAMPLER.
 
         Raises:
             UsageError: an argument is not known; and what `load_policy` raises.
@@ -116,13 +99,13 @@ class HarnessModel(LM):
             raise UsageError(
                 f"--model_args {min(unknown)} is not known; there are pretrained, masks, "
                 f"masks_per_sample, seed, greedy, gen_length, max_length, dtype, family, shift, "
-                f"mask_id, "
-                f"{', '.join(SAMPLER)}"
+                f"mask_id, {', '.join(SAMPLER)}"
             )
+        choices = {**CHOICES, "masks": LAWS}
         for name, value in {**sampler, "masks": masks}.items():
-            if name in CHOICES and value not in CHOICES[name]:
-                there = ", ".join(CHOICES[name])
-                raise UsageError(f"--model_args {name}={value} is none of {there}")
+            if name in choices and value not in choices[name]:
+                known = ", ".join(choices[name])
+                raise UsageError(f"--model_args {name}={value} is none of {known}")
         name = Reading(family, shift, mask_id).name(pretrained)
         self.policy = load_policy(name, device or "auto", dtype)
         self.plan = MaskPlan(masks, masks_per_sample, seed)  # type: ignore[arg-type]
@@ -132,7 +115,7 @@ class HarnessModel(LM):
         config = self.policy.core.config.get_text_config()
         stated = getattr(config, "max_position_embeddings", None)
         self.max_length = int(max_length or stated or DEFAULT_LENGTH)
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -144,8 +127,8 @@ class HarnessModel(LM):
         """
         pairs = [self._pair(request) for request in requests]
         values = self._elbos(pairs)
-        same = self._is_greedy(pairs) if self.greedy else [False] * len(pairs)
-        answers = list(zip(values, same, strict=True))
+        greedy = self._is_greedy(pairs) if self.greedy else [False] * len(pairs)
+        answers = list(zip(values, greedy, strict=True))
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
         return answers
@@ -155,8 +138,8 @@ class HarnessModel(LM):
     ) -> list[float]:
         """ELBO of each whole text in nats.
 
-        A text longer than the model takes is cut into pieces that each see the last token of the
-        piece before.
+        A text longer than `max_length` is cut into pieces; each piece sees the last token of the
+        piece before it.
         """
         pieces: list[Pair] = []
         owners: list[int] = []
@@ -176,7 +159,7 @@ class HarnessModel(LM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """A completion of each context, up to the first of its stop strings."""
+        """A completion of each context, up to its first stop string."""
         texts = [""] * len(requests)
         repeats: Counter[tuple[str | int, ...]] = Counter()
         groups: dict[SamplerConfig, list[tuple[int, Request]]] = {}
@@ -189,8 +172,8 @@ class HarnessModel(LM):
             ids = self._latest(self._context(context), settings.gen_length)
             groups.setdefault(settings, []).append((number, Request(ids or self._beginning(), key)))
         for settings, members in groups.items():
-            made = self._sample([request for _, request in members], settings)
-            for (number, _), tokens in zip(members, made, strict=True):
+            samples = self._sample([request for _, request in members], settings)
+            for (number, _), tokens in zip(members, samples, strict=True):
                 texts[number] = before_stops(
                     self.policy.decode(tokens), stops_of(requests[number].args[1])
                 )
@@ -201,7 +184,11 @@ class HarnessModel(LM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as the model's own template writes it."""
+        """A conversation in the model's own chat template.
+
+        Raises:
+            UsageError: the tokenizer has no template.
+        """
         if self.policy.tokenizer.chat_template is None:
             raise UsageError(f"{self.policy.name} has no chat template: drop --apply_chat_template")
         return str(
@@ -215,7 +202,7 @@ class HarnessModel(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness's cache of requests is filed under."""
+        """Key of the harness's cache of requests."""
         return self.policy.name.replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -223,7 +210,7 @@ class HarnessModel(LM):
         return str(self.policy.tokenizer.chat_template or "") if chat_template else None
 
     def get_model_info(self) -> dict[str, Any]:
-        """What stands beside the results."""
+        """What the harness writes next to the results."""
         about: dict[str, Any] = {
             "model_name": self.policy.name,
             "model_revision": self.policy.revision,
@@ -251,19 +238,19 @@ class HarnessModel(LM):
         return Pair(before, ids, self._keys(request), sample if isinstance(sample, int) else 0)
 
     def _latest(self, context: list[int], reserved: int) -> list[int]:
-        """The end of a context that leaves room for `reserved` tokens."""
+        """The end of a context, cut to leave room for `reserved` tokens."""
         room = self.max_length - reserved
         if room < 0:
             raise UsageError(f"gen_length {reserved} is more than max_length {self.max_length}")
         return context[len(context) - room :] if len(context) > room else context
 
     def _context(self, text: str) -> list[int]:
-        """Ids of a text that is continued; one from a chat template brings its special tokens."""
+        """Ids of a text to continue; a text from a chat template has its special tokens already."""
         plain, lead = self.policy.encode_text(text), self.policy.encode_context("")
         return plain if plain[: len(lead)] == lead else self.policy.encode_context(text)
 
     def _beginning(self) -> list[int]:
-        """What stands before the first token of a text."""
+        """Ids before the first token of a text."""
         lead = self.policy.encode_context("")
         if lead or self.policy.diffusion:
             return lead
@@ -272,10 +259,10 @@ class HarnessModel(LM):
         return [] if first is None else [first]
 
     def _record_id(self, request: Any) -> str | int:
-        """The document's own id, as `rollout` and `score-elbo` go by; else its number in the task.
+        """The document's own id, as `rollout` and `score-elbo` use it; else its number in the task.
 
-        The choices of a question share it, and with it the draw of their masks: a comparison of
-        them is a paired one.
+        The choices of a question share the id and so the draw of their masks: comparisons between
+        choices are paired.
         """
         own = request.doc.get("id") if isinstance(request.doc, dict) else None
         if isinstance(own, str | int) and not isinstance(own, bool):
@@ -283,7 +270,7 @@ class HarnessModel(LM):
         return f"{request.task_name}/{request.doc_id}"
 
     def _keys(self, request: Any) -> tuple[str | int, ...]:
-        """As `score-elbo` names the masks of a record."""
+        """What `score-elbo` draws the masks of a record from."""
         return (self.plan.seed, self._record_id(request), 0, self.plan.draw)
 
     def _elbos(self, pairs: Sequence[Pair]) -> list[float]:
@@ -303,18 +290,18 @@ class HarnessModel(LM):
         return Example(context, continuation, masks)
 
     def _is_greedy(self, pairs: Sequence[Pair]) -> list[bool]:
-        same = [False] * len(pairs)
+        greedy = [False] * len(pairs)
         lengths = sorted({len(pair.continuation) for pair in pairs})
         for length in lengths:
             settings = self._greedy_settings(length)
             members = [n for n, pair in enumerate(pairs) if len(pair.continuation) == length]
             requests = [Request(pairs[n].context, stream_key(*pairs[n].keys)) for n in members]
             for n, tokens in zip(members, self._sample(requests, settings), strict=True):
-                same[n] = tokens == pairs[n].continuation
-        return same
+                greedy[n] = tokens == pairs[n].continuation
+        return greedy
 
     def _greedy_settings(self, length: int) -> SamplerConfig:
-        """A completion of exactly `length` tokens; of no more steps than it has tokens."""
+        """A completion of exactly `length` tokens, in at most as many steps."""
         given = {**self.sampler, **self._blocks(length), "early_stop": False}
         if given.get("steps"):
             own = configured(self.policy, Sampler(gen_length=length, **self._blocks(length)))
@@ -327,8 +314,8 @@ class HarnessModel(LM):
 
     def _settings(self, asked: dict[str, Any]) -> SamplerConfig:
         """The sampler's settings for a task's `generation_kwargs`."""
-        for name in sorted(set(asked) - UNSAMPLED - self._told):
-            self._told.add(name)
+        for name in sorted(set(asked) - UNSAMPLED - self._reported):
+            self._reported.add(name)
             print(f"dlmctl: the task's {name}={asked[name]} is not used", file=sys.stderr)
         length = next((int(asked[name]) for name in LENGTHS if asked.get(name)), None)
         temperature = asked.get("temperature")
@@ -345,7 +332,7 @@ class HarnessModel(LM):
     def _sample(self, requests: Sequence[Request], settings: SamplerConfig) -> list[list[int]]:
         sampler = sample_stream if self.policy.diffusion else sample_autoregressive
         samples = sampler(self.policy, requests, settings, self.batch_size)
-        return [made.tokens for made in self.counted(samples, "completions", len(requests))]
+        return [sample.tokens for sample in self.counted(samples, "completions", len(requests))]
 
 
 def stops_of(asked: dict[str, Any]) -> list[str]:
@@ -355,5 +342,5 @@ def stops_of(asked: dict[str, Any]) -> list[str]:
 
 
 def before_stops(text: str, stops: Sequence[str]) -> str:
-    """A text up to the first place where any of the stop strings stands."""
+    """A text up to the first occurrence of any stop string."""
     return text[: min((text.find(stop) for stop in stops if stop and stop in text), default=None)]
