@@ -9,12 +9,13 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 from dlmctl.commands.progress import Total, counted
 from dlmctl.records.errors import UsageError, UserFacingError
 from dlmctl.records.jsonl import write_records
+from dlmctl.settings.common import Device
 
 SILENCE_S = 30.0
 """How long a rank that failed leaves it to the first one to say why."""
@@ -47,7 +48,7 @@ def on_every_rank(function: Callable[..., None]) -> Callable[..., None]:
         from dlmctl.train.distributed import RankError, joined
 
         try:
-            with joined(kwargs["device"]):
+            with joined(_device(kwargs)):
                 function(*args, **kwargs)
         except UserFacingError as error:
             number = int(os.environ["RANK"])
@@ -63,6 +64,12 @@ def on_every_rank(function: Callable[..., None]) -> Callable[..., None]:
             raise mine from None
 
     return run
+
+
+def _device(kwargs: Mapping[str, Any]) -> str:
+    """What --device says, by itself or among the settings."""
+    among = (value.device for value in kwargs.values() if isinstance(value, Device))
+    return str(kwargs.get("device") or next(among))
 
 
 def write_metrics(
