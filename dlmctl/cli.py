@@ -122,7 +122,7 @@ def with_exit_codes(function: Callable[..., None], name: str) -> Callable[..., N
         except UserFacingError as error:
             hint = ""
             if isinstance(error, DataError) and error.skippable and "on_error" in kwargs:
-                hint = "; --on-error skip goes on without it"
+                hint = "; --on-error skip continues without it"
             print(f"dlmctl: {error}{hint}", file=sys.stderr)
             raise typer.Exit(error.exit_code) from None
         except BrokenPipeError:
@@ -260,7 +260,7 @@ def _called() -> str:
 def main() -> None:
     """The command line, in a process of its own."""
     if "OMP_WAIT_POLICY" not in os.environ:
-        # Threads that wait by spinning take the cores from the stages, and runs, beside them: three
+        # Threads that wait by spinning take the cores from other stages and other runs: three
         # updates at once on four cores were a hundred times slower than one. Read by libgomp when
         # torch loads it.
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")

@@ -48,8 +48,7 @@ def command(
 
     Takes one optimizer step for every --prompts-per-step groups and writes one metrics record for
     each to standard output and to RUN/metrics.jsonl. RUN/latest is a Hugging Face directory that
-    every --model takes. The same command goes on where the run was; with --resume also in the
-    input.
+    every --model takes. The same command resumes the run; with --resume also the input.
 
     What the records lack is computed: advantages from rewards, scores of policy and reference.
     Scores of 'dlmctl score-elbo' are used if they are of these weights and masks. Advantages that
@@ -62,10 +61,10 @@ def command(
     autoregressive model. Completions that do not say where they are from count as sampled from the
     weights before the step.
 
-    On several GPUs, or CPUs, weights, gradients and the optimizer's moments are spread over the
-    processes by FSDP2, each of which computes its share of every step: the steps, and the files,
-    are those of one process, and a run can go on with more or fewer. --batch-size is that of each.
-    Not with dropout.
+    On several GPUs, or CPUs, FSDP2 spreads weights, gradients and the optimizer's moments over the
+    processes, and each computes its share of every step. Steps and files are those of one process,
+    and a run can be resumed with more or fewer processes. --batch-size is that of each. Dropout is
+    refused.
 
     Examples:
 

@@ -77,7 +77,7 @@ def next_tokens(
 
 
 class _Rows:
-    """The completions that go on, and the cache of what they have so far.
+    """The completions that are not finished, and the cache of what they have so far.
 
     Those that have ended are computed along until they are a quarter of the rows; then they are
     left out, and the cache is cut to the others: each time would copy it too often.
@@ -121,7 +121,7 @@ class _Rows:
         return logits
 
     def go_on(self, token: Tensor) -> bool:
-        """Append a token to each row, int64 [B]; whether any of them goes on."""
+        """Append a token to each row, int64 [B]; returns whether any row is unfinished."""
         self.ended |= torch.isin(token, self.ends)
         going = int((~self.ended).sum())
         # The next place is one after the largest in any of the dimensions.

@@ -27,7 +27,7 @@ from dlmctl.settings.masks import Masks
 
 @dataclass(frozen=True)
 class MaskPlan:
-    """Everything that the masks of a record depend on, beside its id and sample."""
+    """Everything that the masks of a record depend on, except its id and sample."""
 
     law: Law = "stratified"
     samples: int = 4
@@ -182,7 +182,7 @@ def score_entry(
 
 
 def made_by(policy: Policy, plan: MaskPlan) -> dict[str, Any]:
-    """What a score depends on beside the record."""
+    """What a score depends on, except the record."""
     return {
         "masks": masks_by(policy, plan),
         "model": policy.name,

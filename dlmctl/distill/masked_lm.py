@@ -142,7 +142,8 @@ def distill_masked(
     left = plan.rounds * plan.steps_per_round - run.progress.step
     if left <= 0:
         raise UsageError(
-            f"{run.directory} has taken its {run.progress.step} steps: more --rounds go on"
+            f"{run.directory} has taken its {run.progress.step} steps: give more --rounds to "
+            "continue"
         )
     targets = _Targets(run, plan.steps_per_round, keep)
 

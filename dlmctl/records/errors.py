@@ -20,7 +20,7 @@ class DataError(UserFacingError):
 
     exit_code = 65
     skippable = False
-    """Whether the stage can go on without the record, under --on-error skip."""
+    """Whether the stage can continue without the record, under --on-error skip."""
 
     def __init__(self, message: str, where: str = "") -> None:
         super().__init__(message)

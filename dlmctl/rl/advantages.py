@@ -59,7 +59,7 @@ class Normalization:
         )
 
     def settings(self) -> dict[str, Any]:
-        """What an advantage depends on beside the rewards, as a record has it."""
+        """What an advantage depends on, except the rewards, as a record has it."""
         values = asdict(self)
         if self.scale != "batch":
             del values["prompts_per_step"]

@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 @dataclass(frozen=True, init=False)
 class Knob:
-    """What the command line says of a value beside its type and default."""
+    """What the command line says of a value, apart from its type and default."""
 
     help: str
     flags: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What `dlmctl plan` asks beside the options of `rollout` and `update`."""
+"""Options of `dlmctl plan` that `rollout` and `update` do not have."""
 
 from __future__ import annotations
 

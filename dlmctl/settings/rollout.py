@@ -1,4 +1,4 @@
-"""What `rollout` samples for, beside how: prompts, a training loop, corrupted images."""
+"""What `rollout` samples: prompts, rounds of a training loop, corrupted images."""
 
 from __future__ import annotations
 

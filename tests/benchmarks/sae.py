@@ -26,7 +26,6 @@ from torch.nn import functional
 
 from dlmctl.bench.memory import Peak, synchronize
 from dlmctl.bench.shapes import bench_policy, random_prompts
-from dlmctl.commands.corpora import layer_numbers, position_kinds
 from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
 from dlmctl.models.loading import resolve_device
@@ -46,6 +45,7 @@ from dlmctl.sae.training.stream import Stream
 from dlmctl.sae.training.trainer import SaeTrainer
 from dlmctl.settings import Knob, knob
 from dlmctl.settings.common import Device, Json, Quiet, Seed
+from dlmctl.settings.corpus import layer_numbers, position_kinds
 from dlmctl.settings.parsing import whole_numbers
 from dlmctl.settings.sae import SaeRecipe
 

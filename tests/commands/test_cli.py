@@ -88,7 +88,7 @@ def test_options_are_read_from_the_environment(tmp_path):
 def test_a_record_that_ends_a_stage_comes_with_what_goes_on_without_it(tmp_path):
     good = '{"task": "gsm8k", "id": "a", "prompt": "1+1", "answer": "2", "completion": "2"}'
     bad = good.replace('"2"', "null", 1)
-    lines, hint = tmp_path / "lines.jsonl", "; --on-error skip goes on without it\n"
+    lines, hint = tmp_path / "lines.jsonl", "; --on-error skip continues without it\n"
     lines.write_text(f"{good}\n{bad}\n{good}\n")
     done = invoke("verify", lines)
     assert (done.exit_code, done.stdout.count("\n")) == (65, 1)

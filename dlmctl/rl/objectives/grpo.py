@@ -17,9 +17,9 @@ l_i is that of -A_i ELBO_i (each token's term times w_it). bnpo is TRL's mean ov
 micro-batch; a step is one batch here, whatever --batch-size, so that it is the same as dapo.
 With a dual clip C (arXiv 1912.09729) l is at most -C w A where A < 0.
 
-SRPO (arXiv 2605.07274) refines A_i to w_it A_i with token weights w > 0 that the records bear. They
+SRPO (arXiv 2605.07274) refines A_i to w_it A_i with token weights w > 0 of the records. They
 are constants and positive, so that neither the sign of an advantage nor which tokens are clipped
-changes, and the penalty is not weighted. `grpo` has w = 1, whatever weights the records bear.
+changes, and the penalty is not weighted. `grpo` has w = 1, whatever weights the records have.
 
 Defaults are TRL's: eps 0.2 both ways, beta 0, dapo, advantages divided by the standard deviation of
 the group, one step on a batch; EasyR1 has beta 0.01, eps_high 0.3, C = 3. cispo's bound is 5.
@@ -125,7 +125,7 @@ class Grpo:
 
 @dataclass(frozen=True)
 class Srpo(Grpo):
-    """The objective `srpo`; every record bears the weights of its tokens."""
+    """The objective `srpo`; every record has the weights of its tokens."""
 
     recipe: ClassVar[Recipe] = RECIPES["srpo"]
 

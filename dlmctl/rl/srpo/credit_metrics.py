@@ -18,7 +18,7 @@ ROLES = {"perception": PERCEPTION, "reasoning": REASONING}
 
 
 def credit_metrics(records: Sequence[Record]) -> dict[str, Any]:
-    """Of the records that bear what `advantage --algo srpo` writes; {} where none does.
+    """Of the records that have what `advantage --algo srpo` writes; {} if none has.
 
     Signals, weights and bounds are of the completions that were scored, format and shares of roles
     of all.

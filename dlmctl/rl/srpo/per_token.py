@@ -1,4 +1,4 @@
-"""What records bear for each token of their completion, as tables that objectives see."""
+"""What records have for each token of their completion, as tables for objectives."""
 
 from __future__ import annotations
 
