@@ -131,12 +131,12 @@ def plain_gradient(
 def _full_log_probs(policy: Policy, example: Example) -> Tensor:
     """Sum over the masked tokens of each mask, [K]."""
     prompt, completion = torch.tensor(example.prompt), torch.tensor(example.completion)
-    hidden = example.masks.hidden
-    tokens = completion.masked_fill(hidden, policy.mask_id or 0)
-    ids = torch.cat([prompt.expand(len(hidden), -1), tokens], dim=1).to(policy.device)
+    masked = example.masks.masked
+    tokens = completion.masked_fill(masked, policy.mask_id or 0)
+    ids = torch.cat([prompt.expand(len(masked), -1), tokens], dim=1).to(policy.device)
     logits = policy.model(input_ids=ids, use_cache=False).logits
     start = len(prompt) - policy.shift
     log_p = logits.float().log_softmax(-1)[:, start : start + len(completion)]  # [K, L, V]
-    goals = completion.to(policy.device).expand(len(hidden), -1)
+    goals = completion.to(policy.device).expand(len(masked), -1)
     chosen = log_p.gather(2, goals[:, :, None])[:, :, 0]
-    return (chosen * hidden.to(policy.device)).sum(dim=1)
+    return (chosen * masked.to(policy.device)).sum(dim=1)

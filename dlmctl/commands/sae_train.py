@@ -73,7 +73,7 @@ def command(
     from dlmctl.sae.training.division import divided
     from dlmctl.sae.training.run import SaeRun, finished, folder_name
     from dlmctl.sae.training.stream import Stream
-    from dlmctl.train.distributed import from_first, size
+    from dlmctl.train.distributed import run_on_first, world_size
 
     numbers = list(dict.fromkeys(whole_numbers("-k", ks)))
     if max([*numbers, recipe.k_start or 1]) > recipe.latents:
@@ -86,7 +86,7 @@ def command(
         # Refused before the model is loaded; kept until the run has it too.
         _lock = hold_run(directory) if directory.is_dir() else None
 
-    from_first(begin)
+    run_on_first(begin)
     source = _source(
         files or [], reading.name(model), activations, corpus, recipe.seed, feed.sequences, device
     )
@@ -99,11 +99,11 @@ def command(
         "keys": [str(key) for key in source.keys],
     }
     names = [folder_name(key, k) for key in source.keys for k in numbers]
-    if from_first(lambda: finished(directory, names)):
+    if run_on_first(lambda: finished(directory, names)):
         _say(f"{directory} has all of these autoencoders")
         return
-    if len(names) < size():
-        _say(f"{len(names)} autoencoders on {size()} processes: the others train none")
+    if len(names) < world_size():
+        _say(f"{len(names)} autoencoders on {world_size()} processes: the others train none")
     owners = divided(source.keys, numbers)
     streams = [
         Stream(
@@ -145,7 +145,7 @@ def _source(
     from dlmctl.models.loading import load_policy, resolve_device
     from dlmctl.sae.corpus import read_documents, together
     from dlmctl.sae.training.sources import ModelSource, StoredSource
-    from dlmctl.train.distributed import size
+    from dlmctl.train.distributed import world_size
     from dlmctl.train.sharding import shard
 
     layers, kinds = activations.layer_numbers, activations.kinds
@@ -153,7 +153,7 @@ def _source(
         return StoredSource(Path(files[0]), layers, kinds, resolve_device(device.device))
     plan = corpus_plan(corpus, seed)
     policy = load_policy(model, device.device, device.dtype)
-    if size() > 1:
+    if world_size() > 1:
         shard(policy)
 
     def windows() -> Iterator[list[Document]]:

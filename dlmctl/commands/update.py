@@ -85,7 +85,7 @@ def command(
     from dlmctl.rl.objectives.table import make_objective
     from dlmctl.rl.policy_gradient import Batching
     from dlmctl.rl.update import update_policy, update_supervised
-    from dlmctl.train.distributed import from_first
+    from dlmctl.train.distributed import run_on_first
     from dlmctl.train.run import next_run, open_run
 
     # 1. Refuse what does not go together.
@@ -115,7 +115,7 @@ def command(
         print(f"dlmctl: writing {directory}", file=sys.stderr)
         return sampled_from, str(directory)
 
-    sampled_from, directory = from_first(begin)
+    sampled_from, directory = run_on_first(begin)
     run = open_run(
         Path(directory),
         reading.of(model),

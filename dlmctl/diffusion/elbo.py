@@ -3,7 +3,7 @@
     s = (1/K) sum_k  weight_k * sum_{i in M_k} log p(y_i | y outside M_k, x)
 
 `scored_states` is the only place where a model meets a mask: scoring and training call it. An
-autoregressive policy goes through the same function with every token scored and none hidden, which
+autoregressive policy goes through the same function with every token scored and none masked, which
 is its exact log-likelihood.
 """
 
@@ -20,7 +20,7 @@ from dlmctl.diffusion.masks import MaskSet
 from dlmctl.diffusion.projection import target_log_probs
 from dlmctl.models.policy import Policy
 from dlmctl.models.vision import Picture
-from dlmctl.train.distributed import rank, size, total
+from dlmctl.train.distributed import all_reduce_sum, rank, world_size
 from dlmctl.train.sharding import whole_pass
 
 T = TypeVar("T")
@@ -37,10 +37,10 @@ class Example(NamedTuple):
 
     def visible_prompt(self, k: int, mask_id: int | None) -> Sequence[int]:
         """The prompt as mask k leaves it."""
-        if self.masks.prompt_hidden is None:
+        if self.masks.prompt_masked is None:
             return self.prompt
-        hidden = self.masks.prompt_hidden[k].tolist()
-        return [mask_id or 0 if h else i for i, h in zip(self.prompt, hidden, strict=True)]
+        masked = self.masks.prompt_masked[k].tolist()
+        return [mask_id or 0 if m else i for i, m in zip(self.prompt, masked, strict=True)]
 
 
 class Score(NamedTuple):
@@ -79,7 +79,7 @@ def scored_states(
     policy: Policy,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
-    hidden: Sequence[Tensor],
+    masked: Sequence[Tensor],
     targets: Sequence[Tensor] | None = None,
     pictures: Sequence[Sequence[Picture]] = (),
 ) -> Scored:
@@ -87,22 +87,22 @@ def scored_states(
 
     Args:
         prompts, completions: B sequences of token ids.
-        hidden: B bool tensors [G_b], the tokens that the mask token stands for.
-        targets: B bool tensors [G_b], the tokens that are scored, where these are not the same.
+        masked: B bool tensors [G_b], the tokens that the mask token replaces.
+        targets: B bool tensors [G_b], the tokens that are scored; None: those masked.
         pictures: images of the B prompts.
     """
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     ids = torch.full((len(lengths), max(lengths)), policy.pad_id, dtype=torch.int64)
-    masked = torch.zeros_like(ids, dtype=torch.bool)
-    scored = torch.zeros_like(masked)
+    is_masked = torch.zeros_like(ids, dtype=torch.bool)  # [B, L], like `ids`
+    is_scored = torch.zeros_like(is_masked)
     for b, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         ids[b, : lengths[b]] = torch.tensor([*prompt, *completion])
-        masked[b, len(prompt) : lengths[b]] = hidden[b]
-        scored[b, len(prompt) : lengths[b]] = (hidden if targets is None else targets)[b]
-    rows, positions = scored.nonzero(as_tuple=True)
-    goals = ids[rows, positions]
+        is_masked[b, len(prompt) : lengths[b]] = masked[b]
+        is_scored[b, len(prompt) : lengths[b]] = (masked if targets is None else targets)[b]
+    rows, positions = is_scored.nonzero(as_tuple=True)  # [N], [N]
+    target_ids = ids[rows, positions]
     if policy.diffusion:
-        ids[masked] = policy.mask_id or 0
+        ids[is_masked] = policy.mask_id or 0
 
     device = policy.device
     attention = None
@@ -113,7 +113,7 @@ def scored_states(
     columns = (positions - starts[rows]).to(device)
     rows = rows.to(device)
     states = states[rows, policy.source(positions.to(device))]
-    return Scored(states, goals.to(device), rows, columns)
+    return Scored(states, target_ids.to(device), rows, columns)
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def token_log_probs(
     policy: Policy,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
-    hidden: Sequence[Tensor],
+    masked: Sequence[Tensor],
     targets: Sequence[Tensor] | None = None,
     pictures: Sequence[Sequence[Picture]] = (),
 ) -> Tensor:
@@ -132,7 +132,7 @@ def token_log_probs(
     """
 
     def run() -> tuple[Scored, Tensor]:
-        scored = scored_states(policy, prompts, completions, hidden, targets, pictures)
+        scored = scored_states(policy, prompts, completions, masked, targets, pictures)
         return scored, target_log_probs(policy, scored.states, scored.targets)
 
     scored, values = whole_pass(policy.model, run)
@@ -162,12 +162,12 @@ def own_parts(items: list[T], batch_size: int) -> Iterator[tuple[list[T], bool]]
     Every rank is given as many, since a pass of a model that is spread over them needs all; where
     there is too little, one item that does not count (False) and is another's.
     """
-    if size() == 1:
+    if world_size() == 1:
         for start in range(0, len(items), batch_size):
             yield items[start : start + batch_size], True
         return
-    parts = size() * math.ceil(len(items) / (size() * batch_size))
-    for part in range(rank(), parts, size()):
+    parts = world_size() * math.ceil(len(items) / (world_size() * batch_size))
+    for part in range(rank(), parts, world_size()):
         own = items[part * len(items) // parts : (part + 1) * len(items) // parts]
         yield own or items[:1], bool(own)
 
@@ -183,7 +183,7 @@ class MaskedRows(NamedTuple):
 
     prompts: list[Sequence[int]]
     completions: list[Sequence[int]]
-    hidden: list[Tensor]
+    masked: list[Tensor]
     targets: list[Tensor]
     pictures: list[Sequence[Picture]]
 
@@ -195,7 +195,7 @@ def masked_rows(
     return MaskedRows(
         [examples[n].visible_prompt(k, policy.mask_id) for n, k in pairs],
         [examples[n].completion for n, _ in pairs],
-        [examples[n].masks.hidden[k] for n, k in pairs],
+        [examples[n].masks.masked[k] for n, k in pairs],
         [examples[n].masks.targets[k] for n, k in pairs],
         [examples[n].pictures for n, _ in pairs],
     )
@@ -210,7 +210,7 @@ def mask_weights(examples: Sequence[Example]) -> Tensor:
 def log_probs(policy: Policy, examples: Sequence[Example], batch_size: int) -> Tensor:
     """Log-probability of every target token: float64 [N, K, G] on the CPU, 0 elsewhere.
 
-    Masks that hide nothing cost no forward pass. Under torchrun every rank scores its share and
+    Masks that mask nothing cost no forward pass. Under torchrun every rank scores its share and
     has the whole.
     """
     weights = mask_weights(examples)
@@ -221,7 +221,7 @@ def log_probs(policy: Policy, examples: Sequence[Example], batch_size: int) -> T
         n, k = torch.tensor(pairs).T
         if counts:
             table[n, k, : values.shape[1]] = values
-    return total(table)
+    return all_reduce_sum(table)
 
 
 def elbo_samples(policy: Policy, examples: Sequence[Example], batch_size: int) -> Tensor:

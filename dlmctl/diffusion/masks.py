@@ -1,13 +1,13 @@
-"""Mask laws of the ELBO: which completion tokens are hidden, and with what weight.
+"""Mask laws of the ELBO: which completion tokens are masked, and with what weight.
 
 For a completion of L scored tokens, S(M) = sum over i in M of log p(y_i | y outside M, x), and
 
     ELBO = sum_{l=1..L} (1/l) E[S(M) : M uniform among the subsets of size l]       (nats)
 
-which is LLaDA's E_t[(1/t) S(M_t)] with every token hidden with probability t ~ U(0, 1), since
+which is LLaDA's E_t[(1/t) S(M_t)] with every token masked with probability t ~ U(0, 1), since
 integrating (1/t) t^l (1-t)^(L-l) C(L,l) over t gives 1/l. These laws have this expectation:
 
-    independent    t ~ U(0,1), each token hidden with probability t            weight 1/t
+    independent    t ~ U(0,1), each token masked with probability t            weight 1/t
     uniform        l ~ U{1..L}, M uniform of size l                            weight L/l
     complementary  l ~ U{0..L}, M uniform of size l, then its complement       weight (L+1)/|M|;
                    for each pair the levels l of the n samples of a prompt are spread evenly:
@@ -57,19 +57,19 @@ GOLDEN_RATIO = 0.6180339887498949
 class MaskSet(NamedTuple):
     """K masks of one completion."""
 
-    hidden: Tensor
+    masked: Tensor
     """bool [K, G], true where a token is replaced by the mask token."""
     weights: Tensor
-    """float64 [K]; weight of S(M_k), 0 where nothing is hidden."""
+    """float64 [K]; weight of S(M_k), 0 where nothing is masked."""
     scored: Tensor
     """bool [G], the tokens that count."""
-    prompt_hidden: Tensor | None = None
+    prompt_masked: Tensor | None = None
     """bool [K, P], prompt tokens that are replaced too."""
 
     @property
     def targets(self) -> Tensor:
         """bool [K, G], the tokens whose log-probability is taken."""
-        return self.hidden & self.scored
+        return self.masked & self.scored
 
 
 class _Draw(NamedTuple):
@@ -98,10 +98,10 @@ class _Draw(NamedTuple):
         least, greatest = self.levels
         return least + (greatest - least) * share
 
-    def spread(self, hidden: Tensor) -> Tensor:
+    def spread(self, masked: Tensor) -> Tensor:
         """Masks [K, L] over the scored tokens as masks [K, G] over all of them."""
-        full = torch.zeros(len(hidden), self.scored.numel(), dtype=torch.bool)
-        full[:, self.scored] = hidden
+        full = torch.zeros(len(masked), self.scored.numel(), dtype=torch.bool)
+        full[:, self.scored] = masked
         return full
 
 
@@ -141,12 +141,12 @@ def draw_masks(
     if levels != (0.0, 1.0) and law not in LEVELLED:
         raise UsageError(f"--t goes with --masks {' or '.join(LEVELLED)}, not with {law}")
     draw = _Draw(samples, scored, tuple(keys), sample, group, block_length, prompt_mask, levels)
-    hidden, weights = _LAWS[law](draw)
-    weights = torch.where((hidden & scored).any(dim=1), weights, torch.zeros_like(weights))
-    prompt_hidden = None
+    masked, weights = _LAWS[law](draw)
+    weights = torch.where((masked & scored).any(dim=1), weights, torch.zeros_like(weights))
+    prompt_masked = None
     if prompt_mask > 0:
-        prompt_hidden = draw.numbers(samples, prompt_length, "prompt") < prompt_mask
-    return MaskSet(hidden, weights, scored, prompt_hidden)
+        prompt_masked = draw.numbers(samples, prompt_length, "prompt") < prompt_mask
+    return MaskSet(masked, weights, scored, prompt_masked)
 
 
 def _independent(draw: _Draw) -> tuple[Tensor, Tensor]:
@@ -158,8 +158,8 @@ def _independent(draw: _Draw) -> tuple[Tensor, Tensor]:
 def _uniform(draw: _Draw) -> tuple[Tensor, Tensor]:
     numbers = draw.numbers(draw.samples, draw.length + 1)
     counts = 1 + (numbers[:, 0] * draw.length).long()
-    hidden = _first_of_ranking(numbers[:, 1:], counts)
-    return draw.spread(hidden), draw.length / counts.double()
+    masked = _first_of_ranking(numbers[:, 1:], counts)
+    return draw.spread(masked), draw.length / counts.double()
 
 
 def _complementary(draw: _Draw) -> tuple[Tensor, Tensor]:
@@ -196,10 +196,10 @@ def _block(draw: _Draw) -> tuple[Tensor, Tensor]:
     numbers = draw.numbers(draw.samples, 1 + place.numel())
     counts = 1 + (numbers[:, 0] * inside.sum(dim=1)).long()
     order = numbers[:, 1:].masked_fill(~inside, 2.0)
-    hidden = _first_of_ranking(order, counts) & inside | behind | ~draw.scored
+    masked = _first_of_ranking(order, counts) & inside | behind | ~draw.scored
     if draw.before > 0:
-        hidden |= (place < first) & (draw.numbers(*hidden.shape, "before") < draw.before)
-    return hidden, draw.length / (hidden & draw.scored).sum(dim=1).double()
+        masked |= (place < first) & (draw.numbers(*masked.shape, "before") < draw.before)
+    return masked, draw.length / (masked & draw.scored).sum(dim=1).double()
 
 
 def _blocks(draw: _Draw) -> Tensor:
@@ -212,16 +212,16 @@ def _blocks(draw: _Draw) -> Tensor:
 
 
 def _full(draw: _Draw) -> tuple[Tensor, Tensor]:
-    hidden = torch.ones(draw.samples, draw.scored.numel(), dtype=torch.bool)
-    return hidden, torch.ones(draw.samples, dtype=torch.float64)
+    masked = torch.ones(draw.samples, draw.scored.numel(), dtype=torch.bool)
+    return masked, torch.ones(draw.samples, dtype=torch.float64)
 
 
 def _pairs(draw: _Draw, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Masks of `counts` [K/2] tokens, each followed by its complement."""
     order = draw.numbers(len(counts), draw.length + 1)[:, 1:]
     first = _first_of_ranking(order, counts)
-    hidden = torch.stack([first, ~first], dim=1).flatten(0, 1)
-    return draw.spread(hidden), (draw.length + 1) / hidden.sum(dim=1).double()
+    masked = torch.stack([first, ~first], dim=1).flatten(0, 1)
+    return draw.spread(masked), (draw.length + 1) / masked.sum(dim=1).double()
 
 
 def _first_of_ranking(order: Tensor, counts: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from dlmctl.records.errors import CannotCreateError, UsageError
 from dlmctl.records.files import read_json
 from dlmctl.settings.images import Training
 from dlmctl.train.card import write_card
-from dlmctl.train.distributed import agreed, from_first, is_first, own_part, sum_up
+from dlmctl.train.distributed import all_reduce_sums, broadcast, is_first, own_slice, run_on_first
 from dlmctl.train.optimizer import (
     apply_step,
     learning_rate,
@@ -132,13 +132,13 @@ class TrainingRun:
         self.about = {**about, "optimizer": "adam" if config.kind == "edm" else "radam"}
         self._measured: dict[str, float] = {}
         self.progress = ImageProgress(as_json({**self.about, "config": asdict(config)}))
-        if agreed(self.progress.settings) != self.progress.settings:
+        if broadcast(self.progress.settings) != self.progress.settings:
             raise UsageError("this rank sees other images, or another teacher, than the first")
         self.directory = RunDirectory(directory, ImageProgress, in_state=True)
         resumed = self.directory.open(self._check)
         self.progress = resumed or self.progress
         state, model = self.directory.checkpoints, directory / checkpoint_name(recipe.steps)
-        trained, unfinished = from_first(lambda: (model.exists(), state.exists()))
+        trained, unfinished = run_on_first(lambda: (model.exists(), state.exists()))
         self.finished = trained and not unfinished
         """Whether there is nothing left to do."""
         if is_first() and (resumed or not trained):
@@ -206,12 +206,12 @@ class TrainingRun:
         index = torch.randint(len(self.images), (recipe.batch_size,), generator=generator)
         batch = self.images[index.to(self.images.device)]
         target = self.averages["target"][0] if "target" in self.averages else self.network
-        own, loss = own_part(recipe.batch_size), batch.new_zeros(())
+        own, loss = own_slice(recipe.batch_size), batch.new_zeros(())
         if own.start < own.stop:
             loss = self.loss(self.network, target, batch, self.step, generator, own)
             loss.backward()
             loss = loss.detach()
-        sum_up([loss, *self._gradients()])
+        all_reduce_sums([loss, *self._gradients()])
         rate = learning_rate(self.step, recipe.rate, recipe.warmup, recipe.schedule, recipe.steps)
         norm, applied = apply_step(self.optimizer, self.network.parameters(), rate, recipe.max_norm)
         self.progress.step += 1

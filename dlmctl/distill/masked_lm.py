@@ -45,7 +45,7 @@ from dlmctl.rl.batches import StepBatch
 from dlmctl.rl.supervised import with_completion_ids
 from dlmctl.rl.update import plain_batches, take_steps
 from dlmctl.settings.distill import Divergence, MaskedConsistency
-from dlmctl.train.distributed import agreed, is_first, total
+from dlmctl.train.distributed import all_reduce_sum, broadcast, is_first
 from dlmctl.train.run import Run
 from dlmctl.train.sharding import whole_pass
 
@@ -86,7 +86,7 @@ def consistency_gradient(
         (divergences + cross_entropies).backward()
         sums += torch.stack([divergences.detach(), cross_entropies.detach()]).double().cpu()
     student.model.eval()
-    consistency, cross_entropy = total(sums).tolist()
+    consistency, cross_entropy = all_reduce_sum(sums).tolist()
     return {
         "loss": consistency + cross_entropy,
         "consistency": consistency,
@@ -203,7 +203,7 @@ class _Targets:
             if is_first():
                 publish_directory(place, lambda directory: save_policy(whole, directory))
                 shutil.rmtree(self._place(number - 1), ignore_errors=True)
-            agreed(number)  # from here on it exists
+            broadcast(number)  # from here on it exists
         if not place.exists():
             raise DataError(
                 f"{place} is missing, the target of this round: begin a new run, or give the "

@@ -30,7 +30,7 @@ from dlmctl.diffusion.elbo import (
 from dlmctl.diffusion.projection import weighted_log_prob
 from dlmctl.models.policy import Policy
 from dlmctl.train.activations import checkpoint_activations, checkpoints_activations
-from dlmctl.train.distributed import size, total
+from dlmctl.train.distributed import all_reduce_sum, world_size
 from dlmctl.train.sharding import whole_pass
 
 
@@ -53,7 +53,7 @@ def accumulate_gradient(
         return _accumulate(policy, examples, coefficients, batch_size)
     except torch.OutOfMemoryError:
         # Of several ranks the others are in the midst of a pass that this one has left.
-        if not untouched or checkpoints_activations(policy.core) or size() > 1:
+        if not untouched or checkpoints_activations(policy.core) or world_size() > 1:
             raise
     # Out of the handler, which holds the graph that did not fit. Its backward pass may have added
     # a part of a gradient, so that all micro-batches are done again.
@@ -85,7 +85,7 @@ def _accumulate(
         part.backward()
         value += float(part.detach())
     policy.model.eval()
-    return float(total(value))
+    return float(all_reduce_sum(value))
 
 
 def _pair_with_images(examples: Sequence[Example], wanted: Tensor) -> tuple[int, int] | None:
@@ -93,7 +93,7 @@ def _pair_with_images(examples: Sequence[Example], wanted: Tensor) -> tuple[int,
 
     Of several ranks all must have gradients of the weights that look at images, or none.
     """
-    if size() == 1:
+    if world_size() == 1:
         return None
     pairs: list[tuple[int, int]] = wanted.nonzero().tolist()
     return next(((n, k) for n, k in pairs if examples[n].pictures), None)

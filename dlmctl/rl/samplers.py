@@ -20,7 +20,7 @@ from dlmctl.records.errors import DataError, UserFacingError
 from dlmctl.records.jsonl import Record, object_field
 from dlmctl.rl.batches import StepBatch, max_lag, sampled_from
 from dlmctl.rl.policy_gradient import Scorer
-from dlmctl.train.distributed import size
+from dlmctl.train.distributed import world_size
 from dlmctl.train.run import Run
 from dlmctl.train.sharding import own_share, shard
 
@@ -103,7 +103,7 @@ class Samplers:
             raise self._refusal(record, str(error)) from None
         if policy.revision != revision or policy.diffusion != own.diffusion:
             raise self._refusal(record, f"{policy.name} has others now")
-        if size() > 1:
+        if world_size() > 1:
             shard(policy)
         self._loaded = policy
         return policy

@@ -30,7 +30,7 @@ from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
 from dlmctl.rl.samplers import Samplers, reference_log_probs
 from dlmctl.rl.srpo.credit_metrics import credit_metrics
 from dlmctl.rl.supervised import supervised_gradient, with_completion_ids
-from dlmctl.train.distributed import is_first, items_of_first, may_save
+from dlmctl.train.distributed import broadcast_items, is_first, may_save
 from dlmctl.train.run import Run
 
 Gradients = Callable[[StepBatch], Iterator[dict[str, Any]]]
@@ -140,7 +140,7 @@ def take_steps(
     """
     taken, within_round, within_batch = 0, False, False
     try:
-        for batch in items_of_first(batches, packed, unpacked):
+        for batch in broadcast_items(batches, packed, unpacked):
             if batch.groups:
                 within_round = batch.in_round
                 for step, record in enumerate(_batch_steps(batch, run, gradients, inner), 1):

@@ -45,7 +45,7 @@ class RankError(UserFacingError):
         self.exit_code = exit_code
 
 
-def size() -> int:
+def world_size() -> int:
     """How many ranks there are; 1 without torchrun."""
     return 1 if _control is None else dist.get_world_size(_control)
 
@@ -94,7 +94,7 @@ def _choose_gpu(device: str) -> None:
     torch.cuda.set_device(local)
 
 
-def agreed(value: T) -> T:
+def broadcast(value: T) -> T:
     """Broadcast the first rank's value, of JSON, to every rank."""
     if _control is None:
         return value
@@ -109,21 +109,21 @@ def agreed(value: T) -> T:
     return value if is_first() else received
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """All-reduce a CPU tensor by its sum, in place."""
     if _control is not None:
         dist.all_reduce(values, group=_control)
     return values
 
 
-def own_part(count: int) -> slice:
+def own_slice(count: int) -> slice:
     """This rank's part of `count` items in order; in one process all of them."""
-    return slice(rank() * count // size(), (rank() + 1) * count // size())
+    return slice(rank() * count // world_size(), (rank() + 1) * count // world_size())
 
 
-def sum_up(tensors: Sequence[Tensor]) -> None:
+def all_reduce_sums(tensors: Sequence[Tensor]) -> None:
     """All-reduce tensors of one dtype and device by their sum, in place and in one message."""
-    if size() == 1:
+    if world_size() == 1:
         return
     whole = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(whole)
@@ -132,15 +132,15 @@ def sum_up(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def from_all(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """Gather the values of all ranks, of JSON, in their order, on each of them."""
-    if size() == 1:
+    if world_size() == 1:
         return [value]
     data = torch.frombuffer(bytearray(orjson.dumps(value)), dtype=torch.uint8)
-    lengths = torch.zeros(size(), dtype=torch.int64)
+    lengths = torch.zeros(world_size(), dtype=torch.int64)
     lengths[rank()] = len(data)
-    longest = int(total(lengths).max())
-    parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(size())]
+    longest = int(all_reduce_sum(lengths).max())
+    parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(world_size())]
     padded = torch.cat([data, data.new_zeros(longest - len(data))])
     dist.all_gather(parts, padded, group=_control)
     return [
@@ -149,7 +149,7 @@ def from_all(value: T) -> list[T]:
     ]
 
 
-def tensors_of(owner: int, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def send_to_first(owner: int, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Send the CPU tensors that `make()` returns on rank `owner` to the first; others get none."""
     if rank() == owner:
         made = make()
@@ -169,16 +169,16 @@ def tensors_of(owner: int, make: Callable[[], dict[str, Tensor]]) -> dict[str, T
     return {}
 
 
-def from_first(make: Callable[[], T]) -> T:
+def run_on_first(make: Callable[[], T]) -> T:
     """Call `make` on the first rank, and broadcast its result, of JSON, to every rank.
 
     Raises:
         RankError: on the others, if it raised an exception.
     """
-    if size() == 1:
+    if world_size() == 1:
         return make()
     if not is_first():
-        news: dict[str, Any] = agreed({})
+        news: dict[str, Any] = broadcast({})
         if "failed" in news:
             raise RankError(news["failed"])
         received: T = news["made"]
@@ -186,13 +186,13 @@ def from_first(make: Callable[[], T]) -> T:
     try:
         made = make()
     except BaseException as error:
-        agreed({"failed": _exit_code(error)})
+        broadcast({"failed": _exit_code(error)})
         raise
-    agreed({"made": made})
+    broadcast({"made": made})
     return made
 
 
-def items_of_first(
+def broadcast_items(
     items: Iterator[T], pack: Callable[[T], Any], unpack: Callable[[Any], T]
 ) -> Iterator[T]:
     """The items of the first rank on every rank; those of the others are ignored.
@@ -200,11 +200,11 @@ def items_of_first(
     Args:
         pack, unpack: an item to JSON, and back.
     """
-    if size() == 1:
+    if world_size() == 1:
         yield from items
         return
     packed = map(pack, items)
-    while (item := from_first(lambda: next(packed, None))) is not None:
+    while (item := run_on_first(lambda: next(packed, None))) is not None:
         yield unpack(item)
 
 
@@ -219,17 +219,17 @@ def in_step(items: Generator[T, None, None]) -> Generator[T, None, None]:
     for item in items:
         if not is_first():
             yield item
-            if agreed(True):
+            if broadcast(True):
                 continue
             items.close()
             raise RankError(0)
         try:
             yield item
         except GeneratorExit:
-            agreed(False)
+            broadcast(False)
             items.close()
             raise
-        agreed(True)
+        broadcast(True)
 
 
 def may_save() -> bool:
@@ -238,7 +238,7 @@ def may_save() -> bool:
     They are if nothing failed. After a failure of one rank alone, or in the midst of a pass, there
     is no common state that could be saved.
     """
-    if size() == 1:
+    if world_size() == 1:
         return True
     error = sys.exc_info()[1]
     if error is None:

@@ -32,7 +32,7 @@ from dlmctl.settings.models import Prompting
 from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.train.activations import checkpoint_activations
 from dlmctl.train.card import last_metrics, write_card
-from dlmctl.train.distributed import agreed, is_first, size
+from dlmctl.train.distributed import broadcast, is_first, world_size
 from dlmctl.train.lora import (
     adapter_off,
     adapter_settings,
@@ -185,7 +185,7 @@ class Run:
 
             checkpoint = self.directory.save(self.progress.step, self.progress, fill, keep)
             revision = checkpoint_revision(checkpoint, self.progress.reference_revision)
-        revision = agreed(revision)
+        revision = broadcast(revision)
         self.policy = dataclasses.replace(self.policy, revision=revision)
         self.revisions.append(revision)
 
@@ -267,7 +267,7 @@ def open_run(
     if gradient_checkpointing:
         checkpoint_activations(policy.core)
     form = None
-    if size() > 1:
+    if world_size() > 1:
         check_trainable(policy)
         form = outline(policy.model)
         shard(policy)

@@ -41,7 +41,7 @@ from dlmctl.records.files import (
 from dlmctl.records.interrupts import standing
 from dlmctl.records.jsonl import dump
 from dlmctl.records.locks import Lock, hold_run
-from dlmctl.train.distributed import from_first, is_first
+from dlmctl.train.distributed import is_first, run_on_first
 
 P = TypeVar("P")
 
@@ -116,7 +116,7 @@ class RunDirectory(Generic[P]):
             check(self._read(checkpoint))
             return str(checkpoint or "")
 
-        newest = from_first(take)
+        newest = run_on_first(take)
         self.checkpoint = Path(newest) if newest else None
         return self._read(self.checkpoint)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dlmctl.models.blocks import decoder_blocks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
-from dlmctl.train.distributed import is_first, size
+from dlmctl.train.distributed import is_first, world_size
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ def shard(policy: Policy) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh(policy.device.type, (size(),))
+    mesh = init_device_mesh(policy.device.type, (world_size(),))
     model: Any = policy.model
     for module in (*decoder_blocks(policy), model):
         unit = fully_shard(module, mesh=mesh, reshard_after_forward=True)

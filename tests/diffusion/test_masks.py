@@ -20,13 +20,13 @@ def all_scored(length):
 def test_masks_are_a_function_of_seed_record_and_sample(law):
     first = draw_masks(law, 4, all_scored(9), (1, "sudoku/12"), 3, block_length=4)
     again = draw_masks(law, 4, all_scored(9), (1, "sudoku/12"), 3, block_length=4)
-    assert torch.equal(first.hidden, again.hidden)
+    assert torch.equal(first.masked, again.masked)
     assert torch.equal(first.weights, again.weights)
     others = [((2, "sudoku/12"), 3), ((1, "sudoku/13"), 3), ((1, "sudoku/12"), 4)]
     for names in others:
         other = draw_masks(law, 4, all_scored(9), *names, block_length=4)
         assert not torch.equal(first.weights, other.weights) or not torch.equal(
-            first.hidden, other.hidden
+            first.masked, other.masked
         )
 
 
@@ -34,33 +34,33 @@ def test_masks_are_a_function_of_seed_record_and_sample(law):
 def test_more_masks_begin_with_the_same_ones(law):
     few = draw_masks(law, 2, all_scored(9), (0, "a"), 0)
     many = draw_masks(law, 8, all_scored(9), (0, "a"), 0)
-    assert torch.equal(few.hidden, many.hidden[:2])
+    assert torch.equal(few.masked, many.masked[:2])
 
 
 @pytest.mark.parametrize("law", [*UNBIASED, "quadrature"])
 def test_tokens_that_do_not_count_are_never_hidden(law):
     scored = torch.tensor([True, True, True, False, False])
     masks = draw_masks(law, 64, scored, (0, "a"), 0)
-    assert not masks.hidden[:, 3:].any()
-    assert masks.hidden[:, :3].any()
+    assert not masks.masked[:, 3:].any()
+    assert masks.masked[:, :3].any()
 
 
 def test_complementary_pairs_hide_every_token_once():
     masks = draw_masks("complementary", 40, all_scored(7), (0, "a"), 0)
-    pairs = masks.hidden.view(20, 2, 7)
+    pairs = masks.masked.view(20, 2, 7)
     assert torch.equal(pairs[:, 0], ~pairs[:, 1])
-    for hidden, weight in zip(masks.hidden, masks.weights, strict=True):
+    for hidden, weight in zip(masks.masked, masks.weights, strict=True):
         count = int(hidden.sum())
         assert float(weight) == (8 / count if count else 0)
 
 
 def test_uniform_masks_hide_every_number_of_tokens_equally_often():
     masks = draw_masks("uniform", 6000, all_scored(5), (0, "a"), 0)
-    counts = Counter(int(n) for n in masks.hidden.sum(dim=1))
+    counts = Counter(int(n) for n in masks.masked.sum(dim=1))
     assert set(counts) == {1, 2, 3, 4, 5}
     error = math.sqrt(6000 * 0.2 * 0.8)
     assert all(abs(n - 1200) < 4 * error for n in counts.values())
-    subsets = Counter(tuple(row) for row in masks.hidden[masks.hidden.sum(dim=1) == 2].tolist())
+    subsets = Counter(tuple(row) for row in masks.masked[masks.masked.sum(dim=1) == 2].tolist())
     assert len(subsets) == 10
     expected = sum(subsets.values()) / 10
     assert all(abs(n - expected) < 4.5 * math.sqrt(expected) for n in subsets.values())
@@ -80,9 +80,9 @@ def test_stratified_pairs_hide_every_token_once_and_spread_their_levels():
     counts = []
     for sample in range(6):
         masks = draw_masks("stratified", 8, all_scored(31), (0, "a"), sample)
-        pairs = masks.hidden.view(4, 2, 31)
+        pairs = masks.masked.view(4, 2, 31)
         assert torch.equal(pairs[:, 0], ~pairs[:, 1])
-        sizes = sorted(masks.hidden.sum(dim=1).tolist())
+        sizes = sorted(masks.masked.sum(dim=1).tolist())
         # One level in each eighth of 0..31.
         assert [size // 4 for size in sizes] == list(range(8))
         counts.append(sizes[0])
@@ -94,7 +94,7 @@ def test_over_its_random_start_a_stratified_mask_has_every_size_equally_often(pa
     sizes = Counter()
     for name in range(3000):
         masks = draw_masks("stratified", 2 * pairs, all_scored(4), (0, name), 1)
-        sizes.update(masks.hidden.sum(dim=1).tolist())
+        sizes.update(masks.masked.sum(dim=1).tolist())
     total = 3000 * 2 * pairs
     assert all(abs(sizes[n] / total - 0.2) < 0.015 for n in range(5))
 
@@ -123,7 +123,7 @@ def test_levels_in_a_range_estimate_the_mean_of_the_bound_there(law):
     estimate = float((masks.weights * level * level**2).mean())
     assert estimate == pytest.approx(mean, rel=0.02 if law == "independent" else 1e-6)
     if law == "independent":
-        hidden = masks.hidden.sum(dim=1) * masks.weights
+        hidden = masks.masked.sum(dim=1) * masks.weights
         assert float(hidden.mean()) == pytest.approx(length, rel=0.02)
 
 
@@ -136,7 +136,7 @@ def test_a_block_mask_leaves_what_is_before_it_and_hides_what_is_behind():
     scored = torch.tensor([True] * 10 + [False] * 6)
     masks = draw_masks("block", 300, scored, (0, "a"), 0, block_length=4)
     firsts = Counter()
-    for hidden, weight in zip(masks.hidden, masks.weights, strict=True):
+    for hidden, weight in zip(masks.masked, masks.weights, strict=True):
         first = int(hidden.nonzero()[0, 0]) // 4
         firsts[first] += 1
         assert hidden[4 * (first + 1) :].all()
@@ -144,7 +144,7 @@ def test_a_block_mask_leaves_what_is_before_it_and_hides_what_is_behind():
         assert float(weight) == pytest.approx(10 / int(hidden[:10].sum()))
     assert set(firsts) == {0, 1, 2}
     assert min(firsts.values()) > 70
-    inside = Counter(int(h[4:8].sum()) for h in masks.hidden if not h[:4].any() and h[4:8].any())
+    inside = Counter(int(h[4:8].sum()) for h in masks.masked if not h[:4].any() and h[4:8].any())
     assert set(inside) == {1, 2, 3, 4}
 
 
@@ -176,7 +176,7 @@ def test_a_block_mask_masks_the_prompt_and_the_blocks_before_it_with_one_probabi
     seen, count = Counter(), 1500
     for name in range(count):
         masks = draw_masks("block", 2, scored, (0, name), 1, 2, 2, 0.25)
-        for before, row in zip(masks.prompt_hidden.tolist(), masks.hidden.tolist(), strict=True):
+        for before, row in zip(masks.prompt_masked.tolist(), masks.masked.tolist(), strict=True):
             seen[tuple(before), tuple(row)] += 1
     assert seen.keys() <= law.keys()
     for outcome, chance in law.items():
@@ -188,9 +188,9 @@ def test_a_block_mask_masks_the_prompt_and_the_blocks_before_it_with_one_probabi
 def test_the_tokens_masked_before_a_block_are_scored():
     scored = torch.tensor([True] * 10 + [False] * 6)
     masks = draw_masks("block", 50, scored, (0, "a"), 0, 4, 0, 0.5)
-    earlier = masks.hidden[:, :4] & ~masks.hidden[:, :4].all(dim=1, keepdim=True)
+    earlier = masks.masked[:, :4] & ~masks.masked[:, :4].all(dim=1, keepdim=True)
     assert earlier.any()
-    assert torch.equal(masks.targets[:, :10], masks.hidden[:, :10])
+    assert torch.equal(masks.targets[:, :10], masks.masked[:, :10])
     counts = masks.targets.sum(dim=1).double()
     assert torch.equal(masks.weights, 10 / counts)
 
@@ -200,7 +200,7 @@ def test_the_blocks_of_a_completion_are_a_permutation_of_those_of_the_canvas():
     scored = torch.tensor([True] * 4 + [False] * 2)
     pairs, count = Counter(), 1200
     for name in range(count):
-        hidden = draw_masks("block", 2, scored, (0, name), 0, block_length=2).hidden
+        hidden = draw_masks("block", 2, scored, (0, name), 0, block_length=2).masked
         pairs[tuple((~hidden[:, :2]).all(dim=1).tolist())] += 1
     # Of the orders of blocks 0, 1 and 2, where 2 counts as 0, none has block 1 twice.
     expected = Counter((a % 2 == 1, b % 2 == 1) for a, b, _ in permutations(range(3)))
@@ -208,11 +208,11 @@ def test_the_blocks_of_a_completion_are_a_permutation_of_those_of_the_canvas():
     for pair, ways in expected.items():
         assert abs(pairs[pair] - count * ways / 6) < 4 * math.sqrt(count * ways / 6)
     # More masks than blocks: another permutation, and so on.
-    many = draw_masks("block", 9, all_scored(6), (0, "a"), 0, block_length=2).hidden
+    many = draw_masks("block", 9, all_scored(6), (0, "a"), 0, block_length=2).masked
     firsts = [int(row.nonzero()[0, 0]) // 2 for row in many]
     assert [sorted(firsts[n : n + 3]) for n in (0, 3, 6)] == [[0, 1, 2]] * 3
     alone = draw_masks("block", 2, all_scored(3), (0, "a"), 0, block_length=32)
-    assert alone.hidden.any(dim=1).all()
+    assert alone.masked.any(dim=1).all()
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_the_levels_of_a_pair_are_spread_evenly_over_the_samples_of_a_prompt(
         levels = torch.stack(
             [
                 draw_masks("complementary", 6, all_scored(length), (0, name), i, group=group)
-                .hidden[::2]
+                .masked[::2]
                 .sum(dim=1)
                 for i in range(2 * group)
             ]
@@ -246,7 +246,7 @@ def test_every_level_of_a_spread_pair_is_as_likely_as_any_other(group):
     for name in range(800):
         for n, seen in levels.items():
             masks = draw_masks("complementary", 2, all_scored(4), (0, name), n, group=group)
-            seen[int(masks.hidden[0].sum())] += 1
+            seen[int(masks.masked[0].sum())] += 1
     for seen in levels.values():
         assert all(abs(seen[x] - 160) < 4 * math.sqrt(160) for x in range(5))
 
@@ -255,20 +255,20 @@ def test_without_a_group_each_sample_has_a_level_of_its_own():
     pairs = Counter()
     for name in range(500):
         rows = [draw_masks("complementary", 2, all_scored(2), (0, name), i) for i in range(2)]
-        pairs[tuple(int(row.hidden[0].sum()) for row in rows)] += 1
+        pairs[tuple(int(row.masked[0].sum()) for row in rows)] += 1
     assert len(pairs) == 9
 
 
 def test_the_full_mask_hides_everything_and_scores_what_counts():
     scored = torch.tensor([True, True, False])
     masks = draw_masks("full", 2, scored, (0, "a"), 0)
-    assert masks.hidden.all()
+    assert masks.masked.all()
     assert masks.targets.tolist() == [[True, True, False]] * 2
     assert masks.weights.tolist() == [1, 1]
 
 
 def test_prompt_tokens_are_hidden_with_the_probability_asked_for():
     masks = draw_masks("full", 400, all_scored(3), (0, "a"), 0, prompt_length=20, prompt_mask=0.15)
-    assert masks.prompt_hidden.shape == (400, 20)
-    assert float(masks.prompt_hidden.double().mean()) == pytest.approx(0.15, abs=0.016)
-    assert draw_masks("full", 2, all_scored(3), (0, "a"), 0).prompt_hidden is None
+    assert masks.prompt_masked.shape == (400, 20)
+    assert float(masks.prompt_masked.double().mean()) == pytest.approx(0.15, abs=0.016)
+    assert draw_masks("full", 2, all_scored(3), (0, "a"), 0).prompt_masked is None

@@ -104,7 +104,7 @@ def test_the_levels_of_complementary_masks_are_spread_over_the_samples_that_roll
             for i in range(4)
         ]
         examples = [example_of(r, policy, MaskPlan("complementary", 2)) for r in records]
-        return [int(example.masks.hidden[0].sum()) for example in examples]
+        return [int(example.masks.masked[0].sum()) for example in examples]
 
     first, *others = levels(4)
     assert others == [(first + 2 * i) % 8 for i in (1, 2, 3)]

@@ -47,7 +47,7 @@ class Whole:
 
     def __init__(self, policy, groups, plan):
         self.examples = [example_of(r, policy, plan) for group in groups for r in group]
-        self.hidden = torch.stack([e.masks.hidden for e in self.examples])
+        self.hidden = torch.stack([e.masks.masked for e in self.examples])
         self.scored = torch.stack([e.masks.scored for e in self.examples])
         self.lengths = self.scored.sum(dim=1)
         rewards = torch.tensor([[r["reward"] for r in group] for group in groups]).double()
@@ -59,8 +59,8 @@ class Whole:
         tables = []
         for example, hidden in zip(self.examples, self.hidden, strict=True):
             prompt = torch.tensor(example.prompt).expand(len(hidden), -1)
-            if example.masks.prompt_hidden is not None:
-                prompt = prompt.where(~example.masks.prompt_hidden, policy.mask_id)
+            if example.masks.prompt_masked is not None:
+                prompt = prompt.where(~example.masks.prompt_masked, policy.mask_id)
             tokens = torch.tensor(example.completion).expand(len(hidden), -1)
             ids = torch.cat([prompt, tokens.where(~hidden, policy.mask_id)], dim=1)
             logits = policy.model(input_ids=ids).logits[:, prompt.shape[1] :].log_softmax(-1)
@@ -194,4 +194,4 @@ def test_loss_and_gradient_at_the_defaults(algo):
         policy.model.zero_grad()
         move(policy, 1e-5 if algo == "gdsd" else 0.02)
     if recipe.prompt_mask:
-        assert any(bool(e.masks.prompt_hidden.any()) for e in whole.examples)
+        assert any(bool(e.masks.prompt_masked.any()) for e in whole.examples)

@@ -66,7 +66,7 @@ def scores_with_gradient(policy, groups, plan=PLAN):
     for record in (r for group in groups for r in group):
         example = example_of(record, policy, plan)
         total = 0
-        for hidden, weight in zip(example.masks.hidden, example.masks.weights, strict=True):
+        for hidden, weight in zip(example.masks.masked, example.masks.weights, strict=True):
             if not hidden.any():
                 continue
             ids = torch.tensor([[*example.prompt, *example.completion]])
@@ -334,9 +334,9 @@ def test_accumulating_mask_by_mask_gives_the_gradient_of_the_mean():
     ours = gradient_of(policy)
     policy.model.zero_grad()
     completion = torch.tensor([5, 6, 7, 3])
-    ids = torch.cat([torch.tensor([[3, 4]] * 5), completion.where(~masks.hidden, 2)], dim=1)
+    ids = torch.cat([torch.tensor([[3, 4]] * 5), completion.where(~masks.masked, 2)], dim=1)
     rows = policy.model(input_ids=ids).logits[:, 2:].log_softmax(-1)
-    rows = rows.gather(2, completion.expand(5, -1)[:, :, None])[:, :, 0] * masks.hidden
+    rows = rows.gather(2, completion.expand(5, -1)[:, :, None])[:, :, 0] * masks.masked
     loss = 2.0 * (rows.sum(dim=1) * masks.weights).mean()
     loss.backward()
     assert value == pytest.approx(float(loss.detach()))

@@ -67,13 +67,13 @@ def token_scores(policy, rows, plan=PLAN):
     for record in rows:
         example = example_of(record, policy, plan)
         prompt, completion = len(example.prompt), torch.tensor(example.completion)
-        ids = torch.tensor([[*example.prompt, *example.completion]] * len(example.masks.hidden))
-        ids[:, prompt:] = completion.where(~example.masks.hidden, policy.mask_id)
+        ids = torch.tensor([[*example.prompt, *example.completion]] * len(example.masks.masked))
+        ids[:, prompt:] = completion.where(~example.masks.masked, policy.mask_id)
         with torch.no_grad():
             logits = policy.model(input_ids=ids).logits[:, prompt:].log_softmax(-1)
         own = logits.gather(2, completion.expand(len(ids), -1)[:, :, None])[:, :, 0]
-        scores.append(own.double() * example.masks.hidden)
-        targets.append(example.masks.hidden)
+        scores.append(own.double() * example.masks.masked)
+        targets.append(example.masks.masked)
         weights.append(example.masks.weights)
     return torch.stack(scores), torch.stack(targets), torch.stack(weights)
 

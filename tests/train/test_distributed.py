@@ -148,7 +148,7 @@ def test_every_pair_is_in_one_share_and_all_ranks_take_as_many(monkeypatch, pair
     masks = MaskSet(scored[None], torch.ones(1, dtype=torch.float64), scored)
     examples = [Example([1] * (7 * n % 5), [2, 3, 4], masks) for n in range(pairs)]
     wanted = torch.ones(pairs, 1).bool()
-    monkeypatch.setattr(elbo, "size", lambda: 3)
+    monkeypatch.setattr(elbo, "world_size", lambda: 3)
     shares = []
     for rank in range(3):
         monkeypatch.setattr(elbo, "rank", lambda rank=rank: rank)

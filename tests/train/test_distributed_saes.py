@@ -146,7 +146,7 @@ def test_a_signal_ends_all_ranks_and_the_first_says_where_it_stands(
 def test_every_autoencoder_is_trained_by_one_rank_and_all_ranks_by_as_many(
     monkeypatch: pytest.MonkeyPatch, ranks: int
 ) -> None:
-    monkeypatch.setattr(division, "size", lambda: ranks)
+    monkeypatch.setattr(division, "world_size", lambda: ranks)
     keys = [Key(layer, "mask") for layer in range(3)]
     owners = division.divided(keys, [2, 4])
     found = [owner for key in keys for owner in owners[key].values()]

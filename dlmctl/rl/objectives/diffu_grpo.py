@@ -1,6 +1,6 @@
 """diffu-GRPO: PPO's clip per token on a mean-field score (d1, arXiv 2504.12216, equation 5).
 
-The score of a token is its log-probability with the whole completion hidden, and some of the prompt
+The score of a token is its log-probability with the whole completion masked, and some of the prompt
 as well; with n target tokens in the batch, ratios r = exp(log p - log p_old), A the advantage of
 the token's completion:
 

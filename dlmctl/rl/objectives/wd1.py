@@ -1,6 +1,6 @@
 """wd1: weighted log-likelihood without ratios (arXiv 2507.08838).
 
-With the mean-field score s_i = sum_t log p(y_it | x), everything hidden, and for each group
+With the mean-field score s_i = sum_t log p(y_it | x), everything masked, and for each group
 
     w_i^+ = softmax(A)_i        w_i^- = softmax(-A)_i
     L     = -sum_i (w_i^+ - w_i^-) s_i

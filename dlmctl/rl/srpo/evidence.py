@@ -1,14 +1,14 @@
 """Role credit for diffusion policies, text in place of the image. Ours, beyond the paper.
 
 The evidence is a part of the prompt, named by the record, or all of it. A masked diffusion model
-needs no corrupted copy of it: tokens that are hidden by the mask token are what it was trained on.
+needs no corrupted copy of it: tokens that are masked by the mask token are what it was trained on.
 A token's log-probability is its share of the ELBO: the mean over the masks M_k of the completion
 that hide it, without their weights. With E the evidence:
 
-    t in P   s_t = mean_k log p(y_t | E, y outside M_k) - log p(y_t | E hidden, y outside M_k)
-    t in R   mean_k log p(y_t | P seen, y outside M_k) - log p(y_t | P hidden, y outside M_k)   drop
-             mean_k log p(y_t | E hidden, y outside M_k) - log p(y_t | E, y outside M_k)       blind
-             the same as drop with E hidden on both sides                                 blind-drop
+    t in P   s_t = mean_k log p(y_t | E, y outside M_k) - log p(y_t | E masked, y outside M_k)
+    t in R   mean_k log p(y_t | P seen, y outside M_k) - log p(y_t | P masked, y outside M_k)   drop
+             mean_k log p(y_t | E masked, y outside M_k) - log p(y_t | E, y outside M_k)       blind
+             the same as drop with E masked on both sides                                 blind-drop
 
 Under `drop` the perception is seen whole or not at all, whatever M_k hides of it.
 """
@@ -30,7 +30,7 @@ from dlmctl.rl.srpo.roles import OTHER, PERCEPTION, REASONING
 from dlmctl.settings.srpo import Contrast
 
 MASKS = 8
-"""For each completion: four complementary pairs, so that every token is hidden four times."""
+"""For each completion: four complementary pairs, so that every token is masked four times."""
 
 
 def diffusion_signals(
@@ -87,24 +87,24 @@ def evidence_tokens(texts: Sequence[str], evidence: str | None) -> Tensor:
 
 
 class _Row:
-    """One response with its masks and its hidden evidence."""
+    """One response with its masks and its masked evidence."""
 
     def __init__(self, response: Response, contrast: Contrast) -> None:
         self.response = response
         keys = (contrast.seed, "credit", response.key)
         everything = torch.ones(len(response.completion), dtype=torch.bool)
-        self.hidden = draw_masks("stratified", MASKS, everything, keys, response.sample).hidden
+        self.masked = draw_masks("stratified", MASKS, everything, keys, response.sample).masked
         self.evidence = _hidden_evidence(response, contrast)
 
     def example(self, blind: bool, perception: bool | None, role: int) -> Example:
-        """To score the tokens of a role, the perception seen, hidden, or as the masks are."""
-        hidden = self.hidden
+        """To score the tokens of a role, the perception seen, masked, or as the masks are."""
+        masked = self.masked
         if perception is not None:
             chosen = self.response.roles == PERCEPTION
-            hidden = hidden & ~chosen if perception else hidden | chosen
-        prompt = self.evidence.expand(len(hidden), -1) if blind else None
-        weights = torch.ones(len(hidden), dtype=torch.float64)
-        masks = MaskSet(hidden, weights, self.response.roles == role, prompt)
+            masked = masked & ~chosen if perception else masked | chosen
+        prompt = self.evidence.expand(len(masked), -1) if blind else None
+        weights = torch.ones(len(masked), dtype=torch.float64)
+        masks = MaskSet(masked, weights, self.response.roles == role, prompt)
         return Example(self.response.prompt, self.response.completion, masks)
 
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from dlmctl.records.jsonl import Record
 from dlmctl.sae.activations import ActivationBatch, Key
 from dlmctl.sae.corpus import Document, MaskedBatch
-from dlmctl.train.distributed import from_all, items_of_first, rank, size, total
+from dlmctl.train.distributed import all_gather, all_reduce_sum, broadcast_items, rank, world_size
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ def divided(keys: Sequence[Key], ks: Sequence[int]) -> dict[Key, dict[int, int]]
     every = [(key, k) for key in keys for k in ks]
     owners: dict[Key, dict[int, int]] = {key: {} for key in keys}
     for number, (key, k) in enumerate(every):
-        owners[key][k] = number * size() // max(size(), len(every))
+        owners[key][k] = number * world_size() // max(world_size(), len(every))
     return owners
 
 
@@ -57,8 +57,8 @@ def own_batches(
         start: number of the first batch.
     """
     numbered = islice(enumerate(windows), start, None)
-    rounds = iter(lambda: list(islice(numbered, size())), [])
-    for batches in items_of_first(rounds, _packed, _unpacked):
+    rounds = iter(lambda: list(islice(numbered, world_size())), [])
+    for batches in broadcast_items(rounds, _packed, _unpacked):
         number, window = batches[min(rank(), len(batches) - 1)]
         yield make(window, number), len(batches)
 
@@ -70,17 +70,17 @@ def shared_out(rows: ActivationBatch, count: int, takers: Takers) -> Iterator[Ac
         rows: activations of this rank's batch.
         count: number of batches in the round; those of ranks from `count` on are copies.
     """
-    if size() == 1:
+    if world_size() == 1:
         yield rows
         return
     keys = list(rows)
     # 1. How many rows each rank has of each kind.
-    lengths = torch.zeros(size(), len(keys), dtype=torch.int64)  # [ranks, kinds]
+    lengths = torch.zeros(world_size(), len(keys), dtype=torch.int64)  # [ranks, kinds]
     if rank() < count:
         lengths[rank()] = torch.tensor([len(rows[key]) for key in keys])
-    total(lengths)
+    all_reduce_sum(lengths)
     # 2. Send each rank the kinds that it takes, as bytes, which every backend can send.
-    wanted = [[n for n, key in enumerate(keys) if r in takers[key]] for r in range(size())]
+    wanted = [[n for n, key in enumerate(keys) if r in takers[key]] for r in range(world_size())]
     sent = [rows[keys[n]][: int(lengths[rank(), n])].contiguous() for part in wanted for n in part]
     given = [int(lengths[rank(), part].sum()) for part in wanted]
     taken = lengths[:, wanted[rank()]]  # [ranks that send, kinds taken here]
@@ -90,7 +90,7 @@ def shared_out(rows: ActivationBatch, count: int, takers: Takers) -> Iterator[Ac
     dist.all_to_all_single(incoming, outgoing, taken.sum(dim=1).tolist(), given)
     # 3. Cut what came in by sender and kind.
     parts = iter(incoming.view(like.dtype).split(taken.flatten().tolist()))
-    for number in range(size()):
+    for number in range(world_size()):
         block = {keys[n]: next(parts) for n in wanted[rank()]}
         if number < count:
             yield block
@@ -98,10 +98,10 @@ def shared_out(rows: ActivationBatch, count: int, takers: Takers) -> Iterator[Ac
 
 def in_order(found: Iterator[tuple[tuple[int, ...], T]]) -> Iterator[T]:
     """Merge what each rank yields, sorted by the tuples, as a single process would yield it."""
-    if size() == 1:
+    if world_size() == 1:
         yield from (item for _, item in found)
         return
-    every = [item for part in from_all(list(found)) for item in part]
+    every = [item for part in all_gather(list(found)) for item in part]
     yield from (item for _, item in sorted(every, key=lambda item: item[0]))
 
 

@@ -32,7 +32,7 @@ from dlmctl.sae.training.card import sae_card
 from dlmctl.sae.training.division import Takers, in_order
 from dlmctl.sae.training.stream import Stream
 from dlmctl.train.card import last_metrics
-from dlmctl.train.distributed import agreed, from_all, is_first, size
+from dlmctl.train.distributed import all_gather, broadcast, is_first, world_size
 from dlmctl.train.run_directory import RunDirectory, as_json
 
 Placed = tuple[tuple[int, ...], dict[str, Any]]
@@ -127,12 +127,12 @@ class SaeRun:
             DataError: there were not enough activations for a single step.
         """
         saved = time.monotonic()
-        while blocks := list(islice(source, size())):
+        while blocks := list(islice(source, world_size())):
             yield from self._logged(self._taken_in(blocks, log_every))
             self.progress.blocks += len(blocks)
-            if not any(from_all(any(stream.wanted for stream in self.streams))):
+            if not any(all_gather(any(stream.wanted for stream in self.streams))):
                 break
-            if agreed(time.monotonic() - saved > save_seconds):
+            if broadcast(time.monotonic() - saved > save_seconds):
                 self.save()
                 saved = time.monotonic()
         yield from self._logged(self._taken_in([None], log_every))
@@ -161,7 +161,7 @@ class SaeRun:
 
     def _check_begun(self) -> None:
         own = [None if s.began or not s.trainers else len(s.buffer) for s in self.streams]
-        for stream, counts in zip(self.streams, zip(*from_all(own), strict=True), strict=True):
+        for stream, counts in zip(self.streams, zip(*all_gather(own), strict=True), strict=True):
             for count in counts:
                 if count is not None:
                     raise DataError(
@@ -191,7 +191,7 @@ class SaeRun:
             self.directory.save(self.blocks, self.progress, fill)
         else:
             deque(states, 0)
-        agreed(None)  # the first writes
+        broadcast(None)  # the first writes
 
     def shortfalls(self) -> list[str]:
         """A line for each stream whose input ended before its training did."""
@@ -205,7 +205,7 @@ class SaeRun:
     def _tokens(self) -> list[int]:
         """Activations that the autoencoders of each stream had, on every rank."""
         own = [max((t.tokens for t in s.trainers.values()), default=0) for s in self.streams]
-        return [max(numbers) for numbers in zip(*from_all(own), strict=True)]
+        return [max(numbers) for numbers in zip(*all_gather(own), strict=True)]
 
     def finish(self) -> list[Path]:
         """Write the autoencoders and drop the state; returns their folders.

@@ -16,7 +16,7 @@ from dlmctl.sae.topk import TopKSae
 from dlmctl.sae.training.buffer import ShuffleBuffer
 from dlmctl.sae.training.trainer import SaeTrainer
 from dlmctl.settings.sae import SaeRecipe
-from dlmctl.train.distributed import rank, tensors_of
+from dlmctl.train.distributed import rank, send_to_first
 
 
 class Stream:
@@ -115,7 +115,7 @@ class Stream:
 
     def whole_state(self) -> dict[str, Tensor]:
         """The state on the first rank, including what other ranks train; all ranks call this."""
-        parts = [tensors_of(owner, self.state) for owner in dict.fromkeys(self.owners.values())]
+        parts = [send_to_first(owner, self.state) for owner in dict.fromkeys(self.owners.values())]
         return {name: tensor for part in parts for name, tensor in part.items()}
 
     def saved(self, k: int, about: Mapping[str, Any]) -> SavedSae | None:
@@ -130,7 +130,7 @@ class Stream:
             rates = {} if saved.firing_rate is None else {"rates": saved.firing_rate}
             return {**saved.sae.state_dict(), **rates}
 
-        weights = tensors_of(self.owners[k], tensors)
+        weights = send_to_first(self.owners[k], tensors)
         if not weights:
             return None
         sae, rates = TopKSae(self.width, self.recipe.latents, k), weights.pop("rates", None)
