@@ -101,7 +101,7 @@ def test_a_signal_ends_all_ranks_and_the_first_says_where_it_stands(
 def test_a_rank_that_sees_other_images_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dlmctl.distill.image_training.agreed", lambda _: "of the first")
+    monkeypatch.setattr("dlmctl.distill.image_training.broadcast", lambda _: "of the first")
     refused = invoke(*f"{TEACHER} -b 6 -o {tmp_path}/run".split())
     assert refused.exit_code == 2
     assert "sees other images" in refused.output
