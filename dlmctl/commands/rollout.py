@@ -37,19 +37,19 @@ def command(
     """Sample completions from a model.
 
     Reads records with `prompt` or `messages` (or `tokens.prompt`, taken as it is) and writes one
-    record for each completion, the samples of a prompt as neighbours. Masked diffusion models are
-    decoded block by block as in LLaDA, autoregressive ones from left to right.
+    record for each completion; the samples of a prompt follow one another. Masked diffusion models
+    are decoded block by block as in LLaDA, autoregressive ones from left to right.
 
     With no FILE and no piped input, prompts come from --task.
 
     --remasking sae is an experiment of this package: the confidence of a masked position is that of
-    low_confidence times the Jaccard similarity of its active features with those of the step before
-    (in the first step as it is), averaged over --sae.
+    low_confidence times the Jaccard similarity of its active features to those of the step before
+    (unchanged in the first step), averaged over --sae.
 
     --steer changes what the model computes: the output of the SAE's layer becomes H + AMPLITUDE m
-    W_dec[FEATURE], m the largest entry of the code of H. Steered are the positions of each pass,
-    with --cache those of the block and what follows it. Leave --steer out, or write =0, for the
-    same completions unsteered: the noise is the same.
+    W_dec[FEATURE], where m is the largest entry of the code of H. All positions of a pass are
+    steered; with --cache a pass has the block alone, or the block and what follows it. For the same
+    completions unsteered, leave --steer out or write =0: the noise is the same.
 
     Examples:
 

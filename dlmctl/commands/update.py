@@ -51,14 +51,14 @@ def command(
     every --model takes. The same command resumes the run; with --resume also the input.
 
     What the records lack is computed: advantages from rewards, scores of policy and reference.
-    Scores of 'dlmctl score-elbo' are used if they are of these weights and masks. Advantages that
-    'dlmctl advantage' made with other --baseline or --scale are refused.
+    Scores of 'dlmctl score-elbo' are used if they belong to these weights and masks. Advantages
+    that 'dlmctl advantage' computed with another --baseline or --scale are refused.
 
-    diffu-grpo, espo, gdsd, grpo and srpo take ratios to the weights that the completions were
-    sampled from: those that this run had then, a copy of which stays in main memory while a round
-    has further batches, the reference, or the model that the records name, if it still has these
-    weights. For grpo and srpo the log-probabilities are enough that 'dlmctl rollout' recorded of an
-    autoregressive model. Completions that do not say where they are from count as sampled from the
+    diffu-grpo, espo, gdsd, grpo and srpo use ratios to the weights that sampled the completions.
+    These are found in the run itself (a copy stays in main memory while a round has further
+    batches), in the reference, or in the model that the records name, if it still has these
+    weights. For grpo and srpo with an autoregressive model, the log-probabilities that 'dlmctl
+    rollout' recorded are enough. Completions that do not name their model count as sampled from the
     weights before the step.
 
     On several GPUs, or CPUs, FSDP2 spreads weights, gradients and the optimizer's moments over the

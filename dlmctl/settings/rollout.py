@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from dlmctl.settings import knob
+
+loop_knob = partial(knob, panel="Training loop")
 
 Corruption = Literal["patch", "blank", "blur", "noise", "shuffle", "no-image"]
 
@@ -31,17 +34,17 @@ class PromptSource:
 class Loop:
     """A training loop whose other end is `update`."""
 
-    follow: Path | None = knob(
+    follow: Path | None = loop_knob(
         None,
         "Training loop: before each round load the newest checkpoint of this run, which 'dlmctl "
         "update -o RUN' at the end of the pipe writes.",
         "--follow",
         metavar="RUN",
     )
-    rounds: int = knob(
+    rounds: int = loop_knob(
         1, "With --follow: rounds in all, those of a resumed run included.", "--rounds", minimum=1
     )
-    max_lag: int = knob(
+    max_lag: int = loop_knob(
         0,
         "With --follow: rounds that the weights may lag behind; 0 is strictly on-policy, 1 samples "
         "a round while the one before is trained on.",

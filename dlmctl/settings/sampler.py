@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from dlmctl.records.errors import UsageError
@@ -11,6 +12,8 @@ from dlmctl.settings import knob
 Remasking = Literal["low_confidence", "random", "entropy", "margin", "sae"]
 EosRule = Literal["normal", "late", "never"]
 CacheRule = Literal["none", "prefix", "dual"]
+
+sampler_knob = partial(knob, panel="Sampler")
 
 SURE: tuple[Remasking, ...] = ("low_confidence", "margin")
 """Rules whose confidence says how sure the model is, between 0 and 1."""
@@ -22,21 +25,21 @@ BETWEEN_0_AND_1: tuple[Remasking, ...] = (*SURE, "random", "sae")
 class Sampler:
     """Options of the sampler; lengths and steps that are None are the model's own."""
 
-    gen_length: int | None = knob(
+    gen_length: int | None = sampler_knob(
         None,
         "Tokens of a completion.",
         "--gen-length",
         minimum=1,
         shown_default="the model's own, else 128",
     )
-    block_length: int | None = knob(
+    block_length: int | None = sampler_knob(
         None,
         "Tokens of a block. Blocks are decided from left to right; the last may be shorter.",
         "--block-length",
         minimum=1,
         shown_default="the model's own, else 32",
     )
-    steps: int | None = knob(
+    steps: int | None = sampler_knob(
         None,
         "Denoising steps over all blocks; each decides equally many tokens. With --threshold or "
         "--factor a block takes as many as it needs instead.",
@@ -44,22 +47,22 @@ class Sampler:
         minimum=1,
         shown_default="the model's own, else --gen-length",
     )
-    temperature: float = knob(
+    temperature: float = sampler_knob(
         0.0, "0 is greedy; above 0, exact Gumbel-max sampling.", "--temperature", minimum=0.0
     )
-    cfg_scale: float = knob(
+    cfg_scale: float = sampler_knob(
         0.0,
         "Classifier-free guidance, two passes a step; 0 is off.",
         "--cfg-scale",
         minimum=0.0,
     )
-    remasking: Remasking = knob(
+    remasking: Remasking = sampler_knob(
         "low_confidence",
         "Which tokens are masked again: how confidence is measured. sae is our own experiment: "
         "confidence times how little the features of --sae change.",
         "--remasking",
     )
-    threshold: float | None = knob(
+    threshold: float | None = sampler_knob(
         None,
         "Parallel decoding as in Fast-dLLM: each step keeps every token with at least this "
         "confidence, and always the most confident one, until the block is done.",
@@ -68,7 +71,7 @@ class Sampler:
         maximum=1.0,
         shown_default="off",
     )
-    factor: float | None = knob(
+    factor: float | None = sampler_knob(
         None,
         "Parallel decoding as in Fast-dLLM: each step keeps the n most confident tokens, at least "
         "one, for the largest n with (n + 1)(1 - confidence of the n-th) at most this; the last "
@@ -77,20 +80,20 @@ class Sampler:
         minimum=0.0,
         shown_default="off",
     )
-    cache: CacheRule = knob(
+    cache: CacheRule = sampler_knob(
         "none",
         "Approximate and faster: take keys and values from an earlier step, of the tokens before "
         "the block (prefix), or of all tokens outside it (dual).",
         "--cache",
     )
-    refresh: int | None = knob(
+    refresh: int | None = sampler_knob(
         None,
         "With --cache: steps between two passes over the whole sequence, which renew it.",
         "--refresh",
         minimum=1,
         shown_default="at each block's start",
     )
-    refresh_below: float = knob(
+    refresh_below: float = sampler_knob(
         0.0,
         "With --cache: if the most confident token of a step is below this, renew the cache and "
         "take the step again.",
@@ -99,18 +102,18 @@ class Sampler:
         maximum=1.0,
         shown_default="0, which is off",
     )
-    eos: EosRule = knob(
+    eos: EosRule = sampler_knob(
         "normal",
         "End-of-sequence: like any token (normal); decided last in its block, and with it LLaDA's "
         "end of a turn (late); or not sampled at all (never).",
         "--eos",
     )
-    early_stop: bool = knob(
+    early_stop: bool = sampler_knob(
         False,
         "End a completion when a finished block contains end-of-sequence.",
         "--early-stop/--full-length",
     )
-    compile: bool = knob(
+    compile: bool = sampler_knob(
         False,
         "Run the model through torch.compile: the same up to rounding, and faster once it is "
         "compiled, which takes half a minute.",
