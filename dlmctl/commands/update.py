@@ -12,7 +12,7 @@ from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.ranks import on_every_rank, write_metrics
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.groups import group_size
-from dlmctl.records.jsonl import Record, object_field, read_records
+from dlmctl.records.jsonl import OnError, Record, object_field, read_records
 from dlmctl.records.locks import Lock, hold_run
 from dlmctl.settings.algorithms import RECIPES, Advantages, Algo, Algorithm, Constants, check_kind
 from dlmctl.settings.common import Compute, Files, OnErrorOption, Quiet, Seed
@@ -86,36 +86,17 @@ def command(
     from dlmctl.rl.policy_gradient import Batching
     from dlmctl.rl.update import update_policy, update_supervised
     from dlmctl.train.distributed import run_on_first
-    from dlmctl.train.run import next_run, open_run
+    from dlmctl.train.run import open_run
 
     # 1. Refuse what does not go together.
     _check_supervised(algo, supervised, learning, advantages)
-    levels = supervised.levels
-    loss = constants.of(algo)
-    recipe = RECIPES[algo]
+    levels, loss, recipe = supervised.levels, constants.of(algo), RECIPES[algo]
     normalization = Normalization.of(algo, advantages)
-    lines = input_lines(files)
-    group: int | None = None
-    inner = learning.inner or recipe.inner
-    prompts = advantages.prompts_per_step
-    records: Iterator[Record] = iter(())
-    _lock: Lock | None = None
+    inner, prompts = learning.inner or recipe.inner, advantages.prompts_per_step
 
-    # 2. Open the run; the first rank looks at the first record.
-    def begin() -> tuple[str | None, str]:
-        nonlocal records, group, _lock
-        directory = output or next_run(algo)
-        # Refused before the first record, which may be long in coming; kept until the run has it.
-        _lock = hold_run(directory) if directory.is_dir() else None
-        records, first = _with_first(read_records(files or [], on_error))
-        group = 1 if algo == "sft" else group_size(first)
-        sampled_from = object_field(first, "rollout").get("model")
-        if not isinstance(sampled_from, str | None):
-            raise DataError("field 'rollout.model' is not the name of a model", first.where)
-        print(f"dlmctl: writing {directory}", file=sys.stderr)
-        return sampled_from, str(directory)
-
-    sampled_from, directory = run_on_first(begin)
+    # 2. Open the run, once the first record is there.
+    lines, stream = input_lines(files), _Stream()
+    sampled_from, directory = run_on_first(lambda: stream.begin(algo, output, files, on_error))
     run = open_run(
         Path(directory),
         reading.of(model),
@@ -130,7 +111,7 @@ def command(
         prompting,
     )
     check_kind(algo, run.policy.diffusion, run.policy.name)
-    rest = run.untrained(records) if resume else records
+    rest = run.untrained(stream.records) if resume else stream.records
     if rest is None:
         return
     if model is None and not run.progress.step:
@@ -180,8 +161,36 @@ def command(
             saving.keep,
             learning.any_policy,
         )
-    total = lines.times(inner / (group * prompts)) if group and group > 0 else None
+    group = max(0, stream.group or 0)
+    total = lines.times(inner / (group * prompts)) if group else None
     write_metrics(metrics, quiet, run.standing, total, run.progress.step if resume else 0)
+
+
+class _Stream:
+    """The input, which the first rank alone reads."""
+
+    def __init__(self) -> None:
+        self.records: Iterator[Record] = iter(())
+        self.group: int | None = None
+        """Samples of a prompt; None if the first record does not say."""
+        self._lock: Lock | None = None
+
+    def begin(
+        self, algo: Algorithm, output: Path | None, files: list[str] | None, on_error: OnError
+    ) -> tuple[str | None, str]:
+        """Read the first record: the model that it was sampled from, and the run's directory."""
+        from dlmctl.train.run import next_run
+
+        directory = output or next_run(algo)
+        # Refused before the first record, which may be long in coming; kept until the run has it.
+        self._lock = hold_run(directory) if directory.is_dir() else None
+        self.records, first = _with_first(read_records(files or [], on_error))
+        self.group = 1 if algo == "sft" else group_size(first)
+        sampled_from = object_field(first, "rollout").get("model")
+        if not isinstance(sampled_from, str | None):
+            raise DataError("field 'rollout.model' is not the name of a model", first.where)
+        print(f"dlmctl: writing {directory}", file=sys.stderr)
+        return sampled_from, str(directory)
 
 
 def _check_supervised(
