@@ -60,14 +60,14 @@ def configured(policy: Policy, sampler: Sampler = Sampler()) -> SamplerConfig:
 
     With `threshold` or `factor` there are no steps.
     """
-    given = asdict(sampler)
-    own = {"gen_length": 128, "block_length": 32, **policy.sampling}
-    length = given["gen_length"] or own["gen_length"]
-    given["gen_length"] = length
-    given["block_length"] = given["block_length"] or min(length, own["block_length"])
+    values = asdict(sampler)
+    usual = {"gen_length": 128, "block_length": 32, **policy.sampling}
+    length = values["gen_length"] or usual["gen_length"]
+    values["gen_length"] = length
+    values["block_length"] = values["block_length"] or min(length, usual["block_length"])
     if not sampler.parallel and sampler.steps is None:
-        given["steps"] = length if sampler.gen_length else own.get("steps", length)
-    return SamplerConfig(**given)
+        values["steps"] = length if sampler.gen_length else usual.get("steps", length)
+    return SamplerConfig(**values)
 
 
 class Request(NamedTuple):

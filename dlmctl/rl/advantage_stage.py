@@ -63,17 +63,17 @@ def consistent(records: Iterable[Record], normalization: Normalization) -> Itera
                 "advantage' writes it to all",
                 record.where,
             )
-        made = record.get(SETTINGS) if has else wanted
-        if made is None and not told:
+        settings = record.get(SETTINGS) if has else wanted
+        if settings is None and not told:
             told = True
             print(
                 f"dlmctl: {record.where}: the advantage does not say how it was made, and is taken "
                 "as it is; --baseline and --scale change nothing",
                 file=sys.stderr,
             )
-        elif made not in (None, wanted):
+        elif settings not in (None, wanted):
             raise DataError(
-                f"its advantage was made with {_options(made)}, and this run takes "
+                f"its advantage was made with {_options(settings)}, and this run takes "
                 f"{_options(wanted)}: give the options that it was made with, or make it again "
                 f"with 'dlmctl advantage {_options(wanted)}'",
                 record.where,

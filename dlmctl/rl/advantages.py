@@ -51,11 +51,13 @@ class Normalization:
             )
 
     @classmethod
-    def of(cls, algo: Algorithm, given: Advantages = Advantages()) -> Normalization:
-        """That of an algorithm, but for what is given."""
+    def of(cls, algo: Algorithm, options: Advantages = Advantages()) -> Normalization:
+        """That of an algorithm, except for what the options say."""
         recipe = RECIPES[algo]
         return cls(
-            given.baseline or recipe.baseline, given.scale or recipe.scale, given.prompts_per_step
+            options.baseline or recipe.baseline,
+            options.scale or recipe.scale,
+            options.prompts_per_step,
         )
 
     def settings(self) -> dict[str, Any]:
@@ -76,14 +78,14 @@ def advantages(
     """
     groups = [torch.tensor(group, dtype=torch.float64) for group in rewards]
     whole = _std(torch.cat(groups)) if groups and normalization.scale == "batch" else 0.0
-    made = []
+    per_group = []
     for group in groups:
         centred = _centre(group, normalization.baseline)
         if normalization.scale != "none":
             deviation = whole if normalization.scale == "batch" else _std(group)
             centred = centred / (deviation + EPSILON)
-        made.append(centred.tolist())
-    return made
+        per_group.append(centred.tolist())
+    return per_group
 
 
 def _centre(group: torch.Tensor, baseline: Baseline) -> torch.Tensor:

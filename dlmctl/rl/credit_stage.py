@@ -110,11 +110,11 @@ def credited(
                 if response is not None and field(record, "advantage", (int, float)) != 0
             ]
             score = diffusion_signals if policy.diffusion else signals
-            made = score(policy, [r for _, r in scored], contrast, batch_size) if scored else []
-            signal = {id(record): s for (record, _), s in zip(scored, made, strict=True)}
+            values = score(policy, [r for _, r in scored], contrast, batch_size) if scored else []
+            by_record = {id(record): s for (record, _), s in zip(scored, values, strict=True)}
             for record, response in ready:
-                own = signal.get(id(record))
-                yield record if "error" in record else _weighted(record, response, own, credit)
+                signal = by_record.get(id(record))
+                yield record if "error" in record else _weighted(record, response, signal, credit)
 
 
 def _by_source(batch: Iterable[Record]) -> Iterator[tuple[Source, list[Record]]]:
@@ -122,12 +122,12 @@ def _by_source(batch: Iterable[Record]) -> Iterator[tuple[Source, list[Record]]]
     rows: list[Record] = []
     source: Source | None = None
     for record in batch:
-        own = source if "error" in record else source_of(record)
-        if source is not None and own != source:
+        record_source = source if "error" in record else source_of(record)
+        if source is not None and record_source != source:
             yield source, rows
             rows = []
         rows.append(record)
-        source = own
+        source = record_source
     yield source or Source(None, None), rows
 
 

@@ -89,13 +89,13 @@ class Grpo:
         ratio = _ratio(scores).detach()
         lower, upper = self.bounds
         advantage = scores.advantage[:, None, None]
-        found = {
+        per_token = {
             "clip_low": (ratio < lower) & (advantage < 0),
             "clip_high": (ratio > upper) & (advantage > 0),
             "ratio": ratio,
             **({"k3": _k3(scores).detach()} if self.beta > 0 else {}),
         }
-        return {name: _mean(values[scores.targets]) for name, values in found.items()}
+        return {name: _mean(values[scores.targets]) for name, values in per_token.items()}
 
     def _advantage(self, scores: Scores) -> Tensor:
         """Of each token, [N, 1, 1] or [N, 1, G]."""

@@ -12,8 +12,8 @@ from dlmctl.settings.algorithms import RECIPES, Constants, Reinforcement
 def objective_class(algo: Reinforcement) -> type[Any]:
     """The class that the table of algorithms names."""
     module, _, name = (RECIPES[algo].objective or "").partition(":")
-    found: type[Any] = getattr(import_module(f"dlmctl.rl.objectives.{module}"), name)
-    return found
+    objective: type[Any] = getattr(import_module(f"dlmctl.rl.objectives.{module}"), name)
+    return objective
 
 
 def make_objective(algo: Reinforcement, **constants: Any) -> Objective:

@@ -123,12 +123,12 @@ def signals(
         ]
         away = kept - score(ablated, reason)
     reasoned = ESTIMATORS[contrast.reason_signal](away)
-    made = []
+    per_response = []
     for n, response in enumerate(responses):
         length = len(response.completion)
         row = torch.where(perceive[n], visual[n, :length], reasoned[n, :length])
-        made.append(row.masked_fill(~both[n], 0.0))
-    return made
+        per_response.append(row.masked_fill(~both[n], 0.0))
+    return per_response
 
 
 def _seen(
@@ -138,12 +138,12 @@ def _seen(
     score: Callable[[Sequence[Example], Sequence[Tensor]], Tensor],
 ) -> Tensor:
     """Log-probabilities with image and perception, float64 [N, width]: of sampling, if known."""
-    made = torch.zeros(len(responses), width, dtype=torch.float64)
+    table = torch.zeros(len(responses), width, dtype=torch.float64)
     for n, response in enumerate(responses):
         if response.log_probs is None:
             return score([r.example(p) for r, p in zip(responses, places, strict=True)], places)
-        made[n, : len(response.log_probs)] = response.log_probs
-    return made
+        table[n, : len(response.log_probs)] = response.log_probs
+    return table
 
 
 def _same(pictures: Sequence[Picture], others: Sequence[Picture]) -> bool:
@@ -178,8 +178,8 @@ def _all_corrupted(
         return [corrupted(policy, response, contrast) for response in responses]
     keys = [(r.key, tuple(id(picture.pixels) for picture in r.pictures)) for r in responses]
     first = dict(zip(reversed(keys), reversed(responses), strict=True))
-    made = {key: corrupted(policy, response, contrast) for key, response in first.items()}
-    return [made[key] for key in keys]
+    by_key = {key: corrupted(policy, response, contrast) for key, response in first.items()}
+    return [by_key[key] for key in keys]
 
 
 def _ablated(
@@ -223,11 +223,11 @@ def _aligned(
     values: Tensor, examples: Sequence[Example], wanted: Sequence[Tensor], width: int
 ) -> Tensor:
     """Scores of sequences at the places [N, width] of the whole completions."""
-    made = values.new_zeros(len(examples), width)
+    table = values.new_zeros(len(examples), width)
     for n, (example, places) in enumerate(zip(examples, wanted, strict=True)):
         scored = example.masks.scored
-        made[n, places.nonzero()[:, 0]] = values[n, : len(scored)][scored]
-    return made
+        table[n, places.nonzero()[:, 0]] = values[n, : len(scored)][scored]
+    return table
 
 
 @torch.no_grad()
@@ -235,14 +235,14 @@ def _divergences(
     policy: Policy, first: Sequence[Example], second: Sequence[Example], batch_size: int
 ) -> Tensor:
     """KL of the next token's distribution, first from second: float64 [N, G]; 0 elsewhere."""
-    made = torch.zeros(len(first), max(len(e.completion) for e in first), dtype=torch.float64)
+    table = torch.zeros(len(first), max(len(e.completion) for e in first), dtype=torch.float64)
     for pairs in micro_batches(first, torch.ones(len(first), 1).bool(), batch_size):
         one = scored_states(policy, *masked_rows(policy, first, pairs))
         two = scored_states(policy, *masked_rows(policy, second, pairs))
         n = torch.tensor([n for n, _ in pairs])
         values = divergence(policy, one.states, two.states)
-        made[n[one.rows.cpu()], one.columns.cpu()] = values.double().cpu()
-    return made
+        table[n[one.rows.cpu()], one.columns.cpu()] = values.double().cpu()
+    return table
 
 
 def _k3(away: Tensor) -> Tensor:

@@ -71,13 +71,15 @@ def token_weights(
     ones = torch.ones_like(signal)
     if not chosen.any():
         return Weighted(ones, 0.0, 0.0, 0.0)
-    own = signal[chosen].clamp(-limit, limit)
-    baseline = 0.0 if credit.signal_baseline == "none" else float(own.mean())
+    limited = signal[chosen].clamp(-limit, limit)
+    baseline = 0.0 if credit.signal_baseline == "none" else float(limited.mean())
     if credit.signal_baseline == "traj-ratio":
-        raw = _ratio(own, baseline) ** credit.tau
+        raw = _ratio(limited, baseline) ** credit.tau
     else:
-        away = own - (
-            _role_means(own, roles[chosen]) if credit.signal_baseline == "role-mean" else baseline
+        away = limited - (
+            _role_means(limited, roles[chosen])
+            if credit.signal_baseline == "role-mean"
+            else baseline
         )
         sign = math.copysign(1.0, advantage) if credit.sign_aware and advantage else 1.0
         raw = MAPS[credit.weight_map](sign * credit.tau * away)
@@ -96,18 +98,18 @@ def token_weights(
     )
 
 
-def _ratio(own: Tensor, mean: float) -> Tensor:
-    if bool((own < 0).any()):
+def _ratio(signal: Tensor, mean: float) -> Tensor:
+    if bool((signal < 0).any()):
         raise UsageError(
             "--credit-baseline traj-ratio divides by the mean signal: take --visual-signal and "
             "--reason-signal k3 or abs-logratio, which are never negative"
         )
-    return own / mean if mean > 0 else torch.ones_like(own)
+    return signal / mean if mean > 0 else torch.ones_like(signal)
 
 
-def _role_means(own: Tensor, roles: Tensor) -> Tensor:
-    means = torch.zeros_like(own)
+def _role_means(signal: Tensor, roles: Tensor) -> Tensor:
+    means = torch.zeros_like(signal)
     for role in (PERCEPTION, REASONING):
         if (roles == role).any():
-            means[roles == role] = own[roles == role].mean()
+            means[roles == role] = signal[roles == role].mean()
     return means

@@ -32,7 +32,7 @@ def credit_metrics(records: Sequence[Record]) -> dict[str, Any]:
     if not bearing:
         return {}
     scored = [record for record in bearing if record["credit"].get("scored")]
-    made: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "format_ok": _mean([record["credit"].get("format_ok") for record in bearing]),
         "baseline": _mean([record["credit"].get("baseline") for record in scored]),
         "weight_low": _mean([record["credit"].get("clipped_low") for record in scored]),
@@ -41,16 +41,16 @@ def credit_metrics(records: Sequence[Record]) -> dict[str, Any]:
     everywhere = _of(bearing, "roles")
     roles, signal, weights = (_of(scored, name) for name in ("roles", "signal", "weights"))
     if not len(roles) == len(signal) == len(weights):
-        return made
+        return metrics
     for name, role in ROLES.items():
-        own = signal[roles == role]
-        made[f"{name}_tokens"] = _mean((everywhere == role).tolist())
-        made[f"{name}_signal"] = _mean(own.tolist())
+        of_role = signal[roles == role]
+        metrics[f"{name}_tokens"] = _mean((everywhere == role).tolist())
+        metrics[f"{name}_signal"] = _mean(of_role.tolist())
         for share in QUANTILES:
-            value = float(own.quantile(share)) if own.numel() else None
-            made[f"{name}_signal_p{round(100 * share)}"] = value
-        made[f"{name}_weight"] = _mean(weights[roles == role].tolist())
-    return made
+            value = float(of_role.quantile(share)) if of_role.numel() else None
+            metrics[f"{name}_signal_p{round(100 * share)}"] = value
+        metrics[f"{name}_weight"] = _mean(weights[roles == role].tolist())
+    return metrics
 
 
 def _of(records: Sequence[Record], name: str) -> Tensor:

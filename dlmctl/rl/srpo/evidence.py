@@ -62,11 +62,11 @@ def diffusion_signals(
         blind = contrast.reason_contrast == "blind-drop"
         reasoned = away(score(blind, True, REASONING), score(blind, False, REASONING))
     see, think = ESTIMATORS[contrast.visual_signal], ESTIMATORS[contrast.reason_signal]
-    made = []
+    per_response = []
     for response, seen, thought in zip(responses, visual, reasoned, strict=True):
         both = torch.where(response.roles == PERCEPTION, see(seen), think(thought))
-        made.append(both.masked_fill(response.roles == OTHER, 0.0))
-    return made
+        per_response.append(both.masked_fill(response.roles == OTHER, 0.0))
+    return per_response
 
 
 def evidence_tokens(texts: Sequence[str], evidence: str | None) -> Tensor:

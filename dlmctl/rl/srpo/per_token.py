@@ -25,9 +25,9 @@ def token_weights(records: Sequence[Record], examples: Sequence[Example]) -> Ten
         count = len(example.completion)
         numbers = number_list(record.get("weights"), count)
         if numbers is None or not bool((numbers > 0).all()):
-            found = "is missing" if record.get("weights") is None else "is something else"
+            fault = "is missing" if record.get("weights") is None else "is something else"
             raise DataError(
-                f"field 'weights' {found}, expected {count} positive numbers, one for each token "
+                f"field 'weights' {fault}, expected {count} positive numbers, one for each token "
                 "of the completion; 'dlmctl advantage --algo srpo' writes it",
                 record.where,
             )

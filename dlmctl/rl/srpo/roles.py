@@ -21,14 +21,14 @@ def token_roles(texts: Sequence[str], tags: Tags) -> list[int] | None:
     Args:
         texts: what each token spells; together they are the response.
     """
-    found = layout("".join(texts), tags)
-    if found is None:
+    parts = layout("".join(texts), tags)
+    if parts is None:
         return None
     ends = list(accumulate(len(text) for text in texts))
     spans = [(end - len(text), end) for text, end in zip(texts, ends, strict=True)]
     roles = [
-        PERCEPTION if _within(span, found.perception)
-        else REASONING if _within(span, found.reasoning)
+        PERCEPTION if _within(span, parts.perception)
+        else REASONING if _within(span, parts.reasoning)
         else OTHER
         for span in spans
     ]  # fmt: skip
