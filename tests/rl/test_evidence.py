@@ -30,7 +30,7 @@ def response(sample: int = 0) -> Response:
 def by_hand(policy, blind: bool, perception: bool | None, place: int) -> float:
     """Mean log-probability of one token over the masks that hide it, one pass for each."""
     keys = (0, "credit", "a")
-    hidden = draw_masks("stratified", MASKS, torch.ones(6).bool(), keys, 0).hidden
+    hidden = draw_masks("stratified", MASKS, torch.ones(6).bool(), keys, 0).masked
     found = []
     for mask in hidden:
         if not mask[place]:
