@@ -278,6 +278,8 @@ def main() -> None:
                 stderr.settle()
                 uninstall()
                 raise
+        finally:
+            interrupts.raise_no_more()  # outside of this block nothing catches it
     # Behind the block, for what was under way is closed when the exception is gone.
     if interrupts.stopping():
         interrupts.end()

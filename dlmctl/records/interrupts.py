@@ -64,6 +64,11 @@ def stopping() -> bool:
     return _State.number != 0
 
 
+def raise_no_more() -> None:
+    """From now on a signal raises nothing: the watching thread ends the process."""
+    _State.raised = True
+
+
 def standing(directory: Path, link: Path, now: int, unit: str = "step") -> str:
     """What a trainer says about itself.
 
