@@ -70,7 +70,7 @@ def _options(
     for field in dataclasses.fields(kind):
         if field.name in left_out:
             continue
-        declared = knob_of(field)
+        declared = knob_of(field, kind)
         if field.name in shown:
             declared = dataclasses.replace(declared, shown_default=shown[field.name])
         default = getattr(defaults, field.name, inspect.Parameter.empty)
@@ -99,8 +99,7 @@ def _typer_info(name: str, declared: Knob) -> Any:
         return typer.Argument(**about)
     if declared.presets:
         about |= {"is_eager": True, "callback": _preset(declared.presets)}
-    long = next((flag for flag in declared.flags if flag.startswith("--")), f"--{name}")
-    variable = "DLMCTL_" + long.split("/")[0].strip("-").upper().replace("-", "_")
+    variable = "DLMCTL_" + declared.flag(name).strip("-").upper().replace("-", "_")
     return typer.Option(*declared.flags, envvar=variable if declared.env else None, **about)
 
 

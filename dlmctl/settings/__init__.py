@@ -3,7 +3,8 @@
 A settings class is a frozen dataclass whose fields are made by `knob`. A subcommand takes one as a
 parameter; `dlmctl.options` makes command-line options of its fields, and the body receives it
 filled in. The parameter's default is an object of the class, and a command whose default differs
-says so there: `compute: Compute = Compute(batch_size=64)`.
+says so there: `compute: Compute = Compute(batch_size=64)`. `PANEL` of a class is the heading in the
+help of all its fields that have none of their own.
 
 A knob that stands alone is an annotation, `Seed = Annotated[int, Knob("…", "--seed")]`.
 """
@@ -22,7 +23,7 @@ class Knob:
 
     help: str
     flags: tuple[str, ...]
-    """Names on the command line; none: that of the field."""
+    """Names on the command line; none: that of the field, as --batch-size of batch_size."""
     metavar: str | None = None
     panel: str | None = None
     """Heading in the help."""
@@ -44,6 +45,11 @@ class Knob:
         for name, value in {"help": help, "flags": flags, **about}.items():
             object.__setattr__(self, name, value)
 
+    def flag(self, name: str) -> str:
+        """The long name on the command line of a field called `name`."""
+        long = next((flag for flag in self.flags if flag.startswith("--")), f"--{name}")
+        return long.split("/")[0].replace("_", "-")
+
 
 def knob(default: Any, help: str, *flags: str, **about: Any) -> Any:
     """A field of a settings class; `about` is as in `Knob`."""
@@ -59,13 +65,14 @@ def same(default: Any, annotation: Any) -> Any:
 def same_field(default: Any, settings: type[Any], name: str) -> Any:
     """A field of a settings class with the knob of another class's field."""
     [declared] = [known for known in dataclasses.fields(settings) if known.name == name]
-    return field(default=default, metadata=declared.metadata)
+    return field(default=default, metadata={"knob": knob_of(declared, settings)})
 
 
-def knob_of(declared: dataclasses.Field[Any]) -> Knob:
-    """What `knob` declared of a field."""
-    found: Knob = declared.metadata["knob"]
-    return found
+def knob_of(declared: dataclasses.Field[Any], settings: type[Any]) -> Knob:
+    """What `knob` declared of a field of a settings class, under the heading of the class."""
+    knob: Knob = declared.metadata["knob"]
+    panel = knob.panel or getattr(settings, "PANEL", None)
+    return dataclasses.replace(knob, panel=panel)
 
 
 class Shown(dict[str, str]):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob, knob, knob_of
@@ -68,12 +68,7 @@ _PPO = {
     "beta": 0.0,
     "max_length": None,
 }
-_RSPO = {
-    "strength": 0.01,
-    "score_norm": "sequence",
-    "center": "batch",
-    "residual_masks": "shared",
-}
+_RSPO = {"strength": 0.01, "score_norm": "sequence", "center": "batch", "residual_masks": "shared"}
 
 RECIPES: Mapping[Algorithm, Recipe] = {
     "rspo": Recipe("residual feedback towards a target log-ratio", "rspo:Rspo", _RSPO),
@@ -216,35 +211,28 @@ Algo = Annotated[
 class Constants:
     """Constants of the losses; what is None is as the algorithm was published."""
 
+    PANEL: ClassVar[str] = OBJECTIVE
+
     strength: float | None = knob(
         None,
         "Feedback coefficient of RSPO; the target of the log-ratio is advantage/lambda.",
         "--lambda",
         minimum=0.0,
-        panel=OBJECTIVE,
         shown_default=defaults("strength"),
     )
     score_norm: Literal["sequence", "token"] | None = knob(
         None,
         "Score of a completion: its ELBO, or the ELBO per token. One lambda of `token` is length "
         "times one of `sequence`. We could not read what the paper does; the default is ours.",
-        "--score-norm",
-        panel=OBJECTIVE,
         shown_default=defaults("score_norm"),
     )
     center: Literal["batch", "prompt"] | None = knob(
-        None,
-        "What the mean of the log-ratios is taken over.",
-        "--center",
-        panel=OBJECTIVE,
-        shown_default=defaults("center"),
+        None, "What the mean of the log-ratios is taken over.", shown_default=defaults("center")
     )
     residual_masks: Literal["shared", "independent"] | None = knob(
         None,
         "Masks that the log-ratio is measured under: those of the gradient, or a second draw, "
         "which makes the gradient unbiased for twice the forward passes.",
-        "--residual-masks",
-        panel=OBJECTIVE,
         shown_default=defaults("residual_masks"),
     )
     loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo", "cispo"] | None = knob(
@@ -252,66 +240,48 @@ class Constants:
         "Average over tokens, under TRL's names: of the whole batch (dapo, and bnpo, since a step "
         "is one batch here); of each completion, then over completions (grpo); the sum over "
         "--max-length (dr_grpo); cispo: like dapo, with the ratio a bounded constant.",
-        "--loss-type",
-        panel=OBJECTIVE,
         shown_default=defaults("loss_type"),
     )
     clip: float | None = knob(
         None,
         "Half-width of the interval that ratios (gdsd: log-ratios) are clipped to; cispo has "
         "--clip-high alone.",
-        "--clip",
         minimum=0.0,
-        panel=OBJECTIVE,
         shown_default=defaults("clip"),
     )
     clip_high: float | None = knob(
         None,
         "For grpo and srpo: how far above 1 ratios are clipped; for cispo their bound.",
-        "--clip-high",
         minimum=0.0,
-        panel=OBJECTIVE,
         shown_default=f"that of --clip; cispo {CISPO_BOUND:g}",
     )
     dual_clip: float | None = knob(
         None,
         "For grpo and srpo: ratios of bad completions count as at most this (EasyR1: 3).",
-        "--dual-clip",
         minimum=1.0,
-        panel=OBJECTIVE,
         shown_default="off",
     )
     beta: float | None = knob(
         None,
         "Coefficient of the KL penalty; for spg the exponent of the upper bound, for vrpo the "
         "temperature of the preference.",
-        "--beta",
         minimum=0.0,
-        panel=OBJECTIVE,
         shown_default=defaults("beta"),
     )
     psi: float | None = knob(
-        None,
-        "Scale of the advantage as a target.",
-        "--psi",
-        panel=OBJECTIVE,
-        shown_default=defaults("psi"),
+        None, "Scale of the advantage as a target.", shown_default=defaults("psi")
     )
     omega: float | None = knob(
         None,
         "Share of the upper bound in the score of bad completions; 1 is the bound alone.",
-        "--omega",
         minimum=0.0,
         maximum=1.0,
-        panel=OBJECTIVE,
         shown_default=defaults("omega"),
     )
     max_length: int | None = knob(
         None,
         "For --loss-type dr_grpo: tokens that the loss of every completion is divided by.",
-        "--max-length",
         minimum=1,
-        panel=OBJECTIVE,
         shown_default="the longest completion of the batch",
     )
 
@@ -323,7 +293,7 @@ class Constants:
         """
         recipe = RECIPES[algo]
         given = {name: value for name, value in asdict(self).items() if value is not None}
-        flags = {field.name: knob_of(field).flags[0] for field in fields(self)}
+        flags = {field.name: knob_of(field, Constants).flag(field.name) for field in fields(self)}
         for name in given:
             if name not in recipe.constants:
                 those = ", ".join(flags[name] for name in recipe.constants) or "none"
@@ -335,27 +305,23 @@ class Constants:
 class Advantages:
     """How rewards become advantages; what is None is as the algorithm was published."""
 
+    PANEL: ClassVar[str] = ADVANTAGES
+
     baseline: Baseline | None = knob(
         None,
         "What is subtracted from a reward: the group's mean, the mean of the others "
         "(leave-one-out), or nothing.",
-        "--baseline",
-        panel=ADVANTAGES,
         shown_default=defaults("baseline"),
     )
     scale: Scale | None = knob(
         None,
         "Divide by the standard deviation of the rewards of the group, or of the batch: all groups "
         "of a step.",
-        "--scale",
-        panel=ADVANTAGES,
         shown_default=defaults("scale"),
     )
     prompts_per_step: int = knob(
         PROMPTS_PER_STEP,
         "Prompts (groups) in an optimizer step; for sft, completions. With --scale batch they are "
         "the batch.",
-        "--prompts-per-step",
         minimum=1,
-        panel=ADVANTAGES,
     )

@@ -26,9 +26,9 @@ BenchModel = Annotated[
 class Workload:
     """Rounds of training, all alike."""
 
-    task: str = knob("sudoku", "Prompts, as in 'dlmctl rollout'.", "--task")
-    rounds: int = knob(20, "Rounds; the first is not timed.", "--rounds", minimum=3)
-    prompts: int = knob(32, "Prompts in a round.", "--prompts", minimum=1)
+    task: str = knob("sudoku", "Prompts, as in 'dlmctl rollout'.")
+    rounds: int = knob(20, "Rounds; the first is not timed.", minimum=3)
+    prompts: int = knob(32, "Prompts in a round.", minimum=1)
     samples: int = knob(8, "Completions for each prompt.", "-n", "--samples", minimum=2)
     seed: int = same(0, Seed)
 
@@ -41,25 +41,19 @@ class SamplerPaths:
         "exact,dual,dual+threshold,dual+factor",
         "What to measure: exact, compiled, threshold, factor, prefix, dual, prefix+threshold, "
         "dual+threshold, dual+factor.",
-        "--paths",
         metavar="NAMES",
     )
     reference: int = knob(
-        2,
-        "Prompts that LLaDA's plain sampler runs on, one at a time.",
-        "--reference",
-        minimum=0,
+        2, "Prompts that LLaDA's plain sampler runs on, one at a time.", minimum=0
     )
-    prompts: int = knob(16, "Random prompts, without a FILE.", "--prompts", minimum=1)
-    prompt_lengths: str = knob(
-        "64-256", "Their lengths, evenly spread.", "--prompt-lengths", metavar="FROM-TO"
-    )
+    prompts: int = knob(16, "Random prompts, without a FILE.", minimum=1)
+    prompt_lengths: str = knob("64-256", "Their lengths, evenly spread.", metavar="FROM-TO")
     gen_length: int | None = same_field(None, Sampler, "gen_length")
     block_length: int | None = same_field(None, Sampler, "block_length")
     steps: int | None = same_field(None, Sampler, "steps")
     temperature: float = same_field(0.0, Sampler, "temperature")
-    threshold: float = knob(0.9, "Threshold of the paths that name it.", "--threshold")
-    factor: float = knob(1.0, "Factor of the paths that name it.", "--factor")
+    threshold: float = knob(0.9, "Threshold of the paths that name it.")
+    factor: float = knob(1.0, "Factor of the paths that name it.")
     refresh: int | None = same_field(None, Sampler, "refresh")
     refresh_below: float = same_field(0.0, Sampler, "refresh_below")
 
@@ -88,8 +82,8 @@ class SamplerPaths:
 class GradientStep:
     """One RSPO gradient on random completions of one random prompt."""
 
-    gen_length: int = knob(512, "Tokens of a completion.", "--gen-length", minimum=1)
-    prompt_length: int = knob(128, "Tokens of the prompt.", "--prompt-length", minimum=1)
+    gen_length: int = knob(512, "Tokens of a completion.", minimum=1)
+    prompt_length: int = knob(128, "Tokens of the prompt.", minimum=1)
     completions: int = knob(2, "Completions in the group.", "-n", "--completions", minimum=2)
     masks: int = knob(4, "Masks for each completion.", "-k", "--masks-per-sample", minimum=1)
     rank: int = same_field(0, Adapter, "rank")
@@ -104,5 +98,5 @@ class GradientStep:
         "--batch-size",
         metavar="SIZES",
     )
-    repeats: int = knob(2, "Runs; the fastest counts.", "--repeats", minimum=1)
+    repeats: int = knob(2, "Runs; the fastest counts.", minimum=1)
     seed: int = same(0, Seed)

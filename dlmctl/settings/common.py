@@ -18,8 +18,7 @@ Files = Annotated[
     ),
 ]
 Output = Annotated[
-    str,
-    Knob("Where the records go; - is standard output.", "-o", "--output", metavar="FILE"),
+    str, Knob("Where the records go; - is standard output.", "-o", "--output", metavar="FILE")
 ]
 Quiet = Annotated[
     bool,
@@ -89,7 +88,6 @@ class Device:
     dtype: str = knob(
         "auto",
         "auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16.",
-        "--dtype",
         metavar="DTYPE",
         env=True,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob, Shown, knob
@@ -36,8 +36,7 @@ SaeModel = Annotated[
 ]
 """The model of a command that reads autoencoders, which name theirs."""
 Sequences = Annotated[
-    int,
-    Knob("Sequences per forward pass of the model.", "-b", "--batch-size", minimum=1),
+    int, Knob("Sequences per forward pass of the model.", "-b", "--batch-size", minimum=1)
 ]
 """For commands whose results depend on the batches; others have `Compute`."""
 
@@ -46,38 +45,34 @@ Sequences = Annotated[
 class Corpus:
     """How a corpus is cut into sequences and masked; None: as the autoencoder's was."""
 
+    PANEL: ClassVar[str] = CORPUS
+
     level: str | None = knob(
         "0-1",
         "Level of the masks: each token is masked with probability t, which is drawn within this "
         "range.",
         "--t",
         metavar="T or T-T",
-        panel=CORPUS,
     )
     context: int | None = knob(
         2048,
         "Maximum number of tokens in a sequence; the rest of a longer text is cut off.",
-        "--context",
         minimum=2,
-        panel=CORPUS,
     )
     per_batch: bool | None = knob(
         False,
         "Draw t once per batch, or for each sequence.",
         "--level-per-batch/--level-per-sequence",
-        panel=CORPUS,
     )
     pack: bool | None = knob(
         False,
         "Join documents with end-of-sequence and cut them into sequences of --context tokens.",
         "--pack/--no-pack",
-        panel=CORPUS,
     )
     hide_prompt: bool | None = knob(
         False,
         "Whether the tokens of a record's 'prompt' may be masked like others.",
         "--hide-prompt/--keep-prompt",
-        panel=CORPUS,
     )
 
 
@@ -99,21 +94,19 @@ SHOWN_AS_TRAINED = Shown(
 class Activations:
     """Which activations of a model are taken."""
 
+    PANEL: ClassVar[str] = ACTIVATIONS
+
     layers: str | None = knob(
         None,
         "Blocks whose output (the residual stream) is taken, counted from 0.",
-        "--layers",
         metavar="L,…",
-        panel=ACTIVATIONS,
         shown_default="0, or all that are stored",
     )
     positions: str | None = knob(
         None,
         "Tokens whose activations are taken: mask, the masked ones; unmask, the visible ones; all, "
         "both; clean, those of a text in which nothing is masked. Never the first token.",
-        "--positions",
         metavar="KIND,…",
-        panel=ACTIVATIONS,
         shown_default="mask, or all that are stored",
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import knob, same
@@ -31,55 +31,37 @@ class Distillation:
     published code, except the metric, which is a perceptual distance there.
     """
 
+    PANEL: ClassVar[str] = OBJECTIVE
+
     objective: Objective = knob(
         "cd",
         "cd distils the teacher's ODE. ct and ect need no teacher and learn from the images: ct on "
         "the same grid of noise levels, ect at two levels that approach each other in stages.",
-        "--objective",
-        panel=OBJECTIVE,
     )
-    solver: Solver = knob(
-        None,
-        "How the teacher takes a step, for cd.",
-        "--solver",
-        shown_default="heun",
-        panel=OBJECTIVE,
-    )
+    solver: Solver = knob(None, "How the teacher takes a step, for cd.", shown_default="heun")
     scales: int = knob(
-        None,
-        "Points of the grid of noise levels, for cd and ct.",
-        "--scales",
-        minimum=2,
-        shown_default="40",
-        panel=OBJECTIVE,
+        None, "Points of the grid of noise levels, for cd and ct.", minimum=2, shown_default="40"
     )
     target_ema: float = knob(
         None,
         "Decay of the target network; 0 takes the student itself as the target.",
-        "--target-ema",
         minimum=0.0,
         maximum=1.0,
         shown_default="0.95, for ect 0",
-        panel=OBJECTIVE,
     )
     metric: Metric = knob(
         None,
         "Distance from the target: l2 is the mean squared error, huber is pseudo-Huber.",
         "--loss",
         shown_default="l2, for ect huber",
-        panel=OBJECTIVE,
     )
     stage_steps: int | None = knob(
         None,
         "Steps after which ect halves the distance between its two levels.",
-        "--stage-steps",
         minimum=1,
         shown_default="an eighth of --steps",
-        panel=OBJECTIVE,
     )
-    init: Literal["teacher", "scratch"] = knob(
-        "teacher", "Initial weights of the student.", "--init", panel=OBJECTIVE
-    )
+    init: Literal["teacher", "scratch"] = knob("teacher", "Initial weights of the student.")
 
     def __post_init__(self) -> None:
         for name, objectives in USES.items():
@@ -110,19 +92,16 @@ class MaskedConsistency:
         "random",
         "Which tokens stay masked longest: random ones, or those that 'dlmctl rollout' decided "
         "last.",
-        "--order",
         panel=CONSISTENCY,
     )
     divergence: Divergence = knob(
         "kl-fwd",
         "KL divergence from target to student, or from student to target.",
-        "--divergence",
         panel=CONSISTENCY,
     )
     decided: int = knob(
         1,
         "Tokens between the two levels in the first round; the number doubles in each round.",
-        "--decided",
         minimum=1,
         panel=CONSISTENCY,
     )
@@ -130,13 +109,10 @@ class MaskedConsistency:
         3,
         "Number of rounds. The target of the first is the teacher; that of each later round is the "
         "student as it was when the round began.",
-        "--rounds",
         minimum=1,
         panel=CONSISTENCY,
     )
-    steps_per_round: int = knob(
-        500, "Steps per round.", "--steps-per-round", minimum=1, panel=CONSISTENCY
-    )
+    steps_per_round: int = knob(500, "Steps per round.", minimum=1, panel=CONSISTENCY)
     until_eos: bool = knob(
         False,
         "Train on the tokens up to the first end-of-sequence, or on the whole completion.",

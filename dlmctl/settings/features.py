@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import knob
@@ -14,16 +15,12 @@ WINDOWS = "Windows"
 class WindowCounts:
     """How many windows of each kind are kept of a feature, and how wide they are."""
 
-    top: int = knob(12, "Windows around the strongest activations.", minimum=1, panel=WINDOWS)
-    weighted: int = knob(
-        7, "Windows drawn in proportion to the activation.", minimum=0, panel=WINDOWS
-    )
-    inactive: int = knob(
-        10, "Random windows in which the feature is not active.", minimum=0, panel=WINDOWS
-    )
-    radius: int = knob(
-        10, "Tokens of a window on either side of its middle token.", minimum=0, panel=WINDOWS
-    )
+    PANEL: ClassVar[str] = WINDOWS
+
+    top: int = knob(12, "Windows around the strongest activations.", minimum=1)
+    weighted: int = knob(7, "Windows drawn in proportion to the activation.", minimum=0)
+    inactive: int = knob(10, "Random windows in which the feature is not active.", minimum=0)
+    radius: int = knob(10, "Tokens of a window on either side of its middle token.", minimum=0)
 
     def __post_init__(self) -> None:
         if self.top < 1 or min(self.weighted, self.inactive, self.radius) < 0:

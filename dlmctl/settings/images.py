@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
 from dlmctl.records.errors import UsageError
-from dlmctl.settings import Knob, knob, knob_of, same
+from dlmctl.settings import Knob, knob, same, same_field
 from dlmctl.settings.common import Seed
 from dlmctl.settings.optimizer import OPTIMIZER, Optimizer, Schedule
 
@@ -39,44 +39,37 @@ Gray = Annotated[bool, Knob("Read image files as their luminance.", "--gray")]
 class NetworkSizes:
     """The network as the command line describes it; None is the default of its kind."""
 
+    PANEL: ClassVar[str] = NETWORK
+
     kind: NetworkKind | None = knob(
         None,
         "A U-Net, or a residual MLP on the flattened input.",
         "--network",
         shown_default="unet for images from 16x16 on, else mlp",
-        panel=NETWORK,
     )
     width: int | None = knob(
         None,
         "Channels of the finest level; for an mlp, hidden units.",
-        "--width",
         minimum=4,
         shown_default="32, for an mlp 256",
-        panel=NETWORK,
     )
     multipliers: str | None = knob(
         None,
         "Channels of each level as multiples of the width; each level halves the resolution.",
-        "--multipliers",
         metavar="M,…",
         shown_default="1,2,2",
-        panel=NETWORK,
     )
     blocks: int | None = knob(
         None,
         "Residual blocks per level and direction; for an mlp, in all.",
-        "--blocks",
         minimum=1,
         shown_default="2",
-        panel=NETWORK,
     )
     attention: str | None = knob(
         None,
         "Levels with self-attention; 1 is the finest.",
-        "--attention",
         metavar="LEVEL,…",
         shown_default="none",
-        panel=NETWORK,
     )
 
 
@@ -84,13 +77,11 @@ class NetworkSizes:
 class NoiseRange:
     """The levels of noise, and how a grid is spread over them; defaults are EDM's."""
 
-    sigma_min: float = knob(0.002, "Smallest noise level.", "--sigma-min", panel=NOISE)
-    sigma_max: float = knob(
-        80.0, "Largest noise level, at which sampling begins.", "--sigma-max", panel=NOISE
-    )
-    rho: float = knob(
-        7.0, "Curvature of the grid of noise levels.", "--rho", minimum=1.0, panel=NOISE
-    )
+    PANEL: ClassVar[str] = NOISE
+
+    sigma_min: float = knob(0.002, "Smallest noise level.")
+    sigma_max: float = knob(80.0, "Largest noise level, at which sampling begins.")
+    rho: float = knob(7.0, "Curvature of the grid of noise levels.", minimum=1.0)
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max:
@@ -104,16 +95,10 @@ class NoiseRange:
 class NoiseLaw:
     """ln sigma ~ N(mean, std^2) in training; defaults are EDM's."""
 
-    mean: float = knob(-1.2, "Mean of ln sigma in training.", "--p-mean", panel=NOISE)
-    std: float = knob(
-        1.2, "Standard deviation of ln sigma in training.", "--p-std", minimum=0.0, panel=NOISE
-    )
+    PANEL: ClassVar[str] = NOISE
 
-
-def _as_in_optimizer(name: str, default: Any) -> Any:
-    """A field with the knob of that field of `Optimizer`."""
-    [declared] = [field for field in fields(Optimizer) if field.name == name]
-    return field(default=default, metadata={"knob": knob_of(declared)})
+    mean: float = knob(-1.2, "Mean of ln sigma in training.", "--p-mean")
+    std: float = knob(1.2, "Standard deviation of ln sigma in training.", "--p-std", minimum=0.0)
 
 
 @dataclass(frozen=True)
@@ -123,7 +108,7 @@ class Training:
     The defaults are those of a teacher.
     """
 
-    steps: int = knob(6000, "Training steps.", "--steps", minimum=1, panel=OPTIMIZER)
+    steps: int = knob(6000, "Training steps.", minimum=1, panel=OPTIMIZER)
     batch_size: int = knob(
         128,
         "Images per step, drawn with replacement.",
@@ -132,20 +117,18 @@ class Training:
         minimum=1,
         panel=OPTIMIZER,
     )
-    rate: float = _as_in_optimizer("rate", 2e-3)
-    warmup: int = _as_in_optimizer("warmup", 100)
+    rate: float = same_field(2e-3, Optimizer, "rate")
+    warmup: int = same_field(100, Optimizer, "warmup")
     schedule: Schedule = knob(
         "constant",
         "Learning rate after the warm-up; cosine falls to 0 at the last step.",
-        "--schedule",
         panel=OPTIMIZER,
     )
-    max_norm: float = _as_in_optimizer("max_norm", 1.0)
+    max_norm: float = same_field(1.0, Optimizer, "max_norm")
     ema: float = knob(
         0.999,
         "Checkpoints have an exponential moving average of the weights with this decay, which is "
         "smaller in the first steps; 0 saves the weights themselves.",
-        "--ema",
         minimum=0.0,
         maximum=1.0,
         panel=OPTIMIZER,
@@ -154,7 +137,6 @@ class Training:
         8,
         "Number of checkpoints, all of which are kept. Their steps grow by a constant factor from "
         "--first-checkpoint to the last step.",
-        "--checkpoints",
         minimum=1,
     )
     first: int = knob(100, "Step of the first checkpoint.", "--first-checkpoint", minimum=1)
@@ -173,10 +155,7 @@ class Training:
 class Reports:
     """How often a run writes metrics, and the state that it can be resumed from."""
 
-    log_every: int = knob(100, "Steps between metrics records.", "--log-every", minimum=1)
+    log_every: int = knob(100, "Steps between metrics records.", minimum=1)
     save_minutes: float = knob(
-        10.0,
-        "Minutes between the states from which a killed run resumes.",
-        "--save-minutes",
-        minimum=0.0,
+        10.0, "Minutes between the states from which a killed run resumes.", minimum=0.0
     )

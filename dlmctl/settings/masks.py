@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import knob
@@ -17,6 +18,8 @@ MASKS = "Masks"
 class Masks:
     """Options of the masks; what is None is as the algorithm was published."""
 
+    PANEL: ClassVar[str] = MASKS
+
     law: Law | None = knob(
         None,
         "Distribution of the masks. Unbiased for the ELBO: independent levels t ~ U(0,1); a "
@@ -25,7 +28,6 @@ class Masks:
         "levels spread over the masks of a completion too. Others: quadrature, at Gauss nodes in "
         "t; block, one block in part and the blocks after it whole; full, everything masked.",
         "--masks",
-        panel=MASKS,
         shown_default=defaults("law"),
     )
     samples: int | None = knob(
@@ -34,17 +36,14 @@ class Masks:
         "-k",
         "--masks-per-sample",
         minimum=1,
-        panel=MASKS,
         shown_default=defaults("samples"),
     )
     prompt_mask: float | None = knob(
         None,
         "Probability that a token of the prompt is masked as well; with block also a token of the "
         "blocks before.",
-        "--prompt-mask",
         minimum=0.0,
         maximum=1.0,
-        panel=MASKS,
         shown_default=defaults("prompt_mask"),
     )
     block_length: int | None = knob(
@@ -52,14 +51,12 @@ class Masks:
         "Length of a block, with --masks block.",
         "--mask-block",
         minimum=1,
-        panel=MASKS,
         shown_default="the model's own, else 32",
     )
     until_eos: bool | None = knob(
         None,
         "Score tokens up to the first end-of-sequence, or the whole completion.",
         "--until-eos/--all-tokens",
-        panel=MASKS,
         shown_default=defaults("until_eos", {True: "until-eos", False: "all-tokens"}),
     )
 
@@ -68,22 +65,21 @@ class Masks:
 class Supervised:
     """What supervised fine-tuning alone has."""
 
+    PANEL: ClassVar[str] = MASKS
+
     level: str | None = knob(
         None,
         "For sft: range of the share of masked tokens; the masks are independent, or those of "
         "--masks quadrature.",
         "--t",
         metavar="T or T-T",
-        panel=MASKS,
         shown_default="0-1",
     )
     fill_to: int | None = knob(
         None,
         "For sft: fill completions with end-of-sequence up to this many tokens. For an "
         "autoregressive model, completions of at most this many tokens end with one.",
-        "--fill-to",
         minimum=1,
-        panel=MASKS,
         shown_default="off",
     )
 

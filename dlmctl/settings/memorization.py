@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import knob, same
@@ -33,9 +33,7 @@ class Bootstrap:
     resamples: int = knob(
         1000, "Bootstrap resamples for intervals and p-values.", "--bootstrap", minimum=1
     )
-    confidence: float = knob(
-        0.95, "Confidence of the intervals.", "--confidence", minimum=0.5, maximum=0.9999
-    )
+    confidence: float = knob(0.95, "Confidence of the intervals.", minimum=0.5, maximum=0.9999)
     seed: int = same(0, Seed)
 
 
@@ -48,15 +46,13 @@ class ImageSources:
         "What was generated: builtin:digits, FILE.safetensors (bytes, or floats in [-1, 1] or "
         "[0, 1]), a directory of images, JSONL, or a data set; #A:B takes a part of it. "
         "Repeatable: a record for each.",
-        "--samples",
         metavar="SET",
     )
-    train: str = knob(REQUIRED, "What the model was trained on.", "--train", metavar="SET")
+    train: str = knob(REQUIRED, "What the model was trained on.", metavar="SET")
     heldout: str | None = knob(
         None,
         "As many images of the same kind that it was not trained on, with which every figure is "
         "taken too. A larger set is cut; a smaller one gives a warning.",
-        "--heldout",
         metavar="SET",
         shown_default="none",
     )
@@ -70,7 +66,6 @@ class SampleStudy:
     threshold: float = knob(
         1 / 3,
         "A sample is memorized if its ratio d1 / d2 is below this.",
-        "--threshold",
         minimum=0,
         maximum=1,
         shown_default="1/3",
@@ -79,7 +74,6 @@ class SampleStudy:
     distance: float | None = knob(
         None,
         "Add f_near: the share of samples with d1 up to this, in L2 of pixels in [-1, 1].",
-        "--distance",
         minimum=0,
         shown_default="off",
         panel=COPIES,
@@ -100,7 +94,6 @@ class SampleStudy:
         None,
         "Model whose features of images are compared by cosine: a directory with config.json and "
         "safetensors that transformers loads.",
-        "--extractor",
         metavar="DIRECTORY",
         shown_default="none",
         panel=COPIES,
@@ -108,7 +101,6 @@ class SampleStudy:
     features: str | None = knob(
         None,
         "Instead of --extractor: safetensors of features [N, F], one row per image.",
-        "--features",
         metavar="SAMPLES,TRAIN[,HELDOUT]",
         shown_default="none",
         panel=COPIES,
@@ -116,7 +108,6 @@ class SampleStudy:
     copy_threshold: str = knob(
         "0.5,0.6",
         "Add the share of samples with a cosine above each of these.",
-        "--copy-threshold",
         metavar="COSINE,…",
         panel=COPIES,
     )
@@ -131,14 +122,12 @@ class SampleStudy:
         "Space of --quality: pixels, features, or pca:K, principal components of the training and "
         "held-out sets together. auto is features if there are any, else pca:32, or a quarter of "
         "the smallest set.",
-        "--space",
         metavar="SPACE",
         panel=QUALITY,
     )
     ridge: float | None = knob(
         None,
         "For the Fréchet distance: add this many mean variances along every direction.",
-        "--ridge",
         minimum=0,
         shown_default="a singular covariance is refused",
         panel=QUALITY,
@@ -180,22 +169,19 @@ class SampleStudy:
 class Gallery:
     """A picture of samples and their nearest images."""
 
+    PANEL: ClassVar[str] = GALLERY
+
     gallery: Path | None = knob(
         None,
         "Picture of samples with their nearest images, by ratio.",
-        "--gallery",
         metavar="FILE.png",
         shown_default="none",
-        panel=GALLERY,
     )
-    gallery_rows: int = knob(
-        24, "Samples in the picture.", "--gallery-rows", minimum=1, panel=GALLERY
-    )
+    gallery_rows: int = knob(24, "Samples in the picture.", minimum=1)
     gallery_spread: bool = knob(
         False,
         "Show samples over the whole range of ratios, not those with the lowest.",
         "--gallery-spread",
-        panel=GALLERY,
     )
 
     def __post_init__(self) -> None:
@@ -211,27 +197,23 @@ class Extraction:
         "prefix",
         "Which part of a text is given: prefix, suffix, edge (both ends) or random; several "
         "separated by commas.",
-        "--mode",
         metavar="MODES",
     )
     given: float = knob(
         0.5,
         "Share of a text's tokens that is given; at least one is given and one asked for.",
-        "--given",
         minimum=0.0,
         maximum=1.0,
     )
     steps: str = knob(
         "1,2,4,8,16",
         "Sampling steps for the tokens asked for; compare models at the same number.",
-        "--steps",
         metavar="NUMBERS",
     )
     orders: int = knob(
         8,
         "Random orders over which the probability of a text is averaged; 0 takes the order of "
         "confidence.",
-        "--orders",
         minimum=0,
     )
     n: int = knob(100, "Samples that may be drawn.", "-n", minimum=1)
@@ -270,7 +252,6 @@ class Attacks:
         None,
         "A model that has seen neither file: the one that training began with, or one trained "
         "without the members. ratio and sama need it.",
-        "--reference",
         metavar="MODEL",
         shown_default="none",
     )
@@ -278,7 +259,6 @@ class Attacks:
         None,
         "loss, ratio (to the reference), zlib (by compressed length), sama (masked tokens of "
         "growing masks against the reference); several separated by commas.",
-        "--method",
         metavar="METHODS",
         shown_default="loss,zlib; with a reference ratio and sama too",
     )
@@ -304,5 +284,5 @@ class Attacks:
 class Sama:
     """Constants of SAMA; defaults are those of its published configuration."""
 
-    sama_steps: int = knob(4, "Masks of sama.", "--sama-steps", minimum=1)
-    sama_tokens: int = knob(8, "Tokens in a subset of sama, l.", "--sama-tokens", minimum=1)
+    sama_steps: int = knob(4, "Masks of sama.", minimum=1)
+    sama_tokens: int = knob(8, "Tokens in a subset of sama, l.", minimum=1)

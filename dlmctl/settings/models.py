@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import knob
@@ -26,11 +26,12 @@ class Reading:
     names the model (a record, a run, an adapter) says how to read it.
     """
 
+    PANEL: ClassVar[str] = READING
+
     family: Family | None = knob(
         None,
         "Family of a checkpoint whose config.json does not say that it denoises. The same as "
         f"MODEL,family=FAMILY. {summaries()}",
-        panel=READING,
         shown_default="as config.json says",
         env=True,
     )
@@ -38,7 +39,6 @@ class Reading:
         None,
         "Position i is predicted by the logits at position i - SHIFT. The same as "
         "MODEL,shift=SHIFT.",
-        panel=READING,
         minimum=0,
         maximum=1,
         shown_default="the family's: 1 if its logits stand one position to the left, else 0",
@@ -47,7 +47,6 @@ class Reading:
     mask_id: int | None = knob(
         None,
         "Id of the mask token. The same as MODEL,mask_id=ID.",
-        panel=READING,
         metavar="ID",
         minimum=0,
         shown_default="as config.json or the tokenizer says",
@@ -92,12 +91,13 @@ def split_name(name: str) -> tuple[str, Reading]:
 class Prompting:
     """How the prompt of a record becomes the text that a model sees."""
 
+    PANEL: ClassVar[str] = PROMPT
+
     chat: bool = knob(
         True,
         "Write prompts with the tokenizer's chat template, if it has one, or as they are, for the "
         "model to continue. Without a template only --raw is possible.",
         "--chat/--raw",
-        panel=PROMPT,
         env=True,
     )
     template_arg: list[str] | None = knob(
@@ -105,7 +105,6 @@ class Prompting:
         "Argument of the chat template, such as enable_thinking=false; the value is JSON or text. "
         "May be given more than once. A record's field 'chat_template_kwargs' overrides it.",
         metavar="NAME=VALUE",
-        panel=PROMPT,
         shown_default="none",
         env=True,
     )
@@ -114,7 +113,6 @@ class Prompting:
         "Text that every answer begins with. It counts as part of the prompt: 'completion' is what "
         "the model writes after it.",
         metavar="TEXT",
-        panel=PROMPT,
         shown_default="nothing",
         env=True,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob, knob
@@ -27,37 +27,21 @@ GradientCheckpointing = Annotated[
 class Optimizer:
     """AdamW; the defaults are the common recipe of the d1 family."""
 
-    rate: float = knob(3e-6, "Learning rate.", "--lr", minimum=0.0, panel=OPTIMIZER)
-    warmup: int = knob(0, "Steps of linear warm-up.", "--warmup", minimum=0, panel=OPTIMIZER)
+    PANEL: ClassVar[str] = OPTIMIZER
+
+    rate: float = knob(3e-6, "Learning rate.", "--lr", minimum=0.0)
+    warmup: int = knob(0, "Steps of linear warm-up.", minimum=0)
     schedule: Schedule = knob(
-        "constant",
-        "Learning rate after the warm-up; cosine needs --total-steps.",
-        "--schedule",
-        panel=OPTIMIZER,
+        "constant", "Learning rate after the warm-up; cosine needs --total-steps."
     )
     total_steps: int | None = knob(
-        None,
-        "Step at which the cosine reaches 0.",
-        "--total-steps",
-        minimum=1,
-        shown_default="off",
-        panel=OPTIMIZER,
+        None, "Step at which the cosine reaches 0.", minimum=1, shown_default="off"
     )
-    beta1: float = knob(
-        0.9, "AdamW's first decay.", "--beta1", minimum=0.0, maximum=1.0, panel=OPTIMIZER
-    )
-    beta2: float = knob(
-        0.99, "AdamW's second decay.", "--beta2", minimum=0.0, maximum=1.0, panel=OPTIMIZER
-    )
-    weight_decay: float = knob(
-        0.1, "Decoupled, on matrices.", "--weight-decay", minimum=0.0, panel=OPTIMIZER
-    )
+    beta1: float = knob(0.9, "AdamW's first decay.", minimum=0.0, maximum=1.0)
+    beta2: float = knob(0.99, "AdamW's second decay.", minimum=0.0, maximum=1.0)
+    weight_decay: float = knob(0.1, "Decoupled, on matrices.", minimum=0.0)
     max_norm: float = knob(
-        0.2,
-        "Clip the gradient to this norm; 0 does not clip.",
-        "--grad-norm",
-        minimum=0.0,
-        panel=OPTIMIZER,
+        0.2, "Clip the gradient to this norm; 0 does not clip.", "--grad-norm", minimum=0.0
     )
 
     def __post_init__(self) -> None:
@@ -69,19 +53,15 @@ class Optimizer:
 class Adapter:
     """LoRA; rank 0 trains all weights."""
 
+    PANEL: ClassVar[str] = ADAPTER
+
     rank: int = knob(
         0,
         "Train a LoRA adapter of this rank (128 in the literature); 0 trains all weights.",
         "--lora-rank",
         minimum=0,
-        panel=ADAPTER,
     )
-    alpha: float = knob(64.0, "Scale of the adapter.", "--lora-alpha", minimum=0.0, panel=ADAPTER)
+    alpha: float = knob(64.0, "Scale of the adapter.", "--lora-alpha", minimum=0.0)
     dropout: float = knob(
-        0.0,
-        "Dropout in the adapter.",
-        "--lora-dropout",
-        minimum=0.0,
-        maximum=1.0,
-        panel=ADAPTER,
+        0.0, "Dropout in the adapter.", "--lora-dropout", minimum=0.0, maximum=1.0
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from dlmctl.settings import knob, same, same_field
 from dlmctl.settings.algorithms import Advantages
@@ -36,7 +37,6 @@ class Options:
     gpus: int = knob(
         1,
         "Devices: 'update' under torchrun with as many ranks, 'rollout' in as many --shard.",
-        "--gpus",
         minimum=1,
         panel=MACHINE,
     )
@@ -56,19 +56,15 @@ class Step:
     completions: int = knob(
         8, "Completions for each prompt.", "-n", "--samples", minimum=1, panel=STEP
     )
-    prompt_length: int = knob(128, "Tokens of a prompt.", "--prompt-length", minimum=1, panel=STEP)
+    prompt_length: int = knob(128, "Tokens of a prompt.", minimum=1, panel=STEP)
     image_tokens: int = knob(
         0,
         "Tokens of a prompt's image, on top of these; Qwen2.5-VL has one for every 28 x 28 pixels.",
-        "--image-tokens",
         minimum=0,
         panel=STEP,
     )
     rollout_batch_size: int = knob(
-        64,
-        "--batch-size of 'dlmctl rollout': sequences under way at a time.",
-        "--rollout-batch-size",
-        minimum=1,
+        64, "--batch-size of 'dlmctl rollout': sequences under way at a time.", minimum=1
     )
 
 
@@ -76,21 +72,11 @@ class Step:
 class Run:
     """The whole run, for its time and cost."""
 
-    total_steps: int | None = knob(
-        None,
-        "Steps of the whole run.",
-        "--total-steps",
-        minimum=1,
-        panel=RUN,
-        shown_default="off",
-    )
+    PANEL: ClassVar[str] = RUN
+
+    total_steps: int | None = knob(None, "Steps of the whole run.", minimum=1, shown_default="off")
     price: float | None = knob(
-        None,
-        "Price of a device for an hour, in any currency.",
-        "--price",
-        minimum=0.0,
-        panel=RUN,
-        shown_default="off",
+        None, "Price of a device for an hour, in any currency.", minimum=0.0, shown_default="off"
     )
 
 
@@ -98,37 +84,31 @@ class Run:
 class Machine:
     """What is known of a device; None if it is not known."""
 
+    PANEL: ClassVar[str] = MACHINE
+
     gpu_memory: str | None = knob(
         None,
         "Memory of a device, as 80G; a tenth of it is left free, for CUDA and fragmentation.",
-        "--gpu-memory",
         metavar="SIZE",
-        panel=MACHINE,
         shown_default="unknown",
     )
     bandwidth: float | None = knob(
         None,
         "10^9 bytes a second that a device receives from the others.",
-        "--bandwidth",
         minimum=0.001,
-        panel=MACHINE,
         shown_default="unknown",
     )
     tflops: float | None = knob(
         None,
         "10^12 operations a second that one device was measured to do.",
-        "--tflops",
         minimum=0.001,
-        panel=MACHINE,
         shown_default="unknown",
     )
     tokens_per_second: float | None = knob(
         None,
         "Tokens per second that 'dlmctl bench rollout' measured on one device, with these lengths "
         "and steps. Without --tflops, everything is taken to run at this speed.",
-        "--tokens-per-second",
         minimum=0.001,
-        panel=MACHINE,
         shown_default="unknown",
     )
 

@@ -61,14 +61,12 @@ class Prompts:
     want: list[str] | None = knob(
         None,
         "What 'dlmctl verify' looks for in a text, as in --want sentiment=positive; repeatable.",
-        "--want",
         metavar="CONCEPT=VALUE",
         panel=CONCEPTS,
     )
     kind: list[str] | None = knob(
         None,
         "What is asked about an image: count, colour, position or sum; repeatable.",
-        "--kind",
         metavar="KIND",
         shown_default="all",
         panel=SHAPES,
@@ -97,7 +95,6 @@ class Prompts:
     map: list[str] | None = knob(
         None,
         "Take a field from this column, as in --map prompt=question; repeatable.",
-        "--map",
         metavar="FIELD=COLUMN",
         panel=ROWS,
     )

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dlmctl.settings import knob
-
-loop_knob = partial(knob, panel="Training loop")
 
 Corruption = Literal["patch", "blank", "blur", "noise", "shuffle", "no-image"]
 
@@ -22,33 +19,30 @@ class PromptSource:
         None,
         "Take prompts from this task and not from standard input: sudoku, countdown, or anything "
         "else that 'dlmctl prompts' takes.",
-        "--task",
         shown_default="sudoku, when there is no FILE and standard input is a terminal or /dev/null",
     )
-    prompts: int = knob(
-        32, "Prompts taken from --task, or in each round of --follow.", "--prompts", minimum=1
-    )
+    prompts: int = knob(32, "Prompts taken from --task, or in each round of --follow.", minimum=1)
 
 
 @dataclass(frozen=True)
 class Loop:
     """A training loop whose other end is `update`."""
 
-    follow: Path | None = loop_knob(
+    PANEL: ClassVar[str] = "Training loop"
+
+    follow: Path | None = knob(
         None,
         "Training loop: before each round load the newest checkpoint of this run, which 'dlmctl "
         "update -o RUN' at the end of the pipe writes.",
-        "--follow",
         metavar="RUN",
     )
-    rounds: int = loop_knob(
-        1, "With --follow: rounds in all, those of a resumed run included.", "--rounds", minimum=1
+    rounds: int = knob(
+        1, "With --follow: rounds in all, those of a resumed run included.", minimum=1
     )
-    max_lag: int = loop_knob(
+    max_lag: int = knob(
         0,
         "With --follow: rounds that the weights may lag behind; 0 is strictly on-policy, 1 samples "
         "a round while the one before is trained on.",
-        "--max-lag",
         minimum=0,
     )
 
@@ -61,13 +55,8 @@ class Corrupted:
         None,
         "Show a vision-language model corrupted images, to see what it answers without them: as in "
         "'dlmctl advantage --corrupt'.",
-        "--corrupt",
         shown_default="off",
     )
     corrupt_prob: float = knob(
-        0.6,
-        "Share of the squares that --corrupt patch blackens.",
-        "--corrupt-prob",
-        minimum=0.0,
-        maximum=1.0,
+        0.6, "Share of the squares that --corrupt patch blackens.", minimum=0.0, maximum=1.0
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from dlmctl.settings import Knob, knob, same
 from dlmctl.settings.common import Seed
@@ -56,9 +56,7 @@ class SaeRecipe:
     The source is DLM-Scope (arXiv 2602.05859), which follows Gao et al. (2024, arXiv 2406.04093).
     """
 
-    latents: int = knob(
-        16_384, "Number of latents in a dictionary.", "--latents", minimum=1, panel=RECIPE
-    )
+    latents: int = knob(16_384, "Number of latents in a dictionary.", minimum=1, panel=RECIPE)
     batch_size: int = knob(
         2048, "Activations per step.", "--sae-batch-size", minimum=1, panel=RECIPE
     )
@@ -66,22 +64,16 @@ class SaeRecipe:
         150_000_000,
         "Activations that each autoencoder is trained on. A corpus in files is read repeatedly, "
         "with new masks each time, until there are enough.",
-        "--tokens",
         minimum=1,
         panel=RECIPE,
     )
     rate: float = knob(3e-4, "Learning rate of Adam.", "--lr", minimum=0.0, panel=RECIPE)
     warmup: int = knob(
-        1000,
-        "Steps of linear warm-up, at most a tenth of all steps.",
-        "--warmup",
-        minimum=0,
-        panel=RECIPE,
+        1000, "Steps of linear warm-up, at most a tenth of all steps.", minimum=0, panel=RECIPE
     )
     decay_from: float = knob(
         0.8,
         "Fraction of the steps after which the rate falls linearly to 0.",
-        "--decay-from",
         minimum=0.0,
         maximum=1.0,
         panel=RECIPE,
@@ -94,12 +86,11 @@ class SaeRecipe:
         panel=RECIPE,
     )
     aux_weight: float = knob(
-        1 / 32, "Weight of the auxiliary loss; 0 is off.", "--aux-weight", minimum=0.0, panel=RECIPE
+        1 / 32, "Weight of the auxiliary loss; 0 is off.", minimum=0.0, panel=RECIPE
     )
     dead_after: int | None = knob(
         None,
         "A latent counts as dead after this many activations on which it was not active.",
-        "--dead-after",
         minimum=1,
         shown_default="a fifteenth of --tokens, 10M of 150M",
         panel=RECIPE,
@@ -111,7 +102,6 @@ class SaeRecipe:
         "explain the input, for runs too short to revive them by the error. pre: by their "
         "pre-activations without the ReLU, as in SAELens. rectified: through the ReLU, as "
         "published, where they get hardly any gradient.",
-        "--aux",
         panel=RECIPE,
     )
     fitted_encoder: bool = knob(
@@ -124,18 +114,12 @@ class SaeRecipe:
     k_start: int | None = knob(
         None,
         "K at the first step, from which it falls to -k linearly.",
-        "--k-start",
         minimum=1,
         shown_default="off",
         panel=RECIPE,
     )
     k_anneal: float = knob(
-        0.1,
-        "Fraction of the steps over which K falls.",
-        "--k-anneal",
-        minimum=0.0,
-        maximum=1.0,
-        panel=RECIPE,
+        0.1, "Fraction of the steps over which K falls.", minimum=0.0, maximum=1.0, panel=RECIPE
     )
     seed: int = same(0, Seed)
 
@@ -161,28 +145,21 @@ class SaeRecipe:
 class Feed:
     """How activations reach the autoencoders."""
 
+    PANEL: ClassVar[str] = FEED
+
     drop_norms: float | None = knob(
         None,
         "Leave out activations whose norm is more than this many times the median.",
-        "--drop-norms",
         minimum=1.0,
         shown_default="off",
-        panel=FEED,
     )
     buffer: str = knob(
         "256M",
         "Shuffle buffer of each layer and kind of positions, such as 512M or 2G.",
-        "--buffer",
         metavar="SIZE",
-        panel=FEED,
     )
     sequences: int = knob(
-        8,
-        "Sequences per forward pass of the model.",
-        "-b",
-        "--batch-size",
-        minimum=1,
-        panel=FEED,
+        8, "Sequences per forward pass of the model.", "-b", "--batch-size", minimum=1
     )
 
 
@@ -194,7 +171,6 @@ class Insertion:
         "all",
         "Positions at which an autoencoder stands in for the activations: all of them, as "
         "published, or those that match the positions it was trained on.",
-        "--scope",
     )
     insert: bool = knob(
         True,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import knob
@@ -12,8 +11,6 @@ from dlmctl.settings import knob
 Remasking = Literal["low_confidence", "random", "entropy", "margin", "sae"]
 EosRule = Literal["normal", "late", "never"]
 CacheRule = Literal["none", "prefix", "dual"]
-
-sampler_knob = partial(knob, panel="Sampler")
 
 SURE: tuple[Remasking, ...] = ("low_confidence", "margin")
 """Rules whose confidence says how sure the model is, between 0 and 1."""
@@ -25,95 +22,79 @@ BETWEEN_0_AND_1: tuple[Remasking, ...] = (*SURE, "random", "sae")
 class Sampler:
     """Options of the sampler; lengths and steps that are None are the model's own."""
 
-    gen_length: int | None = sampler_knob(
-        None,
-        "Tokens of a completion.",
-        "--gen-length",
-        minimum=1,
-        shown_default="the model's own, else 128",
+    PANEL: ClassVar[str] = "Sampler"
+
+    gen_length: int | None = knob(
+        None, "Tokens of a completion.", minimum=1, shown_default="the model's own, else 128"
     )
-    block_length: int | None = sampler_knob(
+    block_length: int | None = knob(
         None,
         "Tokens of a block. Blocks are decided from left to right; the last may be shorter.",
-        "--block-length",
         minimum=1,
         shown_default="the model's own, else 32",
     )
-    steps: int | None = sampler_knob(
+    steps: int | None = knob(
         None,
         "Denoising steps over all blocks; each decides equally many tokens. With --threshold or "
         "--factor a block takes as many as it needs instead.",
-        "--steps",
         minimum=1,
         shown_default="the model's own, else --gen-length",
     )
-    temperature: float = sampler_knob(
-        0.0, "0 is greedy; above 0, exact Gumbel-max sampling.", "--temperature", minimum=0.0
+    temperature: float = knob(0.0, "0 is greedy; above 0, exact Gumbel-max sampling.", minimum=0.0)
+    cfg_scale: float = knob(
+        0.0, "Classifier-free guidance, two passes a step; 0 is off.", minimum=0.0
     )
-    cfg_scale: float = sampler_knob(
-        0.0,
-        "Classifier-free guidance, two passes a step; 0 is off.",
-        "--cfg-scale",
-        minimum=0.0,
-    )
-    remasking: Remasking = sampler_knob(
+    remasking: Remasking = knob(
         "low_confidence",
         "Which tokens are masked again: how confidence is measured. sae is our own experiment: "
         "confidence times how little the features of --sae change.",
-        "--remasking",
     )
-    threshold: float | None = sampler_knob(
+    threshold: float | None = knob(
         None,
         "Parallel decoding as in Fast-dLLM: each step keeps every token with at least this "
         "confidence, and always the most confident one, until the block is done.",
-        "--threshold",
         minimum=0.0,
         maximum=1.0,
         shown_default="off",
     )
-    factor: float | None = sampler_knob(
+    factor: float | None = knob(
         None,
         "Parallel decoding as in Fast-dLLM: each step keeps the n most confident tokens, at least "
         "one, for the largest n with (n + 1)(1 - confidence of the n-th) at most this; the last "
         "masked token of a block is decided with the others.",
-        "--factor",
         minimum=0.0,
         shown_default="off",
     )
-    cache: CacheRule = sampler_knob(
+    cache: CacheRule = knob(
         "none",
         "Approximate and faster: take keys and values from an earlier step, of the tokens before "
         "the block (prefix), or of all tokens outside it (dual).",
-        "--cache",
     )
-    refresh: int | None = sampler_knob(
+    refresh: int | None = knob(
         None,
         "With --cache: steps between two passes over the whole sequence, which renew it.",
-        "--refresh",
         minimum=1,
         shown_default="at each block's start",
     )
-    refresh_below: float = sampler_knob(
+    refresh_below: float = knob(
         0.0,
         "With --cache: if the most confident token of a step is below this, renew the cache and "
         "take the step again.",
-        "--refresh-below",
         minimum=0.0,
         maximum=1.0,
         shown_default="0, which is off",
     )
-    eos: EosRule = sampler_knob(
+    eos: EosRule = knob(
         "normal",
         "End-of-sequence: like any token (normal); decided last in its block, and with it LLaDA's "
         "end of a turn (late); or not sampled at all (never).",
-        "--eos",
     )
-    early_stop: bool = sampler_knob(
+    early_stop: bool = knob(
         False,
         "End a completion when a finished block contains end-of-sequence.",
         "--early-stop/--full-length",
     )
-    compile: bool = sampler_knob(
+    compile: bool = knob(
         False,
         "Run the model through torch.compile: the same up to rounding, and faster once it is "
         "compiled, which takes half a minute.",

@@ -19,31 +19,20 @@ class SmallModel:
     family: Variant = knob(
         "llada",
         f"{variant_summaries()} Both halves of a vision-language model have the given sizes.",
-        "--family",
     )
-    hidden_size: int = knob(64, "Width of the model.", "--hidden-size", minimum=2)
-    layers: int = knob(2, "Number of layers.", "--layers", minimum=1)
-    heads: int = knob(4, "Attention heads.", "--heads", minimum=1)
+    hidden_size: int = knob(64, "Width of the model.", minimum=2)
+    layers: int = knob(2, "Number of layers.", minimum=1)
+    heads: int = knob(4, "Attention heads.", minimum=1)
     intermediate_size: int | None = knob(
-        None,
-        "Width of the MLPs.",
-        "--intermediate-size",
-        minimum=1,
-        shown_default="8/3 of --hidden-size",
+        None, "Width of the MLPs.", minimum=1, shown_default="8/3 of --hidden-size"
     )
     gen_length: int | None = knob(
-        None,
-        "The model's own default for rollout --gen-length.",
-        "--gen-length",
-        minimum=1,
-        shown_default="none",
+        None, "The model's own default for rollout --gen-length.", minimum=1, shown_default="none"
     )
     block_length: int | None = knob(
-        None, "The same for --block-length.", "--block-length", minimum=1, shown_default="none"
+        None, "The same for --block-length.", minimum=1, shown_default="none"
     )
-    steps: int | None = knob(
-        None, "The same for --steps.", "--steps", minimum=1, shown_default="none"
-    )
+    steps: int | None = knob(None, "The same for --steps.", minimum=1, shown_default="none")
 
     @property
     def sampling(self) -> dict[str, int]:
@@ -59,18 +48,14 @@ class SmallTokenizer:
         "char",
         "A token for each character of --alphabet, for each byte, or for each word and punctuation "
         "mark of --vocabulary.",
-        "--tokenizer",
     )
     alphabet: str = knob(
-        "0123456789+-*/(),:=",
-        "Characters of the char tokenizer; the default is what puzzles need.",
-        "--alphabet",
+        "0123456789+-*/(),:=", "Characters of the char tokenizer; the default is what puzzles need."
     )
     vocabulary: str | None = knob(
         None,
         "For the word tokenizer: JSONL whose `prompt`, `completion`, `text` and `messages` contain "
         "every word that the model is to know; - is standard input.",
-        "--vocabulary",
         metavar="FILE",
         shown_default="none",
     )

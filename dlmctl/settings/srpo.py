@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import knob
@@ -23,34 +23,28 @@ WeightMap = Literal["exp", "softplus", "sigmoid2", "tanh1"]
 class Contrast:
     """What is compared with what; the defaults are ours."""
 
+    PANEL: ClassVar[str] = CONTRAST
+
     visual_signal: Signal = knob(
         "logratio",
         "Signal of a perception token: its log-probability with the image minus that with the "
         "corrupted image (ours), their k3 as in VPPO, the absolute value, or the divergence of the "
         "whole distributions.",
-        "--visual-signal",
-        panel=CONTRAST,
     )
     reason_signal: Literal["logratio", "k3", "abs-logratio"] = knob(
-        "logratio",
-        "The same for a reasoning token, from --reason-contrast (ours: logratio).",
-        "--reason-signal",
-        panel=CONTRAST,
+        "logratio", "The same for a reasoning token, from --reason-contrast (ours: logratio)."
     )
     reason_contrast: ReasonContrast = knob(
         "drop",
         "What reasoning is compared with: the perception left out (ours), another sample's "
         "perception, the image corrupted (which favours what then stays likely), or the perception "
         "left out under the corrupted image on both sides.",
-        "--reason-contrast",
-        panel=CONTRAST,
     )
     corruption: Corruption = knob(
         "patch",
         "Corrupted image: squares of single tokens black (ours), all black, Gaussian blur of 6 "
         "pixels, noise of deviation 189/255, the squares in another order, or no image at all.",
         "--corrupt",
-        panel=CONTRAST,
     )
     probability: float = knob(
         0.6,
@@ -58,20 +52,20 @@ class Contrast:
         "--corrupt-prob",
         minimum=0.0,
         maximum=1.0,
-        panel=CONTRAST,
     )
     scope: Literal["prompt", "rollout"] = knob(
         "prompt",
         "One corruption for all samples of a prompt (ours), or one for each.",
         "--corrupt-scope",
-        panel=CONTRAST,
     )
-    seed: int = knob(0, "Seed of the corruptions.", "--corrupt-seed", panel=CONTRAST)
+    seed: int = knob(0, "Seed of the corruptions.", "--corrupt-seed")
 
 
 @dataclass(frozen=True)
 class Credit:
     """The map from signals to weights; the defaults are ours."""
+
+    PANEL: ClassVar[str] = WEIGHTS
 
     signal_baseline: SignalBaseline = knob(
         "traj-mean",
@@ -79,47 +73,27 @@ class Credit:
         "the paper's shared baseline), over each role, nothing, or the mean over both as a "
         "divisor.",
         "--credit-baseline",
-        panel=WEIGHTS,
     )
     weight_map: WeightMap = knob(
         "exp",
         "From signal to weight: exp(x) as in RLSD (ours), softplus(x)/log 2, 2 sigmoid(x), "
         "1 + tanh(x).",
-        "--weight-map",
-        panel=WEIGHTS,
     )
-    weight_clip: str = knob(
-        "0.8,1.2",
-        "Bounds of the weight (RLSD 0.8,1.2).",
-        "--weight-clip",
-        metavar="LOW,HIGH",
-        panel=WEIGHTS,
-    )
-    tau: float = knob(
-        1.0,
-        "Factor of the signal; 0 is plain GRPO.",
-        "--weight-tau",
-        minimum=0.0,
-        panel=WEIGHTS,
-    )
+    weight_clip: str = knob("0.8,1.2", "Bounds of the weight (RLSD 0.8,1.2).", metavar="LOW,HIGH")
+    tau: float = knob(1.0, "Factor of the signal; 0 is plain GRPO.", "--weight-tau", minimum=0.0)
     strength: float = knob(
         1.0,
         "Share of the weight that follows the signal (RLSD 0.5); 0 is plain GRPO.",
         "--weight-lambda",
         minimum=0.0,
-        panel=WEIGHTS,
     )
     norm: Literal["none", "mean"] = knob(
-        "none",
-        "mean: weights of the tokens with a role have mean 1.",
-        "--weight-norm",
-        panel=WEIGHTS,
+        "none", "mean: weights of the tokens with a role have mean 1.", "--weight-norm"
     )
     sign_aware: bool = knob(
         False,
         "Turn the signal over if the advantage is negative, as RLSD does.",
         "--sign-aware/--sign-blind",
-        panel=WEIGHTS,
     )
 
     def __post_init__(self) -> None:

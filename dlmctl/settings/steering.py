@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import knob
@@ -34,6 +34,8 @@ class Steering:
         UsageError: an option is malformed, or says how to steer while nothing is steered.
     """
 
+    PANEL: ClassVar[str] = STEERING
+
     steer: list[str] | None = knob(
         None,
         "Add the direction of a feature to the residual stream in every pass, multiplied by "
@@ -42,7 +44,6 @@ class Steering:
         "not name it; repeatable.",
         metavar="SAE[@LAYER]:FEATURE=AMPLITUDE",
         shown_default="off",
-        panel=STEERING,
     )
     steer_scope: Scope | None = knob(
         None,
@@ -50,7 +51,6 @@ class Steering:
         "model the newest), or the three in each row at which the pre-activation of the feature "
         "is largest (topk).",
         shown_default="all",
-        panel=STEERING,
     )
     steer_time: str | None = knob(
         None,
@@ -58,7 +58,6 @@ class Steering:
         "0.5-1 is the first half of the tokens.",
         metavar="LO-HI",
         shown_default="always",
-        panel=STEERING,
     )
 
     def __post_init__(self) -> None:
@@ -114,14 +113,15 @@ class ConceptScores:
         UsageError: the options contradict each other, or the judge has no concept to look for.
     """
 
+    PANEL: ClassVar[str] = CONCEPT
+
     concept_from: Literal["judge", "reward", "score"] = knob(
         "judge",
         "How strongly a text expresses the concept: as a judge says, as the records' field reward "
         "says (0 to 1, from 'dlmctl verify'), or as their field score says (0 to 100).",
-        panel=CONCEPT,
     )
     concept: str | None = knob(
-        None, "What the judge looks for.", metavar="TEXT", shown_default="none", panel=CONCEPT
+        None, "What the judge looks for.", metavar="TEXT", shown_default="none"
     )
     concepts: str | None = knob(
         None,
@@ -129,23 +129,17 @@ class ConceptScores:
         "and layer if the number alone is ambiguous.",
         metavar="FILE",
         shown_default="none",
-        panel=CONCEPT,
     )
     judge: str | None = knob(
-        None,
-        "Model that judges, greedily.",
-        metavar="MODEL",
-        shown_default="none",
-        panel=CONCEPT,
+        None, "Model that judges, greedily.", metavar="MODEL", shown_default="none"
     )
-    judge_length: int = knob(16, "Tokens of an answer of --judge.", minimum=1, panel=CONCEPT)
+    judge_length: int = knob(16, "Tokens of an answer of --judge.", minimum=1)
     judge_prompts: str | None = knob(
         None,
         "Write the questions as prompt records and nothing else, for 'dlmctl rollout -n 1 "
         "--temperature 0' or any other program; with --judge, write its answers too and score.",
         metavar="FILE",
         shown_default="none",
-        panel=CONCEPT,
     )
     judge_answers: str | None = knob(
         None,
@@ -154,7 +148,6 @@ class ConceptScores:
         "tell texts apart; a record without amplitude is about an unsteered text.",
         metavar="FILE",
         shown_default="none",
-        panel=CONCEPT,
     )
 
     def __post_init__(self) -> None:
@@ -184,19 +177,19 @@ class FluencyScores:
         UsageError: they come from two places.
     """
 
+    PANEL: ClassVar[str] = FLUENCY
+
     fluency: str | None = knob(
         None,
         "Perplexities under this model: exact for an autoregressive model, an upper bound from "
         "the ELBO for a diffusion model.",
         metavar="MODEL",
         shown_default="none",
-        panel=FLUENCY,
     )
     fluency_tokens: int = knob(
         512,
         "With --fluency: number of tokens at the beginning of a text that are scored.",
         minimum=2,
-        panel=FLUENCY,
     )
     masks: int = knob(
         16,
@@ -204,14 +197,12 @@ class FluencyScores:
         "-k",
         "--masks-per-sample",
         minimum=2,
-        panel=FLUENCY,
     )
     perplexity: str | None = knob(
         None,
         "Field of the records that contains their perplexity, instead of --fluency.",
         metavar="FIELD",
         shown_default="none",
-        panel=FLUENCY,
     )
 
     def __post_init__(self) -> None:

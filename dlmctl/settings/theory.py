@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import knob, same
@@ -27,25 +27,20 @@ def noise_variance(time: float) -> float:
 class FeatureModel:
     """Sizes, diffusion time and data of the random-feature model."""
 
-    psi_n: float = knob(6, "Samples per dimension, n/d; above 1.", "--psi-n", panel=MODEL)
-    psi_p: float = knob(24, "Features per dimension, p/d; above --psi-n.", "--psi-p", panel=MODEL)
+    PANEL: ClassVar[str] = MODEL
+
+    psi_n: float = knob(6, "Samples per dimension, n/d; above 1.")
+    psi_p: float = knob(24, "Features per dimension, p/d; above --psi-n.")
     dimension: int = knob(
         50,
         "Dimension d of the data; the work grows as (p/d x d)^3.",
         "-d",
         "--dimension",
         minimum=2,
-        panel=MODEL,
     )
-    time: float = knob(
-        0.05, "Diffusion time at which the score is learned.", "-t", "--time", panel=MODEL
-    )
+    time: float = knob(0.05, "Diffusion time at which the score is learned.", "-t", "--time")
     variances: str = knob(
-        "1",
-        "Eigenvalues of the data's covariance, in equal shares: 0.5,1.5.",
-        "--variances",
-        metavar="LIST",
-        panel=MODEL,
+        "1", "Eigenvalues of the data's covariance, in equal shares: 0.5,1.5.", metavar="LIST"
     )
 
     def __post_init__(self) -> None:
@@ -97,15 +92,11 @@ class FeatureTraining:
     """How teachers and students of the random-feature model are trained."""
 
     delta: float = knob(
-        0.04,
-        "Length of the teacher's step in distillation; below --time.",
-        "--delta",
-        panel=TRAINING,
+        0.04, "Length of the teacher's step in distillation; below --time.", panel=TRAINING
     )
     teacher_tau: list[str] | None = knob(
         None,
         "Training times of the teachers that students are distilled from; repeatable.",
-        "--teacher-tau",
         metavar="LIST",
         shown_default="1e4",
         panel=TRAINING,
@@ -113,18 +104,16 @@ class FeatureTraining:
     taus: str = knob(
         "1:1e8:33",
         "Training times of the rows: numbers, or LOW:HIGH:COUNT, evenly spaced in the logarithm.",
-        "--taus",
         metavar="LIST",
         panel=TRAINING,
     )
     student_init: Literal["teacher", "zero"] = knob(
-        "teacher", "Initial weights of a student.", "--student-init", panel=TRAINING
+        "teacher", "Initial weights of a student.", panel=TRAINING
     )
     lr: float | None = knob(
         None,
         "Train teachers by gradient descent with this learning rate; --taus are rounded to its "
         "steps.",
-        "--lr",
         shown_default="gradient flow",
         panel=TRAINING,
     )
@@ -132,7 +121,6 @@ class FeatureTraining:
         0,
         "Learn from this many fixed draws of the noise per sample; 0 learns from all noise, "
         "exactly. Losses are always under all noise.",
-        "--draws",
         minimum=0,
         panel=TRAINING,
     )
@@ -140,7 +128,6 @@ class FeatureTraining:
         None,
         "Draws of the noise per sample for the part of the student that is not exact. Not with "
         "--draws, which the student uses too.",
-        "--noise-draws",
         minimum=1,
         shown_default="20 p/n",
         panel=TRAINING,

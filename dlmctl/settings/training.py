@@ -49,7 +49,6 @@ class Learning:
     inner: int | None = knob(
         None,
         "Optimizer steps on a batch, each with masks of its own.",
-        "--inner",
         minimum=1,
         panel=OBJECTIVE,
         shown_default=defaults("inner"),
@@ -74,7 +73,5 @@ class Learning:
 class Saving:
     """Checkpoints of a run."""
 
-    save_every: int = knob(
-        100, "Steps between checkpoints within a round.", "--save-every", minimum=1
-    )
-    keep: int = knob(2, "How many checkpoints are kept.", "--keep", minimum=1)
+    save_every: int = knob(100, "Steps between checkpoints within a round.", minimum=1)
+    keep: int = knob(2, "How many checkpoints are kept.", minimum=1)

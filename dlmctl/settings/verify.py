@@ -17,9 +17,7 @@ class Judging:
     """Weights of the verifiers, a program that judges, and limits on time, memory and access."""
 
     weight: list[str] | None = knob(
-        None,
-        "Weight of a verifier in 'reward' (default 1); repeatable.",
-        metavar="NAME=WEIGHT",
+        None, "Weight of a verifier in 'reward' (default 1); repeatable.", metavar="NAME=WEIGHT"
     )
     preset: Literal["d1"] | None = knob(
         None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 import typer
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from dlmctl.cli import SUBCOMMANDS, functions
 from dlmctl.options import with_options
 from dlmctl.records.errors import UsageError
-from dlmctl.settings import Knob, Shown, Without, knob, knob_of
+from dlmctl.settings import Knob, Shown, Without, knob, knob_of, same_field
 from dlmctl.settings.models import Prompting, Reading, split_name
 
 
@@ -93,6 +93,20 @@ def test_a_field_that_is_left_out_has_no_option_and_keeps_its_default():
     assert run(app, ["--width", "4"]).exit_code == 2
 
 
+def test_fields_stand_under_the_heading_of_their_class_unless_they_have_their_own():
+    @dataclass(frozen=True)
+    class Parts:
+        PANEL: ClassVar[str] = "Parts"
+
+        first_part: int = knob(1, "The first.")
+        second: int = knob(2, "The second.", panel="Elsewhere")
+        copied: int | None = same_field(None, Sizes, "width")
+
+    panels = {field.name: knob_of(field, Parts).panel for field in dataclasses.fields(Parts)}
+    assert panels == {"first_part": "Parts", "second": "Elsewhere", "copied": "Sizes"}
+    assert knob_of(dataclasses.fields(Parts)[0], Parts).flag("first_part") == "--first-part"
+
+
 def test_two_fields_of_one_name_are_an_error():
     def command(sizes: Sizes = Sizes(), width: int = 1) -> None: ...
 
@@ -109,7 +123,7 @@ def test_every_field_of_the_settings_is_an_option_of_the_commands_that_take_them
     parameters = inspect.signature(functions("rollout")["rollout"]).parameters
     for kind in (Reading, Prompting):
         for field in dataclasses.fields(kind):
-            assert knob_of(field).help
+            assert knob_of(field, kind).help
             assert parameters[field.name].default == field.default
     taking = {n for n in SUBCOMMANDS for f in functions(n).values() if "family" in _names(f)}
     assert {"rollout", "score-elbo", "update", "sae-train", "distill", "memo-eval"} <= taking
