@@ -19,26 +19,18 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dlmctl.rl.objectives.scores import Needs, Scores, clipped_share, clipped_surrogate
+from dlmctl.rl.objectives.scores import PenalizedRatios, Scores, clipped_share, clipped_surrogate
 from dlmctl.settings.algorithms import RECIPES, Recipe
 
 
 @dataclass(frozen=True)
-class Espo:
+class Espo(PenalizedRatios):
     """The objective `espo`."""
 
     clip: float
     beta: float
 
     recipe: ClassVar[Recipe] = RECIPES["espo"]
-
-    @property
-    def needs(self) -> Needs:
-        return "ratios"
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.beta > 0
 
     def loss(self, scores: Scores) -> Tensor:
         surrogate = clipped_surrogate(self._ratio(scores), scores.advantage, self.clip)

@@ -21,12 +21,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from dlmctl.records.errors import UsageError
-from dlmctl.rl.objectives.scores import Needs, Scores
+from dlmctl.rl.objectives.scores import PenalizedRatios, Scores
 from dlmctl.settings.algorithms import RECIPES, Recipe
 
 
 @dataclass(frozen=True)
-class Gdsd:
+class Gdsd(PenalizedRatios):
     """The objective `gdsd`."""
 
     clip: float
@@ -34,14 +34,6 @@ class Gdsd:
     psi: float
 
     recipe: ClassVar[Recipe] = RECIPES["gdsd"]
-
-    @property
-    def needs(self) -> Needs:
-        return "ratios"
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.beta > 0
 
     def loss(self, scores: Scores) -> Tensor:
         if not _in_pairs(scores):

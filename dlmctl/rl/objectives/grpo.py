@@ -34,14 +34,14 @@ import torch
 from torch import Tensor
 
 from dlmctl.records.errors import UsageError
-from dlmctl.rl.objectives.scores import Needs, Scores
+from dlmctl.rl.objectives.scores import PenalizedRatios, Scores
 from dlmctl.settings.algorithms import CISPO_BOUND, RECIPES, Recipe
 
 LossType = Literal["dapo", "grpo", "bnpo", "dr_grpo", "cispo"]
 
 
 @dataclass(frozen=True)
-class Grpo:
+class Grpo(PenalizedRatios):
     """The objective `grpo`; token weights of the records are not looked at."""
 
     loss_type: LossType
@@ -62,14 +62,6 @@ class Grpo:
             raise UsageError(f"--max-length means nothing to --loss-type {self.loss_type}")
         if self.dual_clip is not None and self.loss_type == "cispo":
             raise UsageError("--dual-clip means nothing to --loss-type cispo")
-
-    @property
-    def needs(self) -> Needs:
-        return "ratios"
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.beta > 0
 
     @property
     def bounds(self) -> tuple[float, float]:

@@ -79,6 +79,21 @@ class Objective(Protocol):
         """What else is worth a look."""
 
 
+class PenalizedRatios:
+    """An objective of ratios to the old policy, with a KL penalty to the reference."""
+
+    beta: float
+    """Coefficient of the penalty."""
+
+    @property
+    def needs(self) -> Needs:
+        return "ratios"
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.beta > 0
+
+
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """PPO's pessimistic surrogate, to be ascended; `ratio` and `advantage` broadcast."""
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
