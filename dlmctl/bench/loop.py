@@ -22,7 +22,7 @@ from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Batching
 from dlmctl.rl.update import update_policy
 from dlmctl.settings.bench import Workload
-from dlmctl.settings.common import Compute
+from dlmctl.settings.compute import Compute
 from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.settings.sampler import Sampler
 from dlmctl.tasks.sources import prompts

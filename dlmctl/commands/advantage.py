@@ -13,9 +13,10 @@ from dlmctl.records.resume import Resume, Rule
 from dlmctl.records.shards import parse_shard, read_shard
 from dlmctl.settings import Knob
 from dlmctl.settings.algorithms import Advantages, Reinforcement
-from dlmctl.settings.common import Compute, Files, Stage
+from dlmctl.settings.compute import Compute
 from dlmctl.settings.layout import Tags
 from dlmctl.settings.srpo import Contrast, Credit
+from dlmctl.settings.streams import Files, Stage
 
 
 def command(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dlmctl.commands.progress import counting
 from dlmctl.commands.tables import write_rows
 from dlmctl.settings.bench import Workload
-from dlmctl.settings.common import Compute, Json, Model, Quiet
+from dlmctl.settings.compute import Compute, Model
+from dlmctl.settings.streams import Json, Quiet
 
 
 def command(

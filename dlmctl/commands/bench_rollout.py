@@ -10,7 +10,8 @@ from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import read_records
 from dlmctl.settings import Knob
 from dlmctl.settings.bench import BenchModel, SamplerPaths
-from dlmctl.settings.common import Compute, Json, Quiet, Seed
+from dlmctl.settings.compute import Compute, Seed
+from dlmctl.settings.streams import Json, Quiet
 
 COLUMNS = ["path", "tokens_per_second", "ratio", "nfe", "same", "accuracy", "peak_memory_mb"]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
 from dlmctl.settings.bench import BenchModel, GradientStep
-from dlmctl.settings.common import Device, Json, Quiet
+from dlmctl.settings.compute import Device
 from dlmctl.settings.optimizer import Adapter
 from dlmctl.settings.parsing import whole_numbers
+from dlmctl.settings.streams import Json, Quiet
 
 COLUMNS = [
     "path", "batch_size", "seconds", "ratio", "peak_memory_mb", "memory_ratio", "difference",

@@ -8,9 +8,10 @@ from dlmctl.commands.distill_teacher import take_steps
 from dlmctl.commands.ranks import on_every_rank
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob
-from dlmctl.settings.common import DeviceName, Quiet
+from dlmctl.settings.compute import DeviceName
 from dlmctl.settings.distill import Distillation
 from dlmctl.settings.images import Gray, Images, NetworkSizes, Reports, Run, Training
+from dlmctl.settings.streams import Quiet
 
 
 @on_every_rank

@@ -11,10 +11,11 @@ from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.ranks import on_every_rank, write_metrics
 from dlmctl.records.jsonl import read_records
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Compute, Files, OnErrorOption, Quiet
+from dlmctl.settings.compute import Compute
 from dlmctl.settings.distill import MaskedConsistency
 from dlmctl.settings.models import Prompting, Reading
 from dlmctl.settings.optimizer import OPTIMIZER, Adapter, GradientCheckpointing, Optimizer
+from dlmctl.settings.streams import Files, OnErrorOption, Quiet
 from dlmctl.settings.training import ResumeInput
 
 

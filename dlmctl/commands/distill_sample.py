@@ -9,9 +9,10 @@ from dlmctl.commands.progress import counting
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import CannotCreateError, UsageError
 from dlmctl.settings import Knob
-from dlmctl.settings.common import DeviceName, Json, Quiet, Seed
+from dlmctl.settings.compute import DeviceName, Seed
 from dlmctl.settings.distill import Solver
 from dlmctl.settings.parsing import whole_numbers
+from dlmctl.settings.streams import Json, Quiet
 
 if TYPE_CHECKING:
     from torch import Tensor

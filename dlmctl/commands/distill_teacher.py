@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from dlmctl.commands.ranks import on_every_rank, write_metrics
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob
-from dlmctl.settings.common import DeviceName, Quiet
+from dlmctl.settings.compute import DeviceName
 from dlmctl.settings.images import (
     NOISE,
     Gray,
@@ -20,6 +20,7 @@ from dlmctl.settings.images import (
     Run,
     Training,
 )
+from dlmctl.settings.streams import Quiet
 
 if TYPE_CHECKING:
     from dlmctl.distill.image_training import TrainingRun
@@ -50,8 +51,8 @@ def command(
 
     Under torchrun the images of a step are divided among the processes and their gradients are
     summed: the steps, and the files, are those of one process, and a run can be resumed with more
-    or fewer processes. Each process has the whole network, which is small, and not a shard of it as
-    in 'dlmctl update'.
+    or fewer processes. The network is small, so each process has the whole of it; 'dlmctl update'
+    shards it.
 
     Examples:
 

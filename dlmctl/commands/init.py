@@ -11,7 +11,7 @@ from dlmctl.records.errors import UsageError
 from dlmctl.records.files import check_free
 from dlmctl.records.jsonl import read_records
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Seed
+from dlmctl.settings.compute import Seed
 from dlmctl.settings.small import SmallModel, SmallTokenizer
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 from dlmctl.commands.progress import counted
 from dlmctl.records.errors import missing_package
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Quiet
+from dlmctl.settings.streams import Quiet
 
 PASSES_ON = True
 """Options that are not known here are arguments of the harness."""

@@ -15,8 +15,8 @@ from dlmctl.commands.tables import print_table
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import OnError, Record, read_records, write_records
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Files, Json, OnErrorOption, Quiet, kept_in
 from dlmctl.settings.parsing import whole_numbers
+from dlmctl.settings.streams import Files, Json, OnErrorOption, Quiet, kept_in
 
 if TYPE_CHECKING:
     from dlmctl.memorization.text.copies import Document, Unit
@@ -69,8 +69,8 @@ def command(
     rows: Annotated[
         Path | None,
         Knob(
-            "Write a record for each text: its longest match, the words of it, and where they come "
-            "from.",
+            "Write a record for each text: its longest match, the matching words, and where they "
+            "come from.",
             "--rows",
             metavar="FILE",
             shown_default="off",

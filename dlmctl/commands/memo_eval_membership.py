@@ -11,9 +11,10 @@ from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import read_records, write_records
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Compute, Json, Model, OnErrorOption, Quiet, kept_in
+from dlmctl.settings.compute import Compute, Model
 from dlmctl.settings.memorization import NEED_REFERENCE, Attacks, Bootstrap, Sama
 from dlmctl.settings.models import Prompting, Reading
+from dlmctl.settings.streams import Json, OnErrorOption, Quiet, kept_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +49,7 @@ def command(
     on_error: OnErrorOption = "fail",
     quiet: Quiet = False,
 ) -> None:
-    """Measure how well one can tell which texts a language model was trained on.
+    """Measure how well the texts that a language model was trained on can be identified.
 
     Scores the texts of both files and writes a row for each method: the area under the ROC curve
     with a bootstrap interval, and the share of members that are identified at false positive rates

@@ -13,8 +13,9 @@ from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.files import write_file
 from dlmctl.records.jsonl import write_records
 from dlmctl.settings import Knob
-from dlmctl.settings.common import DeviceName, Json, Output, Quiet
+from dlmctl.settings.compute import DeviceName
 from dlmctl.settings.memorization import Bootstrap, Gallery, ImageSources, SampleStudy
+from dlmctl.settings.streams import Json, Output, Quiet
 
 if TYPE_CHECKING:
     import torch

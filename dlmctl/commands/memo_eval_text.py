@@ -10,9 +10,10 @@ from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.jsonl import read_records, write_records
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Compute, Files, Json, Model, OnErrorOption, Quiet, kept_in
+from dlmctl.settings.compute import Compute, Model
 from dlmctl.settings.memorization import Extraction
 from dlmctl.settings.models import Prompting, Reading
+from dlmctl.settings.streams import Files, Json, OnErrorOption, Quiet, kept_in
 
 FIGURES = ("extractable", "exact", "near", "near_bleu", "log_prob_per_token")
 

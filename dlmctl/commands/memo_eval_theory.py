@@ -10,7 +10,7 @@ from dlmctl.records.errors import UsageError
 from dlmctl.records.files import write_file
 from dlmctl.records.jsonl import write_records
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Quiet
+from dlmctl.settings.streams import Quiet
 from dlmctl.settings.theory import FeatureModel, FeatureTraining
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Model
+from dlmctl.settings.compute import Model
 from dlmctl.settings.models import Reading
 
 

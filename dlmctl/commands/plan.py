@@ -10,10 +10,10 @@ from dlmctl.commands.tables import print_table
 from dlmctl.records.jsonl import write_records
 from dlmctl.settings import only
 from dlmctl.settings.algorithms import Algo, Constants
-from dlmctl.settings.common import Json
 from dlmctl.settings.masks import Masks
 from dlmctl.settings.plan import Machine, Options, Run, Step
 from dlmctl.settings.sampler import Sampler
+from dlmctl.settings.streams import Json
 from dlmctl.settings.training import Learning
 
 BYTES = {

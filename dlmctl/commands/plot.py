@@ -10,8 +10,8 @@ from dlmctl.records.errors import UsageError
 from dlmctl.records.files import write_file
 from dlmctl.records.jsonl import read_records
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Files, OnErrorOption
 from dlmctl.settings.report import Curves
+from dlmctl.settings.streams import Files, OnErrorOption
 
 
 def command(

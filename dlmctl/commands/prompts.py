@@ -8,8 +8,9 @@ from dlmctl.commands.progress import counted
 from dlmctl.records.jsonl import write_records
 from dlmctl.records.shards import parse_shard
 from dlmctl.settings import Knob
-from dlmctl.settings.common import OnErrorOption, Output, Quiet, Seed, Shard
+from dlmctl.settings.compute import Seed
 from dlmctl.settings.prompts import Prompts
+from dlmctl.settings.streams import OnErrorOption, Output, Quiet, Shard
 from dlmctl.tasks.sources import DATASETS, GENERATORS, is_generated, prompts
 
 DEFAULT_PROBLEMS = 32

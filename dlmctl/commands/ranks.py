@@ -15,7 +15,7 @@ from typing import Any
 from dlmctl.commands.progress import Total, counted
 from dlmctl.records.errors import UsageError, UserFacingError
 from dlmctl.records.jsonl import write_records
-from dlmctl.settings.common import Device
+from dlmctl.settings.compute import Device
 
 SILENCE_S = 30.0
 """How long a rank that failed leaves it to the first one to say why."""

@@ -10,12 +10,13 @@ from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
 from dlmctl.records.resume import Resume, Rule
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Compute, Files, Model, Seed, Stage
+from dlmctl.settings.compute import Compute, Model, Seed
 from dlmctl.settings.models import Prompting, Reading
 from dlmctl.settings.order import GuidingSaes
 from dlmctl.settings.rollout import Corrupted, Loop, PromptSource
 from dlmctl.settings.sampler import Sampler
 from dlmctl.settings.steering import Steering
+from dlmctl.settings.streams import Files, Stage
 
 
 def command(

@@ -11,8 +11,9 @@ from dlmctl.commands.progress import counted
 from dlmctl.records.files import check_free, make_directory
 from dlmctl.records.jsonl import write_records
 from dlmctl.settings import Knob, Shown
-from dlmctl.settings.common import Device, Model, OnErrorOption, Quiet, Seed
+from dlmctl.settings.compute import Device, Model, Seed
 from dlmctl.settings.corpus import Activations, Corpus, CorpusFiles, Sequences
+from dlmctl.settings.streams import OnErrorOption, Quiet
 
 
 def command(

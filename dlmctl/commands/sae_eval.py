@@ -11,9 +11,10 @@ from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Compute, Json, OnErrorOption, Quiet, Seed
+from dlmctl.settings.compute import Compute, Seed
 from dlmctl.settings.corpus import AS_TRAINED, SHOWN_AS_TRAINED, Corpus, SaeModel
 from dlmctl.settings.sae import Insertion, SaePaths
+from dlmctl.settings.streams import Json, OnErrorOption, Quiet
 
 TUNED = "After more training"
 COLUMNS = ("layer", "k", "positions", "fve", "nmse", "cos", "l0", "dead")

@@ -14,7 +14,7 @@ from dlmctl.records.errors import UsageError
 from dlmctl.records.files import check_free
 from dlmctl.records.jsonl import write_records
 from dlmctl.settings import Knob, Without
-from dlmctl.settings.common import Device, Output, Quiet, Seed
+from dlmctl.settings.compute import Device, Seed
 from dlmctl.settings.corpus import (
     AS_TRAINED,
     SHOWN_AS_TRAINED,
@@ -25,6 +25,7 @@ from dlmctl.settings.corpus import (
     Sequences,
 )
 from dlmctl.settings.features import WindowCounts
+from dlmctl.settings.streams import Output, Quiet
 
 if TYPE_CHECKING:
     from dlmctl.models.policy import Policy

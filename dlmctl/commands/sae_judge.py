@@ -11,7 +11,8 @@ from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.progress import counted
 from dlmctl.records.jsonl import Record, each, read_records, write_records
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Compute, Files, OnErrorOption, Output, Quiet, Seed
+from dlmctl.settings.compute import Compute, Seed
+from dlmctl.settings.streams import Files, OnErrorOption, Output, Quiet
 
 
 def command(

@@ -14,9 +14,10 @@ from dlmctl.commands.tables import print_table
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
 from dlmctl.settings import Knob, Without
-from dlmctl.settings.common import Compute, Files, Json, Model, OnErrorOption, Output, Quiet, Seed
+from dlmctl.settings.compute import Compute, Model, Seed
 from dlmctl.settings.rollout import PromptSource
 from dlmctl.settings.sampler import Remasking, Sampler
+from dlmctl.settings.streams import Files, Json, OnErrorOption, Output, Quiet
 
 MEANS = ("s_pre", "s_pre_last5", "lock_ratio", "jump", "d_post", "flips_post")
 SIGNALS = ("signal", "auroc", "auroc_step", "auroc_choice", "used", "right")

@@ -10,9 +10,10 @@ from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.jsonl import each, read_records
 from dlmctl.settings import Without
-from dlmctl.settings.common import Compute, Json, OnErrorOption, Quiet, Seed
+from dlmctl.settings.compute import Compute, Seed
 from dlmctl.settings.corpus import SHOWN_AS_TRAINED, Corpus, SaeModel
 from dlmctl.settings.sae import SaePaths
+from dlmctl.settings.streams import Json, OnErrorOption, Quiet
 
 COLUMNS = ("sae", "method", "concept", "value", "feature", "auroc", "clear")
 

@@ -11,8 +11,9 @@ from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record, read_records, write_records
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Compute, Files, Json, OnErrorOption, Quiet, Seed
+from dlmctl.settings.compute import Compute, Seed
 from dlmctl.settings.steering import ConceptScores, FluencyScores
+from dlmctl.settings.streams import Files, Json, OnErrorOption, Quiet
 
 if TYPE_CHECKING:
     from dlmctl.sae.steering.questions import Answers

@@ -12,11 +12,12 @@ from dlmctl.commands.ranks import on_every_rank, write_metrics
 from dlmctl.records.errors import UsageError
 from dlmctl.records.locks import Lock, hold_run
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Device, Model, Quiet
+from dlmctl.settings.compute import Device, Model
 from dlmctl.settings.corpus import Activations, Corpus, CorpusFiles
 from dlmctl.settings.models import Reading
 from dlmctl.settings.parsing import byte_count, whole_numbers
 from dlmctl.settings.sae import Feed, Ks, Profile, SaeRecipe
+from dlmctl.settings.streams import Quiet
 
 if TYPE_CHECKING:
     from dlmctl.sae.corpus import Document

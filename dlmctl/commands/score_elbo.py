@@ -11,9 +11,10 @@ from dlmctl.records.jsonl import write_records
 from dlmctl.records.resume import Resume, Rule
 from dlmctl.records.shards import parse_shard, read_shard
 from dlmctl.settings import Knob, Shown
-from dlmctl.settings.common import Compute, Files, Seed, Stage
+from dlmctl.settings.compute import Compute, Seed
 from dlmctl.settings.masks import Masks
 from dlmctl.settings.models import Prompting, Reading
+from dlmctl.settings.streams import Files, Stage
 
 
 def command(

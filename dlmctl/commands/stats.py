@@ -15,8 +15,8 @@ from dlmctl.commands.tables import print_table
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import read_records, write_records
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Files, OnErrorOption, Output, Quiet
 from dlmctl.settings.parsing import named_number
+from dlmctl.settings.streams import Files, OnErrorOption, Output, Quiet
 
 
 def command(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from dlmctl.settings import Knob
-from dlmctl.settings.common import OnErrorOption
+from dlmctl.settings.streams import OnErrorOption
 
 
 def command(

@@ -15,10 +15,11 @@ from dlmctl.records.groups import group_size
 from dlmctl.records.jsonl import OnError, Record, object_field, read_records
 from dlmctl.records.locks import Lock, hold_run
 from dlmctl.settings.algorithms import RECIPES, Advantages, Algo, Algorithm, Constants, check_kind
-from dlmctl.settings.common import Compute, Files, OnErrorOption, Quiet, Seed
+from dlmctl.settings.compute import Compute, Seed
 from dlmctl.settings.masks import Masks, Supervised
 from dlmctl.settings.models import Prompting, Reading
 from dlmctl.settings.optimizer import Adapter, Optimizer
+from dlmctl.settings.streams import Files, OnErrorOption, Quiet
 from dlmctl.settings.training import Learning, OptionalModel, ResumeInput, RunOutput, Saving
 
 

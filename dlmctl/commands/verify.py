@@ -14,8 +14,8 @@ from dlmctl.records.jsonl import each, write_records
 from dlmctl.records.resume import Resume, Rule
 from dlmctl.records.shards import parse_shard, read_shard
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Files, Stage
 from dlmctl.settings.layout import Tags
+from dlmctl.settings.streams import Files, Stage
 from dlmctl.settings.verify import Judging
 from dlmctl.verifiers.evaluations import from_evaluation
 from dlmctl.verifiers.registry import VERIFIERS, find_verifier, verify

@@ -11,7 +11,7 @@ from typing import Annotated
 from dlmctl.records.errors import MissingInputError
 from dlmctl.records.jsonl import read_records
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Files, OnErrorOption
+from dlmctl.settings.streams import Files, OnErrorOption
 
 
 def command(

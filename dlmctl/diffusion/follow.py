@@ -20,7 +20,7 @@ from dlmctl.models.loading import load_policy, reload_policy
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import OnError, Record
 from dlmctl.records.stdin import reader_is_gone
-from dlmctl.settings.common import Compute
+from dlmctl.settings.compute import Compute
 from dlmctl.settings.models import Prompting
 from dlmctl.settings.rollout import Loop
 from dlmctl.settings.sampler import Sampler

@@ -33,7 +33,7 @@ def sample_noise(seed: int, samples: range, shape: tuple[int, ...], step: int = 
 
 
 def levels(model: ImageModel, steps: int) -> Tensor:
-    """The noise levels that a sampler of so many steps visits, float64 [steps].
+    """The noise levels that a sampler visits in `steps` steps, float64 [steps].
 
     A teacher's are EDM's grid, from sigma_max to sigma_min. A student's are the grid with one more
     point, without its end, at which a student is the identity (ours): sigma_max alone for one step.
@@ -77,7 +77,7 @@ def draw(
 
 
 def evaluations(model: ImageModel, steps: int, solver: Solver) -> int:
-    """How often a sampler of so many steps evaluates the model for one sample."""
+    """How often a sampler evaluates the model for one sample in `steps` steps."""
     if model.kind == "consistency" or solver == "euler":
         return steps
     return 2 * steps - 1

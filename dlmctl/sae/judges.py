@@ -9,7 +9,7 @@ from dlmctl.diffusion.rollout import rollout
 from dlmctl.diffusion.sampling import configured
 from dlmctl.models.loading import load_policy
 from dlmctl.records.jsonl import OnError, Record
-from dlmctl.settings.common import Compute
+from dlmctl.settings.compute import Compute
 from dlmctl.settings.sampler import Sampler
 
 _NUMBER = r"-?\d+(?:\.\d+)?(?![\w/]|[.,]\d)"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob, knob, same, same_field
-from dlmctl.settings.common import Seed
+from dlmctl.settings.compute import Seed
 from dlmctl.settings.optimizer import Adapter
 from dlmctl.settings.sampler import Sampler
 

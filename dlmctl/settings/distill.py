@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import knob, same
-from dlmctl.settings.common import Seed
+from dlmctl.settings.compute import Seed
 
 Objective = Literal["cd", "ct", "ect"]
 Solver = Literal["heun", "euler"]

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob, knob, same, same_field
-from dlmctl.settings.common import Seed
+from dlmctl.settings.compute import Seed
 from dlmctl.settings.optimizer import OPTIMIZER, Optimizer, Schedule
 
 NetworkKind = Literal["unet", "mlp"]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import knob, same
-from dlmctl.settings.common import Memory, Seed
+from dlmctl.settings.compute import Memory, Seed
 from dlmctl.settings.images import Gray
 from dlmctl.settings.parsing import byte_count, whole_numbers
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from dlmctl.settings import Knob, knob, same
-from dlmctl.settings.common import Seed
+from dlmctl.settings.compute import Seed
 
 Aux = Literal["straight", "input", "pre", "rectified"]
 Scope = Literal["all", "matching"]

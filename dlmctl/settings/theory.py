@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import knob, same
-from dlmctl.settings.common import Seed
+from dlmctl.settings.compute import Seed
 from dlmctl.settings.parsing import float_grid
 
 MODEL, TRAINING = "Model", "Training"

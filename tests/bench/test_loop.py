@@ -9,7 +9,7 @@ from dlmctl.bench import loop
 from dlmctl.bench.loop import as_pipe
 from dlmctl.records.errors import CannotWriteError
 from dlmctl.settings.bench import Workload
-from dlmctl.settings.common import Compute
+from dlmctl.settings.compute import Compute
 
 
 def test_at_lag_zero_the_pipe_trains_the_weights_of_one_process(monkeypatch):

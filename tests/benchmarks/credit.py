@@ -32,11 +32,12 @@ from dlmctl.rl.update import update_policy
 from dlmctl.settings import Knob
 from dlmctl.settings.algorithms import RECIPES
 from dlmctl.settings.bench import Workload
-from dlmctl.settings.common import Compute, Json, Quiet
+from dlmctl.settings.compute import Compute
 from dlmctl.settings.layout import Tags
 from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.settings.sampler import Sampler
 from dlmctl.settings.srpo import Contrast, Credit
+from dlmctl.settings.streams import Json, Quiet
 from dlmctl.tasks.sources import prompts
 from dlmctl.train.run import Run, open_run
 from dlmctl.verifiers.registry import verify

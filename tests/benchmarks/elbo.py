@@ -33,9 +33,10 @@ from dlmctl.records.errors import UsageError
 from dlmctl.records.groups import groups
 from dlmctl.records.jsonl import Record, read_records
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Compute, Files, Json, Model, Quiet, Seed
+from dlmctl.settings.compute import Compute, Model, Seed
 from dlmctl.settings.mask_laws import PAIRED, UNBIASED, Law
 from dlmctl.settings.parsing import whole_numbers
+from dlmctl.settings.streams import Files, Json, Quiet
 
 LAWS: tuple[Law, ...] = (*UNBIASED, "quadrature")
 

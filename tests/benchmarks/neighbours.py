@@ -24,8 +24,9 @@ from dlmctl.commands.tables import write_rows
 from dlmctl.memorization.images.neighbours import nearest
 from dlmctl.models.loading import resolve_device
 from dlmctl.settings import Knob
-from dlmctl.settings.common import Json, Memory, Quiet, Seed
+from dlmctl.settings.compute import Memory, Seed
 from dlmctl.settings.parsing import byte_count
+from dlmctl.settings.streams import Json, Quiet
 
 CHECKED = 16
 """Samples whose neighbours are compared with those by differences in float64."""

@@ -44,10 +44,11 @@ from dlmctl.sae.topk import Codes, combine
 from dlmctl.sae.training.stream import Stream
 from dlmctl.sae.training.trainer import SaeTrainer
 from dlmctl.settings import Knob, knob
-from dlmctl.settings.common import Device, Json, Quiet, Seed
+from dlmctl.settings.compute import Device, Seed
 from dlmctl.settings.corpus import layer_numbers, position_kinds
 from dlmctl.settings.parsing import whole_numbers
 from dlmctl.settings.sae import SaeRecipe
+from dlmctl.settings.streams import Json, Quiet
 
 MEASURES = ("steps", "pipeline")
 STEPS_COLUMNS = [

@@ -62,8 +62,8 @@ def similarities(
 def distinct(references: Tensor, tolerance: float = 0.0, memory: int = MEMORY) -> Tensor:
     """int64 [M']: the references without duplicates, in order.
 
-    From the first to the last, a reference is kept unless it equals one that is kept, or is within
-    the tolerance of it.
+    From the first to the last, a reference is kept unless a kept one equals it or is within the
+    tolerance.
 
     Args:
         references: float32 [M, D].

@@ -1,4 +1,4 @@
-"""What most subcommands have: input, output, errors, seeds, devices."""
+"""Records in and out: files, shards, errors, progress, resuming."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ Files = Annotated[
         shown_default=False,
     ),
 ]
+
+
 Output = Annotated[
     str, Knob("Where the records go; - is standard output.", "-o", "--output", metavar="FILE")
 ]
+
+
 Quiet = Annotated[
     bool,
     Knob(
@@ -29,6 +33,8 @@ Quiet = Annotated[
         env=True,
     ),
 ]
+
+
 OnErrorOption = Annotated[
     OnError,
     Knob(
@@ -38,6 +44,8 @@ OnErrorOption = Annotated[
         env=True,
     ),
 ]
+
+
 Shard = Annotated[
     str | None,
     Knob(
@@ -49,62 +57,14 @@ Shard = Annotated[
         shown_default="the whole input",
     ),
 ]
-Seed = Annotated[int, Knob("Same seed, same input: same output.", "--seed", env=True)]
+
+
 Json = Annotated[bool, Knob("Write JSON on a terminal too, as in a pipe.", "--json")]
-Model = Annotated[
-    str,
-    Knob(
-        "Hub name, directory or checkpoint; builtin:puzzles is the model that dlmctl ships.",
-        "-m",
-        "--model",
-        metavar="MODEL",
-        env=True,
-    ),
-]
-DeviceName = Annotated[
-    str, Knob("auto, cpu, cuda or cuda:N.", "--device", metavar="DEVICE", env=True)
-]
-Memory = Annotated[
-    str,
-    Knob(
-        "Memory for blocks of distances, as 512M or 4G; changes speed, not results.",
-        "--memory",
-        metavar="SIZE",
-        env=True,
-    ),
-]
 
 
 def kept_in(output: object, on_error: OnError) -> OnError:
     """What happens to faulty records: without an output that could keep them they are left out."""
     return on_error if output or on_error == "fail" else "skip"
-
-
-@dataclass(frozen=True)
-class Device:
-    """Where a model runs."""
-
-    device: str = same("auto", DeviceName)
-    dtype: str = knob(
-        "auto",
-        "auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16.",
-        metavar="DTYPE",
-        env=True,
-    )
-
-
-@dataclass(frozen=True)
-class Compute(Device):
-    """Where a model runs, and on how much at a time."""
-
-    batch_size: int = knob(
-        32,
-        "Sequences per forward pass; changes speed and memory, not results.",
-        "-b",
-        "--batch-size",
-        minimum=1,
-        env=True,
-    )
 
 
 @dataclass(frozen=True)
