@@ -36,7 +36,7 @@ class SamplerCallback:
 
         Args:
             masked: the N positions.
-            states: hidden states [N, H] at these positions, as `propose` takes them.
+            states: hidden states [N, H] at these positions, as `predict_tokens` takes them.
             confidence: the sampler's own, float64 [N].
         """
         return confidence

@@ -16,8 +16,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from dlmctl.diffusion.fused_linear_logprob import target_log_probs
 from dlmctl.diffusion.masks import MaskSet
-from dlmctl.diffusion.projection import target_log_probs
 from dlmctl.models.policy import Policy
 from dlmctl.models.vision import Picture
 from dlmctl.train.distributed import all_reduce_sum, rank, world_size

@@ -23,7 +23,7 @@ from dlmctl.models.policy import Policy
 from dlmctl.settings.sampler import Remasking
 
 
-def propose(
+def predict_tokens(
     policy: Policy, states: Sequence[Tensor], keys: Tensor, settings: SamplerConfig
 ) -> tuple[Tensor, Tensor]:
     """A token and a confidence for each of N positions.
@@ -38,7 +38,7 @@ def propose(
     """
     chunk = positions_per_chunk(policy.vocab_size, keys.is_cuda)
     parts = [
-        propose_chunk(policy, pieces, where, settings)
+        predict_tokens_chunk(policy, pieces, where, settings)
         for *pieces, where in zip(*(x.split(chunk) for x in (*states, keys)), strict=True)
     ]
     if not parts:
@@ -55,10 +55,10 @@ def positions_per_chunk(vocab_size: int, cuda: bool) -> int:
     return max(1, (1 << 27 if cuda else 1 << 23) // vocab_size)
 
 
-def propose_chunk(
+def predict_tokens_chunk(
     policy: Policy, states: Sequence[Tensor], keys: Tensor, settings: SamplerConfig
 ) -> tuple[Tensor, Tensor]:
-    """`propose` with the logits of all positions in memory at once."""
+    """`predict_tokens` with the logits of all positions in memory at once."""
     return _decide(policy, _logits(policy, states, settings.cfg_scale), keys, settings)
 
 
@@ -76,7 +76,7 @@ def _logits(policy: Policy, states: Sequence[Tensor], cfg_scale: float) -> Tenso
 def _decide(
     policy: Policy, logits: Tensor, keys: Tensor, settings: SamplerConfig
 ) -> tuple[Tensor, Tensor]:
-    """`propose` for one chunk of logits [N, V], which are overwritten."""
+    """`predict_tokens` for one chunk of logits [N, V], which are overwritten."""
     if settings.eos == "never":
         logits[:, sorted(policy.ends)] = -torch.inf
     # The mask token is a state of the process, not an outcome: it counts in p, but is not sampled.
@@ -117,7 +117,7 @@ def _confidence(logits: Tensor, token: Tensor, keys: Tensor, remasking: Remaskin
     return chosen / (1 + below.exp_().sum(dim=1).double())
 
 
-def kept(confidence: Tensor, quota: Tensor, settings: SamplerConfig) -> Tensor:
+def select_to_unmask(confidence: Tensor, quota: Tensor, settings: SamplerConfig) -> Tensor:
     """bool [R, B]: the positions whose token stays.
 
     By `threshold` and `factor`, as in Fast-dLLM's get_transfer_index and

@@ -26,7 +26,7 @@ from dlmctl.diffusion.callback import SamplerCallback
 from dlmctl.diffusion.canvas import Canvas
 from dlmctl.diffusion.noise import subkeys
 from dlmctl.diffusion.passes import Passes
-from dlmctl.diffusion.proposals import kept, propose
+from dlmctl.diffusion.proposals import predict_tokens, select_to_unmask
 from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
@@ -105,12 +105,12 @@ def _denoise(canvas: Canvas, passes: Passes, callback: SamplerCallback) -> list[
     masked, steps = canvas.masked(rows), canvas.numbered_steps(rows)
     noise = subkeys(subkeys(canvas.keys[canvas.tensor(rows)], steps)[masked.row], masked.completion)
     states = passes.states(rows, masked)
-    token, sure = propose(canvas.policy, states, noise, settings)
+    token, sure = predict_tokens(canvas.policy, states, noise, settings)
     sure = callback.adjust_confidence(masked, states, sure)
     confidence = torch.full(masked.shape, -torch.inf, dtype=torch.float64, device=canvas.device)
     confidence[masked.row, masked.offset] = sure
     quota = settings.quota()[[canvas.block[s] for s in rows], [canvas.step[s] for s in rows]]
-    stays = kept(confidence, quota.to(canvas.device), settings)
+    stays = select_to_unmask(confidence, quota.to(canvas.device), settings)
     again = passes.outdated(rows, confidence.amax(dim=1))
     stays &= ~again[:, None]
     canvas.decide(masked, stays[masked.row, masked.offset], token, steps)

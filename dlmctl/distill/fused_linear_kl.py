@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from dlmctl.diffusion.projection import rows_per_chunk, wide
+from dlmctl.diffusion.fused_linear_logprob import rows_per_chunk, wide
 from dlmctl.models.policy import Policy
 from dlmctl.settings.distill import Divergence
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dlmctl.diffusion.elbo import own_parts, scored_states, scored_tokens
-from dlmctl.diffusion.projection import weighted_log_prob
+from dlmctl.diffusion.fused_linear_logprob import weighted_log_prob
 from dlmctl.distill.fused_linear_kl import weighted_divergence
 from dlmctl.distill.nested_masks import NestedMasks, draw_nested
 from dlmctl.models.adapters import merged

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dlmctl.diffusion.autoregressive import next_tokens
-from dlmctl.diffusion.projection import target_log_probs, weighted_log_prob
-from dlmctl.diffusion.proposals import positions_per_chunk, propose_chunk
+from dlmctl.diffusion.fused_linear_logprob import target_log_probs, weighted_log_prob
+from dlmctl.diffusion.proposals import positions_per_chunk, predict_tokens_chunk
 from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.blocks import decoder_blocks
 from dlmctl.models.policy import Policy
@@ -166,7 +166,7 @@ def _propose(policy: Policy, hidden: Tensor, settings: SamplerConfig) -> None:
     states = hidden[:, -block:].flatten(0, 1)
     chunk = min(len(states), positions_per_chunk(policy.vocab_size, cuda=True))
     pieces = [states[:chunk]] * (2 if settings.cfg_scale > 0 else 1)
-    propose_chunk(policy, pieces, torch.zeros(chunk, dtype=torch.int64), settings)
+    predict_tokens_chunk(policy, pieces, torch.zeros(chunk, dtype=torch.int64), settings)
 
 
 def tower_memory(policy: Policy, patches: int, trained: bool, compute: torch.dtype) -> float:

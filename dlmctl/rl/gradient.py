@@ -27,7 +27,7 @@ from dlmctl.diffusion.elbo import (
     own_micro_batches,
     scored_states,
 )
-from dlmctl.diffusion.projection import weighted_log_prob
+from dlmctl.diffusion.fused_linear_logprob import weighted_log_prob
 from dlmctl.models.policy import Policy
 from dlmctl.train.activations import checkpoint_activations, checkpoints_activations
 from dlmctl.train.distributed import all_reduce_sum, world_size

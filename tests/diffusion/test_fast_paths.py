@@ -6,7 +6,7 @@ from conftest import tiny_policy
 from transformers import DynamicCache
 
 from dlmctl.diffusion.passes import SMALL_PASS, buckets
-from dlmctl.diffusion.proposals import propose
+from dlmctl.diffusion.proposals import predict_tokens
 from dlmctl.diffusion.sampler import sample, sample_stream
 from dlmctl.diffusion.sampling import Request, SamplerConfig
 from dlmctl.models.policy import cache_argument
@@ -187,7 +187,9 @@ def test_confidences_in_float32_rank_as_in_float64_where_p_rounds_to_one(remaski
         "margin": best[:, 0] - best[:, 1],
     }[remasking]
     with torch.no_grad():
-        token, sure = propose(policy, [states], keys, SamplerConfig(4, 4, 4, remasking=remasking))
+        token, sure = predict_tokens(
+            policy, [states], keys, SamplerConfig(4, 4, 4, remasking=remasking)
+        )
     assert torch.equal(token, logits.argmax(1))
     torch.testing.assert_close(sure, exact, rtol=1e-5, atol=1e-9)
 

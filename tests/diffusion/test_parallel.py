@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import invoke, tiny_policy
 
-from dlmctl.diffusion.proposals import kept
+from dlmctl.diffusion.proposals import select_to_unmask
 from dlmctl.diffusion.sampler import sample
 from dlmctl.diffusion.sampling import SamplerConfig, configured
 from dlmctl.records.errors import UsageError
@@ -46,7 +46,7 @@ def test_a_step_decides_what_fast_dllm_decides(rule):
         masked = sorted(draw.sample(range(8), draw.randint(1, 8)))
         rows.append([c if place in masked else -torch.inf for place, c in enumerate(row)])
         wanted.append({masked[n] for n in decided([row[place] for place in masked], **rule)})
-    stays = kept(
+    stays = select_to_unmask(
         torch.tensor(rows, dtype=torch.float64), torch.ones(len(rows)), SamplerConfig(8, 8, **rule)
     )
     assert [set(row.nonzero()[:, 0].tolist()) for row in stays] == wanted
@@ -61,7 +61,7 @@ def test_the_factor_in_numbers():
         (0.91, 0.99, 0.10, 0.95, 0.92): [1, 1, 1, 1, 1],  # 0.1 would be left over
     }
     confidence = torch.tensor(list(rows), dtype=torch.float64)
-    made = kept(confidence, torch.ones(4), SamplerConfig(5, 5, factor=0.5))
+    made = select_to_unmask(confidence, torch.ones(4), SamplerConfig(5, 5, factor=0.5))
     assert made.int().tolist() == list(rows.values())
 
 

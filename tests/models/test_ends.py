@@ -9,7 +9,7 @@ import torch
 from conftest import greedy_records, read_jsonl, tiny_policy
 from transformers import AutoModelForCausalLM
 
-from dlmctl.diffusion.proposals import propose
+from dlmctl.diffusion.proposals import predict_tokens
 from dlmctl.diffusion.rollout import rollout
 from dlmctl.diffusion.sampling import configured
 from dlmctl.diffusion.scoring import MaskPlan, example_of
@@ -123,7 +123,7 @@ def proposals(policy, eos):
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(64, 16, generator=generator, dtype=torch.float64)
     settings = configured(policy, Sampler(temperature=0.0, eos=eos))
-    return propose(policy, [states], torch.zeros(64, dtype=torch.int64), settings)
+    return predict_tokens(policy, [states], torch.zeros(64, dtype=torch.int64), settings)
 
 
 def test_ends_can_be_left_out_or_decided_last():

@@ -10,7 +10,7 @@ from conftest import tiny_policy
 from safetensors.torch import load_file, save_file
 
 from dlmctl.diffusion.elbo import scored_states
-from dlmctl.diffusion.projection import weighted_log_prob
+from dlmctl.diffusion.fused_linear_logprob import weighted_log_prob
 from dlmctl.models.architecture import all_families, family_named
 from dlmctl.models.loading import load_policy
 from dlmctl.models.policy import Policy

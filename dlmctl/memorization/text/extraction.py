@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from dlmctl.diffusion.elbo import scored_states
+from dlmctl.diffusion.fused_linear_logprob import rows_per_chunk, wide
 from dlmctl.diffusion.noise import stream_uniform
-from dlmctl.diffusion.projection import rows_per_chunk, wide
 from dlmctl.diffusion.sampling import tokens_per_step
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from dlmctl.diffusion.elbo import Example, log_probs, masked_rows, micro_batches, scored_states
+from dlmctl.diffusion.fused_linear_logprob import divergence
 from dlmctl.diffusion.masks import MaskSet
 from dlmctl.diffusion.noise import stream_key
-from dlmctl.diffusion.projection import divergence
 from dlmctl.models.corruption import NO_IMAGE, corrupt
 from dlmctl.models.policy import Policy
 from dlmctl.models.vision import Picture

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dlmctl.diffusion.projection import target_log_probs
+from dlmctl.diffusion.fused_linear_logprob import target_log_probs
 from dlmctl.models.blocks import Edit, edited_blocks
 from dlmctl.models.policy import Policy
 from dlmctl.sae.corpus import MaskedBatch, Positions

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dlmctl.diffusion.canvas import Canvas, Masked
 from dlmctl.diffusion.noise import random_bits
-from dlmctl.diffusion.proposals import propose
+from dlmctl.diffusion.proposals import predict_tokens
 from dlmctl.diffusion.sampling import Request
 from dlmctl.models.policy import Policy
 from dlmctl.sae.order.feature_change import ChangeStats, progress
@@ -143,7 +143,7 @@ class OrderRecorder(FeatureTracker):
         settings = self.canvas.settings
         eos: EosRule = "never" if settings.eos == "never" else "normal"
         greedy = dataclasses.replace(settings, temperature=0.0, remasking="low_confidence", eos=eos)
-        return propose(self.policy, states, keys, greedy)
+        return predict_tokens(self.policy, states, keys, greedy)
 
     def on_finish(self, slot: int) -> None:
         number = self.canvas.owner[slot]

@@ -5,8 +5,8 @@ import torch
 from conftest import tiny_policy
 from torch import nn
 
-from dlmctl.diffusion import projection
-from dlmctl.diffusion.projection import target_log_probs, weighted_log_prob
+from dlmctl.diffusion import fused_linear_logprob
+from dlmctl.diffusion.fused_linear_logprob import target_log_probs, weighted_log_prob
 
 FAMILIES = ["llada", "dream", "a2d", "mlm", "ar"]
 
@@ -37,7 +37,7 @@ def gradients(policy, states, value):
 @pytest.mark.parametrize("rows", [1, 2, 100])
 def test_values_and_gradients_are_those_of_the_whole_table(family, rows, monkeypatch):
     policy = tiny_policy(family)
-    monkeypatch.setattr(projection, "LOGITS_PER_CHUNK", rows * policy.vocab_size)
+    monkeypatch.setattr(fused_linear_logprob, "LOGITS_PER_CHUNK", rows * policy.vocab_size)
     states, targets, coefficients = problem(policy)
     values = plain(policy, states, targets)
     assert torch.allclose(target_log_probs(policy, states, targets), values, atol=1e-12)
@@ -56,7 +56,7 @@ def test_gradients_agree_with_finite_differences():
     states, targets, coefficients = problem(policy, 3)
     matrix, bias = policy.head.projection.weight, policy.head.projection.bias
     assert torch.autograd.gradcheck(
-        lambda *given: projection._WeightedLogProb.apply(*given, targets, coefficients),
+        lambda *given: fused_linear_logprob._WeightedLogProb.apply(*given, targets, coefficients),
         (states, matrix, bias),
     )
 
