@@ -1,8 +1,8 @@
 """Sampling from an autoregressive model, left to right with a key-value cache.
 
-Prompts are left-padded so that all rows write the same column. The noise of a token depends on the
-key of its row and its place alone, as in the diffusion sampler. Log-probabilities are those of the
-model itself, whatever the temperature: what `update` scores a completion with.
+Prompts are left-padded so that all rows write the same column. As in the diffusion sampler, the
+noise of a token depends only on the key of its row and on its position. Log-probabilities are those
+of the model at temperature 1, whatever the temperature: `update` scores completions with the same.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def sample_autoregressive(
     """Sample a completion for each request, up to and including end-of-sequence, in their order.
 
     Raises:
-        UsageError: the settings ask for something that only denoising has.
+        UsageError: an option is given that only denoising has.
     """
     for option, given in {
         "--threshold": settings.threshold is not None,
@@ -79,8 +79,8 @@ def next_tokens(
 class _Rows:
     """The completions that are not finished, and the cache of what they have so far.
 
-    Those that have ended are computed along until they are a quarter of the rows; then they are
-    left out, and the cache is cut to the others: each time would copy it too often.
+    Rows that have ended stay in the batch until they are a quarter of it. Then they leave, and the
+    cache is cut to the others; to cut it each time would copy it too often.
     """
 
     def __init__(self, policy: Policy, requests: Sequence[Request]) -> None:

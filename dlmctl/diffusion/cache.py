@@ -1,15 +1,15 @@
 """Keys and values of earlier steps, for denoising steps that look at a part of the sequence only.
 
-A masked diffusion model attends in both directions, so that every token that is decided changes the
-keys and values of all others, if only a little. Fast-dLLM (arXiv 2505.22618) takes the old ones
-for everything outside the block that is being decided, and renews them when the next block begins:
+A masked diffusion model attends in both directions, so every token that is decided changes the keys
+and values of all others, if only a little. Fast-dLLM (arXiv 2505.22618) reuses the old ones for
+everything outside the current block, and renews them when the next block begins:
 
-    pass over      whole sequence        every `refresh` steps, and where a block begins
+    pass over      whole sequence        every `refresh` steps, and when a block begins
                    block and what follows       cache "prefix"
                    block alone                  cache "dual"
 
-Rows stand at their own place in their own block; their keys and values stay in slots of one tensor
-for each layer. To transformers this is a `Cache`, so that the models know nothing of it.
+Each row is at its own step of its own block; its keys and values are in a slot of one tensor for
+each layer. To transformers this is a `Cache`, so the models need no change.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dlmctl.records.errors import UsageError
 
 
 class SlotCache(Cache):
-    """Keys and values [slots, heads, width + 1, d] of each layer; the last column takes padding."""
+    """Keys and values [slots, heads, width + 1, d] of each layer; the last column: padding."""
 
     def __init__(self, slots: int) -> None:
         super().__init__(layers=[])
@@ -48,25 +48,25 @@ class SlotCache(Cache):
         self.width = width
 
     def aim(self, rows: Tensor, columns: Tensor, length: int, whole: bool) -> None:
-        """Say what the next pass holds.
+        """Say what the next pass contains.
 
         Args:
             rows: int64 [R], the slots of its rows.
             columns: int64 [R, Q], the positions of its tokens; `width` for padding.
-            length: columns that its queries are to see.
-            whole: whether it holds all tokens of its rows, so that it needs nothing older.
+            length: columns that its queries attend to.
+            whole: whether it contains all tokens of its rows, so that it needs no older keys.
         """
         self._rows, self._columns, self._length, self._whole = rows, columns, length, whole
 
     @property
     def padding(self) -> Tensor:
-        """bool [R, Q], the tokens of the pass aimed at that are none."""
+        """bool [R, Q], true for padding in the pass aimed at."""
         return self._columns == self.width
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store keys and values [R, heads, Q, d]; return those that the queries see."""
+        """Store keys and values [R, heads, Q, d]; return those that the queries attend to."""
         if layer_idx == len(self._stores):
             shape = (self.slots, key_states.shape[1], self.width + 1, key_states.shape[3])
             self._stores.append((key_states.new_zeros(shape), value_states.new_zeros(shape)))
@@ -87,7 +87,7 @@ class SlotCache(Cache):
 
 
 def check_cache(policy: Policy) -> None:
-    """Raise UsageError where a model cannot take keys and values from an earlier pass."""
+    """Raise UsageError if a model cannot reuse keys and values of an earlier pass."""
     layers = getattr(policy.core.config, "layer_types", None) or []
     if not policy.model_family.reuses_keys or any(x != "full_attention" for x in layers):
         raise UsageError(

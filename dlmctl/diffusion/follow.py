@@ -2,9 +2,9 @@
 
     rollout --follow RUN | verify | update -o RUN
 
-`update` publishes a checkpoint at the end of each round; this side waits for the one that it needs,
-loads its weights, and samples the next round. A round number in the checkpoint is the number of
-rounds trained on, so that round r on lag 0 waits for round r in the checkpoint.
+`update` publishes a checkpoint at the end of each round. `rollout` waits for the one that it needs,
+loads its weights, and samples the next round. A checkpoint has the number of rounds that it was
+trained on, so with lag 0 the samples of round r wait for the checkpoint with r.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def follow_run(
         batch = list(islice(prompts, prompts_per_round))
         if not batch:
             return
-        # A prompt that cannot be written down has no samples that the round would wait for.
+        # A prompt that cannot be encoded gets no samples, so the round must not wait for them.
         batch = list(with_prompt_ids(batch, policy, on_error))
         sound = sum("error" not in record for record in batch)
         if not sound:
@@ -85,7 +85,7 @@ def _await_round(run: Path, wanted: int) -> Path | None:
         checkpoint = latest_checkpoint(run)
         if wanted <= 0 and checkpoint is None:
             return None
-        # Pruned between the two reads: the next one is there already.
+        # If it was pruned between the two reads, the next one exists already.
         there = checkpoint is not None and (checkpoint / "dlmctl.json").exists()
         if checkpoint is not None and there and read_progress(checkpoint).round >= wanted:
             return checkpoint

@@ -16,22 +16,22 @@ integrating (1/t) t^l (1-t)^(L-l) C(L,l) over t gives 1/l. These laws have this 
                    completion and, turned by the golden ratio, over the samples of its prompt
 
 (LLaDA, arXiv 2502.09992, equations 3, 6 and 14; coupled pairs with the weight (L+1)/l and levels
-spread over a batch as in the code of ESPO, arXiv 2512.03759.) And these have another one, for the
-algorithms that are made with them:
+spread over a batch as in the code of ESPO, arXiv 2512.03759.) These laws have a different
+expectation, and serve the algorithms that were published with them:
 
-    quadrature     t at the K nodes of Gauss-Legendre on (0,1), weight K w_k/t_k: little variance,
+    quadrature     t at the K nodes of Gauss-Legendre on (0,1), weight K w_k/t_k: low variance,
                    and the bias of quadrature with few nodes (GDPO, arXiv 2510.08554)
-    block          in one block l ~ U{1..b} of its b scored tokens are masked, the blocks behind it
-                   whole, of those before it each token with the probability that prompt tokens
-                   have; weight L/|M|, so that the score per token is a mean over the masked tokens.
-                   The blocks of the masks of a completion are those of its canvas in random order,
-                   counted modulo the number of blocks with scored tokens (the code of SPG,
-                   arXiv 2510.09541)
+    block          l ~ U{1..b} of the b scored tokens of one block are masked, and all tokens of
+                   the blocks after it; each token of the blocks before it is masked with the
+                   probability that prompt tokens have. The weight is L/|M|, so that the score per
+                   token is a mean over the masked tokens. The masks of a completion take its blocks
+                   in random order, counted modulo the number of blocks with scored tokens (the code
+                   of SPG, arXiv 2510.09541)
     full           everything is masked: the mean-field score of d1 (arXiv 2504.12216)
 
-With a range [a, b] of levels t is U(a, b), or the nodes lie there, with the same weights 1/t: the
-part of the bound between two noise levels, divided by b - a. Training on it has less variance (the
-clipped schedules of BD3-LM, arXiv 2503.09573).
+With a range [a, b] of levels, t is drawn from U(a, b), or the nodes lie in it; the weights are 1/t
+as before. The expectation is then the part of the bound between two noise levels, divided by b - a.
+Training on it has less variance (the clipped schedules of BD3-LM, arXiv 2503.09573).
 
 Under `block` and `full` tokens that are not scored are masked too. Prompt tokens are masked on
 request. Masks are a pure function of the names that identify a completion, so that two processes
@@ -73,7 +73,7 @@ class MaskSet(NamedTuple):
 
 
 class _Draw(NamedTuple):
-    """What a law sees of a completion."""
+    """What a law knows of a completion."""
 
     samples: int
     scored: Tensor
@@ -89,7 +89,7 @@ class _Draw(NamedTuple):
         return int(self.scored.sum())
 
     def numbers(self, draws: int, width: int, *what: str) -> Tensor:
-        """Uniform numbers [draws, width]; draw k has them from a key of its own."""
+        """Uniform numbers [draws, width]; each draw has its own key."""
         keys = key_tensor([stream_key(*self.keys, self.sample, k, *what) for k in range(draws)])
         return uniform(keys[:, None], torch.arange(width)[None])
 

@@ -1,4 +1,8 @@
-"""Forward passes of a denoising step: as few tokens as the settings allow, little of it padding."""
+"""Forward passes of a denoising step: as few tokens as the settings allow, little of it padding.
+
+R rows take part in a pass, each with Q tokens; T is the longest sequence among them, S all slots of
+the canvas, N the masked positions, H the width of the model.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +50,7 @@ class Passes:
             self.cache = SlotCache(len(canvas.owner))
         self.per_step = 2 if settings.cfg_scale > 0 else 1
         self._outdated: set[int] = set()
-        """Slots that have to pass over their whole sequence next."""
+        """Slots whose next pass goes over the whole sequence."""
 
     def states(self, rows: Sequence[int], masked: Masked) -> list[Tensor]:
         """Hidden states [N, H] in which the logits of the masked positions stand.
@@ -60,6 +64,7 @@ class Passes:
         canvas, cache = self.canvas, self.cache
         if cache is not None:
             cache.widen(canvas.width)
+        # 1. Every part is numbers [n] among the masked positions and their states, each [n, H].
         whole = [slot for slot in rows if self._renews(slot)]
         parts = []
         for run in buckets([canvas.length(slot) for slot in whole]):
@@ -67,10 +72,11 @@ class Passes:
         rest = [slot for slot in rows if not self._renews(slot)]
         if rest:
             parts.append(self._part(rest, masked))
-        where = torch.cat([picked for picked, _ in parts])
+        # 2. Put the parts back into the order of the masked positions.
+        where = torch.cat([picked for picked, _ in parts])  # [N], a permutation
         results = []
         for number in range(self.per_step):
-            states = torch.cat([found[number] for _, found in parts])
+            states = torch.cat([hidden[number] for _, hidden in parts])
             results.append(torch.empty_like(states).index_copy_(0, where, states))
         return results
 
@@ -81,9 +87,10 @@ class Passes:
         return self.cache is None or due or slot in self._outdated
 
     def outdated(self, rows: Sequence[int], surest: Tensor) -> Tensor:
-        """bool [R]: rows too unsure of this step, float64 [R], for keys and values that are old.
+        """bool [R]: rows that reused old keys and values and are too unsure; they repeat the step.
 
-        They renew them with the next pass.
+        Args:
+            surest: float64 [R], the confidence of the most confident token of each row.
         """
         if not self.settings.refresh_below:
             return torch.zeros_like(surest, dtype=torch.bool)
@@ -94,17 +101,17 @@ class Passes:
         return again
 
     def _whole(self, rows: Sequence[int], masked: Masked) -> tuple[Tensor, list[Tensor]]:
-        """Of the masked positions which these rows have: their numbers and hidden states."""
+        """A pass over the whole sequences of these rows; returns as `_pick` does."""
         canvas, device = self.canvas, self.canvas.device
-        lengths = canvas.tensor([canvas.length(slot) for slot in rows])
-        width = canvas.length(rows[0])
-        ids = canvas.ids[canvas.tensor(rows), :width]
-        columns = torch.arange(width, device=device)
+        lengths = canvas.tensor([canvas.length(slot) for slot in rows])  # [R]
+        width = canvas.length(rows[0])  # T
+        ids = canvas.ids[canvas.tensor(rows), :width]  # [R, T]
+        columns = torch.arange(width, device=device)  # [T]
         there = None
         if canvas.length(rows[-1]) < width:
-            there = columns < lengths[:, None]
+            there = columns < lengths[:, None]  # [R, T], false for padding
         if self.cache is not None:
-            places = columns.expand(len(rows), -1)
+            places = columns.expand(len(rows), -1)  # [R, T], where keys and values are stored
             if there is not None:
                 places = places.where(there, self.cache.width)
             self.cache.aim(canvas.tensor(rows), places, width, whole=True)
@@ -112,39 +119,51 @@ class Passes:
         self.callback.on_pass(rows)
         hidden = [self.policy.hidden(ids, there, cache=self.cache, compiled=compiled)]
         if self.settings.cfg_scale > 0:
-            starts = canvas.tensor([canvas.starts[slot] for slot in rows])
+            starts = canvas.tensor([canvas.starts[slot] for slot in rows])  # [R]
             blind = ids.masked_fill(columns < starts[:, None], self.policy.mask_id or 0)
             hidden.append(self.policy.hidden(blind, there, compiled=compiled))
         return self._pick(rows, hidden, masked, torch.zeros_like(lengths))
 
     def _part(self, rows: Sequence[int], masked: Masked) -> tuple[Tensor, list[Tensor]]:
-        """The same from a pass over the block, or the block and what follows it."""
+        """The same for a pass over the block (dual), or the block and what follows it (prefix)."""
         canvas, cache, device = self.canvas, self.cache, self.canvas.device
         assert cache is not None
+        # 1. Row r passes over the positions firsts[r] to ends[r]. The logits of the block's first
+        #    position are `shift` positions before it, so the pass begins there.
         windows = [canvas.window(slot) for slot in rows]
-        firsts = canvas.tensor([max(0, start - self.policy.shift) for start, _ in windows])
-        lengths = canvas.tensor([canvas.length(slot) for slot in rows])
+        firsts = canvas.tensor([max(0, start - self.policy.shift) for start, _ in windows])  # [R]
+        lengths = canvas.tensor([canvas.length(slot) for slot in rows])  # [R]
         ends = lengths
         if self.settings.cache == "dual":
             ends = canvas.tensor([stop for _, stop in windows])
-        queries, longest = int((ends - firsts).max()), canvas.length(rows[0])
-        columns = firsts[:, None] + torch.arange(queries, device=device)
-        inside = columns < ends[:, None]
-        places = columns.clamp(max=longest - 1)
-        slots = canvas.tensor(rows)
+        queries, longest = int((ends - firsts).max()), canvas.length(rows[0])  # Q, T
+        columns = firsts[:, None] + torch.arange(queries, device=device)  # [R, Q]
+        inside = columns < ends[:, None]  # [R, Q], false for padding
+        places = columns.clamp(max=longest - 1)  # [R, Q]; padding repeats a token
+        # 2. Keys and values of padding go to the last column of the cache, which nothing reads.
+        slots = canvas.tensor(rows)  # [R]
         cache.aim(slots, columns.where(inside, cache.width), longest, whole=False)
-        there = torch.arange(longest, device=device) < lengths[:, None]
+        there = torch.arange(longest, device=device) < lengths[:, None]  # [R, T]
         hidden = self.policy.hidden(canvas.ids[slots[:, None], places], there, places, cache)
         return self._pick(rows, [hidden], masked, firsts)
 
     def _pick(
         self, rows: Sequence[int], hidden: list[Tensor], masked: Masked, firsts: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """From hidden states [R, Q, H] of these rows, that begin at position `firsts` [R]."""
-        local = torch.full((len(self.canvas.owner),), -1, device=self.canvas.device)
+        """The hidden states of the masked positions that these rows have.
+
+        Args:
+            hidden: states [R, Q, H]; row r begins at position firsts[r].
+            firsts: int64 [R].
+
+        Returns:
+            Numbers [n] of these positions among the N, and a tensor [n, H] for each of `hidden`.
+        """
+        # local[slot] is the row of a slot in this pass, or -1.
+        local = torch.full((len(self.canvas.owner),), -1, device=self.canvas.device)  # [S]
         local[self.canvas.tensor(rows)] = torch.arange(len(rows), device=self.canvas.device)
-        row = local[masked.slot]
+        row = local[masked.slot]  # [N]
         [picked] = (row >= 0).nonzero(as_tuple=True)
-        row = row[picked]
-        place = self.policy.source(masked.position[picked]) - firsts[row]
+        row = row[picked]  # [n]
+        place = self.policy.source(masked.position[picked]) - firsts[row]  # [n], in the pass
         return picked, [states[row, place] for states in hidden]
