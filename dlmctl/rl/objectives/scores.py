@@ -29,12 +29,12 @@ class Scores:
     """[N, K, G], log-probability of the target tokens under the policy that is trained; zeros where
     the loss is linear in them."""
     old: Tensor
-    """The same under the policy that the completions were sampled from; zeros where the objective
+    """The same under the policy that the completions were sampled from; zeros if the objective
     takes no ratio to it."""
     reference: Tensor
-    """The same under the frozen reference; zeros where the objective does not need it."""
+    """The same under the frozen reference; zeros if the objective does not need it."""
     targets: Tensor
-    """bool [N, K, G], where the three stand; they are 0 elsewhere."""
+    """bool [N, K, G], the tokens that the three are of; elsewhere they are 0."""
     weights: Tensor
     """[N, K], the weight of each mask in the ELBO."""
     lengths: Tensor
@@ -44,9 +44,9 @@ class Scores:
     prompt: Tensor
     """int64 [N], which group a completion belongs to: 0, 1, …"""
     relative: Tensor | None = None
-    """[N, K], ELBO difference of current and reference, where the weights come from it."""
+    """[N, K], ELBO difference of current and reference, if the weights come from it."""
     token_weights: Tensor = field(default_factory=lambda: torch.ones(1, 1, dtype=torch.float64))
-    """[N, G], w > 0 of each token of a completion; 1 where the algorithm has none."""
+    """[N, G], w > 0 of each token of a completion; 1 if the algorithm has none."""
 
     def elbo(self, log_probs: Tensor) -> Tensor:
         """The ELBO [N] of log-probabilities [N, K, G]."""

@@ -82,7 +82,7 @@ class Response(NamedTuple):
 def signals(
     policy: Policy, responses: Sequence[Response], contrast: Contrast, batch_size: int
 ) -> list[Tensor]:
-    """s of every token, float64 [G] in nats for each response; 0 where there is no role.
+    """s of every token, float64 [G] in nats for each response; 0 if the token has no role.
 
     Args:
         policy: autoregressive.
@@ -173,7 +173,7 @@ def corrupted(policy: Policy, response: Response, contrast: Contrast) -> list[Pi
 def _all_corrupted(
     policy: Policy, responses: Sequence[Response], contrast: Contrast
 ) -> list[list[Picture]]:
-    """Those of each response; where they are the same, one object, so that it is looked at once."""
+    """Those of each response; equal ones are one object, which is then encoded once."""
     if contrast.scope == "rollout":
         return [corrupted(policy, response, contrast) for response in responses]
     keys = [(r.key, tuple(id(picture.pixels) for picture in r.pictures)) for r in responses]
@@ -202,7 +202,7 @@ def _ablated(
 
 
 def _other_perception(response: Response, group: Sequence[Response]) -> list[int] | None:
-    """What the next sample of the prompt perceived; None where there is no other."""
+    """What the next sample of the prompt perceived; None if there is no other."""
     place = next(n for n, other in enumerate(group) if other is response)
     for other in (*group[place + 1 :], *group[:place]):
         if other.key != response.key:

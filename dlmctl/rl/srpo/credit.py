@@ -59,7 +59,7 @@ def token_weights(
     """The weights of a completion's tokens.
 
     Args:
-        signal: float64 [G], s in nats; read where there is a role.
+        signal: float64 [G], s in nats; read only for tokens with a role.
         roles: int64 [G], of `rl.roles`; without any, all weights are 1.
         advantage: of the completion; only its sign is used, and only by `sign_aware`.
         limit: c, in nats.

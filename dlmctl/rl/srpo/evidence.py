@@ -36,7 +36,7 @@ MASKS = 8
 def diffusion_signals(
     policy: Policy, responses: Sequence[Response], contrast: Contrast, batch_size: int
 ) -> list[Tensor]:
-    """s of every token, float64 [G] in nats for each response; 0 where there is no role.
+    """s of every token, float64 [G] in nats for each response; 0 if the token has no role.
 
     Raises:
         UsageError: the contrast is one of images, or needs sequences of another length.

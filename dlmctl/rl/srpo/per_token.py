@@ -38,7 +38,7 @@ def token_weights(records: Sequence[Record], examples: Sequence[Example]) -> Ten
 def sampled_log_probs(records: Sequence[Record], examples: Sequence[Example]) -> Tensor | None:
     """`rollout.log_probs` of autoregressive completions: float64 [N, 1, G] in nats, 0 elsewhere.
 
-    None where a record has not one number for each token, as completions from elsewhere.
+    None if a record does not have one number for each token, as completions of other programs.
     """
     table = torch.zeros(len(records), 1, max(len(example.completion) for example in examples))
     table = table.double()
@@ -52,7 +52,7 @@ def sampled_log_probs(records: Sequence[Record], examples: Sequence[Example]) ->
 
 
 def number_list(values: Any, count: int) -> Tensor | None:
-    """float64 [count]; None where it is not a list of so many finite numbers."""
+    """float64 [count]; None if it is not a list of so many finite numbers."""
     if not isinstance(values, list) or len(values) != count:
         return None
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):

@@ -16,7 +16,7 @@ OTHER, PERCEPTION, REASONING = 0, 1, 2
 
 
 def token_roles(texts: Sequence[str], tags: Tags) -> list[int] | None:
-    """The role of each token; None where the response is malformed.
+    """The role of each token; None if the response is malformed.
 
     Args:
         texts: what each token spells; together they are the response.
@@ -36,5 +36,5 @@ def token_roles(texts: Sequence[str], tags: Tags) -> list[int] | None:
 
 
 def _within(span: Span, whole: Span) -> bool:
-    # The first bytes of a divided character spell nothing, and lie where they stand.
+    # The first bytes of a divided character decode to no text; they are at the position reached.
     return whole[0] <= span[0] < whole[1] and span[1] <= whole[1]
