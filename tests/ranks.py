@@ -63,7 +63,7 @@ class Ranks:
 
 
 DIFFERENCES = {"kl": 1e-3, "mask_variance": 1e-3}
-"""Relative tolerance of what is small beside the log-probabilities that it is a difference of."""
+"""Relative tolerances of differences that are small compared with the log-probabilities in them."""
 
 
 def same_metrics(one: list[dict], other: list[dict]) -> None:
