@@ -39,8 +39,9 @@ OTHERS = {
     "cost": "cost",
 }
 PLANNED_SAMPLER = only(
-    Sampler, "gen_length", "block_length", "steps", "temperature", "cfg_scale", "cache", "refresh"
-)
+    Sampler, "gen_length", "block_length", "steps", "temperature", "top_p", "top_k", "cfg_scale",
+    "schedule", "remasking", "confidence_of", "cache", "refresh",
+)  # fmt: skip
 
 
 def command(

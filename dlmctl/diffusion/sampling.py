@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,17 +12,37 @@ from torch import Tensor
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
-from dlmctl.settings.sampler import Sampler
+from dlmctl.settings.sampler import (
+    BETWEEN_0_AND_1,
+    SURE,
+    Distribution,
+    EosRule,
+    Remasking,
+    Sampler,
+    Schedule,
+)
+
+LAST_TIME = 1e-3
+"""Time at the end of the last step, which Dream's code calls eps."""
 
 
 @dataclass(frozen=True)
 class SamplerConfig(Sampler):
-    """Options of the sampler with their lengths known."""
+    """Options of the sampler, all known; the defaults are LLaDA's."""
 
     gen_length: int = 128
     block_length: int = 32
     steps: int | None = None
     """None: as many as it takes, at most one a token."""
+    top_p: float = 1.0
+    top_k: int = 0
+    cfg_scale: float = 0.0
+    schedule: Schedule = "even"
+    remasking: Remasking = "low_confidence"
+    confidence_of: Distribution = "model"
+    alg_temp: float = 0.0
+    eos: EosRule = "normal"
+    early_stop: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,11 +63,34 @@ class SamplerConfig(Sampler):
         """The most that a block takes."""
         return self.block_length if self.steps is None else self.steps // self.blocks
 
+    @property
+    def ancestral(self) -> bool:
+        """Whether each masked token is decided independently of the others."""
+        return self.schedule == "timesteps" and self.remasking == "random"
+
     def quota(self) -> Tensor:
-        """int64 [blocks, steps_per_block]: tokens to decide where their number is fixed."""
+        """[blocks, steps_per_block]: tokens that each step decides if their number is fixed, int64.
+
+        With ancestral sampling it is the probability of each masked token instead, float64.
+        """
+        steps = self.steps_per_block
+        if self.ancestral:
+            return unmasking_probabilities(steps).double().expand(self.blocks, -1)
         last = self.gen_length - (self.blocks - 1) * self.block_length
         sizes = [self.block_length] * (self.blocks - 1) + [last]
-        return torch.tensor([tokens_per_step(size, self.steps_per_block) for size in sizes])
+        spread = tokens_per_timestep if self.schedule == "timesteps" else tokens_per_step
+        return torch.tensor([spread(size, steps) for size in sizes])
+
+    def used(self, diffusion: bool = True) -> dict[str, Any]:
+        """What records say of the sampler, temperature aside: the options that are not off."""
+        off = {"top_p": 1.0, "schedule": self.schedule if self.parallel else None}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if value not in (None, False, "none", off.get(name))
+            and name != "temperature"
+            and (diffusion or name in ("gen_length", "top_p", "top_k"))
+        }
 
 
 def tokens_per_step(masked: int, steps: int) -> list[int]:
@@ -55,18 +99,71 @@ def tokens_per_step(masked: int, steps: int) -> list[int]:
     return [base + (step < rest) for step in range(steps)]
 
 
-def configured(policy: Policy, sampler: Sampler = Sampler()) -> SamplerConfig:
-    """The options with lengths and steps that are None as the model has them, else LLaDA.
+@functools.cache
+def tokens_per_timestep(masked: int, steps: int) -> list[int]:
+    """How many of `masked` tokens each step decides in Dream's `diffusion_generate`.
 
-    With `threshold` or `factor` there are no steps.
+    A step from time t to s decides int(m (1 - s/t)) of the m tokens that are masked before it, and
+    the last step all. It rounds as theirs, in float32: for more than 512 steps this matters.
     """
-    values = asdict(sampler)
-    usual = {"gen_length": 128, "block_length": 32, **policy.sampling}
-    length = values["gen_length"] or usual["gen_length"]
-    values["gen_length"] = length
-    values["block_length"] = values["block_length"] or min(length, usual["block_length"])
-    if not sampler.parallel and sampler.steps is None:
-        values["steps"] = length if sampler.gen_length else usual.get("steps", length)
+    *shares, _ = unmasking_probabilities(steps)
+    left, numbers = torch.tensor(float(masked)), []
+    for share in shares:
+        numbers.append(int(left * share))
+        left = left - numbers[-1]
+    return [*numbers, int(left)]
+
+
+def unmasking_probabilities(steps: int) -> Tensor:
+    """Probability that a masked token is decided in each step from time t to s, float32 [steps].
+
+    It is 1 - s/t, that of the reverse process if a token is masked with probability t (MDLM, arXiv
+    2406.07524, equation 7). Times fall evenly from 1; the last step decides what is left.
+    """
+    times = torch.linspace(1, LAST_TIME, steps + 1)
+    shares = 1 - times[1:] / times[:-1]
+    shares[-1] = 1
+    return shares
+
+
+def configured(policy: Policy, sampler: Sampler = Sampler()) -> SamplerConfig:
+    """The options, with those that are None as the model has them, else LLaDA.
+
+    What the model has for itself gives way where it contradicts an option: its threshold to given
+    steps, its steps to a given length or threshold, its remasking to a threshold that cannot be
+    compared with it, its alg_temp to remasking without confidence.
+    """
+    given = {name: value for name, value in asdict(sampler).items() if value is not None}
+    own = dict(policy.sampling)
+    # 1. Lengths; a block length of None is the whole length.
+    values: dict[str, Any] = {"gen_length": own.pop("gen_length", 128), **given}
+    length = values["gen_length"]
+    block = own.pop("block_length", 32)
+    values.setdefault("block_length", length if block is None else min(length, block))
+    # 2. How many tokens a step decides: by a bound or by the schedule.
+    unbounded = sampler.remasking is not None and sampler.remasking not in BETWEEN_0_AND_1
+    if unbounded or sampler.alg_temp or {"steps", "schedule", "threshold", "factor"} & given.keys():
+        own.pop("threshold", None)
+        own.pop("factor", None)
+    steps = own.pop("steps", length)
+    if {"threshold", "factor"} & {*given, *own}:
+        own.pop("schedule", None)
+        own.pop("alg_temp", None)
+    elif "steps" not in given:
+        blocks = -(-length // values["block_length"])
+        values["steps"] = length if "gen_length" in given else max(steps, blocks)
+    # 3. Which tokens: by a confidence that goes with that.
+    if sampler.cache != "none":
+        own.pop("cfg_scale", None)
+    values = {**own, **values}
+    compared = sampler.refresh_below > 0 or {"threshold", "factor"} & values.keys()
+    rules = SURE if sampler.refresh_below > 0 or sampler.alg_temp else BETWEEN_0_AND_1
+    if sampler.remasking is None and (compared or sampler.alg_temp):
+        usual = values.get("remasking", "low_confidence")
+        fits = usual in rules or (usual != "random" and not compared)
+        values["remasking"] = usual if fits else "low_confidence"
+    if sampler.remasking == "random":
+        values["alg_temp"] = sampler.alg_temp or 0.0
     return SamplerConfig(**values)
 
 
