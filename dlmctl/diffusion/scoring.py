@@ -143,7 +143,7 @@ def _checked(
 
 
 def _block_length(policy: Policy, plan: MaskPlan) -> int:
-    return plan.block_length or policy.sampling.get("block_length", 32)
+    return plan.block_length or policy.sampling.get("block_length") or 32
 
 
 def score(
