@@ -24,6 +24,7 @@ from dlmctl.models.families import ModelFamily, Raw
 from dlmctl.records.errors import DataError
 from dlmctl.settings.families import declared_families
 from dlmctl.settings.models import Reading
+from dlmctl.settings.sampler import check_own
 
 MOST_LAYERS = 10_000
 FAULTS = (
@@ -44,7 +45,7 @@ class Architecture:
     mask_id: int | None
     """None: the tokenizer states it."""
     shift: int
-    sampling: dict[str, int]
+    sampling: dict[str, Any]
     doubtful: bool
     """It is of a class of transformers, but its authors' code may be a different class of the same
     name."""
@@ -99,9 +100,13 @@ def architecture(raw: dict[str, Any], where: str, reading: Reading | None = None
         reason = str(error).strip().split("\n")[-1].strip()[:200]
         raise DataError(f"not a model's configuration ({reason})", where) from None
     mask_id = 0 if chosen.mask_id is None else chosen.mask_id
-    numbers = (chosen.shift, *chosen.sampling.values(), mask_id)
+    numbers = (chosen.shift, mask_id)
     if not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
-        raise DataError("mask_token_id, shift and sampling are not whole numbers", where)
+        raise DataError("mask_token_id and shift are not whole numbers", where)
+    try:
+        check_own(chosen.sampling)
+    except ValueError as error:
+        raise DataError(str(error), where) from None
     return chosen
 
 

@@ -93,8 +93,9 @@ class ModelFamily:
     reuses_keys = True
     """A block-wise sampler may reuse keys and values (`--cache`): all layers are those of a decoder
     and attend to the whole sequence."""
-    sampling: Mapping[str, int] = {}
-    """The authors' own gen_length, block_length and steps, if config.json states none."""
+    sampling: Mapping[str, Any] = {}
+    """The authors' own options of the sampler (`settings.sampler.OWN`), if config.json states none;
+    a block_length of None is the whole length."""
 
     # 4. Special tokens.
     mask_id: int | None = None

@@ -6,6 +6,7 @@ transformers 5.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PretrainedConfig, Qwen2Config
@@ -28,6 +29,15 @@ class Dream(ModelFamily):
     """Dream's own class is the same under another name."""
     mask_id = 151666
     shift = 1
+    sampling: Mapping[str, Any] = {
+        "block_length": None,
+        "schedule": "timesteps",
+        "remasking": "entropy",
+        "confidence_of": "sampled",
+    }
+    """As the authors of Dream, Dream-Coder and DiffuCoder call `diffusion_generate`: one block, a
+    step for each token, alg="entropy". Their temperature (0.1 to 0.4) and top_p (0.9 or 0.95) are
+    for the user to give."""
 
     def config(self, raw: Raw, where: str) -> PretrainedConfig:
         fields = (*SHARED, "eos_token_id", "bos_token_id", "pad_token_id")
