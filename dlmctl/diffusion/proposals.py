@@ -119,19 +119,22 @@ def least_kept(logits: Tensor, settings: SamplerConfig) -> Tensor | None:
     before it have at most that probability, so always the first; then top-k keeps the k best. A
     token as probable as the least one kept is kept too.
     """
+    vocabulary = logits.shape[1]
+    width = min(settings.top_k or vocabulary, vocabulary)
+    if settings.top_p >= 1 and width == vocabulary:
+        return None
     bounds = []
-    if settings.top_p < 1:
-        # In parts, as sorting takes several times the memory of the logits.
-        for part in logits.split(-(-len(logits) // 8) or 1):
-            ordered = part.sort(dim=1, descending=True).values
-            p = (ordered / settings.temperature if settings.temperature > 0 else ordered).softmax(1)
-            kept = 1 + (p.cumsum_(dim=1)[:, :-1] <= settings.top_p).sum(dim=1, keepdim=True)
-            bounds.append(ordered.gather(1, kept - 1))
-    bound = torch.cat(bounds) if bounds else None
-    if 0 < settings.top_k < logits.shape[1]:
-        least = logits.topk(settings.top_k, dim=1).values[:, -1:]
-        bound = least if bound is None else torch.maximum(bound, least)
-    return bound
+    # In parts, as sorting takes several times the memory of the logits.
+    for part in logits.split(-(-len(logits) // 8)):
+        ordered = part.topk(width, dim=1).values
+        last = torch.full_like(ordered[:, :1], width - 1, dtype=torch.int64)
+        if settings.top_p < 1:
+            scale = settings.temperature or 1.0
+            log_p = ordered / scale - (part / scale).logsumexp(dim=1, keepdim=True)
+            before = log_p.exp().cumsum(dim=1)[:, :-1]
+            last = (before <= settings.top_p).sum(dim=1, keepdim=True)
+        bounds.append(ordered.gather(1, last))
+    return torch.cat(bounds)
 
 
 def _confidence(logits: Tensor, token: Tensor, keys: Tensor, remasking: Remasking) -> Tensor:
