@@ -285,6 +285,7 @@ def _policy(
         name=name,
         revision=revision,
         sampling=arch.sampling,
+        blocks=arch.blocks,
         other_ends=frozenset(ends) - {eos_id},
         turn_ends=frozenset(turn_ends - {None}),
     )
