@@ -78,8 +78,9 @@ def configured(policy: Policy, sampler: Sampler = Sampler()) -> SamplerConfig:
         values["block_length"] = policy.blocks.length
         plain = sampler.compile or sampler.cfg_scale > 0
         values["cache"] = values["cache"] or ("none" if plain else "exact")
-    if not sampler.parallel and sampler.steps is None:
-        values["steps"] = length if sampler.gen_length else usual.get("steps", length)
+    if not sampler.parallel and sampler.steps is None and sampler.sub_block_length is None:
+        usual_steps = None if sampler.gen_length else usual.get("steps")
+        values["steps"] = usual_steps or (None if policy.blocks else length)
     return SamplerConfig(**values)
 
 
