@@ -30,7 +30,7 @@ from dlmctl.models.loading import load_policy, model_directory
 from dlmctl.models.saving import save_tokenizer
 from dlmctl.models.sight import left_to_right_blocks
 from dlmctl.models.special_tokens import load_tokenizer, special_tokens
-from dlmctl.models.weightless import weightless_policy
+from dlmctl.models.weightless import changed_logits, weightless_model
 from dlmctl.models.weights import read_weights, stored_dtype, weight_files
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.files import publish_directory, read_json
@@ -44,10 +44,6 @@ RESERVED = re.compile(
     r"extra)_?\d+\|?>"
 )
 """Tokens that tokenizers keep for the use of others, as in Gemma, Llama 3, Phi and Qwen."""
-
-SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-"""Fields of a config by which a class changes logits after its head, and their values without an
-effect are None and 1."""
 
 EMPTY = 0.1
 """A row shorter than this part of the average was never trained, as Llama 3's reserved tokens."""
@@ -103,7 +99,7 @@ def adapt(settings: Adapted, sampling: dict[str, int], target: Path) -> Adaptati
     tokens = 1 + max(tokenizer.get_vocab().values())
     mask = choose_mask(tokenizer, settings.mask_token)
     size = max(arch.config.vocab_size, mask.number + 1)
-    outline = weightless_policy(name, torch.float32).core
+    outline = weightless_model(arch, file, torch.float32)
     rows = _MaskRow(mask, tokens, size)
     marker = {
         "family": "a2d",
@@ -135,7 +131,7 @@ def _check_source(name: str, raw: dict[str, Any], arch: Architecture) -> None:
     config = arch.config
     text: PretrainedConfig = config.get_text_config()
     encoder = config.is_encoder_decoder or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    changed = [n for n in SCALED_LOGITS if getattr(text, n, None) not in (None, 1, 1.0)]
+    changed = changed_logits(text)
     if arch.family.diffusion:
         reason = f"it denoises already (family {arch.family.name}): train it with 'dlmctl update'"
     elif encoder or getattr(text, "use_bidirectional_attention", False):
@@ -145,7 +141,7 @@ def _check_source(name: str, raw: dict[str, Any], arch: Architecture) -> None:
     elif raw.get("quantization_config"):
         reason = "its weights are quantized; take those that they were made of"
     elif changed:
-        reason = f"its class changes the logits ({changed[0]}), which dlmctl does not"
+        reason = f"its class changes the logits ({changed}), which dlmctl does not"
     else:
         return
     raise UsageError(f"--from {name}: {reason}")
