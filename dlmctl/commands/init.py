@@ -88,8 +88,9 @@ def _adapt(settings: Adapted, sampling: dict[str, int], directory: Path) -> None
     made = adapt(settings, sampling, directory)
     token = f"{made.mask.text} (id {made.mask.number}, {'known' if made.mask.known else 'new'})"
     print(
-        f"dlmctl: {directory}: a2d of {made.source_class}, {made.parameters:,} parameters, mask "
-        f"token {token} with an embedding that is {made.row}, shift {settings.shift}",
+        f"dlmctl: {directory}: {made.family} of {made.source_class}, {made.parameters:,} "
+        f"parameters, mask token {token} with an embedding that is {made.row}, shift "
+        f"{settings.shift}",
         file=sys.stderr,
     )
 

@@ -4,9 +4,12 @@ A masked diffusion model attends in both directions, so every token that is deci
 and values of all others, if only a little. Fast-dLLM (arXiv 2505.22618) reuses the old ones for
 everything outside the current block, and renews them when the next block begins:
 
+A block-causal model has an exact cache: what is behind a block changes nothing in it.
+
     pass over      whole sequence        every `refresh` steps, and when a block begins
                    block and what follows       cache "prefix"
                    block alone                  cache "dual"
+                   block alone, and once the one before, now without masks     cache "exact"
 
 Each row is at its own step of its own block; its keys and values are in a slot of one tensor for
 each layer. To transformers this is a `Cache`, so the models need no change.

@@ -37,6 +37,9 @@ from dlmctl.records.files import publish_directory, read_json
 from dlmctl.settings.adapted import Adapted
 from dlmctl.settings.models import split_name
 
+FAMILIES = {"bidirectional": "a2d", "block-causal": "bd3lm"}
+"""Attention pattern to family."""
+
 NEW_MASK = "<|mask|>"
 MASK_TOKENS = (NEW_MASK, "<mask>", "[MASK]")
 RESERVED = re.compile(
@@ -64,6 +67,7 @@ class MaskToken:
 class Adaptation:
     """What was made, for people."""
 
+    family: str
     source_class: str
     parameters: int
     mask: MaskToken
@@ -75,15 +79,20 @@ def adapt(settings: Adapted, sampling: dict[str, int], target: Path) -> Adaptati
     """Write the diffusion model to `target`, which appears whole or not at all.
 
     Args:
-        sampling: its own gen_length, block_length and steps.
+        sampling: its own gen_length, block_length and steps; the second is also that of attention
+            in blocks.
 
     Raises:
-        UsageError: the source is no autoregressive language model.
+        UsageError: there is no block_length for attention in blocks, or the source is no
+            autoregressive language model.
         DataError: it cannot be loaded, or some layer of its class reads from left to right only.
         MissingInputError, TryAgainError: it is not there.
     """
     # 1. What the source is.
-    name = settings.source or ""
+    name, in_blocks = settings.source or "", settings.pattern == "block-causal"
+    block_length = sampling.get("block_length") if in_blocks else None
+    if in_blocks and block_length is None:
+        raise UsageError("--pattern block-causal needs --block-length")
     directory = model_directory(name)
     if (directory / "adapter_config.json").exists():
         raise UsageError(f"--from {name} is an adapter: merge it first with 'dlmctl merge'")
@@ -102,9 +111,10 @@ def adapt(settings: Adapted, sampling: dict[str, int], target: Path) -> Adaptati
     outline = weightless_model(arch, file, torch.float32)
     rows = _MaskRow(mask, tokens, size)
     marker = {
-        "family": "a2d",
+        "family": FAMILIES[settings.pattern],
         "mask_token_id": mask.number,
         "shift": settings.shift,
+        **({"block_length": block_length} if block_length is not None else {}),
         "sampling": sampling,
     }
     fields = {k: v for k, v in raw.items() if k not in ("auto_map", "dlmctl")}
@@ -123,7 +133,7 @@ def adapt(settings: Adapted, sampling: dict[str, int], target: Path) -> Adaptati
     tables = {id(table): table for table in _tables(outline).values()}
     count = sum(p.numel() for p in outline.parameters())
     count += rows.grown * sum(table[0].numel() for table in tables.values())
-    return Adaptation(type(outline).__name__, count, mask, rows.origin)
+    return Adaptation(FAMILIES[settings.pattern], type(outline).__name__, count, mask, rows.origin)
 
 
 def _check_source(name: str, raw: dict[str, Any], arch: Architecture) -> None:

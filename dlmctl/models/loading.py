@@ -241,6 +241,7 @@ def _policy(
         name=name,
         revision=revision,
         sampling=arch.sampling,
+        blocks=arch.blocks,
         **special_tokens(name, arch, tokenizer, directory)._asdict(),
     )
 

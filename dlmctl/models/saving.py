@@ -1,6 +1,7 @@
 """A policy to disk, as an ordinary Hugging Face directory that transformers loads by itself.
 
-config.json has what it has no field for (family, mask token, shift, sampling) under `dlmctl`.
+config.json has what it has no field for (family, mask token, shift, length of a block, sampling)
+under `dlmctl`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def save_policy(policy: Policy, directory: Path) -> None:
         "family": policy.family,
         "mask_token_id": policy.mask_id,
         "shift": policy.shift,
+        **({"block_length": policy.blocks.length} if policy.blocks else {}),
         "sampling": dict(policy.sampling),
     }
     model.save_pretrained(directory)

@@ -6,9 +6,12 @@ state from left to right as recurrent layers do.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from dlmctl.models.attention import Blocks
 from dlmctl.models.blocks import Edit, blocks, edited_blocks
 from dlmctl.models.policy import Policy
 
@@ -17,11 +20,14 @@ TOKENS = 8
 
 @torch.no_grad()
 def left_to_right_blocks(policy: Policy) -> list[int]:
-    """The blocks in which no position sees the last of eight.
+    """The blocks (layers) in which no position sees the last of eight tokens.
 
+    A block-causal model has all eight in one block of its text.
     Every block is tried by itself: its input differs at the last position alone, so that its output
     differs at others only if these see it.
     """
+    if policy.blocks is not None:
+        policy = replace(policy, blocks=Blocks(TOKENS))
     ids = torch.arange(TOKENS, device=policy.device)[None] % policy.vocab_size  # [1, T]
     first = _outputs(policy, ids, {})
     changed = ids.clone()

@@ -58,6 +58,7 @@ def describe(name: str) -> list[Trait]:
         name=name,
         revision="none",
         sampling=arch.sampling,
+        blocks=arch.blocks,
         **special._asdict(),
     )
     return [
@@ -85,13 +86,13 @@ def _adapter(directory: Path) -> Iterator[Trait]:
 
 def _attention(arch: Architecture) -> str:
     config = arch.config.get_text_config()
-    kinds = {True: "from left to right", False: "in both directions", None: "as its class has it"}
     window = getattr(config, "sliding_window", None)
     count = config.num_hidden_layers
     layers = getattr(config, "layer_types", None) or ["sliding_attention"] * count
     sliding = layers.count("sliding_attention") if window else 0
     within = f", in {sliding} of {count} layers within {window} tokens" if sliding else ""
-    return kinds[arch.family.is_causal] + within
+    blocks = f" of {arch.blocks.length} tokens" if arch.blocks else ""
+    return (arch.family.pattern or "as its class has it") + blocks + within
 
 
 def _place(shift: int) -> str:

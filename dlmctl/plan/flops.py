@@ -192,7 +192,7 @@ def denoising(model: Counts, settings: SamplerConfig, prompt_length: int, shift:
         rest = settings.gen_length - start
         part = min(settings.block_length, rest) if settings.cache == "dual" else rest
         for step, decided in enumerate(quota):
-            whole = settings.cache == "none" or step % interval == 0
+            whole = not settings.cached or step % interval == 0
             queries = length if whole else part + shift
             total += guided * (model.forward(queries, length) + 2 * model.head.all * masked)
             masked -= decided

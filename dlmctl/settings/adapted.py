@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import knob
@@ -22,6 +22,11 @@ class Adapted:
         metavar="MODEL",
         shown_default="none: random weights",
     )
+    pattern: Literal["bidirectional", "block-causal"] = knob(
+        "bidirectional",
+        "Attention to the whole text, or to the token's own block of --block-length tokens and to "
+        "all blocks before it, as in BD3LM.",
+    )
     shift: int = knob(
         1,
         "1: position i is predicted by the logits at position i - 1, as the source does, in Dream "
@@ -37,7 +42,8 @@ class Adapted:
     )
 
     def __post_init__(self) -> None:
-        if self.source is None and (self.shift != 1 or self.mask_token is not None):
-            raise UsageError("--shift and --mask-token are for --from MODEL")
+        chosen = (self.pattern, self.shift, self.mask_token)
+        if self.source is None and chosen != ("bidirectional", 1, None):
+            raise UsageError("--pattern, --shift and --mask-token are for --from MODEL")
         if self.mask_token == "":
             raise UsageError("--mask-token is empty")

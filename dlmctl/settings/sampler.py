@@ -10,7 +10,7 @@ from dlmctl.settings import knob
 
 Remasking = Literal["low_confidence", "random", "entropy", "margin", "sae"]
 EosRule = Literal["normal", "late", "never"]
-CacheRule = Literal["none", "prefix", "dual"]
+CacheRule = Literal["none", "prefix", "dual", "exact"]
 
 SURE: tuple[Remasking, ...] = ("low_confidence", "margin")
 """Rules whose confidence says how sure the model is, between 0 and 1."""
@@ -65,10 +65,12 @@ class Sampler:
         minimum=0.0,
         shown_default="off",
     )
-    cache: CacheRule = knob(
-        "none",
-        "Approximate and faster: take keys and values from an earlier step, of the tokens before "
-        "the block (prefix), or of all tokens outside it (dual).",
+    cache: CacheRule | None = knob(
+        None,
+        "Take keys and values from an earlier step. Of a block-causal model those of finished "
+        "blocks never change (exact). Of others they do, so that it is an approximation: of the "
+        "tokens before the block (prefix), or of all tokens outside it (dual).",
+        shown_default="exact for a block-causal model, else none",
     )
     refresh: int | None = knob(
         None,
@@ -114,9 +116,9 @@ class Sampler:
             raise UsageError(f"--threshold {self.threshold} is no confidence, from 0 to 1")
         if self.factor is not None and not self.factor >= 0:
             raise UsageError(f"--factor {self.factor} is not 0 or more")
-        if self.refresh is not None and self.cache == "none":
+        if self.refresh is not None and not self.approximate:
             raise UsageError("--refresh says how long a cache is used: give --cache too")
-        if self.refresh_below > 0 and self.cache == "none":
+        if self.refresh_below > 0 and not self.approximate:
             raise UsageError("--refresh-below says when a cache is too old: give --cache too")
         for option, given, rules in (
             ("--threshold", self.threshold is not None, BETWEEN_0_AND_1),
@@ -128,10 +130,20 @@ class Sampler:
                     f"{option} compares a confidence between 0 and 1, and that of --remasking "
                     f"{self.remasking} is none: take {' or '.join(rules)}"
                 )
-        if self.compile and self.cache != "none":
+        if self.compile and self.cached:
             raise UsageError("--compile and --cache do not go together: leave one out")
-        if self.cfg_scale > 0 and self.cache != "none":
+        if self.cfg_scale > 0 and self.cached:
             raise UsageError("--cfg-scale and --cache do not go together: leave one out")
+
+    @property
+    def cached(self) -> bool:
+        """Whether keys and values of an earlier step are used."""
+        return self.cache not in (None, "none")
+
+    @property
+    def approximate(self) -> bool:
+        """Whether they may be old."""
+        return self.cache in ("prefix", "dual")
 
     @property
     def parallel(self) -> bool:

@@ -47,13 +47,14 @@ def test_it_says_what_loading_finds(saved_models, tmp_path, variant):
     text = policy.tokenizer.convert_ids_to_tokens
     if policy.diffusion:
         assert traits["mask token"] == f"{policy.mask_id} {text(policy.mask_id)!r}"
-        assert traits["sampler"] == "gen_length 16 (its own), block_length 16, steps 16"
+        block = policy.blocks.length if policy.blocks else 16
+        assert traits["sampler"] == f"gen_length 16 (its own), block_length {block}, steps 16"
     else:
         assert "mask token" not in traits
         assert traits["sampler"] == "gen_length 16 (its own)"
     assert traits["end tokens"] == ", ".join(f"{i} {text(i)!r}" for i in sorted(policy.ends))
-    kinds = {True: "from left to right", False: "in both directions", None: "as its class has it"}
-    assert traits["attention"] == kinds[policy.model_family.is_causal]
+    pattern = policy.model_family.pattern or "as its class has it"
+    assert traits["attention"] == pattern + (" of 4 tokens" if policy.blocks else "")
     assert "doubt" not in traits
 
     adapted = add_adapter(policy, Adapter(2)).model
@@ -121,7 +122,7 @@ def test_what_is_doubtful(saved_models, tmp_path):
     assert "the model 10" in doubts(vocab_size=10)
     window = without_weights(saved_models("ar"), tmp_path, model_type="mistral", sliding_window=8)
     asked = rows(invoke("doctor", "-m", window))
-    assert asked["attention"]["detail"] == "from left to right, in 2 of 2 layers within 8 tokens"
+    assert asked["attention"]["detail"] == "causal, in 2 of 2 layers within 8 tokens"
 
 
 def test_of_an_adapter_its_base_model_is_described(saved_models, tmp_path):
