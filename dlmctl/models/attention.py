@@ -116,6 +116,16 @@ class NoisedRows(NamedTuple):
     leads: Tensor | None
     """bool [R, T], positions whose logits are those of the clean token before them; None: none."""
 
+    def noised(self, outputs: Tensor) -> Tensor:
+        """Of outputs [R, Q, H] of all tokens, those of the noised texts: [R, T, H].
+
+        The whole text must have been copied.
+        """
+        if self.positions is None:
+            return outputs
+        width = self.positions.shape[1] // 2
+        return outputs[:, width:]
+
     def to(self, device: torch.device) -> NoisedRows:
         """The rows on a device."""
         moved = {
@@ -136,6 +146,11 @@ class NoisedRows(NamedTuple):
         before = (positions - shift).clamp(min=0)
         columns = before + self.offsets[rows]
         return columns if self.leads is None else before.where(self.leads[rows, positions], columns)
+
+
+def plain_rows(ids: Tensor, attention: Tensor | None) -> NoisedRows:
+    """Rows of a model that reads a noised text alone; arguments as `Policy.hidden` takes them."""
+    return NoisedRows(ids, attention, None, None, torch.zeros_like(ids[:, 0]), None)
 
 
 def noised_rows(
@@ -160,8 +175,7 @@ def noised_rows(
     there = columns < lengths[:, None]  # [R, T]
     if blocks is None:
         padded = bool((lengths < width).any())
-        nothing = torch.zeros_like(starts)
-        return NoisedRows(noised, there if padded else None, None, None, nothing, None)
+        return plain_rows(noised, there if padded else None)
     # 1. The noised copy of row r has the positions firsts[r] to ends[r], in whole blocks.
     numbers = blocks.of(columns, starts)  # [R, T]
     any_wanted = wanted.any(dim=1, keepdim=True)
