@@ -99,6 +99,9 @@ def test_it_is_the_stock_model_under_a_mask_that_hides_nothing(tmp_path, kind):
     body = getattr(stock, stock.base_model_prefix)
     expected = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     torch.testing.assert_close(policy.hidden(ids, None), expected)
+    # A mask of four dimensions leaves the windows of the layers as they are.
+    allowed = torch.ones(2, 9, 9, dtype=torch.bool)
+    torch.testing.assert_close(policy.hidden(ids, None, allowed=allowed), expected)
     # Rows of other lengths: the padding is seen by nobody.
     padded = torch.ones(2, 9, dtype=torch.bool)
     padded[1, 7:] = False
@@ -117,6 +120,27 @@ def test_a_later_token_changes_what_every_block_says_of_earlier_ones(tmp_path, k
     rows, places = torch.zeros(3, dtype=torch.int64), torch.arange(3)
     other = policy.predict(torch.tensor([[2, 3, 4, 6]]), None, rows, places)
     assert not torch.equal(policy.predict(ids, None, rows, places), other)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_block_by_block_it_is_the_stock_model_under_a_mask_of_blocks(tmp_path, kind):
+    source = autoregressive(tmp_path / kind, kind)
+    target = made(source, "--pattern", "block-causal", "--block-length", 2)
+    policy = load_policy(str(target), "cpu", "float32")
+    assert (policy.family, policy.blocks and policy.blocks.length) == ("bd3lm", 2)
+    stock: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    ids = torch.randint(2, 16, (2, 9), generator=torch.Generator().manual_seed(0))
+    places = torch.arange(9)
+    past = places // 2 <= (places // 2)[:, None]
+    near = (places[:, None] - places).abs() <= WINDOW
+    mask: Any = (past & near if kind == "mistral" else past).expand(2, 1, 9, 9)
+    if kind == "gemma3":
+        mask = {"full_attention": mask, "sliding_attention": (past & near).expand(2, 1, 9, 9)}
+    body = getattr(stock, stock.base_model_prefix)
+    expected = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    torch.testing.assert_close(policy.hidden(ids, None), expected)
+    result = invoke("init", tmp_path / "new", "--from", source, "--pattern", "block-causal")
+    assert (result.exit_code, "--block-length" in result.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
@@ -260,7 +284,10 @@ def test_options_of_a_new_model_are_refused_and_a_directory_is_kept(tmp_path):
     assert invoke("init", tmp_path / "new", "--from", tmp_path / "none").exit_code == 66
 
 
-def test_an_autoregressive_model_learns_to_denoise(tmp_path):
+@pytest.mark.parametrize(
+    "options", [[], ["--shift", 0], ["--pattern", "block-causal", "--block-length", 2]]
+)
+def test_an_autoregressive_model_learns_to_denoise(tmp_path, options):
     """From a left-to-right model through `init --from` and `update --algo sft` to `rollout`."""
     rows = [{"id": f"{a}", "prompt": f"{a}+1=", "completion": f"{(a + 1) % 10}"} for a in range(10)]
     data = tmp_path / "data.jsonl"
@@ -271,9 +298,11 @@ def test_an_autoregressive_model_learns_to_denoise(tmp_path):
     result = invoke("update", data, *runs, "-m", source, "-o", tmp_path / "ar")
     assert result.exit_code == 0, result.output
     target = tmp_path / "a2d"
-    assert invoke("init", target, "--from", tmp_path / "ar", "--gen-length", 2).exit_code == 0
+    result = invoke("init", target, "--from", tmp_path / "ar", "--gen-length", 2, *options)
+    assert result.exit_code == 0, result.output
     for _ in range(2):
-        result = invoke("update", data, *runs, "-m", target, "-o", tmp_path / "sft")
+        annealed = [*runs, "--anneal-attention", 5]
+        result = invoke("update", data, *annealed, "-m", target, "-o", tmp_path / "sft")
         assert result.exit_code == 0, result.output
     losses = [r["loss"] for r in read_records([str(tmp_path / "sft" / "metrics.jsonl")])]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
