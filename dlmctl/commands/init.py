@@ -51,9 +51,8 @@ def command(
 
     dlmctl prompts concepts -n 20000 | dlmctl init runs/new --tokenizer word --vocabulary -
 
-    dlmctl init models/a2d --from Qwen/Qwen3-0.6B
-
-    dlmctl update --algo sft -m models/a2d --lr 1e-4 --fill-to 256 -o runs/sft answers.jsonl
+    dlmctl init models/a2d --from Qwen/Qwen3-0.6B && dlmctl update --algo sft -m models/a2d
+    --lr 1e-4 --anneal-attention 100 -o runs/base corpus.jsonl
     """
     check_free(directory)
     if adapted.source is not None:
