@@ -16,13 +16,17 @@ R rows, T tokens of a text, Q queries, K keys, N tokens asked for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Pattern = Literal["causal", "bidirectional", "block-causal"]
+Narrowing = Callable[[Tensor], Tensor]
+"""From positions, int64 [R, Q], to bool [R, Q, Q]: which of the keys that its pattern lets it see
+a query attends to so far."""
 Origin = Literal["text", "completion"]
 """Where blocks are counted from. From the text's beginning, a block may have the end of the prompt
 and the first tokens of the completion, and the last block is sampled whole and cut. From the
@@ -69,6 +73,31 @@ def attends(
     q, k = query_blocks[:, :, None], key_blocks[:, None]
     from_noise, to_noise = query_noised[:, :, None], key_noised[:, None]
     return torch.where(to_noise, from_noise & (k == q), torch.where(from_noise, k < q, k <= q))
+
+
+def layer_masks(config: Any, allowed: Tensor, positions: Tensor) -> Any:
+    """What a decoder of transformers takes as `attention_mask`, its sliding windows kept.
+
+    It uses a mask of four dimensions as it is, for layers with a sliding window too. So these get
+    their own: no further than the window to either side, as `is_causal = False` has it.
+
+    Args:
+        config: of the decoder.
+        allowed: bool [B, T, T].
+        positions: int64 [B, T].
+
+    Returns:
+        bool [B, 1, T, T], or such a mask for each kind of layer.
+    """
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    everywhere = allowed[:, None]
+    if not window or "sliding_attention" not in (kinds or ["sliding_attention"]):
+        return everywhere
+    near = (positions[:, :, None] - positions[:, None]).abs() <= window
+    within = (allowed & near)[:, None]
+    if kinds is None:
+        return within
+    return {"full_attention": everywhere, "sliding_attention": within}
 
 
 class NoisedRows(NamedTuple):

@@ -111,6 +111,8 @@ def _without_padding(ids: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     caches = (arguments.get(name) for name in ("past_key_values", "cache"))
     cache = next((cache for cache in caches if cache is not None), None)
     padding, attention = getattr(cache, "padding", None), arguments.get("attention_mask")
+    if isinstance(attention, dict):  # a mask for each kind of layer
+        attention = attention["full_attention"]
     if padding is None and attention is not None:
         if attention.dim() == 2:
             padding = attention[:, -ids.shape[1] :] == 0

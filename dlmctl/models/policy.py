@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from dlmctl.models.architecture import family_named
-from dlmctl.models.attention import Blocks, NoisedRows, attends, noised_rows
+from dlmctl.models.attention import (
+    Blocks,
+    Narrowing,
+    NoisedRows,
+    attends,
+    layer_masks,
+    noised_rows,
+)
 from dlmctl.models.families import Head, ModelFamily
 from dlmctl.models.prompting import context_ids, prompt_ids, text_ids
 from dlmctl.models.vision import Picture, Vision
@@ -55,6 +62,8 @@ class Policy:
     """The model's own gen_length, block_length and steps, if it has any."""
     blocks: Blocks | None = None
     """Its blocks, if it is block-causal."""
+    narrowing: Narrowing | None = None
+    """What of its attention is open, while training still opens it."""
     vision: Vision | None = None
     """How it takes images; None if it takes none."""
     prompting: Prompting = dataclasses.field(default_factory=Prompting)
@@ -136,6 +145,10 @@ class Policy:
             allowed = self._clean_text(ids, attention)
         if allowed is not None:
             mask = allowed[:, None]
+            if cache is None:
+                columns = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+                places = columns if positions is None else positions
+                mask = layer_masks(self.core.config, allowed, places)
         if self.vision is not None and any(pictures):
             extra |= self.vision.inputs(self.core, pictures, ids.device)
             if positions is None:
@@ -161,8 +174,16 @@ class Policy:
 
     def hidden_of(self, rows: NoisedRows, pictures: Sequence[Sequence[Picture]] = ()) -> Tensor:
         """Last hidden states of noised rows: [R, Q, H]."""
+        allowed = rows.allowed
+        if self.narrowing is not None:
+            columns = torch.arange(rows.ids.shape[1], device=rows.ids.device).expand_as(rows.ids)
+            narrowed = self.narrowing(columns if rows.positions is None else rows.positions)
+            there = rows.attention if rows.attention is None else rows.attention[:, None]
+            for other in (allowed, there):
+                narrowed = narrowed if other is None else narrowed & other
+            allowed = narrowed
         return self.hidden(
-            rows.ids, rows.attention, rows.positions, pictures=pictures, allowed=rows.allowed
+            rows.ids, rows.attention, rows.positions, pictures=pictures, allowed=allowed
         )
 
     def logits(self, states: Tensor) -> Tensor:
