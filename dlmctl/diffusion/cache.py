@@ -89,10 +89,15 @@ class SlotCache(Cache):
         return (query_length if self._whole else self._length), 0
 
 
+def reuses_keys(policy: Policy) -> bool:
+    """Whether a model can reuse keys and values of an earlier pass."""
+    layers = getattr(policy.core.config, "layer_types", None) or []
+    return policy.model_family.reuses_keys and all(x == "full_attention" for x in layers)
+
+
 def check_cache(policy: Policy) -> None:
     """Raise UsageError if a model cannot reuse keys and values of an earlier pass."""
-    layers = getattr(policy.core.config, "layer_types", None) or []
-    if not policy.model_family.reuses_keys or any(x != "full_attention" for x in layers):
+    if not reuses_keys(policy):
         raise UsageError(
             f"--cache is for models whose layers all attend to the whole sequence and are built as "
             f"decoders (LLaDA, Dream, a2d); {policy.name} is not one: leave it out"

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dlmctl.diffusion.cache import reuses_keys
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
@@ -76,7 +77,7 @@ def configured(policy: Policy, sampler: Sampler = Sampler()) -> SamplerConfig:
     else:
         _check_blocks(policy, sampler)
         values["block_length"] = policy.blocks.length
-        plain = sampler.compile or sampler.cfg_scale > 0
+        plain = sampler.compile or sampler.cfg_scale > 0 or not reuses_keys(policy)
         values["cache"] = values["cache"] or ("none" if plain else "exact")
     if not sampler.parallel and sampler.steps is None and sampler.sub_block_length is None:
         usual_steps = None if sampler.gen_length else usual.get("steps")
