@@ -115,10 +115,9 @@ def _denoise(canvas: Canvas, passes: Passes, callback: SamplerCallback) -> list[
     if settings.alg_temp:
         ranking = confidence.clone()
         ranking[masked.row, masked.offset] = perturb(sure, noise, settings)
-    quota = settings.quota()[[canvas.block[s] for s in rows], [canvas.step[s] for s in rows]]
-    stays = select_to_unmask(ranking, quota.to(canvas.device), settings)
+    stays = select_to_unmask(ranking, canvas.quotas(rows).to(canvas.device), settings)
     again = passes.outdated(rows, confidence.amax(dim=1))
     stays &= ~again[:, None]
     canvas.decide(masked, stays[masked.row, masked.offset], token, steps)
-    left = ((confidence > -torch.inf) & ~stays).any(dim=1)
+    left = ((confidence > -torch.inf) & ~stays).any(dim=1) | masked.waiting
     return canvas.advance(rows, passes.per_step, (~left).tolist(), again.tolist())

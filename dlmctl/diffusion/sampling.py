@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dlmctl.diffusion.cache import reuses_keys
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.settings.sampler import (
     BETWEEN_0_AND_1,
     SURE,
+    CacheRule,
     Distribution,
     EosRule,
     Remasking,
@@ -43,6 +45,7 @@ class SamplerConfig(Sampler):
     alg_temp: float = 0.0
     eos: EosRule = "normal"
     early_stop: bool = False
+    cache: CacheRule = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,7 +86,8 @@ class SamplerConfig(Sampler):
 
     def used(self, diffusion: bool = True) -> dict[str, Any]:
         """What records say of the sampler, temperature aside: the options that are not off."""
-        off = {"top_p": 1.0, "schedule": self.schedule if self.parallel else None}
+        unscheduled = self.parallel and self.steps is None
+        off = {"top_p": 1.0, "schedule": self.schedule if unscheduled else None}
         return {
             name: value
             for name, value in asdict(self).items()
@@ -129,32 +133,23 @@ def unmasking_probabilities(steps: int) -> Tensor:
 def configured(policy: Policy, sampler: Sampler = Sampler()) -> SamplerConfig:
     """The options, with those that are None as the model has them, else LLaDA.
 
-    What the model has for itself gives way where it contradicts an option: its threshold to given
-    steps, its steps to a given length or threshold, its remasking to a threshold that cannot be
-    compared with it, its alg_temp to remasking without confidence.
+    What the model has for itself gives way where it contradicts an option: its steps to a given
+    length or threshold, its threshold to a given schedule, its remasking to a threshold that cannot
+    be compared with it, its alg_temp to remasking without confidence.
     """
     given = {name: value for name, value in asdict(sampler).items() if value is not None}
     own = dict(policy.sampling)
     # 1. Lengths; a block length of None is the whole length.
     values: dict[str, Any] = {"gen_length": own.pop("gen_length", 128), **given}
-    length = values["gen_length"]
-    block = own.pop("block_length", 32)
-    values.setdefault("block_length", length if block is None else min(length, block))
-    # 2. How many tokens a step decides: by a bound or by the schedule.
-    unbounded = sampler.remasking is not None and sampler.remasking not in BETWEEN_0_AND_1
-    if unbounded or sampler.alg_temp or {"steps", "schedule", "threshold", "factor"} & given.keys():
-        own.pop("threshold", None)
-        own.pop("factor", None)
-    steps = own.pop("steps", length)
-    if {"threshold", "factor"} & {*given, *own}:
-        own.pop("schedule", None)
-        own.pop("alg_temp", None)
-    elif "steps" not in given:
-        blocks = -(-length // values["block_length"])
-        values["steps"] = length if "gen_length" in given else max(steps, blocks)
+    length, block = values["gen_length"], own.pop("block_length", 32)
+    if policy.blocks is None:
+        values.setdefault("block_length", length if block is None else min(length, block))
+    else:
+        _check_blocks(policy, sampler)
+        values["block_length"] = policy.blocks.length
+    # 2. How many tokens a step decides.
+    values |= _progress(policy, sampler, own, length, values["block_length"])
     # 3. Which tokens: by a confidence that goes with that.
-    if sampler.cache != "none":
-        own.pop("cfg_scale", None)
     values = {**own, **values}
     compared = sampler.refresh_below > 0 or {"threshold", "factor"} & values.keys()
     rules = SURE if sampler.refresh_below > 0 or sampler.alg_temp else BETWEEN_0_AND_1
@@ -164,7 +159,69 @@ def configured(policy: Policy, sampler: Sampler = Sampler()) -> SamplerConfig:
         values["remasking"] = usual if fits else "low_confidence"
     if sampler.remasking == "random":
         values["alg_temp"] = sampler.alg_temp or 0.0
+    # 4. Whether keys and values are reused.
+    if sampler.cached:
+        values["cfg_scale"] = sampler.cfg_scale or 0.0
+    if policy.blocks is not None and "cache" not in given:
+        plain = sampler.compile or values.get("cfg_scale", 0) > 0 or not reuses_keys(policy)
+        values["cache"] = "none" if plain else "exact"
+    if policy.blocks is None and sampler.cache == "exact":
+        raise UsageError(
+            f"--cache exact is for block-causal models, and {policy.name} attends to the whole "
+            "sequence: take prefix or dual, which are approximations"
+        )
     return SamplerConfig(**values)
+
+
+def _progress(
+    policy: Policy, sampler: Sampler, own: dict[str, Any], length: int, block_length: int
+) -> dict[str, Any]:
+    """The number of steps, if there is one; what contradicts the options is taken out of `own`."""
+    unbounded = sampler.remasking is not None and sampler.remasking not in BETWEEN_0_AND_1
+    if unbounded or sampler.alg_temp or sampler.schedule is not None or sampler.parallel:
+        own.pop("threshold", None)
+        own.pop("factor", None)
+    if sampler.schedule == "timesteps":
+        own.pop("sub_block_length", None)
+    steps = own.pop("steps", None)
+    if sampler.steps is not None:
+        own.pop("factor", None)
+        own.pop("sub_block_length", None)
+    by_parts = sampler.sub_block_length is not None or "sub_block_length" in own
+    bounded = sampler.parallel or bool({"threshold", "factor"} & own.keys())
+    if bounded:
+        own.pop("alg_temp", None)
+    if bounded or by_parts or policy.blocks is not None:
+        own.pop("schedule", None)
+    if sampler.steps is not None:
+        return {}
+    if sampler.parallel or by_parts or "factor" in own:
+        return {}
+    if steps is not None and sampler.gen_length is None:
+        return {"steps": max(steps, -(-length // block_length))}
+    return {} if policy.blocks is not None or "threshold" in own else {"steps": length}
+
+
+def _check_blocks(policy: Policy, sampler: Sampler) -> None:
+    """Raise UsageError for what a block-causal model cannot do."""
+    assert policy.blocks is not None
+    length = policy.blocks.length
+    if sampler.block_length not in (None, length):
+        raise UsageError(
+            f"{policy.name} attends in blocks of {length} tokens, which --block-length "
+            f"{sampler.block_length} does not change; if they are longer or shorter, write "
+            f"MODEL,block_length={sampler.block_length}"
+        )
+    if sampler.schedule == "timesteps":
+        raise UsageError(
+            f"--schedule timesteps is for models that attend to the whole sequence, and "
+            f"{policy.name} is block-causal: leave it out"
+        )
+    if sampler.approximate:
+        raise UsageError(
+            f"--cache {sampler.cache} is an approximation, and {policy.name} is block-causal: "
+            "take exact, the default"
+        )
 
 
 class Request(NamedTuple):

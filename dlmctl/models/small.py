@@ -8,11 +8,15 @@ import torch
 import transformers
 
 from dlmctl.models.architecture import family_named
+from dlmctl.models.attention import Blocks
 from dlmctl.models.policy import Policy
 from dlmctl.models.vision import vision_of
 from dlmctl.records.errors import UsageError
 from dlmctl.settings.families import family_of_variant
 from dlmctl.settings.small import SmallModel
+
+BLOCK_LENGTH = 4
+"""Of a new block-causal model, if none is given."""
 
 
 def make_policy(small: SmallModel, tokenizer: Any, seed: int = 0) -> Policy:
@@ -31,6 +35,9 @@ def make_policy(small: SmallModel, tokenizer: Any, seed: int = 0) -> Policy:
             f"--hidden-size {small.hidden_size} is not a multiple of {multiple} x --heads "
             f"{small.heads}: rotary embeddings need heads of such a size"
         )
+    blocks = None
+    if family.pattern == "block-causal":
+        blocks = Blocks(small.block_length or BLOCK_LENGTH, family.block_origin)
     config = family.new_config(small, tokenizer)
     torch.manual_seed(seed)
     auto: Any = getattr(transformers, family.auto_class)
@@ -50,5 +57,6 @@ def make_policy(small: SmallModel, tokenizer: Any, seed: int = 0) -> Policy:
         name=f"new {small.family}",
         revision="new",
         sampling={**family.sampling, **small.sampling},
+        blocks=blocks,
         vision=vision,
     )

@@ -14,7 +14,7 @@ Remasking = Literal["low_confidence", "random", "entropy", "margin", "sae"]
 Schedule = Literal["even", "timesteps"]
 Distribution = Literal["model", "sampled"]
 EosRule = Literal["normal", "late", "never"]
-CacheRule = Literal["none", "prefix", "dual"]
+CacheRule = Literal["none", "prefix", "dual", "exact"]
 
 SURE: tuple[Remasking, ...] = ("low_confidence", "margin")
 """Rules whose confidence says how sure the model is, between 0 and 1."""
@@ -44,8 +44,9 @@ class Sampler:
     )
     steps: int | None = knob(
         None,
-        "Denoising steps over all blocks; --schedule says how many tokens each decides. With "
-        "--threshold or --factor a block takes as many as it needs instead.",
+        "Denoising steps over all blocks; --schedule says how many tokens each decides, with "
+        "--threshold at least. Without --steps, a block takes as many as --threshold or --factor "
+        "needs.",
         minimum=1,
         shown_default=own("--gen-length"),
     )
@@ -115,10 +116,19 @@ class Sampler:
         minimum=0.0,
         shown_default=own("off"),
     )
-    cache: CacheRule = knob(
-        "none",
-        "Approximate and faster: take keys and values from an earlier step, of the tokens before "
-        "the block (prefix), or of all tokens outside it (dual).",
+    sub_block_length: int | None = knob(
+        None,
+        "Decide a block in parts of this many tokens, from left to right (the small block of "
+        "Fast-dLLM v2).",
+        minimum=1,
+        shown_default=own("the block"),
+    )
+    cache: CacheRule | None = knob(
+        None,
+        "Take keys and values from an earlier step. Of a block-causal model those of finished "
+        "blocks never change (exact). Of others they do, so that it is an approximation: of the "
+        "tokens before the block (prefix), or of all tokens outside it (dual).",
+        shown_default="exact for a block-causal model, else none",
     )
     refresh: int | None = knob(
         None,
@@ -156,14 +166,20 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.threshold is not None and self.factor is not None:
             raise UsageError("--threshold and --factor are two rules for one thing: give one")
-        if self.parallel and self.steps is not None:
-            rule = "--threshold" if self.factor is None else "--factor"
+        if self.factor is not None and self.steps is not None:
             raise UsageError(
-                f"--steps is a fixed number of steps, and {rule} takes as many as each block "
-                f"needs: leave one of them out"
+                "--steps is a fixed number of steps, and --factor takes as many as each block "
+                "needs: leave one of them out"
             )
-        if self.parallel and self.schedule == "timesteps":
-            rule = "--threshold" if self.factor is None else "--factor"
+        if self.sub_block_length is not None and self.steps is not None:
+            raise UsageError(
+                "--steps is a fixed number of steps, and with --sub-block-length a block takes as "
+                "many as its parts need: leave one of them out"
+            )
+        if self.schedule == "timesteps" and (self.parallel or self.sub_block_length is not None):
+            bounds = {"--factor": self.factor, "--threshold": self.threshold}
+            rule = next((name for name, value in bounds.items() if value is not None), None)
+            rule = rule or "--sub-block-length"
             raise UsageError(
                 f"--schedule says how many tokens a step decides, and so does {rule}: leave one "
                 f"of them out"
@@ -178,9 +194,9 @@ class Sampler:
             raise UsageError(f"--threshold {self.threshold} is no confidence, from 0 to 1")
         if self.factor is not None and not self.factor >= 0:
             raise UsageError(f"--factor {self.factor} is not 0 or more")
-        if self.refresh is not None and self.cache == "none":
+        if self.refresh is not None and not self.approximate:
             raise UsageError("--refresh says how long a cache is used: give --cache too")
-        if self.refresh_below > 0 and self.cache == "none":
+        if self.refresh_below > 0 and not self.approximate:
             raise UsageError("--refresh-below says when a cache is too old: give --cache too")
         for option, given, rules in (
             ("--threshold", self.threshold is not None, BETWEEN_0_AND_1),
@@ -192,9 +208,9 @@ class Sampler:
                     f"{option} compares a confidence between 0 and 1, and that of --remasking "
                     f"{self.remasking} is none: take {' or '.join(rules)}"
                 )
-        if self.compile and self.cache != "none":
+        if self.compile and self.cached:
             raise UsageError("--compile and --cache do not go together: leave one out")
-        if self.cfg_scale and self.cache != "none":
+        if self.cfg_scale and self.cached:
             raise UsageError("--cfg-scale and --cache do not go together: leave one out")
 
     def _check_alg_temp(self) -> None:
@@ -214,13 +230,25 @@ class Sampler:
             )
 
     @property
+    def cached(self) -> bool:
+        """Whether keys and values of an earlier step are used."""
+        return self.cache not in (None, "none")
+
+    @property
+    def approximate(self) -> bool:
+        """Whether they may be old."""
+        return self.cache in ("prefix", "dual")
+
+    @property
     def parallel(self) -> bool:
         """Whether the confidence says how many tokens a step decides."""
         return self.threshold is not None or self.factor is not None
 
 
 OWN: tuple[str, ...] = tuple(
-    field.name for field in fields(Sampler) if field.default is None and field.name != "refresh"
+    field.name
+    for field in fields(Sampler)
+    if field.default is None and field.name not in ("cache", "refresh")
 )
 """Options that a model may have for itself, in the object `sampling`."""
 

@@ -52,7 +52,7 @@ def test_every_option_that_is_none_can_be_the_models():
     check_own(own)
     config = resolved(own)
     assert {name: getattr(config, name) for name in own} == own
-    assert set(OWN) == {*own, "threshold", "factor"}
+    assert set(OWN) == {*own, "threshold", "factor", "sub_block_length"}
     other = {
         "gen_length": 40, "block_length": 8, "steps": 20, "top_p": 1.0, "top_k": 0,
         "cfg_scale": 0.0, "schedule": "even", "remasking": "low_confidence",
@@ -78,9 +78,13 @@ def test_every_option_that_is_none_can_be_the_models():
             {"remasking": "low_confidence"},
         ),
         # A model that has a bound for itself.
-        ({"threshold": 0.9, "steps": 16}, {}, {"threshold": 0.9, "steps": None}),
+        ({"threshold": 0.9, "steps": 16}, {}, {"threshold": 0.9, "steps": 16}),
+        ({"threshold": 0.9}, {}, {"threshold": 0.9, "steps": None}),
+        ({"threshold": 0.9, "steps": 16}, {"threshold": 0.5}, {"threshold": 0.5, "steps": None}),
         ({"threshold": 0.9}, {"factor": 1.0}, {"threshold": None, "factor": 1.0}),
-        ({"threshold": 0.9}, {"steps": 16}, {"threshold": None, "steps": 16}),
+        ({"threshold": 0.9}, {"steps": 16}, {"threshold": 0.9, "steps": 16}),
+        ({"factor": 0.9, "sub_block_length": 8}, {"steps": 16}, {"factor": None, "steps": 16}),
+        ({"sub_block_length": 8, "steps": 16}, {}, {"sub_block_length": 8, "steps": None}),
         ({"factor": 0.9}, {"schedule": "timesteps"}, {"factor": None, "steps": 128}),
         ({"threshold": 0.9}, {"remasking": "entropy"}, {"threshold": None, "steps": 128}),
         ({"threshold": 0.9}, {"alg_temp": 0.1}, {"threshold": None, "alg_temp": 0.1}),
