@@ -115,6 +115,8 @@ def _sampler(policy: Policy) -> str:
     lengths = {"gen_length": config.gen_length}
     if policy.diffusion:
         lengths |= {"block_length": config.block_length, "steps": config.steps or config.gen_length}
+        own = sorted(policy.sampling.keys() - lengths.keys())
+        lengths |= {name: getattr(config, name) for name in own}
     return ", ".join(
         f"{name} {value}{' (its own)' if name in policy.sampling else ''}"
         for name, value in lengths.items()
