@@ -175,7 +175,7 @@ def select_to_unmask(confidence: Tensor, quota: Tensor, settings: SamplerConfig)
 
     Args:
         confidence: float64 [R, B], -inf where nothing is masked.
-        quota: [R], as `SamplerConfig.quota` has them: tokens to decide if their number is fixed,
+        quota: [R], as `SamplerConfig.per_step` has them: tokens to decide if their number is fixed,
             and else at least.
     """
     masked = confidence > -torch.inf

@@ -115,7 +115,7 @@ def _denoise(canvas: Canvas, passes: Passes, callback: SamplerCallback) -> list[
     if settings.alg_temp:
         ranking = confidence.clone()
         ranking[masked.row, masked.offset] = perturb(sure, noise, settings)
-    stays = select_to_unmask(ranking, canvas.quotas(rows).to(canvas.device), settings)
+    stays = select_to_unmask(ranking, canvas.quotas(rows), settings)
     again = passes.outdated(rows, confidence.amax(dim=1))
     stays &= ~again[:, None]
     canvas.decide(masked, stays[masked.row, masked.offset], token, steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -72,17 +73,23 @@ class SamplerConfig(Sampler):
         return self.schedule == "timesteps" and self.remasking == "random"
 
     def quota(self) -> Tensor:
-        """[blocks, steps_per_block]: tokens that each step decides if their number is fixed, int64.
+        """[blocks, steps_per_block]: `per_step` of each block."""
+        last = self.gen_length - (self.blocks - 1) * self.block_length
+        sizes = [self.block_length] * (self.blocks - 1) + [last]
+        return torch.tensor([self.per_step(size) for size in sizes])
 
-        With ancestral sampling it is the probability of each masked token instead, float64.
+    def per_step(self, masked: int) -> Sequence[float]:
+        """How many of `masked` tokens each step of a block decides if their number is fixed.
+
+        With ancestral sampling it is the probability of each masked token instead.
         """
         steps = self.steps_per_block
         if self.ancestral:
-            return unmasking_probabilities(steps).double().expand(self.blocks, -1)
-        last = self.gen_length - (self.blocks - 1) * self.block_length
-        sizes = [self.block_length] * (self.blocks - 1) + [last]
-        spread = tokens_per_timestep if self.schedule == "timesteps" else tokens_per_step
-        return torch.tensor([spread(size, steps) for size in sizes])
+            shares: list[float] = unmasking_probabilities(steps).tolist()
+            return shares
+        if self.schedule == "timesteps":
+            return tokens_per_timestep(masked, steps)
+        return tokens_per_step(masked, steps)
 
     def used(self, diffusion: bool = True) -> dict[str, Any]:
         """What records say of the sampler, temperature aside: the options that are not off."""
