@@ -79,8 +79,14 @@ def all_families() -> list[ModelFamily]:
 def recognised_family(raw: Raw) -> ModelFamily:
     """The family that a config.json describes, dlmctl's own field left aside."""
     kind, names = str(raw.get("model_type", "")).lower(), raw.get("architectures") or []
-    for values, patterns in ([kind], "model_types"), (names, "classes"):
-        for family in all_families():
+    own = [family for family in all_families() if family.own_config]
+    rules: list[tuple[list[Any], str, list[ModelFamily]]] = [
+        (names, "classes", own),  # LLaDA-MoE has the type of LLaDA
+        ([kind], "model_types", all_families()),
+        (names, "classes", all_families()),
+    ]
+    for values, patterns, families in rules:
+        for family in families:
             if any(fnmatchcase(str(v), p) for v in values for p in getattr(family, patterns)):
                 return family
     return family_named("a2d" if raw.get("is_causal") is False else "ar")

@@ -1,5 +1,8 @@
 """LoRA through peft: a low-rank adapter on every linear layer of the decoder.
 
+The experts of a mixture are no linear layers in transformers 5, which joins their matrices into one
+tensor: an adapter changes attention, dense and shared MLPs, and neither the experts nor the router.
+
 The reference policy of a LoRA run is the same model with the adapter switched off, which costs no
 memory.
 """
