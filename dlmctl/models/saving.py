@@ -65,6 +65,8 @@ def save_original(policy: Policy, directory: Path) -> None:
             "--original-naming is for families whose authors have names of their own, as llada "
             f"and dream; models of {family.name} have those of transformers"
         )
+    if policy.blocks is not None:
+        fields["block_length"] = policy.blocks.length
     from transformers.core_model_loading import revert_weight_conversion
 
     # transformers joins the experts of a mixture into one tensor; checkpoints have them apart.
