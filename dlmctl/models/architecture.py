@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 
 from dlmctl.models.attention import Blocks
 from dlmctl.models.families import ModelFamily, Raw
+from dlmctl.models.refused import refuse_known
 from dlmctl.records.errors import DataError
 from dlmctl.settings.families import declared_families
 from dlmctl.settings.models import Reading
@@ -102,6 +103,7 @@ def architecture(raw: dict[str, Any], where: str, reading: Reading | None = None
         DataError: no known family fits, or config.json has impossible values.
     """
     _check_layers(raw, where)
+    refuse_known(raw, where)
     try:
         chosen = _architecture(raw, where, reading or Reading())
     except FAULTS as error:
@@ -157,7 +159,8 @@ def _architecture(raw: Raw, where: str, reading: Reading) -> Architecture:
     return Architecture(
         family,
         config,
-        rename=recognised.rename,
+        # The family that is named may know names of a config.json that says nothing of it.
+        rename=lambda name: family.rename(recognised.rename(name)),
         mask_id=mask_id if reading.mask_id is None else reading.mask_id,
         shift=shift if reading.shift is None else reading.shift,
         blocks=_blocks(family, raw, reading, where),

@@ -50,10 +50,9 @@ class LLaDA2(ModelFamily):
         for name, values in ONLY.items():
             if raw.get(name) not in values:
                 raise DataError(f"a LLaDA2 model with {name} = {raw.get(name)} is not known", where)
-        if not raw.get("num_shared_experts") or raw["num_experts_per_tok"] < 2:
-            raise DataError(
-                "only LLaDA2 models with a shared expert and two others are known", where
-            )
+        for name, least in ("num_shared_experts", 1), ("num_experts_per_tok", 2):
+            if (raw.get(name) or 0) < least:
+                raise DataError(f"a LLaDA2 model with {name} = {raw.get(name)} is not known", where)
         fields = (*SHARED, "eos_token_id", "bos_token_id", "pad_token_id")
         kept = {name: raw[name] for name in fields if name in raw}
         return stock_config({**kept, **_rotary(raw), "model_type": STOCK}, where)
