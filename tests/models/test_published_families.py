@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from dlmctl.diffusion.sampler import sample
 from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.architecture import architecture, recognised_family
+from dlmctl.models.attention import Blocks
 from dlmctl.models.loading import load_policy
 from dlmctl.models.saving import save_original, save_policy
 from dlmctl.models.tokenizers import character_tokenizer
@@ -152,6 +153,12 @@ def test_a_mixture_that_is_not_the_stock_one_is_refused(name, field, value):
     config = json.loads((PUBLISHED / name / "config.json").read_text()) | {field: value}
     with pytest.raises(DataError, match=f"{field} = {value} is not"):
         architecture(config, "config.json")
+
+
+def test_blocks_of_llada2_have_32_tokens_unless_the_name_says_otherwise():
+    config = json.loads((PUBLISHED / "llada2" / "config.json").read_text())
+    assert architecture(config, "config.json").blocks == Blocks(32, "text")
+    assert architecture(config, "config.json", Reading(block_length=8)).blocks == Blocks(8, "text")
 
 
 @pytest.mark.parametrize(
