@@ -26,7 +26,7 @@ from dlmctl.models.attention import Blocks
 from dlmctl.models.loading import load_policy
 from dlmctl.models.saving import save_original, save_policy
 from dlmctl.models.tokenizers import character_tokenizer
-from dlmctl.records.errors import DataError
+from dlmctl.records.errors import DataError, UnavailableError
 from dlmctl.settings.models import Reading
 from dlmctl.settings.optimizer import Adapter
 from dlmctl.train.lora import add_adapter
@@ -159,6 +159,12 @@ def test_blocks_of_llada2_have_32_tokens_unless_the_name_says_otherwise():
     config = json.loads((PUBLISHED / "llada2" / "config.json").read_text())
     assert architecture(config, "config.json").blocks == Blocks(32, "text")
     assert architecture(config, "config.json", Reading(block_length=8)).blocks == Blocks(8, "text")
+
+
+def test_llada2_says_which_transformers_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr("dlmctl.models.families.llada2.STOCK", "a_type_of_tomorrow")
+    with pytest.raises(UnavailableError, match=r"needs transformers 5\.24 or later"):
+        Published("llada2", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PretrainedConfig
+import transformers
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from dlmctl.models.families import ModelFamily, Raw, mixture_sizes, stock_config
-from dlmctl.records.errors import DataError
+from dlmctl.records.errors import DataError, UnavailableError
 from dlmctl.settings.small import SmallModel
 
 SHARED = (
@@ -54,8 +55,7 @@ class LLaDA2(ModelFamily):
             if (raw.get(name) or 0) < least:
                 raise DataError(f"a LLaDA2 model with {name} = {raw.get(name)} is not known", where)
         fields = (*SHARED, "eos_token_id", "bos_token_id", "pad_token_id")
-        kept = {name: raw[name] for name in fields if name in raw}
-        return stock_config({**kept, **_rotary(raw), "model_type": STOCK}, where)
+        return _stock({name: raw[name] for name in fields if name in raw} | _rotary(raw), where)
 
     def block_length(self, raw: Raw) -> int | None:
         return super().block_length(raw) or 32
@@ -69,7 +69,7 @@ class LLaDA2(ModelFamily):
             "first_k_dense_replace": 1,
         }
         raw = {**sizes, **groups, "rope_theta": 10000.0, "is_causal": False}
-        return stock_config({**raw, **_rotary(raw), "model_type": STOCK}, "a new model")
+        return _stock(raw | _rotary(raw), "a new model")
 
     def original_config(self, config: Any, special_ids: dict[str, Any]) -> dict[str, Any]:
         rope = config.rope_parameters
@@ -82,6 +82,15 @@ class LLaDA2(ModelFamily):
             "partial_rotary_factor": rope["partial_rotary_factor"],
             **special_ids,
         }
+
+
+def _stock(fields: dict[str, Any], where: str) -> PretrainedConfig:
+    if STOCK not in CONFIG_MAPPING:
+        raise UnavailableError(
+            f"LLaDA2 needs transformers 5.24 or later, and this is {transformers.__version__}: "
+            "run  pip install -U transformers"
+        )
+    return stock_config({**fields, "model_type": STOCK}, where)
 
 
 def _rotary(raw: Raw) -> dict[str, Any]:
