@@ -57,8 +57,8 @@ class LLaDA2(ModelFamily):
         fields = (*SHARED, "eos_token_id", "bos_token_id", "pad_token_id")
         return _stock({name: raw[name] for name in fields if name in raw} | _rotary(raw), where)
 
-    def block_length(self, raw: Raw) -> int | None:
-        return super().block_length(raw) or 32
+    def block_length(self, raw: Raw, where: str) -> int | None:
+        return super().block_length(raw, where) or 32
 
     def new_config(self, small: SmallModel, tokenizer: Any) -> PretrainedConfig:
         sizes = mixture_sizes(small, tokenizer)
