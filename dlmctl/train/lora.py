@@ -1,5 +1,8 @@
 """LoRA through peft: a low-rank adapter on every linear layer of the decoder.
 
+The experts of a mixture are no linear layers in transformers 5, which joins their matrices into one
+tensor: an adapter changes attention, dense and shared MLPs, and neither the experts nor the router.
+
 The reference policy of a LoRA run is the same model with the adapter switched off, which costs no
 memory.
 """
@@ -32,6 +35,8 @@ def add_adapter(policy: Policy, settings: Adapter) -> Policy:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=targets,
+        # GPT-2 has Conv1D modules, whose weights are transposed.
+        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in policy.model.modules()),
     )
     model = get_peft_model(policy.model, config)
     # The name that the checkpoint of the adapter finds its base model by.

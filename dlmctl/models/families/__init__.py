@@ -69,7 +69,8 @@ class ModelFamily:
     The family's name is that of the file, with - for _.
     """
 
-    # 1. Which config.json it recognises: first by type, then by class.
+    # 1. Which config.json it recognises: first by the authors' own class, then by type, then by
+    # class.
     model_types: tuple[str, ...] = ()
     """Patterns (fnmatch) of `model_type` in config.json, in lower case."""
     classes: tuple[str, ...] = ()
@@ -250,4 +251,19 @@ def decoder_sizes(small: SmallModel, tokenizer: Any) -> dict[str, Any]:
         "tie_word_embeddings": False,
         # transformers' 0.02 suits widths near 2,500; in a narrow model it starves the blocks.
         "initializer_range": small.hidden_size**-0.5,
+    }
+
+
+def mixture_sizes(small: SmallModel, tokenizer: Any) -> dict[str, Any]:
+    """The same for a small mixture of experts: four, of which a token takes two.
+
+    An expert has half the width of a dense MLP, so that a token takes as many parameters.
+    """
+    sizes = decoder_sizes(small, tokenizer)
+    return {
+        **sizes,
+        "head_dim": small.hidden_size // small.heads,
+        "moe_intermediate_size": -(-sizes["intermediate_size"] // 2),
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
     }

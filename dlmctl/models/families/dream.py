@@ -1,7 +1,8 @@
 """Dream, a Qwen2 that attends in both directions, its logits one position to the left.
 
-The weights keep Qwen2's names (arXiv 2508.15487). The original modeling code does not load in
-transformers 5.
+The weights keep Qwen2's names (arXiv 2508.15487). DiffuCoder and Dream-Coder are of the same class.
+Open-dCoder computes the same and publishes the config.json of a plain Qwen2, which says nothing of
+it: write MODEL,family=dream,mask_id=ID. The original modeling code does not load in transformers 5.
 """
 
 from __future__ import annotations
