@@ -1,6 +1,6 @@
 """Dream's sampler against completions that its authors' own code made, and its laws.
 
-tests/models/published/dream is a small Dream with random weights, saved by the authors' modeling
+tests/diffusion/dream is a small Dream with random weights, saved by the authors' modeling
 code; reference.json has its logits and the completions of its `diffusion_generate`.
 """
 
@@ -30,7 +30,7 @@ from dlmctl.diffusion.sampling import (
 from dlmctl.models.loading import load_policy
 from dlmctl.settings.sampler import Sampler
 
-PUBLISHED = Path(__file__).parents[1] / "models" / "published" / "dream"
+PUBLISHED = Path(__file__).parent / "dream"
 REFERENCE = json.loads((PUBLISHED / "reference.json").read_text())
 REMASKING = {"maskgit_plus": "low_confidence", "topk_margin": "margin", "entropy": "entropy"}
 """Names of Dream's `alg`, and ours."""
