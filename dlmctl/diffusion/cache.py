@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from dlmctl.models.attention import windowed_layers
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 
@@ -91,8 +92,9 @@ class SlotCache(Cache):
 
 def check_cache(policy: Policy) -> None:
     """Raise UsageError if a model cannot reuse keys and values of an earlier pass."""
-    layers = getattr(policy.core.config, "layer_types", None) or []
-    if not policy.model_family.reuses_keys or any(x != "full_attention" for x in layers):
+    config = policy.core.config
+    others = {*(getattr(config, "layer_types", None) or [])} - {"full_attention"}
+    if not policy.model_family.reuses_keys or others or windowed_layers(config):
         raise UsageError(
             f"--cache is for models whose layers all attend to the whole sequence and are built as "
             f"decoders (LLaDA, Dream, a2d); {policy.name} is not one: leave it out"

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dlmctl.models.attention import windowed_layers
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
@@ -76,7 +77,8 @@ def configured(policy: Policy, sampler: Sampler = Sampler()) -> SamplerConfig:
     else:
         _check_blocks(policy, sampler)
         values["block_length"] = policy.blocks.length
-        plain = sampler.compile or sampler.cfg_scale > 0
+        windows = windowed_layers(policy.core.config) > 0
+        plain = sampler.compile or sampler.cfg_scale > 0 or windows
         values["cache"] = values["cache"] or ("none" if plain else "exact")
     if not sampler.parallel and sampler.steps is None:
         values["steps"] = length if sampler.gen_length else usual.get("steps", length)

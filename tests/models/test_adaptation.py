@@ -139,6 +139,13 @@ def test_block_by_block_it_is_the_stock_model_under_a_mask_of_blocks(tmp_path, k
     body = getattr(stock, stock.base_model_prefix)
     expected = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     torch.testing.assert_close(policy.hidden(ids, None), expected)
+    # The sampler reuses keys only if no layer has a window.
+    (tmp_path / "p").write_text('{"id": 1, "prompt": "12="}\n')
+    arguments = ["-m", target, "-n", 1, "--gen-length", 6, "--raw"]
+    plain = invoke("rollout", tmp_path / "p", *arguments)
+    assert plain.exit_code == 0, plain.output
+    cached = invoke("rollout", tmp_path / "p", *arguments, "--cache", "exact")
+    assert (cached.exit_code == 2) == (kind in ("mistral", "gemma3"))
     result = invoke("init", tmp_path / "new", "--from", source, "--pattern", "block-causal")
     assert (result.exit_code, "--block-length" in result.stderr) == (2, True)
 
