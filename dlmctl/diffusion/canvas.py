@@ -31,6 +31,8 @@ class Masked(NamedTuple):
     """int64 [N], index in the sequence, prompt included."""
     completion: Tensor
     """int64 [N], index in the completion."""
+    waiting: Tensor
+    """bool [R]: rows with further masked positions in their block, which this step leaves."""
 
 
 class Canvas:
@@ -43,11 +45,8 @@ class Canvas:
         self.keys = self.ids.new_zeros(slots)
         self.owner: list[int | None] = [None] * slots
         """Number of the request in each slot."""
-        # int64 [blocks, steps]; blocks counted from the text are all whole, and have one row.
-        self._quota = settings.quota()
-        if self._from_text:
-            whole = tokens_per_step(settings.block_length, settings.steps_per_block)
-            self._quota = torch.tensor([whole])
+        self._first_alone = policy.model_family.first_alone
+        self._quota = self._quota_table()
         self.starts, self.block, self.step, self.nfe = ([0] * slots for _ in range(4))
         """For each slot: length of the prompt, current block, step in the block, forward passes."""
 
@@ -90,6 +89,20 @@ class Canvas:
         """Blocks of the completion."""
         return -(-(self.length(slot) - self.first_block(slot)) // self.settings.block_length)
 
+    def _quota_table(self) -> Tensor:
+        """int64 [blocks, steps]; blocks counted from the text are all whole, and have one row."""
+        if not self._from_text:
+            return self.settings.quota()
+        tokens, steps = self.settings.block_length, self.settings.steps_per_block
+        if not self._first_alone:
+            return torch.tensor([tokens_per_step(tokens, steps)])
+        return torch.tensor([[1, *tokens_per_step(tokens - 1, max(1, steps - 1))]])
+
+    @property
+    def steps_per_block(self) -> int:
+        """The most that a block takes."""
+        return self._quota.shape[1]
+
     def quotas(self, rows: Sequence[int]) -> Tensor:
         """int64 [R] on the host: tokens that the present step of each row decides."""
         blocks = [0 if self._from_text else self.block[slot] for slot in rows]
@@ -128,16 +141,29 @@ class Canvas:
         starts = self.tensor([self.starts[slot] for slot in rows])  # [R]
         inside = (columns >= starts[:, None]) & (columns < windows[:, 1:])
         is_masked = (ids == self.policy.mask_id) & inside
-        row, offset = is_masked.nonzero(as_tuple=True)  # [N], [N]
+        chosen = is_masked & self._eligible(rows, is_masked)
+        row, offset = chosen.nonzero(as_tuple=True)  # [N], [N]
         slot, position = slots[row], columns[row, offset]
         completion = position - starts[row]
         shape = (len(rows), self.settings.block_length)
-        return Masked(shape, row, offset, slot, position, completion)
+        waiting = (is_masked & ~chosen).any(dim=1)
+        return Masked(shape, row, offset, slot, position, completion, waiting)
+
+    def _eligible(self, rows: Sequence[int], is_masked: Tensor) -> Tensor:
+        """bool [R, B]: the positions of the part of each block that a step decides."""
+        offsets = torch.arange(self.settings.block_length, device=self.device)
+        part = self.settings.sub_block_length or self.settings.block_length
+        first = is_masked.long().argmax(dim=1, keepdim=True)  # [R, 1]
+        eligible = offsets // part == first // part
+        if self._first_alone:
+            begins = self.tensor([self.step[slot] == 0 for slot in rows])
+            eligible &= (offsets == 0) | ~((first[:, 0] == 0) & (begins == 1))[:, None]
+        return eligible
 
     def numbered_steps(self, rows: Sequence[int]) -> Tensor:
         """int64 [R]: steps counted as if every block took all its steps, so that the noise of a
         step does not depend on how many steps earlier blocks took."""
-        per_block = self.settings.steps_per_block
+        per_block = self.steps_per_block
         return self.tensor([self.block[slot] * per_block + self.step[slot] for slot in rows])
 
     def decide(self, masked: Masked, stays: Tensor, token: Tensor, steps: Tensor) -> None:
@@ -174,7 +200,7 @@ class Canvas:
         if eos is None or self.policy.ends.isdisjoint(decided):
             return False
         self.ids[slot, stop : self.length(slot)] = eos
-        last = (self.block[slot] + 1) * self.settings.steps_per_block - 1
+        last = (self.block[slot] + 1) * self.steps_per_block - 1
         self.order[slot, stop - start :] = last
         return True
 

@@ -113,5 +113,5 @@ def _denoise(canvas: Canvas, passes: Passes, callback: SamplerCallback) -> list[
     again = passes.outdated(rows, confidence.amax(dim=1))
     stays &= ~again[:, None]
     canvas.decide(masked, stays[masked.row, masked.offset], token, steps)
-    left = ((confidence > -torch.inf) & ~stays).any(dim=1)
+    left = ((confidence > -torch.inf) & ~stays).any(dim=1) | masked.waiting
     return canvas.advance(rows, passes.per_step, (~left).tolist(), again.tolist())

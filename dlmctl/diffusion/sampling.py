@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dlmctl.models.attention import windowed_layers
+from dlmctl.diffusion.cache import reuses_keys
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
@@ -77,11 +77,11 @@ def configured(policy: Policy, sampler: Sampler = Sampler()) -> SamplerConfig:
     else:
         _check_blocks(policy, sampler)
         values["block_length"] = policy.blocks.length
-        windows = windowed_layers(policy.core.config) > 0
-        plain = sampler.compile or sampler.cfg_scale > 0 or windows
+        plain = sampler.compile or sampler.cfg_scale > 0 or not reuses_keys(policy)
         values["cache"] = values["cache"] or ("none" if plain else "exact")
-    if not sampler.parallel and sampler.steps is None:
-        values["steps"] = length if sampler.gen_length else usual.get("steps", length)
+    if not sampler.parallel and sampler.steps is None and sampler.sub_block_length is None:
+        usual_steps = None if sampler.gen_length else usual.get("steps")
+        values["steps"] = usual_steps or (None if policy.blocks else length)
     return SamplerConfig(**values)
 
 

@@ -170,7 +170,7 @@ def _blocks(family: ModelFamily, raw: Raw, reading: Reading, where: str) -> Bloc
             )
         return None
     length = reading.block_length or (raw.get("dlmctl") or {}).get("block_length")
-    if length is None and (length := family.block_length(raw)) is None:
+    if length is None and (length := family.block_length(raw, where)) is None:
         raise DataError(
             "its config.json does not say how many tokens a block has: write MODEL,block_length=B",
             where,

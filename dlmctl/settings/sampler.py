@@ -35,8 +35,8 @@ class Sampler:
     )
     steps: int | None = knob(
         None,
-        "Denoising steps over all blocks; each decides equally many tokens. With --threshold or "
-        "--factor a block takes as many as it needs instead.",
+        "Denoising steps over all blocks; each decides equally many tokens, or with --threshold at "
+        "least as many. Without --steps, a block takes as many as --threshold or --factor needs.",
         minimum=1,
         shown_default="the model's own, else --gen-length",
     )
@@ -64,6 +64,13 @@ class Sampler:
         "masked token of a block is decided with the others.",
         minimum=0.0,
         shown_default="off",
+    )
+    sub_block_length: int | None = knob(
+        None,
+        "Decide a block in parts of this many tokens, from left to right (the small block of "
+        "Fast-dLLM v2).",
+        minimum=1,
+        shown_default="the model's own, else the block",
     )
     cache: CacheRule | None = knob(
         None,
@@ -106,11 +113,15 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.threshold is not None and self.factor is not None:
             raise UsageError("--threshold and --factor are two rules for one thing: give one")
-        if self.parallel and self.steps is not None:
-            rule = "--threshold" if self.factor is None else "--factor"
+        if self.factor is not None and self.steps is not None:
             raise UsageError(
-                f"--steps is a fixed number of steps, and {rule} takes as many as each block "
-                f"needs: leave one of them out"
+                "--steps is a fixed number of steps, and --factor takes as many as each block "
+                "needs: leave one of them out"
+            )
+        if self.sub_block_length is not None and self.steps is not None:
+            raise UsageError(
+                "--steps is a fixed number of steps, and with --sub-block-length a block takes as "
+                "many as its parts need: leave one of them out"
             )
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise UsageError(f"--threshold {self.threshold} is no confidence, from 0 to 1")

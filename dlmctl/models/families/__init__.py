@@ -93,6 +93,9 @@ class ModelFamily:
     """How its tokens attend to each other; None: as the class of transformers has it."""
     block_origin: Origin = "text"
     """Where the blocks of a block-causal model are counted from."""
+    first_alone = False
+    """The first token of a block is decided before its others, in the pass over the block before;
+    for a block-causal model with a shift of 1."""
     shift = 0
     """The logits of position i are at position i - shift."""
     reuses_keys = True
@@ -172,7 +175,7 @@ class ModelFamily:
                 where,
             )
 
-    def block_length(self, raw: Raw) -> int | None:
+    def block_length(self, raw: Raw, where: str) -> int | None:
         """Tokens of a block of a block-causal model as config.json states them, if it does."""
         return next((raw[name] for name in BLOCK_FIELDS if raw.get(name) is not None), None)
 
