@@ -40,13 +40,13 @@ class Canvas:
 
     def __init__(self, policy: Policy, settings: SamplerConfig, slots: int) -> None:
         self.policy, self.settings, self.device = policy, settings, policy.device
+        self.blocks = policy.blocks
         self.ids = torch.full((slots, 0), policy.pad_id, dtype=torch.int64, device=self.device)
-        self.order = self.ids.new_zeros(slots, self._most_tokens)
+        # A last block that is cut has up to a block of tokens more.
+        self.order = self.ids.new_zeros(slots, settings.gen_length + settings.block_length)
         self.keys = self.ids.new_zeros(slots)
         self.owner: list[int | None] = [None] * slots
         """Number of the request in each slot."""
-        self._first_alone = policy.model_family.first_alone
-        self._quota = self._quota_table()
         self.starts, self.block, self.step, self.nfe = ([0] * slots for _ in range(4))
         """For each slot: length of the prompt, current block, step in the block, forward passes."""
 
@@ -64,49 +64,47 @@ class Canvas:
         taken = [slot for slot, owner in enumerate(self.owner) if owner is not None]
         return sorted(taken, key=lambda slot: -self.starts[slot])
 
-    @property
-    def _most_tokens(self) -> int:
-        """Tokens of a completion that are sampled, at most: its last block may be cut."""
-        return self.settings.gen_length + self.settings.block_length * self._from_text
-
-    @property
-    def _from_text(self) -> bool:
-        """Whether blocks are counted from the beginning of the text, the prompt included."""
-        return self.policy.blocks is not None and self.policy.blocks.origin == "text"
-
     def length(self, slot: int) -> int:
         """Tokens of prompt and completion, to the end of the last block."""
         length = self.starts[slot] + self.settings.gen_length
-        per_block = self.settings.block_length
-        return -(-length // per_block) * per_block if self._from_text else length
+        if self.blocks is not None and self.blocks.cut:
+            length += -length % self.blocks.length
+        return length
 
     def first_block(self, slot: int) -> int:
         """Where the completion's first block begins."""
-        start, per_block = self.starts[slot], self.settings.block_length
-        return start // per_block * per_block if self._from_text else start
-
-    def blocks(self, slot: int) -> int:
-        """Blocks of the completion."""
-        return -(-(self.length(slot) - self.first_block(slot)) // self.settings.block_length)
-
-    def _quota_table(self) -> Tensor:
-        """int64 [blocks, steps]; blocks counted from the text are all whole, and have one row."""
-        if not self._from_text:
-            return self.settings.quota()
-        tokens, steps = self.settings.block_length, self.settings.steps_per_block
-        if not self._first_alone:
-            return torch.tensor([tokens_per_step(tokens, steps)])
-        return torch.tensor([[1, *tokens_per_step(tokens - 1, max(1, steps - 1))]])
+        start = self.starts[slot]
+        if self.blocks is not None and self.blocks.origin == "text":
+            start -= start % self.blocks.length
+        return start
 
     @property
     def steps_per_block(self) -> int:
         """The most that a block takes."""
-        return self._quota.shape[1]
+        return max(self.settings.steps_per_block, 2 if self._first_alone else 1)
+
+    @property
+    def _first_alone(self) -> bool:
+        return self.blocks is not None and self.blocks.first_alone
+
+    def quota(self, slot: int) -> list[int]:
+        """Tokens that each step of the present block of a row decides, if not fewer are left.
+
+        Where the last block is sampled whole, every block has the plan of a whole one, though it
+        may begin with the end of the prompt.
+        """
+        begin, stop = self.window(slot)
+        left = stop - max(begin, self.starts[slot])
+        if self.blocks is not None and self.blocks.cut:
+            left = self.blocks.length
+        steps = self.settings.steps_per_block
+        if not self._first_alone or begin < self.starts[slot]:
+            return tokens_per_step(left, steps)
+        return [1, *tokens_per_step(left - 1, max(1, steps - 1))]
 
     def quotas(self, rows: Sequence[int]) -> Tensor:
-        """int64 [R] on the host: tokens that the present step of each row decides."""
-        blocks = [0 if self._from_text else self.block[slot] for slot in rows]
-        return self._quota[blocks, [self.step[slot] for slot in rows]]
+        """int64 [R]: tokens that the present step of each row decides, if not fewer are left."""
+        return self.tensor([self.quota(slot)[self.step[slot]] for slot in rows])
 
     def add(self, number: int, request: Request) -> int:
         """Put a request into the first free slot; returns the slot."""
@@ -189,7 +187,7 @@ class Canvas:
             stopped = self.settings.early_stop and self._stop_at_eos(slot)
             self.block[slot] += 1
             self.step[slot] = 0
-            if stopped or self.block[slot] == self.blocks(slot):
+            if stopped or self.window(slot)[0] >= self.length(slot):
                 done.append(slot)
         return done
 

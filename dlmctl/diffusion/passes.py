@@ -21,7 +21,6 @@ from dlmctl.diffusion.cache import SlotCache, check_cache
 from dlmctl.diffusion.callback import SamplerCallback
 from dlmctl.diffusion.canvas import Canvas, Masked
 from dlmctl.diffusion.sampling import SamplerConfig
-from dlmctl.models.attention import attends
 from dlmctl.models.policy import Policy
 
 SMALL_PASS = 2048
@@ -109,10 +108,10 @@ class Passes:
         if (blocks := self.policy.blocks) is None:
             return None
         starts = self.canvas.tensor([self.canvas.starts[slot] for slot in rows])  # [R]
-        columns = torch.arange(there.shape[1], device=there.device).expand_as(there)
-        queries, keys = blocks.of(places, starts), blocks.of(columns, starts)
-        nothing = torch.zeros_like(queries, dtype=torch.bool), torch.zeros_like(there)
-        return attends(queries, keys, *nothing) & there[:, None]
+        windows = self.canvas.tensor([self.canvas.window(slot)[0] for slot in rows])[:, None]
+        keys = torch.arange(there.shape[1], device=there.device).expand_as(there)
+        noised = places >= windows, keys >= windows  # the present block
+        return blocks.attends(places, keys, *noised, starts) & there[:, None]
 
     def outdated(self, rows: Sequence[int], surest: Tensor) -> Tensor:
         """bool [R]: rows that reused old keys and values and are too unsure; they repeat the step.
@@ -203,5 +202,10 @@ class Passes:
         row = local[masked.slot]  # [N]
         [picked] = (row >= 0).nonzero(as_tuple=True)
         row = row[picked]  # [n]
-        place = self.policy.source(masked.position[picked]) - firsts[row]  # [n], in the pass
+        position = masked.position[picked]
+        place = self.policy.source(position)
+        blocks = self.policy.blocks
+        if blocks is not None and blocks.causal_context:
+            place = (position - 1).where(masked.offset[picked] == 0, place)
+        place -= firsts[row]  # [n], in the pass
         return picked, [states[row, place] for states in hidden]

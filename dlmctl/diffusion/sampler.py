@@ -109,7 +109,7 @@ def _denoise(canvas: Canvas, passes: Passes, callback: SamplerCallback) -> list[
     sure = callback.adjust_confidence(masked, states, sure)
     confidence = torch.full(masked.shape, -torch.inf, dtype=torch.float64, device=canvas.device)
     confidence[masked.row, masked.offset] = sure
-    stays = select_to_unmask(confidence, canvas.quotas(rows).to(canvas.device), settings)
+    stays = select_to_unmask(confidence, canvas.quotas(rows), settings)
     again = passes.outdated(rows, confidence.amax(dim=1))
     stays &= ~again[:, None]
     canvas.decide(masked, stays[masked.row, masked.offset], token, steps)

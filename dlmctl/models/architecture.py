@@ -175,4 +175,4 @@ def _blocks(family: ModelFamily, raw: Raw, reading: Reading, where: str) -> Bloc
             "its config.json does not say how many tokens a block has: write MODEL,block_length=B",
             where,
         )
-    return Blocks(length, family.block_origin)
+    return family.blocks(length)

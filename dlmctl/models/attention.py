@@ -9,7 +9,7 @@ both directions, and to all of the blocks before:
 
 The second line is how block diffusion is trained and scored (BD3LM, arXiv 2503.09573, section 4 and
 appendix B.6): a row is the clean text followed by a noised copy, so that one pass gives what a
-model predicts for every block after its clean past. `attends` alone writes these masks.
+model predicts for every block after its clean past. `Blocks.attends` alone writes these masks.
 
 R rows, T tokens of a text, Q queries, K keys, N tokens asked for.
 """
@@ -39,6 +39,18 @@ class Blocks:
 
     length: int
     origin: Origin = "text"
+    whole_last: bool = True
+    """Of blocks counted from the text, the last is sampled whole and cut."""
+    causal_context: bool = False
+    """Clean tokens attend from left to right, and only noised ones to the whole of their block. The
+    first token of a block is then predicted by the clean token before it, whatever the shift."""
+    first_alone: bool = False
+    """The first token of a block is decided before its others, in the pass over the one before."""
+
+    @property
+    def cut(self) -> bool:
+        """Whether the last block is sampled whole, and what is beyond the completion cut."""
+        return self.origin == "text" and self.whole_last
 
     def of(self, positions: Tensor, starts: Tensor) -> Tensor:
         """The number of the block that each position is in.
@@ -56,23 +68,34 @@ class Blocks:
 
     def whole(self, lengths: Tensor) -> Tensor:
         """Lengths of texts, int64 [R], whose last block is sampled whole: see `origin`."""
-        if self.origin == "completion":
-            return lengths
-        return -(-lengths // self.length) * self.length
+        return -(-lengths // self.length) * self.length if self.cut else lengths
 
+    def attends(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        query_noised: Tensor,
+        key_noised: Tensor,
+        starts: Tensor,
+    ) -> Tensor:
+        """The attention mask: bool [R, Q, K], true where a query attends to a key.
 
-def attends(
-    query_blocks: Tensor, key_blocks: Tensor, query_noised: Tensor, key_noised: Tensor
-) -> Tensor:
-    """The mask of block-causal attention: bool [R, Q, K], true where a query attends to a key.
+        Args:
+            queries, keys: int64 [R, Q] and [R, K], positions in the text.
+            query_noised, key_noised: bool [R, Q] and [R, K], tokens of a noised copy.
+            starts: int64 [R], the lengths of the prompts.
+        """
+        q, k = self.of(queries, starts)[:, :, None], self.of(keys, starts)[:, None]
+        from_noise, to_noise = query_noised[:, :, None], key_noised[:, None]
+        clean = keys[:, None] <= queries[:, :, None] if self.causal_context else k <= q
+        return torch.where(to_noise, from_noise & (k == q), torch.where(from_noise, k < q, clean))
 
-    Args:
-        query_blocks, key_blocks: int64 [R, Q] and [R, K], the block of each token.
-        query_noised, key_noised: bool [R, Q] and [R, K], tokens of a noised copy.
-    """
-    q, k = query_blocks[:, :, None], key_blocks[:, None]
-    from_noise, to_noise = query_noised[:, :, None], key_noised[:, None]
-    return torch.where(to_noise, from_noise & (k == q), torch.where(from_noise, k < q, k <= q))
+    def leads(self, positions: Tensor, starts: Tensor, shift: int) -> Tensor | None:
+        """bool [R, T]: tokens whose logits are those of the clean token before; None: none."""
+        if not shift and not self.causal_context:
+            return None
+        before = (positions - 1).clamp(min=0)
+        return self.of(positions, starts) > self.of(before, starts)
 
 
 def windowed_layers(config: Any) -> int:
@@ -149,9 +172,10 @@ class NoisedRows(NamedTuple):
         With a shift of 1 the logits of a block's first token belong to the last of the block
         before, which is clean.
         """
-        before = (positions - shift).clamp(min=0)
-        columns = before + self.offsets[rows]
-        return columns if self.leads is None else before.where(self.leads[rows, positions], columns)
+        columns = (positions - shift).clamp(min=0) + self.offsets[rows]
+        if self.leads is None:
+            return columns
+        return (positions - 1).where(self.leads[rows, positions], columns)
 
 
 def plain_rows(ids: Tensor, attention: Tensor | None) -> NoisedRows:
@@ -201,17 +225,12 @@ def noised_rows(
     attention = torch.cat([there, copy_there], dim=1)
     is_copy = torch.zeros_like(attention)
     is_copy[:, width:] = True
-    all_blocks = blocks.of(positions, starts)
-    allowed = attends(all_blocks, all_blocks, is_copy, is_copy) & attention[:, None]
-    leads = None
-    if shift:
-        leads = numbers > blocks.of(columns - shift, starts)
-        leads &= columns >= shift
+    allowed = blocks.attends(positions, positions, is_copy, is_copy, starts) & attention[:, None]
     return NoisedRows(
         torch.cat([clean, noised.gather(1, places)], dim=1),
         attention,
         positions,
         allowed,
         width - firsts,
-        leads,
+        blocks.leads(columns, starts, shift),
     )

@@ -21,7 +21,6 @@ from dlmctl.models.attention import (
     Blocks,
     Narrowing,
     NoisedRows,
-    attends,
     layer_masks,
     noised_rows,
 )
@@ -161,9 +160,8 @@ class Policy:
         """bool [B, T, T]: how the tokens of a text without noise, or without a past, attend."""
         assert self.blocks is not None
         columns = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
-        numbers = self.blocks.of(columns, torch.zeros_like(columns[:, 0]))
-        clean = torch.zeros_like(columns, dtype=torch.bool)
-        allowed = attends(numbers, numbers, clean, clean)
+        clean, starts = torch.zeros_like(columns, dtype=torch.bool), torch.zeros_like(ids[:, 0])
+        allowed = self.blocks.attends(columns, columns, clean, clean, starts)
         return allowed if attention is None else allowed & attention[:, None]
 
     def noised_rows(

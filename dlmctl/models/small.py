@@ -8,7 +8,6 @@ import torch
 import transformers
 
 from dlmctl.models.architecture import family_named
-from dlmctl.models.attention import Blocks
 from dlmctl.models.policy import Policy
 from dlmctl.models.vision import vision_of
 from dlmctl.records.errors import UsageError
@@ -37,7 +36,7 @@ def make_policy(small: SmallModel, tokenizer: Any, seed: int = 0) -> Policy:
         )
     blocks = None
     if family.pattern == "block-causal":
-        blocks = Blocks(small.block_length or BLOCK_LENGTH, family.block_origin)
+        blocks = family.blocks(small.block_length or BLOCK_LENGTH)
     config = family.new_config(small, tokenizer)
     torch.manual_seed(seed)
     auto: Any = getattr(transformers, family.auto_class)

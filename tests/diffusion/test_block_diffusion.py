@@ -1,7 +1,7 @@
 """Block diffusion: its masks, its two streams and its sampler against passes over one block alone.
 
 The references below pass over the clean past and one noised block, with a mask written out as a
-loop; nothing of `attends` and nothing of a cache is in them.
+loop; nothing of `Blocks.attends` and nothing of a cache is in them.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from dlmctl.diffusion.elbo import Example, elbo_samples, token_log_probs
 from dlmctl.diffusion.masks import draw_masks
 from dlmctl.diffusion.sampler import sample
 from dlmctl.diffusion.sampling import SamplerConfig, configured
-from dlmctl.models.attention import Blocks, attends
+from dlmctl.models.attention import Blocks
 from dlmctl.records.errors import UsageError
 from dlmctl.settings.mask_laws import UNBIASED
 from dlmctl.settings.sampler import Sampler
@@ -73,8 +73,8 @@ def enumerated_elbo(policy, prompt, completion):
 
 
 def test_a_token_attends_to_what_its_definition_says():
-    blocks, noised = torch.tensor([[0, 0, 1, 1, 1, 2]]), torch.tensor([[0, 0, 0, 0, 1, 1]]).bool()
-    mask = attends(blocks, blocks, noised, noised)[0].tolist()
+    places, noised = torch.tensor([[0, 1, 2, 3, 2, 4]]), torch.tensor([[0, 0, 0, 0, 1, 1]]).bool()
+    mask = Blocks(2).attends(places, places, noised, noised, torch.tensor([1]))[0].tolist()
     clean = {0: [0, 1], 1: [0, 1], 2: [0, 1, 2, 3], 3: [0, 1, 2, 3]}
     copies = {4: [0, 1, 4], 5: [0, 1, 2, 3, 5]}
     for query, keys in {**clean, **copies}.items():

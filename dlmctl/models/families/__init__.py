@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
-from dlmctl.models.attention import Origin, Pattern
+from dlmctl.models.attention import Blocks, Pattern
 from dlmctl.records.errors import DataError
 from dlmctl.settings.small import SmallModel
 
@@ -91,11 +91,6 @@ class ModelFamily:
     """It denoises; otherwise it predicts the next token."""
     pattern: Pattern | None = "bidirectional"
     """How its tokens attend to each other; None: as the class of transformers has it."""
-    block_origin: Origin = "text"
-    """Where the blocks of a block-causal model are counted from."""
-    first_alone = False
-    """The first token of a block is decided before its others, in the pass over the block before;
-    for a block-causal model with a shift of 1."""
     shift = 0
     """The logits of position i are at position i - shift."""
     reuses_keys = True
@@ -181,6 +176,10 @@ class ModelFamily:
     def block_length(self, raw: Raw, where: str) -> int | None:
         """Tokens of a block of a block-causal model as config.json states them, if it does."""
         return next((raw[name] for name in BLOCK_FIELDS if raw.get(name) is not None), None)
+
+    def blocks(self, length: int) -> Blocks:
+        """The blocks of a block-causal model."""
+        return Blocks(length)
 
     def rename(self, name: str) -> str:
         """Name in transformers of a weight of the authors' checkpoints and adapters."""

@@ -7,13 +7,16 @@ how long its blocks are: write MODEL,family=bd3lm,block_length=32.
 
 from __future__ import annotations
 
+from dlmctl.models.attention import Blocks
 from dlmctl.models.families.a2d import A2D
 
 
 class BlockDiffusion(A2D):
     model_types = ()
     pattern = "block-causal"
-    block_origin = "completion"
+
+    def blocks(self, length: int) -> Blocks:
+        return Blocks(length, "completion")
 
 
 FAMILY = BlockDiffusion()

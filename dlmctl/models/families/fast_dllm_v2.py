@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, Qwen2Config
 
+from dlmctl.models.attention import Blocks
 from dlmctl.models.families import ModelFamily, Raw, decoder_sizes, stock_config
 from dlmctl.settings.small import SmallModel
 
@@ -21,12 +22,14 @@ class FastDllmV2(ModelFamily):
     classes = ("Fast_dLLM_QwenForCausalLM",)
     own_config = True
     pattern = "block-causal"
-    first_alone = True
     mask_id = 151665
     shift = 1
 
     def config(self, raw: Raw, where: str) -> PretrainedConfig:
         return stock_config({**raw, "model_type": "qwen2"}, where)
+
+    def blocks(self, length: int) -> Blocks:
+        return Blocks(length, first_alone=True)
 
     def new_config(self, small: SmallModel, tokenizer: Any) -> PretrainedConfig:
         return Qwen2Config(**decoder_sizes(small, tokenizer), is_causal=False)
