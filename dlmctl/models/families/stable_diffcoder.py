@@ -12,7 +12,6 @@ from dlmctl.models.families import ModelFamily, Raw
 
 class StableDiffCoder(ModelFamily):
     classes = ("StableDiffcoderForCausalLM",)
-    own_config = True
     pattern = "block-causal"
     mask_id = 5
 
