@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -87,9 +87,7 @@ class SamplerConfig(Sampler):
         if self.ancestral:
             shares: list[float] = unmasking_probabilities(steps).tolist()
             return shares
-        if self.schedule == "timesteps":
-            return tokens_per_timestep(masked, steps)
-        return tokens_per_step(masked, steps)
+        return SPREAD[self.schedule](masked, steps)
 
     def used(self, diffusion: bool = True) -> dict[str, Any]:
         """What records say of the sampler, temperature aside: the options that are not off."""
@@ -125,6 +123,24 @@ def tokens_per_timestep(masked: int, steps: int) -> list[int]:
     return [*numbers, int(left)]
 
 
+@functools.cache
+def tokens_by_rounding(masked: int, steps: int) -> list[int]:
+    """How many of `masked` tokens each step decides in dllm's samplers.
+
+    A step from time t to s decides m (1 - s/t) of the m tokens that are masked before it, rounded
+    half to even, as time falls evenly from 1 to 0. As theirs, s/t is in float32 and the rest in
+    float64, and steps that would decide nothing come last.
+    """
+    left, numbers = masked, []
+    for step in range(steps, 0, -1):
+        s, t = torch.tensor([(step - 1) / steps, step / steps], dtype=torch.float32)
+        share = 1 - ((1 - (1 - s)) / (1 - (1 - t))).item()
+        numbers.append(min(round(left * share), left))
+        left -= numbers[-1]
+    deciding = [number for number in numbers if number]
+    return deciding + [0] * (steps - len(deciding))
+
+
 def unmasking_probabilities(steps: int) -> Tensor:
     """Probability that a masked token is decided in each step from time t to s, float32 [steps].
 
@@ -135,6 +151,13 @@ def unmasking_probabilities(steps: int) -> Tensor:
     shares = 1 - times[1:] / times[:-1]
     shares[-1] = 1
     return shares
+
+
+SPREAD: Mapping[Schedule, Callable[[int, int], list[int]]] = {
+    "even": tokens_per_step,
+    "timesteps": tokens_per_timestep,
+    "rounded": tokens_by_rounding,
+}
 
 
 def configured(policy: Policy, sampler: Sampler = Sampler()) -> SamplerConfig:
@@ -198,7 +221,7 @@ def _progress(
     bounded = sampler.parallel or bool({"threshold", "factor"} & own.keys())
     if bounded:
         own.pop("alg_temp", None)
-    if bounded or by_parts or policy.blocks is not None:
+    if bounded or by_parts or (policy.blocks and own.get("schedule") == "timesteps"):
         own.pop("schedule", None)
     if sampler.steps is not None:
         return {}

@@ -11,7 +11,7 @@ from dlmctl.records.errors import UsageError
 from dlmctl.settings import knob
 
 Remasking = Literal["low_confidence", "random", "entropy", "margin", "sae"]
-Schedule = Literal["even", "timesteps"]
+Schedule = Literal["even", "timesteps", "rounded"]
 Distribution = Literal["model", "sampled"]
 EosRule = Literal["normal", "late", "never"]
 CacheRule = Literal["none", "prefix", "dual", "exact"]
@@ -75,8 +75,9 @@ class Sampler:
         None,
         "How many tokens a step decides: equally many (even); or, as in Dream, int(m (1 - s/t)) of "
         "m masked ones from time t to s, as time falls evenly from 1 to 0.001, and all in the last "
-        "step (timesteps). timesteps with --remasking random decides each with probability 1 - "
-        "s/t, which is Dream's origin.",
+        "step (timesteps); or, as in dllm, m (1 - s/t) rounded, as time falls to 0 (rounded). "
+        "timesteps with --remasking random decides each with probability 1 - s/t, which is Dream's "
+        "origin.",
         shown_default=own("even"),
     )
     remasking: Remasking | None = knob(
@@ -176,7 +177,8 @@ class Sampler:
                 "--steps is a fixed number of steps, and with --sub-block-length a block takes as "
                 "many as its parts need: leave one of them out"
             )
-        if self.schedule == "timesteps" and (self.parallel or self.sub_block_length is not None):
+        unscheduled = self.parallel or self.sub_block_length is not None
+        if self.schedule not in (None, "even") and unscheduled:
             bounds = {"--factor": self.factor, "--threshold": self.threshold}
             rule = next((name for name, value in bounds.items() if value is not None), None)
             rule = rule or "--sub-block-length"

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
-from dlmctl.models.attention import Blocks, Pattern
+from dlmctl.models.attention import Blocks as Blocks
+from dlmctl.models.attention import Pattern
 from dlmctl.records.errors import DataError
 from dlmctl.settings.small import SmallModel
 
@@ -113,9 +114,12 @@ class ModelFamily:
     lora_targets: tuple[str, ...] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
         "query", "key", "value", "dense", "Wqkv", "Wo", "Wi",
+        "qkv_proj", "gate_up_proj", "c_attn", "c_fc", "c_proj",
+        "query_key_value", "dense_h_to_4h", "dense_4h_to_h",
     )  # fmt: skip
     """Names of the modules that a new LoRA adapter changes, if the model has them: all linear
-    layers of a block, first in Llama- and Qwen-like decoders, then in BERT-like encoders.
+    layers of a block, first in Llama- and Qwen-like decoders, then in BERT-like encoders, Phi-3,
+    GPT-2 and GPT-NeoX.
 
     d1's diffu-GRPO lists the first seven, of which LLaDA's own code has q_proj, k_proj, v_proj and
     up_proj; its SFT lists q_proj, k_proj and v_proj.

@@ -31,7 +31,7 @@ class RND1(ModelFamily):
     """`rope_scaling` and `sliding_window` are false, which transformers 5 does not take."""
     mask_id = 151669
     shift = 1
-    sampling: Mapping[str, int] = {"gen_length": 256, "block_length": 256, "steps": 256}
+    sampling: Mapping[str, Any] = {"gen_length": 256, "block_length": 256, "steps": 256}
 
     def config(self, raw: Raw, where: str) -> PretrainedConfig:
         fields = (*SHARED, "eos_token_id", "bos_token_id", "pad_token_id")
