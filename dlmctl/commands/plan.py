@@ -48,7 +48,7 @@ def command(
     algo: Algo = "rspo",
     constants: Annotated[Constants, only(Constants, "beta")] = Constants(),
     learning: Annotated[Learning, only(Learning, "inner")] = Learning(),
-    masks: Annotated[Masks, only(Masks, "law", "samples")] = Masks(),
+    masks: Annotated[Masks, only(Masks, "law", "samples", "shrink")] = Masks(),
     step: Step = Step(),
     sampler: Annotated[Sampler, PLANNED_SAMPLER] = Sampler(temperature=0.9),
     machine: Machine = Machine(),

@@ -55,7 +55,8 @@ def command(
     Scores of 'dlmctl score-elbo' are used if they belong to these weights and masks. Advantages
     that 'dlmctl advantage' computed with another --baseline or --scale are refused.
 
-    diffu-grpo, espo, gdsd, grpo and srpo use ratios to the weights that sampled the completions.
+    diffu-grpo, espo, gdsd, grpo, srpo, tracerl, justgrpo and coupled-grpo use ratios to the weights
+    that sampled the completions.
     These are found in the run itself (a copy stays in main memory while a round has further
     batches), in the reference, or in the model that the records name, if it still has these
     weights. For grpo and srpo with an autoregressive model, the log-probabilities that 'dlmctl
@@ -148,7 +149,7 @@ def command(
             plan,
             normalization,
             inner,
-            learning.drop_zero_adv,
+            recipe.drop_zero_adv if learning.drop_zero_adv is None else learning.drop_zero_adv,
             loss.get("residual_masks") == "independent",
         )
         metrics = update_policy(
@@ -210,7 +211,7 @@ def _check_supervised(
         "--inner": learning.inner,
         "--baseline": advantages.baseline,
         "--scale": advantages.scale,
-        "--drop-zero-adv": learning.drop_zero_adv or None,
+        "--drop-zero-adv": learning.drop_zero_adv,
     }
     for option, value in rewarded.items():
         if value is not None:

@@ -6,6 +6,7 @@
 
 The standard deviation is that of the rewards themselves, unbiased, and eps = 1e-4: TRL's
 `scale_rewards`, and that of ESPO and GDSD, whose recipes switch it off. d1, wd1 and SPG have none.
+TraceRL divides by the deviation of the group as a whole population, without eps: `zscore`.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ def advantages(
     per_group = []
     for group in groups:
         centred = _centre(group, normalization.baseline)
-        if normalization.scale != "none":
+        if normalization.scale == "zscore":
+            centred = centred / (float(group.std(correction=0)) or 1.0)
+        elif normalization.scale != "none":
             deviation = whole if normalization.scale == "batch" else _std(group)
             centred = centred / (deviation + EPSILON)
         per_group.append(centred.tolist())

@@ -15,15 +15,27 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob, knob, knob_of
-from dlmctl.settings.mask_laws import Law
+from dlmctl.settings.mask_laws import ALL, Law
 
 Reinforcement = Literal[
-    "rspo", "reinforce", "diffu-grpo", "wd1", "espo", "spg", "gdsd", "vrpo", "grpo", "srpo"
+    "rspo",
+    "reinforce",
+    "diffu-grpo",
+    "wd1",
+    "espo",
+    "spg",
+    "gdsd",
+    "vrpo",
+    "grpo",
+    "srpo",
+    "tracerl",
+    "justgrpo",
+    "coupled-grpo",
 ]
 """Algorithms that learn from rewards."""
 Algorithm = Literal[Reinforcement, "sft"]
 Baseline = Literal["mean", "loo", "none"]
-Scale = Literal["none", "group", "batch"]
+Scale = Literal["none", "group", "zscore", "batch"]
 
 PROMPTS_PER_STEP = 32
 CISPO_BOUND = 5.0
@@ -44,7 +56,9 @@ class Recipe:
     """Fields of the objective that it does not leave open."""
     law: Law = "stratified"
     samples: int = 4
-    """Masks for each completion."""
+    """Masks for each completion; `ALL`: every one that an ordered law has."""
+    shrink: int = 1
+    """Steps of the sampler that are one mask, under the law `trajectory`."""
     inner: int = 1
     """Steps on a batch, each with masks of its own."""
     baseline: Baseline = "mean"
@@ -56,8 +70,12 @@ class Recipe:
     """The records have a weight for each token."""
     sampled_old: bool = False
     """The old policy of an autoregressive model is what `rollout` recorded of it, where it did."""
-    needs_masks: bool = False
-    """Its loss means nothing for an autoregressive model."""
+    drop_zero_adv: bool = False
+    """Completions with advantage 0 are left out."""
+    left_to_right: bool = False
+    """The completions were sampled one token after the other."""
+    needs_masks: str = ""
+    """Why its loss means nothing for an autoregressive model; empty if it means something."""
 
 
 _PPO = {
@@ -124,7 +142,7 @@ RECIPES: Mapping[Algorithm, Recipe] = {
         samples=4,
         inner=8,
         baseline="loo",
-        needs_masks=True,
+        needs_masks="it scores every token under a mask and its complement",
     ),
     "vrpo": Recipe("preferences by the ELBO", "vrpo:Vrpo", {"beta": 0.1}, law="uniform", samples=8),
     "grpo": Recipe(
@@ -147,17 +165,52 @@ RECIPES: Mapping[Algorithm, Recipe] = {
         sampled_old=True,
         token_weights=True,
     ),
+    "tracerl": Recipe(
+        "PPO's clip on the steps that the sampler took",
+        "tracerl:TraceRl",
+        {"clip": 0.2, "beta": 0.01},
+        law="trajectory",
+        samples=ALL,
+        shrink=8,
+        scale="zscore",
+        until_eos=True,
+        drop_zero_adv=True,
+        needs_masks="it scores the steps that denoised a completion",
+    ),
+    "justgrpo": Recipe(
+        "grpo on the exact likelihood from left to right, for completions that were sampled in "
+        "this order (rollout --block-length 1)",
+        "justgrpo:JustGrpo",
+        {**_PPO, "loss_type": "dr_grpo"},
+        law="left-to-right",
+        samples=ALL,
+        scale="group",
+        sampled_old=True,
+        drop_zero_adv=True,
+        left_to_right=True,
+    ),
+    "coupled-grpo": Recipe(
+        "that of DiffuCoder, the score of a token from a full mask and a complementary pair",
+        "coupled_grpo:CoupledGrpo",
+        {"clip": 0.5, "beta": 0.01},
+        law="coupled",
+        samples=3,
+        inner=2,
+        baseline="loo",
+        until_eos=True,
+    ),
     "sft": Recipe("masked cross-entropy on the given completions", samples=2),
 }
 
 
 def check_kind(algo: Algorithm, diffusion: bool, model: str) -> None:
     """Raise UsageError if the loss of an algorithm means nothing for this kind of model."""
-    if RECIPES[algo].needs_masks and not diffusion:
+    reason = RECIPES[algo].needs_masks
+    if reason and not diffusion:
         others = _listed([name for name, recipe in RECIPES.items() if not recipe.needs_masks])
         raise UsageError(
-            f"--algo {algo} trains diffusion models alone: it scores every token under a mask and "
-            f"its complement, and {model} is autoregressive; {others} train both"
+            f"--algo {algo} trains diffusion models alone: {reason}, and {model} is "
+            f"autoregressive; {others} train both"
         )
 
 
@@ -190,7 +243,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _written(value: Any, words: Mapping[Any, str] | None) -> str:
-    if words:
+    if words and value in words:
         return words[value]
     return f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -251,19 +304,20 @@ class Constants:
     )
     clip_high: float | None = knob(
         None,
-        "For grpo and srpo: how far above 1 ratios are clipped; for cispo their bound.",
+        "For grpo, srpo and justgrpo: how far above 1 ratios are clipped; for cispo their bound.",
         minimum=0.0,
         shown_default=f"that of --clip; cispo {CISPO_BOUND:g}",
     )
     dual_clip: float | None = knob(
         None,
-        "For grpo and srpo: ratios of bad completions count as at most this (EasyR1: 3).",
+        "For grpo, srpo and justgrpo: ratios of bad completions count as at most this (EasyR1: 3).",
         minimum=1.0,
         shown_default="off",
     )
     beta: float | None = knob(
         None,
-        "Coefficient of the KL penalty; for spg the exponent of the upper bound, for vrpo the "
+        "Coefficient of the KL penalty, for tracerl to the policy that sampled, else to the "
+        "reference; for spg the exponent of the upper bound, for vrpo the "
         "temperature of the preference.",
         minimum=0.0,
         shown_default=defaults("beta"),
@@ -316,7 +370,7 @@ class Advantages:
     scale: Scale | None = knob(
         None,
         "Divide by the standard deviation of the rewards of the group, or of the batch: all groups "
-        "of a step.",
+        "of a step. zscore: of the group as a whole population, a sum over n instead of n - 1.",
         shown_default=defaults("scale"),
     )
     prompts_per_step: int = knob(

@@ -17,14 +17,22 @@ from dlmctl.settings.algorithms import (
     Reinforcement,
     check_kind,
 )
+from dlmctl.settings.mask_laws import ALL
 
-WORDS = {"until-eos": True, "all-tokens": False}
+WORDS = {
+    "until-eos": True,
+    "all-tokens": False,
+    "drop-zero-adv": True,
+    "keep-zero-adv": False,
+    "all": ALL,
+}
+RECIPE = ("inner", "baseline", "scale", "until_eos", "prompt_mask", "shrink", "drop_zero_adv")
 FIELDS = {
     "masks": "law",
     "law": "law",
     "samples": "samples",
     "masks_per_sample": "samples",
-    **{name: name for name in ("inner", "baseline", "scale", "until_eos", "prompt_mask")},
+    **{name: name for name in RECIPE},
     **{field.name: field.name for field in fields(Constants)},
 }
 """What of the table the options of the commands are, by their names."""
@@ -70,7 +78,7 @@ def test_help_shows_the_default_of_every_algorithm(command):
         }
         assert {algo: number(value) for algo, value in values(text).items()} == table, name
         seen += 1
-    assert seen == {"update": 16, "plan": 4, "advantage": 2}[command]
+    assert seen == {"update": 18, "plan": 5, "advantage": 2}[command]
 
 
 def test_every_algorithm_has_a_recipe_and_an_objective_with_its_constants():
@@ -97,6 +105,13 @@ def test_every_algorithm_has_a_recipe_and_an_objective_with_its_constants():
             "gdsd",
             {"clip": 4e-4, "beta": 1e-3, "psi": 10, "inner": 8, "samples": 4, "baseline": "loo"},
         ),
+        # configs/rl_llada.yaml of dLLM-RL, where `shrink` is of its TraceRL; grpo.py and train.py
+        # of JustGRPO; recipes/config_coupled_code.yaml of ml-diffucoder, and coupled_grpo.py.
+        ("tracerl", {"clip": 0.2, "beta": 0.01, "shrink": 8, "scale": "zscore", "inner": 1}),
+        ("justgrpo", {"clip": 0.2, "beta": 0, "loss_type": "dr_grpo", "scale": "group"}),
+        ("justgrpo", {"baseline": "mean", "inner": 1, "until_eos": False}),
+        ("coupled-grpo", {"clip": 0.5, "beta": 0.01, "inner": 2, "baseline": "loo"}),
+        ("coupled-grpo", {"scale": "none", "samples": 3, "until_eos": True}),
         # GRPOConfig of TRL 1.16.
         ("grpo", {"clip": 0.2, "beta": 0, "loss_type": "dapo", "inner": 1, "scale": "group"}),
     ],
@@ -126,12 +141,19 @@ def test_an_option_that_an_algorithm_lacks_is_refused():
             Constants(**{name: 0.1}).of(algo)
 
 
-def test_gdsd_alone_refuses_an_autoregressive_model():
-    for algo in RECIPES:
-        check_kind(algo, True, "m")
-        if algo != "gdsd":
-            check_kind(algo, False, "m")
+@pytest.mark.parametrize(
+    ("algo", "why"),
+    [("gdsd", "under a mask and its complement"), ("tracerl", "steps that denoised a completion")],
+)
+def test_what_needs_masks_refuses_an_autoregressive_model(algo, why):
+    check_kind(algo, True, "m")
     with pytest.raises(
-        UsageError, match=r"gdsd trains diffusion models alone.*m is autoregressive"
+        UsageError, match=rf"{algo} trains diffusion models alone.*{why}, and m is autoregressive"
     ):
-        check_kind("gdsd", False, "m")
+        check_kind(algo, False, "m")
+
+
+def test_all_others_train_both_kinds():
+    for algo in {*RECIPES} - {"gdsd", "tracerl"}:
+        check_kind(algo, True, "m")
+        check_kind(algo, False, "m")

@@ -1,0 +1,168 @@
+"""TraceRL, JustGRPO and coupled-GRPO against what their authors' code makes of the same numbers.
+
+The code is of Gen-Verse/dLLM-RL (train/rl_llada.py), LeapLabTHU/JustGRPO (grpo.py) and
+apple/ml-diffucoder (src/open_r1/coupled_grpo.py). It was given a model whose log-probabilities of
+token t of completion i under mask k are `now`, `then` (the policy that sampled) and `far` (the
+reference) below, in float64, JustGRPO's in the float32 that it casts to.
+"""
+
+import pytest
+import torch
+from conftest import read_jsonl, shell, tiny_policy
+
+from dlmctl.diffusion.masks import draw_masks, padded
+from dlmctl.records.errors import DataError
+from dlmctl.records.jsonl import Record
+from dlmctl.rl.advantages import Normalization, advantages
+from dlmctl.rl.decoding import check_left_to_right
+from dlmctl.rl.objectives.scores import Scores
+from dlmctl.rl.objectives.table import make_objective
+from dlmctl.settings.mask_laws import ALL
+
+
+def now(i, k, t):
+    return -0.2 - ((3 * i + 5 * k + 7 * t) % 11) / 10
+
+
+def then(i, k, t):
+    return now(i, k, t) + ((2 * i + 3 * k + 5 * t) % 7 - 3) / 10
+
+
+def far(i, k, t):
+    return now(i, k, t) + ((4 * i + 2 * k + 3 * t) % 5 - 2) / 10
+
+
+def table(of, targets):
+    n, k, g = targets.shape
+    values = [[[of(i, j, t) for t in range(g)] for j in range(k)] for i in range(n)]
+    return torch.tensor(values, dtype=torch.float64) * targets
+
+
+def loss_of(algo, targets, weights, advantage, old=then):
+    """The loss and its gradient by the log-probabilities."""
+    current = table(now, targets).requires_grad_()
+    scores = Scores(
+        current,
+        table(old, targets),
+        table(far, targets),
+        targets,
+        weights,
+        targets.any(dim=1).sum(dim=1).double(),
+        torch.tensor(advantage, dtype=torch.float64),
+        torch.zeros(len(targets), dtype=torch.int64),
+    )
+    loss = make_objective(algo).loss(scores)
+    loss.backward()
+    return float(loss.detach()), current.grad * targets
+
+
+def test_tracerl():
+    """Shrink 2, advantages 1 and -0.5, all tokens kept."""
+    orders = [0, 2, 1, 0, 4, 3, 4, 7], [5, 0, 1, 1, 2, 5, 3, 3]
+    masks = [
+        draw_masks("trajectory", ALL, torch.ones(8).bool(), (0, i), 0, order=order, shrink=2)
+        for i, order in enumerate(orders)
+    ]
+    masks = [padded(one, 4) for one in masks]  # of a batch where another has more
+    targets = torch.stack([one.targets for one in masks])
+    weights = torch.stack([one.weights for one in masks])
+    loss, gradient = loss_of("tracerl", targets, weights, [1.0, -0.5])
+    assert loss == pytest.approx(-0.2831708595032882, rel=1e-12)
+    assert float(gradient[1, 0].sum()) == pytest.approx(0.08807934172, rel=1e-9)
+    assert float(gradient.abs().sum()) == pytest.approx(0.403198220622473, rel=1e-12)
+
+
+def test_tracerl_normalizes_by_the_deviation_of_the_population():
+    group = [1.0, 0.0, 0.0, 0.0]
+    [values] = advantages([group], Normalization.of("tracerl"))
+    assert values == pytest.approx([3**0.5, -(3**-0.5), -(3**-0.5), -(3**-0.5)])
+    assert advantages([[0.1] * 3], Normalization.of("tracerl")) == [[0.0] * 3]
+
+
+def test_justgrpo():
+    """Rewards 1, 0, 0.5, 0.75, 0.25, of which one has no advantage and does not count."""
+    rewards = [1.0, 0.0, 0.5, 0.75, 0.25]
+    [advantage] = advantages([rewards], Normalization.of("justgrpo"))
+    kept = [a for a in advantage if a]
+    masks = draw_masks("left-to-right", ALL, torch.ones(4).bool(), (0, "a"), 0)
+    targets, weights = masks.targets.expand(4, -1, -1), masks.weights.expand(4, -1)
+    loss, gradient = loss_of("justgrpo", targets, weights, kept, old=now)
+    assert loss == pytest.approx(0.0, abs=1e-12)
+    per_token = gradient.diagonal(dim1=1, dim2=2)
+    wanted = [-0.0790367, 0.0790367, -0.0395184, 0.0395184]
+    for row, value in zip(per_token.tolist(), wanted, strict=True):
+        assert row == pytest.approx([value] * 4, rel=1e-5)
+
+
+def test_coupled_grpo():
+    """t = 0.35, a completion of 8 tokens and one that ends after 5; advantages 1 and -0.5."""
+    first = torch.tensor([[1, 0, 1, 1, 0, 0, 0, 1], [0, 1, 0, 0, 0, 1, 1, 0]]).bool()
+    scored = torch.tensor([[1] * 8, [1] * 5 + [0] * 3]).bool()[:, None]
+    targets = torch.stack([torch.ones_like(first), first, ~first], dim=1) & scored
+    weights = torch.tensor([[1, 1 / 0.35, 1 / 0.65]] * 2).double() * 1.5
+    loss, gradient = loss_of("coupled-grpo", targets, weights, [1.0, -0.5])
+    assert loss == pytest.approx(-0.3720282486741105, rel=1e-6)
+    wanted = [
+        [-0.044649331419563176, -0.03224449779093329, -0.025092773353586076],
+        [-0.12756951834160907, 0.0, -0.07169363815310308],
+        [0.0, -0.0496069196783589, 0.0],
+    ]
+    for row, values in zip(gradient[0, :, :3].tolist(), wanted, strict=True):
+        assert row == pytest.approx(values, rel=1e-5)
+    assert float(gradient.abs().sum()) == pytest.approx(1.2570958107923653, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("order", "length", "taken"),
+    [
+        ([0, 1, 2, 3], 4, True),
+        ([4, 9, 11, 30], 4, True),
+        (None, 4, True),
+        ([0, 0, 1, 2], 4, False),
+        ([1, 0, 2, 3], 4, False),
+        ([0, 1, 7, 7], 2, True),  # the canvas ends with the second token
+        ([0, 1, 1, 7], 3, False),
+    ],
+)
+def test_justgrpo_takes_what_was_sampled_from_left_to_right(order, length, taken):
+    policy = tiny_policy()
+    ids = [4] * (length - 1) + [policy.eos_id] * (5 - length)
+    record = Record(tokens={"prompt": [3], "completion": ids}, rollout={"order": order})
+    record.where = "<stdin>:3"
+    if taken:
+        check_left_to_right([record], policy)
+        return
+    with pytest.raises(DataError, match="--block-length 1") as caught:
+        check_left_to_right([record], policy)
+    assert caught.value.where == "<stdin>:3"
+
+
+PIPES = {
+    "tracerl": ("--block-length 4 --steps 4", "--shrink 2"),
+    "justgrpo": ("--block-length 1", ""),
+    "coupled-grpo": ("--block-length 4", ""),
+}
+
+
+@pytest.mark.parametrize("algo", PIPES)
+def test_a_pipe_trains(tmp_path, saved_models, algo):
+    (tmp_path / "checks.py").write_text("def place(record): return record['sample'] % 2")
+    sampler, more = PIPES[algo]
+    done = shell(
+        f"dlmctl prompts sudoku -n 2 | dlmctl rollout -m {saved_models('llada')} -n 2 "
+        f"--gen-length 8 --temperature 1 {sampler} | dlmctl verify --verifier checks:place | "
+        f"tee v.jsonl | dlmctl update --algo {algo} {more} --lr 1e-2 -o run",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = read_jsonl(tmp_path / "run/metrics.jsonl")
+    assert len(metrics) == (2 if algo == "coupled-grpo" else 1)
+    assert all(step["grad_norm"] > 0 for step in metrics)
+    if algo == "coupled-grpo":
+        return
+    text = (tmp_path / "v.jsonl").read_text().splitlines()
+    text[1] = text[1].replace('"order":[', '"order":[0,')
+    (tmp_path / "bad.jsonl").write_text("\n".join(text))
+    bad = shell(f"dlmctl update --algo {algo} -o bad bad.jsonl", tmp_path)
+    assert bad.returncode == 65
+    assert "bad.jsonl:2: field 'rollout.order' is something else" in bad.stderr
