@@ -88,8 +88,9 @@ class Supervised:
     )
     fill_to: int | None = knob(
         None,
-        "For sft: fill completions with end-of-sequence up to this many tokens. For an "
-        "autoregressive model, completions of at most this many tokens end with one.",
+        "For sft and the preferences of vrpo: fill completions with end-of-sequence up to this "
+        "many tokens. For an autoregressive model, completions of at most this many tokens end "
+        "with one.",
         minimum=1,
         shown_default="off",
     )

@@ -131,7 +131,7 @@ def test_what_an_algorithm_has_no_use_for_is_refused(tmp_path, verified, saved_m
         (("--algo", "sft", "--clip", "0.3"), "--clip means nothing to --algo sft; it has: none"),
         (("--algo", "sft", "--baseline", "loo"), "--baseline means nothing to --algo sft"),
         (("--algo", "sft", "--drop-zero-adv"), "--drop-zero-adv means nothing to --algo sft"),
-        (("--algo", "espo", "--fill-to", "64"), "--fill-to is for --algo sft"),
+        (("--algo", "espo", "--fill-to", "64"), "--fill-to is for --algo sft and vrpo"),
         (("--algo", "espo", "--scale", "group", "--baseline", "none"), "--baseline none"),
         (("--algo", "gdsd", "-m", saved_models("ar")), "gdsd trains diffusion models alone"),
         (("--algo", "gdsd", "--masks", "independent"), "--masks complementary or stratified"),
