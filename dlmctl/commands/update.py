@@ -58,13 +58,12 @@ def command(
     Scores of 'dlmctl score-elbo' are used if they belong to these weights and masks. Advantages
     that 'dlmctl advantage' computed with another --baseline or --scale are refused.
 
-    diffu-grpo, espo, gdsd, grpo, srpo, tracerl, justgrpo and coupled-grpo use ratios to the weights
-    that sampled the completions.
-    These are found in the run itself (a copy stays in main memory while a round has further
-    batches), in the reference, or in the model that the records name, if it still has these
-    weights. For grpo and srpo with an autoregressive model, the log-probabilities that 'dlmctl
-    rollout' recorded are enough. Completions that do not name their model count as sampled from the
-    weights before the step.
+    All but rspo, reinforce, wd1, spg, vrpo and sft use ratios to the weights that sampled the
+    completions. These are found in the run itself (a copy stays in main memory while a round has
+    further batches), in the reference, or in the model that the records name, if it still has these
+    weights. For grpo, srpo and justgrpo with an autoregressive model, the log-probabilities that
+    'dlmctl rollout' recorded are enough. Completions that do not name their model count as sampled
+    from the weights before the step.
 
     On several GPUs, or CPUs, FSDP2 spreads weights, gradients and the optimizer's moments over the
     processes, and each computes its share of every step. Steps and files are those of one process,

@@ -48,8 +48,8 @@ as before. The expectation is then the part of the bound between two noise level
 Training on it has less variance (the clipped schedules of BD3-LM, arXiv 2503.09573).
 
 Under `block`, `full`, `coupled` and the ordered laws, tokens that are not scored are masked too.
-Prompt tokens are masked on request. Masks are a pure function of the names that identify a
-completion, so that two processes score the same ones.
+Prompt tokens are masked on request, the same ones in all masks of an ordered law. Masks are a pure
+function of the names that identify a completion, so that two processes score the same ones.
 """
 
 from __future__ import annotations
@@ -220,7 +220,9 @@ def draw_masks(
     weights = torch.where((masked & scored).any(dim=1), weights, torch.zeros_like(weights))
     prompt_masked = None
     if prompt_mask > 0:
-        prompt_masked = draw.numbers(len(masked), prompt_length, "prompt") < prompt_mask
+        draws = 1 if law in ORDERED else len(masked)  # the steps of one decoding share a prompt
+        numbers = draw.numbers(draws, prompt_length, "prompt").expand(len(masked), -1)
+        prompt_masked = numbers < prompt_mask
     return padded(MaskSet(masked, weights, scored, prompt_masked, decided), samples or len(masked))
 
 

@@ -31,6 +31,9 @@ Reinforcement = Literal[
     "tracerl",
     "justgrpo",
     "coupled-grpo",
+    "d2",
+    "gdpo",
+    "bgpo",
 ]
 """Algorithms that learn from rewards."""
 Algorithm = Literal[Reinforcement, "sft"]
@@ -199,6 +202,35 @@ RECIPES: Mapping[Algorithm, Recipe] = {
         baseline="loo",
         until_eos=True,
     ),
+    "d2": Recipe(
+        "diffu-grpo on segments of the steps that the sampler took (StepMerge)",
+        "d2:D2",
+        {"clip": 0.5, "beta": 0.04},
+        law="trajectory",
+        samples=ALL,
+        shrink=16,
+        inner=12,
+        until_eos=True,
+        prompt_mask=0.15,
+        needs_masks="it scores the steps that denoised a completion",
+    ),
+    "gdpo": Recipe(
+        "ratios of whole sequences by the ELBO at quadrature nodes",
+        "gdpo:Gdpo",
+        {"clip": 0.5, "beta": 0.0},
+        law="quadrature",
+        samples=3,
+        inner=12,
+    ),
+    "bgpo": Recipe(
+        "a ratio for each mask, a lower bound of PPO's objective",
+        "bgpo:Bgpo",
+        {"clip": 0.2, "dual_clip": 3.0},
+        law="uniform",
+        samples=16,
+        scale="group",
+        until_eos=True,
+    ),
     "sft": Recipe("masked cross-entropy on the given completions", samples=2),
 }
 
@@ -310,9 +342,10 @@ class Constants:
     )
     dual_clip: float | None = knob(
         None,
-        "For grpo, srpo and justgrpo: ratios of bad completions count as at most this (EasyR1: 3).",
+        "For grpo, srpo, justgrpo and bgpo: ratios of bad completions count as at most this "
+        "(EasyR1: 3).",
         minimum=1.0,
-        shown_default="off",
+        shown_default="bgpo 3, others off",
     )
     beta: float | None = knob(
         None,

@@ -219,8 +219,50 @@ def coupled_grpo(of, now, old, reference, clip=0.5, beta=0.01):
     return (-gain + beta * (away.exp() - away - 1)).mean()
 
 
+def d2(of, now, old, reference, clip=0.5, beta=0.04):
+    """diffu-GRPO's loss of every token up to the end, each at its own step."""
+    losses = []
+    for i in range(len(now)):
+        for t in range(int(of.lengths[i])):
+            [k] = of.examples[i].masks.targets[:, t].nonzero()[:, 0].tolist()
+            assert of.hidden[i, k, t]
+            ratio, away = (now[i, k, t] - old[i, k, t]).exp(), reference[i, k, t] - now[i, k, t]
+            a = of.less_mean[i]
+            gain = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
+            losses.append(-gain + beta * (away.exp() - away - 1))
+    return sum(losses) / len(losses)
+
+
+def gdpo(of, now, old, reference, clip=0.5):
+    """The ratio of sequences by their bound at three nodes, without penalty."""
+    nodes = torch.tensor([0.5 - 0.15**0.5, 0.5, 0.5 + 0.15**0.5]).double()[:, None]
+    shares = torch.tensor([5, 8, 5]).double()[:, None] / 18
+    assert of.hidden.shape[1] == 3
+    assert of.scored.all()
+    moved = ((now - old) * of.hidden * shares / nodes).sum(dim=(1, 2))
+    ratio, a = (moved / LENGTH).exp(), of.less_mean
+    return -torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a).mean()
+
+
+def bgpo(of, now, old, reference, clip=0.2, dual=3.0):
+    """Each of 16 masks has a ratio: linear for the good, exponential for the bad."""
+    deviation = of.rewards.std(dim=1, keepdim=True) + 1e-4
+    advantage = ((of.rewards - of.rewards.mean(dim=1, keepdim=True)) / deviation).flatten()
+    total = 0.0
+    for i in range(len(now)):
+        for k in range(16):
+            targets = of.hidden[i, k] & of.scored[i]
+            moved = (now[i, k] - old[i, k])[targets].sum() / targets.sum()
+            a = advantage[i]
+            ratio = moved.exp() if a < 0 else 1 + moved
+            gain = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
+            total = total - (torch.maximum(gain, dual * a) if a < 0 else gain) * of.lengths[i] / 16
+    return total / of.lengths.sum()
+
+
 PUBLISHED = {"diffu-grpo": diffu_grpo, "wd1": wd1, "espo": espo, "gdsd": gdsd, "spg": spg}
 PUBLISHED |= {"tracerl": tracerl, "justgrpo": justgrpo, "coupled-grpo": coupled_grpo}
+PUBLISHED |= {"d2": d2, "gdpo": gdpo, "bgpo": bgpo}
 
 
 def gradient_of(policy):

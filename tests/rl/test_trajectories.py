@@ -1,7 +1,9 @@
-"""TraceRL, JustGRPO and coupled-GRPO against what their authors' code makes of the same numbers.
+"""Objectives against what their authors' code makes of the same numbers.
 
-The code is of Gen-Verse/dLLM-RL (train/rl_llada.py), LeapLabTHU/JustGRPO (grpo.py) and
-apple/ml-diffucoder (src/open_r1/coupled_grpo.py). It was given a model whose log-probabilities of
+The code is of Gen-Verse/dLLM-RL (train/rl_llada.py), LeapLabTHU/JustGRPO (grpo.py),
+apple/ml-diffucoder (src/open_r1/coupled_grpo.py), kuleshov-group/d2 (diffu_grpo_trainer.py) and
+KevinRojas1499/GDPO (gdpo_trainer.py, likelihood_estimators.py); of BGPO there is only the function
+compute_policy_loss_bgpo of yjyddq/DARE. It was given a model whose log-probabilities of
 token t of completion i under mask k are `now`, `then` (the policy that sampled) and `far` (the
 reference) below, in float64, JustGRPO's in the float32 that it casts to.
 """
@@ -38,8 +40,8 @@ def table(of, targets):
     return torch.tensor(values, dtype=torch.float64) * targets
 
 
-def loss_of(algo, targets, weights, advantage, old=then):
-    """The loss and its gradient by the log-probabilities."""
+def loss_of(algo, targets, weights, advantage, old=then, lengths=(8.0, 8.0), **constants):
+    """The loss and its gradient by the log-probabilities of the target tokens."""
     current = table(now, targets).requires_grad_()
     scores = Scores(
         current,
@@ -47,11 +49,11 @@ def loss_of(algo, targets, weights, advantage, old=then):
         table(far, targets),
         targets,
         weights,
-        targets.any(dim=1).sum(dim=1).double(),
+        torch.tensor(lengths, dtype=torch.float64),
         torch.tensor(advantage, dtype=torch.float64),
         torch.zeros(len(targets), dtype=torch.int64),
     )
-    loss = make_objective(algo).loss(scores)
+    loss = make_objective(algo, **constants).loss(scores)
     loss.backward()
     return float(loss.detach()), current.grad * targets
 
@@ -86,7 +88,7 @@ def test_justgrpo():
     kept = [a for a in advantage if a]
     masks = draw_masks("left-to-right", ALL, torch.ones(4).bool(), (0, "a"), 0)
     targets, weights = masks.targets.expand(4, -1, -1), masks.weights.expand(4, -1)
-    loss, gradient = loss_of("justgrpo", targets, weights, kept, old=now)
+    loss, gradient = loss_of("justgrpo", targets, weights, kept, now, (4.0,) * 4)
     assert loss == pytest.approx(0.0, abs=1e-12)
     per_token = gradient.diagonal(dim1=1, dim2=2)
     wanted = [-0.0790367, 0.0790367, -0.0395184, 0.0395184]
@@ -110,6 +112,102 @@ def test_coupled_grpo():
     for row, values in zip(gradient[0, :, :3].tolist(), wanted, strict=True):
         assert row == pytest.approx(values, rel=1e-5)
     assert float(gradient.abs().sum()) == pytest.approx(1.2570958107923653, rel=1e-6)
+
+
+def test_d2():
+    """Two segments of four steps; a completion of 8 tokens and one that ends after 5."""
+    orders = [0, 2, 1, 3, 4, 6, 5, 7], [7, 0, 4, 1, 2, 5, 3, 6]
+    scored = torch.tensor([[1] * 8, [1] * 5 + [0] * 3]).bool()
+    masks = [
+        draw_masks("trajectory", ALL, tokens, (0, "a"), 0, order=order, shrink=4)
+        for order, tokens in zip(orders, scored, strict=True)
+    ]
+    targets = torch.stack([one.targets for one in masks])
+    weights = torch.stack([one.weights for one in masks])
+    loss, gradient = loss_of("d2", targets, weights, [1.0, -0.5])
+    assert loss == pytest.approx(-0.4502802752172446, rel=1e-12)
+    assert float(gradient.abs().sum()) == pytest.approx(0.8831287966870455, rel=1e-12)
+    first = [-0.10327754136147096, -0.06330289152315446, -0.0766302689785722, -0.09463529757589051]
+    assert gradient[0, 0, :4].tolist() == pytest.approx(first, rel=1e-12)
+    second = [0.03178245229365789, 0.0, 0.04697702916000653, 0.0, 0.0]
+    assert gradient[1, 1, :5].tolist() == pytest.approx(second, rel=1e-12)
+
+
+def test_the_segments_of_a_decoding_share_the_masks_of_their_prompt():
+    given = {"order": range(6), "prompt_length": 40, "prompt_mask": 0.3}
+    masks = draw_masks("trajectory", ALL, torch.ones(6).bool(), (0, "a"), 0, **given)
+    assert masks.prompt_masked.shape == (6, 40)
+    assert (masks.prompt_masked == masks.prompt_masked[0]).all()
+    assert 4 < int(masks.prompt_masked[0].sum()) < 20
+
+
+@pytest.mark.parametrize(
+    ("beta", "loss", "size"),
+    [
+        (0.0, -0.22803563972229052, 0.538328368058113),
+        (0.02, -0.22762723708717286, 0.5219171468707312),
+    ],
+)
+def test_gdpo(beta, loss, size):
+    """Three nodes; the first, where t is 0.11, masks none of the 8 tokens."""
+    drawn = [
+        ["........", "..##.#.#", "#####.##"],
+        ["........", "##...##.", "#.######"],
+    ]
+    targets = torch.tensor([[[c == "#" for c in row] for row in rows] for rows in drawn])
+    root = (3 / 5) ** 0.5
+    levels = torch.tensor([1 - root, 1.0, 1 + root], dtype=torch.float64) / 2
+    shares = torch.tensor([5, 8, 5]).double() / 18
+    weights = (3 * shares / levels).expand(2, -1)
+    found, gradient = loss_of("gdpo", targets, weights, [1.0, -0.5], beta=beta)
+    assert found == pytest.approx(loss, rel=1e-12)
+    assert float(gradient.abs().sum()) == pytest.approx(size, rel=1e-12)
+
+
+BGPO_MASKS = [["#.##..", ".#...#"], ["######", "...##."], ["##..#.", "#....."]]
+
+
+def bgpo_masks():
+    """Targets of three completions of six tokens under two masks, and the masks' weights."""
+    targets = torch.tensor([[[c == "#" for c in row] for row in rows] for rows in BGPO_MASKS])
+    return targets, 6 / targets.sum(dim=2).double()
+
+
+def test_bgpo():
+    """Advantages 1, -0.5, -2: a linear ratio that is clipped, exponential ones, a dual clip."""
+
+    def before(i, k, t):
+        return then(i, k, t) - 1.5 * (i == 2)
+
+    targets, weights = bgpo_masks()
+    loss, gradient = loss_of("bgpo", targets, weights, [1.0, -0.5, -2.0], before, (6.0,) * 3)
+    assert loss == pytest.approx(1.758516979177576, rel=1e-12)
+    wanted = [[-1 / 6, 0.0], [0.08473386086552175, 0.0682275627564985], [0.0, 0.0]]
+    for row, values in zip(gradient.sum(dim=2).tolist(), wanted, strict=True):
+        assert row == pytest.approx(values, rel=1e-12)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_bgpo_is_a_lower_bound_that_touches_on_policy(advantage):
+    """Of the ratio by the mean over the masks, without clips; equal with its gradient at 1."""
+    generator = torch.Generator().manual_seed(4)
+    targets, weights = (given[:1] for given in bgpo_masks())
+    old, lengths = table(now, targets), torch.tensor([6.0]).double()
+    gaps = []
+    for size in [0.0] + [1.0] * 20:
+        moved = size * torch.randn(old.shape, generator=generator, dtype=torch.float64)
+        current = (old + moved * targets).requires_grad_()
+        a = torch.tensor([advantage]).double()
+        scores = Scores(current, old, old, targets, weights, lengths, a, lengths.long())
+        whole = ((scores.elbo(current - old) / lengths).exp() * a).sum()
+        bound = -make_objective("bgpo", clip=1e9, dual_clip=1e9).loss(scores)
+        slopes = [torch.autograd.grad(value, current)[0] for value in (whole, bound)]
+        if not size:
+            assert float(bound.detach()) == pytest.approx(float(whole.detach()))
+            assert torch.allclose(*slopes)
+        gaps.append(float((whole - bound).detach()))
+    assert min(gaps) >= -1e-12
+    assert max(gaps) > 0.1
 
 
 @pytest.mark.parametrize(
@@ -141,6 +239,9 @@ PIPES = {
     "tracerl": ("--block-length 4 --steps 4", "--shrink 2"),
     "justgrpo": ("--block-length 1", ""),
     "coupled-grpo": ("--block-length 4", ""),
+    "d2": ("--block-length 4 --steps 4", "--shrink 2 --inner 2"),
+    "gdpo": ("--block-length 4", "--inner 2"),
+    "bgpo": ("--block-length 4", "-k 2"),
 }
 
 
@@ -156,9 +257,9 @@ def test_a_pipe_trains(tmp_path, saved_models, algo):
     )
     assert done.returncode == 0, done.stderr
     metrics = read_jsonl(tmp_path / "run/metrics.jsonl")
-    assert len(metrics) == (2 if algo == "coupled-grpo" else 1)
+    assert len(metrics) == (2 if algo in ("coupled-grpo", "d2", "gdpo") else 1)
     assert all(step["grad_norm"] > 0 for step in metrics)
-    if algo == "coupled-grpo":
+    if algo not in ("tracerl", "justgrpo", "d2"):
         return
     text = (tmp_path / "v.jsonl").read_text().splitlines()
     text[1] = text[1].replace('"order":[', '"order":[0,')

@@ -111,6 +111,13 @@ def test_every_algorithm_has_a_recipe_and_an_objective_with_its_constants():
         ("justgrpo", {"clip": 0.2, "beta": 0, "loss_type": "dr_grpo", "scale": "group"}),
         ("justgrpo", {"baseline": "mean", "inner": 1, "until_eos": False}),
         ("coupled-grpo", {"clip": 0.5, "beta": 0.01, "inner": 2, "baseline": "loo"}),
+        # bash_scripts/{train.yaml,gsm8k_d2stepmerge.sh} of d2, 8 segments of 128 steps;
+        # slurm_scripts/{train.yaml,countdown_base.sbatch} of GDPO; run_bgpo_llada_8b_instruct.sh
+        # of DARE and the defaults of verl under it.
+        ("d2", {"clip": 0.5, "beta": 0.04, "inner": 12, "shrink": 128 // 8, "prompt_mask": 0.15}),
+        ("gdpo", {"clip": 0.5, "beta": 0, "inner": 12, "samples": 3, "law": "quadrature"}),
+        ("gdpo", {"baseline": "mean", "scale": "none", "until_eos": False}),
+        ("bgpo", {"clip": 0.2, "dual_clip": 3, "inner": 1, "samples": 16, "scale": "group"}),
         ("coupled-grpo", {"scale": "none", "samples": 3, "until_eos": True}),
         # GRPOConfig of TRL 1.16.
         ("grpo", {"clip": 0.2, "beta": 0, "loss_type": "dapo", "inner": 1, "scale": "group"}),
@@ -143,7 +150,11 @@ def test_an_option_that_an_algorithm_lacks_is_refused():
 
 @pytest.mark.parametrize(
     ("algo", "why"),
-    [("gdsd", "under a mask and its complement"), ("tracerl", "steps that denoised a completion")],
+    [
+        ("gdsd", "under a mask and its complement"),
+        ("tracerl", "steps that denoised a completion"),
+        ("d2", "steps that denoised a completion"),
+    ],
 )
 def test_what_needs_masks_refuses_an_autoregressive_model(algo, why):
     check_kind(algo, True, "m")
@@ -154,6 +165,6 @@ def test_what_needs_masks_refuses_an_autoregressive_model(algo, why):
 
 
 def test_all_others_train_both_kinds():
-    for algo in {*RECIPES} - {"gdsd", "tracerl"}:
+    for algo in {*RECIPES} - {"gdsd", "tracerl", "d2"}:
         check_kind(algo, True, "m")
         check_kind(algo, False, "m")
