@@ -82,13 +82,12 @@ class MaskSet(NamedTuple):
     prompt_masked: Tensor | None = None
     """bool [K, P], prompt tokens that are replaced too."""
     decided: Tensor | None = None
-    """bool [K, G], the tokens that a step of the decoding decides; None: all that are masked."""
+    """bool [K, G], the scored tokens that a step of the decoding decides, for an ordered law."""
 
     @property
     def targets(self) -> Tensor:
         """bool [K, G], the tokens whose log-probability is taken."""
-        targets = self.masked & self.scored
-        return targets if self.decided is None else targets & self.decided
+        return self.masked & self.scored if self.decided is None else self.decided
 
 
 def padded(masks: MaskSet, samples: int) -> MaskSet:
@@ -322,7 +321,7 @@ def _in_order(draw: _Draw, step: Tensor) -> _Drawn:
     if draw.samples != ALL:
         ranking = draw.numbers(1, len(steps), "steps")[0].argsort()
         steps = steps[ranking[: draw.samples].sort().values]
-    masked, decided = step >= steps[:, None], step == steps[:, None]
+    masked, decided = step >= steps[:, None], (step == steps[:, None]) & draw.scored
     return _Drawn(masked, torch.full((len(steps),), weight, dtype=torch.float64), decided)
 
 

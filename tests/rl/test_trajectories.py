@@ -8,17 +8,22 @@ token t of completion i under mask k are `now`, `then` (the policy that sampled)
 reference) below, in float64, JustGRPO's in the float32 that it casts to.
 """
 
+import json
+
 import pytest
 import torch
-from conftest import read_jsonl, shell, tiny_policy
+from conftest import invoke, read_jsonl, shell, tiny_policy
 
+from dlmctl.diffusion.elbo import log_probs
 from dlmctl.diffusion.masks import draw_masks, padded
+from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record
 from dlmctl.rl.advantages import Normalization, advantages
 from dlmctl.rl.decoding import check_left_to_right
 from dlmctl.rl.objectives.scores import Scores
 from dlmctl.rl.objectives.table import make_objective
+from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
 from dlmctl.settings.mask_laws import ALL
 
 
@@ -233,6 +238,35 @@ def test_justgrpo_takes_what_was_sampled_from_left_to_right(order, length, taken
     with pytest.raises(DataError, match="--block-length 1") as caught:
         check_left_to_right([record], policy)
     assert caught.value.where == "<stdin>:3"
+
+
+def test_justgrpo_is_grpo_for_a_model_that_decodes_so_anyway():
+    """One pass scores every token; the loss is the one of `grpo` with the same average."""
+    policy, found = tiny_policy("ar"), []
+    tokens = [{"prompt": [3], "completion": [4, 5 + i]} for i in range(3)]
+    group = [Record(id="p", sample=i, reward=float(i), tokens=tokens[i]) for i in range(3)]
+    for algo, constants in (("justgrpo", {}), ("grpo", {"loss_type": "dr_grpo"})):
+        objective = make_objective(algo, **constants)
+        law = objective.recipe.law
+        batching = Batching(MaskPlan(law, objective.recipe.samples), Normalization.of(algo))
+        frozen = Reference("r", lambda examples: log_probs(policy, examples, 8))
+        [metrics] = policy_gradients(policy, frozen, [group], objective, batching, 8)
+        gradient = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+        policy.model.zero_grad()
+        found.append((metrics["loss"], gradient))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-12)
+    assert torch.allclose(found[0][1], found[1][1])
+    assert float(found[0][1].norm()) > 0
+
+
+@pytest.mark.parametrize("algo", ["tracerl", "d2"])
+def test_steps_of_denoising_mean_nothing_to_an_autoregressive_model(tmp_path, saved_models, algo):
+    row = {"id": "a", "prompt": "1", "completion": "2", "reward": 1, "rollout": {"order": [0]}}
+    (tmp_path / "v.jsonl").write_text(json.dumps(row))
+    model = ("-m", saved_models("ar"), "-o", tmp_path / "run")
+    refused = invoke("update", tmp_path / "v.jsonl", "--algo", algo, *model)
+    assert refused.exit_code == 2
+    assert f"--algo {algo} trains diffusion models alone: it scores the steps" in refused.output
 
 
 PIPES = {
