@@ -136,7 +136,8 @@ def command(
     run.about = {
         "seed": seed,
         "masks": plan.law,
-        "masks per sample": plan.samples,
+        "masks per sample": plan.samples or "all",
+        **({"steps per mask": plan.shrink} if plan.law == "trajectory" else {}),
         "prompt mask": plan.prompt_mask,
         "until eos": plan.until_eos,
         "prompts per step": prompts,
