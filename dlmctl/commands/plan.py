@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from dlmctl.commands.tables import print_table
 from dlmctl.records.jsonl import write_records
 from dlmctl.settings import only
-from dlmctl.settings.algorithms import Algo, Constants
 from dlmctl.settings.masks import Masks
+from dlmctl.settings.objective import Algo, Constants
 from dlmctl.settings.plan import Machine, Options, Run, Step
 from dlmctl.settings.sampler import Sampler
 from dlmctl.settings.streams import Json

@@ -14,10 +14,11 @@ from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.groups import group_size
 from dlmctl.records.jsonl import OnError, Record, each, object_field, read_records
 from dlmctl.records.locks import Lock, hold_run
-from dlmctl.settings.algorithms import RECIPES, Advantages, Algo, Algorithm, Constants, check_kind
+from dlmctl.settings.algorithms import RECIPES, Algorithm, check_kind
 from dlmctl.settings.compute import Compute, Seed
 from dlmctl.settings.masks import Masks, Supervised
 from dlmctl.settings.models import Prompting, Reading
+from dlmctl.settings.objective import Advantages, Algo, Constants
 from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.settings.streams import Files, OnErrorOption, Quiet
 from dlmctl.settings.training import Learning, OptionalModel, ResumeInput, RunOutput, Saving

@@ -43,9 +43,10 @@ from dlmctl.records.errors import DataError, UsageError
 from dlmctl.rl.credit_stage import credit_passes
 from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Passes, passes_for
-from dlmctl.settings.algorithms import RECIPES, Algorithm, Constants, check_kind
+from dlmctl.settings.algorithms import RECIPES, Algorithm, check_kind
 from dlmctl.settings.mask_laws import ORDERED
 from dlmctl.settings.masks import Masks
+from dlmctl.settings.objective import Constants
 from dlmctl.settings.optimizer import Adapter
 from dlmctl.settings.plan import Machine, Options, Step
 from dlmctl.settings.sampler import Sampler

@@ -18,14 +18,8 @@ from typing import Any
 import torch
 
 from dlmctl.records.errors import UsageError
-from dlmctl.settings.algorithms import (
-    PROMPTS_PER_STEP,
-    RECIPES,
-    Advantages,
-    Algorithm,
-    Baseline,
-    Scale,
-)
+from dlmctl.settings.algorithms import PROMPTS_PER_STEP, RECIPES, Algorithm, Baseline, Scale
+from dlmctl.settings.objective import Advantages
 
 EPSILON = 1e-4
 

@@ -31,6 +31,7 @@ class Masks:
         "of the sampler what was still masked, as 'dlmctl rollout' recorded it; left-to-right, the "
         "same for one token after the other.",
         "--masks",
+        metavar="LAW",
         shown_default=defaults("law"),
     )
     samples: int | None = knob(

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 from dlmctl.settings import Knob, knob, same
-from dlmctl.settings.algorithms import OBJECTIVE, defaults
+from dlmctl.settings.algorithms import defaults
+from dlmctl.settings.objective import OBJECTIVE
 from dlmctl.settings.optimizer import GradientCheckpointing
 
 OptionalModel = Annotated[

@@ -20,9 +20,12 @@ def written(path, rows):
 
 @pytest.fixture(scope="module")
 def verified(tmp_path_factory, saved_models):
-    """Three groups of four with rewards of several values, and a weight for each token."""
+    """Three groups of four with rewards of several values, and a weight for each token.
+
+    They are sampled from left to right, as one algorithm requires.
+    """
     folder = tmp_path_factory.mktemp("verified")
-    sampler = ("--gen-length", "8", "--block-length", "4", "--steps", "4", "--temperature", "3")
+    sampler = ("--gen-length", "8", "--block-length", "1", "--temperature", "3")
     made = invoke(
         "rollout", "-q", "-m", saved_models("llada"), "--task", "sudoku", "--prompts", "3",
         "-n", "4", *sampler, "-o", folder / "sampled.jsonl",

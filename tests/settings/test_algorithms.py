@@ -10,14 +10,9 @@ import pytest
 from dlmctl.cli import functions
 from dlmctl.records.errors import UsageError
 from dlmctl.rl.objectives.table import make_objective, objective_class
-from dlmctl.settings.algorithms import (
-    RECIPES,
-    Algorithm,
-    Constants,
-    Reinforcement,
-    check_kind,
-)
+from dlmctl.settings.algorithms import RECIPES, Algorithm, Reinforcement, check_kind
 from dlmctl.settings.mask_laws import ALL
+from dlmctl.settings.objective import Constants
 
 WORDS = {
     "until-eos": True,
