@@ -96,8 +96,16 @@ SUBCOMMANDS = {
     "bench": Subcommand("bench", LOOK, "Measure speed and memory, compared with a baseline."),
     "plan": Subcommand("plan", SETUP, "Say what a training run needs, from config.json alone."),
     "merge": Subcommand("merge", SETUP, "Write a model as plain weights, its adapters merged in."),
-    "init": Subcommand("init", SETUP, "Make a small new model of any family."),
-    "doctor": Subcommand("doctor", SETUP, "Say what this machine has and what is missing."),
+    "init": Subcommand(
+        "init",
+        SETUP,
+        "Make a small new model of any family, or a diffusion model from an autoregressive one.",
+    ),
+    "doctor": Subcommand(
+        "doctor",
+        SETUP,
+        "Say what this machine has and what is missing, and how a model would be read.",
+    ),
 }
 FORMER = {
     "sae-stability": Subcommand("sae_stability", SAE, "Former name of 'sae-eval --tuned MODEL'."),

@@ -64,11 +64,11 @@ def _options(
     Args:
         defaults: an object of the class, or the class itself for the defaults of its fields.
         shown: what help says of defaults in place of what the knobs say.
-        left_out: fields without an option.
+        left_out: fields without an option; nor have those that no `knob` declares.
     """
     types = get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        if field.name in left_out:
+        if field.name in left_out or "knob" not in field.metadata:
             continue
         declared = knob_of(field, kind)
         if field.name in shown:

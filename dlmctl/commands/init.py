@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 from dlmctl.records.errors import UsageError
 from dlmctl.records.files import check_free
 from dlmctl.records.jsonl import read_records
-from dlmctl.settings import Knob
+from dlmctl.settings import Knob, knob_of
+from dlmctl.settings.adapted import Adapted
 from dlmctl.settings.compute import Seed
-from dlmctl.settings.small import SmallModel, SmallTokenizer
+from dlmctl.settings.small import SAMPLING, SmallModel, SmallTokenizer
 
 
 def command(
@@ -21,6 +23,7 @@ def command(
     ],
     model: SmallModel = SmallModel(),
     tokenizer: SmallTokenizer = SmallTokenizer(),
+    adapted: Adapted = Adapted(),
     original_naming: Annotated[
         bool,
         Knob(
@@ -30,25 +33,65 @@ def command(
     ] = False,
     seed: Seed = 0,
 ) -> None:
-    """Make a small new model of any family.
+    """Make a small new model of any family, or a diffusion model from an autoregressive one.
 
     Writes a Hugging Face directory with random weights, to be trained with 'dlmctl update --algo
     sft' or used in tests.
+
+    With --from it has the weights, tokenizer and chat template of MODEL, a mask token, and
+    attention in both directions; layers with a sliding window keep it, to both sides. It writes
+    nonsense until 'dlmctl update --algo sft' has taught it to denoise. The weights are those of
+    MODEL bit for bit; only a mask token that MODEL was not trained with has an embedding of its
+    own, the mean of the others. MODEL is refused if it denoises already, or if some of its layers
+    read from left to right only, as recurrent ones do.
 
     Examples:
 
     dlmctl init runs/new --family llada --hidden-size 64 --layers 4 --gen-length 16
 
     dlmctl prompts concepts -n 20000 | dlmctl init runs/new --tokenizer word --vocabulary -
+
+    dlmctl init models/a2d --from Qwen/Qwen3-0.6B && dlmctl update --algo sft -m models/a2d
+    --lr 1e-4 --anneal-attention 100 -o runs/base corpus.jsonl
     """
+    check_free(directory)
+    if adapted.source is not None:
+        _check_unused(model, tokenizer, original_naming)
+        _adapt(adapted, model.sampling, directory)
+        return
     from dlmctl.models.saving import save_new
     from dlmctl.models.small import make_policy
 
-    check_free(directory)
     policy = make_policy(model, _tokenizer(tokenizer), seed)
     save_new(policy, directory, original_naming)
     count = sum(p.numel() for p in policy.model.parameters())
     print(f"dlmctl: {directory}: {model.family}, {count:,} parameters", file=sys.stderr)
+
+
+def _check_unused(model: SmallModel, tokenizer: SmallTokenizer, original_naming: bool) -> None:
+    """Raise UsageError for options of a new model, which --from leaves without a meaning."""
+    chosen = [
+        knob_of(field, type(settings)).flag(field.name)
+        for settings in (model, tokenizer)
+        for field in fields(settings)
+        if field.name not in SAMPLING and getattr(settings, field.name) != field.default
+    ]
+    if chosen or original_naming:
+        option = (*chosen, "--original-naming")[0]
+        raise UsageError(f"{option} is for a new model; with --from the model is as MODEL is")
+
+
+def _adapt(settings: Adapted, sampling: dict[str, int], directory: Path) -> None:
+    from dlmctl.models.adaptation import adapt
+
+    made = adapt(settings, sampling, directory)
+    token = f"{made.mask.text} (id {made.mask.number}, {'known' if made.mask.known else 'new'})"
+    print(
+        f"dlmctl: {directory}: {made.family} of {made.source_class}, {made.parameters:,} "
+        f"parameters, mask token {token} with an embedding that is {made.row}, shift "
+        f"{settings.shift}",
+        file=sys.stderr,
+    )
 
 
 def _tokenizer(settings: SmallTokenizer) -> Any:

@@ -85,6 +85,7 @@ def command(
     torchrun --nproc-per-node 8 -m dlmctl update -m GSAI-ML/LLaDA-8B-Instruct -o runs/b
     verified.jsonl
     """
+    from dlmctl.diffusion.annealing import check_annealed
     from dlmctl.diffusion.scoring import mask_plan
     from dlmctl.rl.advantage_stage import consistent
     from dlmctl.rl.advantages import Normalization
@@ -121,6 +122,8 @@ def command(
         prompting,
     )
     check_kind(algo, run.policy.diffusion, run.policy.name)
+    if supervised.anneal_attention is not None:
+        check_annealed(run.policy)
     rest = run.untrained(stream.records) if resume else stream.records
     if rest is None:
         return
@@ -145,6 +148,8 @@ def command(
         **{name: value for name, value in loss.items() if value is not None},
     }
     if algo == "sft":
+        if supervised.anneal_attention is not None:
+            run.about |= {"attention opened until step": supervised.anneal_attention}
         metrics = update_supervised(
             rest,
             run,
@@ -154,6 +159,7 @@ def command(
             supervised.fill_to,
             saving.save_every,
             saving.keep,
+            supervised.anneal_attention,
         )
     else:
         run.about |= {"inner steps": inner, **normalization.settings()}
@@ -236,6 +242,8 @@ def _check_supervised(
             raise UsageError(
                 f"--fill-to is for --algo sft and vrpo: the completions of {algo} are as sampled"
             )
+        if supervised.anneal_attention is not None:
+            raise UsageError("--anneal-attention is for --algo sft, which comes first")
         return
     rewarded = {
         "--inner": learning.inner,

@@ -32,7 +32,7 @@ def sample_autoregressive(
     for option, given in {
         "--threshold": settings.threshold is not None,
         "--factor": settings.factor is not None,
-        "--cache": settings.cache != "none",
+        "--cache": settings.cached,
         "--cfg-scale": settings.cfg_scale > 0,
         "--compile": settings.compile,
         "--remasking sae": settings.remasking == "sae",

@@ -4,9 +4,12 @@ A masked diffusion model attends in both directions, so every token that is deci
 and values of all others, if only a little. Fast-dLLM (arXiv 2505.22618) reuses the old ones for
 everything outside the current block, and renews them when the next block begins:
 
+A block-causal model has an exact cache: what is behind a block changes nothing in it.
+
     pass over      whole sequence        every `refresh` steps, and when a block begins
                    block and what follows       cache "prefix"
                    block alone                  cache "dual"
+                   block alone, and once the one before, now without masks     cache "exact"
 
 Each row is at its own step of its own block; its keys and values are in a slot of one tensor for
 each layer. To transformers this is a `Cache`, so the models need no change.
@@ -86,10 +89,15 @@ class SlotCache(Cache):
         return (query_length if self._whole else self._length), 0
 
 
+def reuses_keys(policy: Policy) -> bool:
+    """Whether a model can reuse keys and values of an earlier pass."""
+    layers = getattr(policy.core.config, "layer_types", None) or []
+    return policy.model_family.reuses_keys and all(x == "full_attention" for x in layers)
+
+
 def check_cache(policy: Policy) -> None:
     """Raise UsageError if a model cannot reuse keys and values of an earlier pass."""
-    layers = getattr(policy.core.config, "layer_types", None) or []
-    if not policy.model_family.reuses_keys or any(x != "full_attention" for x in layers):
+    if not reuses_keys(policy):
         raise UsageError(
             f"--cache is for models whose layers all attend to the whole sequence and are built as "
             f"decoders (LLaDA, Dream, a2d); {policy.name} is not one: leave it out"

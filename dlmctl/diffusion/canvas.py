@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig
+from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig, tokens_per_step
 from dlmctl.models.policy import Policy
 
 
@@ -31,6 +31,8 @@ class Masked(NamedTuple):
     """int64 [N], index in the sequence, prompt included."""
     completion: Tensor
     """int64 [N], index in the completion."""
+    waiting: Tensor
+    """bool [R]: rows with further masked positions in their block, which this step leaves."""
 
 
 class Canvas:
@@ -38,8 +40,10 @@ class Canvas:
 
     def __init__(self, policy: Policy, settings: SamplerConfig, slots: int) -> None:
         self.policy, self.settings, self.device = policy, settings, policy.device
+        self.blocks = policy.blocks
         self.ids = torch.full((slots, 0), policy.pad_id, dtype=torch.int64, device=self.device)
-        self.order = self.ids.new_zeros(slots, settings.gen_length)
+        # A last block that is cut has up to a block of tokens more.
+        self.order = self.ids.new_zeros(slots, settings.gen_length + settings.block_length)
         self.keys = self.ids.new_zeros(slots)
         self.owner: list[int | None] = [None] * slots
         """Number of the request in each slot."""
@@ -61,13 +65,52 @@ class Canvas:
         return sorted(taken, key=lambda slot: -self.starts[slot])
 
     def length(self, slot: int) -> int:
-        """Tokens of prompt and completion."""
-        return self.starts[slot] + self.settings.gen_length
+        """Tokens of prompt and completion, to the end of the last block."""
+        length = self.starts[slot] + self.settings.gen_length
+        if self.blocks is not None and self.blocks.cut:
+            length += -length % self.blocks.length
+        return length
+
+    def first_block(self, slot: int) -> int:
+        """Where the completion's first block begins."""
+        start = self.starts[slot]
+        if self.blocks is not None and self.blocks.origin == "text":
+            start -= start % self.blocks.length
+        return start
+
+    @property
+    def steps_per_block(self) -> int:
+        """The most that a block takes."""
+        return max(self.settings.steps_per_block, 2 if self._first_alone else 1)
+
+    @property
+    def _first_alone(self) -> bool:
+        return self.blocks is not None and self.blocks.first_alone
+
+    def quota(self, slot: int) -> list[int]:
+        """Tokens that each step of the present block of a row decides, if not fewer are left.
+
+        Where the last block is sampled whole, every block has the plan of a whole one, though it
+        may begin with the end of the prompt.
+        """
+        begin, stop = self.window(slot)
+        left = stop - max(begin, self.starts[slot])
+        if self.blocks is not None and self.blocks.cut:
+            left = self.blocks.length
+        steps = self.settings.steps_per_block
+        if not self._first_alone or begin < self.starts[slot]:
+            return tokens_per_step(left, steps)
+        return [1, *tokens_per_step(left - 1, max(1, steps - 1))]
+
+    def quotas(self, rows: Sequence[int]) -> Tensor:
+        """int64 [R]: tokens that the present step of each row decides, if not fewer are left."""
+        return self.tensor([self.quota(slot)[self.step[slot]] for slot in rows])
 
     def add(self, number: int, request: Request) -> int:
         """Put a request into the first free slot; returns the slot."""
         slot, start = self.owner.index(None), len(request.prompt)
-        length = start + self.settings.gen_length
+        self.starts[slot] = start
+        length = self.length(slot)
         if length > self.width:
             more = self.ids.new_full((len(self.owner), length - self.width), self.policy.pad_id)
             self.ids = torch.cat([self.ids, more], dim=1)
@@ -76,15 +119,14 @@ class Canvas:
         row[start:length] = self.policy.mask_id or 0
         self.ids[slot] = row.to(self.device)
         self.order[slot], self.keys[slot] = 0, request.key
-        self.owner[slot], self.starts[slot] = number, start
+        self.owner[slot] = number
         self.block[slot] = self.step[slot] = self.nfe[slot] = 0
         return slot
 
     def window(self, slot: int) -> tuple[int, int]:
         """First position of a row's block, and the one after its last."""
-        start = self.block[slot] * self.settings.block_length
-        stop = min(start + self.settings.block_length, self.settings.gen_length)
-        return self.starts[slot] + start, self.starts[slot] + stop
+        start = self.first_block(slot) + self.block[slot] * self.settings.block_length
+        return start, min(start + self.settings.block_length, self.length(slot))
 
     def masked(self, rows: Sequence[int]) -> Masked:
         """The positions that are still masked in the block of each row."""
@@ -94,17 +136,32 @@ class Canvas:
         columns = windows[:, :1] + offsets  # [R, B]
         # The last block may be shorter: columns behind it are clamped here and left out below.
         ids = self.ids[slots[:, None], columns.clamp(max=self.width - 1)]  # [R, B]
-        is_masked = (ids == self.policy.mask_id) & (columns < windows[:, 1:])
-        row, offset = is_masked.nonzero(as_tuple=True)  # [N], [N]
+        starts = self.tensor([self.starts[slot] for slot in rows])  # [R]
+        inside = (columns >= starts[:, None]) & (columns < windows[:, 1:])
+        is_masked = (ids == self.policy.mask_id) & inside
+        chosen = is_masked & self._eligible(rows, is_masked)
+        row, offset = chosen.nonzero(as_tuple=True)  # [N], [N]
         slot, position = slots[row], columns[row, offset]
-        completion = position - self.tensor([self.starts[slot] for slot in rows])[row]
+        completion = position - starts[row]
         shape = (len(rows), self.settings.block_length)
-        return Masked(shape, row, offset, slot, position, completion)
+        waiting = (is_masked & ~chosen).any(dim=1)
+        return Masked(shape, row, offset, slot, position, completion, waiting)
+
+    def _eligible(self, rows: Sequence[int], is_masked: Tensor) -> Tensor:
+        """bool [R, B]: the positions of the part of each block that a step decides."""
+        offsets = torch.arange(self.settings.block_length, device=self.device)
+        part = self.settings.sub_block_length or self.settings.block_length
+        first = is_masked.long().argmax(dim=1, keepdim=True)  # [R, 1]
+        eligible = offsets // part == first // part
+        if self._first_alone:
+            begins = self.tensor([self.step[slot] == 0 for slot in rows])
+            eligible &= (offsets == 0) | ~((first[:, 0] == 0) & (begins == 1))[:, None]
+        return eligible
 
     def numbered_steps(self, rows: Sequence[int]) -> Tensor:
         """int64 [R]: steps counted as if every block took all its steps, so that the noise of a
         step does not depend on how many steps earlier blocks took."""
-        per_block = self.settings.steps_per_block
+        per_block = self.steps_per_block
         return self.tensor([self.block[slot] * per_block + self.step[slot] for slot in rows])
 
     def decide(self, masked: Masked, stays: Tensor, token: Tensor, steps: Tensor) -> None:
@@ -130,7 +187,7 @@ class Canvas:
             stopped = self.settings.early_stop and self._stop_at_eos(slot)
             self.block[slot] += 1
             self.step[slot] = 0
-            if stopped or self.block[slot] == self.settings.blocks:
+            if stopped or self.window(slot)[0] >= self.length(slot):
                 done.append(slot)
         return done
 
@@ -141,7 +198,7 @@ class Canvas:
         if eos is None or self.policy.ends.isdisjoint(decided):
             return False
         self.ids[slot, stop : self.length(slot)] = eos
-        last = (self.block[slot] + 1) * self.settings.steps_per_block - 1
+        last = (self.block[slot] + 1) * self.steps_per_block - 1
         self.order[slot, stop - start :] = last
         return True
 
@@ -150,8 +207,9 @@ class Canvas:
         number = self.owner[slot]
         assert number is not None
         self.owner[slot] = None
-        tokens = self.ids[slot, self.starts[slot] : self.length(slot)].tolist()
-        return number, Sample(tokens, self.order[slot].tolist(), self.nfe[slot])
+        start, length = self.starts[slot], self.settings.gen_length
+        tokens = self.ids[slot, start : start + length].tolist()
+        return number, Sample(tokens, self.order[slot, :length].tolist(), self.nfe[slot])
 
     def tensor(self, values: Sequence[int] | Sequence[tuple[int, int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)

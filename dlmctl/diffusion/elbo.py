@@ -91,29 +91,26 @@ def scored_states(
         targets: B bool tensors [G_b], the tokens that are scored; None: those masked.
         pictures: images of the B prompts.
     """
-    lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-    ids = torch.full((len(lengths), max(lengths)), policy.pad_id, dtype=torch.int64)
+    lengths = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
+    starts = torch.tensor([len(prompt) for prompt in prompts])
+    whole = policy.blocks.whole(lengths) if policy.blocks else lengths
+    ids = torch.full((len(lengths), int(whole.max())), policy.pad_id, dtype=torch.int64)
     is_masked = torch.zeros_like(ids, dtype=torch.bool)  # [B, L], like `ids`
     is_scored = torch.zeros_like(is_masked)
     for b, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        ids[b, : lengths[b]] = torch.tensor([*prompt, *completion])
-        is_masked[b, len(prompt) : lengths[b]] = masked[b]
-        is_scored[b, len(prompt) : lengths[b]] = (masked if targets is None else targets)[b]
+        start, end = len(prompt), len(prompt) + len(completion)
+        ids[b, :end] = torch.tensor([*prompt, *completion])
+        is_masked[b, start:end] = masked[b]
+        is_masked[b, end : int(whole[b])] = True  # the rest of the last block, as it is sampled
+        is_scored[b, start:end] = (masked if targets is None else targets)[b]
     rows, positions = is_scored.nonzero(as_tuple=True)  # [N], [N]
-    target_ids = ids[rows, positions]
-    if policy.diffusion:
-        ids[is_masked] = policy.mask_id or 0
+    noised = ids.masked_fill(is_masked, policy.mask_id or 0) if policy.diffusion else ids
 
-    device = policy.device
-    attention = None
-    if min(lengths) < max(lengths):
-        attention = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(device)
-    states = policy.hidden(ids.to(device), attention, pictures=pictures)
-    starts = torch.tensor([len(prompt) for prompt in prompts])
-    columns = (positions - starts[rows]).to(device)
-    rows = rows.to(device)
-    states = states[rows, policy.source(positions.to(device))]
-    return Scored(states, target_ids.to(device), rows, columns)
+    view, device = policy.noised_rows(ids, noised, is_scored, starts, whole), policy.device
+    places = view.sources(rows, positions, policy.shift).to(device)
+    columns, target_ids = (positions - starts[rows]).to(device), ids[rows, positions].to(device)
+    states, rows = policy.hidden_of(view.to(device), pictures), rows.to(device)
+    return Scored(states[rows, places], target_ids, rows, columns)
 
 
 @torch.no_grad()

@@ -1,5 +1,9 @@
 """Forward passes of a denoising step: as few tokens as the settings allow, little of it padding.
 
+A block-causal model passes over the text to the end of the present block. Keys and values of
+finished blocks never change, so that they need one pass: the first step of a block passes over the
+block before, now without masks, and itself; the others over itself.
+
 R rows take part in a pass, each with Q tokens; T is the longest sequence among them, S all slots of
 the canvas, N the masked positions, H the width of the model.
 """
@@ -7,6 +11,7 @@ the canvas, N the masked positions, H the width of the model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import compress
 
 import torch
@@ -45,7 +50,7 @@ class Passes:
     ) -> None:
         self.policy, self.settings, self.canvas, self.callback = policy, settings, canvas, callback
         self.cache: SlotCache | None = None
-        if settings.cache != "none":
+        if settings.cached:
             check_cache(policy)
             self.cache = SlotCache(len(canvas.owner))
         self.per_step = 2 if settings.cfg_scale > 0 else 1
@@ -66,8 +71,9 @@ class Passes:
             cache.widen(canvas.width)
         # 1. Every part is numbers [n] among the masked positions and their states, each [n, H].
         whole = [slot for slot in rows if self._renews(slot)]
+        whole.sort(key=lambda slot: -self._end(slot))
         parts = []
-        for run in buckets([canvas.length(slot) for slot in whole]):
+        for run in buckets([self._end(slot) for slot in whole]):
             parts.append(self._whole(whole[run], masked))
         rest = [slot for slot in rows if not self._renews(slot)]
         if rest:
@@ -82,9 +88,30 @@ class Passes:
 
     def _renews(self, slot: int) -> bool:
         """Whether this step of the row passes over its whole sequence."""
+        if self.settings.cache == "exact":
+            return self.canvas.step[slot] == self.canvas.block[slot] == 0
         interval = self.settings.refresh or self.settings.steps_per_block
         due = self.canvas.step[slot] % interval == 0
         return self.cache is None or due or slot in self._outdated
+
+    def _end(self, slot: int) -> int:
+        """Where the passes over a row end: a block-causal model sees nothing behind its block."""
+        causal = self.policy.blocks is not None
+        return self.canvas.window(slot)[1] if causal else self.canvas.length(slot)
+
+    def _allowed(self, rows: Sequence[int], places: Tensor, there: Tensor) -> Tensor | None:
+        """bool [R, Q, T]: what tokens at these places [R, Q] attend to, if it is not all there is.
+
+        Args:
+            there: bool [R, T], false for padding.
+        """
+        if (blocks := self.policy.blocks) is None:
+            return None
+        starts = self.canvas.tensor([self.canvas.starts[slot] for slot in rows])  # [R]
+        windows = self.canvas.tensor([self.canvas.window(slot)[0] for slot in rows])[:, None]
+        keys = torch.arange(there.shape[1], device=there.device).expand_as(there)
+        noised = places >= windows, keys >= windows  # the present block
+        return blocks.attends(places, keys, *noised, starts) & there[:, None]
 
     def outdated(self, rows: Sequence[int], surest: Tensor) -> Tensor:
         """bool [R]: rows that reused old keys and values and are too unsure; they repeat the step.
@@ -103,40 +130,48 @@ class Passes:
     def _whole(self, rows: Sequence[int], masked: Masked) -> tuple[Tensor, list[Tensor]]:
         """A pass over the whole sequences of these rows; returns as `_pick` does."""
         canvas, device = self.canvas, self.canvas.device
-        lengths = canvas.tensor([canvas.length(slot) for slot in rows])  # [R]
-        width = canvas.length(rows[0])  # T
+        lengths = canvas.tensor([self._end(slot) for slot in rows])  # [R]
+        width = self._end(rows[0])  # T
         ids = canvas.ids[canvas.tensor(rows), :width]  # [R, T]
         columns = torch.arange(width, device=device)  # [T]
-        there = None
-        if canvas.length(rows[-1]) < width:
-            there = columns < lengths[:, None]  # [R, T], false for padding
+        there = columns < lengths[:, None]  # [R, T], false for padding
+        allowed = self._allowed(rows, columns.expand(len(rows), -1), there)
+        padded = there if self._end(rows[-1]) < width else None
         if self.cache is not None:
             places = columns.expand(len(rows), -1)  # [R, T], where keys and values are stored
-            if there is not None:
-                places = places.where(there, self.cache.width)
+            if padded is not None:
+                places = places.where(padded, self.cache.width)
             self.cache.aim(canvas.tensor(rows), places, width, whole=True)
         compiled = self.settings.compile
         self.callback.on_pass(rows)
-        hidden = [self.policy.hidden(ids, there, cache=self.cache, compiled=compiled)]
+        run = partial(self.policy.hidden, attention=padded, compiled=compiled, allowed=allowed)
+        hidden = [run(ids, cache=self.cache)]
         if self.settings.cfg_scale > 0:
             starts = canvas.tensor([canvas.starts[slot] for slot in rows])  # [R]
             blind = ids.masked_fill(columns < starts[:, None], self.policy.mask_id or 0)
-            hidden.append(self.policy.hidden(blind, there, compiled=compiled))
+            hidden.append(run(blind))
         return self._pick(rows, hidden, masked, torch.zeros_like(lengths))
 
     def _part(self, rows: Sequence[int], masked: Masked) -> tuple[Tensor, list[Tensor]]:
-        """The same for a pass over the block (dual), or the block and what follows it (prefix)."""
+        """The same for a pass over the block (dual), the block and what follows it (prefix), or
+        the block and, in its first step, the one before (exact)."""
         canvas, cache, device = self.canvas, self.cache, self.canvas.device
         assert cache is not None
         # 1. Row r passes over the positions firsts[r] to ends[r]. The logits of the block's first
         #    position are `shift` positions before it, so the pass begins there.
         windows = [canvas.window(slot) for slot in rows]
-        firsts = canvas.tensor([max(0, start - self.policy.shift) for start, _ in windows])  # [R]
-        lengths = canvas.tensor([canvas.length(slot) for slot in rows])  # [R]
+        before = [self.policy.shift] * len(rows)
+        if self.settings.cache == "exact":
+            block = self.settings.block_length
+            before = [block if canvas.step[slot] == 0 else self.policy.shift for slot in rows]
+        firsts = canvas.tensor(
+            [max(0, start - more) for (start, _), more in zip(windows, before, strict=True)]
+        )  # [R]
+        lengths = canvas.tensor([self._end(slot) for slot in rows])  # [R]
         ends = lengths
         if self.settings.cache == "dual":
             ends = canvas.tensor([stop for _, stop in windows])
-        queries, longest = int((ends - firsts).max()), canvas.length(rows[0])  # Q, T
+        queries, longest = int((ends - firsts).max()), max(self._end(s) for s in rows)  # Q, T
         columns = firsts[:, None] + torch.arange(queries, device=device)  # [R, Q]
         inside = columns < ends[:, None]  # [R, Q], false for padding
         places = columns.clamp(max=longest - 1)  # [R, Q]; padding repeats a token
@@ -144,7 +179,9 @@ class Passes:
         slots = canvas.tensor(rows)  # [R]
         cache.aim(slots, columns.where(inside, cache.width), longest, whole=False)
         there = torch.arange(longest, device=device) < lengths[:, None]  # [R, T]
-        hidden = self.policy.hidden(canvas.ids[slots[:, None], places], there, places, cache)
+        allowed = self._allowed(rows, places, there)
+        ids = canvas.ids[slots[:, None], places]
+        hidden = self.policy.hidden(ids, there, places, cache, allowed=allowed)
         return self._pick(rows, [hidden], masked, firsts)
 
     def _pick(
@@ -165,5 +202,10 @@ class Passes:
         row = local[masked.slot]  # [N]
         [picked] = (row >= 0).nonzero(as_tuple=True)
         row = row[picked]  # [n]
-        place = self.policy.source(masked.position[picked]) - firsts[row]  # [n], in the pass
+        position = masked.position[picked]
+        place = self.policy.source(position)
+        blocks = self.policy.blocks
+        if blocks is not None and blocks.causal_context:
+            place = (position - 1).where(masked.offset[picked] == 0, place)
+        place -= firsts[row]  # [n], in the pass
         return picked, [states[row, place] for states in hidden]

@@ -121,17 +121,18 @@ def select_to_unmask(confidence: Tensor, quota: Tensor, settings: SamplerConfig)
     """bool [R, B]: the positions whose token stays.
 
     By `threshold` and `factor`, as in Fast-dLLM's get_transfer_index and
-    get_transfer_index_dynamic, that is at least one in each row with a masked token.
+    get_transfer_index_dynamic, that is at least one in each row with a masked token; by `threshold`
+    with `steps` at least the quota, as in SDAR's low_confidence_dynamic.
 
     Args:
         confidence: float64 [R, B], -inf where nothing is masked.
-        quota: int64 [R], tokens to decide if their number is fixed.
+        quota: int64 [R], tokens to decide if their number is fixed, and else at least.
     """
     masked = confidence > -torch.inf
     ordered, order = confidence.sort(dim=1, descending=True, stable=True)
     rank = torch.arange(confidence.shape[1], device=confidence.device)
     if settings.threshold is not None:
-        stays = (ordered >= settings.threshold) | (rank == 0)
+        stays = (ordered >= settings.threshold) | (rank < quota[:, None])
     elif settings.factor is not None:
         # As confidence falls and its bound rises, these are the first of their row.
         stays = (ordered >= 1 - settings.factor / (rank.double() + 2)) | (rank == 0)

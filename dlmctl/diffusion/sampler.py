@@ -109,10 +109,9 @@ def _denoise(canvas: Canvas, passes: Passes, callback: SamplerCallback) -> list[
     sure = callback.adjust_confidence(masked, states, sure)
     confidence = torch.full(masked.shape, -torch.inf, dtype=torch.float64, device=canvas.device)
     confidence[masked.row, masked.offset] = sure
-    quota = settings.quota()[[canvas.block[s] for s in rows], [canvas.step[s] for s in rows]]
-    stays = select_to_unmask(confidence, quota.to(canvas.device), settings)
+    stays = select_to_unmask(confidence, canvas.quotas(rows), settings)
     again = passes.outdated(rows, confidence.amax(dim=1))
     stays &= ~again[:, None]
     canvas.decide(masked, stays[masked.row, masked.offset], token, steps)
-    left = ((confidence > -torch.inf) & ~stays).any(dim=1)
+    left = ((confidence > -torch.inf) & ~stays).any(dim=1) | masked.waiting
     return canvas.advance(rows, passes.per_step, (~left).tolist(), again.tolist())

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dlmctl.diffusion.cache import reuses_keys
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
-from dlmctl.settings.sampler import Sampler
+from dlmctl.settings.sampler import CacheRule, Sampler
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class SamplerConfig(Sampler):
     block_length: int = 32
     steps: int | None = None
     """None: as many as it takes, at most one a token."""
+    cache: CacheRule = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,10 +66,40 @@ def configured(policy: Policy, sampler: Sampler = Sampler()) -> SamplerConfig:
     usual = {"gen_length": 128, "block_length": 32, **policy.sampling}
     length = values["gen_length"] or usual["gen_length"]
     values["gen_length"] = length
-    values["block_length"] = values["block_length"] or min(length, usual["block_length"])
-    if not sampler.parallel and sampler.steps is None:
-        values["steps"] = length if sampler.gen_length else usual.get("steps", length)
+    if policy.blocks is None:
+        values["block_length"] = values["block_length"] or min(length, usual["block_length"])
+        values["cache"] = values["cache"] or "none"
+        if values["cache"] == "exact":
+            raise UsageError(
+                f"--cache exact is for block-causal models, and {policy.name} attends to the whole "
+                "sequence: take prefix or dual, which are approximations"
+            )
+    else:
+        _check_blocks(policy, sampler)
+        values["block_length"] = policy.blocks.length
+        plain = sampler.compile or sampler.cfg_scale > 0 or not reuses_keys(policy)
+        values["cache"] = values["cache"] or ("none" if plain else "exact")
+    if not sampler.parallel and sampler.steps is None and sampler.sub_block_length is None:
+        usual_steps = None if sampler.gen_length else usual.get("steps")
+        values["steps"] = usual_steps or (None if policy.blocks else length)
     return SamplerConfig(**values)
+
+
+def _check_blocks(policy: Policy, sampler: Sampler) -> None:
+    """Raise UsageError for what a block-causal model cannot do."""
+    assert policy.blocks is not None
+    length = policy.blocks.length
+    if sampler.block_length not in (None, length):
+        raise UsageError(
+            f"{policy.name} attends in blocks of {length} tokens, which --block-length "
+            f"{sampler.block_length} does not change; if they are longer or shorter, write "
+            f"MODEL,block_length={sampler.block_length}"
+        )
+    if sampler.approximate:
+        raise UsageError(
+            f"--cache {sampler.cache} is an approximation, and {policy.name} is block-causal: "
+            "take exact, the default"
+        )
 
 
 class Request(NamedTuple):

@@ -1,10 +1,10 @@
 """From a config.json to a family, a stock model of transformers and its conventions.
 
 What decides, in this order: settings behind the model's name (`DIR,family=a2d,mask_id=151669`);
-the object `dlmctl` in config.json, with `family`, `mask_token_id`, `shift` and `sampling`, which
-every checkpoint written here has; the rest of config.json. A checkpoint is refused if the rest of
-its config.json does not describe it: if it names a class that transformers does not have, has a
-mask token but a left-to-right model, or shows signs of block diffusion.
+the object `dlmctl` in config.json, with `family`, `mask_token_id`, `shift`, `block_length` and
+`sampling`, which every checkpoint written here has; the rest of config.json. A checkpoint is
+refused if the rest of its config.json does not describe it: if it names a class that transformers
+does not have, has a mask token but a left-to-right model, or shows signs of block diffusion.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
+from dlmctl.models.attention import Blocks
 from dlmctl.models.families import ModelFamily, Raw
 from dlmctl.records.errors import DataError
 from dlmctl.settings.families import declared_families
@@ -44,6 +45,8 @@ class Architecture:
     mask_id: int | None
     """None: the tokenizer states it."""
     shift: int
+    blocks: Blocks | None
+    """Of a block-causal model."""
     sampling: dict[str, int]
     doubtful: bool
     """It is of a class of transformers, but its authors' code may be a different class of the same
@@ -100,6 +103,10 @@ def architecture(raw: dict[str, Any], where: str, reading: Reading | None = None
         raise DataError(f"not a model's configuration ({reason})", where) from None
     mask_id = 0 if chosen.mask_id is None else chosen.mask_id
     numbers = (chosen.shift, *chosen.sampling.values(), mask_id)
+    if chosen.blocks is not None and not (
+        type(chosen.blocks.length) is int and 0 < chosen.blocks.length < 2**31
+    ):
+        raise DataError("block_length is not a positive whole number", where)
     if not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
         raise DataError("mask_token_id, shift and sampling are not whole numbers", where)
     return chosen
@@ -132,10 +139,9 @@ def _architecture(raw: Raw, where: str, reading: Reading) -> Architecture:
     stated = reading.family is not None or bool(marker)
     if not stated:
         recognised.check(raw, where)
-    if family.is_causal is False or (
-        family.is_causal and getattr(config, "is_causal", True) is False
-    ):
-        config.is_causal = family.is_causal
+    causal = family.pattern == "causal"
+    if family.pattern is not None and causal != getattr(config, "is_causal", True):
+        config.is_causal = causal
 
     # 3. Numbers, of which the user's come first.
     shift = family.shift
@@ -148,6 +154,25 @@ def _architecture(raw: Raw, where: str, reading: Reading) -> Architecture:
         rename=recognised.rename,
         mask_id=mask_id if reading.mask_id is None else reading.mask_id,
         shift=shift if reading.shift is None else reading.shift,
+        blocks=_blocks(family, raw, reading, where),
         sampling=dict(marker.get("sampling", family.sampling) or {}),
         doubtful=bool(raw.get("auto_map")) and not stated,
     )
+
+
+def _blocks(family: ModelFamily, raw: Raw, reading: Reading, where: str) -> Blocks | None:
+    if family.pattern != "block-causal":
+        if reading.block_length is not None:
+            raise DataError(
+                f"block_length={reading.block_length} is for block-causal models, and family "
+                f"{family.name} is {family.pattern or 'as its class attends'}",
+                where,
+            )
+        return None
+    length = reading.block_length or (raw.get("dlmctl") or {}).get("block_length")
+    if length is None and (length := family.block_length(raw, where)) is None:
+        raise DataError(
+            "its config.json does not say how many tokens a block has: write MODEL,block_length=B",
+            where,
+        )
+    return family.blocks(length)

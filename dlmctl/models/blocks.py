@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dlmctl.models.attention import NoisedRows
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
 
@@ -55,21 +56,17 @@ def check_layers(policy: Policy, layers: Sequence[int]) -> None:
             raise UsageError(f"{policy.name} has layers 0 to {count - 1}, and no layer {layer}")
 
 
-def block_outputs(
-    policy: Policy, ids: Tensor, attention: Tensor | None, layers: Sequence[int]
-) -> dict[int, Tensor]:
-    """Outputs [B, T, H] of these blocks, from one pass that stops after the last of them.
+def block_outputs(policy: Policy, rows: NoisedRows, layers: Sequence[int]) -> dict[int, Tensor]:
+    """Outputs [B, T, H] of these blocks at the tokens of B noised texts.
 
-    Args:
-        ids: int64 [B, T], padding on the right.
-        attention: bool [B, T]; None without padding.
+    They are from one pass that stops after the last block.
     """
     outputs: dict[int, Tensor] = {}
     last = max(layers)
 
     def keep(layer: int) -> Edit:
         def run(output: Tensor, _: Tensor) -> Tensor:
-            outputs[layer] = output
+            outputs[layer] = rows.noised(output)
             if layer == last:
                 raise _StopPassError
             return output
@@ -78,7 +75,7 @@ def block_outputs(
 
     edits = {layer: keep(layer) for layer in layers}
     with edited_blocks(policy, edits), contextlib.suppress(_StopPassError):
-        policy.hidden(ids, attention)
+        policy.hidden_of(rows)
     return outputs
 
 
@@ -114,8 +111,13 @@ def _without_padding(ids: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     caches = (arguments.get(name) for name in ("past_key_values", "cache"))
     cache = next((cache for cache in caches if cache is not None), None)
     padding, attention = getattr(cache, "padding", None), arguments.get("attention_mask")
-    if padding is None and attention is not None and attention.dim() == 2:
-        padding = attention[:, -ids.shape[1] :] == 0
+    if isinstance(attention, dict):  # a mask for each kind of layer
+        attention = attention["full_attention"]
+    if padding is None and attention is not None:
+        if attention.dim() == 2:
+            padding = attention[:, -ids.shape[1] :] == 0
+        else:  # [B, 1, T, T]: a token attends to itself
+            padding = ~attention[:, 0].diagonal(dim1=1, dim2=2)
     return ids if padding is None else ids.masked_fill(padding, -1)
 
 

@@ -17,6 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from dlmctl.models.architecture import family_named
+from dlmctl.models.attention import (
+    Blocks,
+    Narrowing,
+    NoisedRows,
+    layer_masks,
+    noised_rows,
+)
 from dlmctl.models.families import Head, ModelFamily
 from dlmctl.models.prompting import context_ids, prompt_ids, text_ids
 from dlmctl.models.vision import Picture, Vision
@@ -52,6 +59,10 @@ class Policy:
     """Hash of the weights."""
     sampling: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """The model's own gen_length, block_length and steps, if it has any."""
+    blocks: Blocks | None = None
+    """Its blocks, if it is block-causal."""
+    narrowing: Narrowing | None = None
+    """What of its attention is open, while training still opens it."""
     vision: Vision | None = None
     """How it takes images; None if it takes none."""
     prompting: Prompting = dataclasses.field(default_factory=Prompting)
@@ -102,6 +113,7 @@ class Policy:
         cache: Any = None,
         compiled: bool = False,
         pictures: Sequence[Sequence[Picture]] = (),
+        allowed: Tensor | None = None,
     ) -> Tensor:
         """Last hidden states.
 
@@ -114,6 +126,8 @@ class Policy:
             cache: a transformers Cache with the keys and values of other tokens.
             compiled: run the pass that torch.compile makes at the first call.
             pictures: the images of each row, for a model that takes images.
+            allowed: bool [B, T, T], with a cache [B, T, S]: which keys each token attends to. None:
+                all, or as the model's class has it; for a block-causal model, the clean text.
 
         Returns:
             [B, T, H] in the dtype of the model.
@@ -126,6 +140,14 @@ class Policy:
             extra |= {cache_argument(body): cache}
             if attention is not None:  # 4D, or the model derives it from the cache
                 mask = attention[:, None, None].expand(-1, 1, ids.shape[1], -1)
+        if allowed is None and self.blocks is not None:
+            allowed = self._clean_text(ids, attention)
+        if allowed is not None:
+            mask = allowed[:, None]
+            if cache is None:
+                columns = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+                places = columns if positions is None else positions
+                mask = layer_masks(self.core.config, allowed, places)
         if self.vision is not None and any(pictures):
             extra |= self.vision.inputs(self.core, pictures, ids.device)
             if positions is None:
@@ -133,6 +155,34 @@ class Policy:
         if positions is not None:
             extra |= {"position_ids": positions}
         return call(input_ids=ids, attention_mask=mask, **extra).last_hidden_state
+
+    def _clean_text(self, ids: Tensor, attention: Tensor | None) -> Tensor:
+        """bool [B, T, T]: how the tokens of a text without noise, or without a past, attend."""
+        assert self.blocks is not None
+        columns = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+        clean, starts = torch.zeros_like(columns, dtype=torch.bool), torch.zeros_like(ids[:, 0])
+        allowed = self.blocks.attends(columns, columns, clean, clean, starts)
+        return allowed if attention is None else allowed & attention[:, None]
+
+    def noised_rows(
+        self, clean: Tensor, noised: Tensor, wanted: Tensor, starts: Tensor, lengths: Tensor
+    ) -> NoisedRows:
+        """Rows of a pass over noised texts; arguments as in `attention.noised_rows`."""
+        return noised_rows(self.blocks, self.shift, clean, noised, wanted, starts, lengths)
+
+    def hidden_of(self, rows: NoisedRows, pictures: Sequence[Sequence[Picture]] = ()) -> Tensor:
+        """Last hidden states of noised rows: [R, Q, H]."""
+        allowed = rows.allowed
+        if self.narrowing is not None:
+            columns = torch.arange(rows.ids.shape[1], device=rows.ids.device).expand_as(rows.ids)
+            narrowed = self.narrowing(columns if rows.positions is None else rows.positions)
+            there = rows.attention if rows.attention is None else rows.attention[:, None]
+            for other in (allowed, there):
+                narrowed = narrowed if other is None else narrowed & other
+            allowed = narrowed
+        return self.hidden(
+            rows.ids, rows.attention, rows.positions, pictures=pictures, allowed=allowed
+        )
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits [N, V] for hidden states [N, H]."""

@@ -1,6 +1,7 @@
 """A policy to disk, as an ordinary Hugging Face directory that transformers loads by itself.
 
-config.json has what it has no field for (family, mask token, shift, sampling) under `dlmctl`.
+config.json has what it has no field for (family, mask token, shift, length of a block, sampling)
+under `dlmctl`.
 """
 
 from __future__ import annotations
@@ -33,19 +34,20 @@ def save_policy(policy: Policy, directory: Path) -> None:
         "family": policy.family,
         "mask_token_id": policy.mask_id,
         "shift": policy.shift,
+        **({"block_length": policy.blocks.length} if policy.blocks else {}),
         "sampling": dict(policy.sampling),
     }
     model.save_pretrained(directory)
-    save_tokenizer(policy, directory)
+    save_tokenizer(policy.tokenizer, directory)
     if policy.vision is not None:
         policy.vision.processor.save_pretrained(directory)
 
 
-def save_tokenizer(policy: Policy, directory: Path) -> None:
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
     """Write the tokenizer, without what transformers records about the process that loaded it."""
     for note in ("is_local", "local_files_only"):  # or the files depend on HF_HUB_OFFLINE
-        policy.tokenizer.init_kwargs.pop(note, None)
-    policy.tokenizer.save_pretrained(directory)
+        tokenizer.init_kwargs.pop(note, None)
+    tokenizer.save_pretrained(directory)
 
 
 def save_original(policy: Policy, directory: Path) -> None:
@@ -67,7 +69,7 @@ def save_original(policy: Policy, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    save_tokenizer(policy, directory)
+    save_tokenizer(policy.tokenizer, directory)
 
 
 def save_new(policy: Policy, directory: Path, original: bool) -> None:

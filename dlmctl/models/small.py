@@ -14,6 +14,9 @@ from dlmctl.records.errors import UsageError
 from dlmctl.settings.families import family_of_variant
 from dlmctl.settings.small import SmallModel
 
+BLOCK_LENGTH = 4
+"""Of a new block-causal model, if none is given."""
+
 
 def make_policy(small: SmallModel, tokenizer: Any, seed: int = 0) -> Policy:
     """A new model with random weights.
@@ -31,6 +34,9 @@ def make_policy(small: SmallModel, tokenizer: Any, seed: int = 0) -> Policy:
             f"--hidden-size {small.hidden_size} is not a multiple of {multiple} x --heads "
             f"{small.heads}: rotary embeddings need heads of such a size"
         )
+    blocks = None
+    if family.pattern == "block-causal":
+        blocks = family.blocks(small.block_length or BLOCK_LENGTH)
     config = family.new_config(small, tokenizer)
     torch.manual_seed(seed)
     auto: Any = getattr(transformers, family.auto_class)
@@ -50,5 +56,6 @@ def make_policy(small: SmallModel, tokenizer: Any, seed: int = 0) -> Policy:
         name=f"new {small.family}",
         revision="new",
         sampling={**family.sampling, **small.sampling},
+        blocks=blocks,
         vision=vision,
     )

@@ -7,7 +7,8 @@ from itertools import groupby
 from typing import Any
 
 from dlmctl.models.architecture import architecture
-from dlmctl.models.loading import TOKENIZER_FILES, config_file, load_tokenizer
+from dlmctl.models.loading import TOKENIZER_FILES, config_file
+from dlmctl.models.special_tokens import load_tokenizer
 from dlmctl.records.files import read_json
 
 PART = "\ufffd"

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
-from dlmctl.models.architecture import FAULTS, architecture
+from dlmctl.models.architecture import FAULTS, Architecture, architecture
 from dlmctl.models.blocks import decoder_blocks
 from dlmctl.models.loading import config_file
 from dlmctl.models.policy import Policy
@@ -25,6 +26,9 @@ from dlmctl.records.files import read_json
 from dlmctl.settings.models import split_name
 
 CONFIG_FILES = ["config.json", "adapter_config.json"]
+
+LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""Fields of a config by which a class changes logits after its head, unless they are None or 1."""
 
 
 def weightless_policy(name: str, dtype: torch.dtype) -> Policy:
@@ -43,15 +47,9 @@ def weightless_policy(name: str, dtype: torch.dtype) -> Policy:
     if config.suffix != ".json" or not config.is_file():
         config, reading = config_file(name, CONFIG_FILES)
     arch = architecture(read_json(config), str(config), reading)
-    try:
-        with torch.device("meta"):
-            factory = arch.model_class(str(config))
-            model = factory._from_config(arch.config, dtype=dtype, attn_implementation="sdpa")
-    except FAULTS as error:
-        reason = str(error).strip().split("\n")[-1][:200]
-        raise DataError(f"no model can be built from it ({reason})", str(config)) from None
+    model = weightless_model(arch, config, dtype)
     return Policy(
-        model=model.eval(),
+        model=model,
         tokenizer=None,
         family=arch.family.name,
         mask_id=(arch.mask_id or 0) if arch.family.diffusion else None,
@@ -63,6 +61,23 @@ def weightless_policy(name: str, dtype: torch.dtype) -> Policy:
         revision="none",
         sampling=arch.sampling,
     )
+
+
+def weightless_model(arch: Architecture, config: Path, dtype: torch.dtype) -> Any:
+    """The model of a config.json on the meta device; raises DataError if none can be built."""
+    try:
+        with torch.device("meta"):
+            factory = arch.model_class(str(config))
+            model = factory._from_config(arch.config, dtype=dtype, attn_implementation="sdpa")
+    except FAULTS as error:
+        reason = str(error).strip().split("\n")[-1][:200]
+        raise DataError(f"no model can be built from it ({reason})", str(config)) from None
+    return model.eval()
+
+
+def changed_logits(config: PretrainedConfig) -> str | None:
+    """The field by which the model's class changes its logits; that is left out here."""
+    return next((n for n in LOGIT_CHANGES if getattr(config, n, None) not in (None, 1, 1.0)), None)
 
 
 def followable(policy: Policy, layers: int) -> Policy:

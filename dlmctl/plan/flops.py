@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from dlmctl.diffusion.sampling import SamplerConfig
+from dlmctl.diffusion.sampling import SamplerConfig, tokens_per_step
+from dlmctl.models.attention import Blocks
 from dlmctl.models.blocks import decoder_blocks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
@@ -180,8 +181,20 @@ def _tower(config: Any, patches: Part, tokens: Part) -> Tower:
     )
 
 
-def denoising(model: Counts, settings: SamplerConfig, prompt_length: int, shift: int) -> float:
-    """Sampling one completion with the block-wise sampler, with all its steps."""
+def denoising(
+    model: Counts,
+    settings: SamplerConfig,
+    prompt_length: int,
+    shift: int,
+    blocks: Blocks | None = None,
+) -> float:
+    """Sampling one completion with the block-wise sampler, with all its steps.
+
+    Args:
+        blocks: of a block-causal model.
+    """
+    if blocks is not None:
+        return _by_blocks(model, settings, prompt_length, shift, blocks)
     length = prompt_length + settings.gen_length
     interval = settings.refresh or settings.steps_per_block
     guided = 2 if settings.cfg_scale > 0 else 1
@@ -192,9 +205,32 @@ def denoising(model: Counts, settings: SamplerConfig, prompt_length: int, shift:
         rest = settings.gen_length - start
         part = min(settings.block_length, rest) if settings.cache == "dual" else rest
         for step, decided in enumerate(quota):
-            whole = settings.cache == "none" or step % interval == 0
+            whole = not settings.cached or step % interval == 0
             queries = length if whole else part + shift
             total += guided * (model.forward(queries, length) + 2 * model.head.all * masked)
+            masked -= decided
+    return total
+
+
+def _by_blocks(
+    model: Counts, settings: SamplerConfig, prompt_length: int, shift: int, blocks: Blocks
+) -> float:
+    """The same for a block-causal model, which passes over nothing behind its block."""
+    size, length = blocks.length, prompt_length + settings.gen_length
+    from_text = blocks.origin == "text"
+    first = prompt_length // size * size if from_text else prompt_length
+    guided = 2 if settings.cfg_scale > 0 else 1
+    total = 0.0
+    for begin in range(first, length, size):
+        end = begin + size if from_text else min(begin + size, length)
+        masked = end - max(begin, prompt_length)
+        for step, decided in enumerate(tokens_per_step(end - begin, settings.steps_per_block)):
+            if masked <= 0:
+                break
+            whole = not settings.cached or (begin == first and step == 0)
+            before = size if step == 0 else shift
+            queries = end if whole else end - max(0, begin - before)
+            total += guided * (model.forward(queries, end) + 2 * model.head.all * masked)
             masked -= decided
     return total
 

@@ -135,7 +135,7 @@ def sampling_memory(
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dtype = next(policy.model.parameters()).dtype
     cached = 0.0
-    if not policy.diffusion or settings.cache != "none":
+    if not policy.diffusion or settings.cached:
         per_token = 2 * config.num_hidden_layers * heads * head_size(config)
         cached = float(rows * length * per_token * dtype.itemsize)
 

@@ -70,6 +70,8 @@ class Work:
     contrasts: int
     """Passes of `advantage --algo srpo` over each completion; 0 without it."""
     sampling: SamplerConfig
+    copied: int
+    """Tokens of the noised copy that a block-causal model is scored with."""
 
     @property
     def completions(self) -> int:
@@ -86,7 +88,8 @@ class Work:
 
     @property
     def length(self) -> int:
-        return self.prompt_length + self.sampling.gen_length
+        """Tokens of a row that is scored."""
+        return self.prompt_length + self.sampling.gen_length + self.copied
 
 
 def work_of(
@@ -124,6 +127,7 @@ def work_of(
         passes=passes,
         contrasts=credit_passes(policy.diffusion) if algo == "srpo" else 0,
         sampling=sampling,
+        copied=sampling.gen_length if policy.blocks else 0,
     )
 
 
@@ -178,7 +182,7 @@ def _before_update(options: Options, work: Work) -> list[dict[str, Any]]:
         policy = add_adapter(policy, Adapter(options.rank))
     model, weights = counts(policy, False), kept_memory(policy, 1).weights
     if policy.diffusion:
-        each = denoising(model, sampling, work.prompt_length, policy.shift)
+        each = denoising(model, sampling, work.prompt_length, policy.shift, policy.blocks)
     else:
         each = left_to_right(model, sampling.gen_length, work.prompt_length)
     images = step.prompts_per_step * model.images(step.image_tokens, False)

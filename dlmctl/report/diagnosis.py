@@ -29,7 +29,7 @@ class Finding(NamedTuple):
 
     name: str
     state: str
-    """ok, missing (something optional), or broken (something required)."""
+    """ok, missing (something optional), doubtful (of a model), or broken (something required)."""
     detail: str
 
 

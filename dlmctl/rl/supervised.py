@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from dlmctl.diffusion.annealing import open_share, opened
 from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
@@ -23,14 +24,27 @@ from dlmctl.rl.gradient import accumulate_gradient, elbo_coefficients
 
 
 def supervised_gradient(
-    policy: Policy, records: Sequence[Record], plan: MaskPlan, step: int, batch_size: int
+    policy: Policy,
+    records: Sequence[Record],
+    plan: MaskPlan,
+    step: int,
+    batch_size: int,
+    anneal_attention: int | None = None,
 ) -> dict[str, Any]:
-    """Accumulate the gradient of a batch; every step draws masks of its own."""
+    """Accumulate the gradient of a batch; every step draws masks of its own.
+
+    Args:
+        anneal_attention: number of steps over which attention is opened; None: it is open.
+    """
+    seen = {}
+    if anneal_attention is not None:
+        seen["attention_open"] = share = open_share(step, anneal_attention)
+        policy = dataclasses.replace(policy, narrowing=opened(share, plan.seed, step))
     plan = dataclasses.replace(plan, seed=plan.seed + step)
     examples = [example_of(record, policy, plan) for record in records]
     lengths = torch.tensor([float(e.masks.scored.sum()) for e in examples], dtype=torch.float64)
     coefficients = elbo_coefficients(examples, -1 / (lengths.clamp(min=1) * len(records)))
-    return {"loss": accumulate_gradient(policy, examples, coefficients, batch_size)}
+    return {"loss": accumulate_gradient(policy, examples, coefficients, batch_size), **seen}
 
 
 def with_completion_ids(record: Record, policy: Policy, fill_to: int | None) -> Record:

@@ -85,11 +85,14 @@ def update_supervised(
     fill_to: int | None,
     save_every: int,
     keep: int,
+    anneal_attention: int | None = None,
 ) -> Generator[dict[str, Any], None, None]:
     """Supervised fine-tuning: one step for every `records_per_step` completions."""
 
     def gradients(batch: StepBatch) -> Iterator[dict[str, Any]]:
-        yield supervised_gradient(run.policy, batch.rows, plan, run.progress.step, batch_size)
+        yield supervised_gradient(
+            run.policy, batch.rows, plan, run.progress.step, batch_size, anneal_attention
+        )
 
     prepared = each(records, lambda record: with_completion_ids(record, run.policy, fill_to))
     batches = plain_batches(prepared, records_per_step, run.passed)

@@ -68,7 +68,7 @@ def model_activations(
         for seen, kinds in ((batch, corrupt), (batch.clean(), clean)):
             if not kinds:
                 continue
-            run = partial(block_outputs, policy, seen.masked_ids, batch.attention, layers)
+            run = partial(block_outputs, policy, seen.rows(policy), layers)
             outputs = whole_pass(policy.model, run)
             for kind in kinds:
                 wanted = seen.selected(kind)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dlmctl.diffusion.noise import key_tensor, stream_key, uniform
+from dlmctl.models.attention import NoisedRows
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import OnError, Record, each, read_records
@@ -88,10 +89,15 @@ class MaskedBatch(NamedTuple):
     level: Tensor
     """float64 [B], t."""
 
-    @property
-    def attention(self) -> Tensor | None:
-        """`valid`, or None if nothing is padded."""
-        return None if bool(self.valid.all()) else self.valid
+    def rows(self, policy: Policy) -> NoisedRows:
+        """The rows of a pass over the masked texts.
+
+        The tokens at the beginning that are never masked are to blocks what a prompt is.
+        """
+        starts = torch.tensor([document.kept for document in self.documents])
+        lengths = self.valid.sum(dim=1)
+        starts = starts.to(lengths.device)
+        return policy.noised_rows(self.ids, self.masked_ids, self.valid, starts, lengths)
 
     def selected(self, positions: Positions) -> Tensor:
         """bool [B, T], the tokens of a kind; never padding or the first token."""

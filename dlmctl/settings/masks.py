@@ -95,6 +95,14 @@ class Supervised:
         minimum=1,
         shown_default="off",
     )
+    anneal_attention: int | None = knob(
+        None,
+        "For sft of a model that read from left to right: let it see later tokens bit by bit, all "
+        "of them from this step of the run on, as DiffuLLaMA does.",
+        minimum=1,
+        metavar="STEPS",
+        shown_default="off: all from the first",
+    )
 
     @property
     def levels(self) -> tuple[float, float]:

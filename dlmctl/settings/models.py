@@ -14,7 +14,7 @@ from dlmctl.settings.families import Family, summaries
 READING = "Reading the model"
 PROMPT = "Prompt"
 
-NAMES = {"family": str, "shift": int, "mask_id": int}
+NAMES = {"family": str, "shift": int, "mask_id": int, "block_length": int}
 """Settings that may follow a model's name, and their types."""
 
 
@@ -52,6 +52,9 @@ class Reading:
         shown_default="as config.json or the tokenizer says",
         env=True,
     )
+    block_length: int | None = None
+    """Tokens of a block of a block-causal model; it has no option of its own, as in several
+    commands --block-length is the sampler's."""
 
     def of(self, model: str | None) -> str | None:
         """`name` for a model that may be None.

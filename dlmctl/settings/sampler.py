@@ -10,7 +10,7 @@ from dlmctl.settings import knob
 
 Remasking = Literal["low_confidence", "random", "entropy", "margin", "sae"]
 EosRule = Literal["normal", "late", "never"]
-CacheRule = Literal["none", "prefix", "dual"]
+CacheRule = Literal["none", "prefix", "dual", "exact"]
 
 SURE: tuple[Remasking, ...] = ("low_confidence", "margin")
 """Rules whose confidence says how sure the model is, between 0 and 1."""
@@ -35,8 +35,8 @@ class Sampler:
     )
     steps: int | None = knob(
         None,
-        "Denoising steps over all blocks; each decides equally many tokens. With --threshold or "
-        "--factor a block takes as many as it needs instead.",
+        "Denoising steps over all blocks; each decides equally many tokens, or with --threshold at "
+        "least as many. Without --steps, a block takes as many as --threshold or --factor needs.",
         minimum=1,
         shown_default="the model's own, else --gen-length",
     )
@@ -65,10 +65,19 @@ class Sampler:
         minimum=0.0,
         shown_default="off",
     )
-    cache: CacheRule = knob(
-        "none",
-        "Approximate and faster: take keys and values from an earlier step, of the tokens before "
-        "the block (prefix), or of all tokens outside it (dual).",
+    sub_block_length: int | None = knob(
+        None,
+        "Decide a block in parts of this many tokens, from left to right (the small block of "
+        "Fast-dLLM v2).",
+        minimum=1,
+        shown_default="the model's own, else the block",
+    )
+    cache: CacheRule | None = knob(
+        None,
+        "Take keys and values from an earlier step. Of a block-causal model those of finished "
+        "blocks never change (exact). Of others they do, so that it is an approximation: of the "
+        "tokens before the block (prefix), or of all tokens outside it (dual).",
+        shown_default="exact for a block-causal model, else none",
     )
     refresh: int | None = knob(
         None,
@@ -104,19 +113,23 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.threshold is not None and self.factor is not None:
             raise UsageError("--threshold and --factor are two rules for one thing: give one")
-        if self.parallel and self.steps is not None:
-            rule = "--threshold" if self.factor is None else "--factor"
+        if self.factor is not None and self.steps is not None:
             raise UsageError(
-                f"--steps is a fixed number of steps, and {rule} takes as many as each block "
-                f"needs: leave one of them out"
+                "--steps is a fixed number of steps, and --factor takes as many as each block "
+                "needs: leave one of them out"
+            )
+        if self.sub_block_length is not None and self.steps is not None:
+            raise UsageError(
+                "--steps is a fixed number of steps, and with --sub-block-length a block takes as "
+                "many as its parts need: leave one of them out"
             )
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise UsageError(f"--threshold {self.threshold} is no confidence, from 0 to 1")
         if self.factor is not None and not self.factor >= 0:
             raise UsageError(f"--factor {self.factor} is not 0 or more")
-        if self.refresh is not None and self.cache == "none":
+        if self.refresh is not None and not self.approximate:
             raise UsageError("--refresh says how long a cache is used: give --cache too")
-        if self.refresh_below > 0 and self.cache == "none":
+        if self.refresh_below > 0 and not self.approximate:
             raise UsageError("--refresh-below says when a cache is too old: give --cache too")
         for option, given, rules in (
             ("--threshold", self.threshold is not None, BETWEEN_0_AND_1),
@@ -128,10 +141,20 @@ class Sampler:
                     f"{option} compares a confidence between 0 and 1, and that of --remasking "
                     f"{self.remasking} is none: take {' or '.join(rules)}"
                 )
-        if self.compile and self.cache != "none":
+        if self.compile and self.cached:
             raise UsageError("--compile and --cache do not go together: leave one out")
-        if self.cfg_scale > 0 and self.cache != "none":
+        if self.cfg_scale > 0 and self.cached:
             raise UsageError("--cfg-scale and --cache do not go together: leave one out")
+
+    @property
+    def cached(self) -> bool:
+        """Whether keys and values of an earlier step are used."""
+        return self.cache not in (None, "none")
+
+    @property
+    def approximate(self) -> bool:
+        """Whether they may be old."""
+        return self.cache in ("prefix", "dual")
 
     @property
     def parallel(self) -> bool:

@@ -30,7 +30,10 @@ class SmallModel:
         None, "The model's own default for rollout --gen-length.", minimum=1, shown_default="none"
     )
     block_length: int | None = knob(
-        None, "The same for --block-length.", minimum=1, shown_default="none"
+        None,
+        "The same for --block-length; of a block-causal model also how it attends.",
+        minimum=1,
+        shown_default="none; block-causal: 4",
     )
     steps: int | None = knob(None, "The same for --steps.", minimum=1, shown_default="none")
 

@@ -124,11 +124,20 @@ def test_the_steps_of_a_model_do_not_cut_a_block_short(rule):
     assert done.nfe == 8 - (rule == {"factor": 0.0})
 
 
-@pytest.mark.parametrize("option", ["--threshold", "--factor"])
-def test_steps_and_a_rule_of_confidence_are_not_both_taken(option):
-    done = invoke("rollout", "--task", "sudoku", option, "0.9", "--steps", "4")
+def test_with_steps_a_threshold_keeps_at_least_the_quota():
+    policy, threshold = tiny_policy(), 0.4
+    settings = SamplerConfig(8, 8, 4, threshold=threshold)
+    confidence = torch.tensor([[0.9, 0.5, 0.45, 0.1], [0.9, 0.3, 0.2, 0.1]]).double()
+    stays = select_to_unmask(confidence, torch.tensor([2, 2]), settings)
+    assert stays.tolist() == [[True, True, True, False], [True, True, False, False]]
+    [done] = sample(policy, PROMPTS[:1], [0], settings)
+    assert done.nfe <= 4
+
+
+def test_steps_and_a_factor_are_not_both_taken():
+    done = invoke("rollout", "--task", "sudoku", "--factor", "0.9", "--steps", "4")
     assert done.exit_code == 2
-    assert f"--steps is a fixed number of steps, and {option} takes as many as" in done.stderr
+    assert "--steps is a fixed number of steps, and --factor takes as many as" in done.stderr
     assert "leave one of them out" in done.stderr
 
 

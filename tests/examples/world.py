@@ -25,6 +25,7 @@ MODELS = {
     "GSAI-ML/LLaDA-8B-Instruct": LLADA,
     "Qwen/Qwen2.5-VL-3B-Instruct": f"--family qwen2.5-vl --tokenizer byte {SMALL} --layers 2 "
     "--gen-length 8",
+    "Qwen/Qwen3-0.6B": f"--family ar --tokenizer byte {SMALL} --layers 2",
     "openai-community/gpt2": f"--family ar --tokenizer byte {SMALL} --layers 2",
 }
 """Models of the hub, and how `dlmctl init` makes one of their layout."""

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dlmctl.models.architecture import architecture
-from dlmctl.models.loading import load_policy, load_tokenizer
+from dlmctl.models.loading import load_policy
+from dlmctl.models.special_tokens import load_tokenizer
 from dlmctl.models.token_text import tokenizer_of_model
 from dlmctl.records.errors import DataError
 

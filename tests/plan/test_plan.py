@@ -331,13 +331,16 @@ def test_operations_of_a_step_are_counted_within_two_percent(rank, recomputes):
         ("dream", {"cache": "dual"}),
         ("llada", {"cache": "prefix", "refresh": 3}),
         ("a2d", {"cfg_scale": 1.0}),
+        ("sdar", {"cache": "exact"}),
+        ("sdar", {}),
+        ("bd3lm", {"cache": "exact"}),
     ],
 )
 def test_operations_of_sampling_are_those_of_the_sampler(family, options):
     policy = tiny_policy(family, layers=4)
     settings = SamplerConfig(gen_length=12, block_length=4, steps=6, **options)
     prompt = [3, 4, 5, 6, 7]
-    planned = denoising(counts(policy, False), settings, len(prompt), policy.shift)
+    planned = denoising(counts(policy, False), settings, len(prompt), policy.shift, policy.blocks)
     assert planned == pytest.approx(
         counted(lambda: sample(policy, [prompt], [1], settings)), rel=0.01
     )

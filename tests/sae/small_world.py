@@ -64,7 +64,7 @@ class World(NamedTuple):
         for document in self.documents():
             [batch] = masked_corpus([document], self.policy, self.law, 1)
             batch = batch.clean() if positions == "clean" else batch
-            x = block_outputs(self.policy, batch.masked_ids, None, [LAYER])[LAYER][0].float()
+            x = block_outputs(self.policy, batch.rows(self.policy), [LAYER])[LAYER][0].float()
             pre = (x - self.sae.b_dec) @ self.sae.W_enc + self.sae.b_enc
             least = pre.sort(dim=1, descending=True).values[:, self.sae.k - 1 : self.sae.k]
             chosen = batch.selected(positions)[0]
@@ -93,6 +93,6 @@ def small_world() -> World:
 def _centre(world: World) -> None:
     """Without this the mean of the activations decides, and most features are dead."""
     [batch] = masked_corpus(world.documents(), world.policy, world.law, 60)
-    states = block_outputs(world.policy, batch.masked_ids, batch.attention, [LAYER])[LAYER]
+    states = block_outputs(world.policy, batch.rows(world.policy), [LAYER])[LAYER]
     world.sae.b_dec.copy_(states[batch.valid].mean(dim=0))
     world.sae.b_enc.zero_()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dlmctl.diffusion.rollout import rollout
 from dlmctl.diffusion.sampling import SamplerConfig
+from dlmctl.models.attention import plain_rows
 from dlmctl.models.blocks import block_outputs
 from dlmctl.models.policy import Family, Policy
 from dlmctl.records.jsonl import Record
@@ -57,7 +58,7 @@ class _Step:
     def codes(self, at: SaeAtLayer) -> tuple[Tensor, Tensor]:
         """Activations [G, d] and dense codes [G, F], written out."""
         layer, sae = at.layer, at.sae
-        x = block_outputs(self.policy, self.ids, None, [layer])[layer][0, self.start :]
+        x = block_outputs(self.policy, plain_rows(self.ids, None), [layer])[layer][0, self.start :]
         pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
         return x, pre.relu() * (pre >= pre.topk(sae.k).values[:, -1:])
 

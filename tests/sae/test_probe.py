@@ -8,6 +8,7 @@ from conftest import tiny_policy
 from typer.testing import CliRunner
 
 from dlmctl.cli import app
+from dlmctl.models.attention import plain_rows
 from dlmctl.models.blocks import block_outputs
 from dlmctl.models.saving import save_policy
 from dlmctl.models.small import make_policy
@@ -209,7 +210,7 @@ def test_collected_activations_are_those_of_the_tokens_in_their_sentences():
         row = torch.tensor(token_sentences(document, policy))
         # Alone a document has number 0 and other masks, so that hidden tokens are not compared.
         with torch.no_grad():
-            states = block_outputs(policy, batch.ids, None, [1])[1][0]
+            states = block_outputs(policy, plain_rows(batch.ids, None), [1])[1][0]
         tokens = found.tokens[1, "clean"]
         for n, s in enumerate(of_document):
             expected = states[(row == n)]

@@ -146,9 +146,9 @@ def test_one_pass_gives_what_single_passes_give() -> None:
         _batches(), model_activations(POLICY, _batches(), [1, 0], ["mask", "clean"]), strict=True
     ):
         for layer in (0, 1):
-            masked = block_outputs(POLICY, batch.masked_ids, batch.attention, [layer])[layer]
+            masked = block_outputs(POLICY, batch.rows(POLICY), [layer])[layer]
             assert torch.equal(block[Key(layer, "mask")], masked[batch.masked])
-            plain = block_outputs(POLICY, batch.ids, batch.attention, [layer])[layer]
+            plain = block_outputs(POLICY, batch.clean().rows(POLICY), [layer])[layer]
             assert torch.equal(block[Key(layer, "clean")], plain[batch.selected("clean")])
 
 

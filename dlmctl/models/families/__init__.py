@@ -14,14 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
+from dlmctl.models.attention import Blocks, Pattern
 from dlmctl.records.errors import DataError
 from dlmctl.settings.small import SmallModel
 
 Raw = Mapping[str, Any]
 """A config.json."""
 
-BLOCK_SIGNS = ("block_size", "block_length", "bd_size", "diffusion_block_size", "dlm_paradigm")
-"""Fields of config.json that indicate block diffusion, in models that have a mask token."""
+BLOCK_FIELDS = ("block_size", "block_length", "bd_size", "diffusion_block_size")
+"""Fields of config.json that state the length of a block of block diffusion."""
+BLOCK_SIGNS = (*BLOCK_FIELDS, "dlm_paradigm")
+"""Fields that indicate block diffusion, in models that have a mask token."""
 
 HOW_TO_READ = (
     "say how to read it with --family, --shift and --mask-id, or after its name, as in "
@@ -86,8 +89,8 @@ class ModelFamily:
     # 3. How it predicts tokens.
     diffusion = True
     """It denoises; otherwise it predicts the next token."""
-    is_causal: bool | None = False
-    """Attention from left to right only; None: as the class of transformers has it."""
+    pattern: Pattern | None = "bidirectional"
+    """How its tokens attend to each other; None: as the class of transformers has it."""
     shift = 0
     """The logits of position i are at position i - shift."""
     reuses_keys = True
@@ -144,10 +147,11 @@ class ModelFamily:
             return
         has_mask = raw.get("mask_token_id") is not None
         signs = [name for name in BLOCK_SIGNS if name in raw]
-        if signs and (self.is_causal is False or has_mask):
+        if signs and self.pattern != "block-causal" and (self.pattern != "causal" or has_mask):
             raise DataError(
-                f"its {signs[0]} indicates block diffusion, which is not supported yet; if the "
-                f"model attends to the whole text, {HOW_TO_READ}",
+                f"its {signs[0]} indicates block diffusion, and its type "
+                f"'{raw.get('model_type')}' is of no family that is known to have it; {HOW_TO_READ}"
+                ", or family=bd3lm,block_length=B if it attends block by block",
                 where,
             )
         auto, kinds = raw.get("auto_map") or {}, ("AutoModelForCausalLM", "AutoModelForMaskedLM")
@@ -166,6 +170,14 @@ class ModelFamily:
                 where,
             )
 
+    def block_length(self, raw: Raw, where: str) -> int | None:
+        """Tokens of a block of a block-causal model as config.json states them, if it does."""
+        return next((raw[name] for name in BLOCK_FIELDS if raw.get(name) is not None), None)
+
+    def blocks(self, length: int) -> Blocks:
+        """The blocks of a block-causal model."""
+        return Blocks(length)
+
     def rename(self, name: str) -> str:
         """Name in transformers of a weight of the authors' checkpoints and adapters."""
         return name
@@ -180,7 +192,7 @@ class ModelFamily:
 
     def new_config(self, small: SmallModel, tokenizer: Any) -> PretrainedConfig:
         """The config of a small new model; it may add special tokens to the tokenizer."""
-        return LlamaConfig(**decoder_sizes(small, tokenizer), is_causal=self.is_causal)
+        return LlamaConfig(**decoder_sizes(small, tokenizer), is_causal=self.pattern == "causal")
 
     def new_processor(self, config: Any) -> Any:
         """The image processor of a small new model."""

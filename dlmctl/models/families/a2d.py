@@ -18,7 +18,7 @@ PREFIX = "a2d-"
 
 
 class A2D(ModelFamily):
-    model_types = (f"{PREFIX}*",)
+    model_types: tuple[str, ...] = (f"{PREFIX}*",)
 
     def config(self, raw: Raw, where: str) -> PretrainedConfig:
         kind = str(raw.get("model_type", "")).lower().removeprefix(PREFIX)
@@ -30,12 +30,17 @@ class A2D(ModelFamily):
             return
         names = f"{where} {raw.get('_name_or_path', '')}".lower()
         if "bd3lm" in names or any(name in raw for name in BLOCK_SIGNS):
-            raise DataError("it is a block diffusion model (BD3LM): not supported yet", where)
+            raise DataError(
+                "it is a block diffusion model (BD3LM), and A2D's config.json does not say how "
+                "many tokens a block has: write MODEL,family=bd3lm,block_length=32, or the length "
+                "that it was trained with",
+                where,
+            )
         if "mdlm" not in names:
             raise DataError(
                 "A2D's config.json does not say whether the model attends to the whole text (MDLM) "
-                "or block by block (BD3LM, not supported yet); if to the whole text, write "
-                "--family a2d, or MODEL,family=a2d",
+                "or block by block (BD3LM): write MODEL,family=a2d, or "
+                "MODEL,family=bd3lm,block_length=32",
                 where,
             )
 

@@ -10,7 +10,7 @@ from dlmctl.models.families import ModelFamily
 
 class Autoregressive(ModelFamily):
     diffusion = False
-    is_causal = True
+    pattern = "causal"
     shift = 1
     reuses_keys = False
     title = "autoregressive language model"

@@ -18,7 +18,7 @@ class MaskedLM(ModelFamily):
     auto_class = "AutoModelForMaskedLM"
     ignored_weights = ("cls.seq_relationship.", "bert.pooler.")
     """BERT's parts for guessing whether one sentence follows another."""
-    is_causal = None
+    pattern = None
     reuses_keys = False
     fallback_end = "sep_token"
 

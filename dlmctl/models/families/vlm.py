@@ -26,7 +26,7 @@ class VisionLanguage(ModelFamily):
     auto_class = "AutoModelForImageTextToText"
     takes_images = True
     diffusion = False
-    is_causal = True
+    pattern = "causal"
     shift = 1
     reuses_keys = False
     language_layers = "language_model.layers"

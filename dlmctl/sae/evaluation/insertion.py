@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dlmctl.diffusion.fused_linear_logprob import target_log_probs
+from dlmctl.models.attention import NoisedRows
 from dlmctl.models.blocks import Edit, edited_blocks
 from dlmctl.models.policy import Policy
 from dlmctl.sae.corpus import MaskedBatch, Positions
@@ -56,11 +57,12 @@ def document_losses(
     policy: Policy, batch: MaskedBatch, edits: dict[int, Edit] | None = None
 ) -> DocumentLosses:
     """The losses of a batch by document, in a forward pass with these blocks edited."""
+    rows = batch.rows(policy)
     with edited_blocks(policy, edits) if edits else contextlib.nullcontext():
-        states = policy.hidden(batch.masked_ids, batch.attention)
+        states = policy.hidden_of(rows)
     level = batch.level.cpu()
-    masked, masked_tokens = _by_document(policy, batch, states, "mask")
-    visible, visible_tokens = _by_document(policy, batch, states, "unmask")
+    masked, masked_tokens = _by_document(policy, batch, rows, states, "mask")
+    visible, visible_tokens = _by_document(policy, batch, rows, states, "unmask")
     masked_per_t = masked / level.clamp(min=1e-6)
     visible_per_t = visible / (1 - level).clamp(min=1e-6)
     maskable = torch.tensor([len(d.ids) - d.kept for d in batch.documents]) * (level > 0)
@@ -70,7 +72,11 @@ def document_losses(
 
 
 def _by_document(
-    policy: Policy, batch: MaskedBatch, states: Tensor, kind: Literal["mask", "unmask"]
+    policy: Policy,
+    batch: MaskedBatch,
+    rows: NoisedRows,
+    states: Tensor,
+    kind: Literal["mask", "unmask"],
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy summed over each document's tokens of a kind, and their number; [B] each.
 
@@ -80,7 +86,7 @@ def _by_document(
     column = torch.arange(batch.ids.shape[1], device=batch.ids.device)
     wanted = batch.selected(kind) & (column >= kept[:, None])  # [B, T]
     row, position = wanted.nonzero(as_tuple=True)
-    chosen = states[row, policy.source(position)]  # [N, H]
+    chosen = states[row, rows.sources(row, position, policy.shift)]  # [N, H]
     loss = -target_log_probs(policy, chosen, batch.ids[row, position])
     # Summed on the CPU: an index_add of CUDA has no fixed order.
     row, nothing = row.cpu(), torch.zeros(len(batch.documents), dtype=torch.float64)

@@ -155,9 +155,8 @@ def _batch_tokens(
             continue
         seen = batch.clean() if clean else batch
         with torch.no_grad():
-            outputs = block_outputs(
-                policy, seen.masked_ids, seen.attention, sorted({layer for layer, _ in wanted})
-            )
+            layers = sorted({layer for layer, _ in wanted})
+            outputs = block_outputs(policy, seen.rows(policy), layers)
         for layer, positions in wanted:
             counts = seen.selected(positions).cpu() & (sentence >= 0)
             states = outputs[layer][counts.to(policy.device)].cpu()

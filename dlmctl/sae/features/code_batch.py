@@ -79,7 +79,7 @@ def code_batches(
             batch = batch.clean()
         chosen = batch.selected(positions)
         with torch.no_grad():
-            output = block_outputs(policy, batch.masked_ids, batch.attention, [layer])[layer]
+            output = block_outputs(policy, batch.rows(policy), [layer])[layer]
             if output.shape[-1] != sae.d_in:
                 raise UsageError(
                     f"the autoencoder is for activations of width {sae.d_in}, and those of "

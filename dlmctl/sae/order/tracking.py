@@ -85,7 +85,12 @@ def check_trackable(policy: Policy, sampler: SamplerConfig, what: str) -> None:
     """Raise UsageError if features cannot be tracked; `what` is what asks for them."""
     if not policy.diffusion:
         raise UsageError(f"{what} means nothing to {policy.name}, an autoregressive model")
-    if sampler.cache != "none":
+    if policy.blocks is not None:
+        raise UsageError(
+            f"{what} looks at the whole completion in each step, and {policy.name} passes over it "
+            "block by block"
+        )
+    if sampler.approximate:
         raise UsageError(
             f"{what} looks at the whole completion in each step, which --cache leaves out: leave "
             "out --cache"

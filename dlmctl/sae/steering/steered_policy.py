@@ -157,6 +157,11 @@ def _check(policy: Policy, sampler: SamplerConfig, steering: Steering) -> None:
         raise UsageError("--compile and --steer do not go together: leave one out")
     if steering.time is not None and not policy.diffusion:
         raise UsageError(f"--steer-time means nothing to {policy.name}, an autoregressive model")
+    if steering.time is not None and policy.blocks is not None:
+        raise UsageError(
+            f"--steer-time counts what is masked in the whole completion, and {policy.name} passes "
+            "over it block by block"
+        )
     if steering.time is not None and sampler.cache == "dual":
         raise UsageError(
             "--steer-time counts what is masked, and with --cache dual a pass sees the block "

@@ -1,0 +1,155 @@
+"""How a checkpoint would be read, without its weights: `dlmctl doctor --model`.
+
+The files of weights are neither opened nor downloaded; what refuses a model before its weights are
+read refuses it here with the same error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+from dlmctl.diffusion.sampling import configured
+from dlmctl.models.adapters import CONFIG as ADAPTER_CONFIG
+from dlmctl.models.architecture import Architecture, architecture
+from dlmctl.models.loading import TOKENIZER_FILES, config_file, model_directory
+from dlmctl.models.policy import Policy
+from dlmctl.models.special_tokens import SpecialTokens, load_tokenizer, special_tokens
+from dlmctl.models.weightless import changed_logits, weightless_model
+from dlmctl.models.weights import weight_files
+from dlmctl.records.errors import UserFacingError
+from dlmctl.records.files import read_json
+from dlmctl.settings.families import declared_families
+
+
+class Trait(NamedTuple):
+    """One thing about a model."""
+
+    name: str
+    detail: str
+    doubtful: bool = False
+
+
+def describe(name: str) -> list[Trait]:
+    """All traits of a model by its name, in the order in which loading settles them.
+
+    Raises:
+        MissingInputError: there is no such model.
+        DataError: it would be refused.
+        TryAgainError: the hub does not answer.
+    """
+    named = model_directory(name, TOKENIZER_FILES)
+    file, reading = config_file(name, TOKENIZER_FILES)
+    raw, directory = read_json(file), file.parent
+    arch = architecture(raw, str(file), reading)
+    model = weightless_model(arch, file, torch.float32)
+    tokenizer = load_tokenizer(directory, arch)
+    special = special_tokens(name, arch, tokenizer, directory)
+    policy = Policy(
+        model=model,
+        tokenizer=tokenizer,
+        family=arch.family.name,
+        shift=arch.shift,
+        vocab_size=arch.config.get_text_config().vocab_size,
+        name=name,
+        revision="none",
+        sampling=arch.sampling,
+        blocks=arch.blocks,
+        **special._asdict(),
+    )
+    return [
+        Trait("model", f"{name} ({named})"),
+        *_adapter(named),
+        Trait("family", f"{arch.family.name}: {declared_families()[arch.family.name].summary}"),
+        Trait("class", f"{type(model).__name__} of transformers {transformers.__version__}"),
+        Trait("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
+        Trait("stored as", str(raw.get("dtype", raw.get("torch_dtype", "unknown")))),
+        Trait("attention", _attention(arch)),
+        Trait("shift", f"{arch.shift}: logits {_place(arch.shift)} predict position i"),
+        *_tokens(policy, special),
+        Trait("chat template", "yes" if tokenizer.chat_template else "no: prompts are continued"),
+        Trait("sampler", _sampler(policy)),
+        _lora(policy),
+        *(Trait("doubt", doubt, doubtful=True) for doubt in _doubts(policy, arch, raw, named)),
+    ]
+
+
+def _adapter(directory: Path) -> Iterator[Trait]:
+    if (directory / ADAPTER_CONFIG).exists():
+        stated = read_json(directory / ADAPTER_CONFIG)
+        yield Trait("adapter", f"LoRA of rank {stated.get('r')}, on the model that follows")
+
+
+def _attention(arch: Architecture) -> str:
+    config = arch.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    count = config.num_hidden_layers
+    layers = getattr(config, "layer_types", None) or ["sliding_attention"] * count
+    sliding = layers.count("sliding_attention") if window else 0
+    within = f", in {sliding} of {count} layers within {window} tokens" if sliding else ""
+    blocks = f" of {arch.blocks.length} tokens" if arch.blocks else ""
+    return (arch.family.pattern or "as its class has it") + blocks + within
+
+
+def _place(shift: int) -> str:
+    return "i" if shift == 0 else f"i - {shift}"
+
+
+def _tokens(policy: Policy, special: SpecialTokens) -> Iterator[Trait]:
+    def shown(ids: Iterable[int]) -> str:
+        return ", ".join(f"{i} {policy.tokenizer.convert_ids_to_tokens(i)!r}" for i in sorted(ids))
+
+    if special.mask_id is not None:
+        yield Trait("mask token", shown([special.mask_id]))
+    yield Trait("end tokens", shown(policy.ends) or "none", doubtful=not policy.ends)
+    if special.turn_ends:
+        yield Trait("ends of turns", shown(special.turn_ends))
+
+
+def _sampler(policy: Policy) -> str:
+    config = configured(policy)
+    lengths = {"gen_length": config.gen_length}
+    if policy.diffusion:
+        lengths |= {"block_length": config.block_length, "steps": config.steps or config.gen_length}
+    return ", ".join(
+        f"{name} {value}{' (its own)' if name in policy.sampling else ''}"
+        for name, value in lengths.items()
+    )
+
+
+def _lora(policy: Policy) -> Trait:
+    modules = [name.rpartition(".")[2] for name, _ in policy.model.named_modules()]
+    counts = {name: modules.count(name) for name in policy.model_family.lora_targets}
+    found = ", ".join(f"{name} ({count})" for name, count in counts.items() if count)
+    return Trait("LoRA", found or "none of its modules is known, so that it needs all weights")
+
+
+def _doubts(
+    policy: Policy, arch: Architecture, raw: Mapping[str, Any], directory: Path
+) -> Iterator[str]:
+    """Sentences about what loads, but may not be what the user expects."""
+    config, tokenizer = arch.config.get_text_config(), policy.tokenizer
+    if arch.doubtful:
+        yield "it brings its own code (auto_map), which is not run"
+    if raw.get("quantization_config"):
+        yield "its weights are quantized, and are read as they are"
+    if name := changed_logits(config):
+        yield f"its class changes the logits ({name}), which is left out: probabilities differ"
+    if getattr(config, "attn_logit_softcapping", None):
+        yield "its attention is capped (attn_logit_softcapping), which the fast attention cannot do"
+    if len(tokenizer) > policy.vocab_size:
+        yield f"its tokenizer has {len(tokenizer)} tokens, and the model {policy.vocab_size}"
+    if policy.mask_id is not None and policy.mask_id in policy.ends:
+        yield "its mask token also ends completions"
+    if policy.mask_id is not None and tokenizer.convert_ids_to_tokens(policy.mask_id) is None:
+        yield "its tokenizer has no token with the id of the mask token"
+    if (directory / ADAPTER_CONFIG).exists():
+        return
+    try:
+        weight_files(directory)
+    except UserFacingError as error:
+        yield f"loading it would fail: {error}"
