@@ -93,7 +93,7 @@ def test_more_masks_than_there_are_steps_leave_the_sum_as_it_is():
     assert not again.targets[2:].any()
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "sdar", "bd3lm"])
 @pytest.mark.parametrize(("law", "order"), [("trajectory", [1, 0, 1, 2]), ("left-to-right", None)])
 def test_the_likelihoods_of_all_completions_sum_to_one(family, law, order):
     policy = tiny_policy(family, alphabet="01")
