@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from dlmctl.commands.tables import print_table
 from dlmctl.records.jsonl import write_records
 from dlmctl.settings import only
-from dlmctl.settings.algorithms import Algo, Constants
 from dlmctl.settings.masks import Masks
+from dlmctl.settings.objective import Algo, Constants
 from dlmctl.settings.plan import Machine, Options, Run, Step
 from dlmctl.settings.sampler import Sampler
 from dlmctl.settings.streams import Json
@@ -49,7 +49,7 @@ def command(
     algo: Algo = "rspo",
     constants: Annotated[Constants, only(Constants, "beta")] = Constants(),
     learning: Annotated[Learning, only(Learning, "inner")] = Learning(),
-    masks: Annotated[Masks, only(Masks, "law", "samples")] = Masks(),
+    masks: Annotated[Masks, only(Masks, "law", "samples", "shrink")] = Masks(),
     step: Step = Step(),
     sampler: Annotated[Sampler, PLANNED_SAMPLER] = Sampler(temperature=0.9),
     machine: Machine = Machine(),
