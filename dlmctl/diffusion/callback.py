@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dlmctl.diffusion.canvas import Canvas, Masked
+from dlmctl.diffusion.canvas import Canvas, Targets
 from dlmctl.diffusion.sampling import Request
 
 
@@ -30,12 +30,12 @@ class SamplerCallback:
         """
 
     def adjust_confidence(
-        self, masked: Masked, states: Sequence[Tensor], confidence: Tensor
+        self, targets: Targets, states: Sequence[Tensor], confidence: Tensor
     ) -> Tensor:
-        """The confidence that decides which tokens stay, float64 [N] for N masked positions.
+        """The confidence that decides which tokens stay, float64 [N] for N targets.
 
         Args:
-            masked: the N positions.
+            targets: the N positions.
             states: hidden states [N, H] at these positions, as `predict_tokens` takes them.
             confidence: the sampler's own, float64 [N].
         """

@@ -1,12 +1,12 @@
 """The sequences being sampled: slots, each with a prompt, its completion, and its progress.
 
 R rows are the slots that take part in a step, S all slots, B the block length, G the completion
-length, N the masked positions in the blocks of the R rows.
+length, N the positions that a step predicts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -16,8 +16,9 @@ from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig, tokens_per
 from dlmctl.models.policy import Policy
 
 
-class Masked(NamedTuple):
-    """The N masked positions in the blocks of R rows, each by its five coordinates."""
+class Targets(NamedTuple):
+    """The N positions that a step predicts in the blocks of R rows, each by its five coordinates:
+    masked ones, and with editing those that are decided."""
 
     shape: tuple[int, int]
     """R and B."""
@@ -31,6 +32,8 @@ class Masked(NamedTuple):
     """int64 [N], index in the sequence, prompt included."""
     completion: Tensor
     """int64 [N], index in the completion."""
+    masked: Tensor
+    """bool [N], false for those that are decided."""
     waiting: Tensor
     """bool [R]: rows with further masked positions in their block, which this step leaves."""
 
@@ -44,11 +47,15 @@ class Canvas:
         self.ids = torch.full((slots, 0), policy.pad_id, dtype=torch.int64, device=self.device)
         # A last block that is cut has up to a block of tokens more.
         self.order = self.ids.new_zeros(slots, settings.gen_length + settings.block_length)
+        self.edits = torch.zeros_like(self.order)
+        """How often each token of a completion was replaced."""
         self.keys = self.ids.new_zeros(slots)
         self.owner: list[int | None] = [None] * slots
         """Number of the request in each slot."""
         self.starts, self.block, self.step, self.nfe = ([0] * slots for _ in range(4))
         """For each slot: length of the prompt, current block, step in the block, forward passes."""
+        self.edit_steps = [0] * slots
+        """For each slot: steps in the block since nothing is masked."""
 
     @property
     def width(self) -> int:
@@ -81,7 +88,8 @@ class Canvas:
     @property
     def steps_per_block(self) -> int:
         """The most that a block takes."""
-        return max(self.settings.steps_per_block, 2 if self._first_alone else 1)
+        deciding = max(self.settings.steps_per_block, 2 if self._first_alone else 1)
+        return deciding + (self.settings.edit_steps if self.settings.editing else 0)
 
     @property
     def _first_alone(self) -> bool:
@@ -106,7 +114,9 @@ class Canvas:
         """[R]: tokens that the present step of each row decides, if not fewer are left, int64;
         with ancestral sampling the probability of each, float64."""
         dtype = torch.float64 if self.settings.ancestral else torch.int64
-        numbers = [self.quota(slot)[self.step[slot]] for slot in rows]
+        plans = [self.quota(slot)[self.step[slot] :] for slot in rows]
+        # Steps beyond the plan find nothing masked, and only edit.
+        numbers = [plan[0] if plan else 0 for plan in plans]
         return torch.tensor(numbers, dtype=dtype).to(self.device, non_blocking=True)
 
     def add(self, number: int, request: Request) -> int:
@@ -121,9 +131,9 @@ class Canvas:
         row[:start] = torch.tensor(request.prompt, dtype=torch.int64)
         row[start:length] = self.policy.mask_id or 0
         self.ids[slot] = row.to(self.device)
-        self.order[slot], self.keys[slot] = 0, request.key
+        self.order[slot], self.edits[slot], self.keys[slot] = 0, 0, request.key
         self.owner[slot] = number
-        self.block[slot] = self.step[slot] = self.nfe[slot] = 0
+        self.block[slot] = self.step[slot] = self.nfe[slot] = self.edit_steps[slot] = 0
         return slot
 
     def window(self, slot: int) -> tuple[int, int]:
@@ -131,8 +141,9 @@ class Canvas:
         start = self.first_block(slot) + self.block[slot] * self.settings.block_length
         return start, min(start + self.settings.block_length, self.length(slot))
 
-    def masked(self, rows: Sequence[int]) -> Masked:
-        """The positions that are still masked in the block of each row."""
+    def targets(self, rows: Sequence[int]) -> Targets:
+        """The positions that are still masked in the block of each row, and with editing those that
+        are decided, the prompt's excepted."""
         slots = self.tensor(rows)  # [R]
         windows = self.tensor([self.window(slot) for slot in rows])  # [R, 2]
         offsets = torch.arange(self.settings.block_length, device=self.device)
@@ -143,12 +154,24 @@ class Canvas:
         inside = (columns >= starts[:, None]) & (columns < windows[:, 1:])
         is_masked = (ids == self.policy.mask_id) & inside
         chosen = is_masked & self._eligible(rows, is_masked)
-        row, offset = chosen.nonzero(as_tuple=True)  # [N], [N]
+        predicted = chosen
+        if self.settings.editing:
+            predicted = chosen | (inside & ~is_masked & ~self._settled(columns, starts))
+        row, offset = predicted.nonzero(as_tuple=True)  # [N], [N]
         slot, position = slots[row], columns[row, offset]
         completion = position - starts[row]
         shape = (len(rows), self.settings.block_length)
         waiting = (is_masked & ~chosen).any(dim=1)
-        return Masked(shape, row, offset, slot, position, completion, waiting)
+        masked = is_masked[row, offset]
+        return Targets(shape, row, offset, slot, position, completion, masked, waiting)
+
+    def _settled(self, columns: Tensor, starts: Tensor) -> Tensor:
+        """bool [R, B]: positions that a clean token predicts, so that nothing new is learnt of them
+        after they are decided."""
+        leads = None
+        if self.blocks is not None:
+            leads = self.blocks.leads(columns, starts, self.policy.shift)
+        return torch.zeros_like(columns, dtype=torch.bool) if leads is None else leads
 
     def _eligible(self, rows: Sequence[int], is_masked: Tensor) -> Tensor:
         """bool [R, B]: the positions of the part of each block that a step decides."""
@@ -167,29 +190,53 @@ class Canvas:
         per_block = self.steps_per_block
         return self.tensor([self.block[slot] * per_block + self.step[slot] for slot in rows])
 
-    def decide(self, masked: Masked, stays: Tensor, token: Tensor, steps: Tensor) -> None:
-        """Write the tokens [N] that stay, bool [N], decided at `steps` [R]."""
-        slot = masked.slot[stays]
-        self.ids[slot, masked.position[stays]] = token[stays]
-        self.order[slot, masked.completion[stays]] = steps[masked.row[stays]]
+    def replaced(self, targets: Targets, token: Tensor, sure: Tensor) -> Tensor:
+        """bool [N]: decided positions whose new token is another, and more probable than
+        `edit_threshold`.
+
+        Args:
+            token, sure: int64 and float64 [N], as `predict_tokens` returns them.
+        """
+        differs = token != self.ids[targets.slot, targets.position]
+        return ~targets.masked & differs & (sure > self.settings.edit_threshold)
+
+    def decide(self, targets: Targets, written: Tensor, token: Tensor, steps: Tensor) -> None:
+        """Write some of the tokens [N], bool [N], decided at `steps` [R]."""
+        [index] = written.nonzero(as_tuple=True)
+        slot, completion = targets.slot[index], targets.completion[index]
+        self.ids[slot, targets.position[index]] = token[index]
+        self.order[slot, completion] = steps[targets.row[index]]
+        self.edits[slot, completion] += ~targets.masked[index]
 
     def advance(
-        self, rows: Sequence[int], passes: int, blocks_done: Sequence[bool], again: Sequence[bool]
+        self,
+        rows: Sequence[int],
+        passes: int,
+        decided: Sequence[bool],
+        again: Sequence[bool],
+        changed: Set[int],
     ) -> list[int]:
         """Move each row to its next step or block; rows in `again` repeat their step.
+
+        Args:
+            decided: whether nothing is masked in the block of a row.
+            changed: with editing, the numbers among R of the rows that the step wrote to.
 
         Returns:
             The slots whose completion is done.
         """
         done = []
-        for slot, block_done, repeats in zip(rows, blocks_done, again, strict=True):
+        for row, slot in enumerate(rows):
             self.nfe[slot] += passes
-            self.step[slot] += not repeats
-            if not block_done:
+            self.step[slot] += not again[row]
+            if not decided[row]:
+                continue
+            if row in changed and self.edit_steps[slot] < self.settings.edit_steps:
+                self.edit_steps[slot] += 1
                 continue
             stopped = self.settings.early_stop and self._stop_at_eos(slot)
             self.block[slot] += 1
-            self.step[slot] = 0
+            self.step[slot] = self.edit_steps[slot] = 0
             if stopped or self.window(slot)[0] >= self.length(slot):
                 done.append(slot)
         return done
@@ -212,7 +259,10 @@ class Canvas:
         self.owner[slot] = None
         start, length = self.starts[slot], self.settings.gen_length
         tokens = self.ids[slot, start : start + length].tolist()
-        return number, Sample(tokens, self.order[slot, :length].tolist(), self.nfe[slot])
+        order, edits = self.order[slot, :length].tolist(), None
+        if self.settings.editing:
+            edits = int(self.edits[slot, :length].sum())
+        return number, Sample(tokens, order, self.nfe[slot], edits=edits)
 
     def tensor(self, values: Sequence[int] | Sequence[tuple[int, int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)

@@ -5,7 +5,7 @@ finished blocks never change, so that they need one pass: the first step of a bl
 block before, now without masks, and itself; the others over itself.
 
 R rows take part in a pass, each with Q tokens; T is the longest sequence among them, S all slots of
-the canvas, N the masked positions, H the width of the model.
+the canvas, N the targets of the step, H the width of the model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dlmctl.diffusion.cache import SlotCache, check_cache
 from dlmctl.diffusion.callback import SamplerCallback
-from dlmctl.diffusion.canvas import Canvas, Masked
+from dlmctl.diffusion.canvas import Canvas, Targets
 from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.policy import Policy
 
@@ -43,7 +43,7 @@ def buckets(lengths: Sequence[int]) -> Iterator[slice]:
 
 
 class Passes:
-    """Hidden states of masked positions, with the passes that the settings ask for."""
+    """Hidden states of a step's targets, with the passes that the settings ask for."""
 
     def __init__(
         self, policy: Policy, settings: SamplerConfig, canvas: Canvas, callback: SamplerCallback
@@ -57,8 +57,8 @@ class Passes:
         self._outdated: set[int] = set()
         """Slots whose next pass goes over the whole sequence."""
 
-    def states(self, rows: Sequence[int], masked: Masked) -> list[Tensor]:
-        """Hidden states [N, H] in which the logits of the masked positions stand.
+    def states(self, rows: Sequence[int], targets: Targets) -> list[Tensor]:
+        """Hidden states [N, H] in which the logits of the targets stand.
 
         Args:
             rows: slots, the longest sequences first.
@@ -69,16 +69,16 @@ class Passes:
         canvas, cache = self.canvas, self.cache
         if cache is not None:
             cache.widen(canvas.width)
-        # 1. Every part is numbers [n] among the masked positions and their states, each [n, H].
+        # 1. Every part is numbers [n] among the targets and their states, each [n, H].
         whole = [slot for slot in rows if self._renews(slot)]
         whole.sort(key=lambda slot: -self._end(slot))
         parts = []
         for run in buckets([self._end(slot) for slot in whole]):
-            parts.append(self._whole(whole[run], masked))
+            parts.append(self._whole(whole[run], targets))
         rest = [slot for slot in rows if not self._renews(slot)]
         if rest:
-            parts.append(self._part(rest, masked))
-        # 2. Put the parts back into the order of the masked positions.
+            parts.append(self._part(rest, targets))
+        # 2. Put the parts back into the order of the targets.
         where = torch.cat([picked for picked, _ in parts])  # [N], a permutation
         results = []
         for number in range(self.per_step):
@@ -127,7 +127,7 @@ class Passes:
         self._outdated.update(compress(rows, again.tolist()))
         return again
 
-    def _whole(self, rows: Sequence[int], masked: Masked) -> tuple[Tensor, list[Tensor]]:
+    def _whole(self, rows: Sequence[int], targets: Targets) -> tuple[Tensor, list[Tensor]]:
         """A pass over the whole sequences of these rows; returns as `_pick` does."""
         canvas, device = self.canvas, self.canvas.device
         lengths = canvas.tensor([self._end(slot) for slot in rows])  # [R]
@@ -150,9 +150,9 @@ class Passes:
             starts = canvas.tensor([canvas.starts[slot] for slot in rows])  # [R]
             blind = ids.masked_fill(columns < starts[:, None], self.policy.mask_id or 0)
             hidden.append(run(blind))
-        return self._pick(rows, hidden, masked, torch.zeros_like(lengths))
+        return self._pick(rows, hidden, targets, torch.zeros_like(lengths))
 
-    def _part(self, rows: Sequence[int], masked: Masked) -> tuple[Tensor, list[Tensor]]:
+    def _part(self, rows: Sequence[int], targets: Targets) -> tuple[Tensor, list[Tensor]]:
         """The same for a pass over the block (dual), the block and what follows it (prefix), or
         the block and, in its first step, the one before (exact)."""
         canvas, cache, device = self.canvas, self.cache, self.canvas.device
@@ -182,30 +182,30 @@ class Passes:
         allowed = self._allowed(rows, places, there)
         ids = canvas.ids[slots[:, None], places]
         hidden = self.policy.hidden(ids, there, places, cache, allowed=allowed)
-        return self._pick(rows, [hidden], masked, firsts)
+        return self._pick(rows, [hidden], targets, firsts)
 
     def _pick(
-        self, rows: Sequence[int], hidden: list[Tensor], masked: Masked, firsts: Tensor
+        self, rows: Sequence[int], hidden: list[Tensor], targets: Targets, firsts: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """The hidden states of the masked positions that these rows have.
+        """The hidden states of the targets that these rows have.
 
         Args:
             hidden: states [R, Q, H]; row r begins at position firsts[r].
             firsts: int64 [R].
 
         Returns:
-            Numbers [n] of these positions among the N, and a tensor [n, H] for each of `hidden`.
+            Numbers [n] of these targets among the N, and a tensor [n, H] for each of `hidden`.
         """
         # local[slot] is the row of a slot in this pass, or -1.
         local = torch.full((len(self.canvas.owner),), -1, device=self.canvas.device)  # [S]
         local[self.canvas.tensor(rows)] = torch.arange(len(rows), device=self.canvas.device)
-        row = local[masked.slot]  # [N]
+        row = local[targets.slot]  # [N]
         [picked] = (row >= 0).nonzero(as_tuple=True)
         row = row[picked]  # [n]
-        position = masked.position[picked]
+        position = targets.position[picked]
         place = self.policy.source(position)
         blocks = self.policy.blocks
         if blocks is not None and blocks.causal_context:
-            place = (position - 1).where(masked.offset[picked] == 0, place)
+            place = (position - 1).where(targets.offset[picked] == 0, place)
         place -= firsts[row]  # [n], in the pass
         return picked, [states[row, place] for states in hidden]

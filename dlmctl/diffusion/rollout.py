@@ -111,7 +111,7 @@ def batch_begins(policy: Policy, settings: SamplerConfig, batch_size: int) -> Be
     floating-point noise, which can tip a choice only where two tokens are all but equally sure.
     """
     early = settings.parallel or settings.early_stop or settings.refresh_below > 0
-    early |= settings.ancestral
+    early |= settings.ancestral or settings.editing
     if policy.diffusion and early:
         return always
     return lambda _, made: (made.lines - made.errors) % batch_size == 0
@@ -144,6 +144,7 @@ def _completed(
         **({"images": [p.digest for p in pictures]} if image_sources(record) else {}),
         "nfe": result.nfe,
         "order": result.order,
+        **({} if result.edits is None else {"edits": result.edits}),
         **_recorded(result, policy),
         "length": policy.length(result.tokens),
         "finish": "length" if policy.ends.isdisjoint(result.tokens) else "eos",

@@ -12,9 +12,14 @@ algorithm 5 and its code); `threshold` and `factor` are the parallel decoding of
 `timesteps` and confidence of the `sampled` distribution it is Dream's `diffusion_generate` (arXiv
 2508.15487 and its code), but for the mask token, which Dream may sample.
 
-What is not needed is not computed: only masked positions of the block reach the vocabulary. Each
-row is at its own step of its own block; a row that is done leaves and the next request takes its
-place. Its noise depends on its key alone, so that a sample does not depend on its neighbours.
+With `edit_threshold` a step also predicts the decided tokens of its block, and replaces one by
+another that is more probable than this, as LLaDA2.1 (arXiv 2602.08676 and its code). A block then
+ends when nothing in it is masked and a step changed nothing, or after `edit_steps` steps without
+masks.
+
+What is not needed is not computed: only positions that may change reach the vocabulary. Each row is
+at its own step of its own block; a row that is done leaves and the next request takes its place.
+Its noise depends on its key alone, so that a sample does not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -104,20 +109,26 @@ class _Source:
 def _denoise(canvas: Canvas, passes: Passes, callback: SamplerCallback) -> list[int]:
     """One step of every row under way; returns the slots whose completion is done."""
     rows, settings = canvas.active, canvas.settings
-    masked, steps = canvas.masked(rows), canvas.numbered_steps(rows)
-    noise = subkeys(subkeys(canvas.keys[canvas.tensor(rows)], steps)[masked.row], masked.completion)
-    states = passes.states(rows, masked)
+    targets, steps = canvas.targets(rows), canvas.numbered_steps(rows)
+    noise = subkeys(
+        subkeys(canvas.keys[canvas.tensor(rows)], steps)[targets.row], targets.completion
+    )
+    states = passes.states(rows, targets)
     token, sure = predict_tokens(canvas.policy, states, noise, settings)
-    sure = callback.adjust_confidence(masked, states, sure)
-    confidence = torch.full(masked.shape, -torch.inf, dtype=torch.float64, device=canvas.device)
-    confidence[masked.row, masked.offset] = sure
+    sure = callback.adjust_confidence(targets, states, sure)
+    replaced = canvas.replaced(targets, token, sure)
+    sure = sure.where(targets.masked, -torch.inf)
+    confidence = torch.full(targets.shape, -torch.inf, dtype=torch.float64, device=canvas.device)
+    confidence[targets.row, targets.offset] = sure
     ranking = confidence
     if settings.alg_temp:
         ranking = confidence.clone()
-        ranking[masked.row, masked.offset] = perturb(sure, noise, settings)
+        ranking[targets.row, targets.offset] = perturb(sure, noise, settings)
     stays = select_to_unmask(ranking, canvas.quotas(rows), settings)
     again = passes.outdated(rows, confidence.amax(dim=1))
     stays &= ~again[:, None]
-    canvas.decide(masked, stays[masked.row, masked.offset], token, steps)
-    left = ((confidence > -torch.inf) & ~stays).any(dim=1) | masked.waiting
-    return canvas.advance(rows, passes.per_step, (~left).tolist(), again.tolist())
+    written = stays[targets.row, targets.offset] | replaced
+    canvas.decide(targets, written, token, steps)
+    left = ((confidence > -torch.inf) & ~stays).any(dim=1) | targets.waiting
+    changed = set(targets.row[written].tolist()) if settings.editing else set()
+    return canvas.advance(rows, passes.per_step, (~left).tolist(), again.tolist(), changed)

@@ -25,6 +25,9 @@ from dlmctl.settings.sampler import (
     Schedule,
 )
 
+BOUNDS = ("threshold", "factor", "edit_threshold", "edit_steps")
+"""Options that are not off at 0."""
+
 LAST_TIME = 1e-3
 """Time at the end of the last step, which Dream's code calls eps."""
 
@@ -44,6 +47,8 @@ class SamplerConfig(Sampler):
     remasking: Remasking = "low_confidence"
     confidence_of: Distribution = "model"
     alg_temp: float = 0.0
+    edit_threshold: float = 1.0
+    edit_steps: int = 16
     eos: EosRule = "normal"
     early_stop: bool = False
     cache: CacheRule = "none"
@@ -93,10 +98,13 @@ class SamplerConfig(Sampler):
         """What records say of the sampler, temperature aside: the options that are not off."""
         unscheduled = self.parallel and self.steps is None
         off = {"top_p": 1.0, "schedule": self.schedule if unscheduled else None}
+        if not self.editing:
+            off |= {"edit_threshold": self.edit_threshold, "edit_steps": self.edit_steps}
         return {
             name: value
             for name, value in asdict(self).items()
-            if value not in (None, False, "none", off.get(name))
+            if value not in (None, off.get(name))
+            and (value not in (False, "none") or name in BOUNDS)
             and name != "temperature"
             and (diffusion or name in ("gen_length", "top_p", "top_k"))
         }
@@ -180,9 +188,12 @@ def configured(policy: Policy, sampler: Sampler = Sampler()) -> SamplerConfig:
     # 2. How many tokens a step decides.
     values |= _progress(policy, sampler, own, length, values["block_length"])
     # 3. Which tokens: by a confidence that goes with that.
+    if sampler.remasking not in (None, *SURE):
+        own.pop("edit_threshold", None)
     values = {**own, **values}
-    compared = sampler.refresh_below > 0 or {"threshold", "factor"} & values.keys()
-    rules = SURE if sampler.refresh_below > 0 or sampler.alg_temp else BETWEEN_0_AND_1
+    sure = sampler.refresh_below > 0 or values.get("edit_threshold", 1) < 1
+    compared = sure or {"threshold", "factor"} & values.keys()
+    rules = SURE if sure or sampler.alg_temp else BETWEEN_0_AND_1
     if sampler.remasking is None and (compared or sampler.alg_temp):
         usual = values.get("remasking", "low_confidence")
         fits = usual in rules or (usual != "random" and not compared)
@@ -200,7 +211,20 @@ def configured(policy: Policy, sampler: Sampler = Sampler()) -> SamplerConfig:
             f"--cache exact is for block-causal models, and {policy.name} attends to the whole "
             "sequence: take prefix or dual, which are approximations"
         )
-    return SamplerConfig(**values)
+    config = SamplerConfig(**values)
+    _check_editing(policy, sampler, config)
+    return config
+
+
+def _check_editing(policy: Policy, sampler: Sampler, config: SamplerConfig) -> None:
+    """Raise UsageError if decided tokens cannot be edited, or are not and it is said how."""
+    if config.editing and policy.blocks is None:
+        raise UsageError(
+            "--edit-threshold is for block-causal models, whose finished blocks do not change, and "
+            f"{policy.name} is not one: leave it out"
+        )
+    if sampler.edit_steps is not None and not config.editing:
+        raise UsageError("--edit-steps is how long tokens are edited: give --edit-threshold too")
 
 
 def _progress(
@@ -275,3 +299,5 @@ class Sample(NamedTuple):
     """Forward passes that the row took part in."""
     log_probs: list[float] | None = None
     """Of each token in nats, at temperature 1, where the sampler has them exactly."""
+    edits: int | None = None
+    """How often a token was replaced after it was decided; None without editing."""

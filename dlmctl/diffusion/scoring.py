@@ -100,9 +100,17 @@ def decoding_order(record: Record, length: int) -> list[int]:
     """`rollout.order`: the step that decided each of the `length` tokens of a completion.
 
     Raises:
-        DataError: the record has none, or not one number for each token.
+        DataError: the record has none, or not one number for each token, or some tokens were
+            replaced: then an earlier step saw other tokens than the completion has.
     """
-    order = object_field(record, "rollout").get("order")
+    rollout = object_field(record, "rollout")
+    if edits := rollout.get("edits"):
+        raise DataError(
+            f"'rollout.edits' is {edits!s:.20}: tokens were replaced after they were decided, and "
+            "their order does not say what each step saw; sample with --edit-threshold 1",
+            record.where,
+        )
+    order = rollout.get("order")
     if isinstance(order, list) and [type(step) for step in order] == [int] * length:
         return order
     fault = "is missing" if order is None else "is something else"

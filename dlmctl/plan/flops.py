@@ -223,14 +223,18 @@ def _by_blocks(
     total = 0.0
     for begin in range(first, length, size):
         end = begin + size if from_text else min(begin + size, length)
-        masked = end - max(begin, prompt_length)
-        for step, decided in enumerate(tokens_per_step(end - begin, settings.steps_per_block)):
-            if masked <= 0:
+        inside = masked = end - max(begin, prompt_length)
+        quota = tokens_per_step(end - begin, settings.steps_per_block)
+        if settings.editing:
+            quota += [0] * settings.edit_steps
+        for step, decided in enumerate(quota):
+            if masked <= 0 and not settings.editing:
                 break
             whole = not settings.cached or (begin == first and step == 0)
             before = size if step == 0 else shift
             queries = end if whole else end - max(0, begin - before)
-            total += guided * (model.forward(queries, end) + 2 * model.head.all * masked)
+            predicted = inside if settings.editing else masked
+            total += guided * (model.forward(queries, end) + 2 * model.head.all * predicted)
             masked -= decided
     return total
 

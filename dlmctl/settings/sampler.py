@@ -124,6 +124,21 @@ class Sampler:
         minimum=1,
         shown_default=own("the block"),
     )
+    edit_threshold: float | None = knob(
+        None,
+        "Editing as in LLaDA2.1, for block-causal models: each step also predicts the decided "
+        "tokens of its block, and replaces one by another whose confidence is above this.",
+        minimum=0.0,
+        maximum=1.0,
+        shown_default=own("1, which is off"),
+    )
+    edit_steps: int | None = knob(
+        None,
+        "With --edit-threshold: the most steps that a block takes once nothing in it is masked; it "
+        "ends before if a step changes nothing.",
+        minimum=0,
+        shown_default=own("16"),
+    )
     cache: CacheRule | None = knob(
         None,
         "Take keys and values from an earlier step. Of a block-causal model those of finished "
@@ -194,6 +209,10 @@ class Sampler:
             raise UsageError(f"--top-k {self.top_k} is less than 0")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise UsageError(f"--threshold {self.threshold} is no confidence, from 0 to 1")
+        if self.edit_threshold is not None and not 0 <= self.edit_threshold <= 1:
+            raise UsageError(
+                f"--edit-threshold {self.edit_threshold} is no confidence, from 0 to 1"
+            )
         if self.factor is not None and not self.factor >= 0:
             raise UsageError(f"--factor {self.factor} is not 0 or more")
         if self.refresh is not None and not self.approximate:
@@ -203,6 +222,7 @@ class Sampler:
         for option, given, rules in (
             ("--threshold", self.threshold is not None, BETWEEN_0_AND_1),
             ("--factor", self.factor is not None, BETWEEN_0_AND_1),
+            ("--edit-threshold", self.editing, SURE),
             ("--refresh-below", self.refresh_below > 0, SURE),
         ):
             if given and self.remasking is not None and self.remasking not in rules:
@@ -240,6 +260,11 @@ class Sampler:
     def approximate(self) -> bool:
         """Whether they may be old."""
         return self.cache in ("prefix", "dual")
+
+    @property
+    def editing(self) -> bool:
+        """Whether decided tokens may be replaced."""
+        return self.edit_threshold is not None and self.edit_threshold < 1
 
     @property
     def parallel(self) -> bool:

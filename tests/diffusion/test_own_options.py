@@ -52,7 +52,8 @@ def test_every_option_that_is_none_can_be_the_models():
     check_own(own)
     config = resolved(own)
     assert {name: getattr(config, name) for name in own} == own
-    assert set(OWN) == {*own, "threshold", "factor", "sub_block_length"}
+    edited = {"edit_threshold", "edit_steps"}  # of block-causal models
+    assert set(OWN) == {*own, *edited, "threshold", "factor", "sub_block_length"}
     other = {
         "gen_length": 40, "block_length": 8, "steps": 20, "top_p": 1.0, "top_k": 0,
         "cfg_scale": 0.0, "schedule": "even", "remasking": "low_confidence",

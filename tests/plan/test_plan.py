@@ -334,6 +334,7 @@ def test_operations_of_a_step_are_counted_within_two_percent(rank, recomputes):
         ("sdar", {"cache": "exact"}),
         ("sdar", {}),
         ("bd3lm", {"cache": "exact"}),
+        ("sdar", {"cache": "exact", "edit_threshold": 0.0, "edit_steps": 1}),
     ],
 )
 def test_operations_of_sampling_are_those_of_the_sampler(family, options):

@@ -3,8 +3,9 @@
 Its blocks of 32 tokens are counted from the beginning of the text (arXiv 2512.15745). Its router,
 which chooses among groups of experts by sigmoids and a bias, its shared expert and its partial
 rotary embeddings are those of transformers' `sarvam_moe`, which renames and splits the weights.
-The authors sample with `--threshold 0.95 --early-stop`. LLaDA2.1 (arXiv 2602.08676) also edits
-tokens that are decided already, which is not supported: it is sampled as LLaDA2.0 is.
+The authors sample with `--threshold 0.95 --early-stop`. LLaDA2.1 (arXiv 2602.08676) also replaces
+tokens that are decided, with `--edit-threshold 0.9`. As its config.json is that of LLaDA2.0, this
+is not its own default.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlmctl.diffusion.canvas import Canvas, Masked
+from dlmctl.diffusion.canvas import Canvas, Targets
 from dlmctl.diffusion.noise import random_bits
 from dlmctl.diffusion.proposals import predict_tokens
 from dlmctl.diffusion.sampling import Request
@@ -118,14 +118,14 @@ class OrderRecorder(FeatureTracker):
             self._signals[number][name][features.slots] = value.double().view(masked.shape)
 
     def adjust_confidence(
-        self, masked: Masked, states: Sequence[Tensor], confidence: Tensor
+        self, targets: Targets, states: Sequence[Tensor], confidence: Tensor
     ) -> Tensor:
         canvas = self.canvas
-        truth = self._truth[masked.slot, masked.completion]  # [N]
-        later = canvas.tensor(canvas.nfe)[masked.slot] > 0
+        truth = self._truth[targets.slot, targets.completion]  # [N]
+        later = canvas.tensor(canvas.nfe)[targets.slot] > 0
         [chosen] = ((truth >= 0) & later).nonzero(as_tuple=True)  # [P]
         if len(chosen):
-            slot, place = masked.slot[chosen], masked.completion[chosen]
+            slot, place = targets.slot[chosen], targets.completion[chosen]
             token, probability = self._likeliest([part[chosen] for part in states], slot)
             steps = canvas.numbered_steps(range(len(canvas.owner)))[slot]
             common = {
@@ -136,7 +136,7 @@ class OrderRecorder(FeatureTracker):
             }
             for pool, signals in zip(self.pools, self._signals, strict=True):
                 pool.offer(common | {name: table[slot, place] for name, table in signals.items()})
-        return super().adjust_confidence(masked, states, confidence)
+        return super().adjust_confidence(targets, states, confidence)
 
     def _likeliest(self, states: Sequence[Tensor], keys: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [P] and their p, whatever the order; nothing is drawn, so any keys do."""

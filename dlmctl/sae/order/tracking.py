@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dlmctl.diffusion.callback import SamplerCallback
-from dlmctl.diffusion.canvas import Canvas, Masked
+from dlmctl.diffusion.canvas import Canvas, Targets
 from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.blocks import Edit, edited_blocks
 from dlmctl.models.policy import Policy
@@ -134,16 +134,16 @@ class FeatureTracker(SamplerCallback):
         self._slots = {one.layer: slots for one in self.saes}
 
     def adjust_confidence(
-        self, masked: Masked, states: Sequence[Tensor], confidence: Tensor
+        self, targets: Targets, states: Sequence[Tensor], confidence: Tensor
     ) -> Tensor:
         if self.canvas.settings.remasking != "sae":
             return confidence
         # Confidences below 0 mark what --eos late decides last.
-        return torch.where(confidence < 0, confidence, confidence * self.stability(masked))
+        return torch.where(confidence < 0, confidence, confidence * self.stability(targets))
 
-    def stability(self, masked: Masked) -> Tensor:
-        """float64 [N], the factor of the order `sae` for N masked positions."""
-        parts = [last.similarity[masked.slot, masked.completion] for last in self._last]
+    def stability(self, targets: Targets) -> Tensor:
+        """float64 [N], the factor of the order `sae` for N targets, all masked."""
+        parts = [last.similarity[targets.slot, targets.completion] for last in self._last]
         return torch.stack(parts).mean(dim=0)
 
     def edits(self) -> dict[int, Edit]:
