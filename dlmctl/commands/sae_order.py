@@ -23,6 +23,16 @@ MEANS = ("s_pre", "s_pre_last5", "lock_ratio", "jump", "d_post", "flips_post")
 SIGNALS = ("signal", "auroc", "auroc_step", "auroc_choice", "used", "right")
 SHOWN = 8
 """Features that the table names."""
+NOT_HERE = (
+    "remasking",
+    "cache",
+    "refresh",
+    "refresh_below",
+    "compile",
+    "edit_threshold",
+    "edit_steps",
+)
+"""Options of the sampler that the study sets itself, or that do not go with it."""
 
 
 def command(
@@ -56,9 +66,7 @@ def command(
     samples: Annotated[
         int, Knob("Completions for each prompt and order.", "-n", "--samples", minimum=1)
     ] = 1,
-    sampler: Annotated[
-        Sampler, Without("remasking", "cache", "refresh", "refresh_below", "compile")
-    ] = Sampler(),
+    sampler: Annotated[Sampler, Without(*NOT_HERE)] = Sampler(),
     source: Annotated[PromptSource, Without("prompts")] = PromptSource(),
     prompts: Annotated[int, Knob("Prompts taken from --task.", minimum=1)] = 32,
     summary: Annotated[
