@@ -110,6 +110,13 @@ class Canvas:
             return self.settings.per_step(left)
         return [1, *tokens_per_step(left - 1, max(1, steps - 1))]
 
+    def skip_idle_steps(self, rows: Sequence[int]) -> None:
+        """Move each row to its next step that decides a token, if `SamplerConfig.idles`."""
+        for slot in rows if self.settings.idles else ():
+            plan = self.quota(slot)
+            while not plan[self.step[slot]]:
+                self.step[slot] += 1
+
     def quotas(self, rows: Sequence[int]) -> Tensor:
         """[R]: tokens that the present step of each row decides, if not fewer are left, int64;
         with ancestral sampling the probability of each, float64."""

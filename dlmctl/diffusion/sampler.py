@@ -109,6 +109,7 @@ class _Source:
 def _denoise(canvas: Canvas, passes: Passes, callback: SamplerCallback) -> list[int]:
     """One step of every row under way; returns the slots whose completion is done."""
     rows, settings = canvas.active, canvas.settings
+    canvas.skip_idle_steps(rows)
     targets, steps = canvas.targets(rows), canvas.numbered_steps(rows)
     noise = subkeys(
         subkeys(canvas.keys[canvas.tensor(rows)], steps)[targets.row], targets.completion

@@ -77,6 +77,15 @@ class SamplerConfig(Sampler):
         """Whether each masked token is decided independently of the others."""
         return self.schedule == "timesteps" and self.remasking == "random"
 
+    @property
+    def idles(self) -> bool:
+        """Whether steps that decide nothing are left out: what later steps see is the same.
+
+        Not if a pass may renew a cache, nor with `sae`, which compares each step with the last.
+        """
+        fixed = self.schedule == "timesteps" and not self.ancestral
+        return fixed and not self.cached and self.remasking != "sae"
+
     def quota(self) -> Tensor:
         """[blocks, steps_per_block]: `per_step` of each block."""
         last = self.gen_length - (self.blocks - 1) * self.block_length

@@ -205,6 +205,8 @@ def denoising(
         masked = min(settings.block_length, rest)
         part = min(settings.block_length, rest) if settings.cache == "dual" else rest
         for step, decided in enumerate(quota):
+            if settings.idles and not decided:
+                continue
             whole = not settings.cached or step % interval == 0
             queries = length if whole else part + shift
             total += guided * (model.forward(queries, length) + 2 * model.head.all * masked)

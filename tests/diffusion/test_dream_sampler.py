@@ -91,6 +91,20 @@ def test_tokens_per_timestep_are_those_of_their_loop_in_float32():
             assert tokens_per_timestep(length, steps) == [*theirs, int(left)]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize(("length", "block", "steps"), [(6, 6, 12), (6, 6, 6), (7, 3, 30)])
+def test_steps_that_decide_nothing_need_no_pass(monkeypatch, length, block, steps, temperature):
+    policy, keys = tiny_policy("dream"), [1, 2, 3]
+    settings = SamplerConfig(length, block, steps, temperature, schedule="timesteps")
+    ours = sample(policy, [PROMPT] * 3, keys, settings)
+    deciding = sum(int((quota > 0).sum()) for quota in settings.quota())
+    assert {s.nfe for s in ours} == {deciding}
+    monkeypatch.setattr(SamplerConfig, "idles", False)
+    every = sample(policy, [PROMPT] * 3, keys, settings)
+    assert [s[:2] for s in ours] == [s[:2] for s in every]
+    assert all(s.nfe > deciding for s in every)
+
+
 def filtered(logits, temperature, top_p, top_k):
     """The distribution of Dream's sample_tokens, one token at a time."""
     p = (logits / temperature).softmax(0)

@@ -335,11 +335,12 @@ def test_operations_of_a_step_are_counted_within_two_percent(rank, recomputes):
         ("sdar", {}),
         ("bd3lm", {"cache": "exact"}),
         ("sdar", {"cache": "exact", "edit_threshold": 0.0, "edit_steps": 1}),
+        ("dream", {"schedule": "timesteps", "steps": 24}),
     ],
 )
 def test_operations_of_sampling_are_those_of_the_sampler(family, options):
     policy = tiny_policy(family, layers=4)
-    settings = SamplerConfig(gen_length=12, block_length=4, steps=6, **options)
+    settings = SamplerConfig(**{"gen_length": 12, "block_length": 4, "steps": 6, **options})
     prompt = [3, 4, 5, 6, 7]
     planned = denoising(counts(policy, False), settings, len(prompt), policy.shift, policy.blocks)
     assert planned == pytest.approx(
