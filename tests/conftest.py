@@ -78,6 +78,8 @@ def _in_float64(policy: Policy, spread: float, seed: int) -> Policy:
             norm.weight = module.weight
             model.set_submodule(name, norm)
     model.double()
+    if model._can_set_experts_implementation():  # that of mixtures takes no float64
+        model.set_experts_implementation("eager")
     return replace(policy, revision=f"{policy.family}-{seed}")
 
 

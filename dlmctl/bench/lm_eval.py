@@ -38,7 +38,12 @@ UNSAMPLED = frozenset({"until", "stop", "do_sample", "temperature", *LENGTHS})
 KINDS = get_type_hints(Sampler)
 SAMPLER = tuple(name for name in KINDS if name not in ("gen_length", "temperature"))
 """Arguments that go to the sampler as they are, under the names of `rollout`."""
-CHOICES = {name: get_args(kind) for name, kind in KINDS.items() if get_origin(kind) is Literal}
+CHOICES = {
+    name: get_args(part)
+    for name, kind in KINDS.items()
+    for part in (kind, *get_args(kind))
+    if get_origin(part) is Literal
+}
 """Values of the sampler's arguments that have a fixed set."""
 DEFAULT_LENGTH = 2048
 """Tokens that a model takes if its configuration does not say how many."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.progress import counted
@@ -12,9 +12,10 @@ from dlmctl.records.jsonl import write_records
 from dlmctl.records.resume import Resume, Rule
 from dlmctl.records.shards import parse_shard, read_shard
 from dlmctl.settings import Knob
-from dlmctl.settings.algorithms import Advantages, Reinforcement
+from dlmctl.settings.algorithms import Reinforcement
 from dlmctl.settings.compute import Compute
 from dlmctl.settings.layout import Tags
+from dlmctl.settings.objective import Advantages
 from dlmctl.settings.srpo import Contrast, Credit
 from dlmctl.settings.streams import Files, Stage
 
@@ -24,10 +25,11 @@ def command(
     algo: Annotated[
         Reinforcement,
         Knob(
-            "Algorithm of 'dlmctl update' that the advantages are for: it sets the defaults of "
-            "--baseline and --scale. srpo also gives each token a weight, by its role: it "
-            "implements the mechanism described in the abstract of arXiv 2605.07274; form and "
-            "constants are ours."
+            "Algorithm of 'dlmctl update' that the advantages are for: "
+            f"{', '.join(get_args(Reinforcement))}. It sets the defaults of --baseline and "
+            "--scale. srpo also gives each token a weight, by its role: it implements the "
+            "mechanism described in the abstract of arXiv 2605.07274; form and constants are ours.",
+            metavar="ALGO",
         ),
     ] = "rspo",
     advantages: Advantages = Advantages(),

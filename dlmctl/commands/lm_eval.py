@@ -37,12 +37,13 @@ def command(
     document is its field id, or else TASK/NUMBER.
 
     --model_args takes pretrained=MODEL and, under the names that they have in 'dlmctl rollout' and
-    'dlmctl score-elbo', gen_length, block_length, steps, cfg_scale, remasking, threshold, factor,
-    cache, refresh, refresh_below, eos, early_stop, compile, masks (a law), masks_per_sample, seed
-    and dtype. max_length=N is the most tokens of a context and its continuation; a longer context
-    loses its beginning. greedy=false skips the completions that tell whether a continuation is the
-    greedy one, which multiple-choice tasks do not use. gen_length applies to all tasks; without it,
-    a task's own max_gen_toks, then the model's length.
+    'dlmctl score-elbo', gen_length, block_length, steps, top_p, top_k, cfg_scale, schedule,
+    remasking, confidence_of, alg_temp, threshold, factor, cache, refresh, refresh_below, eos,
+    early_stop, compile, masks (a law), masks_per_sample, seed and dtype. max_length=N is the most
+    tokens of a context and its continuation; a longer context loses its beginning. greedy=false
+    skips the completions that tell whether a continuation is the greedy one, which multiple-choice
+    tasks do not use. gen_length applies to all tasks; without it, a task's own max_gen_toks, then
+    the model's length.
 
     Examples:
 

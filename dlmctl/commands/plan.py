@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from dlmctl.commands.tables import print_table
 from dlmctl.records.jsonl import write_records
 from dlmctl.settings import only
-from dlmctl.settings.algorithms import Algo, Constants
 from dlmctl.settings.masks import Masks
+from dlmctl.settings.objective import Algo, Constants
 from dlmctl.settings.plan import Machine, Options, Run, Step
 from dlmctl.settings.sampler import Sampler
 from dlmctl.settings.streams import Json
@@ -39,8 +39,9 @@ OTHERS = {
     "cost": "cost",
 }
 PLANNED_SAMPLER = only(
-    Sampler, "gen_length", "block_length", "steps", "temperature", "cfg_scale", "cache", "refresh"
-)
+    Sampler, "gen_length", "block_length", "steps", "temperature", "top_p", "top_k", "cfg_scale",
+    "schedule", "remasking", "confidence_of", "cache", "refresh",
+)  # fmt: skip
 
 
 def command(
@@ -48,7 +49,7 @@ def command(
     algo: Algo = "rspo",
     constants: Annotated[Constants, only(Constants, "beta")] = Constants(),
     learning: Annotated[Learning, only(Learning, "inner")] = Learning(),
-    masks: Annotated[Masks, only(Masks, "law", "samples")] = Masks(),
+    masks: Annotated[Masks, only(Masks, "law", "samples", "shrink")] = Masks(),
     step: Step = Step(),
     sampler: Annotated[Sampler, PLANNED_SAMPLER] = Sampler(temperature=0.9),
     machine: Machine = Machine(),

@@ -39,7 +39,8 @@ def command(
 
     Reads records with `prompt` or `messages` (or `tokens.prompt`, taken as it is) and writes one
     record for each completion; the samples of a prompt follow one another. Masked diffusion models
-    are decoded block by block as in LLaDA, autoregressive ones from left to right.
+    are decoded block by block as in LLaDA, or as their authors do it (Dream); autoregressive ones
+    from left to right.
 
     With no FILE and no piped input, prompts come from --task.
 

@@ -32,7 +32,14 @@ def command(
     reading: Reading = Reading(),
     prompting: Prompting = Prompting(),
     masks: Annotated[
-        Masks, Shown(law="stratified", samples="4", prompt_mask="0.0", until_eos="all-tokens")
+        Masks,
+        Shown(
+            law="stratified",
+            samples="4, trajectory and left-to-right all",
+            shrink="1",
+            prompt_mask="0.0",
+            until_eos="all-tokens",
+        ),
     ] = Masks(),
     seed: Seed = 0,
     compute: Compute = Compute(),
@@ -43,6 +50,8 @@ def command(
     Writes `elbo.LABEL` for each model: an estimate of the evidence lower bound of the completion
     with its standard error, or the exact log-likelihood for an autoregressive model. Masks depend
     on the seed, the record's id and sample, and nothing else: another process scores the same ones.
+    --masks trajectory gives the exact log-likelihood of the steps that 'dlmctl rollout' took,
+    --masks left-to-right that of one token after the other, with as many passes.
 
     Example:
 

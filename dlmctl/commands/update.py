@@ -12,12 +12,13 @@ from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.ranks import on_every_rank, write_metrics
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.groups import group_size
-from dlmctl.records.jsonl import OnError, Record, object_field, read_records
+from dlmctl.records.jsonl import OnError, Record, each, object_field, read_records
 from dlmctl.records.locks import Lock, hold_run
-from dlmctl.settings.algorithms import RECIPES, Advantages, Algo, Algorithm, Constants, check_kind
+from dlmctl.settings.algorithms import RECIPES, Algorithm, check_kind
 from dlmctl.settings.compute import Compute, Seed
 from dlmctl.settings.masks import Masks, Supervised
 from dlmctl.settings.models import Prompting, Reading
+from dlmctl.settings.objective import Advantages, Algo, Constants
 from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.settings.streams import Files, OnErrorOption, Quiet
 from dlmctl.settings.training import Learning, OptionalModel, ResumeInput, RunOutput, Saving
@@ -51,16 +52,19 @@ def command(
     each to standard output and to RUN/metrics.jsonl. RUN/latest is a Hugging Face directory that
     every --model takes. The same command resumes the run; with --resume also the input.
 
+    Rows with `prompt`, `chosen` and `rejected` (texts, or messages) are preferences, for --algo
+    vrpo; no rewards are needed.
+
     What the records lack is computed: advantages from rewards, scores of policy and reference.
     Scores of 'dlmctl score-elbo' are used if they belong to these weights and masks. Advantages
     that 'dlmctl advantage' computed with another --baseline or --scale are refused.
 
-    diffu-grpo, espo, gdsd, grpo and srpo use ratios to the weights that sampled the completions.
-    These are found in the run itself (a copy stays in main memory while a round has further
-    batches), in the reference, or in the model that the records name, if it still has these
-    weights. For grpo and srpo with an autoregressive model, the log-probabilities that 'dlmctl
-    rollout' recorded are enough. Completions that do not name their model count as sampled from the
-    weights before the step.
+    All but rspo, reinforce, wd1, spg, vrpo and sft use ratios to the weights that sampled the
+    completions. These are found in the run itself (a copy stays in main memory while a round has
+    further batches), in the reference, or in the model that the records name, if it still has these
+    weights. For grpo, srpo and justgrpo with an autoregressive model, the log-probabilities that
+    'dlmctl rollout' recorded are enough. Completions that do not name their model count as sampled
+    from the weights before the step.
 
     On several GPUs, or CPUs, FSDP2 spreads weights, gradients and the optimizer's moments over the
     processes, and each computes its share of every step. Steps and files are those of one process,
@@ -74,6 +78,8 @@ def command(
     dlmctl init runs/new && dlmctl prompts sudoku -n 100000 --completions |
     dlmctl update --algo sft -m runs/new -o runs/base
 
+    dlmctl update --algo vrpo -m GSAI-ML/LLaDA-8B-Instruct --lora-rank 128 preferences.jsonl
+
     dlmctl update --algo grpo --loss-type dr_grpo --max-length 512 --clip-high 0.28 verified.jsonl
 
     torchrun --nproc-per-node 8 -m dlmctl update -m GSAI-ML/LLaDA-8B-Instruct -o runs/b
@@ -86,6 +92,7 @@ def command(
     from dlmctl.rl.batches import of_one_model
     from dlmctl.rl.objectives.table import make_objective
     from dlmctl.rl.policy_gradient import Batching
+    from dlmctl.rl.supervised import with_completion_ids
     from dlmctl.rl.update import update_policy, update_supervised
     from dlmctl.train.distributed import run_on_first
     from dlmctl.train.run import open_run
@@ -98,7 +105,9 @@ def command(
 
     # 2. Open the run, once the first record is there.
     lines, stream = input_lines(files), _Stream()
-    sampled_from, directory = run_on_first(lambda: stream.begin(algo, output, files, on_error))
+    sampled_from, directory = run_on_first(
+        lambda: stream.begin(algo, output, files, on_error, supervised.fill_to)
+    )
     run = open_run(
         Path(directory),
         reading.of(model),
@@ -120,6 +129,9 @@ def command(
         return
     if model is None and not run.progress.step:
         rest = of_one_model(rest, sampled_from)
+    if stream.pairs:
+        policy, fill_to = run.policy, supervised.fill_to
+        rest = each(rest, lambda record: with_completion_ids(record, policy, fill_to))
 
     # 3. Train.
     if supervised.level and masks.law is None:
@@ -128,7 +140,8 @@ def command(
     run.about = {
         "seed": seed,
         "masks": plan.law,
-        "masks per sample": plan.samples,
+        "masks per sample": plan.samples or "all",
+        **({"steps per mask": plan.shrink} if plan.law == "trajectory" else {}),
         "prompt mask": plan.prompt_mask,
         "until eos": plan.until_eos,
         "prompts per step": prompts,
@@ -154,7 +167,7 @@ def command(
             plan,
             normalization,
             inner,
-            learning.drop_zero_adv,
+            recipe.drop_zero_adv if learning.drop_zero_adv is None else learning.drop_zero_adv,
             loss.get("residual_masks") == "independent",
         )
         metrics = update_policy(
@@ -179,20 +192,38 @@ class _Stream:
     def __init__(self) -> None:
         self.records: Iterator[Record] = iter(())
         self.group: int | None = None
-        """Samples of a prompt; None if the first record does not say."""
+        """Records of a prompt; None if the first one does not say."""
+        self.pairs = False
+        """Whether each is a row of preferences, and a group."""
         self._lock: Lock | None = None
 
     def begin(
-        self, algo: Algorithm, output: Path | None, files: list[str] | None, on_error: OnError
+        self,
+        algo: Algorithm,
+        output: Path | None,
+        files: list[str] | None,
+        on_error: OnError,
+        fill_to: int | None,
     ) -> tuple[str | None, str]:
         """Read the first record: the model that it was sampled from, and the run's directory."""
+        from dlmctl.rl.preferences import is_preference, preference_pairs
         from dlmctl.train.run import next_run
 
         directory = output or next_run(algo)
         # Refused before the first record, which may be long in coming; kept until the run has it.
         self._lock = hold_run(directory) if directory.is_dir() else None
         self.records, first = _with_first(read_records(files or [], on_error))
-        self.group = 1 if algo == "sft" else group_size(first)
+        self.pairs = is_preference(first)
+        if self.pairs and algo != "vrpo":
+            raise UsageError(
+                f"{first.where}: a row with 'chosen' and 'rejected' is a preference, for --algo "
+                f"vrpo, not {algo}"
+            )
+        if algo == "vrpo" and fill_to is not None and not self.pairs:
+            raise UsageError(f"--fill-to is for texts: {first.where} has no 'chosen'")
+        if self.pairs:
+            self.records = preference_pairs(self.records, on_error)
+        self.group = 1 if algo == "sft" or self.pairs else group_size(first)
         sampled_from = object_field(first, "rollout").get("model")
         if not isinstance(sampled_from, str | None):
             raise DataError("field 'rollout.model' is not the name of a model", first.where)
@@ -207,9 +238,9 @@ def _check_supervised(
     if algo != "sft":
         if supervised.level:
             raise UsageError("--t is for --algo sft: other objectives need the whole bound")
-        if supervised.fill_to is not None:
+        if supervised.fill_to is not None and algo != "vrpo":
             raise UsageError(
-                f"--fill-to is for --algo sft: the completions of {algo} are as sampled"
+                f"--fill-to is for --algo sft and vrpo: the completions of {algo} are as sampled"
             )
         if supervised.anneal_attention is not None:
             raise UsageError("--anneal-attention is for --algo sft, which comes first")
@@ -218,7 +249,7 @@ def _check_supervised(
         "--inner": learning.inner,
         "--baseline": advantages.baseline,
         "--scale": advantages.scale,
-        "--drop-zero-adv": learning.drop_zero_adv or None,
+        "--drop-zero-adv": learning.drop_zero_adv,
     }
     for option, value in rewarded.items():
         if value is not None:

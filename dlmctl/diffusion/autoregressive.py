@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from dlmctl.diffusion.noise import gumbel, key_tensor, subkeys
+from dlmctl.diffusion.proposals import least_kept
 from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig
 from dlmctl.models.policy import Policy, cache_argument
 from dlmctl.records.errors import UsageError
@@ -36,24 +37,24 @@ def sample_autoregressive(
         "--cfg-scale": settings.cfg_scale > 0,
         "--compile": settings.compile,
         "--remasking sae": settings.remasking == "sae",
+        "--schedule timesteps": settings.schedule == "timesteps",
+        "--alg-temp": settings.alg_temp > 0,
     }.items():
         if given:
             raise UsageError(f"{option} means nothing to {policy.name}, an autoregressive model")
     source = iter(requests)
     while batch := list(islice(source, batch_size)):
-        yield from _batch(policy, batch, settings.gen_length, settings.temperature)
+        yield from _batch(policy, batch, settings)
 
 
 @torch.no_grad()
-def _batch(
-    policy: Policy, requests: Sequence[Request], gen_length: int, temperature: float
-) -> list[Sample]:
+def _batch(policy: Policy, requests: Sequence[Request], settings: SamplerConfig) -> list[Sample]:
     rows = _Rows(policy, requests)
-    made = torch.full((len(requests), gen_length), policy.pad_id)
-    log_probs = torch.zeros(len(requests), gen_length, dtype=torch.float64)
-    for step in range(gen_length):
+    made = torch.full((len(requests), settings.gen_length), policy.pad_id)
+    log_probs = torch.zeros(len(requests), settings.gen_length, dtype=torch.float64)
+    for step in range(settings.gen_length):
         logits = rows.next_logits()
-        token = next_tokens(policy, logits, rows.noise_keys, step, temperature)
+        token = next_tokens(policy, logits, rows.noise_keys, step, settings)
         scored = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(dim=1)
         where = rows.numbers.cpu()
         made[where, step], log_probs[where, step] = token.cpu(), scored.cpu()
@@ -63,16 +64,19 @@ def _batch(
 
 
 def next_tokens(
-    policy: Policy, logits: Tensor, noise_keys: Tensor, step: int, temperature: float
+    policy: Policy, logits: Tensor, noise_keys: Tensor, step: int, settings: SamplerConfig
 ) -> Tensor:
     """The next token of each row, int64 [B]."""
     if policy.vision is not None:
         banned = torch.tensor(policy.vision.banned, device=logits.device)
         logits = logits.index_fill(1, banned, -torch.inf)
-    if temperature > 0:
+    if settings.temperature > 0:
+        bound = least_kept(logits, settings)
+        if bound is not None:
+            logits = logits.masked_fill(logits < bound, -torch.inf)
         vocabulary = torch.arange(logits.shape[1], device=logits.device)
         where = subkeys(noise_keys, torch.tensor(step, device=logits.device))
-        logits = logits + temperature * gumbel(where[:, None], vocabulary[None])
+        logits = logits + settings.temperature * gumbel(where[:, None], vocabulary[None])
     return logits.argmax(dim=1)
 
 

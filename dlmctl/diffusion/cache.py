@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from dlmctl.models.attention import windowed_layers
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 
@@ -91,8 +92,10 @@ class SlotCache(Cache):
 
 def reuses_keys(policy: Policy) -> bool:
     """Whether a model can reuse keys and values of an earlier pass."""
+    if not policy.model_family.reuses_keys or windowed_layers(policy.core.config):
+        return False
     layers = getattr(policy.core.config, "layer_types", None) or []
-    return policy.model_family.reuses_keys and all(x == "full_attention" for x in layers)
+    return all(x == "full_attention" for x in layers)
 
 
 def check_cache(policy: Policy) -> None:

@@ -87,7 +87,7 @@ class Canvas:
     def _first_alone(self) -> bool:
         return self.blocks is not None and self.blocks.first_alone
 
-    def quota(self, slot: int) -> list[int]:
+    def quota(self, slot: int) -> Sequence[float]:
         """Tokens that each step of the present block of a row decides, if not fewer are left.
 
         Where the last block is sampled whole, every block has the plan of a whole one, though it
@@ -99,12 +99,15 @@ class Canvas:
             left = self.blocks.length
         steps = self.settings.steps_per_block
         if not self._first_alone or begin < self.starts[slot]:
-            return tokens_per_step(left, steps)
+            return self.settings.per_step(left)
         return [1, *tokens_per_step(left - 1, max(1, steps - 1))]
 
     def quotas(self, rows: Sequence[int]) -> Tensor:
-        """int64 [R]: tokens that the present step of each row decides, if not fewer are left."""
-        return self.tensor([self.quota(slot)[self.step[slot]] for slot in rows])
+        """[R]: tokens that the present step of each row decides, if not fewer are left, int64;
+        with ancestral sampling the probability of each, float64."""
+        dtype = torch.float64 if self.settings.ancestral else torch.int64
+        numbers = [self.quota(slot)[self.step[slot]] for slot in rows]
+        return torch.tensor(numbers, dtype=dtype).to(self.device, non_blocking=True)
 
     def add(self, number: int, request: Request) -> int:
         """Put a request into the first free slot; returns the slot."""

@@ -28,14 +28,28 @@ expectation, and serve the algorithms that were published with them:
                    in random order, counted modulo the number of blocks with scored tokens (the code
                    of SPG, arXiv 2510.09541)
     full           everything is masked: the mean-field score of d1 (arXiv 2504.12216)
+    coupled        in threes: everything; each token with probability t ~ U(0.2, 0.8), the same t
+                   for all samples of a prompt; its complement. Their weights 1, 1/t and 1/(1-t)
+                   are halved (the code of DiffuCoder, arXiv 2506.20639)
+
+The ordered laws follow an order of decoding. Every scored token is a target once, under the mask of
+the tokens that were still masked before the step that decided it. The sum of all log-probabilities
+is the exact log-likelihood of the completion, given which positions each step decides:
+
+    trajectory     the steps of the sampler, as `rollout` recorded them; `shrink` neighbouring steps
+                   are one, which is exact for 1 alone (TraceRL, arXiv 2509.06949)
+    left-to-right  one token after the other (JustGRPO, arXiv 2601.15165)
+
+With `ALL` masks there is one for each of the n steps. With fewer, K of them are drawn without
+replacement. Each has the weight n, so that the mean over the masks is the sum, or unbiased for it.
 
 With a range [a, b] of levels, t is drawn from U(a, b), or the nodes lie in it; the weights are 1/t
 as before. The expectation is then the part of the bound between two noise levels, divided by b - a.
 Training on it has less variance (the clipped schedules of BD3-LM, arXiv 2503.09573).
 
-Under `block` and `full` tokens that are not scored are masked too. Prompt tokens are masked on
-request. Masks are a pure function of the names that identify a completion, so that two processes
-score the same ones.
+Under `block`, `full`, `coupled` and the ordered laws, tokens that are not scored are masked too.
+Prompt tokens are masked on request, the same ones in all masks of an ordered law. Masks are a pure
+function of the names that identify a completion, so that two processes score the same ones.
 """
 
 from __future__ import annotations
@@ -49,9 +63,11 @@ from torch import Tensor
 
 from dlmctl.diffusion.noise import key_tensor, stream_key, uniform
 from dlmctl.records.errors import UsageError
-from dlmctl.settings.mask_laws import LAWS, LEVELLED, PAIRED
+from dlmctl.settings.mask_laws import ALL, LAWS, LEVELLED, ORDERED, TOGETHER
 
 GOLDEN_RATIO = 0.6180339887498949
+COUPLED_LEVELS = (0.2, 0.8)
+"""Range of t under the law `coupled`."""
 
 
 class MaskSet(NamedTuple):
@@ -65,11 +81,43 @@ class MaskSet(NamedTuple):
     """bool [G], the tokens that count."""
     prompt_masked: Tensor | None = None
     """bool [K, P], prompt tokens that are replaced too."""
+    decided: Tensor | None = None
+    """bool [K, G], the scored tokens that a step of the decoding decides, for an ordered law."""
 
     @property
     def targets(self) -> Tensor:
         """bool [K, G], the tokens whose log-probability is taken."""
-        return self.masked & self.scored
+        return self.masked & self.scored if self.decided is None else self.decided
+
+
+def padded(masks: MaskSet, samples: int) -> MaskSet:
+    """The same with `samples` masks: those that are new mask nothing and have weight 0.
+
+    The weights of the others grow, so that the mean over the masks stays what it is.
+    """
+    count = len(masks.weights)
+    if count == samples:
+        return masks
+
+    def longer(table: Tensor | None) -> Tensor | None:
+        if table is None:
+            return None
+        return torch.cat([table, table.new_zeros(samples - count, *table.shape[1:])])
+
+    masked, weights = longer(masks.masked), longer(masks.weights * samples / count)
+    assert masked is not None
+    assert weights is not None
+    return MaskSet(
+        masked, weights, masks.scored, longer(masks.prompt_masked), longer(masks.decided)
+    )
+
+
+class _Drawn(NamedTuple):
+    """What a law draws; the fields are those of `MaskSet`."""
+
+    masked: Tensor
+    weights: Tensor
+    decided: Tensor | None = None
 
 
 class _Draw(NamedTuple):
@@ -83,6 +131,8 @@ class _Draw(NamedTuple):
     block_length: int
     before: float
     levels: tuple[float, float]
+    order: Sequence[int] | None
+    shrink: int
 
     @property
     def length(self) -> int:
@@ -116,10 +166,13 @@ def draw_masks(
     prompt_mask: float = 0.0,
     levels: tuple[float, float] = (0.0, 1.0),
     group: int = 1,
+    order: Sequence[int] | None = None,
+    shrink: int = 1,
 ) -> MaskSet:
     """Draw `samples` masks over one completion.
 
     Args:
+        samples: K; `ALL` for an ordered law.
         scored: bool [G], the tokens that count.
         keys: names of the draw that the samples of a prompt share: seed, record id.
         sample: which of the samples of the prompt it is.
@@ -129,40 +182,63 @@ def draw_masks(
             blocks before.
         levels: range of t, for the laws that draw one.
         group: n, how many neighbouring samples of the prompt share the levels of `complementary`.
+        order: G numbers, the step at which each token was decided, for `trajectory`.
+        shrink: how many of these steps are one, for `trajectory`.
 
     Raises:
-        UsageError: an unknown law, a range for one that draws no t, or an odd number of samples for
-            complementary pairs.
+        UsageError: an unknown law, a range for one that draws no t, a number of samples that is
+            none of whole pairs or threes, or `trajectory` without an order.
     """
     if law not in LAWS:
         raise UsageError(f"unknown mask law '{law}'; there are {', '.join(LAWS)}")
-    if law in PAIRED and samples % 2:
-        raise UsageError(f"{law} masks come in pairs; {samples} samples is odd")
+    if samples == ALL and law not in ORDERED:
+        raise UsageError(f"--masks {law} draws as many masks as it is told: say how many with -k")
+    if samples % TOGETHER.get(law, 1):
+        wanted = "pairs; {} samples is odd" if TOGETHER[law] == 2 else "threes, not {} samples"
+        raise UsageError(f"{law} masks come in {wanted.format(samples)}")
+    if law == "trajectory" and order is None:
+        raise UsageError(
+            "--masks trajectory follows the steps that decided a completion, and is for records of "
+            "'dlmctl rollout', which have them"
+        )
     if levels != (0.0, 1.0) and law not in LEVELLED:
         raise UsageError(f"--t goes with --masks {' or '.join(LEVELLED)}, not with {law}")
-    draw = _Draw(samples, scored, tuple(keys), sample, group, block_length, prompt_mask, levels)
-    masked, weights = _LAWS[law](draw)
+    draw = _Draw(
+        samples,
+        scored,
+        tuple(keys),
+        sample,
+        group,
+        block_length,
+        prompt_mask,
+        levels,
+        order,
+        shrink,
+    )
+    masked, weights, decided = _LAWS[law](draw)
     weights = torch.where((masked & scored).any(dim=1), weights, torch.zeros_like(weights))
     prompt_masked = None
     if prompt_mask > 0:
-        prompt_masked = draw.numbers(samples, prompt_length, "prompt") < prompt_mask
-    return MaskSet(masked, weights, scored, prompt_masked)
+        draws = 1 if law in ORDERED else len(masked)  # the steps of one decoding share a prompt
+        numbers = draw.numbers(draws, prompt_length, "prompt").expand(len(masked), -1)
+        prompt_masked = numbers < prompt_mask
+    return padded(MaskSet(masked, weights, scored, prompt_masked, decided), samples or len(masked))
 
 
-def _independent(draw: _Draw) -> tuple[Tensor, Tensor]:
+def _independent(draw: _Draw) -> _Drawn:
     numbers = draw.numbers(draw.samples, draw.length + 1)
     level, order = draw.between(numbers[:, 0]), numbers[:, 1:]
-    return draw.spread(order < level[:, None]), 1 / level
+    return _Drawn(draw.spread(order < level[:, None]), 1 / level)
 
 
-def _uniform(draw: _Draw) -> tuple[Tensor, Tensor]:
+def _uniform(draw: _Draw) -> _Drawn:
     numbers = draw.numbers(draw.samples, draw.length + 1)
     counts = 1 + (numbers[:, 0] * draw.length).long()
     masked = _first_of_ranking(numbers[:, 1:], counts)
-    return draw.spread(masked), draw.length / counts.double()
+    return _Drawn(draw.spread(masked), draw.length / counts.double())
 
 
-def _complementary(draw: _Draw) -> tuple[Tensor, Tensor]:
+def _complementary(draw: _Draw) -> _Drawn:
     pairs, levels = draw.samples // 2, draw.length + 1
     together, place = divmod(draw.sample, draw.group)
     names = [stream_key(*draw.keys, "levels", together, pair) for pair in range(pairs)]
@@ -171,7 +247,7 @@ def _complementary(draw: _Draw) -> tuple[Tensor, Tensor]:
     return _pairs(draw, (first + offset) % levels)
 
 
-def _stratified(draw: _Draw) -> tuple[Tensor, Tensor]:
+def _stratified(draw: _Draw) -> _Drawn:
     pairs = draw.samples // 2
     start = uniform(key_tensor([stream_key(*draw.keys, "levels")]), torch.zeros(1).long())
     turned = (start + draw.sample * GOLDEN_RATIO) % 1
@@ -180,14 +256,14 @@ def _stratified(draw: _Draw) -> tuple[Tensor, Tensor]:
     return _pairs(draw, (level * (draw.length + 1)).long())
 
 
-def _quadrature(draw: _Draw) -> tuple[Tensor, Tensor]:
+def _quadrature(draw: _Draw) -> _Drawn:
     nodes, weights = (torch.from_numpy(values) for values in leggauss(draw.samples))
     level, share = draw.between((nodes + 1) / 2), weights / 2
     order = draw.numbers(draw.samples, draw.length + 1)[:, 1:]
-    return draw.spread(order < level[:, None]), draw.samples * share / level
+    return _Drawn(draw.spread(order < level[:, None]), draw.samples * share / level)
 
 
-def _block(draw: _Draw) -> tuple[Tensor, Tensor]:
+def _block(draw: _Draw) -> _Drawn:
     place = torch.arange(draw.scored.numel())
     end = int(place[draw.scored].max()) + 1 if draw.length else 1
     first = (_blocks(draw) % -(-end // draw.block_length) * draw.block_length)[:, None]
@@ -199,7 +275,7 @@ def _block(draw: _Draw) -> tuple[Tensor, Tensor]:
     masked = _first_of_ranking(order, counts) & inside | behind | ~draw.scored
     if draw.before > 0:
         masked |= (place < first) & (draw.numbers(*masked.shape, "before") < draw.before)
-    return masked, draw.length / (masked & draw.scored).sum(dim=1).double()
+    return _Drawn(masked, draw.length / (masked & draw.scored).sum(dim=1).double())
 
 
 def _blocks(draw: _Draw) -> Tensor:
@@ -211,17 +287,50 @@ def _blocks(draw: _Draw) -> Tensor:
     return order.flatten()[: draw.samples]
 
 
-def _full(draw: _Draw) -> tuple[Tensor, Tensor]:
+def _full(draw: _Draw) -> _Drawn:
     masked = torch.ones(draw.samples, draw.scored.numel(), dtype=torch.bool)
-    return masked, torch.ones(draw.samples, dtype=torch.float64)
+    return _Drawn(masked, torch.ones(draw.samples, dtype=torch.float64))
 
 
-def _pairs(draw: _Draw, counts: Tensor) -> tuple[Tensor, Tensor]:
+def _coupled(draw: _Draw) -> _Drawn:
+    threes, width = draw.samples // 3, draw.scored.numel()
+    names = [stream_key(*draw.keys, "levels", three) for three in range(threes)]
+    shares = uniform(key_tensor(names), torch.zeros(threes).long())
+    least, greatest = COUPLED_LEVELS
+    level = least + (greatest - least) * shares  # [K/3]
+    first = draw.numbers(threes, width) < level[:, None]  # [K/3, G]
+    masked = torch.stack([torch.ones_like(first), first, ~first], dim=1).flatten(0, 1)
+    weights = torch.stack([torch.ones_like(level), 1 / level, 1 / (1 - level)], dim=1)
+    # The mean over the masks of a three, times 3/2, is half their sum.
+    return _Drawn(masked, weights.flatten() * 3 / 2)
+
+
+def _trajectory(draw: _Draw) -> _Drawn:
+    steps = torch.tensor(draw.order).unique(return_inverse=True)[1]  # 0, 1, … without gaps
+    return _in_order(draw, steps // draw.shrink)
+
+
+def _left_to_right(draw: _Draw) -> _Drawn:
+    return _in_order(draw, torch.arange(draw.scored.numel()))
+
+
+def _in_order(draw: _Draw, step: Tensor) -> _Drawn:
+    """A mask for each step [G] that decides a scored token; with fewer masks, for some of them."""
+    steps = step[draw.scored].unique()  # [n]
+    weight = float(len(steps))
+    if draw.samples != ALL:
+        ranking = draw.numbers(1, len(steps), "steps")[0].argsort()
+        steps = steps[ranking[: draw.samples].sort().values]
+    masked, decided = step >= steps[:, None], (step == steps[:, None]) & draw.scored
+    return _Drawn(masked, torch.full((len(steps),), weight, dtype=torch.float64), decided)
+
+
+def _pairs(draw: _Draw, counts: Tensor) -> _Drawn:
     """Masks of `counts` [K/2] tokens, each followed by its complement."""
     order = draw.numbers(len(counts), draw.length + 1)[:, 1:]
     first = _first_of_ranking(order, counts)
     masked = torch.stack([first, ~first], dim=1).flatten(0, 1)
-    return draw.spread(masked), (draw.length + 1) / masked.sum(dim=1).double()
+    return _Drawn(draw.spread(masked), (draw.length + 1) / masked.sum(dim=1).double())
 
 
 def _first_of_ranking(order: Tensor, counts: Tensor) -> Tensor:
@@ -229,7 +338,7 @@ def _first_of_ranking(order: Tensor, counts: Tensor) -> Tensor:
     return order.argsort(dim=1).argsort(dim=1) < counts[:, None]
 
 
-_LAWS: dict[str, Callable[[_Draw], tuple[Tensor, Tensor]]] = {
+_LAWS: dict[str, Callable[[_Draw], _Drawn]] = {
     "independent": _independent,
     "uniform": _uniform,
     "complementary": _complementary,
@@ -237,4 +346,7 @@ _LAWS: dict[str, Callable[[_Draw], tuple[Tensor, Tensor]]] = {
     "quadrature": _quadrature,
     "block": _block,
     "full": _full,
+    "coupled": _coupled,
+    "trajectory": _trajectory,
+    "left-to-right": _left_to_right,
 }

@@ -1,9 +1,11 @@
 """From hidden states to a token and a confidence for each masked position, and which ones stay.
 
     token       argmax_v  logit_v + temperature * Gumbel noise        (exact Gumbel-max, float64)
+                over the v that top-p and top-k keep
     confidence  low_confidence  p(token)             random   U(0, 1)
                 entropy         -H(p)                margin   p(best) - p(second)
                 sae             p(token), adjusted by a SamplerCallback
+                where p is softmax(logits), or what the token is drawn from
 
 Positions go through the vocabulary in chunks, so that memory does not grow with the batch. With
 e_v = exp(logit_v - max), everything is written in Z - 1 = sum of all e_v but the largest: a p that
@@ -79,16 +81,29 @@ def _decide(
     """`predict_tokens` for one chunk of logits [N, V], which are overwritten."""
     if settings.eos == "never":
         logits[:, sorted(policy.ends)] = -torch.inf
+    of_sampled = settings.confidence_of == "sampled" and settings.remasking != "random"
+    bound = None
+    if settings.temperature > 0 or of_sampled:
+        bound = least_kept(logits, settings)
     # The mask token is a state of the process, not an outcome: it counts in p, but is not sampled.
     aside = logits[:, policy.mask_id].clone()
     logits[:, policy.mask_id] = -torch.inf
+    if bound is not None:
+        bound = torch.minimum(bound, logits.amax(dim=1, keepdim=True))
     if settings.temperature > 0:
         vocabulary = torch.arange(logits.shape[1], device=logits.device)
         noise = settings.temperature * gumbel(keys[:, None], vocabulary[None])
-        token = noise.add_(logits).argmax(dim=1)
+        drawn = noise.add_(logits)
+        if bound is not None:
+            drawn.masked_fill_(logits < bound, -torch.inf)
+        token = drawn.argmax(dim=1)
     else:
         token = logits.argmax(dim=1)
     logits[:, policy.mask_id] = aside
+    if of_sampled and bound is not None:
+        logits.masked_fill_(logits < bound, -torch.inf)
+    if of_sampled and settings.temperature > 0:
+        logits.div_(settings.temperature)
     sure = _confidence(logits, token, keys, settings.remasking)
     if settings.eos == "late":
         # Finite, so that these tokens still come before positions that are not masked.
@@ -97,8 +112,33 @@ def _decide(
     return token, sure
 
 
+def least_kept(logits: Tensor, settings: SamplerConfig) -> Tensor | None:
+    """The least logit that top-p and top-k keep in each row of [N, V]: [N, 1], or None for all.
+
+    As in Dream's sample_tokens: of softmax(logits / temperature), top-p keeps a token if those
+    before it have at most that probability, so always the first; then top-k keeps the k best. A
+    token as probable as the least one kept is kept too.
+    """
+    vocabulary = logits.shape[1]
+    width = min(settings.top_k or vocabulary, vocabulary)
+    if settings.top_p >= 1 and width == vocabulary:
+        return None
+    bounds = []
+    # In parts, as sorting takes several times the memory of the logits.
+    for part in logits.split(-(-len(logits) // 8)):
+        ordered = part.topk(width, dim=1).values
+        last = torch.full_like(ordered[:, :1], width - 1, dtype=torch.int64)
+        if settings.top_p < 1:
+            scale = settings.temperature or 1.0
+            log_p = ordered / scale - (part / scale).logsumexp(dim=1, keepdim=True)
+            before = log_p.exp().cumsum(dim=1)[:, :-1]
+            last = (before <= settings.top_p).sum(dim=1, keepdim=True)
+        bounds.append(ordered.gather(1, last))
+    return torch.cat(bounds)
+
+
 def _confidence(logits: Tensor, token: Tensor, keys: Tensor, remasking: Remasking) -> Tensor:
-    """float64 [N]: how sure the model is at temperature 1, for logits [N, V] (overwritten)."""
+    """float64 [N]: how sure softmax(logits) is, for logits [N, V] (overwritten)."""
     if remasking == "random":
         return uniform(keys, torch.full_like(keys, -1))
     best, top = logits.max(dim=1, keepdim=True)
@@ -117,6 +157,15 @@ def _confidence(logits: Tensor, token: Tensor, keys: Tensor, remasking: Remaskin
     return chosen / (1 + below.exp_().sum(dim=1).double())
 
 
+def perturb(confidence: Tensor, keys: Tensor, settings: SamplerConfig) -> Tensor:
+    """Confidence [N] whose largest values are drawn as `alg_temp` says; float64 [N].
+
+    The k largest of log w + Gumbel noise are k draws without replacement with probabilities
+    proportional to w (Kool and others, arXiv 1903.06059), here w = exp(confidence / alg_temp).
+    """
+    return confidence / settings.alg_temp + gumbel(keys, torch.full_like(keys, -2))
+
+
 def select_to_unmask(confidence: Tensor, quota: Tensor, settings: SamplerConfig) -> Tensor:
     """bool [R, B]: the positions whose token stays.
 
@@ -126,7 +175,8 @@ def select_to_unmask(confidence: Tensor, quota: Tensor, settings: SamplerConfig)
 
     Args:
         confidence: float64 [R, B], -inf where nothing is masked.
-        quota: int64 [R], tokens to decide if their number is fixed, and else at least.
+        quota: [R], as `SamplerConfig.per_step` has them: tokens to decide if their number is fixed,
+            and else at least.
     """
     masked = confidence > -torch.inf
     ordered, order = confidence.sort(dim=1, descending=True, stable=True)
@@ -139,6 +189,10 @@ def select_to_unmask(confidence: Tensor, quota: Tensor, settings: SamplerConfig)
         number, left = stays.sum(dim=1), masked.sum(dim=1)
         # Fast-dLLM's loop ends at the last masked token, sure enough or not, and keeps it.
         stays = rank < torch.where(number == left - 1, left, number)[:, None]
+    elif settings.ancestral:
+        # In the last step all, also those that eos=late has put below 0.
+        share = quota[:, None]
+        stays = (ordered > 1 - share) | (share == 1)
     else:
         stays = rank < quota[:, None]
     return torch.zeros_like(masked).scatter_(1, order, stays) & masked

@@ -99,6 +99,7 @@ def made_by(policy: Policy, settings: SamplerConfig, samples: int, seed: int) ->
         "seed": seed,
         "samples": samples,
         "temperature": settings.temperature,
+        "sampler": settings.used(policy.diffusion),
     }
 
 
@@ -110,6 +111,7 @@ def batch_begins(policy: Policy, settings: SamplerConfig, batch_size: int) -> Be
     floating-point noise, which can tip a choice only where two tokens are all but equally sure.
     """
     early = settings.parallel or settings.early_stop or settings.refresh_below > 0
+    early |= settings.ancestral
     if policy.diffusion and early:
         return always
     return lambda _, made: (made.lines - made.errors) % batch_size == 0
@@ -138,6 +140,7 @@ def _completed(
         "seed": seed,
         "samples": samples,
         "temperature": settings.temperature,
+        "sampler": settings.used(policy.diffusion),
         **({"images": [p.digest for p in pictures]} if image_sources(record) else {}),
         "nfe": result.nfe,
         "order": result.order,

@@ -3,12 +3,14 @@
 The completion starts as G mask tokens in blocks of `block_length`, decided from left to right. In
 every step the model predicts all masked tokens of the block at once, and the ones it is most sure
 of stay; the others are masked again ("remasking"). A block of B tokens takes B / G of the `steps`.
-How many stay: n_t, as even as possible over the steps of the block; or with `threshold` every token
+How many stay: n_t by the `schedule`, over the steps of the block; or with `threshold` every token
 with at least this confidence, or by `factor`, at least one, in as many steps as the block takes.
 
 With temperature 0 in float32 this is, token for token, the `generate` of LLaDA (arXiv 2502.09992,
 algorithm 5 and its code); `threshold` and `factor` are the parallel decoding of Fast-dLLM (arXiv
-2505.22618) and `cache` its approximation; both are off unless asked for.
+2505.22618) and `cache` its approximation; both are off unless asked for. With one block, schedule
+`timesteps` and confidence of the `sampled` distribution it is Dream's `diffusion_generate` (arXiv
+2508.15487 and its code), but for the mask token, which Dream may sample.
 
 What is not needed is not computed: only masked positions of the block reach the vocabulary. Each
 row is at its own step of its own block; a row that is done leaves and the next request takes its
@@ -26,7 +28,7 @@ from dlmctl.diffusion.callback import SamplerCallback
 from dlmctl.diffusion.canvas import Canvas
 from dlmctl.diffusion.noise import subkeys
 from dlmctl.diffusion.passes import Passes
-from dlmctl.diffusion.proposals import predict_tokens, select_to_unmask
+from dlmctl.diffusion.proposals import perturb, predict_tokens, select_to_unmask
 from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
@@ -109,7 +111,11 @@ def _denoise(canvas: Canvas, passes: Passes, callback: SamplerCallback) -> list[
     sure = callback.adjust_confidence(masked, states, sure)
     confidence = torch.full(masked.shape, -torch.inf, dtype=torch.float64, device=canvas.device)
     confidence[masked.row, masked.offset] = sure
-    stays = select_to_unmask(confidence, canvas.quotas(rows), settings)
+    ranking = confidence
+    if settings.alg_temp:
+        ranking = confidence.clone()
+        ranking[masked.row, masked.offset] = perturb(sure, noise, settings)
+    stays = select_to_unmask(ranking, canvas.quotas(rows), settings)
     again = passes.outdated(rows, confidence.amax(dim=1))
     stays &= ~again[:, None]
     canvas.decide(masked, stays[masked.row, masked.offset], token, steps)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,17 +14,38 @@ from dlmctl.diffusion.cache import reuses_keys
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
-from dlmctl.settings.sampler import CacheRule, Sampler
+from dlmctl.settings.sampler import (
+    BETWEEN_0_AND_1,
+    SURE,
+    CacheRule,
+    Distribution,
+    EosRule,
+    Remasking,
+    Sampler,
+    Schedule,
+)
+
+LAST_TIME = 1e-3
+"""Time at the end of the last step, which Dream's code calls eps."""
 
 
 @dataclass(frozen=True)
 class SamplerConfig(Sampler):
-    """Options of the sampler with their lengths known."""
+    """Options of the sampler, all known; the defaults are LLaDA's."""
 
     gen_length: int = 128
     block_length: int = 32
     steps: int | None = None
     """None: as many as it takes, at most one a token."""
+    top_p: float = 1.0
+    top_k: int = 0
+    cfg_scale: float = 0.0
+    schedule: Schedule = "even"
+    remasking: Remasking = "low_confidence"
+    confidence_of: Distribution = "model"
+    alg_temp: float = 0.0
+    eos: EosRule = "normal"
+    early_stop: bool = False
     cache: CacheRule = "none"
 
     def __post_init__(self) -> None:
@@ -44,11 +67,39 @@ class SamplerConfig(Sampler):
         """The most that a block takes."""
         return self.block_length if self.steps is None else self.steps // self.blocks
 
+    @property
+    def ancestral(self) -> bool:
+        """Whether each masked token is decided independently of the others."""
+        return self.schedule == "timesteps" and self.remasking == "random"
+
     def quota(self) -> Tensor:
-        """int64 [blocks, steps_per_block]: tokens to decide where their number is fixed."""
+        """[blocks, steps_per_block]: `per_step` of each block."""
         last = self.gen_length - (self.blocks - 1) * self.block_length
         sizes = [self.block_length] * (self.blocks - 1) + [last]
-        return torch.tensor([tokens_per_step(size, self.steps_per_block) for size in sizes])
+        return torch.tensor([self.per_step(size) for size in sizes])
+
+    def per_step(self, masked: int) -> Sequence[float]:
+        """How many of `masked` tokens each step of a block decides if their number is fixed.
+
+        With ancestral sampling it is the probability of each masked token instead.
+        """
+        steps = self.steps_per_block
+        if self.ancestral:
+            shares: list[float] = unmasking_probabilities(steps).tolist()
+            return shares
+        return SPREAD[self.schedule](masked, steps)
+
+    def used(self, diffusion: bool = True) -> dict[str, Any]:
+        """What records say of the sampler, temperature aside: the options that are not off."""
+        unscheduled = self.parallel and self.steps is None
+        off = {"top_p": 1.0, "schedule": self.schedule if unscheduled else None}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if value not in (None, False, "none", off.get(name))
+            and name != "temperature"
+            and (diffusion or name in ("gen_length", "top_p", "top_k"))
+        }
 
 
 def tokens_per_step(masked: int, steps: int) -> list[int]:
@@ -57,32 +108,128 @@ def tokens_per_step(masked: int, steps: int) -> list[int]:
     return [base + (step < rest) for step in range(steps)]
 
 
-def configured(policy: Policy, sampler: Sampler = Sampler()) -> SamplerConfig:
-    """The options with lengths and steps that are None as the model has them, else LLaDA.
+@functools.cache
+def tokens_per_timestep(masked: int, steps: int) -> list[int]:
+    """How many of `masked` tokens each step decides in Dream's `diffusion_generate`.
 
-    With `threshold` or `factor` there are no steps.
+    A step from time t to s decides int(m (1 - s/t)) of the m tokens that are masked before it, and
+    the last step all. It rounds as theirs, in float32: for more than 512 steps this matters.
     """
-    values = asdict(sampler)
-    usual = {"gen_length": 128, "block_length": 32, **policy.sampling}
-    length = values["gen_length"] or usual["gen_length"]
-    values["gen_length"] = length
+    *shares, _ = unmasking_probabilities(steps)
+    left, numbers = torch.tensor(float(masked)), []
+    for share in shares:
+        numbers.append(int(left * share))
+        left = left - numbers[-1]
+    return [*numbers, int(left)]
+
+
+@functools.cache
+def tokens_by_rounding(masked: int, steps: int) -> list[int]:
+    """How many of `masked` tokens each step decides in dllm's samplers.
+
+    A step from time t to s decides m (1 - s/t) of the m tokens that are masked before it, rounded
+    half to even, as time falls evenly from 1 to 0. As theirs, s/t is in float32 and the rest in
+    float64, and steps that would decide nothing come last.
+    """
+    left, numbers = masked, []
+    for step in range(steps, 0, -1):
+        s, t = torch.tensor([(step - 1) / steps, step / steps], dtype=torch.float32)
+        share = 1 - ((1 - (1 - s)) / (1 - (1 - t))).item()
+        numbers.append(min(round(left * share), left))
+        left -= numbers[-1]
+    deciding = [number for number in numbers if number]
+    return deciding + [0] * (steps - len(deciding))
+
+
+def unmasking_probabilities(steps: int) -> Tensor:
+    """Probability that a masked token is decided in each step from time t to s, float32 [steps].
+
+    It is 1 - s/t, that of the reverse process if a token is masked with probability t (MDLM, arXiv
+    2406.07524, equation 7). Times fall evenly from 1; the last step decides what is left.
+    """
+    times = torch.linspace(1, LAST_TIME, steps + 1)
+    shares = 1 - times[1:] / times[:-1]
+    shares[-1] = 1
+    return shares
+
+
+SPREAD: Mapping[Schedule, Callable[[int, int], list[int]]] = {
+    "even": tokens_per_step,
+    "timesteps": tokens_per_timestep,
+    "rounded": tokens_by_rounding,
+}
+
+
+def configured(policy: Policy, sampler: Sampler = Sampler()) -> SamplerConfig:
+    """The options, with those that are None as the model has them, else LLaDA.
+
+    What the model has for itself gives way where it contradicts an option: its steps to a given
+    length or threshold, its threshold to a given schedule, its remasking to a threshold that cannot
+    be compared with it, its alg_temp to remasking without confidence.
+    """
+    given = {name: value for name, value in asdict(sampler).items() if value is not None}
+    own = dict(policy.sampling)
+    # 1. Lengths; a block length of None is the whole length.
+    values: dict[str, Any] = {"gen_length": own.pop("gen_length", 128), **given}
+    length, block = values["gen_length"], own.pop("block_length", 32)
     if policy.blocks is None:
-        values["block_length"] = values["block_length"] or min(length, usual["block_length"])
-        values["cache"] = values["cache"] or "none"
-        if values["cache"] == "exact":
-            raise UsageError(
-                f"--cache exact is for block-causal models, and {policy.name} attends to the whole "
-                "sequence: take prefix or dual, which are approximations"
-            )
+        values.setdefault("block_length", length if block is None else min(length, block))
     else:
         _check_blocks(policy, sampler)
         values["block_length"] = policy.blocks.length
-        plain = sampler.compile or sampler.cfg_scale > 0 or not reuses_keys(policy)
-        values["cache"] = values["cache"] or ("none" if plain else "exact")
-    if not sampler.parallel and sampler.steps is None and sampler.sub_block_length is None:
-        usual_steps = None if sampler.gen_length else usual.get("steps")
-        values["steps"] = usual_steps or (None if policy.blocks else length)
+    # 2. How many tokens a step decides.
+    values |= _progress(policy, sampler, own, length, values["block_length"])
+    # 3. Which tokens: by a confidence that goes with that.
+    values = {**own, **values}
+    compared = sampler.refresh_below > 0 or {"threshold", "factor"} & values.keys()
+    rules = SURE if sampler.refresh_below > 0 or sampler.alg_temp else BETWEEN_0_AND_1
+    if sampler.remasking is None and (compared or sampler.alg_temp):
+        usual = values.get("remasking", "low_confidence")
+        fits = usual in rules or (usual != "random" and not compared)
+        values["remasking"] = usual if fits else "low_confidence"
+    if sampler.remasking == "random":
+        values["alg_temp"] = sampler.alg_temp or 0.0
+    # 4. Whether keys and values are reused.
+    if sampler.cached:
+        values["cfg_scale"] = sampler.cfg_scale or 0.0
+    if policy.blocks is not None and "cache" not in given:
+        plain = sampler.compile or values.get("cfg_scale", 0) > 0 or not reuses_keys(policy)
+        values["cache"] = "none" if plain else "exact"
+    if policy.blocks is None and sampler.cache == "exact":
+        raise UsageError(
+            f"--cache exact is for block-causal models, and {policy.name} attends to the whole "
+            "sequence: take prefix or dual, which are approximations"
+        )
     return SamplerConfig(**values)
+
+
+def _progress(
+    policy: Policy, sampler: Sampler, own: dict[str, Any], length: int, block_length: int
+) -> dict[str, Any]:
+    """The number of steps, if there is one; what contradicts the options is taken out of `own`."""
+    unbounded = sampler.remasking is not None and sampler.remasking not in BETWEEN_0_AND_1
+    if unbounded or sampler.alg_temp or sampler.schedule is not None or sampler.parallel:
+        own.pop("threshold", None)
+        own.pop("factor", None)
+    if sampler.schedule == "timesteps":
+        own.pop("sub_block_length", None)
+    steps = own.pop("steps", None)
+    if sampler.steps is not None:
+        own.pop("factor", None)
+        own.pop("sub_block_length", None)
+    by_parts = sampler.sub_block_length is not None or "sub_block_length" in own
+    bounded = sampler.parallel or bool({"threshold", "factor"} & own.keys())
+    if bounded:
+        own.pop("alg_temp", None)
+    if bounded or by_parts or (policy.blocks and own.get("schedule") == "timesteps"):
+        own.pop("schedule", None)
+    if sampler.steps is not None:
+        return {}
+    if sampler.parallel or by_parts or "factor" in own:
+        return {}
+    if steps is not None and sampler.gen_length is None:
+        return {"steps": max(steps, -(-length // block_length))}
+    return {} if policy.blocks is not None or "threshold" in own else {"steps": length}
 
 
 def _check_blocks(policy: Policy, sampler: Sampler) -> None:
@@ -94,6 +241,11 @@ def _check_blocks(policy: Policy, sampler: Sampler) -> None:
             f"{policy.name} attends in blocks of {length} tokens, which --block-length "
             f"{sampler.block_length} does not change; if they are longer or shorter, write "
             f"MODEL,block_length={sampler.block_length}"
+        )
+    if sampler.schedule == "timesteps":
+        raise UsageError(
+            f"--schedule timesteps is for models that attend to the whole sequence, and "
+            f"{policy.name} is block-causal: leave it out"
         )
     if sampler.approximate:
         raise UsageError(

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlmctl.diffusion.elbo import Example, elbo_samples, scored_tokens, summarize
-from dlmctl.diffusion.masks import MaskSet, draw_masks
+from dlmctl.diffusion.elbo import Example, log_probs, scored_tokens, summarize
+from dlmctl.diffusion.masks import MaskSet, draw_masks, padded
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
 from dlmctl.records.groups import group_size
 from dlmctl.records.jsonl import OnError, Record, each, field, object_field
 from dlmctl.settings.algorithms import Recipe
-from dlmctl.settings.mask_laws import PAIRED, Law
+from dlmctl.settings.mask_laws import ALL, ORDERED, TOGETHER, Law
 from dlmctl.settings.masks import Masks
 
 
@@ -31,7 +31,7 @@ class MaskPlan:
 
     law: Law = "stratified"
     samples: int = 4
-    """Masks, that is forward passes, for each completion."""
+    """Masks, that is forward passes, for each completion; ALL: every one of an ordered law."""
     seed: int = 0
     until_eos: bool = False
     """Score tokens up to and including the first end-of-sequence, instead of all of them."""
@@ -43,6 +43,8 @@ class MaskPlan:
     """Independent draws of the masks of the same records have numbers of their own."""
     levels: tuple[float, float] = (0.0, 1.0)
     """Range of t, for the laws independent and quadrature."""
+    shrink: int = 1
+    """Steps of the sampler that are one mask, for the law trajectory."""
 
 
 def mask_plan(
@@ -51,15 +53,20 @@ def mask_plan(
     recipe: Recipe = Recipe("score-elbo"),
     levels: tuple[float, float] = (0.0, 1.0),
 ) -> MaskPlan:
-    """The masks that the options ask for; what is None is as the recipe has it."""
+    """The masks that the options ask for; what is None is as the recipe has it.
+
+    An ordered law that is asked for has all its masks, unless their number is given.
+    """
+    usual = ALL if masks.law in ORDERED else recipe.samples
     return MaskPlan(
         masks.law or recipe.law,
-        masks.samples or recipe.samples,
+        masks.samples or usual,
         seed,
         recipe.until_eos if masks.until_eos is None else masks.until_eos,
         recipe.prompt_mask if masks.prompt_mask is None else masks.prompt_mask,
         masks.block_length,
         levels=levels,
+        shrink=masks.shrink or recipe.shrink,
     )
 
 
@@ -67,8 +74,8 @@ def example_of(record: Record, policy: Policy, plan: MaskPlan) -> Example:
     """The ids of a record and its masks; text is tokenized only where ids are missing.
 
     Raises:
-        DataError: the record has neither ids nor text, an empty completion, or no prompt for an
-            autoregressive model to begin from.
+        DataError: the record has neither ids nor text, an empty completion, no prompt for an
+            autoregressive model to begin from, or not the order that the law follows.
     """
     prompt, completion = policy.encode_both(record)
     if not completion:
@@ -83,8 +90,27 @@ def example_of(record: Record, policy: Policy, plan: MaskPlan) -> Example:
     keys = (plan.seed, record_id, object_field(record, "rollout").get("round", 0), plan.draw)
     sample = field(record, "sample", int) if "sample" in record else 0
     group = group_size(record) or 1
-    masks = completion_masks(policy, len(prompt), completion, plan, keys, sample, group)
+    follows = plan.law == "trajectory" and policy.diffusion
+    order = decoding_order(record, len(completion)) if follows else None
+    masks = completion_masks(policy, len(prompt), completion, plan, keys, sample, group, order)
     return Example(prompt, completion, masks, policy.pictures(record))
+
+
+def decoding_order(record: Record, length: int) -> list[int]:
+    """`rollout.order`: the step that decided each of the `length` tokens of a completion.
+
+    Raises:
+        DataError: the record has none, or not one number for each token.
+    """
+    order = object_field(record, "rollout").get("order")
+    if isinstance(order, list) and [type(step) for step in order] == [int] * length:
+        return order
+    fault = "is missing" if order is None else "is something else"
+    raise DataError(
+        f"field 'rollout.order' {fault}, expected {length} numbers, the step that decided each "
+        "token of the completion; 'dlmctl rollout' writes it",
+        record.where,
+    )
 
 
 def completion_masks(
@@ -95,11 +121,13 @@ def completion_masks(
     keys: Sequence[str | int],
     sample: int,
     group: int = 1,
+    order: Sequence[int] | None = None,
 ) -> MaskSet:
     """The masks of one completion; for an autoregressive policy one set that scores every token.
 
     Args:
         group: how many samples its prompt has.
+        order: the step that decided each token, for the law trajectory.
     """
     scored = scored_tokens(completion, policy, plan.until_eos)
     if not policy.diffusion:
@@ -115,7 +143,15 @@ def completion_masks(
         plan.prompt_mask,
         plan.levels,
         group,
+        order,
+        plan.shrink,
     )
+
+
+def even_masks(examples: Sequence[Example]) -> list[Example]:
+    """The examples with as many masks each; those that lack some get empty ones."""
+    most = max(len(example.masks.weights) for example in examples)
+    return [example._replace(masks=padded(example.masks, most)) for example in examples]
 
 
 def scorable(
@@ -143,7 +179,7 @@ def _checked(
 
 
 def _block_length(policy: Policy, plan: MaskPlan) -> int:
-    return plan.block_length or policy.sampling.get("block_length", 32)
+    return plan.block_length or policy.sampling.get("block_length") or 32
 
 
 def score(
@@ -159,9 +195,10 @@ def score(
         sound = [record for record in batch if "error" not in record]
         for label, policy in policies.items() if sound else ():
             examples = [example_of(record, policy, plan) for record in sound]
-            estimates = elbo_samples(policy, examples, batch_size)
-            for record, example, samples in zip(sound, examples, estimates, strict=True):
-                entry = score_entry(policy, plan, example, samples)
+            sums = log_probs(policy, even_masks(examples), batch_size).sum(dim=2)
+            for record, example, row in zip(sound, examples, sums, strict=True):
+                weights = example.masks.weights
+                entry = score_entry(policy, plan, example, row[: len(weights)] * weights)
                 record["elbo"] = {**(record.get("elbo") or {}), label: entry}
         yield from batch
 
@@ -170,12 +207,13 @@ def score_entry(
     policy: Policy, plan: MaskPlan, example: Example, samples: Tensor
 ) -> dict[str, Any]:
     """A score as it stands in a record."""
-    paired = plan.law in PAIRED and policy.diffusion
-    result = summarize(samples, paired, exact=not policy.diffusion)
+    together = TOGETHER.get(plan.law, 1) if policy.diffusion else 1
+    exact = not policy.diffusion or (plan.law in ORDERED and plan.samples == ALL)
+    result = summarize(samples.view(-1, together).mean(dim=1), paired=False, exact=exact)
     return {
         "value": result.value,
         "stderr": result.stderr,
-        "samples": result.samples.tolist(),
+        "samples": samples.tolist(),
         "tokens": int(example.masks.scored.sum()),
         **made_by(policy, plan),
     }
@@ -196,4 +234,7 @@ def masks_by(policy: Policy, plan: MaskPlan) -> dict[str, Any] | str:
         return "exact until eos" if plan.until_eos else "exact"
     # Of `block` alone, so that two models with blocks of their own share the masks of other laws.
     block_length = _block_length(policy, plan) if plan.law == "block" else None
-    return {**asdict(plan), "block_length": block_length, "levels": list(plan.levels)}
+    named = {**asdict(plan), "block_length": block_length, "levels": list(plan.levels)}
+    if plan.law != "trajectory":
+        del named["shrink"]
+    return named

@@ -51,6 +51,9 @@ RESERVED = re.compile(
 EMPTY = 0.1
 """A row shorter than this part of the average was never trained, as Llama 3's reserved tokens."""
 
+PART = 4096
+"""Rows that are summed up at a time."""
+
 
 @dataclass(frozen=True)
 class MaskToken:
@@ -105,7 +108,7 @@ def adapt(settings: Adapted, sampling: dict[str, int], target: Path) -> Adaptati
     files = weight_files(directory)
 
     # 2. What changes.
-    tokens = 1 + max(tokenizer.get_vocab().values())
+    tokens = 1 + max(tokenizer.get_vocab().values(), default=-1)
     mask = choose_mask(tokenizer, settings.mask_token)
     size = max(arch.config.vocab_size, mask.number + 1)
     outline = weightless_model(arch, file, torch.float32)
@@ -203,7 +206,9 @@ class _MaskRow:
     def __call__(self, table: Tensor) -> Tensor:
         """A copy of the table with the row; [V, ...] in, [max(V, mask's id + 1), ...] out."""
         others = table[: self._tokens]
-        total, count = others.sum(dim=0, dtype=torch.float64), len(others)
+        # In parts, as the sum in float64 copies what it sums up.
+        sums = [part.sum(dim=0, dtype=torch.float64) for part in others.split(PART)]
+        total, count = torch.stack(sums).sum(dim=0), len(others)
         if self._mask.number < count:
             total, count = total - others[self._mask.number].double(), count - 1
         mean = (total / count).to(table.dtype)

@@ -22,9 +22,11 @@ from transformers import PretrainedConfig
 
 from dlmctl.models.attention import Blocks
 from dlmctl.models.families import ModelFamily, Raw
+from dlmctl.models.refused import refuse_known
 from dlmctl.records.errors import DataError
 from dlmctl.settings.families import declared_families
 from dlmctl.settings.models import Reading
+from dlmctl.settings.sampler import check_own
 
 MOST_LAYERS = 10_000
 FAULTS = (
@@ -47,7 +49,7 @@ class Architecture:
     shift: int
     blocks: Blocks | None
     """Of a block-causal model."""
-    sampling: dict[str, int]
+    sampling: dict[str, Any]
     doubtful: bool
     """It is of a class of transformers, but its authors' code may be a different class of the same
     name."""
@@ -79,8 +81,14 @@ def all_families() -> list[ModelFamily]:
 def recognised_family(raw: Raw) -> ModelFamily:
     """The family that a config.json describes, dlmctl's own field left aside."""
     kind, names = str(raw.get("model_type", "")).lower(), raw.get("architectures") or []
-    for values, patterns in ([kind], "model_types"), (names, "classes"):
-        for family in all_families():
+    own = [family for family in all_families() if family.own_config]
+    rules: list[tuple[list[Any], str, list[ModelFamily]]] = [
+        (names, "classes", own),  # LLaDA-MoE has the type of LLaDA
+        ([kind], "model_types", all_families()),
+        (names, "classes", all_families()),
+    ]
+    for values, patterns, families in rules:
+        for family in families:
             if any(fnmatchcase(str(v), p) for v in values for p in getattr(family, patterns)):
                 return family
     return family_named("a2d" if raw.get("is_causal") is False else "ar")
@@ -96,19 +104,24 @@ def architecture(raw: dict[str, Any], where: str, reading: Reading | None = None
         DataError: no known family fits, or config.json has impossible values.
     """
     _check_layers(raw, where)
+    refuse_known(raw, where)
     try:
         chosen = _architecture(raw, where, reading or Reading())
     except FAULTS as error:
         reason = str(error).strip().split("\n")[-1].strip()[:200]
         raise DataError(f"not a model's configuration ({reason})", where) from None
     mask_id = 0 if chosen.mask_id is None else chosen.mask_id
-    numbers = (chosen.shift, *chosen.sampling.values(), mask_id)
+    numbers = (chosen.shift, mask_id)
     if chosen.blocks is not None and not (
         type(chosen.blocks.length) is int and 0 < chosen.blocks.length < 2**31
     ):
         raise DataError("block_length is not a positive whole number", where)
     if not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
-        raise DataError("mask_token_id, shift and sampling are not whole numbers", where)
+        raise DataError("mask_token_id and shift are not whole numbers", where)
+    try:
+        check_own(chosen.sampling)
+    except ValueError as error:
+        raise DataError(str(error), where) from None
     return chosen
 
 
@@ -151,7 +164,8 @@ def _architecture(raw: Raw, where: str, reading: Reading) -> Architecture:
     return Architecture(
         family,
         config,
-        rename=recognised.rename,
+        # The family that is named may know names of a config.json that says nothing of it.
+        rename=lambda name: family.rename(recognised.rename(name)),
         mask_id=mask_id if reading.mask_id is None else reading.mask_id,
         shift=shift if reading.shift is None else reading.shift,
         blocks=_blocks(family, raw, reading, where),

@@ -98,6 +98,13 @@ class Blocks:
         return self.of(positions, starts) > self.of(before, starts)
 
 
+def windowed_layers(config: Any) -> int:
+    """How many layers of a decoder attend within a sliding window only."""
+    every = ["sliding_attention"] * config.num_hidden_layers
+    kinds: list[str] = getattr(config, "layer_types", None) or every
+    return kinds.count("sliding_attention") if getattr(config, "sliding_window", None) else 0
+
+
 def layer_masks(config: Any, allowed: Tensor, positions: Tensor) -> Any:
     """What a decoder of transformers takes as `attention_mask`, its sliding windows kept.
 
@@ -112,13 +119,12 @@ def layer_masks(config: Any, allowed: Tensor, positions: Tensor) -> Any:
     Returns:
         bool [B, 1, T, T], or such a mask for each kind of layer.
     """
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     everywhere = allowed[:, None]
-    if not window or "sliding_attention" not in (kinds or ["sliding_attention"]):
+    if not windowed_layers(config):
         return everywhere
-    near = (positions[:, :, None] - positions[:, None]).abs() <= window
+    near = (positions[:, :, None] - positions[:, None]).abs() <= config.sliding_window
     within = (allowed & near)[:, None]
-    if kinds is None:
+    if getattr(config, "layer_types", None) is None:
         return within
     return {"full_attention": everywhere, "sliding_attention": within}
 

@@ -19,7 +19,7 @@ from dlmctl.models.architecture import FAULTS, Architecture, architecture
 from dlmctl.models.policy import Policy
 from dlmctl.models.special_tokens import load_tokenizer, special_tokens
 from dlmctl.models.vision import Vision, vision_of
-from dlmctl.models.weights import align, read_weights, weight_files, weights_hash
+from dlmctl.models.weights import align, first_misfit, read_weights, weight_files, weights_hash
 from dlmctl.records.errors import (
     DataError,
     MissingInputError,
@@ -199,7 +199,7 @@ def _build(arch: Architecture, files: list[Path], dtype: torch.dtype, directory:
             attn_implementation="sdpa",
         )
     except FAULTS as error:
-        reason = str(error).strip().split("\n")[-1]
+        reason = _misfit(factory, arch, tensors) or str(error).strip().split("\n")[-1]
         raise DataError(f"{directory}: the weights do not fit config.json ({reason})") from None
     missing = sorted(report["missing_keys"]) + sorted(map(str, report.get("mismatched_keys", [])))
     if missing:
@@ -217,6 +217,15 @@ def _build(arch: Architecture, files: list[Path], dtype: torch.dtype, directory:
             f"first {left_over[0]}: config.json does not describe this model"
         )
     return model
+
+
+def _misfit(factory: Any, arch: Architecture, tensors: dict[str, torch.Tensor]) -> str | None:
+    """Which weight of a checkpoint does not fit, if a model can be built at all."""
+    try:
+        with torch.device("meta"):
+            return first_misfit(factory._from_config(arch.config), tensors)
+    except FAULTS:
+        return None
 
 
 def _load_vision(directory: Path, arch: Architecture, tokenizer: Any) -> Vision:

@@ -57,8 +57,8 @@ class Policy:
     """The name that it was loaded by: a hub name or a path."""
     revision: str
     """Hash of the weights."""
-    sampling: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """The model's own gen_length, block_length and steps, if it has any."""
+    sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The model's own options of the sampler, if it has any: see `settings.sampler.OWN`."""
     blocks: Blocks | None = None
     """Its blocks, if it is block-causal."""
     narrowing: Narrowing | None = None

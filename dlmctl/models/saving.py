@@ -65,7 +65,15 @@ def save_original(policy: Policy, directory: Path) -> None:
             "--original-naming is for families whose authors have names of their own, as llada "
             f"and dream; models of {family.name} have those of transformers"
         )
-    weights = {family.original_name(n): t.contiguous() for n, t in model.state_dict().items()}
+    if policy.blocks is not None:
+        fields["block_length"] = policy.blocks.length
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tensors = {name: t for name, t in model.state_dict().items() if name not in tied}
+    # transformers joins the experts of a mixture into one tensor; checkpoints have them apart.
+    on_disk = revert_weight_conversion(model, tensors)
+    weights = {family.original_name(n): t.contiguous() for n, t in on_disk.items()}
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})

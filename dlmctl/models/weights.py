@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -84,6 +85,28 @@ def align(model: nn.Module) -> None:
     for tensor in chain(model.parameters(), model.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
             tensor.data = tensor.data.clone()
+
+
+def first_misfit(model: Any, tensors: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with the first weight of a checkpoint that does not fit a model; None: all fit.
+
+    transformers says it only in a table. Names are those of the checkpoint, which are not the
+    model's own where transformers joins tensors, as the experts of a mixture.
+
+    Args:
+        model: a model of transformers, on any device.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    expected = revert_weight_conversion(model, dict(model.state_dict()))
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            return f"{name} is missing"
+        if name not in expected:
+            return f"{name} belongs to no part of a {type(model).__name__}"
+        if (there := [*tensors[name].shape]) != (here := [*expected[name].shape]):
+            return f"{name} has the shape {there}, expected {here}"
+    return None
 
 
 def weights_hash(files: list[Path]) -> str:

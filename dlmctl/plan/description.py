@@ -16,6 +16,7 @@ import transformers
 from dlmctl.diffusion.sampling import configured
 from dlmctl.models.adapters import CONFIG as ADAPTER_CONFIG
 from dlmctl.models.architecture import Architecture, architecture
+from dlmctl.models.attention import windowed_layers
 from dlmctl.models.loading import TOKENIZER_FILES, config_file, model_directory
 from dlmctl.models.policy import Policy
 from dlmctl.models.special_tokens import SpecialTokens, load_tokenizer, special_tokens
@@ -86,11 +87,10 @@ def _adapter(directory: Path) -> Iterator[Trait]:
 
 def _attention(arch: Architecture) -> str:
     config = arch.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    count = config.num_hidden_layers
-    layers = getattr(config, "layer_types", None) or ["sliding_attention"] * count
-    sliding = layers.count("sliding_attention") if window else 0
-    within = f", in {sliding} of {count} layers within {window} tokens" if sliding else ""
+    within = ""
+    if near := windowed_layers(config):
+        of = f"{near} of {config.num_hidden_layers}"
+        within = f", in {of} layers within {config.sliding_window} tokens"
     blocks = f" of {arch.blocks.length} tokens" if arch.blocks else ""
     return (arch.family.pattern or "as its class has it") + blocks + within
 
@@ -115,6 +115,8 @@ def _sampler(policy: Policy) -> str:
     lengths = {"gen_length": config.gen_length}
     if policy.diffusion:
         lengths |= {"block_length": config.block_length, "steps": config.steps or config.gen_length}
+        own = sorted(policy.sampling.keys() - lengths.keys())
+        lengths |= {name: getattr(config, name) for name in own}
     return ", ".join(
         f"{name} {value}{' (its own)' if name in policy.sampling else ''}"
         for name, value in lengths.items()

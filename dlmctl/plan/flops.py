@@ -200,15 +200,15 @@ def denoising(
     guided = 2 if settings.cfg_scale > 0 else 1
     total = 0.0
     for block, quota in enumerate(settings.quota().tolist()):
-        masked = sum(quota)
         start = block * settings.block_length
         rest = settings.gen_length - start
+        masked = min(settings.block_length, rest)
         part = min(settings.block_length, rest) if settings.cache == "dual" else rest
         for step, decided in enumerate(quota):
             whole = not settings.cached or step % interval == 0
             queries = length if whole else part + shift
             total += guided * (model.forward(queries, length) + 2 * model.head.all * masked)
-            masked -= decided
+            masked -= masked * decided if settings.ancestral else decided
     return total
 
 

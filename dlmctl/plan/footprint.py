@@ -160,7 +160,7 @@ def _propose(policy: Policy, hidden: Tensor, settings: SamplerConfig) -> None:
     if not policy.diffusion:
         logits = policy.logits(hidden[:, -1]).double()
         keys = torch.zeros(rows, dtype=torch.int64)
-        next_tokens(policy, logits, keys, 0, settings.temperature)
+        next_tokens(policy, logits, keys, 0, settings)
         return
     block = min(settings.block_length, settings.gen_length)
     states = hidden[:, -block:].flatten(0, 1)

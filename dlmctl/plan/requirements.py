@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from dlmctl.diffusion.sampling import SamplerConfig, configured
+from dlmctl.diffusion.scoring import MaskPlan, mask_plan
 from dlmctl.models.architecture import FAULTS
 from dlmctl.models.loading import resolve_dtype
 from dlmctl.models.policy import Policy
@@ -42,8 +43,10 @@ from dlmctl.records.errors import DataError, UsageError
 from dlmctl.rl.credit_stage import credit_passes
 from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Passes, passes_for
-from dlmctl.settings.algorithms import RECIPES, Algorithm, Constants, check_kind
+from dlmctl.settings.algorithms import RECIPES, Algorithm, check_kind
+from dlmctl.settings.mask_laws import ORDERED
 from dlmctl.settings.masks import Masks
+from dlmctl.settings.objective import Constants
 from dlmctl.settings.optimizer import Adapter
 from dlmctl.settings.plan import Machine, Options, Step
 from dlmctl.settings.sampler import Sampler
@@ -109,23 +112,36 @@ def work_of(
         raise UsageError(f"{options.model} takes no images: leave --image-tokens out")
     constants.of(algo)
     check_kind(algo, policy.diffusion, options.model)
-    recipe, passes = RECIPES[algo], Passes(0, 0, 1)
+    recipe, passes, sampling = RECIPES[algo], Passes(0, 0, 1), configured(policy, sampler)
     if algo == "sft":
         step = replace(step, completions=1, rollout_batch_size=0)  # nothing is sampled
     else:
         sampled = recipe.sampled_old and not policy.diffusion
         objective = make_objective(algo, beta=constants.beta)
         passes = passes_for(objective, inner or recipe.inner, sampled)
-    sampling = configured(policy, sampler)
+    count, scored = _masks(mask_plan(masks, 0, recipe), sampling) if policy.diffusion else (1, 1.0)
     return Work(
         step=step,
-        masks=(masks.samples or recipe.samples) if policy.diffusion else 1,
-        scored=1.0 if not policy.diffusion or (masks.law or recipe.law) == "full" else 0.5,
+        masks=count,
+        scored=scored,
         passes=passes,
         contrasts=credit_passes(policy.diffusion) if algo == "srpo" else 0,
         sampling=sampling,
         copied=sampling.gen_length if policy.blocks else 0,
     )
+
+
+def _masks(plan: MaskPlan, sampling: SamplerConfig) -> tuple[int, float]:
+    """Masks of a completion, and the share of its tokens that each of them scores on average."""
+    if plan.law in ORDERED:
+        steps = sampling.gen_length
+        if plan.law == "trajectory":
+            taken = min(steps, sampling.blocks * sampling.steps_per_block)
+            steps = math.ceil(taken / plan.shrink)
+        return plan.samples or steps, 1 / steps
+    if plan.law == "coupled":
+        return plan.samples, 2 / 3
+    return plan.samples, 1.0 if plan.law == "full" else 0.5
 
 
 def plan(options: Options, work: Work, machine: Machine) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@
 
 The standard deviation is that of the rewards themselves, unbiased, and eps = 1e-4: TRL's
 `scale_rewards`, and that of ESPO and GDSD, whose recipes switch it off. d1, wd1 and SPG have none.
+TraceRL divides by the deviation of the group as a whole population, without eps: `zscore`.
 """
 
 from __future__ import annotations
@@ -17,14 +18,8 @@ from typing import Any
 import torch
 
 from dlmctl.records.errors import UsageError
-from dlmctl.settings.algorithms import (
-    PROMPTS_PER_STEP,
-    RECIPES,
-    Advantages,
-    Algorithm,
-    Baseline,
-    Scale,
-)
+from dlmctl.settings.algorithms import PROMPTS_PER_STEP, RECIPES, Algorithm, Baseline, Scale
+from dlmctl.settings.objective import Advantages
 
 EPSILON = 1e-4
 
@@ -81,7 +76,9 @@ def advantages(
     per_group = []
     for group in groups:
         centred = _centre(group, normalization.baseline)
-        if normalization.scale != "none":
+        if normalization.scale == "zscore":
+            centred = centred / (float(group.std(correction=0)) or 1.0)
+        elif normalization.scale != "none":
             deviation = whole if normalization.scale == "batch" else _std(group)
             centred = centred / (deviation + EPSILON)
         per_group.append(centred.tolist())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dlmctl.diffusion.elbo import Example, log_probs, mask_weights
-from dlmctl.diffusion.scoring import MaskPlan, example_of
+from dlmctl.diffusion.scoring import MaskPlan, even_masks, example_of
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record
@@ -26,6 +26,7 @@ from dlmctl.records.jsonl import field as record_field
 from dlmctl.rl.advantage_stage import from_rewards
 from dlmctl.rl.advantages import Normalization
 from dlmctl.rl.batches import sampled_from
+from dlmctl.rl.decoding import check_left_to_right
 from dlmctl.rl.gradient import accumulate_gradient
 from dlmctl.rl.objectives.scores import Objective, Scores
 from dlmctl.rl.recorded import recorded_difference
@@ -106,7 +107,8 @@ def policy_gradients(
 
     Raises:
         DataError: a record lacks its completion, or both reward and advantage, or the token
-            weights that the objective needs; or a ratio is to weights that cannot be found.
+            weights that the objective needs; or it was sampled in another order than the
+            objective scores it in; or a ratio is to weights that cannot be found.
     """
     advantage = batch_advantages(groups, batching)
     kept = advantage != 0 if batching.drop_zero_advantage else torch.ones_like(advantage).bool()
@@ -116,6 +118,8 @@ def policy_gradients(
     prompt = torch.tensor([g for g, group in enumerate(groups) for _ in group])[kept]
     rows = [record for group in groups for record in group]
     records = [record for record, keep in zip(rows, kept.tolist(), strict=True) if keep]
+    if objective.recipe.left_to_right and policy.diffusion:
+        check_left_to_right(records, policy)
     batch = _Batch(policy, reference, records, advantage[kept], prompt, batching, batch_size)
     draws = [batch.examples(2 * step) for step in range(batching.inner)]
     old = batch.old(draws, objective, sampler) if objective.needs == "ratios" else None
@@ -161,7 +165,7 @@ class _Batch:
     def examples(self, draw: int) -> list[Example]:
         """The batch under one draw of masks."""
         plan = dataclasses.replace(self.batching.plan, draw=draw)
-        return [example_of(record, self.policy, plan) for record in self.records]
+        return even_masks([example_of(record, self.policy, plan) for record in self.records])
 
     def log_probs(self, examples: Sequence[Example]) -> Tensor:
         """[N, K, G] under the current policy."""

@@ -45,10 +45,18 @@ def recorded_difference(
             _say("reference", f"they are not of the tokens of 'policy', {counts}")
             return None
     tables = {
-        label: torch.tensor([entry["samples"] for entry in entries], dtype=torch.float64)
-        for label, entries in scores.items()
+        label: _table([entry["samples"] for entry in entries]) for label, entries in scores.items()
     }
     return tables["policy"] - tables["reference"]
+
+
+def _table(rows: Sequence[Sequence[float]]) -> Tensor:
+    """float64 [N, K] of as many lists; where one has fewer than K numbers its mean stays."""
+    most = max(map(len, rows))
+    table = torch.zeros(len(rows), most, dtype=torch.float64)
+    for row, numbers in zip(table, rows, strict=True):
+        row[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64) * most / len(numbers)
+    return table
 
 
 def _entry(record: Record, label: str) -> dict[str, Any]:

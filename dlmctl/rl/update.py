@@ -100,6 +100,9 @@ def update_supervised(
 
 
 def _rewards(batch: StepBatch) -> dict[str, float]:
+    """Means over the batch; nothing for preferences, which have no rewards of their own."""
+    if any("preference" in record for record in batch.rows):
+        return {}
     rewards = [float(record.get("reward", 0.0)) for record in batch.rows]
     return {
         "reward": sum(rewards) / len(rewards),

@@ -10,20 +10,34 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from dlmctl.records.errors import UsageError
-from dlmctl.settings import Knob, knob, knob_of
-from dlmctl.settings.mask_laws import Law
+from dlmctl.settings.mask_laws import ALL, Law
 
 Reinforcement = Literal[
-    "rspo", "reinforce", "diffu-grpo", "wd1", "espo", "spg", "gdsd", "vrpo", "grpo", "srpo"
+    "rspo",
+    "reinforce",
+    "diffu-grpo",
+    "wd1",
+    "espo",
+    "spg",
+    "gdsd",
+    "vrpo",
+    "grpo",
+    "srpo",
+    "tracerl",
+    "justgrpo",
+    "coupled-grpo",
+    "d2",
+    "gdpo",
+    "bgpo",
 ]
 """Algorithms that learn from rewards."""
 Algorithm = Literal[Reinforcement, "sft"]
 Baseline = Literal["mean", "loo", "none"]
-Scale = Literal["none", "group", "batch"]
+Scale = Literal["none", "group", "zscore", "batch"]
 
 PROMPTS_PER_STEP = 32
 CISPO_BOUND = 5.0
@@ -44,7 +58,9 @@ class Recipe:
     """Fields of the objective that it does not leave open."""
     law: Law = "stratified"
     samples: int = 4
-    """Masks for each completion."""
+    """Masks for each completion; `ALL`: every one that an ordered law has."""
+    shrink: int = 1
+    """Steps of the sampler that are one mask, under the law `trajectory`."""
     inner: int = 1
     """Steps on a batch, each with masks of its own."""
     baseline: Baseline = "mean"
@@ -56,8 +72,12 @@ class Recipe:
     """The records have a weight for each token."""
     sampled_old: bool = False
     """The old policy of an autoregressive model is what `rollout` recorded of it, where it did."""
-    needs_masks: bool = False
-    """Its loss means nothing for an autoregressive model."""
+    drop_zero_adv: bool = False
+    """Completions with advantage 0 are left out."""
+    left_to_right: bool = False
+    """The completions were sampled one token after the other."""
+    needs_masks: str = ""
+    """Why its loss means nothing for an autoregressive model; empty if it means something."""
 
 
 _PPO = {
@@ -124,7 +144,7 @@ RECIPES: Mapping[Algorithm, Recipe] = {
         samples=4,
         inner=8,
         baseline="loo",
-        needs_masks=True,
+        needs_masks="it scores every token under a mask and its complement",
     ),
     "vrpo": Recipe("preferences by the ELBO", "vrpo:Vrpo", {"beta": 0.1}, law="uniform", samples=8),
     "grpo": Recipe(
@@ -147,17 +167,81 @@ RECIPES: Mapping[Algorithm, Recipe] = {
         sampled_old=True,
         token_weights=True,
     ),
+    "tracerl": Recipe(
+        "PPO's clip on the steps that the sampler took",
+        "tracerl:TraceRl",
+        {"clip": 0.2, "beta": 0.01},
+        law="trajectory",
+        samples=ALL,
+        shrink=8,
+        scale="zscore",
+        until_eos=True,
+        drop_zero_adv=True,
+        needs_masks="it scores the steps that denoised a completion",
+    ),
+    "justgrpo": Recipe(
+        "grpo on the exact likelihood from left to right, for completions that were sampled in "
+        "this order (rollout --block-length 1)",
+        "justgrpo:JustGrpo",
+        {**_PPO, "loss_type": "dr_grpo"},
+        law="left-to-right",
+        samples=ALL,
+        scale="group",
+        sampled_old=True,
+        drop_zero_adv=True,
+        left_to_right=True,
+    ),
+    "coupled-grpo": Recipe(
+        "that of DiffuCoder, the score of a token from a full mask and a complementary pair",
+        "coupled_grpo:CoupledGrpo",
+        {"clip": 0.5, "beta": 0.01},
+        law="coupled",
+        samples=3,
+        inner=2,
+        baseline="loo",
+        until_eos=True,
+    ),
+    "d2": Recipe(
+        "diffu-grpo on segments of the steps that the sampler took (StepMerge)",
+        "d2:D2",
+        {"clip": 0.5, "beta": 0.04},
+        law="trajectory",
+        samples=ALL,
+        shrink=16,
+        inner=12,
+        until_eos=True,
+        prompt_mask=0.15,
+        needs_masks="it scores the steps that denoised a completion",
+    ),
+    "gdpo": Recipe(
+        "ratios of whole sequences by the ELBO at quadrature nodes",
+        "gdpo:Gdpo",
+        {"clip": 0.5, "beta": 0.0},
+        law="quadrature",
+        samples=3,
+        inner=12,
+    ),
+    "bgpo": Recipe(
+        "a ratio for each mask, a lower bound of PPO's objective",
+        "bgpo:Bgpo",
+        {"clip": 0.2, "dual_clip": 3.0},
+        law="uniform",
+        samples=16,
+        scale="group",
+        until_eos=True,
+    ),
     "sft": Recipe("masked cross-entropy on the given completions", samples=2),
 }
 
 
 def check_kind(algo: Algorithm, diffusion: bool, model: str) -> None:
     """Raise UsageError if the loss of an algorithm means nothing for this kind of model."""
-    if RECIPES[algo].needs_masks and not diffusion:
+    reason = RECIPES[algo].needs_masks
+    if reason and not diffusion:
         others = _listed([name for name, recipe in RECIPES.items() if not recipe.needs_masks])
         raise UsageError(
-            f"--algo {algo} trains diffusion models alone: it scores every token under a mask and "
-            f"its complement, and {model} is autoregressive; {others} train both"
+            f"--algo {algo} trains diffusion models alone: {reason}, and {model} is "
+            f"autoregressive; {others} train both"
         )
 
 
@@ -190,138 +274,6 @@ def _listed(names: list[str]) -> str:
 
 
 def _written(value: Any, words: Mapping[Any, str] | None) -> str:
-    if words:
+    if words and value in words:
         return words[value]
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-OBJECTIVE, ADVANTAGES = "Objective", "Advantages"
-
-Algo = Annotated[
-    Algorithm,
-    Knob(
-        f"{'; '.join(f'{algo}: {recipe.summary}' for algo, recipe in RECIPES.items())}. Each has "
-        "the constants that it was published with.",
-        panel=OBJECTIVE,
-    ),
-]
-
-
-@dataclass(frozen=True)
-class Constants:
-    """Constants of the losses; what is None is as the algorithm was published."""
-
-    PANEL: ClassVar[str] = OBJECTIVE
-
-    strength: float | None = knob(
-        None,
-        "Feedback coefficient of RSPO; the target of the log-ratio is advantage/lambda.",
-        "--lambda",
-        minimum=0.0,
-        shown_default=defaults("strength"),
-    )
-    score_norm: Literal["sequence", "token"] | None = knob(
-        None,
-        "Score of a completion: its ELBO, or the ELBO per token. One lambda of `token` is length "
-        "times one of `sequence`. We could not read what the paper does; the default is ours.",
-        shown_default=defaults("score_norm"),
-    )
-    center: Literal["batch", "prompt"] | None = knob(
-        None, "What the mean of the log-ratios is taken over.", shown_default=defaults("center")
-    )
-    residual_masks: Literal["shared", "independent"] | None = knob(
-        None,
-        "Masks that the log-ratio is measured under: those of the gradient, or a second draw, "
-        "which makes the gradient unbiased for twice the forward passes.",
-        shown_default=defaults("residual_masks"),
-    )
-    loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo", "cispo"] | None = knob(
-        None,
-        "Average over tokens, under TRL's names: of the whole batch (dapo, and bnpo, since a step "
-        "is one batch here); of each completion, then over completions (grpo); the sum over "
-        "--max-length (dr_grpo); cispo: like dapo, with the ratio a bounded constant.",
-        shown_default=defaults("loss_type"),
-    )
-    clip: float | None = knob(
-        None,
-        "Half-width of the interval that ratios (gdsd: log-ratios) are clipped to; cispo has "
-        "--clip-high alone.",
-        minimum=0.0,
-        shown_default=defaults("clip"),
-    )
-    clip_high: float | None = knob(
-        None,
-        "For grpo and srpo: how far above 1 ratios are clipped; for cispo their bound.",
-        minimum=0.0,
-        shown_default=f"that of --clip; cispo {CISPO_BOUND:g}",
-    )
-    dual_clip: float | None = knob(
-        None,
-        "For grpo and srpo: ratios of bad completions count as at most this (EasyR1: 3).",
-        minimum=1.0,
-        shown_default="off",
-    )
-    beta: float | None = knob(
-        None,
-        "Coefficient of the KL penalty; for spg the exponent of the upper bound, for vrpo the "
-        "temperature of the preference.",
-        minimum=0.0,
-        shown_default=defaults("beta"),
-    )
-    psi: float | None = knob(
-        None, "Scale of the advantage as a target.", shown_default=defaults("psi")
-    )
-    omega: float | None = knob(
-        None,
-        "Share of the upper bound in the score of bad completions; 1 is the bound alone.",
-        minimum=0.0,
-        maximum=1.0,
-        shown_default=defaults("omega"),
-    )
-    max_length: int | None = knob(
-        None,
-        "For --loss-type dr_grpo: tokens that the loss of every completion is divided by.",
-        minimum=1,
-        shown_default="the longest completion of the batch",
-    )
-
-    def of(self, algo: Algorithm) -> dict[str, Any]:
-        """The constants of an algorithm's loss, by the fields of its objective.
-
-        Raises:
-            UsageError: one is given that the algorithm does not have.
-        """
-        recipe = RECIPES[algo]
-        given = {name: value for name, value in asdict(self).items() if value is not None}
-        flags = {field.name: knob_of(field, Constants).flag(field.name) for field in fields(self)}
-        for name in given:
-            if name not in recipe.constants:
-                those = ", ".join(flags[name] for name in recipe.constants) or "none"
-                raise UsageError(f"{flags[name]} means nothing to --algo {algo}; it has: {those}")
-        return {**recipe.fixed, **recipe.constants, **given}
-
-
-@dataclass(frozen=True)
-class Advantages:
-    """How rewards become advantages; what is None is as the algorithm was published."""
-
-    PANEL: ClassVar[str] = ADVANTAGES
-
-    baseline: Baseline | None = knob(
-        None,
-        "What is subtracted from a reward: the group's mean, the mean of the others "
-        "(leave-one-out), or nothing.",
-        shown_default=defaults("baseline"),
-    )
-    scale: Scale | None = knob(
-        None,
-        "Divide by the standard deviation of the rewards of the group, or of the batch: all groups "
-        "of a step.",
-        shown_default=defaults("scale"),
-    )
-    prompts_per_step: int = knob(
-        PROMPTS_PER_STEP,
-        "Prompts (groups) in an optimizer step; for sft, completions. With --scale batch they are "
-        "the batch.",
-        minimum=1,
-    )

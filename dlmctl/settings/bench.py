@@ -60,7 +60,15 @@ class SamplerPaths:
     @property
     def exact(self) -> Sampler:
         """The sampler that the paths approximate."""
-        return Sampler(self.gen_length, self.block_length, self.steps, self.temperature)
+        return Sampler(
+            self.gen_length,
+            self.block_length,
+            self.steps,
+            self.temperature,
+            schedule="even",
+            remasking="low_confidence",
+            confidence_of="model",
+        )
 
     @property
     def lengths(self) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import knob
 from dlmctl.settings.algorithms import defaults
-from dlmctl.settings.mask_laws import Law
+from dlmctl.settings.mask_laws import ALL, Law
 from dlmctl.settings.parsing import level_range
 
 MASKS = "Masks"
@@ -26,17 +26,29 @@ class Masks:
         "uniform number of masks with weight L/l; complementary pairs, which score every token "
         "once, with levels spread evenly over the samples of a prompt; stratified, such pairs with "
         "levels spread over the masks of a completion too. Others: quadrature, at Gauss nodes in "
-        "t; block, one block in part and the blocks after it whole; full, everything masked.",
+        "t; block, one block in part and the blocks after it whole; full, everything masked; "
+        "coupled, everything, a random part and its complement. Exact: trajectory, at every step "
+        "of the sampler what was still masked, as 'dlmctl rollout' recorded it; left-to-right, the "
+        "same for one token after the other.",
         "--masks",
+        metavar="LAW",
         shown_default=defaults("law"),
     )
     samples: int | None = knob(
         None,
-        "Masks for each completion.",
+        "Masks for each completion; for trajectory and left-to-right a random choice of theirs, "
+        "instead of all.",
         "-k",
         "--masks-per-sample",
         minimum=1,
-        shown_default=defaults("samples"),
+        shown_default=defaults("samples", {ALL: "all"}),
+    )
+    shrink: int | None = knob(
+        None,
+        "Neighbouring steps of the sampler that are one mask, with --masks trajectory. Above 1 it "
+        "is faster, and no longer exact.",
+        minimum=1,
+        shown_default=defaults("shrink"),
     )
     prompt_mask: float | None = knob(
         None,
@@ -77,8 +89,9 @@ class Supervised:
     )
     fill_to: int | None = knob(
         None,
-        "For sft: fill completions with end-of-sequence up to this many tokens. For an "
-        "autoregressive model, completions of at most this many tokens end with one.",
+        "For sft and the preferences of vrpo: fill completions with end-of-sequence up to this "
+        "many tokens. For an autoregressive model, completions of at most this many tokens end "
+        "with one.",
         minimum=1,
         shown_default="off",
     )

@@ -32,6 +32,7 @@ class Reading:
         None,
         "Family of a checkpoint whose config.json does not say that it denoises. The same as "
         f"MODEL,family=FAMILY. {summaries()}",
+        metavar="FAMILY",
         shown_default="as config.json says",
         env=True,
     )

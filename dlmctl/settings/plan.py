@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import ClassVar
 
 from dlmctl.settings import knob, same, same_field
-from dlmctl.settings.algorithms import Advantages
 from dlmctl.settings.compute import Compute
+from dlmctl.settings.objective import Advantages
 from dlmctl.settings.optimizer import Adapter, GradientCheckpointing
 from dlmctl.settings.parsing import byte_count
 

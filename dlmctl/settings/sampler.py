@@ -1,14 +1,18 @@
-"""How completions are sampled, under the names of LLaDA's own generation code and Fast-dLLM's."""
+"""How completions are sampled, under the names of the code of LLaDA, Fast-dLLM and Dream."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import knob
 
 Remasking = Literal["low_confidence", "random", "entropy", "margin", "sae"]
+Schedule = Literal["even", "timesteps", "rounded"]
+Distribution = Literal["model", "sampled"]
 EosRule = Literal["normal", "late", "never"]
 CacheRule = Literal["none", "prefix", "dual", "exact"]
 
@@ -18,36 +22,84 @@ BETWEEN_0_AND_1: tuple[Remasking, ...] = (*SURE, "random", "sae")
 """All rules whose confidence is between 0 and 1."""
 
 
+def own(otherwise: str) -> str:
+    """What help says of a default that a model may have for itself."""
+    return f"the model's own, else {otherwise}"
+
+
 @dataclass(frozen=True)
 class Sampler:
-    """Options of the sampler; lengths and steps that are None are the model's own."""
+    """Options of the sampler; those that are None are the model's own, else LLaDA's."""
 
     PANEL: ClassVar[str] = "Sampler"
 
     gen_length: int | None = knob(
-        None, "Tokens of a completion.", minimum=1, shown_default="the model's own, else 128"
+        None, "Tokens of a completion.", minimum=1, shown_default=own("128")
     )
     block_length: int | None = knob(
         None,
         "Tokens of a block. Blocks are decided from left to right; the last may be shorter.",
         minimum=1,
-        shown_default="the model's own, else 32",
+        shown_default=own("32"),
     )
     steps: int | None = knob(
         None,
-        "Denoising steps over all blocks; each decides equally many tokens, or with --threshold at "
-        "least as many. Without --steps, a block takes as many as --threshold or --factor needs.",
+        "Denoising steps over all blocks; --schedule says how many tokens each decides, with "
+        "--threshold at least. Without --steps, a block takes as many as --threshold or --factor "
+        "needs.",
         minimum=1,
-        shown_default="the model's own, else --gen-length",
+        shown_default=own("--gen-length"),
     )
     temperature: float = knob(0.0, "0 is greedy; above 0, exact Gumbel-max sampling.", minimum=0.0)
-    cfg_scale: float = knob(
-        0.0, "Classifier-free guidance, two passes a step; 0 is off.", minimum=0.0
+    top_p: float | None = knob(
+        None,
+        "Sample from the fewest most probable tokens that have more than this probability, after "
+        "--temperature.",
+        minimum=0.0,
+        maximum=1.0,
+        shown_default=own("1, which is off"),
     )
-    remasking: Remasking = knob(
-        "low_confidence",
-        "Which tokens are masked again: how confidence is measured. sae is our own experiment: "
-        "confidence times how little the features of --sae change.",
+    top_k: int | None = knob(
+        None,
+        "Sample from this many most probable tokens, after --top-p.",
+        minimum=0,
+        shown_default=own("0, which is off"),
+    )
+    cfg_scale: float | None = knob(
+        None,
+        "Classifier-free guidance, two passes a step; 0 is off.",
+        minimum=0.0,
+        shown_default=own("0"),
+    )
+    schedule: Schedule | None = knob(
+        None,
+        "How many tokens a step decides: equally many (even); or, as in Dream, int(m (1 - s/t)) of "
+        "m masked ones from time t to s, as time falls evenly from 1 to 0.001, and all in the last "
+        "step (timesteps); or, as in dllm, m (1 - s/t) rounded, as time falls to 0 (rounded). "
+        "timesteps with --remasking random decides each with probability 1 - s/t, which is Dream's "
+        "origin.",
+        shown_default=own("even"),
+    )
+    remasking: Remasking | None = knob(
+        None,
+        "Which tokens are masked again: how confidence is measured. In Dream low_confidence is "
+        "called maskgit_plus, and margin topk_margin. sae is our own experiment: confidence times "
+        "how little the features of --sae change.",
+        shown_default=own("low_confidence"),
+    )
+    confidence_of: Distribution | None = knob(
+        None,
+        "The distribution whose confidence it is: the model's, at temperature 1, as in LLaDA; or "
+        "the one that tokens are sampled from, after --temperature, --top-p and --top-k, as in "
+        "Dream.",
+        shown_default=own("model"),
+    )
+    alg_temp: float | None = knob(
+        None,
+        "Draw which tokens stay, without replacement, with probabilities softmax(confidence / "
+        "this), as in Dream; 0 takes the most confident.",
+        minimum=0.0,
+        shown_default=own("0"),
     )
     threshold: float | None = knob(
         None,
@@ -55,7 +107,7 @@ class Sampler:
         "confidence, and always the most confident one, until the block is done.",
         minimum=0.0,
         maximum=1.0,
-        shown_default="off",
+        shown_default=own("off"),
     )
     factor: float | None = knob(
         None,
@@ -63,14 +115,14 @@ class Sampler:
         "one, for the largest n with (n + 1)(1 - confidence of the n-th) at most this; the last "
         "masked token of a block is decided with the others.",
         minimum=0.0,
-        shown_default="off",
+        shown_default=own("off"),
     )
     sub_block_length: int | None = knob(
         None,
         "Decide a block in parts of this many tokens, from left to right (the small block of "
         "Fast-dLLM v2).",
         minimum=1,
-        shown_default="the model's own, else the block",
+        shown_default=own("the block"),
     )
     cache: CacheRule | None = knob(
         None,
@@ -93,15 +145,17 @@ class Sampler:
         maximum=1.0,
         shown_default="0, which is off",
     )
-    eos: EosRule = knob(
-        "normal",
+    eos: EosRule | None = knob(
+        None,
         "End-of-sequence: like any token (normal); decided last in its block, and with it LLaDA's "
         "end of a turn (late); or not sampled at all (never).",
+        shown_default=own("normal"),
     )
-    early_stop: bool = knob(
-        False,
+    early_stop: bool | None = knob(
+        None,
         "End a completion when a finished block contains end-of-sequence.",
         "--early-stop/--full-length",
+        shown_default=own("full-length"),
     )
     compile: bool = knob(
         False,
@@ -123,6 +177,21 @@ class Sampler:
                 "--steps is a fixed number of steps, and with --sub-block-length a block takes as "
                 "many as its parts need: leave one of them out"
             )
+        unscheduled = self.parallel or self.sub_block_length is not None
+        if self.schedule not in (None, "even") and unscheduled:
+            bounds = {"--factor": self.factor, "--threshold": self.threshold}
+            rule = next((name for name, value in bounds.items() if value is not None), None)
+            rule = rule or "--sub-block-length"
+            raise UsageError(
+                f"--schedule says how many tokens a step decides, and so does {rule}: leave one "
+                f"of them out"
+            )
+        if self.alg_temp:
+            self._check_alg_temp()
+        if self.top_p is not None and not 0 <= self.top_p <= 1:
+            raise UsageError(f"--top-p {self.top_p} is no probability, from 0 to 1")
+        if self.top_k is not None and self.top_k < 0:
+            raise UsageError(f"--top-k {self.top_k} is less than 0")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise UsageError(f"--threshold {self.threshold} is no confidence, from 0 to 1")
         if self.factor is not None and not self.factor >= 0:
@@ -136,15 +205,31 @@ class Sampler:
             ("--factor", self.factor is not None, BETWEEN_0_AND_1),
             ("--refresh-below", self.refresh_below > 0, SURE),
         ):
-            if given and self.remasking not in rules:
+            if given and self.remasking is not None and self.remasking not in rules:
                 raise UsageError(
                     f"{option} compares a confidence between 0 and 1, and that of --remasking "
                     f"{self.remasking} is none: take {' or '.join(rules)}"
                 )
         if self.compile and self.cached:
             raise UsageError("--compile and --cache do not go together: leave one out")
-        if self.cfg_scale > 0 and self.cached:
+        if self.cfg_scale and self.cached:
             raise UsageError("--cfg-scale and --cache do not go together: leave one out")
+
+    def _check_alg_temp(self) -> None:
+        """Refuse an alg_temp other than 0 with what does not take the most confident tokens."""
+        if not 0 < (self.alg_temp or 0) < math.inf:
+            raise UsageError(f"--alg-temp {self.alg_temp} is no temperature, 0 or more")
+        if self.parallel:
+            rule = "--threshold" if self.factor is None else "--factor"
+            raise UsageError(
+                f"--alg-temp draws a number of tokens, and {rule} compares each with a bound: "
+                f"leave one of them out"
+            )
+        if self.remasking == "random":
+            raise UsageError(
+                "--alg-temp draws tokens by their confidence, and --remasking random has none: "
+                "leave one of them out"
+            )
 
     @property
     def cached(self) -> bool:
@@ -160,3 +245,36 @@ class Sampler:
     def parallel(self) -> bool:
         """Whether the confidence says how many tokens a step decides."""
         return self.threshold is not None or self.factor is not None
+
+
+OWN: tuple[str, ...] = tuple(
+    field.name
+    for field in fields(Sampler)
+    if field.default is None and field.name not in ("cache", "refresh")
+)
+"""Options that a model may have for itself, in the object `sampling`."""
+
+
+def check_own(sampling: Mapping[str, Any]) -> None:
+    """Raise ValueError if the object `sampling` of a model has values that are not of their kind.
+
+    Its names are those of `Sampler`; only block_length may be None, for the whole length.
+    """
+    kinds = get_type_hints(Sampler)
+    for name, value in sampling.items():
+        if name not in OWN:
+            raise ValueError(f"sampling has no {name[:80]}; there are {', '.join(OWN)}")
+        [kind] = [part for part in get_args(kinds[name]) if part is not type(None)]
+        if value is None and name == "block_length":
+            continue
+        if choices := get_args(kind):
+            fits, wanted = value in choices, f"one of {', '.join(choices)}"
+        elif kind is bool:
+            fits, wanted = type(value) is bool, "true or false"
+        elif kind is float:
+            fits = type(value) in (int, float) and 0 <= value < 2**31
+            wanted = "a number, 0 or more"
+        else:
+            fits, wanted = type(value) is int and 0 <= value < 2**31, "a whole number"
+        if not fits:
+            raise ValueError(f"sampling.{name} is not {wanted}")

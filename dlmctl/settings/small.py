@@ -19,6 +19,7 @@ class SmallModel:
     family: Variant = knob(
         "llada",
         f"{variant_summaries()} Both halves of a vision-language model have the given sizes.",
+        metavar="FAMILY",
     )
     hidden_size: int = knob(64, "Width of the model.", minimum=2)
     layers: int = knob(2, "Number of layers.", minimum=1)

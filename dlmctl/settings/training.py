@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 from dlmctl.settings import Knob, knob, same
-from dlmctl.settings.algorithms import OBJECTIVE, defaults
+from dlmctl.settings.algorithms import defaults
+from dlmctl.settings.objective import OBJECTIVE
 from dlmctl.settings.optimizer import GradientCheckpointing
 
 OptionalModel = Annotated[
@@ -53,12 +54,13 @@ class Learning:
         panel=OBJECTIVE,
         shown_default=defaults("inner"),
     )
-    drop_zero_adv: bool = knob(
-        False,
+    drop_zero_adv: bool | None = knob(
+        None,
         "Leave out completions with advantage 0. RSPO learns from them: they pull back to the "
         "reference.",
         "--drop-zero-adv/--keep-zero-adv",
         panel=OBJECTIVE,
+        shown_default=defaults("drop_zero_adv", {True: "drop-zero-adv", False: "keep-zero-adv"}),
     )
     any_policy: bool = knob(
         False,

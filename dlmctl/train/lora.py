@@ -1,5 +1,8 @@
 """LoRA through peft: a low-rank adapter on every linear layer of the decoder.
 
+The experts of a mixture are no linear layers in transformers 5, which joins their matrices into one
+tensor: an adapter changes attention, dense and shared MLPs, and neither the experts nor the router.
+
 The reference policy of a LoRA run is the same model with the adapter switched off, which costs no
 memory.
 """
@@ -10,8 +13,10 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 
+from transformers.pytorch_utils import Conv1D
+
 from dlmctl.models.policy import Policy
-from dlmctl.records.errors import missing_package
+from dlmctl.records.errors import UsageError, missing_package
 from dlmctl.settings.optimizer import Adapter
 
 
@@ -20,6 +25,7 @@ def add_adapter(policy: Policy, settings: Adapter) -> Policy:
 
     Raises:
         UnavailableError: peft is not installed.
+        UsageError: none of the model's modules is known.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -27,11 +33,18 @@ def add_adapter(policy: Policy, settings: Adapter) -> Policy:
         raise missing_package("peft", "lora", "--lora-rank") from None
     modules = {name.rsplit(".", 1)[-1] for name, _ in policy.model.named_modules()}
     targets = [name for name in policy.model_family.lora_targets if name in modules]
+    if not targets:
+        raise UsageError(
+            f"--lora-rank: no module of {policy.name} is known to take an adapter; train all its "
+            "weights instead"
+        )
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=targets,
+        # GPT-2's layers have their weights the other way round.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in policy.model.modules()),
     )
     model = get_peft_model(policy.model, config)
     # The name that the checkpoint of the adapter finds its base model by.

@@ -20,9 +20,12 @@ def written(path, rows):
 
 @pytest.fixture(scope="module")
 def verified(tmp_path_factory, saved_models):
-    """Three groups of four with rewards of several values, and a weight for each token."""
+    """Three groups of four with rewards of several values, and a weight for each token.
+
+    They are sampled from left to right, as one algorithm requires.
+    """
     folder = tmp_path_factory.mktemp("verified")
-    sampler = ("--gen-length", "8", "--block-length", "4", "--steps", "4", "--temperature", "3")
+    sampler = ("--gen-length", "8", "--block-length", "1", "--temperature", "3")
     made = invoke(
         "rollout", "-q", "-m", saved_models("llada"), "--task", "sudoku", "--prompts", "3",
         "-n", "4", *sampler, "-o", folder / "sampled.jsonl",
@@ -131,7 +134,7 @@ def test_what_an_algorithm_has_no_use_for_is_refused(tmp_path, verified, saved_m
         (("--algo", "sft", "--clip", "0.3"), "--clip means nothing to --algo sft; it has: none"),
         (("--algo", "sft", "--baseline", "loo"), "--baseline means nothing to --algo sft"),
         (("--algo", "sft", "--drop-zero-adv"), "--drop-zero-adv means nothing to --algo sft"),
-        (("--algo", "espo", "--fill-to", "64"), "--fill-to is for --algo sft"),
+        (("--algo", "espo", "--fill-to", "64"), "--fill-to is for --algo sft and vrpo"),
         (("--algo", "espo", "--scale", "group", "--baseline", "none"), "--baseline none"),
         (("--algo", "gdsd", "-m", saved_models("ar")), "gdsd trains diffusion models alone"),
         (("--algo", "gdsd", "--masks", "independent"), "--masks complementary or stratified"),

@@ -73,6 +73,7 @@ dlmctl prompts canaries -n 4 -o canaries.jsonl
 head -n 4 corpus.jsonl | tee seen.jsonl > train.jsonl
 dlmctl prompts sudoku --split test -n 4 --completions | tee unseen.jsonl > heldout.jsonl
 (echo Puzzle,Solution; jq -r '"\(.puzzle),\(.solution)"' prompts.jsonl) > 4x4_test_sudoku.csv
+jq -c '{prompt, chosen: .completion, rejected: .completion[:4]}' train.jsonl > preferences.jsonl
 jq -c '{prompt, completion: .completion[:4], answer: .completion}' train.jsonl > answered.jsonl
 
 dlmctl prompts shapes -n 40 --completions -o scenes.jsonl

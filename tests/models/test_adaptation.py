@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dlmctl.diffusion.elbo import token_log_probs
 from dlmctl.models.loading import load_policy
 from dlmctl.models.sight import left_to_right_blocks
 from dlmctl.records.jsonl import read_records
@@ -72,10 +73,14 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def made(source: Path, *options: str | int) -> Path:
-    target = source.parent / f"{source.name}-a2d"
+    target = made_already(source)
     result = invoke("init", target, "--from", source, *options)
     assert result.exit_code == 0, result.output
     return target
+
+
+def made_already(source: Path) -> Path:
+    return source.parent / f"{source.name}-a2d"
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -139,6 +144,13 @@ def test_block_by_block_it_is_the_stock_model_under_a_mask_of_blocks(tmp_path, k
     body = getattr(stock, stock.base_model_prefix)
     expected = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     torch.testing.assert_close(policy.hidden(ids, None), expected)
+    # The sampler reuses keys only if no layer has a window.
+    (tmp_path / "p").write_text('{"id": 1, "prompt": "12="}\n')
+    arguments = ["-m", target, "-n", 1, "--gen-length", 6, "--raw"]
+    plain = invoke("rollout", tmp_path / "p", *arguments)
+    assert plain.exit_code == 0, plain.output
+    cached = invoke("rollout", tmp_path / "p", *arguments, "--cache", "exact")
+    assert (cached.exit_code == 2) == (kind in ("mistral", "gemma3"))
     result = invoke("init", tmp_path / "new", "--from", source, "--pattern", "block-causal")
     assert (result.exit_code, "--block-length" in result.stderr) == (2, True)
 
@@ -226,6 +238,46 @@ def test_shards_stay_shards_and_the_rest_of_the_files_is_kept(tmp_path):
     torch.testing.assert_close(body, policy.hidden(ids, None))
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_it_trains_an_adapter_and_is_merged_with_it(tmp_path, kind):
+    source = autoregressive(tmp_path / kind, kind)
+    (tmp_path / "data").write_text('{"id": 1, "prompt": "12=", "completion": "345"}\n')
+    options = ["--algo", "sft", "--raw", "--lora-rank", 2, "--lr", 0.1, "-m", made(source)]
+    done = invoke("update", tmp_path / "data", *options, "-o", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    done = invoke("merge", "-m", tmp_path / "run", "-o", tmp_path / "plain", "--dtype", "float32")
+    assert done.exit_code == 0, done.output
+    adapted, plain = (
+        load_policy(str(tmp_path / name), "cpu", "float32") for name in ("run", "plain")
+    )
+    assert (plain.family, plain.mask_id, plain.shift) == ("a2d", adapted.mask_id, 1)
+    ids = torch.tensor([[2, 3, 4, 5]])
+    close = {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(plain.hidden(ids, None), adapted.hidden(ids, None), **close)
+    base = load_policy(str(made_already(source)), "cpu", "float32")
+    assert not torch.allclose(plain.hidden(ids, None), base.hidden(ids, None), **close)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3"])
+def test_noised_blocks_after_clean_ones_are_read_within_the_windows(tmp_path, kind):
+    """The two streams of a pass, compared with a pass over a clean past and one noised block."""
+    source = autoregressive(tmp_path / kind, kind)
+    target = made(source, "--pattern", "block-causal", "--block-length", 2, "--shift", 0)
+    policy = load_policy(str(target), "cpu", "float32")
+    prompt, completion, mask = [2, 3, 4, 5], [6, 7, 8, 9, 10, 11], policy.mask_id
+    masked = torch.tensor([1, 0, 1, 1, 0, 1]).bool()
+    found = token_log_probs(policy, [prompt], [completion], [masked])[0]
+    for block in range(3):
+        past = [*prompt, *completion[: 2 * block]]
+        own = completion[2 * block : 2 * block + 2]
+        noised = [mask if masked[2 * block + n] else token for n, token in enumerate(own)]
+        columns = torch.arange(len(past), len(past) + 2)
+        ids = torch.tensor([[*past, *noised]])
+        logits = policy.predict(ids, None, torch.zeros(2, dtype=torch.int64), columns)
+        values = logits.log_softmax(-1)[[0, 1], own].where(masked[2 * block :][:2], 0)
+        torch.testing.assert_close(found[2 * block : 2 * block + 2], values)
+
+
 def refused(source: Path | str, *options: str) -> str:
     target = Path(options[0]) if options else Path(str(source) + "-a2d")
     result = invoke("init", target, "--from", source)
@@ -269,6 +321,16 @@ def test_a_model_with_layers_that_look_back_only_is_refused(tmp_path):
     assert result.exit_code == 65, result.output
     assert "block 1 of a Lfm2ForCausalLM reads from left to right only" in result.stderr
     assert not list(tmp_path.glob("*new*"))
+
+
+def test_a_class_that_attends_as_it_likes_is_refused(tmp_path):
+    """StableLM is causal if it is given no mask, whatever `is_causal` says."""
+    sizes = {name: value for name, value in SIZES.items() if name != "head_dim"}
+    config = transformers.StableLmConfig(**sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "stable")
+    plain_tokenizer().save_pretrained(tmp_path / "stable")
+    result = invoke("init", tmp_path / "new", "--from", tmp_path / "stable")
+    assert (result.exit_code, "block 0 of a StableLmForCausalLM" in result.stderr) == (65, True)
 
 
 def test_options_of_a_new_model_are_refused_and_a_directory_is_kept(tmp_path):

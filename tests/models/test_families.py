@@ -177,15 +177,15 @@ def test_a2d_names_of_decoders_are_read_as_bidirectional(tmp_path):
 
 
 UNKNOWN = {
-    "architectures": ["StableDiffcoderForCausalLM"],
-    "auto_map": {"AutoModelForCausalLM": "modeling_stable.StableDiffcoderForCausalLM"},
+    "architectures": ["OtherDiffusionForCausalLM"],
+    "auto_map": {"AutoModelForCausalLM": "modeling_other.OtherDiffusionForCausalLM"},
 }
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (UNKNOWN, "StableDiffcoderForCausalLM is not part of transformers"),
+        (UNKNOWN, "OtherDiffusionForCausalLM is not part of transformers"),
         (
             {"architectures": None, "auto_map": {"AutoModelForCausalLM": "modeling_x.XDiffusion"}},
             "XDiffusion is not part of transformers",

@@ -48,7 +48,13 @@ def test_it_says_what_loading_finds(saved_models, tmp_path, variant):
     if policy.diffusion:
         assert traits["mask token"] == f"{policy.mask_id} {text(policy.mask_id)!r}"
         block = policy.blocks.length if policy.blocks else 16
-        assert traits["sampler"] == f"gen_length 16 (its own), block_length {block}, steps 16"
+        own = policy.model_family.sampling
+        expected = f"gen_length 16 (its own), block_length {block}"
+        expected += " (its own)" if "block_length" in own else ""
+        expected += f", steps {own['steps']} (its own)" if "steps" in own else ", steps 16"
+        others = sorted(own.keys() - {"gen_length", "block_length", "steps"})
+        expected += "".join(f", {name} {own[name]} (its own)" for name in others)
+        assert traits["sampler"] == expected
     else:
         assert "mask token" not in traits
         assert traits["sampler"] == "gen_length 16 (its own)"

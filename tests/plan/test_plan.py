@@ -431,6 +431,23 @@ def test_the_config_of_a_model_is_enough(tmp_path, saved_models, family):
     assert "fits" not in rows["step"]
 
 
+@pytest.mark.parametrize(
+    ("options", "masks"),
+    [
+        (("--algo", "justgrpo"), 12),
+        (("--algo", "tracerl", "--block-length", 4, "--steps", 9, "--shrink", 2), 5),
+        (("--algo", "tracerl", "--block-length", 4, "--shrink", 1), 12),
+        (("--algo", "rspo", "--masks", "left-to-right"), 12),
+        (("--algo", "coupled-grpo"), 3),
+    ],
+)
+def test_masks_in_an_order_are_as_many_as_its_steps(saved_models, options, masks):
+    model = ("-m", saved_models("llada"), *options)
+    single = 3 if "coupled-grpo" in options else 1
+    one = planned(*model, "-k", single)["update"]["flops"] / single
+    assert planned(*model)["update"]["flops"] == pytest.approx(masks * one, rel=1e-6)
+
+
 def test_images_have_a_stage_more_and_are_for_models_that_take_them(tmp_path, saved_models):
     save_policy(tiny_vision_policy(), tmp_path)
     options = ("-m", tmp_path, "--algo", "srpo")

@@ -13,7 +13,7 @@ import torch
 from conftest import tiny_policy
 
 from dlmctl.diffusion.elbo import log_probs
-from dlmctl.diffusion.scoring import MaskPlan, example_of
+from dlmctl.diffusion.scoring import MaskPlan, even_masks, example_of
 from dlmctl.records.jsonl import Record
 from dlmctl.rl.advantages import Normalization
 from dlmctl.rl.objectives.table import make_objective
@@ -22,7 +22,14 @@ from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
 SAMPLES, LENGTH = 4, 8
 
 
-def verified(policy):
+def order(algo, number):
+    """The steps of a completion: in no block order, but from left to right for justgrpo."""
+    return (
+        [*range(LENGTH)] if algo == "justgrpo" else [(5 * t) % (3 + number) for t in range(LENGTH)]
+    )
+
+
+def verified(policy, algo):
     """Two prompts; some completions end early."""
     generator = torch.Generator().manual_seed(3)
     groups = []
@@ -36,7 +43,7 @@ def verified(policy):
             prompt = [3 + g, 5, 4, 6, 7, 3]
             record = Record(id=f"p{g}", sample=i, reward=reward)
             record["tokens"] = {"prompt": prompt, "completion": ids}
-            record["rollout"] = {"samples": SAMPLES}
+            record["rollout"] = {"samples": SAMPLES, "order": order(algo, i)}
             group.append(record)
         groups.append(group)
     return groups
@@ -46,11 +53,13 @@ class Whole:
     """log p of every token of the completion [N, K, L] under the masks of one step."""
 
     def __init__(self, policy, groups, plan):
-        self.examples = [example_of(r, policy, plan) for group in groups for r in group]
+        self.records = [r for group in groups for r in group]
+        self.examples = even_masks([example_of(r, policy, plan) for r in self.records])
         self.hidden = torch.stack([e.masks.masked for e in self.examples])
         self.scored = torch.stack([e.masks.scored for e in self.examples])
         self.lengths = self.scored.sum(dim=1)
         rewards = torch.tensor([[r["reward"] for r in group] for group in groups]).double()
+        self.rewards = rewards
         others = (rewards.sum(dim=1, keepdim=True) - rewards) / (SAMPLES - 1)
         self.less_mean = (rewards - rewards.mean(dim=1, keepdim=True)).flatten()
         self.less_others = (rewards - others).flatten()
@@ -155,7 +164,105 @@ def spg(of, now, old, reference, beta=1.5, omega=0.5):
     return total / of.lengths.sum()
 
 
+def tracerl(of, now, old, reference, clip=0.2, beta=0.01):
+    """dLLM-RL: a row for every two steps that decided something; the penalty is a sum over it."""
+    deviation = of.rewards.var(dim=1, correction=0, keepdim=True).sqrt()
+    advantage = ((of.rewards - of.rewards.mean(dim=1, keepdim=True)) / deviation).flatten()
+    rows = []
+    for i, record in enumerate(of.records):
+        steps = record["rollout"]["order"]
+        merged = [sorted({*steps}).index(step) // 2 for step in steps]
+        of_this = 0
+        for step in sorted({*merged}):
+            places = [t for t in range(int(of.lengths[i])) if merged[t] == step]
+            if not places:
+                continue
+            assert of.hidden[i, of_this].tolist() == [other >= step for other in merged]
+            ratio = (now[i, of_this, places] - old[i, of_this, places]).exp()
+            gain = torch.minimum(
+                ratio * advantage[i], ratio.clamp(1 - clip, 1 + clip) * advantage[i]
+            )
+            k3 = 1 / ratio - 1 + ratio.log()
+            rows.append(-gain.mean() + beta * k3.sum())
+            of_this += 1
+        assert not of.hidden[i, of_this:].any()
+    return sum(rows) / len(rows)
+
+
+def justgrpo(of, now, old, reference, clip=0.2):
+    """The sum over all positions of the canvas, each with all later ones masked."""
+    later = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu()
+    assert all(torch.equal(hidden, later) for hidden in of.hidden)
+    deviation = of.rewards.std(dim=1, keepdim=True) + 1e-4
+    advantage = ((of.rewards - of.rewards.mean(dim=1, keepdim=True)) / deviation).flatten()[:, None]
+    ratio = (now - old).diagonal(dim1=1, dim2=2).exp()
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    return -gain.sum() / (len(now) * LENGTH)
+
+
+def coupled_grpo(of, now, old, reference, clip=0.5, beta=0.01):
+    """The full mask, and half of a pair with the weight 1/t or 1/(1 - t), in equal parts."""
+    assert of.hidden[:, 0].all()
+    assert torch.equal(of.hidden[:, 1], ~of.hidden[:, 2])
+    weights = torch.stack([e.masks.weights for e in of.examples]) / 1.5
+    # 1/t and 1/(1 - t), either of which is 0 if none of its tokens count.
+    assert torch.allclose((1 / weights[:, 1:]).sum(dim=1)[weights.all(dim=1)], weights.new_ones(()))
+    first, second = weights[:, 1:2], weights[:, 2:]
+
+    def score(values):
+        half = torch.where(of.hidden[:, 1], first * values[:, 1], second * values[:, 2])
+        return ((values[:, 0] + half) / 2)[of.scored]
+
+    a = of.less_others[:, None].expand(-1, LENGTH)[of.scored]
+    ratio, away = (score(now) - score(old)).exp(), score(reference) - score(now)
+    gain = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
+    return (-gain + beta * (away.exp() - away - 1)).mean()
+
+
+def d2(of, now, old, reference, clip=0.5, beta=0.04):
+    """diffu-GRPO's loss of every token up to the end, each at its own step."""
+    losses = []
+    for i in range(len(now)):
+        for t in range(int(of.lengths[i])):
+            [k] = of.examples[i].masks.targets[:, t].nonzero()[:, 0].tolist()
+            assert of.hidden[i, k, t]
+            ratio, away = (now[i, k, t] - old[i, k, t]).exp(), reference[i, k, t] - now[i, k, t]
+            a = of.less_mean[i]
+            gain = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
+            losses.append(-gain + beta * (away.exp() - away - 1))
+    return sum(losses) / len(losses)
+
+
+def gdpo(of, now, old, reference, clip=0.5):
+    """The ratio of sequences by their bound at three nodes, without penalty."""
+    nodes = torch.tensor([0.5 - 0.15**0.5, 0.5, 0.5 + 0.15**0.5]).double()[:, None]
+    shares = torch.tensor([5, 8, 5]).double()[:, None] / 18
+    assert of.hidden.shape[1] == 3
+    assert of.scored.all()
+    moved = ((now - old) * of.hidden * shares / nodes).sum(dim=(1, 2))
+    ratio, a = (moved / LENGTH).exp(), of.less_mean
+    return -torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a).mean()
+
+
+def bgpo(of, now, old, reference, clip=0.2, dual=3.0):
+    """Each of 16 masks has a ratio: linear for the good, exponential for the bad."""
+    deviation = of.rewards.std(dim=1, keepdim=True) + 1e-4
+    advantage = ((of.rewards - of.rewards.mean(dim=1, keepdim=True)) / deviation).flatten()
+    total = 0.0
+    for i in range(len(now)):
+        for k in range(16):
+            targets = of.hidden[i, k] & of.scored[i]
+            moved = (now[i, k] - old[i, k])[targets].sum() / targets.sum()
+            a = advantage[i]
+            ratio = moved.exp() if a < 0 else 1 + moved
+            gain = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
+            total = total - (torch.maximum(gain, dual * a) if a < 0 else gain) * of.lengths[i] / 16
+    return total / of.lengths.sum()
+
+
 PUBLISHED = {"diffu-grpo": diffu_grpo, "wd1": wd1, "espo": espo, "gdsd": gdsd, "spg": spg}
+PUBLISHED |= {"tracerl": tracerl, "justgrpo": justgrpo, "coupled-grpo": coupled_grpo}
+PUBLISHED |= {"d2": d2, "gdpo": gdpo, "bgpo": bgpo}
 
 
 def gradient_of(policy):
@@ -175,8 +282,10 @@ def test_loss_and_gradient_at_the_defaults(algo):
     move(reference, 0.01)
     sampler = replace(policy, model=copy.deepcopy(policy.model))
     objective = make_objective(algo)
-    recipe, groups = objective.recipe, verified(policy)
-    plan = MaskPlan(recipe.law, recipe.samples, 0, recipe.until_eos, recipe.prompt_mask, 4)
+    recipe, groups = objective.recipe, verified(policy, algo)
+    plan = MaskPlan(
+        recipe.law, recipe.samples, 0, recipe.until_eos, recipe.prompt_mask, 4, shrink=2
+    )
     batching = Batching(plan, Normalization.of(algo), inner=2)
     frozen = Reference("r", lambda examples: log_probs(reference, examples, 8))
     steps = policy_gradients(policy, frozen, groups, objective, batching, 3)

@@ -11,6 +11,7 @@ from dlmctl.records.jsonl import Record, write_records
 from dlmctl.rl import recorded
 from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
+from dlmctl.settings.mask_laws import ALL
 
 PLAN = MaskPlan(samples=2)
 
@@ -62,6 +63,23 @@ def kl(records, plan=PLAN, family="llada", policy=None, steps=1, **batching):
 def test_scores_of_the_same_masks_and_weights_are_taken(capsys):
     [computed] = kl(group())
     [taken] = kl(scored())
+    assert taken == pytest.approx(computed + 1)
+    assert not capsys.readouterr().err
+
+
+def test_scores_of_decodings_with_different_numbers_of_steps_are_taken(capsys):
+    plan = MaskPlan("trajectory", ALL)
+    records = group()
+    for i, record in enumerate(records):
+        record["rollout"] = {"order": [t // (1 + i) for t in range(4)]}
+    [computed] = kl(records, plan)
+    policy, reference = pair()
+    held = list(score(records, {"policy": policy, "reference": reference}, plan, 8))
+    assert len({len(record["elbo"]["policy"]["samples"]) for record in held}) == 3
+    for record in held:
+        entry = record["elbo"]["policy"]
+        entry["samples"] = [value + 1.0 for value in entry["samples"]]
+    [taken] = kl(held, plan)
     assert taken == pytest.approx(computed + 1)
     assert not capsys.readouterr().err
 

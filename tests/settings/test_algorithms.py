@@ -10,21 +10,24 @@ import pytest
 from dlmctl.cli import functions
 from dlmctl.records.errors import UsageError
 from dlmctl.rl.objectives.table import make_objective, objective_class
-from dlmctl.settings.algorithms import (
-    RECIPES,
-    Algorithm,
-    Constants,
-    Reinforcement,
-    check_kind,
-)
+from dlmctl.settings.algorithms import RECIPES, Algorithm, Reinforcement, check_kind
+from dlmctl.settings.mask_laws import ALL
+from dlmctl.settings.objective import Constants
 
-WORDS = {"until-eos": True, "all-tokens": False}
+WORDS = {
+    "until-eos": True,
+    "all-tokens": False,
+    "drop-zero-adv": True,
+    "keep-zero-adv": False,
+    "all": ALL,
+}
+RECIPE = ("inner", "baseline", "scale", "until_eos", "prompt_mask", "shrink", "drop_zero_adv")
 FIELDS = {
     "masks": "law",
     "law": "law",
     "samples": "samples",
     "masks_per_sample": "samples",
-    **{name: name for name in ("inner", "baseline", "scale", "until_eos", "prompt_mask")},
+    **{name: name for name in RECIPE},
     **{field.name: field.name for field in fields(Constants)},
 }
 """What of the table the options of the commands are, by their names."""
@@ -70,7 +73,7 @@ def test_help_shows_the_default_of_every_algorithm(command):
         }
         assert {algo: number(value) for algo, value in values(text).items()} == table, name
         seen += 1
-    assert seen == {"update": 16, "plan": 4, "advantage": 2}[command]
+    assert seen == {"update": 18, "plan": 5, "advantage": 2}[command]
 
 
 def test_every_algorithm_has_a_recipe_and_an_objective_with_its_constants():
@@ -97,6 +100,20 @@ def test_every_algorithm_has_a_recipe_and_an_objective_with_its_constants():
             "gdsd",
             {"clip": 4e-4, "beta": 1e-3, "psi": 10, "inner": 8, "samples": 4, "baseline": "loo"},
         ),
+        # configs/rl_llada.yaml of dLLM-RL, where `shrink` is of its TraceRL; grpo.py and train.py
+        # of JustGRPO; recipes/config_coupled_code.yaml of ml-diffucoder, and coupled_grpo.py.
+        ("tracerl", {"clip": 0.2, "beta": 0.01, "shrink": 8, "scale": "zscore", "inner": 1}),
+        ("justgrpo", {"clip": 0.2, "beta": 0, "loss_type": "dr_grpo", "scale": "group"}),
+        ("justgrpo", {"baseline": "mean", "inner": 1, "until_eos": False}),
+        ("coupled-grpo", {"clip": 0.5, "beta": 0.01, "inner": 2, "baseline": "loo"}),
+        # bash_scripts/{train.yaml,gsm8k_d2stepmerge.sh} of d2, 8 segments of 128 steps;
+        # slurm_scripts/{train.yaml,countdown_base.sbatch} of GDPO; run_bgpo_llada_8b_instruct.sh
+        # of DARE and the defaults of verl under it.
+        ("d2", {"clip": 0.5, "beta": 0.04, "inner": 12, "shrink": 128 // 8, "prompt_mask": 0.15}),
+        ("gdpo", {"clip": 0.5, "beta": 0, "inner": 12, "samples": 3, "law": "quadrature"}),
+        ("gdpo", {"baseline": "mean", "scale": "none", "until_eos": False}),
+        ("bgpo", {"clip": 0.2, "dual_clip": 3, "inner": 1, "samples": 16, "scale": "group"}),
+        ("coupled-grpo", {"scale": "none", "samples": 3, "until_eos": True}),
         # GRPOConfig of TRL 1.16.
         ("grpo", {"clip": 0.2, "beta": 0, "loss_type": "dapo", "inner": 1, "scale": "group"}),
     ],
@@ -126,12 +143,23 @@ def test_an_option_that_an_algorithm_lacks_is_refused():
             Constants(**{name: 0.1}).of(algo)
 
 
-def test_gdsd_alone_refuses_an_autoregressive_model():
-    for algo in RECIPES:
-        check_kind(algo, True, "m")
-        if algo != "gdsd":
-            check_kind(algo, False, "m")
+@pytest.mark.parametrize(
+    ("algo", "why"),
+    [
+        ("gdsd", "under a mask and its complement"),
+        ("tracerl", "steps that denoised a completion"),
+        ("d2", "steps that denoised a completion"),
+    ],
+)
+def test_what_needs_masks_refuses_an_autoregressive_model(algo, why):
+    check_kind(algo, True, "m")
     with pytest.raises(
-        UsageError, match=r"gdsd trains diffusion models alone.*m is autoregressive"
+        UsageError, match=rf"{algo} trains diffusion models alone.*{why}, and m is autoregressive"
     ):
-        check_kind("gdsd", False, "m")
+        check_kind(algo, False, "m")
+
+
+def test_all_others_train_both_kinds():
+    for algo in {*RECIPES} - {"gdsd", "tracerl", "d2"}:
+        check_kind(algo, True, "m")
+        check_kind(algo, False, "m")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
-from dlmctl.models.attention import Blocks, Pattern
+from dlmctl.models.attention import Blocks as Blocks
+from dlmctl.models.attention import Pattern
 from dlmctl.records.errors import DataError
 from dlmctl.settings.small import SmallModel
 
@@ -69,7 +70,8 @@ class ModelFamily:
     The family's name is that of the file, with - for _.
     """
 
-    # 1. Which config.json it recognises: first by type, then by class.
+    # 1. Which config.json it recognises: first by the authors' own class, then by type, then by
+    # class.
     model_types: tuple[str, ...] = ()
     """Patterns (fnmatch) of `model_type` in config.json, in lower case."""
     classes: tuple[str, ...] = ()
@@ -96,8 +98,9 @@ class ModelFamily:
     reuses_keys = True
     """A block-wise sampler may reuse keys and values (`--cache`): all layers are those of a decoder
     and attend to the whole sequence."""
-    sampling: Mapping[str, int] = {}
-    """The authors' own gen_length, block_length and steps, if config.json states none."""
+    sampling: Mapping[str, Any] = {}
+    """The authors' own options of the sampler (`settings.sampler.OWN`), if config.json states none;
+    a block_length of None is the whole length."""
 
     # 4. Special tokens.
     mask_id: int | None = None
@@ -111,9 +114,12 @@ class ModelFamily:
     lora_targets: tuple[str, ...] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
         "query", "key", "value", "dense", "Wqkv", "Wo", "Wi",
+        "qkv_proj", "gate_up_proj", "c_attn", "c_fc", "c_proj",
+        "query_key_value", "dense_h_to_4h", "dense_4h_to_h",
     )  # fmt: skip
     """Names of the modules that a new LoRA adapter changes, if the model has them: all linear
-    layers of a block, first in Llama- and Qwen-like decoders, then in BERT-like encoders.
+    layers of a block, first in Llama- and Qwen-like decoders, then in BERT-like encoders, Phi-3,
+    GPT-2 and GPT-NeoX.
 
     d1's diffu-GRPO lists the first seven, of which LLaDA's own code has q_proj, k_proj, v_proj and
     up_proj; its SFT lists q_proj, k_proj and v_proj.
@@ -249,4 +255,19 @@ def decoder_sizes(small: SmallModel, tokenizer: Any) -> dict[str, Any]:
         "tie_word_embeddings": False,
         # transformers' 0.02 suits widths near 2,500; in a narrow model it starves the blocks.
         "initializer_range": small.hidden_size**-0.5,
+    }
+
+
+def mixture_sizes(small: SmallModel, tokenizer: Any) -> dict[str, Any]:
+    """The same for a small mixture of experts: four, of which a token takes two.
+
+    An expert has half the width of a dense MLP, so that a token takes as many parameters.
+    """
+    sizes = decoder_sizes(small, tokenizer)
+    return {
+        **sizes,
+        "head_dim": small.hidden_size // small.heads,
+        "moe_intermediate_size": -(-sizes["intermediate_size"] // 2),
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
     }

@@ -7,13 +7,17 @@ how long its blocks are: write MODEL,family=bd3lm,block_length=32.
 
 from __future__ import annotations
 
-from dlmctl.models.attention import Blocks
+from collections.abc import Mapping
+from typing import Any
+
+from dlmctl.models.families import Blocks
 from dlmctl.models.families.a2d import A2D
 
 
 class BlockDiffusion(A2D):
     model_types = ()
     pattern = "block-causal"
+    sampling: Mapping[str, Any] = {"schedule": "rounded"}
 
     def blocks(self, length: int) -> Blocks:
         return Blocks(length, "completion")

@@ -1,11 +1,13 @@
 """Dream, a Qwen2 that attends in both directions, its logits one position to the left.
 
-The weights keep Qwen2's names (arXiv 2508.15487). The original modeling code does not load in
-transformers 5.
+The weights keep Qwen2's names (arXiv 2508.15487). DiffuCoder and Dream-Coder are of the same class.
+Open-dCoder computes the same and publishes the config.json of a plain Qwen2, which says nothing of
+it: write MODEL,family=dream,mask_id=ID. The original modeling code does not load in transformers 5.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PretrainedConfig, Qwen2Config
@@ -28,6 +30,15 @@ class Dream(ModelFamily):
     """Dream's own class is the same under another name."""
     mask_id = 151666
     shift = 1
+    sampling: Mapping[str, Any] = {
+        "block_length": None,
+        "schedule": "timesteps",
+        "remasking": "entropy",
+        "confidence_of": "sampled",
+    }
+    """As the authors of Dream, Dream-Coder and DiffuCoder call `diffusion_generate`: one block, a
+    step for each token, alg="entropy". Their temperature (0.1 to 0.4) and top_p (0.9 or 0.95) are
+    for the user to give."""
 
     def config(self, raw: Raw, where: str) -> PretrainedConfig:
         fields = (*SHARED, "eos_token_id", "bos_token_id", "pad_token_id")

@@ -8,12 +8,12 @@ it is sampled like the others, as its likelihood is asked for later.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PretrainedConfig, Qwen2Config
 
-from dlmctl.models.attention import Blocks
-from dlmctl.models.families import ModelFamily, Raw, decoder_sizes, stock_config
+from dlmctl.models.families import Blocks, ModelFamily, Raw, decoder_sizes, stock_config
 from dlmctl.settings.small import SmallModel
 
 
@@ -23,6 +23,7 @@ class FastDllmV2(ModelFamily):
     own_config = True
     pattern = "block-causal"
     mask_id = 151665
+    sampling: Mapping[str, Any] = {"sub_block_length": 8}
     shift = 1
 
     def config(self, raw: Raw, where: str) -> PretrainedConfig:

@@ -12,8 +12,7 @@ from typing import Any
 
 from transformers import Ministral3Config, PretrainedConfig
 
-from dlmctl.models.attention import Blocks
-from dlmctl.models.families import ModelFamily, Raw, decoder_sizes, stock_config
+from dlmctl.models.families import Blocks, ModelFamily, Raw, decoder_sizes, stock_config
 from dlmctl.records.errors import DataError
 from dlmctl.settings.small import SmallModel
 

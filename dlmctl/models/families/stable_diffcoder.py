@@ -6,13 +6,11 @@ completion (arXiv 2601.15892). config.json is that of a Llama but for the name o
 
 from __future__ import annotations
 
-from dlmctl.models.attention import Blocks
-from dlmctl.models.families import ModelFamily, Raw
+from dlmctl.models.families import Blocks, ModelFamily, Raw
 
 
 class StableDiffCoder(ModelFamily):
     classes = ("StableDiffcoderForCausalLM",)
-    own_config = True
     pattern = "block-causal"
     mask_id = 5
 

@@ -36,12 +36,16 @@ class Espo(PenalizedRatios):
         surrogate = clipped_surrogate(self._ratio(scores), scores.advantage, self.clip)
         if self.beta == 0:
             return -surrogate.mean()
-        away = scores.elbo(scores.current - scores.reference)
-        return (self.beta * away**2 / (2 * scores.lengths) - surrogate).mean()
+        return (self.beta * self._penalty(scores) - surrogate).mean()
 
     def metrics(self, scores: Scores) -> dict[str, Any]:
         ratio = self._ratio(scores).detach()
         return {"clipped": clipped_share(ratio, scores.advantage, self.clip)}
+
+    def _penalty(self, scores: Scores) -> Tensor:
+        """[N]."""
+        away = scores.elbo(scores.current - scores.reference)
+        return away**2 / (2 * scores.lengths)
 
     def _ratio(self, scores: Scores) -> Tensor:
         return (scores.elbo(scores.current - scores.old) / scores.lengths).exp()

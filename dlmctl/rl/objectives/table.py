@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import Any
 
 from dlmctl.rl.objectives.scores import Objective
-from dlmctl.settings.algorithms import RECIPES, Constants, Reinforcement
+from dlmctl.settings.algorithms import RECIPES, Reinforcement
+from dlmctl.settings.objective import Constants
 
 
 def objective_class(algo: Reinforcement) -> type[Any]:

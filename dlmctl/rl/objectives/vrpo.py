@@ -5,8 +5,9 @@ under masks that the policy and the reference share:
 
     L = -mean_(w,l) log sigmoid(beta ((s_w - s_ref_w) - (s_l - s_ref_l)))
 
-Published: a budget of 8 masks, each with a level of its own, shared with the reference. The paper's
-pairs come from a data set; pairs from the group, and beta 0.1, are ours.
+Published: a budget of 8 masks, each with a level of its own, shared with the reference. As in the
+paper, pairs come from a data set (rl/preferences); or, which is ours, from the group of a prompt.
+beta 0.1 is ours too.
 """
 
 from __future__ import annotations
