@@ -128,6 +128,16 @@ def published(request, tmp_path_factory):
     return Published(case, source, expected, load_policy(f"{place}{case.reading}", "cpu"))
 
 
+def of(*names):
+    """These models alone."""
+    return pytest.mark.parametrize("published", names, indirect=True)
+
+
+def others(name):
+    """All models but this one."""
+    return of(*sorted(CASES.keys() - {name}))
+
+
 def save_tokenizer(place):
     """A tokenizer of 64 tokens, the special ones where the models have them."""
     vocabulary = {chr(0x4E00 + number): number for number in range(64)}
@@ -202,9 +212,8 @@ def test_its_masks_and_logits_are_those_of_the_authors_code(published):
         assert close(ours, torch.tensor(wanted["logits"]))
 
 
+@others("bd3lm")  # its blocks depend on where the completion begins
 def test_a_text_is_read_by_its_blocks_if_nothing_else_is_said(published):
-    if published.case.family == "bd3lm":
-        pytest.skip("its blocks depend on where the completion begins")
     for wanted in published.expected["forwards"]:
         if wanted["kind"] != "block after causal prefix":
             ours = logits(published.policy, wanted["ids"])[wanted["positions"]]
@@ -277,8 +286,6 @@ class Training(NamedTuple):
 def training(published):
     """The passes; dllm's trainer and Nemotron's count blocks from the text's beginning, unlike
     their samplers."""
-    if "training" not in published.expected:
-        pytest.skip("its training code is not public")
     blocks = replace(published.policy.blocks, origin="text")
     policy = replace(published.policy, blocks=blocks)
     for wanted in published.expected["training"]:
@@ -294,6 +301,7 @@ def training(published):
         yield Training(torch.tensor(wanted["logits"]), ours[among], first[among])
 
 
+@others("stable-diffcoder")  # its training code is not public
 def test_its_two_streams_are_those_of_the_authors_training(published):
     for theirs, ours, first in training(published):
         assert theirs.shape == ours.shape
@@ -304,10 +312,9 @@ def test_its_two_streams_are_those_of_the_authors_training(published):
         assert close(ours[same], theirs[same])
 
 
+@of("fast-dllm-v2", "nemotron-labs-diffusion")
 def test_in_their_training_a_first_token_is_predicted_in_the_noised_copy(published, monkeypatch):
     """By Fast-dLLM v2 from the token before it, noised; by Nemotron from itself."""
-    if not published.policy.blocks.first_alone:
-        pytest.skip("all tokens of its blocks are predicted alike")
     passes = list(training(published))
     assert any(not close(p.ours[p.first], p.theirs[p.first]) for p in passes if any(p.first))
     monkeypatch.setattr(Blocks, "leads", lambda *_: None)
