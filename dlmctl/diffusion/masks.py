@@ -40,6 +40,8 @@ is the exact log-likelihood of the completion, given which positions each step d
                    are one, which is exact for 1 alone (TraceRL, arXiv 2509.06949)
     left-to-right  one token after the other (JustGRPO, arXiv 2601.15165)
 
+For a block-causal model steps are counted in each block, and a mask is of all blocks.
+
 With `ALL` masks there is one for each of the n steps. With fewer, K of them are drawn without
 replacement. Each has the weight n, so that the mean over the masks is the sum, or unbiased for it.
 
@@ -182,7 +184,8 @@ def draw_masks(
             blocks before.
         levels: range of t, for the laws that draw one.
         group: n, how many neighbouring samples of the prompt share the levels of `complementary`.
-        order: G numbers, the step at which each token was decided, for `trajectory`.
+        order: G numbers, the step at which each token was decided, for the ordered laws; None for
+            left-to-right is one step after the other.
         shrink: how many of these steps are one, for `trajectory`.
 
     Raises:
@@ -311,7 +314,8 @@ def _trajectory(draw: _Draw) -> _Drawn:
 
 
 def _left_to_right(draw: _Draw) -> _Drawn:
-    return _in_order(draw, torch.arange(draw.scored.numel()))
+    steps = range(draw.scored.numel()) if draw.order is None else draw.order
+    return _in_order(draw, torch.tensor(steps))
 
 
 def _in_order(draw: _Draw, step: Tensor) -> _Drawn:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dlmctl.diffusion.elbo import Example, log_probs, scored_tokens, summarize
 from dlmctl.diffusion.masks import MaskSet, draw_masks, padded
+from dlmctl.models.attention import Blocks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
 from dlmctl.records.groups import group_size
@@ -140,6 +141,8 @@ def completion_masks(
     scored = scored_tokens(completion, policy, plan.until_eos)
     if not policy.diffusion:
         return MaskSet(scored[None], torch.ones(1, dtype=torch.float64), scored)
+    if policy.blocks is not None and plan.law in ORDERED:
+        order = steps_of_blocks(order or range(len(completion)), policy.blocks, prompt_length)
     return draw_masks(
         plan.law,
         plan.samples,
@@ -154,6 +157,20 @@ def completion_masks(
         order,
         plan.shrink,
     )
+
+
+def steps_of_blocks(order: Sequence[int], blocks: Blocks, prompt_length: int) -> list[int]:
+    """The step that decided each token, counted from 0 in its own block.
+
+    Blocks do not see the noise of each other, so that one mask has the same step of all of them.
+    """
+    positions = torch.arange(prompt_length, prompt_length + len(order))[None]
+    numbers = blocks.of(positions, torch.tensor([prompt_length]))[0].tolist()
+    steps: dict[int, set[int]] = {}
+    for number, step in zip(numbers, order, strict=True):
+        steps.setdefault(number, set()).add(step)
+    ranks = {n: {step: rank for rank, step in enumerate(sorted(steps[n]))} for n in steps}
+    return [ranks[number][step] for number, step in zip(numbers, order, strict=True)]
 
 
 def even_masks(examples: Sequence[Example]) -> list[Example]:

@@ -119,7 +119,9 @@ def work_of(
         sampled = recipe.sampled_old and not policy.diffusion
         objective = make_objective(algo, beta=constants.beta)
         passes = passes_for(objective, inner or recipe.inner, sampled)
-    count, scored = _masks(mask_plan(masks, 0, recipe), sampling) if policy.diffusion else (1, 1.0)
+    count, scored = 1, 1.0
+    if policy.diffusion:
+        count, scored = _masks(mask_plan(masks, 0, recipe), sampling, policy.blocks is not None)
     return Work(
         step=step,
         masks=count,
@@ -131,12 +133,14 @@ def work_of(
     )
 
 
-def _masks(plan: MaskPlan, sampling: SamplerConfig) -> tuple[int, float]:
+def _masks(plan: MaskPlan, sampling: SamplerConfig, block_causal: bool) -> tuple[int, float]:
     """Masks of a completion, and the share of its tokens that each of them scores on average."""
     if plan.law in ORDERED:
-        steps = sampling.gen_length
+        # One mask has a step of every block of a block-causal model.
+        blocks = 1 if block_causal else sampling.blocks
+        steps = min(sampling.gen_length, blocks * sampling.block_length)
         if plan.law == "trajectory":
-            taken = min(steps, sampling.blocks * sampling.steps_per_block)
+            taken = min(steps, blocks * sampling.steps_per_block)
             steps = math.ceil(taken / plan.shrink)
         return plan.samples or steps, 1 / steps
     if plan.law == "coupled":

@@ -11,7 +11,7 @@ from dlmctl.diffusion.elbo import Example, log_probs
 from dlmctl.diffusion.masks import draw_masks, padded
 from dlmctl.diffusion.sampler import sample_stream
 from dlmctl.diffusion.sampling import Request, SamplerConfig
-from dlmctl.diffusion.scoring import MaskPlan, example_of, mask_plan, score
+from dlmctl.diffusion.scoring import MaskPlan, completion_masks, example_of, mask_plan, score
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.settings.mask_laws import ALL
@@ -63,11 +63,30 @@ def test_merged_steps_are_those_of_the_code_of_tracerl():
 def test_tokens_that_do_not_count_are_hidden_like_others_and_never_targets():
     counted = [True, True, True, False, False]
     assert picture(drawn([1, 0, 3, 1, 2], counted=counted)) == ["_#___", "#.___", "..#.."]
-    assert picture(drawn([0] * 5, counted=counted, law="left-to-right")) == [
+    one_by_one = draw_masks("left-to-right", ALL, torch.tensor(counted), (0, "a"), 0)
+    assert picture(one_by_one) == [
         "#____",
         ".#___",
         "..#__",
     ]
+
+
+@pytest.mark.parametrize("family", ["sdar", "bd3lm"])
+@pytest.mark.parametrize("law", ["trajectory", "left-to-right"])
+def test_one_mask_has_a_step_of_every_block_of_a_block_causal_model(family, law):
+    """Their sum is that of a mask for each step of the whole completion, in fewer passes."""
+    policy, prompt = tiny_policy(family), [3, 4, 5]  # blocks of 4
+    completion, order = [4, 5, 6, 7, 3, 3, 8], [1, 4, 6, 5, 4, 9, 8]
+    follows = order if law == "trajectory" else None
+    few = completion_masks(policy, 3, completion, MaskPlan(law, ALL), (0, "a"), 0, order=follows)
+    many = draw_masks(law, ALL, scored(7), (0, "a"), 0, order=follows)
+    longest = 4 if family == "bd3lm" or law == "left-to-right" else 3  # sdar: of [1], [4, 6, 5, 4]
+    assert len(few.weights) == longest < len(many.weights)
+    values = [
+        float(log_probs(policy, [Example(prompt, completion, m)], 8).sum()) for m in (few, many)
+    ]
+    assert values[0] == pytest.approx(values[1], abs=1e-10)
+    assert float(few.targets.sum(dim=0).max()) == 1
 
 
 @pytest.mark.parametrize("law", ["trajectory", "left-to-right"])
