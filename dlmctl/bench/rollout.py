@@ -29,18 +29,30 @@ def sampler_paths(policy: Policy, options: SamplerPaths) -> dict[str, SamplerCon
     renewal = {"refresh": options.refresh, "refresh_below": options.refresh_below}
     prefix: dict[str, Any] = {"cache": "prefix", **renewal}
     dual: dict[str, Any] = {"cache": "dual", **renewal}
+    uncached: dict[str, Any] = {"cache": "none"}
     changes: dict[str, dict[str, Any]] = {
         "exact": {},
-        "compiled": {"compile": True},
+        "compiled": {"compile": True, **uncached},
         "threshold": threshold,
         "factor": factor,
-        "prefix": prefix,
-        "dual": dual,
-        "prefix+threshold": {**prefix, **threshold},
-        "dual+threshold": {**dual, **threshold},
-        "dual+factor": {**dual, **factor},
     }
+    changes |= (
+        {"uncached": uncached}
+        if policy.blocks
+        else {
+            "prefix": prefix,
+            "dual": dual,
+            "prefix+threshold": {**prefix, **threshold},
+            "dual+threshold": {**dual, **threshold},
+            "dual+factor": {**dual, **factor},
+        }
+    )
     return {name: dataclasses.replace(exact, **change) for name, change in changes.items()}
+
+
+def usual_paths(policy: Policy) -> str:
+    """The paths that are measured if none are named."""
+    return "uncached,exact,threshold" if policy.blocks else "exact,dual,dual+threshold,dual+factor"
 
 
 def compare_samplers(
@@ -56,7 +68,8 @@ def compare_samplers(
 
     Args:
         reference: number of requests that the plain sampler runs on, evenly spread; it takes one at
-            a time, so that its speed does not depend on their number.
+            a time, so that its speed does not depend on their number. A block-causal model has no
+            such row.
         accuracy: rows have no accuracy if this is None.
 
     Yields:
@@ -69,6 +82,7 @@ def compare_samplers(
     """
     if not policy.diffusion:
         raise UsageError("bench rollout compares samplers of diffusion models")
+    reference = 0 if policy.blocks else reference
     every = max(1, len(requests) // reference) if reference else 1
     chosen = list(range(0, len(requests), every))[:reference]
 

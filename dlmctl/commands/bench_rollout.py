@@ -44,17 +44,18 @@ def command(
 
     dlmctl prompts sudoku --split test -n 512 | dlmctl bench rollout -m builtin:puzzles -
     """
-    from dlmctl.bench.rollout import accuracy_of, compare_samplers, sampler_paths
+    from dlmctl.bench.rollout import accuracy_of, compare_samplers, sampler_paths, usual_paths
     from dlmctl.bench.shapes import bench_policy, random_prompts
     from dlmctl.diffusion.noise import stream_key
     from dlmctl.diffusion.sampling import Request
 
     policy = bench_policy(model, compute.device, compute.dtype)
     known = sampler_paths(policy, paths)
-    for name in paths.paths.split(","):
+    names = (paths.paths or usual_paths(policy)).split(",")
+    for name in names:
         if name not in known:
             raise UsageError(f"--paths has no '{name}'; there are: {', '.join(known)}")
-    chosen = {name: known[name] for name in paths.paths.split(",")}
+    chosen = {name: known[name] for name in names}
     accuracy = None
     if files:
         records = list(read_records(files, "fail"))

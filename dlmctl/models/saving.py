@@ -62,8 +62,8 @@ def save_original(policy: Policy, directory: Path) -> None:
     fields = family.original_config(model.config, special_ids)
     if fields is None:
         raise UsageError(
-            "--original-naming is for families whose authors have names of their own, as llada "
-            f"and dream; models of {family.name} have those of transformers"
+            "--original-naming is for families whose config.json has fields of its own, as llada "
+            f"and dream; those of {family.name} are written under transformers' names"
         )
     if policy.blocks is not None:
         fields["block_length"] = policy.blocks.length

@@ -37,14 +37,18 @@ class Workload:
 class SamplerPaths:
     """Paths of the sampler, and the prompts that they are compared on."""
 
-    paths: str = knob(
-        "exact,dual,dual+threshold,dual+factor",
+    paths: str | None = knob(
+        None,
         "What to measure: exact, compiled, threshold, factor, prefix, dual, prefix+threshold, "
-        "dual+threshold, dual+factor.",
+        "dual+threshold, dual+factor; of a block-causal model uncached, exact, compiled, "
+        "threshold, factor.",
         metavar="NAMES",
+        shown_default="exact,dual,dual+threshold,dual+factor; uncached,exact,threshold",
     )
     reference: int = knob(
-        2, "Prompts that LLaDA's plain sampler runs on, one at a time.", minimum=0
+        2,
+        "Prompts that LLaDA's plain sampler runs on, one at a time; a block-causal model has none.",
+        minimum=0,
     )
     prompts: int = knob(16, "Random prompts, without a FILE.", minimum=1)
     prompt_lengths: str = knob("64-256", "Their lengths, evenly spread.", metavar="FROM-TO")

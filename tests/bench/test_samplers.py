@@ -5,7 +5,7 @@ from conftest import shell, tiny_policy
 
 from dlmctl.bench.memory import CLEAR, Peak
 from dlmctl.bench.reference import plain_sample
-from dlmctl.bench.rollout import compare_samplers, sampler_paths
+from dlmctl.bench.rollout import compare_samplers, sampler_paths, usual_paths
 from dlmctl.bench.shapes import bench_policy, random_prompts
 from dlmctl.diffusion.sampler import sample
 from dlmctl.diffusion.sampling import Request, SamplerConfig
@@ -55,6 +55,17 @@ def test_paths_by_confidence_take_the_passes_they_need():
     nfe = [row["nfe"] for row in compare_samplers(policy, requests, exact, paths, 4, 3)]
     assert nfe[:2] == [4, 4]  # two for each block
     assert 4 < nfe[2] <= nfe[3] == 14  # at a factor of 0 the last two of a block go together
+
+
+def test_of_a_block_causal_model_the_exact_cache_is_compared_with_none():
+    policy = tiny_policy("bd3lm")
+    requests = [Request([3, 4, 8], 1), Request([5, 8], 2)]
+    known = sampler_paths(policy, SamplerPaths(gen_length=8))
+    paths = {name: known[name] for name in usual_paths(policy).split(",")}
+    rows = list(compare_samplers(policy, requests, known["exact"], paths, 2, 3))
+    assert [row["path"] for row in rows] == ["uncached", "exact", "threshold"]
+    assert [row["same"] for row in rows[:2]] == [1.0, 1.0]
+    assert [row["nfe"] for row in rows[:2]] == [8, 8]
 
 
 def test_a_random_model_is_sure_of_some_tokens_and_not_of_others():
