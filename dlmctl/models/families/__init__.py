@@ -190,10 +190,16 @@ class ModelFamily:
         Raises:
             DataError: the message says what is doubtful, and what to write instead.
         """
+        signs = [name for name in BLOCK_SIGNS if name in raw]
         if self.own_config:
+            if signs and self.pattern != "block-causal" and raw[signs[0]] is not None:
+                raise DataError(
+                    f"its {signs[0]} indicates block diffusion, and models of family {self.name} "
+                    f"attend to the whole text: write MODEL,family={self.name} if this one does",
+                    where,
+                )
             return
         has_mask = raw.get("mask_token_id") is not None
-        signs = [name for name in BLOCK_SIGNS if name in raw]
         if signs and self.pattern != "block-causal" and (self.pattern != "causal" or has_mask):
             raise DataError(
                 f"its {signs[0]} indicates block diffusion, and its type "
