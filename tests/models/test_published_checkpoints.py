@@ -1,8 +1,8 @@
 """How every published diffusion language model that is known here would be read, or refused.
 
-`published_checkpoints.json` has a row for names on the hub that are alike: the fields of config.json
-that decide (those of the kind, and their own), with small sizes; the id of the tokenizer's mask
-token, if it has one; and what is expected. `fields` says how sure the fields are:
+`published_checkpoints.json` has a row for names on the hub that are alike: the fields of
+config.json that decide (those of the kind, and their own), with small sizes; the id of the
+tokenizer's mask token, if it has one; and what is expected. `fields` says how sure the fields are:
 
     seen           read in the authors' own files, or in a public copy of them
     reconstructed  from the authors' code, a model card or descriptions by others
