@@ -38,7 +38,7 @@ def target_log_probs(policy: Policy, states: Tensor, targets: Tensor) -> Tensor:
     rows = rows_per_chunk(policy.vocab_size)
     states = head.transform(states)
     parts = [
-        _chosen_and_total_(wide(head.projection(part)), target)[0]
+        _chosen_and_total_(head.capped(wide(head.projection(part))), target)[0]
         for part, target in zip(states.split(rows), targets.split(rows), strict=True)
     ]
     return torch.cat(parts) if parts else states.new_zeros(0)
@@ -55,8 +55,8 @@ def divergence(policy: Policy, first: Tensor, second: Tensor) -> Tensor:
     rows = max(1, rows_per_chunk(policy.vocab_size) // 2)
     parts = []
     for one, two in zip(first.split(rows), second.split(rows), strict=True):
-        p = wide(head.projection(head.transform(one))).log_softmax(-1)
-        q = wide(head.projection(head.transform(two))).log_softmax(-1)
+        p = wide(head.logits(one)).log_softmax(-1)
+        q = wide(head.logits(two)).log_softmax(-1)
         parts.append((p.exp() * (p - q)).sum(-1))
     return torch.cat(parts) if parts else first.new_zeros(0)
 
@@ -73,7 +73,12 @@ def weighted_log_prob(
     """
     head = policy.head
     value: Tensor = _WeightedLogProb.apply(
-        head.transform(states), head.projection.weight, head.projection.bias, targets, coefficients
+        head.transform(states),
+        head.projection.weight,
+        head.projection.bias,
+        targets,
+        coefficients,
+        head.cap,
     )
     return value
 
@@ -94,6 +99,7 @@ class _WeightedLogProb(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         coefficients: Tensor,
+        cap: float | None,
     ) -> Tensor:
         # The gradients are computed here, with an upstream gradient of 1; backward scales them.
         by_states, by_weight, by_bias = ctx.needs_input_grad[:3]
@@ -109,12 +115,15 @@ class _WeightedLogProb(torch.autograd.Function):
             rows, target = states[part].to(compute), targets[part]  # [C, H], [C]
             # 1. Logits, then in place exp(logits - max), of which `total` is the sum.
             logits = wide(functional.linear(rows, matrix, None if bias is None else bias.to(rows)))
+            slope = None if cap is None else cap_(logits, cap)  # [C, V]
             factor = coefficients[part].to(logits)  # [C]
             log_prob, total = _chosen_and_total_(logits, target)  # [C], [C]
             value += (factor * log_prob).sum()
             # 2. d/dlogits = c (onehot(y) - softmax), in the same memory.
             d_logits = logits.mul_((-factor / total)[:, None])  # [C, V]
             d_logits[torch.arange(len(target), device=d_logits.device), target] += factor
+            if slope is not None:
+                d_logits.mul_(slope)
             # 3. On to bias [V], states [N, H] and weight [V, H].
             if d_bias is not None:
                 d_bias += d_logits.sum(0).to(d_bias)
@@ -133,7 +142,15 @@ class _WeightedLogProb(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         scale = float(upstream)  # 1 if the loss is the sum itself: nothing is copied
         gradients = [d if d is None or scale == 1 else d * scale for d in ctx.saved_tensors]
-        return *gradients, None, None
+        return *gradients, None, None, None
+
+
+def cap_(projected: Tensor, cap: float) -> Tensor:
+    """Replace z by c tanh(z / c), and return the derivative of that, 1 - tanh(z / c)^2."""
+    bounded = projected.div_(cap).tanh_()
+    slope = 1 - bounded.square()
+    bounded.mul_(cap)
+    return slope
 
 
 def _chosen_and_total_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from dlmctl.diffusion.fused_linear_logprob import rows_per_chunk, wide
+from dlmctl.diffusion.fused_linear_logprob import cap_, rows_per_chunk, wide
+from dlmctl.models.families import Head
 from dlmctl.models.policy import Policy
 from dlmctl.settings.distill import Divergence
 
@@ -40,15 +41,16 @@ def weighted_divergence(
             vocabulary.
         coefficients: float [N], c; treated as constants.
     """
-    head, other = student.head, target.head
+    head = student.head
     value: Tensor = _WeightedDivergence.apply(
         head.transform(states),
         head.projection.weight,
         head.projection.bias,
-        other.transform(goals).detach(),
-        other.projection,
+        goals.detach(),
+        target.head,
         coefficients,
         kind,
+        head.cap,
     )
     return value
 
@@ -61,9 +63,10 @@ class _WeightedDivergence(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         goals: Tensor,
-        projection: Any,
+        target: Head,
         coefficients: Tensor,
         kind: Divergence,
+        cap: float | None,
     ) -> Tensor:
         by_states, by_weight, by_bias = ctx.needs_input_grad[:3]
         d_states = torch.zeros_like(states) if by_states else None
@@ -74,8 +77,10 @@ class _WeightedDivergence(torch.autograd.Function):
         for start in range(0, len(states), size):
             part = slice(start, start + size)
             rows = states[part]
-            log_q = wide(functional.linear(rows, weight, bias)).log_softmax(-1)
-            log_p = wide(projection(goals[part])).log_softmax(-1)
+            logits = wide(functional.linear(rows, weight, bias))
+            slope = None if cap is None else cap_(logits, cap)
+            log_q = logits.log_softmax(-1)
+            log_p = wide(target.logits(goals[part])).log_softmax(-1)
             factor = coefficients[part].to(log_q)
             if kind == "kl-fwd":
                 p = log_p.exp()
@@ -86,6 +91,8 @@ class _WeightedDivergence(torch.autograd.Function):
                 distance = (q * apart).sum(-1, keepdim=True)
                 value += (factor * distance[:, 0]).sum()
                 away = q * (apart - distance) * factor[:, None]
+            if slope is not None:
+                away.mul_(slope)
             if d_bias is not None:
                 d_bias += away.sum(0).to(d_bias)
             away = away.to(rows)
@@ -101,4 +108,4 @@ class _WeightedDivergence(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         scale = float(upstream)
         gradients = [d if d is None or scale == 1 else d * scale for d in ctx.saved_tensors]
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None

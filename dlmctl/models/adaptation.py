@@ -28,9 +28,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from dlmctl.models.architecture import FAULTS, Architecture, architecture
 from dlmctl.models.loading import load_policy, model_directory
 from dlmctl.models.saving import save_tokenizer
-from dlmctl.models.sight import left_to_right_blocks
+from dlmctl.models.sight import blind_block
 from dlmctl.models.special_tokens import load_tokenizer, special_tokens
-from dlmctl.models.weightless import changed_logits, weightless_model
+from dlmctl.models.weightless import weightless_model
 from dlmctl.models.weights import read_weights, stored_dtype, weight_files
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.files import publish_directory, read_json
@@ -144,7 +144,6 @@ def _check_source(name: str, raw: dict[str, Any], arch: Architecture) -> None:
     config = arch.config
     text: PretrainedConfig = config.get_text_config()
     encoder = config.is_encoder_decoder or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    changed = changed_logits(text)
     if arch.family.diffusion:
         reason = f"it denoises already (family {arch.family.name}): train it with 'dlmctl update'"
     elif encoder or getattr(text, "use_bidirectional_attention", False):
@@ -153,8 +152,6 @@ def _check_source(name: str, raw: dict[str, Any], arch: Architecture) -> None:
         reason = f"a model of type '{config.model_type}' has more parts than a language model"
     elif raw.get("quantization_config"):
         reason = "its weights are quantized; take those that they were made of"
-    elif changed:
-        reason = f"its class changes the logits ({changed}), which dlmctl does not"
     else:
         return
     raise UsageError(f"--from {name}: {reason}")
@@ -259,14 +256,13 @@ def _write_weights(files: list[Path], target: Path, model: Any, row: _MaskRow) -
 
 def _check_sight(name: str, directory: Path, dtype: str) -> None:
     """Raise DataError if some block of the new model reads from left to right only."""
-    policy = load_policy(str(directory), "cpu", dtype)
     try:
-        blind = left_to_right_blocks(policy)
+        policy = load_policy(str(directory), "cpu", dtype)
+    except DataError as error:
+        raise DataError(f"--from {name}: {str(error).removeprefix(f'{directory}: ')}") from None
+    try:
+        reason = blind_block(policy)
     except FAULTS as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise DataError(f"--from {name}: a pass of it fails ({reason})") from None
-    if blind:
-        raise DataError(
-            f"--from {name}: block {blind[0]} of a {type(policy.model).__name__} reads from left "
-            "to right only, whatever config.json says: it cannot be made to denoise"
-        )
+        reason = f"a pass of it fails ({str(error).strip().splitlines()[0][:200]})"
+    if reason:
+        raise DataError(f"--from {name}: {reason}")

@@ -64,6 +64,12 @@ class Architecture:
                 f"{where}: a model of type '{self.config.model_type}' is no language model"
             ) from None
 
+    def kernel(self, factory: Any) -> str:
+        """Which attention of transformers to load that class with: sdpa, or eager where sdpa cannot
+        compute it, as Gemma 2's capped scores."""
+        capped = getattr(self.config.get_text_config(), "attn_logit_softcapping", None)
+        return "eager" if capped or not factory._supports_sdpa else "sdpa"
+
 
 @functools.cache
 def family_named(name: str) -> ModelFamily:

@@ -129,6 +129,20 @@ def layer_masks(config: Any, allowed: Tensor, positions: Tensor) -> Any:
     return {"full_attention": everywhere, "sliding_attention": within}
 
 
+def additive(mask: Any, dtype: torch.dtype) -> Any:
+    """Masks of four dimensions as transformers' eager attention takes them: added to the scores.
+
+    Args:
+        mask: what `layer_masks` returns, or an attention mask of two dimensions, which stays.
+    """
+    if isinstance(mask, dict):
+        return {kind: additive(of_kind, dtype) for kind, of_kind in mask.items()}
+    if mask is None or mask.dim() != 4:
+        return mask
+    lowest = torch.finfo(dtype).min
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask.bool(), lowest)
+
+
 class NoisedRows(NamedTuple):
     """Noised texts as a model reads them: alone, or block-causally after the clean text."""
 

@@ -117,7 +117,8 @@ def _without_padding(ids: Tensor, arguments: Mapping[str, Any]) -> Tensor:
         if attention.dim() == 2:
             padding = attention[:, -ids.shape[1] :] == 0
         else:  # [B, 1, T, T]: a token attends to itself
-            padding = ~attention[:, 0].diagonal(dim1=1, dim2=2)
+            seen = attention[:, 0].diagonal(dim1=1, dim2=2)
+            padding = ~seen if seen.dtype == torch.bool else seen < 0  # eager attention adds it
     return ids if padding is None else ids.masked_fill(padding, -1)
 
 

@@ -17,6 +17,7 @@ from dlmctl.models.adapters import adapter_base, merged, with_adapter
 from dlmctl.models.allocator import keep_freed_memory
 from dlmctl.models.architecture import FAULTS, Architecture, architecture
 from dlmctl.models.policy import Policy
+from dlmctl.models.sight import check_class
 from dlmctl.models.special_tokens import load_tokenizer, special_tokens
 from dlmctl.models.vision import Vision, vision_of
 from dlmctl.models.weights import align, first_misfit, read_weights, weight_files, weights_hash
@@ -74,7 +75,9 @@ def load_policy(
     tokenizer = load_tokenizer(directory, arch)
     policy = _policy(name, arch, model, tokenizer, weights_hash(files), directory)
     vision = _load_vision(directory, arch, tokenizer) if arch.family.takes_images else None
-    return dataclasses.replace(policy, prompting=prompting or Prompting(), vision=vision)
+    policy = dataclasses.replace(policy, prompting=prompting or Prompting(), vision=vision)
+    check_class(policy)
+    return policy
 
 
 def resolve_device(device: str) -> torch.device:
@@ -196,7 +199,7 @@ def _build(arch: Architecture, files: list[Path], dtype: torch.dtype, directory:
             state_dict=tensors,
             dtype=dtype,
             output_loading_info=True,
-            attn_implementation="sdpa",
+            attn_implementation=arch.kernel(factory),
         )
     except FAULTS as error:
         reason = _misfit(factory, arch, tensors) or str(error).strip().split("\n")[-1]

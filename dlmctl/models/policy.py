@@ -21,6 +21,7 @@ from dlmctl.models.attention import (
     Blocks,
     Narrowing,
     NoisedRows,
+    additive,
     layer_masks,
     noised_rows,
 )
@@ -148,6 +149,8 @@ class Policy:
                 columns = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
                 places = columns if positions is None else positions
                 mask = layer_masks(self.core.config, allowed, places)
+        if self.core.config._attn_implementation == "eager":
+            mask = additive(mask, self.core.dtype)
         if self.vision is not None and any(pictures):
             extra |= self.vision.inputs(self.core, pictures, ids.device)
             if positions is None:
@@ -186,8 +189,7 @@ class Policy:
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits [N, V] for hidden states [N, H]."""
-        head = self.head
-        return head.projection(head.transform(states))
+        return self.head.logits(states)
 
     @property
     def head(self) -> Head:

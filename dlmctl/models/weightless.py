@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
 from dlmctl.models.architecture import FAULTS, Architecture, architecture
 from dlmctl.models.blocks import decoder_blocks
@@ -26,9 +25,6 @@ from dlmctl.records.files import read_json
 from dlmctl.settings.models import split_name
 
 CONFIG_FILES = ["config.json", "adapter_config.json"]
-
-LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-"""Fields of a config by which a class changes logits after its head, unless they are None or 1."""
 
 
 def weightless_policy(name: str, dtype: torch.dtype) -> Policy:
@@ -68,16 +64,13 @@ def weightless_model(arch: Architecture, config: Path, dtype: torch.dtype) -> An
     try:
         with torch.device("meta"):
             factory = arch.model_class(str(config))
-            model = factory._from_config(arch.config, dtype=dtype, attn_implementation="sdpa")
+            model = factory._from_config(
+                arch.config, dtype=dtype, attn_implementation=arch.kernel(factory)
+            )
     except FAULTS as error:
         reason = str(error).strip().split("\n")[-1][:200]
         raise DataError(f"no model can be built from it ({reason})", str(config)) from None
     return model.eval()
-
-
-def changed_logits(config: PretrainedConfig) -> str | None:
-    """The field by which the model's class changes its logits; that is left out here."""
-    return next((n for n in LOGIT_CHANGES if getattr(config, n, None) not in (None, 1, 1.0)), None)
 
 
 def followable(policy: Policy, layers: int) -> Policy:

@@ -17,10 +17,12 @@ from dlmctl.diffusion.sampling import configured
 from dlmctl.models.adapters import CONFIG as ADAPTER_CONFIG
 from dlmctl.models.architecture import Architecture, architecture
 from dlmctl.models.attention import windowed_layers
+from dlmctl.models.families import HOW_TO_READ
 from dlmctl.models.loading import TOKENIZER_FILES, config_file, model_directory
 from dlmctl.models.policy import Policy
+from dlmctl.models.sight import TESTED
 from dlmctl.models.special_tokens import SpecialTokens, load_tokenizer, special_tokens
-from dlmctl.models.weightless import changed_logits, weightless_model
+from dlmctl.models.weightless import weightless_model
 from dlmctl.models.weights import weight_files
 from dlmctl.records.errors import UserFacingError
 from dlmctl.records.files import read_json
@@ -75,7 +77,10 @@ def describe(name: str) -> list[Trait]:
         Trait("chat template", "yes" if tokenizer.chat_template else "no: prompts are continued"),
         Trait("sampler", _sampler(policy)),
         _lora(policy),
-        *(Trait("doubt", doubt, doubtful=True) for doubt in _doubts(policy, arch, raw, named)),
+        *(
+            Trait("doubt", doubt, doubtful=True)
+            for doubt in _doubts(policy, arch, raw, named, stated=reading.family is not None)
+        ),
     ]
 
 
@@ -131,18 +136,23 @@ def _lora(policy: Policy) -> Trait:
 
 
 def _doubts(
-    policy: Policy, arch: Architecture, raw: Mapping[str, Any], directory: Path
+    policy: Policy, arch: Architecture, raw: Mapping[str, Any], directory: Path, stated: bool
 ) -> Iterator[str]:
-    """Sentences about what loads, but may not be what the user expects."""
-    config, tokenizer = arch.config.get_text_config(), policy.tokenizer
+    """Sentences about what loads, but may not be what the user expects.
+
+    Args:
+        stated: the user says of which family it is.
+    """
+    tokenizer, kind = policy.tokenizer, type(policy.model).__name__
     if arch.doubtful:
         yield "it brings its own code (auto_map), which is not run"
     if raw.get("quantization_config"):
         yield "its weights are quantized, and are read as they are"
-    if name := changed_logits(config):
-        yield f"its class changes the logits ({name}), which is left out: probabilities differ"
-    if getattr(config, "attn_logit_softcapping", None):
-        yield "its attention is capped (attn_logit_softcapping), which the fast attention cannot do"
+    mask = tokenizer.mask_token
+    if not policy.diffusion and mask is not None and not stated and not raw.get("dlmctl"):
+        yield f"its tokenizer has a mask token, {mask!r}: if it denoises, {HOW_TO_READ}"
+    if policy.diffusion and arch.family.pattern and kind not in TESTED:
+        yield f"whether a {kind} attends in both directions is only found out by loading it"
     if len(tokenizer) > policy.vocab_size:
         yield f"its tokenizer has {len(tokenizer)} tokens, and the model {policy.vocab_size}"
     if policy.mask_id is not None and policy.mask_id in policy.ends:

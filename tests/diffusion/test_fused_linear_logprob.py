@@ -51,12 +51,15 @@ def test_values_and_gradients_are_those_of_the_whole_table(family, rows, monkeyp
         assert torch.allclose(a, b, atol=1e-12)
 
 
-def test_gradients_agree_with_finite_differences():
+@pytest.mark.parametrize("cap", [None, 0.5])
+def test_gradients_agree_with_finite_differences(cap):
     policy = tiny_policy("mlm")
     states, targets, coefficients = problem(policy, 3)
     matrix, bias = policy.head.projection.weight, policy.head.projection.bias
     assert torch.autograd.gradcheck(
-        lambda *given: fused_linear_logprob._WeightedLogProb.apply(*given, targets, coefficients),
+        lambda *given: fused_linear_logprob._WeightedLogProb.apply(
+            *given, targets, coefficients, cap
+        ),
         (states, matrix, bias),
     )
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 from dlmctl.distill.fused_linear_kl import weighted_divergence
 from dlmctl.distill.masked_lm import NestedExample, consistency_gradient
 from dlmctl.distill.nested_masks import NestedMasks
+from dlmctl.models.families import Head
 from dlmctl.models.policy import Policy
 from dlmctl.models.saving import save_policy
 
@@ -128,10 +129,9 @@ def test_the_direction_of_the_divergence():
 
     class Fixed:
         def __init__(self, logits: list[float]) -> None:
-            self.projection = torch.nn.Linear(1, 2, bias=False).double()
-            self.projection.weight.data = torch.tensor(logits, dtype=torch.float64)[:, None]
-            self.head = self
-            self.transform = lambda states: states
+            projection = torch.nn.Linear(1, 2, bias=False).double()
+            projection.weight.data = torch.tensor(logits, dtype=torch.float64)[:, None]
+            self.head = Head(torch.nn.Identity(), projection)
 
     one = torch.ones(1, 1, dtype=torch.float64)
     student, target = Fixed([0.0, 0.0]), Fixed([log(0.9), log(0.1)])

@@ -304,7 +304,6 @@ def test_what_is_no_autoregressive_language_model_is_refused(tmp_path, saved_mod
     assert "is an encoder" in refused(with_fields(model_type="bert"))
     assert "is an encoder" in refused(with_fields(use_bidirectional_attention=True))
     assert "quantized" in refused(with_fields(quantization_config={"quant_method": "x"}))
-    assert "changes the logits" in refused(with_fields(final_logit_softcapping=30.0))
     (source / "adapter_config.json").write_text("{}")
     assert "merge" in refused(source)
     assert "has more parts" in refused(saved_models("qwen2.5-vl"), str(tmp_path / "new"))

@@ -123,7 +123,8 @@ def test_what_is_doubtful(saved_models, tmp_path):
 
     assert "loading it would fail: " in doubts()  # no weights
     assert "attention" not in doubts()
-    assert "final_logit_softcapping" in doubts(final_logit_softcapping=30.0)
+    unknown = doubts(model_type="stablelm", is_causal=False, mask_token_id=2, dlmctl=None)
+    assert "whether a StableLmForCausalLM attends in both directions" in unknown
     assert "quantized" in doubts(quantization_config={"quant_method": "awq"})
     assert "the model 10" in doubts(vocab_size=10)
     window = without_weights(saved_models("ar"), tmp_path, model_type="mistral", sliding_window=8)

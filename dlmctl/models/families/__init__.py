@@ -6,9 +6,12 @@ decoder attend in both directions, so no model needs code of its own. Dropout is
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any, NamedTuple
 
+import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
@@ -34,18 +37,34 @@ HOW_TO_READ = (
 
 
 class Head(NamedTuple):
-    """logits = projection(transform(hidden states))."""
+    """logits = capped(projection(transform(hidden states)))."""
 
     transform: Callable[[Tensor], Tensor]
-    """[N, H] to [N, H]; decoders have none, BERT-like encoders a layer of their own."""
+    """[N, H] to [N, H]; most decoders have none, BERT-like encoders a layer of their own."""
     projection: nn.Linear
     """[N, H] to [N, V]."""
+    cap: float | None = None
+    """c, if logits are c tanh(z / c) of what is projected, as in Gemma 2 (arXiv 2408.00118)."""
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[N, V] from hidden states [N, H]."""
+        return self.capped(self.projection(self.transform(states)))
+
+    def capped(self, projected: Tensor) -> Tensor:
+        """Logits from what is projected, of any shape."""
+        return projected if self.cap is None else self.cap * torch.tanh(projected / self.cap)
 
 
 def output_head(model: Any) -> Head:
     """The output head of a Hugging Face model; raises DataError for an unknown kind."""
     if isinstance(getattr(model, "lm_head", None), nn.Linear):  # decoders
-        return Head(nn.Identity(), model.lm_head)
+        scale, cap = _logit_scale(model), _text_field(model, "final_logit_softcapping") or None
+        if scale == 1:
+            return Head(nn.Identity(), model.lm_head, cap)
+        if model.lm_head.bias is not None:
+            raise DataError(f"{type(model).__name__} scales its logits after a bias")
+        # Scaling the hidden states is the same, and costs H products instead of V.
+        return Head(lambda states: states * scale, model.lm_head, cap)
     if hasattr(getattr(model, "lm_head", None), "decoder"):  # RoBERTa
         head = model.lm_head
         return Head(
@@ -61,6 +80,28 @@ def output_head(model: Any) -> Head:
             model.vocab_projector,
         )
     raise DataError(f"{type(model).__name__} has no output head of a known kind")
+
+
+@functools.cache
+def _declares(config: Any, name: str) -> bool:
+    return name in signature(config).parameters
+
+
+def _text_field(model: Any, name: str) -> Any:
+    """A field of the language model's config; None if its class does not have it.
+
+    A config.json may have the field all the same, and the class does not look at it.
+    """
+    config = model.config.get_text_config()
+    kind: Any = type(config)
+    return getattr(config, name, None) if _declares(kind, name) else None
+
+
+def _logit_scale(model: Any) -> float:
+    """What a class multiplies its logits by: Cohere's `logit_scale`, and others' fields."""
+    by_class = getattr(model, "logit_scale", None)
+    scale = float(by_class) if isinstance(by_class, (int, float)) else 1.0
+    return scale / float(_text_field(model, "logits_scaling") or 1)  # Granite divides
 
 
 class ModelFamily:
@@ -149,10 +190,16 @@ class ModelFamily:
         Raises:
             DataError: the message says what is doubtful, and what to write instead.
         """
+        signs = [name for name in BLOCK_SIGNS if name in raw]
         if self.own_config:
+            if signs and self.pattern != "block-causal" and raw[signs[0]] is not None:
+                raise DataError(
+                    f"its {signs[0]} indicates block diffusion, and models of family {self.name} "
+                    f"attend to the whole text: write MODEL,family={self.name} if this one does",
+                    where,
+                )
             return
         has_mask = raw.get("mask_token_id") is not None
-        signs = [name for name in BLOCK_SIGNS if name in raw]
         if signs and self.pattern != "block-causal" and (self.pattern != "causal" or has_mask):
             raise DataError(
                 f"its {signs[0]} indicates block diffusion, and its type "

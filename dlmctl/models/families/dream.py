@@ -12,7 +12,8 @@ from typing import Any
 
 from transformers import PretrainedConfig, Qwen2Config
 
-from dlmctl.models.families import ModelFamily, Raw, decoder_sizes
+from dlmctl.models.families import BLOCK_FIELDS, ModelFamily, Raw, decoder_sizes
+from dlmctl.records.errors import DataError
 from dlmctl.settings.small import SmallModel
 
 SHARED = (
@@ -41,6 +42,13 @@ class Dream(ModelFamily):
     for the user to give."""
 
     def config(self, raw: Raw, where: str) -> PretrainedConfig:
+        in_blocks = [name for name in BLOCK_FIELDS if raw.get(name) is not None]
+        if in_blocks or "DreamForCausalLM" in (raw.get("architectures") or []):
+            raise DataError(
+                "it is DreamReasoner, a Qwen3 that denoises block by block under Dream's name: not "
+                "supported yet",
+                where,
+            )
         fields = (*SHARED, "eos_token_id", "bos_token_id", "pad_token_id")
         return Qwen2Config(
             **{name: raw[name] for name in fields if name in raw},

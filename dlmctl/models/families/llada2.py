@@ -10,6 +10,7 @@ is not its own default.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import transformers
@@ -29,16 +30,19 @@ SHARED = (
 """Fields that config.json has in common with sarvam_moe's, the ids of special tokens aside."""
 
 ONLY: dict[str, tuple[Any, ...]] = {
-    "use_bias": (False,),
+    "use_bias": (False, None),
     "norm_head": (False, None),
     "rope_scaling": (None,),
     "score_function": ("sigmoid", None),
     "norm_topk_prob": (True, None),
 }
 """The values of further fields with which transformers computes the same; the published models have
-them."""
+them. Without `use_bias` the weights decide: a bias would be left over, and is refused."""
 
 STOCK = "sarvam_moe"
+
+NEXT = re.compile(r"LLaDA2\.2", re.IGNORECASE)
+"""In the name of checkpoints of the same type that another router computes (inclusionAI, 2026)."""
 
 
 class LLaDA2(ModelFamily):
@@ -49,6 +53,13 @@ class LLaDA2(ModelFamily):
     turn_ends = ("<|role_end|>",)
 
     def config(self, raw: Raw, where: str) -> PretrainedConfig:
+        routed = any("capacity" in name or "block_rout" in name for name in raw)
+        if routed or NEXT.search(f"{where} {raw.get('_name_or_path', '')}"):
+            raise DataError(
+                "it is LLaDA2.2, whose router chooses experts for a block as a whole and whose "
+                "sampler inserts and deletes tokens: not supported yet",
+                where,
+            )
         for name, values in ONLY.items():
             if raw.get(name) not in values:
                 raise DataError(f"a LLaDA2 model with {name} = {raw.get(name)} is not known", where)
