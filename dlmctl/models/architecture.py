@@ -176,7 +176,7 @@ def _architecture(raw: Raw, where: str, reading: Reading) -> Architecture:
         shift=shift if reading.shift is None else reading.shift,
         blocks=_blocks(family, raw, reading, where),
         sampling=dict(marker.get("sampling", family.sampling) or {}),
-        doubtful=bool(raw.get("auto_map")) and not stated,
+        doubtful=bool(raw.get("auto_map")) and not stated and not recognised.own_config,
     )
 
 
