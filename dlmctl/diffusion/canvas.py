@@ -121,9 +121,9 @@ class Canvas:
         """[R]: tokens that the present step of each row decides, if not fewer are left, int64;
         with ancestral sampling the probability of each, float64."""
         dtype = torch.float64 if self.settings.ancestral else torch.int64
-        plans = [self.quota(slot)[self.step[slot] :] for slot in rows]
+        plans = [(self.quota(slot), self.step[slot]) for slot in rows]
         # Steps beyond the plan find nothing masked, and only edit.
-        numbers = [plan[0] if plan else 0 for plan in plans]
+        numbers = [plan[step] if step < len(plan) else 0 for plan, step in plans]
         return torch.tensor(numbers, dtype=dtype).to(self.device, non_blocking=True)
 
     def add(self, number: int, request: Request) -> int:

@@ -119,6 +119,7 @@ class SamplerConfig(Sampler):
         }
 
 
+@functools.cache
 def tokens_per_step(masked: int, steps: int) -> list[int]:
     """How many of `masked` tokens each step decides: as even as possible, the first ones more."""
     base, rest = divmod(masked, steps)
@@ -158,6 +159,7 @@ def tokens_by_rounding(masked: int, steps: int) -> list[int]:
     return deciding + [0] * (steps - len(deciding))
 
 
+@functools.cache
 def unmasking_probabilities(steps: int) -> Tensor:
     """Probability that a masked token is decided in each step from time t to s, float32 [steps].
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from dlmctl.diffusion.sampling import SamplerConfig, tokens_per_step
+from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.attention import Blocks
 from dlmctl.models.blocks import decoder_blocks
 from dlmctl.models.policy import Policy
@@ -226,10 +226,8 @@ def _by_blocks(
     for begin in range(first, length, size):
         end = begin + size if from_text else min(begin + size, length)
         inside = masked = end - max(begin, prompt_length)
-        quota = tokens_per_step(end - begin, settings.steps_per_block)
-        if settings.editing:
-            quota += [0] * settings.edit_steps
-        for step, decided in enumerate(quota):
+        more = [0] * settings.edit_steps if settings.editing else []
+        for step, decided in enumerate([*settings.per_step(end - begin), *more]):
             if masked <= 0 and not settings.editing:
                 break
             whole = not settings.cached or (begin == first and step == 0)
@@ -237,7 +235,7 @@ def _by_blocks(
             queries = end if whole else end - max(0, begin - before)
             predicted = inside if settings.editing else masked
             total += guided * (model.forward(queries, end) + 2 * model.head.all * predicted)
-            masked -= decided
+            masked -= int(decided)
     return total
 
 

@@ -90,10 +90,11 @@ def random_order_log_probs(
         keys: of the orders of each text; the same for every K and every model.
 
     Raises:
-        UsageError: the model is autoregressive.
+        UsageError: the model is autoregressive or block-causal.
     """
     if not policy.diffusion:
         raise UsageError(f"{policy.name} is autoregressive: it has one order")
+    _check_sight(policy)
     pairs = [(n, r) for n in range(len(texts)) for r in range(orders)]
     log_probs = torch.zeros(len(texts), orders, dtype=torch.float64)
     for start in range(0, len(pairs), batch_size):
@@ -136,6 +137,15 @@ def _along(
     return total
 
 
+def _check_sight(policy: Policy) -> None:
+    """Raise UsageError for a model that is scored after a past that must be known."""
+    if policy.blocks is not None:
+        raise UsageError(
+            f"{policy.name} is block-causal: it sees nothing that is given behind a block, and "
+            "extraction is for models that attend to the whole text, or from left to right"
+        )
+
+
 def mask_of(places: Tensor, length: int) -> Tensor:
     """bool [length], true at the places, int64 [k]."""
     mask = torch.zeros(length, dtype=torch.bool)
@@ -151,7 +161,11 @@ def greedy(
 
     The probability is that of y: whatever is most likely, the tokens of y are put in, in the order
     of the model's confidence at each step.
+
+    Raises:
+        UsageError: the model is block-causal.
     """
+    _check_sight(policy)
     results: list[Greedy] = []
     for start in range(0, len(texts), batch_size):
         rows = texts[start : start + batch_size]

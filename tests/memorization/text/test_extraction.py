@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import permutations, product
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from dlmctl.memorization.text.extraction import (
     random_order_log_probs,
     samples_needed,
 )
+from dlmctl.models.attention import noised_rows
 from dlmctl.records.errors import UsageError
 
 PROMPT = [4, 5]
@@ -130,10 +132,19 @@ def test_an_autoregressive_model_has_the_chain_rule():
         random_order_log_probs(policy, [PartialText(PROMPT, tokens, asked)], 1, 1, [(0,)], 1)
 
 
+def test_a_block_causal_model_is_refused():
+    policy, text = tiny_policy("sdar"), PartialText(PROMPT, [3, 4], torch.tensor([True, False]))
+    with pytest.raises(UsageError, match="is block-causal: it sees nothing that is given behind"):
+        greedy(policy, [text], 1, 1)
+    with pytest.raises(UsageError, match="is block-causal"):
+        random_order_log_probs(policy, [text], 1, 1, [(0,)], 1)
+
+
 def oracle():
     """Knows two texts by heart, 0000 and 1111, one as likely as the other; 2 is the mask."""
 
-    def hidden(ids, attention, pictures=()):
+    def hidden_of(rows, pictures=()):
+        ids = rows.ids
         seen = torch.stack([(ids == 0).any(1), (ids == 1).any(1)], 1).double()
         nothing = ~seen.bool().any(1)
         seen[nothing] = 1
@@ -141,8 +152,9 @@ def oracle():
         return logits[:, None].expand(-1, ids.shape[1], -1)
 
     return SimpleNamespace(
-        diffusion=True, name="oracle", pad_id=0, mask_id=2, vocab_size=3, hidden=hidden,
-        device=torch.device("cpu"), source=lambda at: at, logits=lambda states: states.clone(),
+        diffusion=True, name="oracle", pad_id=0, mask_id=2, vocab_size=3, hidden_of=hidden_of,
+        device=torch.device("cpu"), shift=0, blocks=None, noised_rows=partial(noised_rows, None, 0),
+        logits=lambda states: states.clone(),
     )  # fmt: skip
 
 
