@@ -10,7 +10,7 @@ from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
 from dlmctl.records.resume import Resume, Rule
 from dlmctl.settings import Knob
-from dlmctl.settings.compute import Compute, Model, Seed
+from dlmctl.settings.compute import Model, QuantizedCompute, Seed
 from dlmctl.settings.models import Prompting, Reading
 from dlmctl.settings.order import GuidingSaes
 from dlmctl.settings.rollout import Corrupted, Loop, PromptSource
@@ -32,7 +32,7 @@ def command(
     loop: Loop = Loop(),
     images: Corrupted = Corrupted(),
     seed: Seed = 0,
-    compute: Compute = Compute(batch_size=64),
+    compute: QuantizedCompute = QuantizedCompute(batch_size=64),
     stage: Stage = Stage(),
 ) -> None:
     """Sample completions from a model.
@@ -98,7 +98,7 @@ def command(
         shown = counted(records, "samples", stage.quiet, loop.rounds * per_round, first * per_round)
         write_records(shown, stage.output)
         return
-    policy = load_policy(model, compute.device, compute.dtype, prompting)
+    policy = load_policy(model, compute.device, compute.dtype, prompting, compute.quantize)
     if images.corrupt is not None:
         policy = with_corrupted_images(policy, images.corrupt, images.corrupt_prob, seed)
     config = configured(policy, sampler)

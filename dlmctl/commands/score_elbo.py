@@ -11,7 +11,7 @@ from dlmctl.records.jsonl import write_records
 from dlmctl.records.resume import Resume, Rule
 from dlmctl.records.shards import parse_shard, read_shard
 from dlmctl.settings import Knob, Shown
-from dlmctl.settings.compute import Compute, Seed
+from dlmctl.settings.compute import QuantizedCompute, Seed
 from dlmctl.settings.masks import Masks
 from dlmctl.settings.models import Prompting, Reading
 from dlmctl.settings.streams import Files, Stage
@@ -42,7 +42,7 @@ def command(
         ),
     ] = Masks(),
     seed: Seed = 0,
-    compute: Compute = Compute(),
+    compute: QuantizedCompute = QuantizedCompute(),
     stage: Stage = Stage(),
 ) -> None:
     """Score completions under models, in nats.
@@ -70,7 +70,9 @@ def command(
     if partial.done:
         return
     policies = {
-        label: load_policy(reading.name(name), compute.device, compute.dtype, prompting)
+        label: load_policy(
+            reading.name(name), compute.device, compute.dtype, prompting, compute.quantize
+        )
         for label, name in named.items()
     }
     plan = mask_plan(masks, seed)

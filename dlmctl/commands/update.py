@@ -15,7 +15,7 @@ from dlmctl.records.groups import group_size
 from dlmctl.records.jsonl import OnError, Record, each, object_field, read_records
 from dlmctl.records.locks import Lock, hold_run
 from dlmctl.settings.algorithms import RECIPES, Algorithm, check_kind
-from dlmctl.settings.compute import Compute, Seed
+from dlmctl.settings.compute import QuantizedCompute, Seed
 from dlmctl.settings.masks import Masks, Supervised
 from dlmctl.settings.models import Prompting, Reading
 from dlmctl.settings.objective import Advantages, Algo, Constants
@@ -41,7 +41,7 @@ def command(
     adapter: Adapter = Adapter(),
     saving: Saving = Saving(),
     seed: Seed = 0,
-    compute: Compute = Compute(),
+    compute: QuantizedCompute = QuantizedCompute(),
     on_error: OnErrorOption = "fail",
     quiet: Quiet = False,
     resume: ResumeInput = False,
@@ -120,6 +120,7 @@ def command(
         seed,
         sampled_from or "builtin:puzzles",
         prompting,
+        compute.quantize,
     )
     check_kind(algo, run.policy.diffusion, run.policy.name)
     if supervised.anneal_attention is not None:

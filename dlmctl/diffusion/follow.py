@@ -20,7 +20,7 @@ from dlmctl.models.loading import load_policy, reload_policy
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import OnError, Record
 from dlmctl.records.stdin import reader_is_gone
-from dlmctl.settings.compute import Compute
+from dlmctl.settings.compute import QuantizedCompute
 from dlmctl.settings.models import Prompting
 from dlmctl.settings.rollout import Loop
 from dlmctl.settings.sampler import Sampler
@@ -37,7 +37,7 @@ def follow_run(
     samples: int,
     prompts_per_round: int,
     seed: int,
-    compute: Compute,
+    compute: QuantizedCompute,
     on_error: OnError,
     prompting: Prompting | None = None,
 ) -> Iterator[Record]:
@@ -50,7 +50,7 @@ def follow_run(
     device, dtype = compute.device, compute.dtype
     checkpoint = latest_checkpoint(loop.follow)
     first = rounds_done(loop.follow)
-    policy = load_policy(str(checkpoint or model), device, dtype, prompting)
+    policy = load_policy(str(checkpoint or model), device, dtype, prompting, compute.quantize)
     loaded = checkpoint
     # Prompts of rounds that an earlier process sampled are not sampled again.
     prompts = islice(prompts, first * prompts_per_round, None)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dlmctl.models.policy import Policy
 from dlmctl.models.weights import read_weights
-from dlmctl.records.errors import DataError, MissingInputError, missing_package
+from dlmctl.records.errors import DataError, MissingInputError, UsageError, missing_package
 from dlmctl.records.files import read_json
 from dlmctl.settings.models import split_name
 
@@ -37,6 +37,7 @@ def with_adapter(base: Policy, name: str, directory: Path) -> Policy:
         UnavailableError: peft is not installed.
         MissingInputError: there are no weights.
         DataError: it is not a LoRA adapter, or does not fit the model.
+        UsageError: it changes the head, and the model is quantized.
     """
     try:
         from peft import LoraConfig, PeftModel
@@ -66,7 +67,14 @@ def with_adapter(base: Policy, name: str, directory: Path) -> Policy:
     policy = dataclasses.replace(base, model=model.eval(), name=name)
     # Scores multiply by the weights of the head and do not call the layer that peft replaces it by.
     plain_head = isinstance(model.get_base_model().get_output_embeddings(), nn.Linear)
-    return policy if plain_head else merged(policy)
+    if plain_head:
+        return policy
+    if base.quantized:
+        raise UsageError(
+            f"--quantize: the adapter {name} changes the output head, and is merged, which "
+            "quantized weights do not allow; leave --quantize out"
+        )
+    return merged(policy)
 
 
 def merged(policy: Policy) -> Policy:

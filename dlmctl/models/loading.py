@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dlmctl.models.adapters import adapter_base, merged, with_adapter
 from dlmctl.models.allocator import keep_freed_memory
 from dlmctl.models.architecture import FAULTS, Architecture, architecture
 from dlmctl.models.policy import Policy
+from dlmctl.models.quantization import on_disk, quantization_of, quantized
 from dlmctl.models.sight import check_class
 from dlmctl.models.special_tokens import load_tokenizer, special_tokens
 from dlmctl.models.vision import Vision, vision_of
@@ -29,6 +31,7 @@ from dlmctl.records.errors import (
     UsageError,
 )
 from dlmctl.records.files import read_json
+from dlmctl.settings.compute import Quantization
 from dlmctl.settings.models import Prompting, Reading, split_name
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -41,7 +44,11 @@ NOT_WEIGHTS = ("rotary_emb.inv_freq", ".position_ids", ".masked_bias")
 
 
 def load_policy(
-    name: str, device: str = "auto", dtype: str = "auto", prompting: Prompting | None = None
+    name: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    prompting: Prompting | None = None,
+    quantize: Quantization | None = None,
 ) -> Policy:
     """Load a model for inference.
 
@@ -52,18 +59,22 @@ def load_policy(
         device: auto, cpu, cuda or cuda:N.
         dtype: auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16.
         prompting: how it is prompted; None: by its chat template, with nothing added.
+        quantize: format of its linear layers, or of those below its adapter; None: as `dtype` says.
 
     Raises:
         MissingInputError: there is no such model, or it lacks a file.
         DataError: its files cannot be used.
         UnavailableError: the device or a package is missing.
+        UsageError: the model cannot be quantized.
         TryAgainError: the hub does not answer.
     """
     where = resolve_device(device)
     precision = resolve_dtype(dtype, where)
     directory = model_directory(name)
     if (directory / "adapter_config.json").exists():
-        return _load_adapter(name, directory, device, dtype, prompting or Prompting())
+        return _load_adapter(name, directory, device, dtype, prompting or Prompting(), quantize)
+    if quantize is not None:
+        return load_base(name, device, dtype, prompting, quantize)
 
     config = directory / "config.json"
     if not config.exists():
@@ -78,6 +89,24 @@ def load_policy(
     policy = dataclasses.replace(policy, prompting=prompting or Prompting(), vision=vision)
     check_class(policy)
     return policy
+
+
+def load_base(
+    name: str,
+    device: str,
+    dtype: str,
+    prompting: Prompting | None = None,
+    quantize: Quantization | None = None,
+) -> Policy:
+    """A model with its adapter, if it has one, merged into its weights, which are then quantized.
+
+    Arguments and errors are those of `load_policy`.
+    """
+    if quantize is None:
+        return merged(load_policy(name, device, dtype, prompting))
+    where = resolve_device(device)
+    precision = str(resolve_dtype(dtype, where)).removeprefix("torch.")
+    return quantized(merged(load_policy(name, "cpu", precision, prompting)), quantize, where)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -270,13 +299,15 @@ def reload_policy(policy: Policy, name: str, device: str, dtype: str) -> Policy:
     """The policy with the weights of a newer checkpoint of the same run.
 
     They are copied into the existing tensors, so that nothing is allocated or built again. A
-    checkpoint with other weights or shapes, such as the first adapter of a run, is loaded afresh.
+    checkpoint with other weights or shapes, such as the first adapter of a run, is loaded afresh,
+    and so are quantized weights.
     """
     directory = model_directory(name)
     adapter = directory / "adapter_model.safetensors"
-    present = policy.model.state_dict()
-    if adapter.exists() != hasattr(policy.model, "peft_config"):
-        return load_policy(name, device, dtype, policy.prompting)
+    present, quantize = policy.model.state_dict(), policy.quantized
+    adapted = hasattr(policy.model, "peft_config")
+    if adapter.exists() != adapted or (quantize and not adapted):
+        return load_policy(name, device, dtype, policy.prompting, quantize)
     files = [adapter] if adapter.exists() else weight_files(directory)
     tensors = read_weights(files, str)
     if adapter.exists():
@@ -294,7 +325,7 @@ def reload_policy(policy: Policy, name: str, device: str, dtype: str) -> Policy:
     if not wanted <= tensors.keys() <= present.keys() or any(
         present[key].shape != tensor.shape for key, tensor in tensors.items()
     ):
-        return load_policy(name, device, dtype, policy.prompting)
+        return load_policy(name, device, dtype, policy.prompting, quantize)
     with torch.no_grad():
         for key, tensor in tensors.items():
             present[key].copy_(tensor)
@@ -315,7 +346,12 @@ def _as_on_disk(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch
 
 
 def _load_adapter(
-    name: str, directory: Path, device: str, dtype: str, prompting: Prompting
+    name: str,
+    directory: Path,
+    device: str,
+    dtype: str,
+    prompting: Prompting,
+    quantize: Quantization | None,
 ) -> Policy:
     """A base model with the peft adapter in `directory`.
 
@@ -323,14 +359,21 @@ def _load_adapter(
         DataError: the base model no longer has the weights that the adapter was trained on here.
     """
     base_name = adapter_base(directory)
-    base = merged(load_policy(base_name, device, dtype, prompting))
+    base = load_base(base_name, device, dtype, prompting, quantize)
     run = directory / "dlmctl.json"
     trained_on = read_json(run).get("reference_revision") if run.exists() else None
-    if trained_on not in (None, base.revision):
+    if trained_on is not None and on_disk(str(trained_on)) != on_disk(base.revision):
         raise DataError(
             f"{base_name}, the model that it was trained on, has other weights now; restore them, "
             "or train again",
             str(directory),
+        )
+    below = None if trained_on is None else quantization_of(str(trained_on))
+    if below not in (None, quantize):
+        print(
+            f"dlmctl: {directory} was trained over weights quantized to {below}, and is used over "
+            "those that they were quantized from",
+            file=sys.stderr,
         )
     policy = with_adapter(base, name, directory)
     return dataclasses.replace(policy, revision=checkpoint_revision(directory, base.revision))

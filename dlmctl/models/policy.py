@@ -30,6 +30,7 @@ from dlmctl.models.prompting import context_ids, prompt_ids, text_ids
 from dlmctl.models.vision import Picture, Vision
 from dlmctl.records.errors import DataError, UnavailableError, UsageError
 from dlmctl.records.jsonl import Record, field
+from dlmctl.settings.compute import Quantization
 from dlmctl.settings.families import Family
 from dlmctl.settings.models import Prompting
 from dlmctl.tasks.images import image_sources
@@ -57,7 +58,7 @@ class Policy:
     name: str
     """The name that it was loaded by: a hub name or a path."""
     revision: str
-    """Hash of the weights."""
+    """Hash of the weights; of quantized ones see models/quantization."""
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The model's own options of the sampler, if it has any: see `settings.sampler.OWN`."""
     blocks: Blocks | None = None
@@ -71,6 +72,8 @@ class Policy:
     """Further tokens that end a completion, from generation_config.json."""
     turn_ends: frozenset[int] = frozenset()
     """Tokens that end a turn but not the completion, such as LLaDA's <|eot_id|>."""
+    quantized: Quantization | None = None
+    """Format of the linear layers of its blocks; None: they are as loaded."""
 
     @property
     def model_family(self) -> ModelFamily:

@@ -26,10 +26,13 @@ from dlmctl.diffusion.proposals import positions_per_chunk, predict_tokens_chunk
 from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.blocks import decoder_blocks
 from dlmctl.models.policy import Policy
+from dlmctl.models.quantization import linear_layers, quantized_bytes
 from dlmctl.models.weightless import followable
 from dlmctl.plan.flops import head_size
 from dlmctl.plan.live_memory import LiveMemory
+from dlmctl.settings.optimizer import Method
 from dlmctl.train.activations import checkpoint_activations, checkpoints_activations
+from dlmctl.train.optimizer import moment_bytes
 
 FEW = (3, 6)
 """Numbers of blocks of the models that are followed."""
@@ -244,15 +247,25 @@ class Kept(NamedTuple):
     gradients: int
     moments: int
     working: int
-    """What AdamW allocates within its step on CUDA, when the passes are over."""
+    """What AdamW allocates within its step on CUDA, when the passes are over; in 8 bits nothing."""
 
 
-def kept_memory(policy: Policy, devices: int) -> Kept:
+def kept_memory(policy: Policy, devices: int, method: Method = "adamw") -> Kept:
     """Bytes of a policy that is trained on this many devices, each as full as the first."""
-    everything = list(policy.model.parameters())
-    weights = sum(shard_bytes(p, devices) for p in everything)
-    gradients = sum(shard_bytes(p, devices) for p in everything if p.requires_grad)
-    return Kept(weights, gradients, 2 * gradients, gradients)
+    everything, small = list(policy.model.parameters()), quantized_bytes(policy)
+    weights = sum(small[p] if p in small else shard_bytes(p, devices) for p in everything)
+    trained = [p for p in everything if p.requires_grad]
+    gradients = sum(shard_bytes(p, devices) for p in trained)
+    if method == "adamw":
+        return Kept(weights, gradients, 2 * gradients, gradients)
+    return Kept(weights, gradients, sum(moment_bytes(p) for p in trained), 0)
+
+
+def dequantized(policy: Policy) -> int:
+    """Bytes of the largest layer that is to be quantized, which is whole while it computes."""
+    if policy.quantized is None:
+        return 0
+    return max(layer.weight.numel() * layer.weight.itemsize for *_, layer in linear_layers(policy))
 
 
 def shard_bytes(parameter: Tensor, devices: int) -> int:

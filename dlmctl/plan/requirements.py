@@ -28,10 +28,12 @@ from dlmctl.diffusion.scoring import MaskPlan, mask_plan
 from dlmctl.models.architecture import FAULTS
 from dlmctl.models.loading import resolve_dtype
 from dlmctl.models.policy import Policy
+from dlmctl.models.quantization import quantizable
 from dlmctl.models.weightless import weightless_policy
 from dlmctl.plan.flops import Counts, counts, denoising, left_to_right
 from dlmctl.plan.footprint import (
     Passing,
+    dequantized,
     gradient_memory,
     kept_memory,
     sampling_memory,
@@ -44,6 +46,7 @@ from dlmctl.rl.credit_stage import credit_passes
 from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Passes, passes_for
 from dlmctl.settings.algorithms import RECIPES, Algorithm, check_kind
+from dlmctl.settings.compute import Quantization
 from dlmctl.settings.mask_laws import ORDERED
 from dlmctl.settings.masks import Masks
 from dlmctl.settings.objective import Constants
@@ -182,15 +185,18 @@ def _before_update(options: Options, work: Work) -> list[dict[str, Any]]:
         return []
     # 1. rollout
     policy = weightless_policy(options.model, _dtype(options))
+    policy = replace(policy, quantized=options.quantize)
     if options.rank:
         policy = add_adapter(policy, Adapter(options.rank))
     model, weights = counts(policy, False), kept_memory(policy, 1).weights
+    whole = dequantized(policy)
     if policy.diffusion:
         each = denoising(model, sampling, work.prompt_length, policy.shift, policy.blocks)
     else:
         each = left_to_right(model, sampling.gen_length, work.prompt_length)
     images = step.prompts_per_step * model.images(step.image_tokens, False)
     cached, passing = sampling_memory(policy, sampling, step.rollout_batch_size, work.prompt_length)
+    passing = passing._replace(activations=passing.activations + whole)
     parts = {"weights": weights, "cache": round(cached), **_parts(passing)}
     total, flops = weights + cached + passing.total, work.completions * each + images
     records = [_record("rollout", parts, total, flops)]
@@ -200,6 +206,7 @@ def _before_update(options: Options, work: Work) -> list[dict[str, Any]]:
         passing = scoring_memory(
             policy, options.batch_size, work.length, sampling.gen_length, torch.float32
         )
+        passing = passing._replace(activations=passing.activations + whole)
         parts = {"weights": weights, **_parts(passing)}
         flops = work.contrasts * work.completions * scoring
         flops += work.contrasts * images
@@ -208,9 +215,16 @@ def _before_update(options: Options, work: Work) -> list[dict[str, Any]]:
 
 
 @functools.cache
-def _trained_policy(model: str, dtype: torch.dtype, rank: int, recomputes: bool) -> Policy:
+def _trained_policy(
+    model: str,
+    dtype: torch.dtype,
+    rank: int,
+    quantize: Quantization | None,
+    recomputes: bool,
+) -> Policy:
     """The policy as `open_run` loads it, without weights."""
     policy = weightless_policy(model, dtype if rank else torch.float32)
+    policy = replace(policy, quantized=quantize)
     if rank:
         policy = add_adapter(policy, Adapter(rank))
     if recomputes:
@@ -219,8 +233,9 @@ def _trained_policy(model: str, dtype: torch.dtype, rank: int, recomputes: bool)
 
 
 def _trainer(options: Options) -> Policy:
+    recomputes = options.gradient_checkpointing
     return _trained_policy(
-        options.model, _dtype(options), options.rank, options.gradient_checkpointing
+        options.model, _dtype(options), options.rank, options.quantize, recomputes
     )
 
 
@@ -228,7 +243,7 @@ def update_record(options: Options, work: Work) -> dict[str, Any]:
     """`update` under torchrun with as many ranks as there are devices."""
     policy = _trainer(options)
     model = counts(policy, options.gradient_checkpointing)
-    kept = kept_memory(policy, options.gpus)
+    kept = kept_memory(policy, options.gpus, options.optimizer)
     copied = work.passes.reference and not options.rank
     reference = kept.weights if copied else 0
     gathered = units(policy, options.gpus).gathered if options.gpus > 1 else 0
@@ -255,6 +270,7 @@ def _training_passes(policy: Policy, model: Counts, options: Options, work: Work
     rows = min(options.batch_size, work.completions * work.masks)
     dtype = _dtype(options)
     passing = gradient_memory(policy, rows, work.length, work.sampling.gen_length, dtype)
+    passing = passing._replace(activations=passing.activations + dequantized(policy))
     if model.tower is None or not work.step.image_tokens:
         return passing
     images = math.ceil(rows / work.step.completions)  # the samples of a prompt share its image
@@ -355,15 +371,19 @@ def _step(
 
 def changes(options: Options, work: Work, machine: Machine) -> Iterator[Options]:
     """Options that would fit, the smallest change first: a smaller micro-batch; recomputed
-    activations; an adapter; more devices."""
+    activations; an adapter; one over quantized weights; more devices."""
     recomputing = replace(options, gradient_checkpointing=True)
     adapter = replace(recomputing, rank=options.rank or LITERATURE_RANK)
-    for kind in dict.fromkeys((options, recomputing, adapter)):
+    kinds = [options, recomputing, adapter]
+    if options.gpus == 1 and quantizable(_trainer(options)):
+        kinds.append(replace(adapter, quantize="nf4"))
+    for kind in dict.fromkeys(kinds):
         if (fitting := _largest_batch(kind, work, machine)) is not None:
             yield fitting
+    spread = replace(recomputing, quantize=None, optimizer="adamw")
     gpus = 2 * options.gpus
     while gpus <= MOST_DEVICES:
-        if (fitting := _largest_batch(replace(recomputing, gpus=gpus), work, machine)) is not None:
+        if (fitting := _largest_batch(replace(spread, gpus=gpus), work, machine)) is not None:
             yield fitting
             return
         gpus *= 2

@@ -15,6 +15,7 @@ MODELS = ("torch", "transformers", "safetensors", "datasets")
 REQUIRED = (*MODELS, "typer", "rich", "orjson", "jinja2")
 OPTIONAL = {
     "peft": ("peft", "lora", "update --lora-rank"),
+    "bitsandbytes": ("bitsandbytes", "quantized", "--quantize, --optimizer adamw-8bit"),
     "math_verify": ("math-verify", "math", "verify: math"),
     "matplotlib": ("matplotlib", "plot", "plot"),
     "PIL": ("pillow", "vision", "images: prompts shapes"),

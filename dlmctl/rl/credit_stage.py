@@ -14,6 +14,7 @@ import torch
 
 from dlmctl.models.loading import load_policy, reload_policy, run_of
 from dlmctl.models.policy import Policy
+from dlmctl.models.quantization import quantization_of
 from dlmctl.models.token_text import TokenTexts
 from dlmctl.records.errors import DataError
 from dlmctl.records.groups import group_batches
@@ -56,7 +57,8 @@ class BehaviorPolicy:
         known = None if self._any_policy else wanted
         if self.policy is None or run_of(name) != run_of(self._name or name):
             self.policy = None  # so that there is memory for the next
-            self.policy = load_policy(name, self._device, self._dtype)
+            below = quantization_of(wanted or "")
+            self.policy = load_policy(name, self._device, self._dtype, quantize=below)
         elif name != self._name or known not in (None, self.policy.revision):
             self.policy = reload_policy(self.policy, name, self._device, self._dtype)
         self._name = name

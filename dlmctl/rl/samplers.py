@@ -16,6 +16,7 @@ from torch import Tensor
 from dlmctl.diffusion.elbo import Example, log_probs
 from dlmctl.models.loading import load_policy
 from dlmctl.models.policy import Policy
+from dlmctl.models.quantization import quantization_of
 from dlmctl.records.errors import DataError, UserFacingError
 from dlmctl.records.jsonl import Record, object_field
 from dlmctl.rl.batches import StepBatch, max_lag, sampled_from
@@ -98,7 +99,8 @@ class Samplers:
         try:
             dtype = str(next(own.model.parameters()).dtype).removeprefix("torch.")
             name = str(object_field(record, "rollout").get("model"))
-            policy = load_policy(name, str(own.device), dtype)
+            below = quantization_of(revision or "")
+            policy = load_policy(name, str(own.device), dtype, quantize=below)
         except UserFacingError as error:
             raise self._refusal(record, str(error)) from None
         if policy.revision != revision or policy.diffusion != own.diffusion:

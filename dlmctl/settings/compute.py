@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
+from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob, knob, same
 
 Seed = Annotated[int, Knob("Same seed, same input: same output.", "--seed", env=True)]
@@ -38,6 +39,29 @@ Memory = Annotated[
 ]
 
 
+Quantization = Literal["nf4"]
+"""Formats of quantized weights."""
+
+Quantize = Annotated[
+    Quantization | None,
+    Knob(
+        "Keep the linear layers of the blocks in this format, frozen: nf4 takes 4.5 bits a weight "
+        "(QLoRA). 'dlmctl update' trains an adapter over them (--lora-rank), which fits the whole "
+        "weights, too.",
+        "--quantize",
+        shown_default="off",
+    ),
+]
+
+
+def check_adapted(quantize: Quantization | None, rank: int) -> None:
+    """Raise UsageError if quantized weights are to be trained without an adapter."""
+    if quantize and not rank:
+        raise UsageError(
+            f"--quantize {quantize} freezes the weights: give --lora-rank too, to train an adapter"
+        )
+
+
 @dataclass(frozen=True)
 class Device:
     """Where a model runs."""
@@ -63,3 +87,10 @@ class Compute(Device):
         minimum=1,
         env=True,
     )
+
+
+@dataclass(frozen=True)
+class QuantizedCompute(Compute):
+    """The same for a model whose weights may be quantized."""
+
+    quantize: Quantization | None = same(None, Quantize)

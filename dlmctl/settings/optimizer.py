@@ -9,6 +9,7 @@ from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob, knob
 
 Schedule = Literal["constant", "cosine"]
+Method = Literal["adamw", "adamw-8bit"]
 
 OPTIMIZER, ADAPTER = "Optimizer", "Adapter and memory"
 
@@ -25,7 +26,7 @@ GradientCheckpointing = Annotated[
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW; the defaults are the common recipe of the d1 family."""
+    """The defaults are the common recipe of the d1 family."""
 
     PANEL: ClassVar[str] = OPTIMIZER
 
@@ -42,6 +43,11 @@ class Optimizer:
     weight_decay: float = knob(0.1, "Decoupled, on matrices.", minimum=0.0)
     max_norm: float = knob(
         0.2, "Clip the gradient to this norm; 0 does not clip.", "--grad-norm", minimum=0.0
+    )
+    optimizer: Method = knob(
+        "adamw",
+        "adamw-8bit keeps its moments in 8 bits, with a scale for 256 of them: a quarter of the "
+        "memory of float32. Moments of parameters with less than 4096 values stay in float32.",
     )
 
     def __post_init__(self) -> None:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
+from dlmctl.records.errors import UsageError
 from dlmctl.settings import knob, same, same_field
-from dlmctl.settings.compute import Compute
+from dlmctl.settings.compute import Compute, Quantization, Quantize, check_adapted
 from dlmctl.settings.objective import Advantages
-from dlmctl.settings.optimizer import Adapter, GradientCheckpointing
+from dlmctl.settings.optimizer import Adapter, GradientCheckpointing, Method, Optimizer
 from dlmctl.settings.parsing import byte_count
 
 STEP, RUN, MACHINE = "What a step sees", "The run", "The machine"
@@ -32,6 +33,8 @@ class Options:
     )
     dtype: str = same_field("auto", Compute, "dtype")
     rank: int = same_field(0, Adapter, "rank")
+    quantize: Quantization | None = same(None, Quantize)
+    optimizer: Method = same_field("adamw", Optimizer, "optimizer")
     gradient_checkpointing: bool = same(False, GradientCheckpointing)
     batch_size: int = same_field(32, Compute, "batch_size")
     gpus: int = knob(
@@ -41,11 +44,27 @@ class Options:
         panel=MACHINE,
     )
 
+    def __post_init__(self) -> None:
+        check_adapted(self.quantize, self.rank)
+        if self.gpus > 1 and not self.spreads:
+            raise UsageError(
+                "'dlmctl update' takes --quantize and --optimizer adamw-8bit in one process only: "
+                "leave them out, or give --gpus 1"
+            )
+
+    @property
+    def spreads(self) -> bool:
+        """Whether several devices can train together with these options."""
+        return self.quantize is None and self.optimizer == "adamw"
+
     def line(self) -> str:
         """These options as they are typed."""
         rank = f"--lora-rank {self.rank} " if self.rank else ""
+        quantize = f"--quantize {self.quantize} " if self.quantize else ""
+        optimizer = "" if self.optimizer == "adamw" else f"--optimizer {self.optimizer} "
         checkpointing = "--gradient-checkpointing " if self.gradient_checkpointing else ""
-        return f"{rank}{checkpointing}--batch-size {self.batch_size} --gpus {self.gpus}"
+        places = f"--batch-size {self.batch_size} --gpus {self.gpus}"
+        return f"{rank}{quantize}{optimizer}{checkpointing}{places}"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""Optimizers: learning rates, clipped steps that are skipped if not finite, and saved moments."""
+"""Optimizers: learning rates, clipped steps that are skipped if not finite, and saved moments.
+
+AdamW with moments in 8 bits is that of bitsandbytes. Each moment is a float32 scale for 256 values,
+and for each value the nearest of the 256 numbers of a map (arXiv 2110.02861).
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dlmctl.settings.optimizer import Optimizer, Schedule
+from dlmctl.models.quantization import bitsandbytes
+from dlmctl.settings.optimizer import Method, Optimizer, Schedule
 from dlmctl.train.sharding import full_tensor, like
+
+BLOCK, SMALLEST = 256, 4096
+"""Values that share a scale, and the number of values from which moments are in 8 bits."""
+
+MAPS = {"qmap1": "dynamic", "qmap2": "udynamic"}
+"""The maps in the state of a parameter, which are the same for all, and their names."""
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -18,15 +29,34 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
-    """AdamW; matrices decay, vectors (norms, biases) do not. The rate is set at every step."""
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], settings: Optimizer
+) -> torch.optim.Optimizer:
+    """AdamW; matrices decay, vectors (norms, biases) do not. The rate is set at every step.
+
+    Raises:
+        UnavailableError: bitsandbytes is not installed, and the moments are to be in 8 bits.
+    """
     parameters = list(parameters)
     kinds: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     kinds = [kind for kind in kinds if kind["params"]]
-    return torch.optim.AdamW(kinds, lr=0.0, betas=(settings.beta1, settings.beta2))
+    common: dict[str, Any] = {"lr": 0.0, "betas": (settings.beta1, settings.beta2)}
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(kinds, **common)
+    package = bitsandbytes(f"--optimizer {settings.optimizer}")
+    made: torch.optim.Optimizer = package.optim.AdamW8bit(kinds, **common, min_8bit_size=SMALLEST)
+    return made
+
+
+def moment_bytes(parameter: Tensor) -> int:
+    """Bytes of both moments of a parameter in 8 bits."""
+    values = parameter.numel()
+    if values < SMALLEST:
+        return 2 * values * 4
+    return 2 * (values + 4 * math.ceil(values / BLOCK))
 
 
 def learning_rate(
@@ -82,10 +112,17 @@ def optimizer_state(
 ) -> dict[str, Tensor]:
     """What the optimizer keeps of each parameter, as `optimizer.KEY.PARAMETER`; not copied."""
     return {
-        f"optimizer.{key}.{name}": value
+        f"optimizer.{key}.{name}": torch.as_tensor(value)
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
+        if key not in MAPS
     }
+
+
+def method_of(tensors: Mapping[str, Tensor]) -> Method | None:
+    """The optimizer that `optimizer_state` took these from; None: from one without moments yet."""
+    keys = {name.split(".")[1] for name in tensors if name.startswith("optimizer.")}
+    return "adamw-8bit" if "state1" in keys else "adamw" if "exp_avg" in keys else None
 
 
 def restore_optimizer(
@@ -100,6 +137,7 @@ def restore_optimizer(
         tensors: whole, on the CPU; names that do not begin with `optimizer.` are ignored.
     """
     fused = bool(optimizer.defaults.get("fused"))
+    maps: Mapping[str, Tensor] | None = getattr(optimizer, "name2qmap", None)
     for full_name, value in tensors.items():
         kind, _, rest = full_name.partition(".")
         key, _, name = rest.partition(".")
@@ -109,3 +147,9 @@ def restore_optimizer(
             on_cpu = key == "step" and not fused
             state = optimizer.state[parameter]
             state[key] = value if on_cpu else like(value, parameter)
+            if maps is None:
+                continue
+            if key == "step":
+                state[key] = int(value)
+            elif key == "state1" and value.dtype == torch.uint8:
+                state |= {name: maps[which].to(parameter.device) for name, which in MAPS.items()}

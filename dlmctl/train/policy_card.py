@@ -30,6 +30,8 @@ def policy_card(
         name = type(policy.core).__name__
         use.append(("python", _loading("transformers", "model", name, ".from_pretrained")))
     lora = {"LoRA rank": adapter.r, "LoRA alpha": adapter.lora_alpha} if adapter else {}
+    if policy.quantized:
+        lora["base weights in training"] = f"quantized to {policy.quantized}"
     return Card(
         title=f"{of}, {progress.algo}",
         summary=f"{trained} of the {policy.model_family.title} `{progress.reference}` (weights "

@@ -23,11 +23,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dlmctl.models.adapters import merged
-from dlmctl.models.loading import checkpoint_revision, fixed_name, load_policy, run_of
+from dlmctl.models.loading import (
+    checkpoint_revision,
+    fixed_name,
+    load_base,
+    load_policy,
+    run_of,
+)
 from dlmctl.models.policy import Policy
+from dlmctl.models.quantization import quantization_of
 from dlmctl.models.saving import save_policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
+from dlmctl.settings.compute import Quantization, check_adapted
 from dlmctl.settings.models import Prompting
 from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.train.activations import checkpoint_activations
@@ -44,6 +52,7 @@ from dlmctl.train.optimizer import (
     apply_step,
     learning_rate,
     make_optimizer,
+    method_of,
     optimizer_state,
     restore_optimizer,
     trained_parameters,
@@ -207,6 +216,7 @@ def open_run(
     seed: int,
     otherwise: str = "builtin:puzzles",
     prompting: Prompting | None = None,
+    quantize: Quantization | None = None,
 ) -> Run:
     """Begin a run in `directory`, or resume the one that is there.
 
@@ -215,10 +225,12 @@ def open_run(
 
     Args:
         model: what to begin from, as the user names it; None: from `otherwise`.
+        quantize: format of the weights below a new adapter; None: their own, or that of the run
+            that is resumed.
 
     Raises:
-        UsageError: the run in the directory trains by another algorithm, from another model or
-            other parts of it, or several ranks cannot train the model.
+        UsageError: the run in the directory trains by another algorithm or optimizer, from another
+            model, format or other parts of it, or several ranks cannot train the model.
         CannotCreateError: another kind of run is in the directory.
         MissingInputError: the model is not there.
         TryAgainError: another process trains in the directory.
@@ -250,13 +262,16 @@ def open_run(
     compute = torch.float32
     if checkpoint is None or progress is None:
         precision = "float32" if adapter.rank == 0 else dtype
-        policy = merged(load_policy(fixed_name(model or otherwise), device, precision, prompting))
+        check_adapted(quantize, adapter.rank)
+        policy = load_base(fixed_name(model or otherwise), device, precision, prompting, quantize)
         progress = Progress(algo, policy.name, policy.revision)
         if adapter.rank:
             policy = add_adapter(policy, adapter)
     else:
         full = not (checkpoint / "adapter_config.json").exists()
-        policy = load_policy(str(checkpoint), device, "float32" if full else dtype, prompting)
+        below = _quantization(quantize, progress, directory)
+        precision = "float32" if full else dtype
+        policy = load_policy(str(checkpoint), device, precision, prompting, below)
         _check_adapter(adapter, policy, directory)
         if has_adapter(policy):
             set_adapter_trainable(policy)
@@ -268,12 +283,17 @@ def open_run(
         checkpoint_activations(policy.core)
     form = None
     if world_size() > 1:
-        check_trainable(policy)
+        check_trainable(policy, optimization.optimizer)
         form = outline(policy.model)
         shard(policy)
     run = Run(home, policy, progress, optimization, compute, form)
     if checkpoint is not None:
         tensors = load_file(checkpoint / TENSORS)
+        if (method := method_of(tensors)) not in (None, optimization.optimizer):
+            raise UsageError(
+                f"{directory} has the moments of --optimizer {method}: give it to resume the run, "
+                "or choose another -o"
+            )
         restore_optimizer(run.optimizer, run.parameters, tensors)
         torch.set_rng_state(tensors["random.cpu"])
         if "random.cuda" in tensors and torch.cuda.is_available():
@@ -281,6 +301,19 @@ def open_run(
     if is_first():
         forget_steps(home.metrics, progress.step)
     return run
+
+
+def _quantization(
+    wanted: Quantization | None, progress: Progress, directory: Path
+) -> Quantization | None:
+    """The format of the weights below the adapter of a run; refuses another."""
+    has = quantization_of(progress.reference_revision)
+    if wanted not in (None, has):
+        trains = f"over weights in {has}" if has else "weights that are not quantized, or over such"
+        raise UsageError(
+            f"{directory} trains {trains}: leave --quantize out to resume it, or choose another -o"
+        )
+    return has
 
 
 def _check_adapter(wanted: Adapter, policy: Policy, directory: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dlmctl.models.blocks import decoder_blocks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
+from dlmctl.settings.optimizer import Method
 from dlmctl.train.distributed import is_first, world_size
 
 T = TypeVar("T")
@@ -27,8 +28,18 @@ T = TypeVar("T")
 _PASS = "run_whole_pass"
 
 
-def check_trainable(policy: Policy) -> None:
-    """Raise UsageError if several ranks cannot train a model together."""
+def check_trainable(policy: Policy, method: Method) -> None:
+    """Raise UsageError if several ranks cannot train a model together with this optimizer."""
+    if policy.quantized:
+        raise UsageError(
+            f"weights in {policy.quantized} are not spread over processes: train in one, without "
+            "torchrun, or begin a run without --quantize"
+        )
+    if method != "adamw":
+        raise UsageError(
+            f"the moments of --optimizer {method} are not spread over processes: train in one, "
+            "without torchrun, or with --optimizer adamw"
+        )
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.model.modules()):
         raise UsageError("what dropout leaves out is drawn by one process: none under torchrun")
 
