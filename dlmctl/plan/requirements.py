@@ -122,9 +122,8 @@ def work_of(
         sampled = recipe.sampled_old and not policy.diffusion
         objective = make_objective(algo, beta=constants.beta)
         passes = passes_for(objective, inner or recipe.inner, sampled)
-    count, scored = 1, 1.0
-    if policy.diffusion:
-        count, scored = _masks(mask_plan(masks, 0, recipe), sampling, policy.blocks is not None)
+    drawn = mask_plan(masks, 0, recipe)
+    count, scored = _masks(drawn, sampling, policy) if policy.diffusion else (1, 1.0)
     return Work(
         step=step,
         masks=count,
@@ -136,15 +135,14 @@ def work_of(
     )
 
 
-def _masks(plan: MaskPlan, sampling: SamplerConfig, block_causal: bool) -> tuple[int, float]:
+def _masks(plan: MaskPlan, sampling: SamplerConfig, policy: Policy) -> tuple[int, float]:
     """Masks of a completion, and the share of its tokens that each of them scores on average."""
     if plan.law in ORDERED:
         # One mask has a step of every block of a block-causal model.
-        blocks = 1 if block_causal else sampling.blocks
+        blocks = 1 if policy.blocks else sampling.blocks
         steps = min(sampling.gen_length, blocks * sampling.block_length)
         if plan.law == "trajectory":
-            taken = min(steps, blocks * sampling.steps_per_block)
-            steps = math.ceil(taken / plan.shrink)
+            steps = math.ceil(min(steps, blocks * sampling.steps_per_block) / plan.shrink)
         return plan.samples or steps, 1 / steps
     if plan.law == "coupled":
         return plan.samples, 2 / 3
