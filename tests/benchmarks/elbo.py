@@ -34,7 +34,7 @@ from dlmctl.records.groups import groups
 from dlmctl.records.jsonl import Record, read_records
 from dlmctl.settings import Knob
 from dlmctl.settings.compute import Compute, Model, Seed
-from dlmctl.settings.mask_laws import PAIRED, UNBIASED, Law
+from dlmctl.settings.mask_laws import TOGETHER, UNBIASED, Law
 from dlmctl.settings.parsing import whole_numbers
 from dlmctl.settings.streams import Files, Json, Quiet
 
@@ -117,7 +117,7 @@ def elbo_variance(
 
 def _laws(passes: int) -> list[Law]:
     """Laws that this number of passes is possible with."""
-    return [law for law in LAWS if not (law in PAIRED and passes % 2)]
+    return [law for law in LAWS if passes % TOGETHER.get(law, 1) == 0]
 
 
 def _estimates(

@@ -23,6 +23,8 @@ LLADA = "--family llada --original-naming --tokenizer byte --intermediate-size 1
 MODELS = {
     "GSAI-ML/LLaDA-8B-Base": LLADA,
     "GSAI-ML/LLaDA-8B-Instruct": LLADA,
+    "Dream-org/Dream-v0-Instruct-7B": f"--family dream --original-naming --tokenizer byte {SMALL} "
+    "--layers 2",
     "Qwen/Qwen2.5-VL-3B-Instruct": f"--family qwen2.5-vl --tokenizer byte {SMALL} --layers 2 "
     "--gen-length 8",
     "Qwen/Qwen3-0.6B": f"--family ar --tokenizer byte {SMALL} --layers 2",
