@@ -84,7 +84,7 @@ def load_policy(
     model = _build(arch, files, precision, directory).to(where).eval()
     align(model)
     tokenizer = load_tokenizer(directory, arch)
-    policy = _policy(name, arch, model, tokenizer, weights_hash(files), directory)
+    policy = policy_of(name, arch, model, tokenizer, weights_hash(files), directory)
     vision = _load_vision(directory, arch, tokenizer) if arch.family.takes_images else None
     policy = dataclasses.replace(policy, prompting=prompting or Prompting(), vision=vision)
     check_class(policy)
@@ -270,9 +270,10 @@ def _load_vision(directory: Path, arch: Architecture, tokenizer: Any) -> Vision:
     return vision_of(arch.family, arch.config, tokenizer, processor)
 
 
-def _policy(
+def policy_of(
     name: str, arch: Architecture, model: Any, tokenizer: Any, revision: str, directory: Path
 ) -> Policy:
+    """The policy of a checkpoint's parts; raises DataError for special tokens that do not fit."""
     return Policy(
         model=model,
         tokenizer=tokenizer,

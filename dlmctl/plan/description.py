@@ -18,10 +18,10 @@ from dlmctl.models.adapters import CONFIG as ADAPTER_CONFIG
 from dlmctl.models.architecture import Architecture, architecture
 from dlmctl.models.attention import windowed_layers
 from dlmctl.models.families import HOW_TO_READ
-from dlmctl.models.loading import TOKENIZER_FILES, config_file, model_directory
+from dlmctl.models.loading import TOKENIZER_FILES, config_file, model_directory, policy_of
 from dlmctl.models.policy import Policy
 from dlmctl.models.sight import TESTED
-from dlmctl.models.special_tokens import SpecialTokens, load_tokenizer, special_tokens
+from dlmctl.models.special_tokens import load_tokenizer
 from dlmctl.models.weightless import weightless_model
 from dlmctl.models.weights import weight_files
 from dlmctl.records.errors import UserFacingError
@@ -51,19 +51,7 @@ def describe(name: str) -> list[Trait]:
     arch = architecture(raw, str(file), reading)
     model = weightless_model(arch, file, torch.float32)
     tokenizer = load_tokenizer(directory, arch)
-    special = special_tokens(name, arch, tokenizer, directory)
-    policy = Policy(
-        model=model,
-        tokenizer=tokenizer,
-        family=arch.family.name,
-        shift=arch.shift,
-        vocab_size=arch.config.get_text_config().vocab_size,
-        name=name,
-        revision="none",
-        sampling=arch.sampling,
-        blocks=arch.blocks,
-        **special._asdict(),
-    )
+    policy = policy_of(name, arch, model, tokenizer, "none", directory)
     return [
         Trait("model", f"{name} ({named})"),
         *_adapter(named),
@@ -73,7 +61,7 @@ def describe(name: str) -> list[Trait]:
         Trait("stored as", str(raw.get("dtype", raw.get("torch_dtype", "unknown")))),
         Trait("attention", _attention(arch)),
         Trait("shift", f"{arch.shift}: logits {_place(arch.shift)} predict position i"),
-        *_tokens(policy, special),
+        *_tokens(policy),
         Trait("chat template", "yes" if tokenizer.chat_template else "no: prompts are continued"),
         Trait("sampler", _sampler(policy)),
         _lora(policy),
@@ -104,15 +92,15 @@ def _place(shift: int) -> str:
     return "i" if shift == 0 else f"i - {shift}"
 
 
-def _tokens(policy: Policy, special: SpecialTokens) -> Iterator[Trait]:
+def _tokens(policy: Policy) -> Iterator[Trait]:
     def shown(ids: Iterable[int]) -> str:
         return ", ".join(f"{i} {policy.tokenizer.convert_ids_to_tokens(i)!r}" for i in sorted(ids))
 
-    if special.mask_id is not None:
-        yield Trait("mask token", shown([special.mask_id]))
+    if policy.mask_id is not None:
+        yield Trait("mask token", shown([policy.mask_id]))
     yield Trait("end tokens", shown(policy.ends) or "none", doubtful=not policy.ends)
-    if special.turn_ends:
-        yield Trait("ends of turns", shown(special.turn_ends))
+    if policy.turn_ends:
+        yield Trait("ends of turns", shown(policy.turn_ends))
 
 
 def _sampler(policy: Policy) -> str:
