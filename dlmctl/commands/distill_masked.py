@@ -13,6 +13,7 @@ from dlmctl.records.jsonl import read_records
 from dlmctl.settings import Knob
 from dlmctl.settings.compute import Compute
 from dlmctl.settings.distill import MaskedConsistency
+from dlmctl.settings.masks import Fill
 from dlmctl.settings.models import Prompting, Reading
 from dlmctl.settings.optimizer import OPTIMIZER, Adapter, GradientCheckpointing, Optimizer
 from dlmctl.settings.streams import Files, OnErrorOption, Quiet
@@ -42,11 +43,11 @@ def command(
         int, Knob("Completions per step.", "--records-per-step", minimum=1, panel=OPTIMIZER)
     ] = 32,
     fill_to: Annotated[
-        int | None,
+        str | None,
         Knob(
-            "Fill completions with end-of-sequence up to this many tokens.",
+            Fill.HELP,
             "--fill-to",
-            minimum=1,
+            metavar=Fill.FORM,
             shown_default="off",
         ),
     ] = None,
@@ -80,6 +81,7 @@ def command(
     from dlmctl.train.distributed import is_first
     from dlmctl.train.run import open_run
 
+    fill = Fill.read(fill_to)
     lines = input_lines(files)
     records = read_records(files or [], on_error)
     if is_first():
@@ -104,7 +106,7 @@ def command(
         print(f"dlmctl: {output} is trained already", file=sys.stderr)
         return
     run.about = {**asdict(plan), "records per step": records_per_step, "fill to": fill_to}
-    metrics = distill_masked(rest, run, plan, records_per_step, compute.batch_size, fill_to, keep)
+    metrics = distill_masked(rest, run, plan, records_per_step, compute.batch_size, fill, keep)
     before = run.progress.step if resume else 0
     total = lines.times(1 / records_per_step, steps - run.progress.step + before)
     write_metrics(metrics, quiet, run.standing, total, before)

@@ -49,6 +49,8 @@ def command(
     verifier needs. Recognises the columns of TRL, verl, GSM8K, MATH and the benchmark files of d1,
     and with images those of EasyR1, Geometry3K and ViRL39K.
 
+    `arithmetic` is sums and differences of numbers with two digits, as in 47+38-19=.
+
     `concepts` are short texts for the study of features. `sentences` has, for each sentence, its
     `start` and `end` in the completion, and its subject, tense, number, sentiment and topic. These
     vary independently, and many words express each of their values.

@@ -16,7 +16,7 @@ from dlmctl.records.jsonl import OnError, Record, each, object_field, read_recor
 from dlmctl.records.locks import Lock, hold_run
 from dlmctl.settings.algorithms import RECIPES, Algorithm, check_kind
 from dlmctl.settings.compute import QuantizedCompute, Seed
-from dlmctl.settings.masks import Masks, Supervised
+from dlmctl.settings.masks import Fill, Masks, Supervised
 from dlmctl.settings.models import Prompting, Reading
 from dlmctl.settings.objective import Advantages, Algo, Constants
 from dlmctl.settings.optimizer import Adapter, Optimizer
@@ -106,7 +106,7 @@ def command(
     # 2. Open the run, once the first record is there.
     lines, stream = input_lines(files), _Stream()
     sampled_from, directory = run_on_first(
-        lambda: stream.begin(algo, output, files, on_error, supervised.fill_to)
+        lambda: stream.begin(algo, output, files, on_error, supervised.filling)
     )
     run = open_run(
         Path(directory),
@@ -131,8 +131,8 @@ def command(
     if model is None and not run.progress.step:
         rest = of_one_model(rest, sampled_from)
     if stream.pairs:
-        policy, fill_to = run.policy, supervised.fill_to
-        rest = each(rest, lambda record: with_completion_ids(record, policy, fill_to))
+        policy, fill = run.policy, supervised.filling
+        rest = each(rest, lambda record: with_completion_ids(record, policy, fill))
 
     # 3. Train.
     if supervised.level and masks.law is None:
@@ -157,7 +157,7 @@ def command(
             plan,
             prompts,
             compute.batch_size,
-            supervised.fill_to,
+            supervised.filling,
             saving.save_every,
             saving.keep,
             supervised.anneal_attention,
@@ -204,7 +204,7 @@ class _Stream:
         output: Path | None,
         files: list[str] | None,
         on_error: OnError,
-        fill_to: int | None,
+        fill: Fill | None,
     ) -> tuple[str | None, str]:
         """Read the first record: the model that it was sampled from, and the run's directory."""
         from dlmctl.rl.preferences import is_preference, preference_pairs
@@ -220,7 +220,7 @@ class _Stream:
                 f"{first.where}: a row with 'chosen' and 'rejected' is a preference, for --algo "
                 f"vrpo, not {algo}"
             )
-        if algo == "vrpo" and fill_to is not None and not self.pairs:
+        if algo == "vrpo" and fill is not None and not self.pairs:
             raise UsageError(f"--fill-to is for texts: {first.where} has no 'chosen'")
         if self.pairs:
             self.records = preference_pairs(self.records, on_error)

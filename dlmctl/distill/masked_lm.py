@@ -45,6 +45,7 @@ from dlmctl.rl.batches import StepBatch
 from dlmctl.rl.supervised import with_completion_ids
 from dlmctl.rl.update import plain_batches, take_steps
 from dlmctl.settings.distill import Divergence, MaskedConsistency
+from dlmctl.settings.masks import Fill
 from dlmctl.train.distributed import all_reduce_sum, broadcast, is_first
 from dlmctl.train.run import Run
 from dlmctl.train.sharding import whole_pass
@@ -129,7 +130,7 @@ def distill_masked(
     plan: MaskedConsistency,
     records_per_step: int,
     batch_size: int,
-    fill_to: int | None,
+    fill: Fill | None,
     keep: int,
 ) -> Generator[dict[str, Any], None, None]:
     """The metrics of each step; the run ends after the last round, or with the records.
@@ -157,7 +158,7 @@ def distill_masked(
         metrics = consistency_gradient(run.policy, target, examples, plan.divergence, batch_size)
         yield {"round": number, "decided": decided, **metrics}
 
-    prepared = each(records, lambda record: with_completion_ids(record, run.policy, fill_to))
+    prepared = each(records, lambda record: with_completion_ids(record, run.policy, fill))
     batches = islice(plain_batches(prepared, records_per_step, run.passed), left)
     return take_steps(batches, run, gradients, plan.steps_per_round, keep)
 

@@ -21,6 +21,7 @@ from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.rl.gradient import accumulate_gradient, elbo_coefficients
+from dlmctl.settings.masks import Fill
 
 
 def supervised_gradient(
@@ -47,8 +48,8 @@ def supervised_gradient(
     return {"loss": accumulate_gradient(policy, examples, coefficients, batch_size), **seen}
 
 
-def with_completion_ids(record: Record, policy: Policy, fill_to: int | None) -> Record:
-    """The record with its completion's ids, filled with end-of-sequence to `fill_to` tokens.
+def with_completion_ids(record: Record, policy: Policy, fill: Fill | None) -> Record:
+    """The record with its completion's ids, filled with end-of-sequence.
 
     For an autoregressive model, which learns to end from the first of them, with one.
 
@@ -57,15 +58,16 @@ def with_completion_ids(record: Record, policy: Policy, fill_to: int | None) -> 
         UsageError: the completion does not fit, or the model has no end-of-sequence token.
     """
     ids = policy.encode_completion(record)
-    if fill_to is not None:
+    if fill is not None:
         if policy.eos_id is None:
             raise UsageError("--fill-to needs a model with an end-of-sequence token")
-        if len(ids) > fill_to:
+        room = fill.room(len(ids))
+        if room < 0:
             raise UsageError(
-                f"{record.where}: the completion has {len(ids)} tokens, --fill-to is {fill_to}"
+                f"{record.where}: the completion has {len(ids)} tokens, --fill-to is "
+                f"{fill.length}; --fill-to x{fill.length} goes on to a multiple of it"
             )
         # One is enough for a model that stops there.
-        room = fill_to - len(ids)
         ids = [*ids, *[policy.eos_id] * (room if policy.diffusion else min(room, 1))]
     done = Record(record)
     done.where = record.where

@@ -30,6 +30,7 @@ from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
 from dlmctl.rl.samplers import Samplers, reference_log_probs
 from dlmctl.rl.srpo.credit_metrics import credit_metrics
 from dlmctl.rl.supervised import supervised_gradient, with_completion_ids
+from dlmctl.settings.masks import Fill
 from dlmctl.train.distributed import broadcast_items, is_first, may_save
 from dlmctl.train.run import Run
 
@@ -82,7 +83,7 @@ def update_supervised(
     plan: MaskPlan,
     records_per_step: int,
     batch_size: int,
-    fill_to: int | None,
+    fill: Fill | None,
     save_every: int,
     keep: int,
     anneal_attention: int | None = None,
@@ -94,7 +95,7 @@ def update_supervised(
             run.policy, batch.rows, plan, run.progress.step, batch_size, anneal_attention
         )
 
-    prepared = each(records, lambda record: with_completion_ids(record, run.policy, fill_to))
+    prepared = each(records, lambda record: with_completion_ids(record, run.policy, fill))
     batches = plain_batches(prepared, records_per_step, run.passed)
     return take_steps(batches, run, gradients, save_every, keep)
 

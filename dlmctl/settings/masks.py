@@ -74,6 +74,38 @@ class Masks:
 
 
 @dataclass(frozen=True)
+class Fill:
+    """How far completions are filled with end-of-sequence: to a length, or to a multiple of it."""
+
+    length: int
+    multiple: bool = False
+
+    HELP: ClassVar[str] = (
+        "Fill completions with end-of-sequence up to N tokens; with xN up to a multiple of N, with "
+        "at least one."
+    )
+    FORM: ClassVar[str] = "N or xN"
+
+    @classmethod
+    def read(cls, text: str | None) -> Fill | None:
+        """The filling that an option asks for.
+
+        Raises:
+            UsageError: it is none.
+        """
+        if text is None:
+            return None
+        multiple, _, length = text.rpartition("x")
+        if multiple or not length.isdecimal() or not 1 <= int(length) <= 10**6:
+            raise UsageError(f"--fill-to {text} is neither a number of tokens nor one such as x16")
+        return cls(int(length), text.startswith("x"))
+
+    def room(self, tokens: int) -> int:
+        """Tokens that a completion of `tokens` lacks; negative if it does not fit."""
+        return self.length - (tokens % self.length if self.multiple else tokens)
+
+
+@dataclass(frozen=True)
 class Supervised:
     """What supervised fine-tuning alone has."""
 
@@ -87,12 +119,11 @@ class Supervised:
         metavar="T or T-T",
         shown_default="0-1",
     )
-    fill_to: int | None = knob(
+    fill_to: str | None = knob(
         None,
-        "For sft and the preferences of vrpo: fill completions with end-of-sequence up to this "
-        "many tokens. For an autoregressive model, completions of at most this many tokens end "
-        "with one.",
-        minimum=1,
+        f"{Fill.HELP} For an autoregressive model it is one, if the completion fits. For sft and "
+        "the preferences of vrpo.",
+        metavar=Fill.FORM,
         shown_default="off",
     )
     anneal_attention: int | None = knob(
@@ -103,6 +134,14 @@ class Supervised:
         metavar="STEPS",
         shown_default="off: all from the first",
     )
+
+    def __post_init__(self) -> None:
+        Fill.read(self.fill_to)  # raises
+
+    @property
+    def filling(self) -> Fill | None:
+        """What `fill_to` says."""
+        return Fill.read(self.fill_to)
 
     @property
     def levels(self) -> tuple[float, float]:

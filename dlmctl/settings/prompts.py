@@ -30,8 +30,8 @@ class Prompts:
     split: Split = knob(
         "train",
         "The splits share no solution grid of Sudoku (200 and 88 of the 288), no problem of "
-        "Countdown, no combination of values in a sentence of concepts, no composition of colours "
-        "and shapes, and no key of canaries. For a data set: its split.",
+        "Countdown or arithmetic, no combination of values in a sentence of concepts, no "
+        "composition of colours and shapes, and no key of canaries. For a data set: its split.",
     )
     style: Style = knob(
         "plain",
@@ -44,11 +44,20 @@ class Prompts:
         "always have one.",
         "--completions/--no-completions",
     )
+    worked: bool = knob(
+        False,
+        "Write the completions of Countdown and arithmetic step by step: (95+75)/85=170/85=2, and "
+        "85-19=66 for 47+38-19. Not for --style instruct.",
+        "--worked/--no-worked",
+    )
     holes: str = knob(
         "8", "Empty cells of a Sudoku, up to 12, or a range.", metavar="N or N-M", panel=PUZZLES
     )
     numbers: str = knob(
-        "3", "Numbers of a Countdown problem, or a range.", metavar="N or N-M", panel=PUZZLES
+        "3",
+        "Numbers of a problem of Countdown or arithmetic, or a range.",
+        metavar="N or N-M",
+        panel=PUZZLES,
     )
     words: int = knob(
         WORDS,
@@ -102,6 +111,10 @@ class Prompts:
     def __post_init__(self) -> None:
         self.hole_range, self.number_range  # noqa: B018 (they raise, as the others do)
         self.kinds, self.wanted, self.columns  # noqa: B018
+        if self.worked and not self.completions:
+            raise UsageError("--worked is about completions: add --completions")
+        if self.worked and self.style == "instruct":
+            raise UsageError("--worked is for --style plain: the other asks for tags")
 
     @cached_property
     def hole_range(self) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from dlmctl.settings.prompts import Prompts, Split, Style
+from dlmctl.tasks.expressions import Term, apply, number, steps
 from dlmctl.tasks.wording import countdown_prompt
 
 LARGEST = 100
@@ -25,21 +26,17 @@ class Problem(NamedTuple):
 
     numbers: list[int]
     target: int
-    solution: str
-
-
-class _Term(NamedTuple):
-    value: int
-    text: str
-    binding: int
-    """2 for a number, 1 for a product or quotient, 0 for a sum or difference."""
+    solution: Term
 
 
 def records(settings: Prompts, seed: int) -> Iterator[dict[str, Any]]:
     """An endless stream of records of task countdown."""
     for numbers, target, solution in problems(settings.split, settings.number_range, seed):
-        answer = {"completion": solution} if settings.completions else {}
-        yield {**fields(numbers, target, settings.style), **answer}
+        record = fields(numbers, target, settings.style)
+        if settings.completions:
+            worked = steps(solution) if settings.worked else ()
+            record["completion"] = "=".join((solution.text, *worked))
+        yield record
 
 
 def fields(numbers: list[int], target: int, style: Style) -> dict[str, Any]:
@@ -66,41 +63,27 @@ def problems(
         numbers = [draw.randint(1, LARGEST) for _ in range(draw.randint(*count))]
         term = _combine(numbers, draw)
         if term and 1 <= term.value <= LARGEST and split_of(numbers, term.value) == split:
-            yield Problem(numbers, term.value, term.text)
+            yield Problem(numbers, term.value, term)
 
 
 def split_of(numbers: list[int], target: int) -> Split:
     """The split that a problem belongs to."""
-    text = ",".join(map(str, sorted(numbers))) + f":{target}"
+    return side_of(",".join(map(str, sorted(numbers))) + f":{target}")
+
+
+def side_of(text: str) -> Split:
+    """The split of whatever a text stands for."""
     digest = blake2b(text.encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest, "little") % TEST_SHARE == 0 else "train"
 
 
-def _combine(numbers: list[int], draw: random.Random) -> _Term | None:
+def _combine(numbers: list[int], draw: random.Random) -> Term | None:
     """A random expression over all numbers; None if it leaves the positive integers."""
-    terms = [_Term(n, str(n), 2) for n in numbers]
+    terms = [number(n) for n in numbers]
     while len(terms) > 1:
         first, second = (terms.pop(draw.randrange(len(terms))) for _ in range(2))
-        term = _apply(draw.choice("+-*/"), first, second)
+        term = apply(draw.choice("+-*/"), first, second)
         if term is None:
             return None
         terms.append(term)
     return terms[0]
-
-
-def _apply(operator: str, a: _Term, b: _Term) -> _Term | None:
-    if operator == "+":
-        return _Term(a.value + b.value, f"{a.text}+{b.text}", 0)
-    if operator == "-":
-        text = f"{a.text}-{_inner(b, 1)}"
-        return _Term(a.value - b.value, text, 0) if a.value > b.value else None
-    if operator == "*":
-        return _Term(a.value * b.value, f"{_inner(a, 1)}*{_inner(b, 1)}", 1)
-    if a.value % b.value:
-        return None
-    return _Term(a.value // b.value, f"{_inner(a, 1)}/{_inner(b, 2)}", 1)
-
-
-def _inner(term: _Term, binding: int) -> str:
-    """The text of an operand, in parentheses if it binds less tightly than `binding`."""
-    return term.text if term.binding >= binding else f"({term.text})"

@@ -20,7 +20,7 @@ from dlmctl.settings.prompts import Prompts, Split
 from dlmctl.tasks.columns import to_record
 from dlmctl.tasks.readers import read_rows
 
-GENERATORS = ("sudoku", "countdown", "concepts", "shapes", "canaries")
+GENERATORS = ("sudoku", "countdown", "arithmetic", "concepts", "shapes", "canaries")
 DATASETS: dict[str, dict[str, tuple[str, str | None, str]]] = {
     "gsm8k": {
         "train": ("openai/gsm8k", "main", "train"),

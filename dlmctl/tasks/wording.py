@@ -42,6 +42,13 @@ def countdown_prompt(numbers: list[int], target: int, style: Style) -> str:
     return text + TAGS.format(what="the expression alone")
 
 
+def arithmetic_prompt(expression: str, style: Style) -> str:
+    """Plain: `47+38-19=`, to be completed with the value, or with steps that end with it."""
+    if style == "plain":
+        return f"{expression}="
+    return f"What is {expression}?\n" + TAGS.format(what="the result")
+
+
 def question_prompt(task: str, question: str, style: Style) -> str:
     """Plain: the question as it is."""
     if style == "plain":

@@ -50,6 +50,7 @@ VERIFIERS = {
     "integer": "dlmctl.verifiers.shaped:integer",
 }
 SAME_TASK = {
+    "arithmetic": "gsm8k",
     "math500": "math",
     "math-500": "math",
     "hendrycks_math": "math",

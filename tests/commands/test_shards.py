@@ -10,6 +10,8 @@ import pytest
 from conftest import invoke, read_jsonl, shell
 from typer.testing import Result
 
+from dlmctl.tasks.sources import GENERATORS
+
 SMALL = (
     "--gen-length",
     "8",
@@ -63,7 +65,7 @@ def sampled(tmp_path_factory, prompts, saved_models) -> Path:
     return path
 
 
-@pytest.mark.parametrize("source", ["sudoku", "countdown", "concepts", "shapes", "canaries"])
+@pytest.mark.parametrize("source", GENERATORS)
 def test_prompts_that_are_made_on_the_spot(tmp_path, source):
     made = assert_equal_in_parts(tmp_path, "prompts", source, "-n", "10", "--seed", "3")
     assert [part.count(b"\n") for part in made] == [3, 2, 3, 2]

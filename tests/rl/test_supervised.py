@@ -6,16 +6,17 @@ from conftest import tiny_policy
 from torch.nn import functional
 
 from dlmctl.diffusion.scoring import MaskPlan
-from dlmctl.records.errors import DataError
+from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.rl.supervised import supervised_gradient, with_completion_ids
+from dlmctl.settings.masks import Fill
 
 TEXTS = [("12=", "3"), ("0", "1234"), ("=2", "04=31")]
 
 
-def records(policy, fill_to=None):
+def records(policy, fill=None):
     made = [Record(id=n, prompt=p, completion=c) for n, (p, c) in enumerate(TEXTS)]
-    return [with_completion_ids(record, policy, fill_to) for record in made]
+    return [with_completion_ids(record, policy, fill) for record in made]
 
 
 def cross_entropy(policy, rows, until_eos):
@@ -32,11 +33,13 @@ def cross_entropy(policy, rows, until_eos):
 
 
 @pytest.mark.parametrize(
-    ("fill_to", "until_eos"), [(None, False), (6, False), (6, True)], ids=["as is", "all", "end"]
+    ("fill", "until_eos"),
+    [(None, False), (Fill(6), False), (Fill(6), True), (Fill(2, multiple=True), False)],
+    ids=["as is", "all", "end", "multiple"],
 )
-def test_loss_and_gradient_are_those_of_cross_entropy(fill_to, until_eos):
+def test_loss_and_gradient_are_those_of_cross_entropy(fill, until_eos):
     policy = tiny_policy("ar")
-    rows = records(policy, fill_to)
+    rows = records(policy, fill)
     # Laws and numbers of masks mean nothing here.
     plan = MaskPlan("independent", 3, until_eos=until_eos)
     found = supervised_gradient(policy, rows, plan, 0, batch_size=2)["loss"]
@@ -47,6 +50,28 @@ def test_loss_and_gradient_are_those_of_cross_entropy(fill_to, until_eos):
     assert found == pytest.approx(float(expected.detach()), rel=1e-9)
     for parameter, gradient in zip(policy.model.parameters(), ours, strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_completions_are_filled_to_a_length_or_to_a_multiple_of_it():
+    policy = tiny_policy("llada")
+
+    def ends(text):
+        lengths = []
+        for row in records(policy, Fill.read(text)):
+            ids = row["tokens"]["completion"]
+            lengths.append((len(ids), ids.count(policy.eos_id)))
+        return lengths
+
+    assert ends("6") == [(6, 5), (6, 2), (6, 1)]
+    assert ends("x4") == [(4, 3), (8, 4), (8, 3)]
+    with pytest.raises(UsageError, match="has 5 tokens, --fill-to is 4; --fill-to x4 goes on"):
+        ends("4")
+
+
+@pytest.mark.parametrize("text", ["0", "x0", "x", "", "4x", "4x4", "xx4", "-4", "9" * 40])
+def test_what_is_no_filling_is_refused(text):
+    with pytest.raises(UsageError, match=r"--fill-to .* is neither a number"):
+        Fill.read(text)
 
 
 def test_an_autoregressive_model_needs_a_token_to_begin_from():

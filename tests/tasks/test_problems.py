@@ -1,5 +1,6 @@
 """Generated problems: solvable, unique, and on one side of the split."""
 
+import re
 import sys
 import types
 from fractions import Fraction
@@ -7,12 +8,14 @@ from itertools import count, islice
 
 import pytest
 
-from dlmctl.records.errors import DataError
+from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.settings.prompts import Prompts
 from dlmctl.tasks import countdown, sources, sudoku
 from dlmctl.tasks.columns import to_record
 from dlmctl.tasks.sources import prompts
+from dlmctl.verifiers.countdown import countdown as countdown_verifier
+from dlmctl.verifiers.numeric import gsm8k
 
 
 def brute_force(puzzle):
@@ -51,13 +54,21 @@ def test_the_same_seed_makes_the_same_prompts_and_none_twice():
     assert len({r["id"] for r in first}) == 200
 
 
-def test_countdown_solutions_make_their_target_from_each_number_once():
-    import re
+def by_python(expression):
+    """The exact value of an expression that this package wrote."""
+    exact = re.sub(r"\d+", lambda m: f"Fraction({m.group()})", expression)
+    return eval(exact, {"Fraction": Fraction})
 
+
+def operations(expression):
+    return len(re.findall(r"[-+*/]", expression))
+
+
+def test_countdown_solutions_make_their_target_from_each_number_once():
     for problem in islice(countdown.problems("train", (2, 5), seed=1), 300):
-        assert sorted(map(int, re.findall(r"\d+", problem.solution))) == sorted(problem.numbers)
-        exact = re.sub(r"\d+", lambda m: f"Fraction({m.group()})", problem.solution)
-        assert eval(exact, {"Fraction": Fraction}) == problem.target  # our own text
+        used = map(int, re.findall(r"\d+", problem.solution.text))
+        assert sorted(used) == sorted(problem.numbers)
+        assert by_python(problem.solution.text) == problem.target
         assert 1 <= problem.target <= 100
 
 
@@ -67,6 +78,43 @@ def test_countdown_splits_share_no_problem():
         for s in ("train", "test")
     ]
     assert not sides[0] & sides[1]
+
+
+@pytest.mark.parametrize("source", ["countdown", "arithmetic"])
+def test_worked_completions_do_one_operation_a_step_and_keep_the_value(source):
+    settings = Prompts(completions=True, worked=True, numbers="2-5")
+    for record in prompts(source, settings, limit=300, seed=2):
+        chain = (record["prompt"] if source == "arithmetic" else "") + record["completion"]
+        sides = chain.split("=")
+        assert len({by_python(side) for side in sides}) == 1
+        assert [operations(side) for side in sides] == list(range(len(sides)))[::-1]
+        assert (gsm8k if source == "arithmetic" else countdown_verifier)(record).reward == 1
+
+
+def test_arithmetic_stays_above_zero_and_its_splits_share_no_problem():
+    sides = []
+    for split in ("train", "test"):
+        made = list(prompts("arithmetic", Prompts(split=split, numbers="2-3"), limit=400))
+        for record in made:
+            terms = re.findall(r"[+-]?\d+", record["prompt"])
+            assert sum(map(int, terms)) == record["answer"]
+            assert all(sum(map(int, terms[: n + 1])) >= 1 for n in range(len(terms)))
+            assert all(10 <= abs(int(term)) <= 99 for term in terms)
+        sides.append({tuple(sorted(map(int, re.findall(r"[+-]?\d+", r["prompt"])))) for r in made})
+    assert all(sides)
+    assert not sides[0] & sides[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"worked": True}, "add --completions"),
+        ({"worked": True, "completions": True, "style": "instruct"}, "--style plain"),
+    ],
+)
+def test_worked_completions_need_completions_of_plain_prompts(given, said):
+    with pytest.raises(UsageError, match=said):
+        Prompts(**given)
 
 
 @pytest.mark.parametrize(
