@@ -58,7 +58,7 @@ def prompts(
     generated = is_generated(source, settings)
     stream = _records(source, settings, seed, on_error)
     if limit and generated:
-        stream = _distinct(stream)
+        stream = _distinct(stream, source)
     first, end = 0, limit
     if shard is not None:
         if not generated:
@@ -113,11 +113,22 @@ def _plugin(name: str) -> Callable[[int, Split], Iterable[dict[str, Any]]] | Non
     return next(iter(installed)).load() if installed else None
 
 
-def _distinct(records: Iterator[Record]) -> Iterator[Record]:
-    """The records without repeated ids; remembers all ids, so the stream must end."""
+def _distinct(records: Iterator[Record], source: str) -> Iterator[Record]:
+    """The records without repeated ids; remembers all ids, so the stream must end.
+
+    Raises:
+        UsageError: so many repetitions in a row that there is hardly another one.
+    """
     seen: set[int] = set()
+    repeated = 0
     for record in records:
         key = hash(record["id"])
-        if key not in seen:
+        repeated = repeated + 1 if key in seen else 0
+        if repeated > 1000 + 20 * len(seen):
+            raise UsageError(
+                f"{source} has {len(seen):,} different prompts with these options, and -n asks for "
+                "more: -n 0 goes on for ever, with repetitions"
+            )
+        if not repeated:
             seen.add(key)
             yield record

@@ -72,6 +72,23 @@ def test_countdown_solutions_make_their_target_from_each_number_once():
         assert 1 <= problem.target <= 100
 
 
+@pytest.mark.parametrize(("limit", "enough"), [(288, True), (1000, False)])
+def test_more_prompts_than_there_are_are_refused(monkeypatch, limit, enough):
+    def records(settings, seed):
+        return ({"id": f"mine/{7 * n % 300}", "task": "mine", "prompt": "p"} for n in count())
+
+    module = types.ModuleType("dlmctl.tasks.mine")
+    module.records = records
+    monkeypatch.setitem(sys.modules, "dlmctl.tasks.mine", module)
+    monkeypatch.setattr(sources, "GENERATORS", ("mine",))
+    made = prompts("mine", limit=limit)
+    if enough:
+        assert len({record["id"] for record in made}) == limit
+    else:
+        with pytest.raises(UsageError, match="mine has 300 different prompts with these options"):
+            list(made)
+
+
 def test_countdown_splits_share_no_problem():
     sides = [
         {(tuple(sorted(p.numbers)), p.target) for p in islice(countdown.problems(s), 500)}
