@@ -140,16 +140,27 @@ def token_log_probs(
 def micro_batches(
     examples: Sequence[Example], wanted: Tensor, batch_size: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """(example, mask) pairs that are `wanted` [N, K]; sequences of like length share a batch."""
-    pairs = _by_length(examples, wanted)
-    for start in range(0, len(pairs), batch_size):
-        yield pairs[start : start + batch_size]
+    """(example, mask) pairs that are `wanted` [N, K]; sequences of like length share a batch.
+
+    None is more than twice as long as another of its batch, so that less than half is padding.
+    """
+    part: list[tuple[int, int]] = []
+    for pair in _by_length(examples, wanted):
+        too_long = part and _length(examples, pair) > 2 * _length(examples, part[0])
+        if too_long or len(part) == batch_size:
+            yield part
+            part = []
+        part.append(pair)
+    if part:
+        yield part
 
 
 def own_micro_batches(
     examples: Sequence[Example], wanted: Tensor, batch_size: int
 ) -> Iterator[tuple[list[tuple[int, int]], bool]]:
     """This rank's share of the micro-batches, and whether each counts: see `own_parts`."""
+    if world_size() == 1:
+        return ((part, True) for part in micro_batches(examples, wanted, batch_size))
     return own_parts(_by_length(examples, wanted), batch_size)
 
 
@@ -171,8 +182,13 @@ def own_parts(items: list[T], batch_size: int) -> Iterator[tuple[list[T], bool]]
 
 def _by_length(examples: Sequence[Example], wanted: Tensor) -> list[tuple[int, int]]:
     pairs = [(n, k) for k, n in wanted.T.nonzero().tolist()]
-    pairs.sort(key=lambda nk: len(examples[nk[0]].prompt) + len(examples[nk[0]].completion))
+    pairs.sort(key=lambda pair: _length(examples, pair))
     return pairs
+
+
+def _length(examples: Sequence[Example], pair: tuple[int, int]) -> int:
+    example = examples[pair[0]]
+    return len(example.prompt) + len(example.completion)
 
 
 class MaskedRows(NamedTuple):

@@ -7,7 +7,14 @@ import pytest
 import torch
 from conftest import tiny_policy
 
-from dlmctl.diffusion.elbo import Example, elbo_samples, log_probs, summarize, token_log_probs
+from dlmctl.diffusion.elbo import (
+    Example,
+    elbo_samples,
+    log_probs,
+    micro_batches,
+    summarize,
+    token_log_probs,
+)
 from dlmctl.diffusion.masks import MaskSet, draw_masks
 from dlmctl.diffusion.scoring import MaskPlan, completion_masks
 from dlmctl.settings.mask_laws import UNBIASED
@@ -110,6 +117,19 @@ def test_scores_do_not_depend_on_the_batch():
     one = elbo_samples(policy, examples, 1)
     many = elbo_samples(policy, examples, 16)
     assert torch.allclose(one, many, rtol=0, atol=1e-10)
+
+
+def test_less_than_half_of_a_batch_is_padding():
+    scored = torch.ones(2, dtype=torch.bool)
+    masks = MaskSet(scored[None], torch.ones(1, dtype=torch.float64), scored)
+    lengths = [3, 40, 4, 9, 3, 5, 6, 2, 90, 4]
+    examples = [Example([3] * length, [4, 5], masks) for length in lengths]
+    wanted = torch.ones(len(lengths), 1).bool()
+    wanted[2] = False
+    parts = [
+        [lengths[n] for n, _ in part] for part in micro_batches(examples, wanted, batch_size=4)
+    ]
+    assert parts == [[2, 3, 3, 4], [5, 6, 9], [40], [90]]
 
 
 def test_a_mask_that_hides_nothing_scores_zero_without_a_forward_pass():
