@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from dlmctl.diffusion.noise import gumbel, key_tensor, subkeys
+from dlmctl.diffusion.noise import gumbel_max, key_tensor, subkeys
 from dlmctl.diffusion.proposals import least_kept
 from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig
 from dlmctl.models.policy import Policy, cache_argument
@@ -71,12 +71,8 @@ def next_tokens(
         banned = torch.tensor(policy.vision.banned, device=logits.device)
         logits = logits.index_fill(1, banned, -torch.inf)
     if settings.temperature > 0:
-        bound = least_kept(logits, settings)
-        if bound is not None:
-            logits = logits.masked_fill(logits < bound, -torch.inf)
-        vocabulary = torch.arange(logits.shape[1], device=logits.device)
-        where = subkeys(noise_keys, torch.tensor(step, device=logits.device))
-        logits = logits + settings.temperature * gumbel(where[:, None], vocabulary[None])
+        keys = subkeys(noise_keys, torch.tensor(step, device=logits.device))
+        return gumbel_max(logits, keys, settings.temperature, least_kept(logits, settings))
     return logits.argmax(dim=1)
 
 

@@ -74,16 +74,12 @@ class Canvas:
     def length(self, slot: int) -> int:
         """Tokens of prompt and completion, to the end of the last block."""
         length = self.starts[slot] + self.settings.gen_length
-        if self.blocks is not None and self.blocks.cut:
-            length += -length % self.blocks.length
-        return length
+        return length if self.blocks is None else self.blocks.whole(length)
 
     def first_block(self, slot: int) -> int:
         """Where the completion's first block begins."""
         start = self.starts[slot]
-        if self.blocks is not None and self.blocks.origin == "text":
-            start -= start % self.blocks.length
-        return start
+        return start if self.blocks is None else self.blocks.first(start)
 
     @property
     def steps_per_block(self) -> int:

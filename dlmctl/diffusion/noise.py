@@ -24,6 +24,8 @@ def _signed(value: int) -> int:
 GOLDEN = _signed(0x9E3779B97F4A7C15)
 MIX_1 = _signed(0xBF58476D1CE4E5B9)
 MIX_2 = _signed(0x94D049BB133111EB)
+TILE = 1 << 16
+"""Numbers that are made at once on a CPU."""
 
 
 def stream_key(*parts: str | int) -> int:
@@ -34,24 +36,78 @@ def stream_key(*parts: str | int) -> int:
 
 def random_bits(keys: Tensor, counters: Tensor) -> Tensor:
     """64 random bits for each (key, counter); int64 tensors that broadcast against each other."""
-    z = keys + (counters + 1) * GOLDEN
-    z = (z ^ _shift_right(z, 30)) * MIX_1
-    z = (z ^ _shift_right(z, 27)) * MIX_2
-    return z ^ _shift_right(z, 31)
+    return _mix_(keys + (counters + 1) * GOLDEN)
 
 
 def uniform(keys: Tensor, counters: Tensor) -> Tensor:
     """Uniform numbers in the open interval (0, 1), float64, for each (key, counter)."""
-    return (_shift_right(random_bits(keys, counters), 11).double() + 0.5) * 2.0**-53
+    return _open_interval(random_bits(keys, counters))
 
 
 def gumbel(keys: Tensor, counters: Tensor) -> Tensor:
     """Standard Gumbel noise, float64, for each (key, counter)."""
-    return -(-uniform(keys, counters).log()).log()
+    return _negative_log_(_negative_log_(uniform(keys, counters)))
 
 
-def _shift_right(z: Tensor, bits: int) -> Tensor:
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
+def gumbel_max(
+    logits: Tensor, keys: Tensor, temperature: float, least: Tensor | None = None
+) -> Tensor:
+    """A draw from softmax(logits / temperature): argmax_v logit_v + temperature * Gumbel noise.
+
+    The noise of token v in row n is `gumbel` of (keys[n], v). On a CPU it is made in tiles that
+    stay in the cache of a core.
+
+    Args:
+        logits: [N, V].
+        keys: int64 [N].
+        least: [N, 1], the least logit of a token that may be drawn; None: all may.
+
+    Returns:
+        int64 [N].
+    """
+    vocabulary = logits.shape[1]
+    size = TILE if logits.device.type == "cpu" else logits.numel()
+    rows, width = max(1, size // vocabulary), max(1, min(size, vocabulary))
+    offsets = (torch.arange(vocabulary, device=logits.device) + 1) * GOLDEN  # [V]
+    tokens = []
+    for first in range(0, len(logits), rows):
+        part = slice(first, first + rows)
+        best = torch.full_like(logits[part, 0], -torch.inf, dtype=torch.float64)  # [R]
+        token = torch.zeros_like(keys[part])
+        for start in range(0, vocabulary, width):
+            tile = logits[part, start : start + width]  # [R, W]
+            bits = _mix_(keys[part, None] + offsets[start : start + width])
+            drawn = _negative_log_(_negative_log_(_open_interval(bits)))
+            drawn.mul_(temperature).add_(tile)
+            if least is not None:
+                drawn.masked_fill_(tile < least[part], -torch.inf)
+            value, index = drawn.max(dim=1)
+            token = torch.where(value > best, index + start, token)
+            best = torch.maximum(value, best)
+        tokens.append(token)
+    return torch.cat(tokens) if tokens else keys
+
+
+def _mix_(z: Tensor) -> Tensor:
+    """The mix of SplitMix64, in the memory of its argument and once more as much."""
+    shifted = torch.empty_like(z)
+    for bits, factor in ((30, MIX_1), (27, MIX_2)):
+        z.bitwise_xor_(_shift_right(z, bits, shifted)).mul_(factor)
+    return z.bitwise_xor_(_shift_right(z, 31, shifted))
+
+
+def _shift_right(z: Tensor, bits: int, out: Tensor) -> Tensor:
+    """Bits shifted to the right, with zeros from the left."""
+    return torch.bitwise_right_shift(z, bits, out=out).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def _open_interval(bits: Tensor) -> Tensor:
+    """The highest 53 of 64 random bits (overwritten) as a number in (0, 1), float64."""
+    return _shift_right(bits, 11, bits).double().add_(0.5).mul_(2.0**-53)
+
+
+def _negative_log_(x: Tensor) -> Tensor:
+    return x.log_().neg_()
 
 
 def subkeys(keys: Tensor, counters: Tensor) -> Tensor:

@@ -158,12 +158,15 @@ class Passes:
         canvas, cache, device = self.canvas, self.cache, self.canvas.device
         assert cache is not None
         # 1. Row r passes over the positions firsts[r] to ends[r]. The logits of the block's first
-        #    position are `shift` positions before it, so the pass begins there.
+        #    position are up to one position before it, so the pass begins there.
         windows = [canvas.window(slot) for slot in rows]
-        before = [self.policy.shift] * len(rows)
+        blocks, more = self.policy.blocks, self.policy.shift
+        if blocks is not None and blocks.causal_context and not blocks.first_alone:
+            more = 1
+        before = [more] * len(rows)
         if self.settings.cache == "exact":
             block = self.settings.block_length
-            before = [block if canvas.step[slot] == 0 else self.policy.shift for slot in rows]
+            before = [block if canvas.step[slot] == 0 else more for slot in rows]
         firsts = canvas.tensor(
             [max(0, start - more) for (start, _), more in zip(windows, before, strict=True)]
         )  # [R]
@@ -204,8 +207,9 @@ class Passes:
         row = row[picked]  # [n]
         position = targets.position[picked]
         place = self.policy.source(position)
-        blocks = self.policy.blocks
-        if blocks is not None and blocks.causal_context:
-            place = (position - 1).where(targets.offset[picked] == 0, place)
-        place -= firsts[row]  # [n], in the pass
+        if (blocks := self.policy.blocks) is not None:
+            starts = self.canvas.tensor([self.canvas.starts[slot] for slot in rows])[row]  # [n]
+            leads = blocks.leads(position[:, None], starts, self.policy.shift)  # [n, 1]
+            place = place if leads is None else (position - 1).where(leads[:, 0], place)
+        place = place - firsts[row]  # [n], in the pass
         return picked, [states[row, place] for states in hidden]

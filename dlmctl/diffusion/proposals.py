@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dlmctl.diffusion.noise import gumbel, uniform
+from dlmctl.diffusion.noise import gumbel, gumbel_max, uniform
 from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.policy import Policy
 from dlmctl.settings.sampler import Remasking
@@ -91,12 +91,7 @@ def _decide(
     if bound is not None:
         bound = torch.minimum(bound, logits.amax(dim=1, keepdim=True))
     if settings.temperature > 0:
-        vocabulary = torch.arange(logits.shape[1], device=logits.device)
-        noise = settings.temperature * gumbel(keys[:, None], vocabulary[None])
-        drawn = noise.add_(logits)
-        if bound is not None:
-            drawn.masked_fill_(logits < bound, -torch.inf)
-        token = drawn.argmax(dim=1)
+        token = gumbel_max(logits, keys, settings.temperature, bound)
     else:
         token = logits.argmax(dim=1)
     logits[:, policy.mask_id] = aside

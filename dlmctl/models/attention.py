@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 Pattern = Literal["causal", "bidirectional", "block-causal"]
+Lengths = TypeVar("Lengths", int, Tensor)
 Narrowing = Callable[[Tensor], Tensor]
 """From positions, int64 [R, Q], to bool [R, Q, Q]: which of the keys that its pattern lets it see
 a query attends to so far."""
@@ -66,8 +67,12 @@ class Blocks:
             positions = positions - starts[:, None]
         return positions.div(self.length, rounding_mode="floor")
 
-    def whole(self, lengths: Tensor) -> Tensor:
-        """Lengths of texts, int64 [R], whose last block is sampled whole: see `origin`."""
+    def first(self, start: int) -> int:
+        """Where the first block of a completion begins, whose prompt has `start` tokens."""
+        return start - start % self.length if self.origin == "text" else start
+
+    def whole(self, lengths: Lengths) -> Lengths:
+        """Lengths of texts, a number or int64 [R], whose last block is sampled whole."""
         return -(-lengths // self.length) * self.length if self.cut else lengths
 
     def attends(

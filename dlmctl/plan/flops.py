@@ -218,16 +218,15 @@ def _by_blocks(
     model: Counts, settings: SamplerConfig, prompt_length: int, shift: int, blocks: Blocks
 ) -> float:
     """The same for a block-causal model, which passes over nothing behind its block."""
-    size, length = blocks.length, prompt_length + settings.gen_length
-    from_text = blocks.origin == "text"
-    first = prompt_length // size * size if from_text else prompt_length
+    size, first = blocks.length, blocks.first(prompt_length)
+    length = blocks.whole(prompt_length + settings.gen_length)
     guided = 2 if settings.cfg_scale > 0 else 1
     total = 0.0
     for begin in range(first, length, size):
-        end = begin + size if from_text else min(begin + size, length)
+        end = min(begin + size, length)
         inside = masked = end - max(begin, prompt_length)
         more = [0] * settings.edit_steps if settings.editing else []
-        for step, decided in enumerate([*settings.per_step(end - begin), *more]):
+        for step, decided in enumerate([*settings.per_step(size if blocks.cut else inside), *more]):
             if masked <= 0 and not settings.editing:
                 break
             whole = not settings.cached or (begin == first and step == 0)

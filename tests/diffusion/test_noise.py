@@ -2,9 +2,11 @@
 
 import math
 
+import pytest
 import torch
 
-from dlmctl.diffusion.noise import gumbel, key_tensor, random_bits, stream_key, uniform
+from dlmctl.diffusion import noise
+from dlmctl.diffusion.noise import gumbel, gumbel_max, key_tensor, random_bits, stream_key, uniform
 
 
 def splitmix64(state: int, steps: int) -> list[int]:
@@ -49,8 +51,24 @@ def test_uniform_numbers_fill_the_interval_evenly():
 def test_gumbel_noise_samples_from_the_softmax():
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0], dtype=torch.float64)
     keys = torch.arange(40000)
-    noise = gumbel(keys[:, None], torch.arange(4)[None])
-    drawn = (logits + noise).argmax(dim=1).bincount(minlength=4) / len(keys)
+    drawn = (logits + gumbel(keys[:, None], torch.arange(4)[None])).argmax(dim=1).bincount(
+        minlength=4
+    ) / len(keys)
     expected = logits.softmax(0)
     error = (expected * (1 - expected) / len(keys)).sqrt()
     assert bool(((drawn - expected).abs() < 4 * error).all())
+
+
+@pytest.mark.parametrize("tile", [65536, 50, 7, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_draw_in_tiles_is_the_largest_of_logits_and_noise(monkeypatch, tile, dtype):
+    logits = torch.randn(33, 41, generator=torch.Generator().manual_seed(1)).to(dtype)
+    logits[:, 3] = -torch.inf
+    keys = key_tensor([stream_key("row", n) for n in range(33)])
+    noisy = logits.double() + 0.7 * gumbel(keys[:, None], torch.arange(41)[None])
+    monkeypatch.setattr(noise, "TILE", tile)
+    assert torch.equal(gumbel_max(logits, keys, 0.7), noisy.argmax(dim=1))
+    least = logits.topk(5, dim=1).values[:, -1:]
+    kept = noisy.masked_fill(logits < least, -torch.inf)
+    assert torch.equal(gumbel_max(logits, keys, 0.7, least), kept.argmax(dim=1))
+    assert gumbel_max(logits[:0], keys[:0], 0.7).shape == (0,)
