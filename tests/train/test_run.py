@@ -20,6 +20,7 @@ from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Batching
 from dlmctl.rl.samplers import reference_log_probs
 from dlmctl.rl.update import update_policy, update_supervised
+from dlmctl.settings.masks import Fill
 from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.train.run import open_run
 from dlmctl.train.run_directory import latest_checkpoint, read_progress
@@ -259,7 +260,7 @@ def test_supervised_training_learns_its_completions(tmp_path, saved_models):
     )
     records = [Record(prompt="12=", completion="34") for _ in range(480)]
     metrics = list(
-        update_supervised(records, run, MaskPlan(samples=2), 8, 8, 4, save_every=100, keep=1)
+        update_supervised(records, run, MaskPlan(samples=2), 8, 8, Fill(4), save_every=100, keep=1)
     )
     assert len(metrics) == 60
     assert metrics[-1]["loss"] < 0.1 * metrics[0]["loss"]
@@ -288,7 +289,7 @@ def test_a_completion_longer_than_the_filling_is_refused(tmp_path, saved_models)
     with pytest.raises(UsageError, match="5 tokens, --fill-to is 4"):
         list(
             update_supervised(
-                [Record(prompt="1", completion="12345")], run, MaskPlan(), 1, 1, 4, 9, 1
+                [Record(prompt="1", completion="12345")], run, MaskPlan(), 1, 1, Fill(4), 9, 1
             )
         )
 
