@@ -30,7 +30,7 @@ def reports(tmp_path_factory):
 
 
 def test_the_mirrored_device_computes_what_the_cpu_does(reports):
-    assert len(reports) == 17
+    assert len(reports) == 18
     assert all(report["equal"] for report in reports.values())
 
 
@@ -44,6 +44,12 @@ def test_the_host_waits_once_in_a_denoising_step(reports):
 
 def test_the_host_waits_once_for_the_value_of_a_gradient_and_not_for_its_micro_batches(reports):
     assert list(reports["gradient"]["waits"].values()) == [1]
+
+
+def test_the_host_waits_twice_in_a_step_of_an_autoencoder(reports):
+    """For the dead latents, whose number is a shape, and for the norm of the gradient."""
+    report = reports["autoencoder"]
+    assert sum(report["waits"].values()) == 2 * report["steps"]
 
 
 def test_kernels_of_a_step_keep_within_their_budget(reports):
