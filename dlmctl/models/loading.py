@@ -300,8 +300,8 @@ def reload_policy(policy: Policy, name: str, device: str, dtype: str) -> Policy:
     """The policy with the weights of a newer checkpoint of the same run.
 
     They are copied into the existing tensors, so that nothing is allocated or built again. A
-    checkpoint with other weights or shapes, such as the first adapter of a run, is loaded afresh,
-    and so are quantized weights.
+    checkpoint with other weights, shapes or base, such as the first adapter of a run, is loaded
+    afresh, and so are quantized weights.
     """
     directory = model_directory(name)
     adapter = directory / "adapter_model.safetensors"
@@ -318,7 +318,10 @@ def reload_policy(policy: Policy, name: str, device: str, dtype: str) -> Policy:
             f"{a}.default.{b}": t for (a, _, b), t in zip(parts, tensors.values(), strict=True)
         }
         wanted = {key for key in present if "lora_" in key}
-        base = policy.revision.rpartition(".")[0]
+        base, trained_on = policy.revision.rpartition(".")[0], _trained_on(directory)
+        if trained_on is None or on_disk(trained_on) != on_disk(base):
+            # An adapter over a model that has one itself does not take the place of that.
+            return load_policy(name, device, dtype, policy.prompting, quantize)
     else:
         tied = getattr(policy.model, "all_tied_weights_keys", None) or {}
         present = _as_on_disk(policy.model, present)
@@ -346,6 +349,13 @@ def _as_on_disk(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch
     return renamed if all(id(tensor) in same for tensor in renamed.values()) else tensors
 
 
+def _trained_on(directory: Path) -> str | None:
+    """The revision of the model below an adapter that a run wrote; None: another tool wrote it."""
+    run = directory / "dlmctl.json"
+    found = read_json(run).get("reference_revision") if run.exists() else None
+    return None if found is None else str(found)
+
+
 def _load_adapter(
     name: str,
     directory: Path,
@@ -361,15 +371,14 @@ def _load_adapter(
     """
     base_name = adapter_base(directory)
     base = load_base(base_name, device, dtype, prompting, quantize)
-    run = directory / "dlmctl.json"
-    trained_on = read_json(run).get("reference_revision") if run.exists() else None
-    if trained_on is not None and on_disk(str(trained_on)) != on_disk(base.revision):
+    trained_on = _trained_on(directory)
+    if trained_on is not None and on_disk(trained_on) != on_disk(base.revision):
         raise DataError(
             f"{base_name}, the model that it was trained on, has other weights now; restore them, "
             "or train again",
             str(directory),
         )
-    below = None if trained_on is None else quantization_of(str(trained_on))
+    below = None if trained_on is None else quantization_of(trained_on)
     if below not in (None, quantize):
         print(
             f"dlmctl: {directory} was trained over weights quantized to {below}, and is used over "

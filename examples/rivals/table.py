@@ -16,7 +16,7 @@ def percent(values: list[float]) -> str:
 
 def main(directory: Path) -> None:
     runs: dict[tuple[str, ...], list[Path]] = {}
-    for path in sorted(directory.glob("*/*/*.json")):
+    for path in sorted(directory.glob("*/*/*-*.json")):
         runs.setdefault((*path.parts[-3:-1], path.stem.rpartition("-")[0]), []).append(path)
     print("| task | algorithm | rate | solved | benchmark: rules | benchmark: stored | seeds |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

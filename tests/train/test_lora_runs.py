@@ -79,6 +79,13 @@ def test_newer_adapters_on_an_adapter_are_copied_in(tmp_path, lora):
     assert torch.equal(scores(newer), scores_of(tmp_path / "next"))
 
 
+def test_an_adapter_over_an_adapter_does_not_take_its_place(tmp_path, lora):
+    train(tmp_path / "next", str(lora), verified(1), 4)  # of the same shape
+    newer = reload_policy(load_policy(str(lora), "cpu"), str(tmp_path / "next"), "cpu", "auto")
+    assert newer.revision == load_policy(str(tmp_path / "next"), "cpu").revision
+    assert torch.equal(scores(newer), scores_of(tmp_path / "next"))
+
+
 def test_the_tokenizer_below_two_adapters_is_found(tmp_path, lora):
     train(tmp_path / "next", str(lora), verified(1), 2)
     assert tokenizer_of_model(str(tmp_path / "next")).mask_token_id == 2
