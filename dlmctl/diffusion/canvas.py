@@ -1,5 +1,9 @@
 """The sequences being sampled: slots, each with a prompt, its completion, and its progress.
 
+The host knows all of it: which positions are masked, the tokens, the steps. So it says in advance
+what the device does in a step, and waits for the device once, for what the step decided. The device
+has a copy of the ids, which the model reads.
+
 R rows are the slots that take part in a step, S all slots, B the block length, G the completion
 length, N the positions that a step predicts.
 """
@@ -11,9 +15,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig, tokens_per_step
 from dlmctl.models.policy import Policy
+from dlmctl.models.sending import sent
 
 
 class Targets(NamedTuple):
@@ -34,22 +40,33 @@ class Targets(NamedTuple):
     """int64 [N], index in the completion."""
     masked: Tensor
     """bool [N], false for those that are decided."""
-    waiting: Tensor
-    """bool [R]: rows with further masked positions in their block, which this step leaves."""
+
+    def to(self, device: torch.device) -> Targets:
+        """The same on a device, sent in one piece."""
+        if device.type == "cpu":
+            return self
+        together = torch.stack([part.long() for part in self[1:]])
+        row, offset, slot, position, completion, masked = sent(together, device)
+        return Targets(self.shape, row, offset, slot, position, completion, masked.bool())
 
 
 class Canvas:
-    """Slots of token ids. Progress is kept on the host, ids on the device."""
+    """Slots of token ids."""
 
     def __init__(self, policy: Policy, settings: SamplerConfig, slots: int) -> None:
         self.policy, self.settings, self.device = policy, settings, policy.device
         self.blocks = policy.blocks
-        self.ids = torch.full((slots, 0), policy.pad_id, dtype=torch.int64, device=self.device)
+        self.tokens = torch.full((slots, 0), policy.pad_id)
+        """int64 [S, width], prompts and completions."""
+        self.ids = torch.full((slots, 0), policy.pad_id, device=self.device)
+        """The same on the device."""
+        self.masked = self.tokens.bool()
+        """bool [S, width], positions of completions that are not decided."""
         # A last block that is cut has up to a block of tokens more.
-        self.order = self.ids.new_zeros(slots, settings.gen_length + settings.block_length)
+        self.order = self.tokens.new_zeros(slots, settings.gen_length + settings.block_length)
         self.edits = torch.zeros_like(self.order)
         """How often each token of a completion was replaced."""
-        self.keys = self.ids.new_zeros(slots)
+        self.keys = torch.zeros(slots, dtype=torch.int64, device=self.device)
         self.owner: list[int | None] = [None] * slots
         """Number of the request in each slot."""
         self.starts, self.block, self.step, self.nfe = ([0] * slots for _ in range(4))
@@ -59,7 +76,7 @@ class Canvas:
 
     @property
     def width(self) -> int:
-        return self.ids.shape[1]
+        return self.tokens.shape[1]
 
     @property
     def free(self) -> list[int]:
@@ -120,21 +137,25 @@ class Canvas:
         plans = [(self.quota(slot), self.step[slot]) for slot in rows]
         # Steps beyond the plan find nothing masked, and only edit.
         numbers = [plan[step] if step < len(plan) else 0 for plan, step in plans]
-        return torch.tensor(numbers, dtype=dtype).to(self.device, non_blocking=True)
+        return sent(torch.tensor(numbers, dtype=dtype), self.device)
 
     def add(self, number: int, request: Request) -> int:
         """Put a request into the first free slot; returns the slot."""
         slot, start = self.owner.index(None), len(request.prompt)
         self.starts[slot] = start
         length = self.length(slot)
-        if length > self.width:
-            more = self.ids.new_full((len(self.owner), length - self.width), self.policy.pad_id)
-            self.ids = torch.cat([self.ids, more], dim=1)
-        row = torch.full((self.width,), self.policy.pad_id, dtype=torch.int64)
-        row[:start] = torch.tensor(request.prompt, dtype=torch.int64)
-        row[start:length] = self.policy.mask_id or 0
-        self.ids[slot] = row.to(self.device)
-        self.order[slot], self.edits[slot], self.keys[slot] = 0, 0, request.key
+        if (more := length - self.width) > 0:
+            self.tokens = functional.pad(self.tokens, (0, more), value=self.policy.pad_id)
+            self.ids = functional.pad(self.ids, (0, more), value=self.policy.pad_id)
+            self.masked = functional.pad(self.masked, (0, more))
+        self.tokens[slot] = self.policy.pad_id
+        self.tokens[slot, :start] = torch.tensor(request.prompt, dtype=torch.int64)
+        self.tokens[slot, start:length] = self.policy.mask_id or 0
+        self.masked[slot] = False
+        self.masked[slot, start:length] = True
+        self.ids[slot] = sent(self.tokens[slot], self.device)
+        self.order[slot], self.edits[slot] = 0, 0
+        self.keys[slot] = self.tensor([request.key])[0]
         self.owner[slot] = number
         self.block[slot] = self.step[slot] = self.nfe[slot] = self.edit_steps[slot] = 0
         return slot
@@ -146,27 +167,23 @@ class Canvas:
 
     def targets(self, rows: Sequence[int]) -> Targets:
         """The positions that are still masked in the block of each row, and with editing those that
-        are decided, the prompt's excepted."""
-        slots = self.tensor(rows)  # [R]
-        windows = self.tensor([self.window(slot) for slot in rows])  # [R, 2]
-        offsets = torch.arange(self.settings.block_length, device=self.device)
+        are decided, the prompt's excepted; on the host."""
+        slots = torch.tensor(rows)  # [R]
+        windows = torch.tensor([self.window(slot) for slot in rows])  # [R, 2]
+        offsets = torch.arange(self.settings.block_length)
         columns = windows[:, :1] + offsets  # [R, B]
-        # The last block may be shorter: columns behind it are clamped here and left out below.
-        ids = self.ids[slots[:, None], columns.clamp(max=self.width - 1)]  # [R, B]
-        starts = self.tensor([self.starts[slot] for slot in rows])  # [R]
+        starts = torch.tensor([self.starts[slot] for slot in rows])  # [R]
         inside = (columns >= starts[:, None]) & (columns < windows[:, 1:])
-        is_masked = (ids == self.policy.mask_id) & inside
-        chosen = is_masked & self._eligible(rows, is_masked)
-        predicted = chosen
+        # The last block may be shorter: columns behind it are clamped here, and not inside.
+        is_masked = self.masked[slots[:, None], columns.clamp(max=self.width - 1)] & inside
+        predicted = is_masked & self._eligible(rows, is_masked)
         if self.settings.editing:
-            predicted = chosen | (inside & ~is_masked & ~self._settled(columns, starts))
+            predicted |= inside & ~is_masked & ~self._settled(columns, starts)
         row, offset = predicted.nonzero(as_tuple=True)  # [N], [N]
-        slot, position = slots[row], columns[row, offset]
-        completion = position - starts[row]
+        position = columns[row, offset]
+        completion, masked = position - starts[row], is_masked[row, offset]
         shape = (len(rows), self.settings.block_length)
-        waiting = (is_masked & ~chosen).any(dim=1)
-        masked = is_masked[row, offset]
-        return Targets(shape, row, offset, slot, position, completion, masked, waiting)
+        return Targets(shape, row, offset, slots[row], position, completion, masked)
 
     def _settled(self, columns: Tensor, starts: Tensor) -> Tensor:
         """bool [R, B]: positions that a clean token predicts, so that nothing new is learnt of them
@@ -178,20 +195,20 @@ class Canvas:
 
     def _eligible(self, rows: Sequence[int], is_masked: Tensor) -> Tensor:
         """bool [R, B]: the positions of the part of each block that a step decides."""
-        offsets = torch.arange(self.settings.block_length, device=self.device)
+        offsets = torch.arange(self.settings.block_length)
         part = self.settings.sub_block_length or self.settings.block_length
         first = is_masked.long().argmax(dim=1, keepdim=True)  # [R, 1]
         eligible = offsets // part == first // part
         if self._first_alone:
-            begins = self.tensor([self.step[slot] == 0 for slot in rows])
-            eligible &= (offsets == 0) | ~((first[:, 0] == 0) & (begins == 1))[:, None]
+            begins = torch.tensor([self.step[slot] == 0 for slot in rows])
+            eligible &= (offsets == 0) | ~((first[:, 0] == 0) & begins)[:, None]
         return eligible
 
-    def numbered_steps(self, rows: Sequence[int]) -> Tensor:
-        """int64 [R]: steps counted as if every block took all its steps, so that the noise of a
-        step does not depend on how many steps earlier blocks took."""
+    def step_numbers(self, rows: Sequence[int]) -> list[int]:
+        """Steps counted as if every block took all its steps, so that the noise of a step does not
+        depend on how many steps earlier blocks took."""
         per_block = self.steps_per_block
-        return self.tensor([self.block[slot] * per_block + self.step[slot] for slot in rows])
+        return [self.block[slot] * per_block + self.step[slot] for slot in rows]
 
     def replaced(self, targets: Targets, token: Tensor, sure: Tensor) -> Tensor:
         """bool [N]: decided positions whose new token is another, and more probable than
@@ -203,26 +220,29 @@ class Canvas:
         differs = token != self.ids[targets.slot, targets.position]
         return ~targets.masked & differs & (sure > self.settings.edit_threshold)
 
-    def decide(self, targets: Targets, written: Tensor, token: Tensor, steps: Tensor) -> None:
-        """Write some of the tokens [N], bool [N], decided at `steps` [R]."""
+    def write(self, targets: Targets, written: Tensor, token: Tensor) -> None:
+        """Write some of the tokens [N], bool [N], into the ids of the device."""
+        place = targets.slot, targets.position
+        self.ids[place] = torch.where(written, token, self.ids[place])
+
+    def decide(
+        self, targets: Targets, written: Tensor, token: Tensor, steps: Sequence[int]
+    ) -> None:
+        """Note what `write` wrote, decided at these steps of the R rows; all on the host."""
         [index] = written.nonzero(as_tuple=True)
         slot, completion = targets.slot[index], targets.completion[index]
-        self.ids[slot, targets.position[index]] = token[index]
-        self.order[slot, completion] = steps[targets.row[index]]
+        place = slot, targets.position[index]
+        self.tokens[place] = token[index]
+        self.masked[place] = False
+        self.order[slot, completion] = torch.tensor(steps)[targets.row[index]]
         self.edits[slot, completion] += ~targets.masked[index]
 
     def advance(
-        self,
-        rows: Sequence[int],
-        passes: int,
-        decided: Sequence[bool],
-        again: Sequence[bool],
-        changed: Set[int],
+        self, rows: Sequence[int], passes: int, again: Sequence[bool], changed: Set[int]
     ) -> list[int]:
         """Move each row to its next step or block; rows in `again` repeat their step.
 
         Args:
-            decided: whether nothing is masked in the block of a row.
             changed: with editing, the numbers among R of the rows that the step wrote to.
 
         Returns:
@@ -232,7 +252,8 @@ class Canvas:
         for row, slot in enumerate(rows):
             self.nfe[slot] += passes
             self.step[slot] += not again[row]
-            if not decided[row]:
+            start, stop = self.window(slot)
+            if self.masked[slot, start:stop].any():
                 continue
             if row in changed and self.edit_steps[slot] < self.settings.edit_steps:
                 self.edit_steps[slot] += 1
@@ -240,17 +261,17 @@ class Canvas:
             stopped = self.settings.early_stop and self._stop_at_eos(slot)
             self.block[slot] += 1
             self.step[slot] = self.edit_steps[slot] = 0
-            if stopped or self.window(slot)[0] >= self.length(slot):
+            if stopped or stop >= self.length(slot):
                 done.append(slot)
         return done
 
     def _stop_at_eos(self, slot: int) -> bool:
         """Fill the rest of a row whose decided part contains end-of-sequence."""
         eos, start, stop = self.policy.eos_id, self.starts[slot], self.window(slot)[1]
-        decided = self.ids[slot, start:stop].tolist()
+        decided = self.tokens[slot, start:stop].tolist()
         if eos is None or self.policy.ends.isdisjoint(decided):
             return False
-        self.ids[slot, stop : self.length(slot)] = eos
+        self.tokens[slot, stop : self.length(slot)] = eos
         last = (self.block[slot] + 1) * self.steps_per_block - 1
         self.order[slot, stop - start :] = last
         return True
@@ -261,11 +282,12 @@ class Canvas:
         assert number is not None
         self.owner[slot] = None
         start, length = self.starts[slot], self.settings.gen_length
-        tokens = self.ids[slot, start : start + length].tolist()
+        tokens = self.tokens[slot, start : start + length].tolist()
         order, edits = self.order[slot, :length].tolist(), None
         if self.settings.editing:
             edits = int(self.edits[slot, :length].sum())
         return number, Sample(tokens, order, self.nfe[slot], edits=edits)
 
-    def tensor(self, values: Sequence[int] | Sequence[tuple[int, int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
+    def tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        """Numbers as int64 on the device."""
+        return sent(torch.tensor(values, dtype=torch.int64), self.device)

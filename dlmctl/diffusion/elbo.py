@@ -19,6 +19,7 @@ from torch import Tensor
 from dlmctl.diffusion.fused_linear_logprob import target_log_probs
 from dlmctl.diffusion.masks import MaskSet
 from dlmctl.models.policy import Policy
+from dlmctl.models.sending import sent
 from dlmctl.models.vision import Picture
 from dlmctl.train.distributed import all_reduce_sum, rank, world_size
 from dlmctl.train.sharding import whole_pass
@@ -107,9 +108,10 @@ def scored_states(
     noised = ids.masked_fill(is_masked, policy.mask_id or 0) if policy.diffusion else ids
 
     view, device = policy.noised_rows(ids, noised, is_scored, starts, whole), policy.device
-    places = view.sources(rows, positions, policy.shift).to(device)
-    columns, target_ids = (positions - starts[rows]).to(device), ids[rows, positions].to(device)
-    states, rows = policy.hidden_of(view.to(device), pictures), rows.to(device)
+    places = view.sources(rows, positions, policy.shift)
+    named = torch.stack([places, ids[rows, positions], rows, positions - starts[rows]])
+    places, target_ids, rows, columns = sent(named, device)  # [N] each
+    states = policy.hidden_of(view.to(device), pictures)
     return Scored(states[rows, places], target_ids, rows, columns)
 
 

@@ -140,8 +140,9 @@ class _WeightedLogProb(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        scale = float(upstream)  # 1 if the loss is the sum itself: nothing is copied
-        gradients = [d if d is None or scale == 1 else d * scale for d in ctx.saved_tensors]
+        # 1 if the loss is the sum itself, but the host would have to wait for a GPU to know.
+        one = upstream.device.type == "cpu" and float(upstream) == 1
+        gradients = [d if d is None or one else d.mul_(upstream) for d in ctx.saved_tensors]
         return *gradients, None, None, None
 
 

@@ -22,6 +22,7 @@ from dlmctl.diffusion.callback import SamplerCallback
 from dlmctl.diffusion.canvas import Canvas, Targets
 from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.policy import Policy
+from dlmctl.models.sending import sent
 
 SMALL_PASS = 2048
 """Tokens below which a pass is not split to save padding."""
@@ -62,6 +63,7 @@ class Passes:
 
         Args:
             rows: slots, the longest sequences first.
+            targets: on the host.
 
         Returns:
             One tensor; with guidance a second, of the model that does not see the prompt.
@@ -69,7 +71,7 @@ class Passes:
         canvas, cache = self.canvas, self.cache
         if cache is not None:
             cache.widen(canvas.width)
-        # 1. Every part is numbers [n] among the targets and their states, each [n, H].
+        # 1. Every part is numbers [n] among the targets, on the host, and states, each [n, H].
         whole = [slot for slot in rows if self._renews(slot)]
         whole.sort(key=lambda slot: -self._end(slot))
         parts = []
@@ -79,7 +81,9 @@ class Passes:
         if rest:
             parts.append(self._part(rest, targets))
         # 2. Put the parts back into the order of the targets.
-        where = torch.cat([picked for picked, _ in parts])  # [N], a permutation
+        if len(parts) == 1:
+            return parts[0][1]
+        where = sent(torch.cat([picked for picked, _ in parts]), canvas.device)  # [N]
         results = []
         for number in range(self.per_step):
             states = torch.cat([hidden[number] for _, hidden in parts])
@@ -114,18 +118,20 @@ class Passes:
         return blocks.attends(places, keys, *noised, starts) & there[:, None]
 
     def outdated(self, rows: Sequence[int], surest: Tensor) -> Tensor:
-        """bool [R]: rows that reused old keys and values and are too unsure; they repeat the step.
+        """bool [R]: rows that reused old keys and values and are too unsure to go on.
 
         Args:
             surest: float64 [R], the confidence of the most confident token of each row.
         """
         if not self.settings.refresh_below:
             return torch.zeros_like(surest, dtype=torch.bool)
-        old = torch.tensor([not self._renews(slot) for slot in rows], device=surest.device)
-        again = old & (surest < self.settings.refresh_below)
+        old = self.canvas.tensor([not self._renews(slot) for slot in rows]).bool()
+        return old & (surest < self.settings.refresh_below)
+
+    def repeat(self, rows: Sequence[int], again: Sequence[bool]) -> None:
+        """Pass over the whole sequence of the rows in `again` when they repeat their step."""
         self._outdated -= set(rows)
-        self._outdated.update(compress(rows, again.tolist()))
-        return again
+        self._outdated.update(compress(rows, again))
 
     def _whole(self, rows: Sequence[int], targets: Targets) -> tuple[Tensor, list[Tensor]]:
         """A pass over the whole sequences of these rows; returns as `_pick` does."""
@@ -150,7 +156,7 @@ class Passes:
             starts = canvas.tensor([canvas.starts[slot] for slot in rows])  # [R]
             blind = ids.masked_fill(columns < starts[:, None], self.policy.mask_id or 0)
             hidden.append(run(blind))
-        return self._pick(rows, hidden, targets, torch.zeros_like(lengths))
+        return self._pick(rows, hidden, targets, [0] * len(rows))
 
     def _part(self, rows: Sequence[int], targets: Targets) -> tuple[Tensor, list[Tensor]]:
         """The same for a pass over the block (dual), the block and what follows it (prefix), or
@@ -167,14 +173,12 @@ class Passes:
         if self.settings.cache == "exact":
             block = self.settings.block_length
             before = [block if canvas.step[slot] == 0 else more for slot in rows]
-        firsts = canvas.tensor(
-            [max(0, start - more) for (start, _), more in zip(windows, before, strict=True)]
-        )  # [R]
-        lengths = canvas.tensor([self._end(slot) for slot in rows])  # [R]
-        ends = lengths
-        if self.settings.cache == "dual":
-            ends = canvas.tensor([stop for _, stop in windows])
-        queries, longest = int((ends - firsts).max()), max(self._end(s) for s in rows)  # Q, T
+        begins = [max(0, start - more) for (start, _), more in zip(windows, before, strict=True)]
+        lasts = [self._end(slot) for slot in rows]
+        stops = [stop for _, stop in windows] if self.settings.cache == "dual" else lasts
+        queries = max(stop - begin for begin, stop in zip(begins, stops, strict=True))  # Q
+        longest = max(lasts)  # T
+        firsts, ends, lengths = canvas.tensor([begins, stops, lasts])  # [R] each
         columns = firsts[:, None] + torch.arange(queries, device=device)  # [R, Q]
         inside = columns < ends[:, None]  # [R, Q], false for padding
         places = columns.clamp(max=longest - 1)  # [R, Q]; padding repeats a token
@@ -185,31 +189,31 @@ class Passes:
         allowed = self._allowed(rows, places, there)
         ids = canvas.ids[slots[:, None], places]
         hidden = self.policy.hidden(ids, there, places, cache, allowed=allowed)
-        return self._pick(rows, [hidden], targets, firsts)
+        return self._pick(rows, [hidden], targets, begins)
 
     def _pick(
-        self, rows: Sequence[int], hidden: list[Tensor], targets: Targets, firsts: Tensor
+        self, rows: Sequence[int], hidden: list[Tensor], targets: Targets, firsts: Sequence[int]
     ) -> tuple[Tensor, list[Tensor]]:
         """The hidden states of the targets that these rows have.
 
         Args:
             hidden: states [R, Q, H]; row r begins at position firsts[r].
-            firsts: int64 [R].
 
         Returns:
-            Numbers [n] of these targets among the N, and a tensor [n, H] for each of `hidden`.
+            Numbers [n] of these targets among the N, on the host, and a tensor [n, H] for each of
+            `hidden`.
         """
         # local[slot] is the row of a slot in this pass, or -1.
-        local = torch.full((len(self.canvas.owner),), -1, device=self.canvas.device)  # [S]
-        local[self.canvas.tensor(rows)] = torch.arange(len(rows), device=self.canvas.device)
+        local = torch.full((len(self.canvas.owner),), -1)  # [S]
+        local[torch.tensor(rows)] = torch.arange(len(rows))
         row = local[targets.slot]  # [N]
         [picked] = (row >= 0).nonzero(as_tuple=True)
-        row = row[picked]  # [n]
-        position = targets.position[picked]
+        row, position = row[picked], targets.position[picked]  # [n]
         place = self.policy.source(position)
         if (blocks := self.policy.blocks) is not None:
-            starts = self.canvas.tensor([self.canvas.starts[slot] for slot in rows])[row]  # [n]
+            starts = torch.tensor([self.canvas.starts[slot] for slot in rows])[row]  # [n]
             leads = blocks.leads(position[:, None], starts, self.policy.shift)  # [n, 1]
             place = place if leads is None else (position - 1).where(leads[:, 0], place)
-        place = place - firsts[row]  # [n], in the pass
+        place = place - torch.tensor(firsts)[row]  # in the pass
+        row, place = sent(torch.stack([row, place]), self.canvas.device)
         return picked, [states[row, place] for states in hidden]

@@ -22,6 +22,7 @@ from torch import Tensor
 from dlmctl.diffusion.noise import gumbel, gumbel_max, uniform
 from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.policy import Policy
+from dlmctl.models.sending import sent
 from dlmctl.settings.sampler import Remasking
 
 
@@ -80,7 +81,7 @@ def _decide(
 ) -> tuple[Tensor, Tensor]:
     """`predict_tokens` for one chunk of logits [N, V], which are overwritten."""
     if settings.eos == "never":
-        logits[:, sorted(policy.ends)] = -torch.inf
+        logits.index_fill_(1, sent(torch.tensor(sorted(policy.ends)), logits.device), -torch.inf)
     of_sampled = settings.confidence_of == "sampled" and settings.remasking != "random"
     bound = None
     if settings.temperature > 0 or of_sampled:
@@ -102,7 +103,7 @@ def _decide(
     sure = _confidence(logits, token, keys, settings.remasking)
     if settings.eos == "late":
         # Finite, so that these tokens still come before positions that are not masked.
-        late = torch.tensor(sorted(policy.ends | policy.turn_ends), device=token.device)
+        late = sent(torch.tensor(sorted(policy.ends | policy.turn_ends)), token.device)
         sure = torch.where(torch.isin(token, late), sure - 1e9, sure)
     return token, sure
 
@@ -135,7 +136,8 @@ def least_kept(logits: Tensor, settings: SamplerConfig) -> Tensor | None:
 def _confidence(logits: Tensor, token: Tensor, keys: Tensor, remasking: Remasking) -> Tensor:
     """float64 [N]: how sure softmax(logits) is, for logits [N, V] (overwritten)."""
     if remasking == "random":
-        return uniform(keys, torch.full_like(keys, -1))
+        broken = logits.amax(dim=1).isnan()
+        return uniform(keys, torch.full_like(keys, -1)).masked_fill(broken, torch.nan)
     best, top = logits.max(dim=1, keepdim=True)
     below = logits.sub_(best)
     chosen = below.gather(1, token[:, None])[:, 0].double().exp()

@@ -36,7 +36,7 @@ from dlmctl.diffusion.passes import Passes
 from dlmctl.diffusion.proposals import perturb, predict_tokens, select_to_unmask
 from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig
 from dlmctl.models.policy import Policy
-from dlmctl.records.errors import UsageError
+from dlmctl.records.errors import DataError, UsageError
 
 
 def sample(
@@ -108,28 +108,40 @@ class _Source:
 
 def _denoise(canvas: Canvas, passes: Passes, callback: SamplerCallback) -> list[int]:
     """One step of every row under way; returns the slots whose completion is done."""
-    rows, settings = canvas.active, canvas.settings
+    rows, settings, device = canvas.active, canvas.settings, canvas.device
     canvas.skip_idle_steps(rows)
-    targets, steps = canvas.targets(rows), canvas.numbered_steps(rows)
-    noise = subkeys(
-        subkeys(canvas.keys[canvas.tensor(rows)], steps)[targets.row], targets.completion
-    )
-    states = passes.states(rows, targets)
+    on_host, steps = canvas.targets(rows), canvas.step_numbers(rows)
+    targets = on_host.to(device)
+    keys = subkeys(canvas.keys[canvas.tensor(rows)], canvas.tensor(steps))
+    noise = subkeys(keys[targets.row], targets.completion)
+    # 1. What the model predicts, and how sure it is.
+    states = passes.states(rows, on_host)
     token, sure = predict_tokens(canvas.policy, states, noise, settings)
     sure = callback.adjust_confidence(targets, states, sure)
     replaced = canvas.replaced(targets, token, sure)
+    # 2. What of it stays.
     sure = sure.where(targets.masked, -torch.inf)
-    confidence = torch.full(targets.shape, -torch.inf, dtype=torch.float64, device=canvas.device)
+    confidence = torch.full(targets.shape, -torch.inf, dtype=torch.float64, device=device)
     confidence[targets.row, targets.offset] = sure
     ranking = confidence
     if settings.alg_temp:
         ranking = confidence.clone()
         ranking[targets.row, targets.offset] = perturb(sure, noise, settings)
     stays = select_to_unmask(ranking, canvas.quotas(rows), settings)
-    again = passes.outdated(rows, confidence.amax(dim=1))
-    stays &= ~again[:, None]
-    written = stays[targets.row, targets.offset] | replaced
-    canvas.decide(targets, written, token, steps)
-    left = ((confidence > -torch.inf) & ~stays).any(dim=1) | targets.waiting
-    changed = set(targets.row[written].tolist()) if settings.editing else set()
-    return canvas.advance(rows, passes.per_step, (~left).tolist(), again.tolist(), changed)
+    repeated = passes.outdated(rows, confidence.amax(dim=1))
+    written = (stays & ~repeated[:, None])[targets.row, targets.offset] | replaced
+    canvas.write(targets, written, token)
+    # 3. The host hears of it; this is where it waits for the device.
+    heard = torch.cat([written, sure.isnan(), repeated, token]).cpu()
+    n = len(token)
+    writes, unsure, again, tokens = heard.split([n, n, len(rows), n])
+    if unsure.any():
+        raise DataError(
+            f"{canvas.policy.name} predicts NaN: its weights are damaged, or too large for "
+            "--dtype float16"
+        )
+    canvas.decide(on_host, writes.bool(), tokens, steps)
+    repeating = again.bool().tolist()
+    passes.repeat(rows, repeating)
+    changed = set(on_host.row[writes.bool()].tolist()) if settings.editing else set()
+    return canvas.advance(rows, passes.per_step, repeating, changed)

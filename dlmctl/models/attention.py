@@ -23,6 +23,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from dlmctl.models.sending import sent
+
 Pattern = Literal["causal", "bidirectional", "block-causal"]
 Lengths = TypeVar("Lengths", int, Tensor)
 Narrowing = Callable[[Tensor], Tensor]
@@ -176,10 +178,8 @@ class NoisedRows(NamedTuple):
 
     def to(self, device: torch.device) -> NoisedRows:
         """The rows on a device."""
-        moved = {
-            name: tensor.to(device) for name, tensor in self._asdict().items() if tensor is not None
-        }
-        return self._replace(**moved)
+        parts = {name: part for name, part in self._asdict().items() if part is not None}
+        return self._replace(**{name: sent(part, device) for name, part in parts.items()})
 
     def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Where the noised tokens at (rows, positions), int64 [N] each, stand: int64 [N]."""

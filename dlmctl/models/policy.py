@@ -24,6 +24,7 @@ from dlmctl.models.attention import (
     additive,
     layer_masks,
     noised_rows,
+    windowed_layers,
 )
 from dlmctl.models.families import Head, ModelFamily
 from dlmctl.models.prompting import context_ids, prompt_ids, text_ids
@@ -142,8 +143,9 @@ class Policy:
         mask = None if attention is None else attention.long()
         if cache is not None:
             extra |= {cache_argument(body): cache}
-            if attention is not None:  # 4D, or the model derives it from the cache
-                mask = attention[:, None, None].expand(-1, 1, ids.shape[1], -1)
+        if attention is not None and (cache is not None or self._sees_all):
+            # 4D, or the model derives it from the cache, and asks the device whether it is needed.
+            mask = attention[:, None, None].expand(-1, 1, ids.shape[1], -1)
         if allowed is None and self.blocks is not None:
             allowed = self._clean_text(ids, attention)
         if allowed is not None:
@@ -161,6 +163,12 @@ class Policy:
         if positions is not None:
             extra |= {"position_ids": positions}
         return call(input_ids=ids, attention_mask=mask, **extra).last_hidden_state
+
+    @property
+    def _sees_all(self) -> bool:
+        """Whether each token attends to all others, in every layer of a decoder."""
+        whole = self.model_family.reuses_keys and not windowed_layers(self.core.config)
+        return self.diffusion and self.blocks is None and whole
 
     def _clean_text(self, ids: Tensor, attention: Tensor | None) -> Tensor:
         """bool [B, T, T]: how the tokens of a text without noise, or without a past, attend."""

@@ -29,6 +29,7 @@ from dlmctl.diffusion.elbo import (
 )
 from dlmctl.diffusion.fused_linear_logprob import weighted_log_prob
 from dlmctl.models.policy import Policy
+from dlmctl.models.sending import sent
 from dlmctl.train.activations import checkpoint_activations, checkpoints_activations
 from dlmctl.train.distributed import all_reduce_sum, world_size
 from dlmctl.train.sharding import whole_pass
@@ -73,7 +74,7 @@ def _accumulate(
     policy: Policy, examples: Sequence[Example], coefficients: Tensor, batch_size: int
 ) -> float:
     policy.model.train()  # dropout of an adapter and gradient checkpointing act here alone
-    value = torch.zeros((), dtype=torch.float64)
+    value = torch.zeros((), dtype=torch.float64, device=policy.device)
     wanted = (coefficients != 0).any(dim=2) & (mask_weights(examples) > 0)
     lent = _pair_with_images(examples, wanted)
     for pairs, counts in own_micro_batches(examples, wanted, batch_size):
@@ -83,9 +84,9 @@ def _accumulate(
             pairs, weights = [*pairs, lent], torch.cat([weights, torch.zeros_like(weights[:1])])
         part = whole_pass(policy.model, functools.partial(_part, policy, examples, pairs, weights))
         part.backward()
-        value += float(part.detach())
+        value += part.detach()
     policy.model.eval()
-    return float(all_reduce_sum(value))
+    return float(all_reduce_sum(value.cpu()))
 
 
 def _pair_with_images(examples: Sequence[Example], wanted: Tensor) -> tuple[int, int] | None:
@@ -104,8 +105,8 @@ def _part(
 ) -> Tensor:
     """The weighted sum over a micro-batch, for coefficients [B, G] of its pairs."""
     scored = scored_states(policy, *masked_rows(policy, examples, pairs))
-    factors = coefficients[scored.rows.cpu(), scored.columns.cpu()]
-    return weighted_log_prob(policy, scored.states, scored.targets, factors.to(policy.device))
+    factors = sent(coefficients, policy.device)[scored.rows, scored.columns]
+    return weighted_log_prob(policy, scored.states, scored.targets, factors)
 
 
 def elbo_coefficients(examples: Sequence[Example], coefficients: Tensor) -> Tensor:

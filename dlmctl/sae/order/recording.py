@@ -127,7 +127,7 @@ class OrderRecorder(FeatureTracker):
         if len(chosen):
             slot, place = targets.slot[chosen], targets.completion[chosen]
             token, probability = self._likeliest([part[chosen] for part in states], slot)
-            steps = canvas.numbered_steps(range(len(canvas.owner)))[slot]
+            steps = canvas.tensor(canvas.step_numbers(range(len(canvas.owner))))[slot]
             common = {
                 "unit": random_bits(canvas.keys[slot], steps),
                 "step": steps,

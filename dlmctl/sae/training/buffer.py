@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dlmctl.models.sending import sent
+
 
 class ShuffleBuffer:
     """Has at most `capacity` rows between draws; a draw takes rows at random from all of them."""
@@ -60,16 +62,17 @@ class ShuffleBuffer:
 
     def draw(self, count: int) -> Tensor:
         """Take out `count` random rows, or all there are."""
-        rows = self.rows
-        chosen = torch.randperm(self._count, generator=self._generator)[:count].to(rows.device)
-        drawn = rows[chosen]
+        chosen = torch.randperm(self._count, generator=self._generator)[:count]
         # The remaining rows behind the new end move into the gaps before it.
         left = self._count - len(chosen)
-        taken = torch.zeros(self._count, dtype=torch.bool, device=rows.device)
+        taken = torch.zeros(self._count, dtype=torch.bool)
         taken[chosen] = True
         gaps = taken[:left].nonzero().flatten()
         movers = (~taken[left:]).nonzero().flatten() + left  # as many as gaps
-        rows[gaps] = rows[movers]
+        places = sent(torch.cat([chosen, gaps, movers]), self.rows.device)
+        chosen, gaps, movers = places.split([len(chosen), len(gaps), len(movers)])
+        drawn = self.rows[chosen]
+        self.rows[gaps] = self.rows[movers]
         self._count = left
         return drawn
 

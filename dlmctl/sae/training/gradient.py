@@ -90,9 +90,10 @@ def add_gradient(
     # 2. Gradient of L_rec.
     slope = residual * (2 / len(x))  # [N, d], dL_rec / dxhat
     code_slope = decoded.code_slope(slope) * (codes.values > 0)  # [N, K], dL_rec / dpre
-    sae.decoder.grad = _sum_rows(codes.indices, codes.values, slope, len(sae.bias))
-    sae.encoder.grad = _sum_rows(codes.indices, code_slope, centred, len(sae.bias))
-    sae.bias.grad = _sum_weights(codes.indices, code_slope, len(sae.bias))
+    sums = _SumsByLatent(codes.indices, len(sae.bias))
+    sae.decoder.grad = sums.of_rows(codes.values, slope)
+    sae.encoder.grad = sums.of_rows(code_slope, centred)
+    sae.bias.grad = sums.of(code_slope)
     # 3. Gradient of L_aux.
     centre_slope = sae.bias.grad  # [F]: the centre gets -(dL / dpre) @ encoder
     auxiliary = reconstruction.new_zeros(())
@@ -127,16 +128,18 @@ def _add_auxiliary(
     decoded = _Decoded(codes, sae.decoder)
     missed = decoded.rows - target  # [N, d]
     loss = missed.square().sum(dim=1).mean() / spread
-    if not bool(loss.isfinite()):  # a batch without spread teaches nothing
-        return torch.zeros_like(loss)
     slope = missed * (2 * weight / (len(missed) * spread))  # [N, d], of ehat
+    # A batch without spread teaches nothing; a test of the loss would wait for the device.
+    varied = loss.isfinite()
+    loss, slope = loss.where(varied, 0.0), slope.where(varied, 0.0)
     code_slope = decoded.code_slope(slope)  # [N, k_aux]
     if aux == "rectified":
         code_slope = code_slope * (values > 0)
+    sums = _SumsByLatent(codes.indices, len(sae.bias))
     for parameter, more in (
-        (sae.decoder, _sum_rows(codes.indices, codes.values, slope, len(sae.bias))),
-        (sae.encoder, _sum_rows(codes.indices, code_slope, centred, len(sae.bias))),
-        (sae.bias, _sum_weights(codes.indices, code_slope, len(sae.bias))),
+        (sae.decoder, sums.of_rows(codes.values, slope)),
+        (sae.encoder, sums.of_rows(code_slope, centred)),
+        (sae.bias, sums.of(code_slope)),
     ):
         assert parameter.grad is not None
         parameter.grad = parameter.grad + more
@@ -161,25 +164,31 @@ class _Decoded:
         return found
 
 
-def _sum_rows(indices: Tensor, weights: Tensor, rows: Tensor, latents: int) -> Tensor:
-    """For each latent the sum of weights_nk rows_n over the (n, k) that chose it, [F, d].
+class _SumsByLatent:
+    """Sums over the (n, k) that chose each of F latents."""
 
-    Args:
-        indices, weights: [N, K].
-        rows: [N, d].
-    """
-    flat = indices.flatten()  # [N K]
-    order = flat.argsort()  # codes sorted by latent, so that each latent's codes are one bag
-    counts = torch.bincount(flat, minlength=latents)  # [F]
-    return functional.embedding_bag(
-        order // indices.shape[1],  # the activation that each code belongs to
-        rows,
-        counts.cumsum(0) - counts,  # where the bags begin
-        mode="sum",
-        per_sample_weights=weights.flatten()[order].to(rows.dtype),
-    )
+    def __init__(self, indices: Tensor, latents: int) -> None:
+        """Args:
+        indices: int64 [N, K], the latents of each activation.
+        """
+        self._flat, self._latents = indices.flatten(), latents  # [N K]
+        # Codes sorted by latent, so that each latent's codes are one bag.
+        self._order = self._flat.argsort()
+        self._activation = self._order // indices.shape[1]  # which each code belongs to
+        ones = torch.ones_like(self._flat)
+        counts = ones.new_zeros(latents).index_add_(0, self._flat, ones)  # [F]
+        self._begins = counts.cumsum(0) - counts
 
+    def of_rows(self, weights: Tensor, rows: Tensor) -> Tensor:
+        """Of weights_nk rows_n, [F, d], for weights [N, K] and rows [N, d]."""
+        return functional.embedding_bag(
+            self._activation,
+            rows,
+            self._begins,
+            mode="sum",
+            per_sample_weights=weights.flatten()[self._order].to(rows.dtype),
+        )
 
-def _sum_weights(indices: Tensor, weights: Tensor, latents: int) -> Tensor:
-    """For each latent the sum of weights_nk over the (n, k) that chose it, [F]."""
-    return weights.new_zeros(latents).index_add_(0, indices.flatten(), weights.flatten())
+    def of(self, weights: Tensor) -> Tensor:
+        """Of weights_nk, [F]."""
+        return weights.new_zeros(self._latents).index_add_(0, self._flat, weights.flatten())

@@ -135,9 +135,9 @@ class SaeTrainer:
     def _count(self, outcome: Outcome, count: int) -> None:
         """Which latents were active in this step of `count` activations."""
         codes = outcome.codes
-        found = codes.indices[codes.values > 0].bincount(minlength=self.recipe.latents)
-        self.unused += count
-        self.unused[found > 0] = 0
+        active = (codes.values > 0).long().flatten()
+        found = torch.zeros_like(self.unused).index_add_(0, codes.indices.flatten(), active)  # [F]
+        self.unused.add_(count).masked_fill_(found > 0, 0)
         if self.step >= self.recipe.decay_from * self.recipe.steps:
             self.active += found
             self.counted += count
