@@ -6,7 +6,7 @@ from conftest import tiny_policy
 
 from dlmctl.diffusion.sampler import sample
 from dlmctl.diffusion.sampling import SamplerConfig, configured, tokens_per_step
-from dlmctl.records.errors import UsageError
+from dlmctl.records.errors import DataError, UsageError
 from dlmctl.settings.sampler import Sampler
 
 PROMPT = [3, 4, 8]
@@ -194,3 +194,14 @@ def test_settings_come_from_the_model_where_they_are_not_given():
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(UsageError, match="--"):
         SamplerConfig(**{"gen_length": 8, "block_length": 4, "steps": 8, **wrong})
+
+
+@pytest.mark.parametrize("remasking", ["low_confidence", "entropy", "margin", "random"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_predicts_nan_is_refused(remasking, temperature):
+    policy = tiny_policy()
+    with torch.no_grad():
+        next(policy.model.parameters())[PROMPT[0]] = torch.nan
+    settings = SamplerConfig(4, 4, 4, remasking=remasking, temperature=temperature)
+    with pytest.raises(DataError, match="predicts NaN"):
+        sample(policy, [PROMPT], [1], settings)
