@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from dlmctl.models.attention import windowed_layers
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 
@@ -90,17 +89,9 @@ class SlotCache(Cache):
         return (query_length if self._whole else self._length), 0
 
 
-def reuses_keys(policy: Policy) -> bool:
-    """Whether a model can reuse keys and values of an earlier pass."""
-    if not policy.model_family.reuses_keys or windowed_layers(policy.core.config):
-        return False
-    layers = getattr(policy.core.config, "layer_types", None) or []
-    return all(x == "full_attention" for x in layers)
-
-
 def check_cache(policy: Policy) -> None:
     """Raise UsageError if a model cannot reuse keys and values of an earlier pass."""
-    if not reuses_keys(policy):
+    if not policy.reuses_keys:
         raise UsageError(
             f"--cache is for models whose layers all attend to the whole sequence and are built as "
             f"decoders (LLaDA, Dream, a2d); {policy.name} is not one: leave it out"

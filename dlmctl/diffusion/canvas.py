@@ -1,8 +1,8 @@
 """The sequences being sampled: slots, each with a prompt, its completion, and its progress.
 
-The host knows all of it: which positions are masked, the tokens, the steps. So it says in advance
-what the device does in a step, and waits for the device once, for what the step decided. The device
-has a copy of the ids, which the model reads.
+The host knows which positions are masked, the tokens and the steps. So it prepares a step without
+asking the device, and waits once, for what the step decided. The device has a copy of the ids,
+which the model reads.
 
 R rows are the slots that take part in a step, S all slots, B the block length, G the completion
 length, N the positions that a step predicts.

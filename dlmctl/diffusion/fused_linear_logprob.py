@@ -13,6 +13,7 @@ N positions, hidden size H, vocabulary V, C positions in a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -140,10 +141,14 @@ class _WeightedLogProb(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        # 1 if the loss is the sum itself, but the host would have to wait for a GPU to know.
-        one = upstream.device.type == "cpu" and float(upstream) == 1
-        gradients = [d if d is None or one else d.mul_(upstream) for d in ctx.saved_tensors]
-        return *gradients, None, None, None
+        return *scaled_(ctx.saved_tensors, upstream), None, None, None
+
+
+def scaled_(gradients: Sequence[Tensor | None], upstream: Tensor) -> list[Tensor | None]:
+    """Gradients, which were computed with an upstream gradient of 1, with this one; in place."""
+    # It is 1 if the loss is the sum itself, but the host would have to wait for a GPU to know.
+    one = upstream.device.type == "cpu" and float(upstream) == 1
+    return [d if d is None or one else d.mul_(upstream) for d in gradients]
 
 
 def cap_(projected: Tensor, cap: float) -> Tensor:

@@ -46,7 +46,7 @@ def uniform(keys: Tensor, counters: Tensor) -> Tensor:
 
 def gumbel(keys: Tensor, counters: Tensor) -> Tensor:
     """Standard Gumbel noise, float64, for each (key, counter)."""
-    return _negative_log_(_negative_log_(uniform(keys, counters)))
+    return _gumbel(random_bits(keys, counters))
 
 
 def gumbel_max(
@@ -76,8 +76,7 @@ def gumbel_max(
         token = torch.zeros_like(keys[part])
         for start in range(0, vocabulary, width):
             tile = logits[part, start : start + width]  # [R, W]
-            bits = _mix_(keys[part, None] + offsets[start : start + width])
-            drawn = _negative_log_(_negative_log_(_open_interval(bits)))
+            drawn = _gumbel(_mix_(keys[part, None] + offsets[start : start + width]))
             drawn.mul_(temperature).add_(tile)
             if least is not None:
                 drawn.masked_fill_(tile < least[part], -torch.inf)
@@ -106,8 +105,9 @@ def _open_interval(bits: Tensor) -> Tensor:
     return _shift_right(bits, 11, bits).double().add_(0.5).mul_(2.0**-53)
 
 
-def _negative_log_(x: Tensor) -> Tensor:
-    return x.log_().neg_()
+def _gumbel(bits: Tensor) -> Tensor:
+    """Gumbel noise from random bits (overwritten), float64."""
+    return _open_interval(bits).log_().neg_().log_().neg_()
 
 
 def subkeys(keys: Tensor, counters: Tensor) -> Tensor:

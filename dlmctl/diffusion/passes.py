@@ -166,9 +166,8 @@ class Passes:
         # 1. Row r passes over the positions firsts[r] to ends[r]. The logits of the block's first
         #    position are up to one position before it, so the pass begins there.
         windows = [canvas.window(slot) for slot in rows]
-        blocks, more = self.policy.blocks, self.policy.shift
-        if blocks is not None and blocks.causal_context and not blocks.first_alone:
-            more = 1
+        blocks, shift = self.policy.blocks, self.policy.shift
+        more = shift if blocks is None else blocks.reach(shift)
         before = [more] * len(rows)
         if self.settings.cache == "exact":
             block = self.settings.block_length

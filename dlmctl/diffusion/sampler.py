@@ -119,7 +119,7 @@ def _denoise(canvas: Canvas, passes: Passes, callback: SamplerCallback) -> list[
     token, sure = predict_tokens(canvas.policy, states, noise, settings)
     sure = callback.adjust_confidence(targets, states, sure)
     replaced = canvas.replaced(targets, token, sure)
-    # 2. What of it stays.
+    # 2. Which tokens stay.
     sure = sure.where(targets.masked, -torch.inf)
     confidence = torch.full(targets.shape, -torch.inf, dtype=torch.float64, device=device)
     confidence[targets.row, targets.offset] = sure
@@ -131,10 +131,10 @@ def _denoise(canvas: Canvas, passes: Passes, callback: SamplerCallback) -> list[
     repeated = passes.outdated(rows, confidence.amax(dim=1))
     written = (stays & ~repeated[:, None])[targets.row, targets.offset] | replaced
     canvas.write(targets, written, token)
-    # 3. The host hears of it; this is where it waits for the device.
-    heard = torch.cat([written, sure.isnan(), repeated, token]).cpu()
+    # 3. The one wait of a step: the host fetches what was decided.
+    fetched = torch.cat([written, sure.isnan(), repeated, token]).cpu()
     n = len(token)
-    writes, unsure, again, tokens = heard.split([n, n, len(rows), n])
+    writes, unsure, again, tokens = fetched.split([n, n, len(rows), n])
     if unsure.any():
         raise DataError(
             f"{canvas.policy.name} predicts NaN: its weights are damaged, or too large for "

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from dlmctl.diffusion.fused_linear_logprob import cap_, rows_per_chunk, wide
+from dlmctl.diffusion.fused_linear_logprob import cap_, rows_per_chunk, scaled_, wide
 from dlmctl.models.families import Head
 from dlmctl.models.policy import Policy
 from dlmctl.settings.distill import Divergence
@@ -106,6 +106,4 @@ class _WeightedDivergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        scale = float(upstream)
-        gradients = [d if d is None or scale == 1 else d * scale for d in ctx.saved_tensors]
-        return *gradients, None, None, None, None, None
+        return *scaled_(ctx.saved_tensors, upstream), None, None, None, None, None

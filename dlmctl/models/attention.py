@@ -97,6 +97,10 @@ class Blocks:
         clean = keys[:, None] <= queries[:, :, None] if self.causal_context else k <= q
         return torch.where(to_noise, from_noise & (k == q), torch.where(from_noise, k < q, clean))
 
+    def reach(self, shift: int) -> int:
+        """How far before a block a pass over it begins, to have the logits of its first token."""
+        return 1 if self.causal_context and not self.first_alone else shift
+
     def leads(self, positions: Tensor, starts: Tensor, shift: int) -> Tensor | None:
         """bool [R, T]: tokens whose logits are those of the clean token before; None: none."""
         if not shift and not self.causal_context:

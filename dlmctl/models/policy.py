@@ -143,7 +143,8 @@ class Policy:
         mask = None if attention is None else attention.long()
         if cache is not None:
             extra |= {cache_argument(body): cache}
-        if attention is not None and (cache is not None or self._sees_all):
+        sees_all = self.diffusion and self.blocks is None and self.reuses_keys
+        if attention is not None and (cache is not None or sees_all):
             # 4D, or the model derives it from the cache, and asks the device whether it is needed.
             mask = attention[:, None, None].expand(-1, 1, ids.shape[1], -1)
         if allowed is None and self.blocks is not None:
@@ -165,10 +166,13 @@ class Policy:
         return call(input_ids=ids, attention_mask=mask, **extra).last_hidden_state
 
     @property
-    def _sees_all(self) -> bool:
-        """Whether each token attends to all others, in every layer of a decoder."""
-        whole = self.model_family.reuses_keys and not windowed_layers(self.core.config)
-        return self.diffusion and self.blocks is None and whole
+    def reuses_keys(self) -> bool:
+        """Whether it is a decoder that can reuse keys and values of an earlier pass: one whose
+        layers all attend as far as its pattern does."""
+        config = self.core.config
+        if not self.model_family.reuses_keys or windowed_layers(config):
+            return False
+        return all(x == "full_attention" for x in getattr(config, "layer_types", None) or [])
 
     def _clean_text(self, ids: Tensor, attention: Tensor | None) -> Tensor:
         """bool [B, T, T]: how the tokens of a text without noise, or without a past, attend."""

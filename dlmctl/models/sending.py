@@ -7,5 +7,7 @@ from torch import Tensor
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, without waiting for the device."""
-    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+    """A tensor on a device; the host does not wait for the device if the tensor is its own."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)

@@ -117,7 +117,7 @@ def _distinct(records: Iterator[Record], source: str) -> Iterator[Record]:
     """The records without repeated ids; remembers all ids, so the stream must end.
 
     Raises:
-        UsageError: so many repetitions in a row that there is hardly another one.
+        UsageError: there are fewer different prompts than are asked for.
     """
     seen: set[int] = set()
     repeated = 0

@@ -112,7 +112,7 @@ class Ledger:
         self.kernels = 0
 
     def report(self, steps: int) -> dict[str, Any]:
-        """What it says, for so many steps."""
+        """The counts, and the number of steps that they are of."""
         return {"steps": steps, "kernels": self.kernels, "waits": dict(self.waits)}
 
     def wait(self, why: str) -> None:
