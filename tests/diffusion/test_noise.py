@@ -72,3 +72,44 @@ def test_a_draw_in_tiles_is_the_largest_of_logits_and_noise(monkeypatch, tile, d
     kept = noisy.masked_fill(logits < least, -torch.inf)
     assert torch.equal(gumbel_max(logits, keys, 0.7, least), kept.argmax(dim=1))
     assert gumbel_max(logits[:0], keys[:0], 0.7).shape == (0,)
+
+
+LOGITS = {
+    "spread": lambda normal: 3 * normal,
+    "even": lambda normal: 0 * normal,
+    "one token": lambda normal: normal + 30 * (torch.arange(5000) == 77),
+    "few tokens": lambda normal: normal.masked_fill(torch.arange(5000) % 700 > 0, -torch.inf),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.9, 30.0])
+@pytest.mark.parametrize("shape", LOGITS)
+def test_a_draw_from_a_large_vocabulary_is_the_largest_of_logits_and_noise(
+    monkeypatch, shape, temperature
+):
+    monkeypatch.setattr(noise, "TILE", 1024)
+    logits = LOGITS[shape](torch.randn(9, 5000, generator=torch.Generator().manual_seed(2)))
+    keys = key_tensor([stream_key("row", shape, n) for n in range(9)])
+    noisy = logits.double() + temperature * gumbel(keys[:, None], torch.arange(5000)[None])
+    assert torch.equal(gumbel_max(logits, keys, temperature), noisy.argmax(dim=1))
+    for kept in (3, 4000):
+        least = logits.topk(kept, dim=1).values[:, -1:]
+        among = noisy.masked_fill(logits < least, -torch.inf)
+        assert torch.equal(gumbel_max(logits, keys, temperature, least), among.argmax(dim=1))
+
+
+def test_an_improbable_token_of_a_large_vocabulary_is_drawn_as_often_as_it_should():
+    # All others together have a fifth of the probability, each of them hardly any.
+    vocabulary = 4096
+    logits = torch.zeros(1, vocabulary).index_fill(1, torch.tensor([9]), math.log(4 * 4095))
+    keys = torch.arange(3000)
+    drawn = gumbel_max(logits.expand(3000, -1), keys, 1.0)
+    share = float((drawn == 9).double().mean())
+    assert abs(share - 0.8) < 4 * math.sqrt(0.8 * 0.2 / 3000)
+    assert len(set(drawn.tolist())) > 500
+
+
+def test_a_draw_from_logits_that_are_not_finite_ends():
+    logits = torch.zeros(3, 5000)
+    logits[0, 4], logits[1], logits[2, 6] = torch.nan, -torch.inf, torch.inf
+    assert gumbel_max(logits, torch.arange(3), 0.9).tolist() == [4, 0, 6]
