@@ -17,6 +17,7 @@ each layer. To transformers this is a `Cache`, so the models need no change.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from dlmctl.models.policy import Policy
+from dlmctl.models.sending import sent
 from dlmctl.records.errors import UsageError
 
 
@@ -50,16 +52,20 @@ class SlotCache(Cache):
             self._stores[index] = (fresh[0], fresh[1])
         self.width = width
 
-    def aim(self, rows: Tensor, columns: Tensor, length: int, whole: bool) -> None:
+    def aim(self, slots: Sequence[int], columns: Tensor, length: int, whole: bool) -> None:
         """Say what the next pass contains.
 
         Args:
-            rows: int64 [R], the slots of its rows.
+            slots: those of its R rows.
             columns: int64 [R, Q], the positions of its tokens; `width` for padding.
             length: columns that its queries attend to.
             whole: whether it contains all tokens of its rows, so that it needs no older keys.
         """
-        self._rows, self._columns, self._length, self._whole = rows, columns, length, whole
+        self._rows = sent(torch.tensor(slots), columns.device)  # [R]
+        self._columns, self._length, self._whole = columns, length, whole
+        # What consecutive slots have stored is read where it is, and not gathered in each layer.
+        consecutive = list(slots) == list(range(slots[0], slots[0] + len(slots)))
+        self._read = slice(slots[0], slots[0] + len(slots)) if consecutive else self._rows
 
     @property
     def padding(self) -> Tensor:
@@ -76,7 +82,7 @@ class SlotCache(Cache):
         seen = []
         for store, fresh in zip(self._stores[layer_idx], (key_states, value_states), strict=True):
             store[self._rows[:, None], :, self._columns] = fresh.transpose(1, 2)
-            seen.append(fresh if self._whole else store[self._rows, :, : self._length])
+            seen.append(fresh if self._whole else store[self._read, :, : self._length])
         return seen[0], seen[1]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -54,6 +54,7 @@ class Passes:
         if settings.cached:
             check_cache(policy)
             self.cache = SlotCache(len(canvas.owner))
+        self._hidden = partial(policy.hidden, compiled=settings.compile)
         self.per_step = 2 if settings.cfg_scale > 0 else 1
         self._outdated: set[int] = set()
         """Slots whose next pass goes over the whole sequence."""
@@ -77,7 +78,8 @@ class Passes:
         parts = []
         for run in buckets([self._end(slot) for slot in whole]):
             parts.append(self._whole(whole[run], targets))
-        rest = [slot for slot in rows if not self._renews(slot)]
+        # In the order of their slots, for the cache.
+        rest = sorted(slot for slot in rows if not self._renews(slot))
         if rest:
             parts.append(self._part(rest, targets))
         # 2. Put the parts back into the order of the targets.
@@ -147,10 +149,9 @@ class Passes:
             places = columns.expand(len(rows), -1)  # [R, T], where keys and values are stored
             if padded is not None:
                 places = places.where(padded, self.cache.width)
-            self.cache.aim(canvas.tensor(rows), places, width, whole=True)
-        compiled = self.settings.compile
+            self.cache.aim(rows, places, width, whole=True)
         self.callback.on_pass(rows)
-        run = partial(self.policy.hidden, attention=padded, compiled=compiled, allowed=allowed)
+        run = partial(self._hidden, attention=padded, allowed=allowed)
         hidden = [run(ids, cache=self.cache)]
         if self.settings.cfg_scale > 0:
             starts = canvas.tensor([canvas.starts[slot] for slot in rows])  # [R]
@@ -183,11 +184,12 @@ class Passes:
         places = columns.clamp(max=longest - 1)  # [R, Q]; padding repeats a token
         # 2. Keys and values of padding go to the last column of the cache, which nothing reads.
         slots = canvas.tensor(rows)  # [R]
-        cache.aim(slots, columns.where(inside, cache.width), longest, whole=False)
+        cache.aim(rows, columns.where(inside, cache.width), longest, whole=False)
         there = torch.arange(longest, device=device) < lengths[:, None]  # [R, T]
         allowed = self._allowed(rows, places, there)
+        padded = there if min(lasts) < longest else None
         ids = canvas.ids[slots[:, None], places]
-        hidden = self.policy.hidden(ids, there, places, cache, allowed=allowed)
+        hidden = self._hidden(ids, padded, places, cache, allowed=allowed)
         return self._pick(rows, [hidden], targets, begins)
 
     def _pick(

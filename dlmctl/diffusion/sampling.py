@@ -214,7 +214,7 @@ def configured(policy: Policy, sampler: Sampler = Sampler()) -> SamplerConfig:
     if sampler.cached:
         values["cfg_scale"] = sampler.cfg_scale or 0.0
     if policy.blocks is not None and "cache" not in given:
-        plain = sampler.compile or values.get("cfg_scale", 0) > 0 or not policy.reuses_keys
+        plain = values.get("cfg_scale", 0) > 0 or not policy.reuses_keys
         values["cache"] = "none" if plain else "exact"
     if policy.blocks is None and sampler.cache == "exact":
         raise UsageError(

@@ -5,12 +5,11 @@ The rest of the package knows models only through this.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
-from shutil import which
 from typing import Any
 
 import torch
@@ -26,18 +25,16 @@ from dlmctl.models.attention import (
     noised_rows,
     windowed_layers,
 )
+from dlmctl.models.compiled import compiled_layers
 from dlmctl.models.families import Head, ModelFamily
 from dlmctl.models.prompting import context_ids, prompt_ids, text_ids
 from dlmctl.models.vision import Picture, Vision
-from dlmctl.records.errors import DataError, UnavailableError, UsageError
+from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record, field
 from dlmctl.settings.compute import Quantization
 from dlmctl.settings.families import Family
 from dlmctl.settings.models import Prompting
 from dlmctl.tasks.images import image_sources
-
-COMPILER = "inductor"
-"""Backend of torch.compile."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ class Policy:
             positions: int64 [B, T], or [3, B, T] in three dimensions: positions of the tokens;
                 None: counted from 0, or as the pictures require.
             cache: a transformers Cache with the keys and values of other tokens.
-            compiled: run the pass that torch.compile makes at the first call.
+            compiled: run its layers through torch.compile, which happens at the first call.
             pictures: the images of each row, for a model that takes images.
             allowed: bool [B, T, T], with a cache [B, T, S]: which keys each token attends to. None:
                 all, or as the model's class has it; for a block-causal model, the clean text.
@@ -138,7 +135,6 @@ class Policy:
             [B, T, H] in the dtype of the model.
         """
         body: Any = getattr(self.core, self.core.base_model_prefix)
-        call = compiled_forward(body) if compiled else body
         extra: dict[str, Any] = {"use_cache": False} if self.core.can_generate() else {}
         mask = None if attention is None else attention.long()
         if cache is not None:
@@ -163,7 +159,9 @@ class Policy:
                 positions = self.vision.positions(self.core, ids, attention, pictures)
         if positions is not None:
             extra |= {"position_ids": positions}
-        return call(input_ids=ids, attention_mask=mask, **extra).last_hidden_state
+        fast = compiled_layers(body, cache is not None) if compiled else contextlib.nullcontext()
+        with fast:
+            return body(input_ids=ids, attention_mask=mask, **extra).last_hidden_state
 
     @property
     def reuses_keys(self) -> bool:
@@ -344,17 +342,3 @@ def check_same_tokens(first: Policy, second: Policy, ids: Iterable[int]) -> None
 def cache_argument(model: nn.Module) -> str:
     """The name of a model's argument for a cache: `cache` from transformers 5.24 on."""
     return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
-
-
-def compiled_forward(module: nn.Module) -> Any:
-    """`torch.compile` of a module's forward pass for all shapes, kept in the module.
-
-    Raises:
-        UnavailableError: there is no C++ compiler, which torch.compile needs.
-    """
-    if "compiled_forward" not in module.__dict__:
-        if not any(map(which, (os.environ.get("CXX", "g++"), "clang++", "c++", "cl"))):
-            raise UnavailableError("--compile needs a C++ compiler: install g++, or set CXX")
-        compiled = torch.compile(module.forward, dynamic=True, backend=COMPILER)
-        module.__dict__["compiled_forward"] = compiled
-    return module.__dict__["compiled_forward"]

@@ -174,8 +174,8 @@ class Sampler:
     )
     compile: bool = knob(
         False,
-        "Run the model through torch.compile: the same up to rounding, and faster once it is "
-        "compiled, which takes half a minute.",
+        "Run the model's layers through torch.compile, with --cache their norms and MLPs: the same "
+        "up to rounding, and faster once it is compiled, which takes half a minute.",
         "--compile",
     )
 
@@ -230,8 +230,6 @@ class Sampler:
                     f"{option} compares a confidence between 0 and 1, and that of --remasking "
                     f"{self.remasking} is none: take {' or '.join(rules)}"
                 )
-        if self.compile and self.cached:
-            raise UsageError("--compile and --cache do not go together: leave one out")
         if self.cfg_scale and self.cached:
             raise UsageError("--cfg-scale and --cache do not go together: leave one out")
 

@@ -207,18 +207,31 @@ def test_rows_of_like_length_share_a_pass():
     ]
 
 
-@pytest.mark.parametrize("family", ["dream"])
-def test_a_compiled_model_draws_the_same_tokens(family, monkeypatch):
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_a_compiled_model_draws_the_same_tokens_with_few_graphs(cache, monkeypatch):
     # The graph is captured as for the real compiler, which would take half a minute for each.
-    monkeypatch.setattr("dlmctl.models.policy.COMPILER", "aot_eager")
-    policy = tiny_policy(family)
-    exact = SamplerConfig(12, 4, 12, temperature=0.7)
-    compiled = SamplerConfig(12, 4, 12, temperature=0.7, compile=True)
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("dlmctl.models.compiled.COMPILER", compiler)
+    policy = tiny_policy("dream", layers=6)
+    exact = SamplerConfig(12, 4, 12, temperature=0.7, cache=cache)
+    compiled = SamplerConfig(12, 4, 12, temperature=0.7, cache=cache, compile=True)
     keys = list(range(5))
-    assert sample(policy, PROMPTS, keys, compiled) == sample(policy, PROMPTS, keys, exact)
+    want = sample(policy, PROMPTS, keys, exact)
+    assert sample(policy, PROMPTS, keys, compiled) == want
+    # All six layers share theirs: with and without a mask, or that of an MLP and that of norms.
+    assert 0 < len(graphs) < 6
+    seen = len(graphs)
+    assert sample(policy, PROMPTS, keys, exact) == want
+    assert len(graphs) == seen
+    assert not any("forward" in module.__dict__ for module in policy.model.modules())
 
 
 def test_without_a_compiler_compile_says_what_is_missing(monkeypatch):
-    monkeypatch.setattr("dlmctl.models.policy.which", lambda name: None)
+    monkeypatch.setattr("dlmctl.models.compiled.which", lambda name: None)
     with pytest.raises(UnavailableError, match="needs a C\\+\\+ compiler"):
         sample(tiny_policy("llada"), PROMPTS, list(range(5)), SamplerConfig(4, 4, 4, compile=True))
