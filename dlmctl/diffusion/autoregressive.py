@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from dlmctl.diffusion.noise import gumbel_max, key_tensor, subkeys
+from dlmctl.diffusion.draws import gumbel_max
+from dlmctl.diffusion.noise import key_tensor, subkeys
 from dlmctl.diffusion.proposals import least_kept
 from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig
 from dlmctl.models.policy import Policy, cache_argument

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dlmctl.diffusion.noise import gumbel, gumbel_max, uniform
+from dlmctl.diffusion.draws import gumbel_max
+from dlmctl.diffusion.noise import gumbel, uniform
 from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.policy import Policy
 from dlmctl.models.sending import sent

@@ -1,12 +1,14 @@
 """Counter-based noise: the same in every order, and as random as it must be."""
 
 import math
+import shutil
 
 import pytest
 import torch
 
-from dlmctl.diffusion import noise
-from dlmctl.diffusion.noise import gumbel, gumbel_max, key_tensor, random_bits, stream_key, uniform
+from dlmctl.diffusion import draws
+from dlmctl.diffusion.draws import gumbel_max
+from dlmctl.diffusion.noise import gumbel, key_tensor, random_bits, stream_key, uniform
 
 
 def splitmix64(state: int, steps: int) -> list[int]:
@@ -66,7 +68,7 @@ def test_a_draw_in_tiles_is_the_largest_of_logits_and_noise(monkeypatch, tile, d
     logits[:, 3] = -torch.inf
     keys = key_tensor([stream_key("row", n) for n in range(33)])
     noisy = logits.double() + 0.7 * gumbel(keys[:, None], torch.arange(41)[None])
-    monkeypatch.setattr(noise, "TILE", tile)
+    monkeypatch.setattr(draws, "TILE", tile)
     assert torch.equal(gumbel_max(logits, keys, 0.7), noisy.argmax(dim=1))
     least = logits.topk(5, dim=1).values[:, -1:]
     kept = noisy.masked_fill(logits < least, -torch.inf)
@@ -87,7 +89,7 @@ LOGITS = {
 def test_a_draw_from_a_large_vocabulary_is_the_largest_of_logits_and_noise(
     monkeypatch, shape, temperature
 ):
-    monkeypatch.setattr(noise, "TILE", 1024)
+    monkeypatch.setattr(draws, "TILE", 1024)
     logits = LOGITS[shape](torch.randn(9, 5000, generator=torch.Generator().manual_seed(2)))
     keys = key_tensor([stream_key("row", shape, n) for n in range(9)])
     noisy = logits.double() + temperature * gumbel(keys[:, None], torch.arange(5000)[None])
@@ -113,3 +115,35 @@ def test_a_draw_from_logits_that_are_not_finite_ends():
     logits = torch.zeros(3, 5000)
     logits[0, 4], logits[1], logits[2, 6] = torch.nan, -torch.inf, torch.inf
     assert gumbel_max(logits, torch.arange(3), 0.9).tolist() == [4, 0, 6]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_draw_is_the_same_for_all_shapes():
+    draws._fused.cache_clear()
+    compiled = draws._fused(torch.device("cpu"))
+    assert compiled is not draws._largest
+    generator = torch.Generator().manual_seed(4)
+    for rows, vocabulary in ((64, 1000), (3, 5001), (17, 40000), (2, 126464)):
+        logits = torch.randn(rows, vocabulary, generator=generator) * 3
+        keys = key_tensor([stream_key("row", n) for n in range(rows)])
+        tokens, scale = torch.arange(vocabulary), torch.tensor(0.9, dtype=torch.float64)
+        for least in (None, logits.topk(5, dim=1).values[:, -1:]):
+            want = draws._largest(logits, keys, tokens, scale, least)
+            assert torch.equal(compiled(logits, keys, tokens, scale, least), want)
+
+
+def test_a_compiler_that_makes_other_noise_is_not_used(monkeypatch, capsys):
+    def wrong(graph, inputs):
+        return lambda *args: [out + 1 for out in graph.forward(*args)]
+
+    def broken(graph, inputs):
+        raise RuntimeError("no such architecture")
+
+    for compiler, reason in ((wrong, "its noise differs"), (broken, "no such architecture")):
+        draws._fused.cache_clear()
+        torch.compiler.reset()
+        monkeypatch.setattr(draws, "COMPILER", compiler)
+        assert draws._fused(torch.device("cpu")) is draws._largest
+        assert reason in capsys.readouterr().err
+    draws._fused.cache_clear()
+    torch.compiler.reset()
