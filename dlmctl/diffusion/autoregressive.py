@@ -20,6 +20,7 @@ from dlmctl.diffusion.noise import key_tensor, subkeys
 from dlmctl.diffusion.proposals import least_kept
 from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig
 from dlmctl.models.policy import Policy, cache_argument
+from dlmctl.models.sending import sent
 from dlmctl.records.errors import UsageError
 
 
@@ -51,14 +52,16 @@ def sample_autoregressive(
 @torch.no_grad()
 def _batch(policy: Policy, requests: Sequence[Request], settings: SamplerConfig) -> list[Sample]:
     rows = _Rows(policy, requests)
-    made = torch.full((len(requests), settings.gen_length), policy.pad_id)
-    log_probs = torch.zeros(len(requests), settings.gen_length, dtype=torch.float64)
+    shape = len(requests), settings.gen_length
+    made = torch.full(shape, policy.pad_id, device=policy.device)
+    log_probs = torch.zeros(shape, dtype=torch.float64, device=policy.device)
     for step in range(settings.gen_length):
         logits = rows.next_logits()
         token = next_tokens(policy, logits, rows.noise_keys, step, settings)
-        scored = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(dim=1)
-        where = rows.numbers.cpu()
-        made[where, step], log_probs[where, step] = token.cpu(), scored.cpu()
+        made[rows.numbers, step] = token
+        log_probs[rows.numbers, step] = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(
+            dim=1
+        )
         if not rows.go_on(token):
             break
     return [_finish(policy, *row) for row in zip(made.tolist(), log_probs.tolist(), strict=True)]
@@ -69,10 +72,10 @@ def next_tokens(
 ) -> Tensor:
     """The next token of each row, int64 [B]."""
     if policy.vision is not None:
-        banned = torch.tensor(policy.vision.banned, device=logits.device)
+        banned = sent(torch.tensor(policy.vision.banned), logits.device)
         logits = logits.index_fill(1, banned, -torch.inf)
     if settings.temperature > 0:
-        keys = subkeys(noise_keys, torch.tensor(step, device=logits.device))
+        keys = subkeys(noise_keys, torch.full((), step, device=logits.device))
         return gumbel_max(logits, keys, settings.temperature, least_kept(logits, settings))
     return logits.argmax(dim=1)
 
@@ -124,13 +127,15 @@ class _Rows:
     def go_on(self, token: Tensor) -> bool:
         """Append a token to each row, int64 [B]; returns whether any row is unfinished."""
         self.ended |= torch.isin(token, self.ends)
-        going = int((~self.ended).sum())
+        # The one wait of a step.
+        unfinished = (~self.ended).cpu().nonzero()[:, 0]
+        going = len(unfinished)
         # The next place is one after the largest in any of the dimensions.
         places = self.places.movedim(-2, 0).flatten(1).amax(1) + 1
         self.ids, self.places = token[:, None], places[:, None]
         self.attention = torch.cat([self.attention, torch.ones_like(self.ids)], dim=1)
         if 0 < going <= len(token) * 3 // 4:
-            self._keep((~self.ended).nonzero()[:, 0])
+            self._keep(sent(unfinished, token.device))
         return going > 0
 
     def _keep(self, rows: Tensor) -> None:

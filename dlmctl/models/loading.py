@@ -113,7 +113,7 @@ def resolve_device(device: str) -> torch.device:
     """The device of a `--device` option; raises UnavailableError and UsageError."""
     keep_freed_memory()
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -123,6 +123,9 @@ def resolve_device(device: str) -> torch.device:
             f"--device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
             "devices; 'dlmctl doctor' says why"
         )
+    if chosen.type == "cuda":
+        # cuDNN plans its attention anew for each shape, and a sampler's passes have hundreds.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return chosen
 
 
