@@ -42,7 +42,9 @@ def gumbel_max(
     """
     if len(logits) == 0:
         return keys
-    if logits.device.type == "cpu" and logits.shape[1] >= LARGE:
+    # `dlmctl plan` follows a pass without values, on a subclass of tensors.
+    plain = type(logits) is Tensor
+    if plain and logits.device.type == "cpu" and logits.shape[1] >= LARGE:
         return _largest_of_few(logits, keys, temperature, least)
     vocabulary = torch.arange(logits.shape[1], device=logits.device)  # [V]
     scale = torch.full((), temperature, dtype=torch.float64, device=logits.device)
