@@ -230,7 +230,8 @@ def open_run(
 
     Raises:
         UsageError: the run in the directory trains by another algorithm or optimizer, from another
-            model, format or other parts of it, or several ranks cannot train the model.
+            model, format or other parts of it, several ranks cannot train the model, or the dtype
+            is float16.
         CannotCreateError: another kind of run is in the directory.
         MissingInputError: the model is not there.
         TryAgainError: another process trains in the directory.
@@ -256,6 +257,11 @@ def open_run(
                 "to resume it, or choose another -o to begin anew"
             )
 
+    if dtype == "float16":
+        raise UsageError(
+            "--dtype float16: gradients below 6e-8 would vanish in training; give --dtype "
+            "bfloat16, or float32 for a GPU without it"
+        )
     home = RunDirectory(directory, Progress)
     progress, checkpoint = home.open(check), home.checkpoint
     torch.manual_seed(seed)  # the first values of an adapter, and its dropout

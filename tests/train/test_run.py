@@ -226,6 +226,14 @@ def test_a_directory_of_another_algorithm_is_refused(tmp_path, saved_models):
         open_run(tmp_path / "run", "x", "sft", Optimizer(), Adapter(), "cpu", "auto", False, 0)
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_training_in_float16_is_refused_and_leaves_no_run(tmp_path, saved_models, rank):
+    settings = (Optimizer(), Adapter(rank), "cpu", "float16", False, 0)
+    with pytest.raises(UsageError, match="--dtype bfloat16"):
+        open_run(tmp_path / "run", saved_models("llada"), "rspo", *settings)
+    assert not (tmp_path / "run").exists()
+
+
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, saved_models):
     results = []
     for checkpointing in (False, True):
