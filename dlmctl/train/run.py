@@ -58,6 +58,7 @@ from dlmctl.train.optimizer import (
     trained_parameters,
 )
 from dlmctl.train.policy_card import policy_card
+from dlmctl.train.precision import training_precision
 from dlmctl.train.run_directory import TENSORS, Progress, RunDirectory, forget_steps
 from dlmctl.train.sharding import check_trainable, gathered, outline, shard, to_first
 
@@ -97,11 +98,7 @@ class Run:
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:
         """Within the block matrix products run in the compute dtype."""
-        enabled = self.compute_dtype != torch.float32
-        # A cache would keep all weights in the compute dtype, too, until the step is over.
-        with torch.autocast(
-            self.policy.device.type, self.compute_dtype, enabled=enabled, cache_enabled=False
-        ):
+        with training_precision(self.policy, self.compute_dtype):
             yield
 
     @contextlib.contextmanager
