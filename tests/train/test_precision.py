@@ -87,7 +87,7 @@ def test_inputs_are_not_cast_and_every_bit_is_that_of_autocast(checkpointing: bo
 
 
 def test_with_dropout_inputs_are_cast_as_ever() -> None:
-    plain, ours = (adapted(dropout=0.5) for _ in range(2))
+    plain, ours = (adapted(dropout=0.1) for _ in range(2))
     value, gradients, _ = passed(plain, autocast())
     same_value, same_gradients, _ = passed(ours, training_precision(ours, torch.bfloat16))
     assert value == same_value
