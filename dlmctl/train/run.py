@@ -119,7 +119,7 @@ class Run:
                     "them back, or begin a new run"
                 )
             if self._form is not None:
-                shard(self._reference)
+                shard(self._reference, self.compute_dtype)
         yield self._reference
 
     def step(self) -> dict[str, Any]:
@@ -288,7 +288,7 @@ def open_run(
     if world_size() > 1:
         check_trainable(policy, optimization.optimizer)
         form = outline(policy.model)
-        shard(policy)
+        shard(policy, compute)
     run = Run(home, policy, progress, optimization, compute, form)
     if checkpoint is not None:
         tensors = load_file(checkpoint / TENSORS)
