@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, backends
+from transformers import Dinov2Config, Dinov2Model
 
+from dlmctl.memorization.images.image_encoder import ImageEncoder
 from dlmctl.memorization.images.neighbours import nearest, product_error
 from dlmctl.models.float32_products import whole_products
+from dlmctl.sae.evaluation.probe import direction_method
 from dlmctl.sae.evaluation.stability import match_decoders
 from dlmctl.sae.topk import TopKSae
 
@@ -164,3 +169,32 @@ def test_neighbours_need_no_second_search(
     allow()
     assert torch.equal(nearest(x, y, 2).indices, wanted)
     assert searched == [(torch.float32, "ieee")]
+
+
+def test_products_with_directions_are_whole(tensor_cores: None) -> None:
+    torch.manual_seed(0)
+    directions, states = torch.randn(5, 64), torch.randn(7, 64)
+    half: Any = SimpleNamespace(
+        states=states, present=torch.zeros(1, 7, dtype=torch.bool), sentence=torch.arange(7)
+    )
+    expected = directions @ states.T
+    older()
+    scores = direction_method("random", directions, False).scores(half)
+    assert torch.equal(scores(torch.arange(5)), expected)
+    assert not torch.equal(directions @ states.T, expected)
+
+
+def test_features_of_images_are_computed_without_tf32(tmp_path: Path) -> None:
+    """Which torch allows in convolutions, unless it is told otherwise."""
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8,
+    )  # fmt: skip
+    Dinov2Model(config).save_pretrained(tmp_path)
+    encoder = ImageEncoder(tmp_path, torch.device("cpu"))
+    seen = []
+    encoder.model.register_forward_pre_hook(lambda *_: seen.append(settings()))
+    before = settings()
+    assert before["conv"] == "tf32"
+    encoder(torch.zeros(2, 3, 16, 16))
+    assert seen[0]["conv"] in ("ieee", "none")
+    assert settings() == before
