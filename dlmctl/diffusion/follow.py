@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dlmctl.diffusion.rollout import Round, rollout, with_prompt_ids
 from dlmctl.diffusion.sampling import configured
+from dlmctl.models.allocator import release_cached_memory
 from dlmctl.models.loading import load_policy, reload_policy
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import OnError, Record
@@ -71,6 +72,7 @@ def follow_run(
         config = configured(policy, sampler)
         size = compute.batch_size
         yield from rollout(batch, policy, config, samples, seed, size, on_error, place)
+        release_cached_memory(policy.device)
 
 
 def rounds_done(run: Path) -> int:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dlmctl.diffusion.noise import stream_key
 from dlmctl.distill.card import image_card
@@ -54,10 +55,9 @@ generator on the CPU and some rows of the batch to their part of the loss."""
 
 
 def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * network, in place."""
-    with torch.no_grad():
-        for mean, value in zip(average.parameters(), network.parameters(), strict=True):
-            mean.lerp_(value, 1 - decay)
+    """average <- decay * average + (1 - decay) * network, in place; on CUDA in one kernel."""
+    move = get_ema_multi_avg_fn(decay)
+    move(list(average.parameters()), list(network.parameters()), None)
 
 
 def images_hash(images: Tensor) -> str:

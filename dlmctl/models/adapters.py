@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dlmctl.models.policy import Policy
+from dlmctl.models.quantization import on_disk
 from dlmctl.models.weights import read_weights
 from dlmctl.records.errors import DataError, MissingInputError, UsageError, missing_package
 from dlmctl.records.files import read_json
@@ -33,6 +34,8 @@ NAMED = 3
 def with_adapter(base: Policy, name: str, directory: Path) -> Policy:
     """A base model with the adapter in `directory`, merged if it changes the head.
 
+    The base model itself gets the adapter's layers; it is left without them on an error.
+
     Raises:
         UnavailableError: peft is not installed.
         MissingInputError: there are no weights.
@@ -48,18 +51,21 @@ def with_adapter(base: Policy, name: str, directory: Path) -> Policy:
         raise MissingInputError(f"{directory} has no {WEIGHTS}")
     _check_settings(directory / CONFIG)
     tensors = read_weights([directory / WEIGHTS], str)
+    model: Any = None
     try:
         config: Any = LoraConfig.from_pretrained(str(directory))
         config.inference_mode = True
         tensors = _renamed(tensors, config, base.model_family.rename)
-        model: Any = PeftModel(base.model, config)
+        model = PeftModel(base.model, config)
         known = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
         _check_names(tensors.keys() - known, "of no module of the base model", directory)
         _check_names(known - tensors.keys(), "missing", directory)
         set_peft_model_state_dict(model, tensors)
-    except DataError:
-        raise
     except Exception as error:  # of many kinds
+        if model is not None:
+            model.unload().requires_grad_(True)  # peft had frozen it
+        if isinstance(error, DataError):
+            raise
         reason = str(error).strip().split("\n")[0][:200]
         raise DataError(
             f"the adapter does not fit its base model ({reason})", str(directory)
@@ -84,6 +90,22 @@ def merged(policy: Policy) -> Policy:
     model: Any = policy.model
     plain = model.merge_and_unload().requires_grad_(True)  # peft had frozen them
     return dataclasses.replace(policy, model=plain.eval())
+
+
+def trained_on(directory: Path) -> str | None:
+    """The revision of the model below an adapter that a run wrote; None: another tool wrote it."""
+    run = directory / "dlmctl.json"
+    found = read_json(run).get("reference_revision") if run.exists() else None
+    return None if found is None else str(found)
+
+
+def is_base(policy: Policy, directory: Path) -> bool:
+    """Whether a policy without an adapter is the model that the one in a directory is based on."""
+    below = trained_on(directory)
+    if below is None or on_disk(below) != on_disk(policy.revision):
+        return False
+    # The same weights may be read in another way.
+    return split_name(adapter_base(directory))[1] == split_name(policy.name)[1]
 
 
 def adapter_base(directory: Path) -> str:

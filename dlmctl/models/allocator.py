@@ -1,4 +1,5 @@
-"""The C library's allocator, set for work that allocates the same large blocks repeatedly."""
+"""Allocators: the C library's, set for work that allocates the same large blocks repeatedly, and
+torch's on a GPU, which keeps what was freed until it is told that another process needs it."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import contextlib
 import ctypes
 import functools
 import os
+
+import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Numbers from glibc's malloc.h."""
@@ -27,3 +30,13 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(M_MMAP_THRESHOLD, LARGEST)
         library.mallopt(M_TRIM_THRESHOLD, KEPT)
+
+
+def release_cached_memory(device: torch.device) -> None:
+    """Return memory that torch keeps for reuse to the GPU, for other processes; elsewhere a no-op.
+
+    To be called at the end of a round: of a training loop on one GPU, sampling and training wait
+    for each other, and each would keep the most that it ever needed.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

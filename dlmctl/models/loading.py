@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor
 
-from dlmctl.models.adapters import adapter_base, merged, with_adapter
+from dlmctl.models.adapters import adapter_base, is_base, merged, trained_on, with_adapter
 from dlmctl.models.allocator import keep_freed_memory
 from dlmctl.models.architecture import FAULTS, Architecture, architecture
 from dlmctl.models.policy import Policy
@@ -302,14 +302,16 @@ def checkpoint_revision(directory: Path, base_revision: str) -> str:
 def reload_policy(policy: Policy, name: str, device: str, dtype: str) -> Policy:
     """The policy with the weights of a newer checkpoint of the same run.
 
-    They are copied into the existing tensors, so that nothing is allocated or built again. A
-    checkpoint with other weights, shapes or base, such as the first adapter of a run, is loaded
-    afresh, and so are quantized weights.
+    They are copied into the existing tensors, so that nothing is allocated or built again. The
+    first adapter of a run is put on the model in memory, which is its base from then on. A
+    checkpoint with other weights, shapes or base is loaded afresh, and so are quantized weights.
     """
     directory = model_directory(name)
     adapter = directory / "adapter_model.safetensors"
     present, quantize = policy.model.state_dict(), policy.quantized
     adapted = hasattr(policy.model, "peft_config")
+    if adapter.exists() and not adapted and is_base(policy, directory):
+        return _with_adapter(policy, name, directory)
     if adapter.exists() != adapted or (quantize and not adapted):
         return load_policy(name, device, dtype, policy.prompting, quantize)
     files = [adapter] if adapter.exists() else weight_files(directory)
@@ -321,8 +323,8 @@ def reload_policy(policy: Policy, name: str, device: str, dtype: str) -> Policy:
             f"{a}.default.{b}": t for (a, _, b), t in zip(parts, tensors.values(), strict=True)
         }
         wanted = {key for key in present if "lora_" in key}
-        base, trained_on = policy.revision.rpartition(".")[0], _trained_on(directory)
-        if trained_on is None or on_disk(trained_on) != on_disk(base):
+        base, below = policy.revision.rpartition(".")[0], trained_on(directory)
+        if below is None or on_disk(below) != on_disk(base):
             # An adapter over a model that has one itself does not take the place of that.
             return load_policy(name, device, dtype, policy.prompting, quantize)
     else:
@@ -352,13 +354,6 @@ def _as_on_disk(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch
     return renamed if all(id(tensor) in same for tensor in renamed.values()) else tensors
 
 
-def _trained_on(directory: Path) -> str | None:
-    """The revision of the model below an adapter that a run wrote; None: another tool wrote it."""
-    run = directory / "dlmctl.json"
-    found = read_json(run).get("reference_revision") if run.exists() else None
-    return None if found is None else str(found)
-
-
 def _load_adapter(
     name: str,
     directory: Path,
@@ -374,15 +369,20 @@ def _load_adapter(
     """
     base_name = adapter_base(directory)
     base = load_base(base_name, device, dtype, prompting, quantize)
-    trained_on = _trained_on(directory)
-    if trained_on is not None and on_disk(trained_on) != on_disk(base.revision):
+    below = trained_on(directory)
+    if below is not None and on_disk(below) != on_disk(base.revision):
         raise DataError(
             f"{base_name}, the model that it was trained on, has other weights now; restore them, "
             "or train again",
             str(directory),
         )
-    below = None if trained_on is None else quantization_of(trained_on)
-    if below not in (None, quantize):
+    return _with_adapter(base, name, directory)
+
+
+def _with_adapter(base: Policy, name: str, directory: Path) -> Policy:
+    """The same of a base model in memory, which becomes a part of it."""
+    below = quantization_of(trained_on(directory) or "")
+    if below not in (None, base.quantized):
         print(
             f"dlmctl: {directory} was trained over weights quantized to {below}, and is used over "
             "those that they were quantized from",

@@ -28,6 +28,7 @@ from dlmctl.diffusion.elbo import (
     scored_states,
 )
 from dlmctl.diffusion.fused_linear_logprob import weighted_log_prob
+from dlmctl.models.allocator import release_cached_memory
 from dlmctl.models.policy import Policy
 from dlmctl.models.sending import sent
 from dlmctl.train.activations import checkpoint_activations, checkpoints_activations
@@ -59,8 +60,7 @@ def accumulate_gradient(
     # Out of the handler, which holds the graph that did not fit. Its backward pass may have added
     # a part of a gradient, so that all micro-batches are done again.
     policy.model.zero_grad(set_to_none=True)
-    if policy.device.type == "cuda":
-        torch.cuda.empty_cache()
+    release_cached_memory(policy.device)
     checkpoint_activations(policy.core)
     print(
         "dlmctl: a micro-batch does not fit into memory: activations are recomputed from now on, "

@@ -106,7 +106,7 @@ class Samplers:
         if policy.revision != revision or policy.diffusion != own.diffusion:
             raise self._refusal(record, f"{policy.name} has others now")
         if world_size() > 1:
-            shard(policy)
+            shard(policy, self._run.compute_dtype)
         self._loaded = policy
         return policy
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from dlmctl.diffusion.scoring import MaskPlan
+from dlmctl.models.allocator import release_cached_memory
 from dlmctl.records.errors import UsageError
 from dlmctl.records.interrupts import stopping
 from dlmctl.records.jsonl import Record, each
@@ -158,6 +159,8 @@ def take_steps(
             if batch.finished_round is not None:
                 run.progress.round = batch.finished_round + 1
                 within_round = False
+                # Before the checkpoint is there, for which the sampler waits.
+                release_cached_memory(run.policy.device)
                 run.save(keep)
             elif not within_round and run.progress.step - run.saved_step >= save_every:
                 run.save(keep)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dlmctl.models.float32_products import whole_products
+
 
 class Codes(NamedTuple):
     """Sparse codes of N activations; the order within a row has no meaning."""
@@ -53,7 +55,8 @@ class TopKSae(nn.Module):
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """[N, F] for activations [N, d]."""
-        return torch.addmm(self.b_enc, x - self.b_dec, self.W_enc)
+        with whole_products():  # which decide what latents are active
+            return torch.addmm(self.b_enc, x - self.b_dec, self.W_enc)
 
     def encode(self, x: Tensor) -> Codes:
         """The codes of activations [N, d]; differentiable by way of the values."""

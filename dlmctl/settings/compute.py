@@ -69,7 +69,8 @@ class Device:
     device: str = same("auto", DeviceName)
     dtype: str = knob(
         "auto",
-        "auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or float16.",
+        "auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16, or float16, which 'update' "
+        "and 'distill masked' refuse.",
         metavar="DTYPE",
         env=True,
     )

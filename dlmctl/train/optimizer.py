@@ -30,9 +30,13 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], settings: Optimizer
+    parameters: Iterable[nn.Parameter], settings: Optimizer, fused: bool | None = None
 ) -> torch.optim.Optimizer:
     """AdamW; matrices decay, vectors (norms, biases) do not. The rate is set at every step.
+
+    Args:
+        fused: whether one kernel takes the whole step of many float32 parameters, which reads and
+            writes each value once and allocates nothing; None: if all are on CUDA.
 
     Raises:
         UnavailableError: bitsandbytes is not installed, and the moments are to be in 8 bits.
@@ -45,7 +49,10 @@ def make_optimizer(
     kinds = [kind for kind in kinds if kind["params"]]
     common: dict[str, Any] = {"lr": 0.0, "betas": (settings.beta1, settings.beta2)}
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(kinds, **common)
+        if fused is None:
+            fused = all(parameter.is_cuda for parameter in parameters)
+        # Not False, which would also leave out the kernels that take several parameters at once.
+        return torch.optim.AdamW(kinds, **common, fused=fused or None)
     package = bitsandbytes(f"--optimizer {settings.optimizer}")
     made: torch.optim.Optimizer = package.optim.AdamW8bit(kinds, **common, min_8bit_size=SMALLEST)
     return made
@@ -143,10 +150,12 @@ def restore_optimizer(
         key, _, name = rest.partition(".")
         if kind == "optimizer" and name in parameters:
             parameter = parameters[name]
-            # Optimizers count steps on the CPU, unless the step is fused.
-            on_cpu = key == "step" and not fused
             state = optimizer.state[parameter]
-            state[key] = value if on_cpu else like(value, parameter)
+            if key == "step":
+                # Counted on the CPU, unless the step is fused; never spread over the ranks.
+                state[key] = value.to(parameter.device) if fused else value
+            else:
+                state[key] = like(value, parameter)
             if maps is None:
                 continue
             if key == "step":

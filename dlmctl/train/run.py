@@ -58,6 +58,7 @@ from dlmctl.train.optimizer import (
     trained_parameters,
 )
 from dlmctl.train.policy_card import policy_card
+from dlmctl.train.precision import training_precision
 from dlmctl.train.run_directory import TENSORS, Progress, RunDirectory, forget_steps
 from dlmctl.train.sharding import check_trainable, gathered, outline, shard, to_first
 
@@ -97,11 +98,7 @@ class Run:
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:
         """Within the block matrix products run in the compute dtype."""
-        enabled = self.compute_dtype != torch.float32
-        # A cache would keep all weights in the compute dtype, too, until the step is over.
-        with torch.autocast(
-            self.policy.device.type, self.compute_dtype, enabled=enabled, cache_enabled=False
-        ):
+        with training_precision(self.policy, self.compute_dtype):
             yield
 
     @contextlib.contextmanager
@@ -122,7 +119,7 @@ class Run:
                     "them back, or begin a new run"
                 )
             if self._form is not None:
-                shard(self._reference)
+                shard(self._reference, self.compute_dtype)
         yield self._reference
 
     def step(self) -> dict[str, Any]:
@@ -230,7 +227,8 @@ def open_run(
 
     Raises:
         UsageError: the run in the directory trains by another algorithm or optimizer, from another
-            model, format or other parts of it, or several ranks cannot train the model.
+            model, format or other parts of it, several ranks cannot train the model, or the dtype
+            is float16.
         CannotCreateError: another kind of run is in the directory.
         MissingInputError: the model is not there.
         TryAgainError: another process trains in the directory.
@@ -256,6 +254,11 @@ def open_run(
                 "to resume it, or choose another -o to begin anew"
             )
 
+    if dtype == "float16":
+        raise UsageError(
+            "--dtype float16: gradients below 6e-8 would vanish in training; give --dtype "
+            "bfloat16, or float32 for a GPU without it"
+        )
     home = RunDirectory(directory, Progress)
     progress, checkpoint = home.open(check), home.checkpoint
     torch.manual_seed(seed)  # the first values of an adapter, and its dropout
@@ -285,7 +288,7 @@ def open_run(
     if world_size() > 1:
         check_trainable(policy, optimization.optimizer)
         form = outline(policy.model)
-        shard(policy)
+        shard(policy, compute)
     run = Run(home, policy, progress, optimization, compute, form)
     if checkpoint is not None:
         tensors = load_file(checkpoint / TENSORS)

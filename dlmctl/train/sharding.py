@@ -3,8 +3,12 @@
 Every block is a unit, and so are the parts around the blocks: embeddings, last norm, output head
 and vision tower. A unit's weights are gathered when it runs and freed after it, so that all ranks
 must run the same number of passes. Gradients are summed, not averaged, because a loss is divided by
-the counts of the whole step. Weights are gathered in their own dtype, so that a pass computes the
-same as in one process.
+the counts of the whole step.
+
+Weights are gathered in their own dtype, so that a pass computes the same as in one process; but the
+linear layers of blocks, in float32 under autocast, in the dtype that autocast would cast them to
+before every product. That halves the traffic and changes no bit. Norms and embeddings compute in
+float32, and are gathered so. Gradients are summed in float32.
 """
 
 from __future__ import annotations
@@ -44,20 +48,60 @@ def check_trainable(policy: Policy, method: Method) -> None:
         raise UsageError("what dropout leaves out is drawn by one process: none under torchrun")
 
 
-def shard(policy: Policy) -> None:
-    """Spread a model that every rank has loaded over the ranks."""
+def shard(policy: Policy, compute: torch.dtype = torch.float32) -> None:
+    """Spread a model that every rank has loaded over the ranks.
+
+    Args:
+        compute: dtype of the autocast that all its passes will be under; float32: none.
+    """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        FSDPModule,
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     mesh = init_device_mesh(policy.device.type, (world_size(),))
-    model: Any = policy.model
-    for module in (*decoder_blocks(policy), model):
-        unit = fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    own, cast = (
+        # The dtype of inputs is autocast's own matter.
+        MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
+        for dtype, reduced in ((None, None), (compute, torch.float32))
+    )
+
+    def spread(unit: Any, precision: MixedPrecisionPolicy = own) -> None:
+        made = fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
+        first: FSDPModule = made[0] if isinstance(made, list) else made
         # A sum: gloo has no other reduction, and custom factors need NCCL.
-        unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)
+        first.set_gradient_divide_factor(1.0)
+        first.set_force_sum_reduction_for_comms(True)
+
+    model: Any = policy.model
+    for block in decoder_blocks(policy):
+        if compute != torch.float32 and (products := _products(block)):
+            # One unit: the first of them to run is the last to have its gradient.
+            spread(products, cast)
+        spread(block)
+    spread(model)
     setattr(model, _PASS, lambda call: call())
     register_fsdp_forward_method(model, _PASS)
+
+
+def _products(block: nn.Module) -> list[nn.Module]:
+    """The layers of a block whose weights autocast casts in every pass.
+
+    None of a block with an adapter: its base has the dtype of the passes, and A and B are small.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    if any("lora_" in name for name, _ in block.named_parameters()):
+        return []
+    return [
+        module
+        for module in block.modules()
+        # Not of subclasses, which may use their weights in other ways.
+        if type(module) in (nn.Linear, Conv1D) and module.weight.dtype == torch.float32
+    ]
 
 
 def whole_pass(model: nn.Module, call: Callable[[], T]) -> T:

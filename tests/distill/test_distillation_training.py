@@ -154,12 +154,15 @@ def test_a_run_begun_otherwise_is_refused(tmp_path):
         teacher_run(tmp_path, CONFIG, NoiseLaw(), DATA + 1, recipe(), {})
 
 
-def test_the_average_of_weights():
+@pytest.mark.parametrize("decay", [0.9, 0.4, 1.0])
+def test_the_average_of_weights(decay):
+    """To the bit the one of each tensor."""
     average, network = new_network(CONFIG, 0), new_network(CONFIG, 1)
-    before = [p.clone() for p in average.parameters()]
-    update_average(average, network, 0.9)
+    before = [p.detach().clone() for p in average.parameters()]
+    update_average(average, network, decay)
     for mean, old, new in zip(average.parameters(), before, network.parameters(), strict=True):
-        torch.testing.assert_close(mean, 0.9 * old + 0.1 * new)
+        torch.testing.assert_close(mean.detach(), decay * old + (1 - decay) * new.detach())
+        assert torch.equal(mean, torch.lerp(old, new, 1 - decay))
 
 
 def test_the_target_network_and_the_saved_one_follow_the_student(teacher, tmp_path):

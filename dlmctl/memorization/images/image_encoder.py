@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dlmctl.models.float32_products import whole_products
 from dlmctl.models.weights import weight_files
 from dlmctl.records.errors import DataError, MissingInputError, UsageError
 from dlmctl.records.files import read_json
@@ -82,7 +83,8 @@ class ImageEncoder:
                 pixels, self.size, mode="bicubic", antialias=True, align_corners=False
             ).clamp(-1, 1)
             pixels = ((pixels + 1) / 2 - self.mean) / self.std
-            features.append(self._features(pixels).float().cpu())
+            with whole_products():
+                features.append(self._features(pixels).float().cpu())
         return torch.cat(features)
 
     def _features(self, pixels: Tensor) -> Tensor:

@@ -7,20 +7,18 @@ farther than the last neighbour, rounding may have left a true neighbour out; su
 again in float64. The bound on rounding is the probabilistic one, sqrt(D) u (Higham and Mary 2019,
 SIAM J. Sci. Comput. 41(5)), times four.
 
-GPUs may round the operands of a float32 product to TF32, and do so in NVIDIA's containers, which
-set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1. This is switched off during the search; and as other
-switches may exist, the error of a few products is measured and added to the bound.
+GPUs may round the operands of a float32 product to TF32, which is switched off during the search;
+and as other switches may exist, the error of a few products is measured and added to the bound.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dlmctl.models.float32_products import whole_products
 from dlmctl.records.errors import DataError
 
 SPARE = 4
@@ -76,7 +74,7 @@ def nearest(
     x, y = samples.to(where), references.to(where)
     search = _Search(y, k, max(memory, 2**16), own)
     rows = torch.arange(len(x), device=where)
-    with _whole_products():
+    with whole_products():
         neighbours, certain = search.run(x, rows, torch.float32)
     if not bool(certain.all()):
         again, _ = search.run(x[~certain], rows[~certain], torch.float64)
@@ -180,21 +178,6 @@ class _Search:
             differences.sub_(part[:, None]).square_()
             distances.append(differences.sum(2, dtype=torch.float64).sqrt_())
         return torch.cat(distances)
-
-
-@contextlib.contextmanager
-def _whole_products() -> Iterator[None]:
-    """float32 products with all 24 bits, as far as torch decides."""
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set by the newer switches, which torch refuses to mix with this
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def product_error(device: torch.device, dtype: torch.dtype) -> float:

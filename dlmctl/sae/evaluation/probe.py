@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dlmctl.models.float32_products import whole_products
 from dlmctl.records.errors import DataError
 from dlmctl.report.auroc import auroc
 from dlmctl.sae.evaluation.evaluate import PlacedSae
@@ -159,7 +160,8 @@ def direction_method(name: str, directions: Tensor, opposites: bool) -> Method:
         sentences = half.present.shape[1]
 
         def pooled(features: Tensor) -> Tensor:
-            products = rows[features] @ half.states.T  # [C, N]
+            with whole_products():
+                products = rows[features] @ half.states.T  # [C, N]
             table = products.new_full((len(features), sentences), -torch.inf)
             owner = half.sentence.expand_as(products)
             return table.scatter_reduce_(1, owner, products, "amax")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlmctl.models.float32_products import whole_products
 from dlmctl.models.policy import Policy, check_same_tokens
 from dlmctl.records.errors import UsageError
 from dlmctl.sae.corpus import MaskedBatch
@@ -73,7 +74,8 @@ def compare(first: Codes, second: Codes) -> tuple[Tensor, Tensor, Tensor]:
 
 def match_decoders(first: Tensor, second: Tensor) -> dict[str, float]:
     """How well rows [F, d] of norm 1 have a counterpart among rows [G, d]."""
-    best = torch.cat([(part @ second.T).amax(dim=1) for part in first.split(ROWS)])
+    with whole_products():
+        best = torch.cat([(part @ second.T).amax(dim=1) for part in first.split(ROWS)])
     return {"matched": float(best.mean()), "matched_above": float((best > MATCH).double().mean())}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlmctl.models.float32_products import whole_products
 from dlmctl.models.policy import Policy
 from dlmctl.models.token_text import TokenTexts
 from dlmctl.records.jsonl import Record
@@ -63,7 +64,9 @@ def logit_effects(
     """
     weight = policy.head.projection.weight.detach()[: policy.vocab_size]
     rows = directions.detach().float().to(weight.device)
-    logits = torch.cat([part.float() @ rows.T for part in weight.split(TOKENS)]).T.cpu()  # [n, V]
+    with whole_products():
+        parts = [part.float() @ rows.T for part in weight.split(TOKENS)]
+    logits = torch.cat(parts).T.cpu()  # [n, V]
     some = min(4 * EFFECTS, logits.shape[1])
     sides = {"top": logits.topk(some), "bottom": logits.topk(some, largest=False)}
     return [
