@@ -12,7 +12,7 @@ from dlmctl.settings import only
 from dlmctl.settings.masks import Masks
 from dlmctl.settings.objective import Algo, Constants
 from dlmctl.settings.plan import Machine, Options, Run, Step
-from dlmctl.settings.sampler import Sampler
+from dlmctl.settings.sampler import SAMPLED, Sampler
 from dlmctl.settings.streams import Json
 from dlmctl.settings.training import Learning
 
@@ -51,7 +51,7 @@ def command(
     learning: Annotated[Learning, only(Learning, "inner")] = Learning(),
     masks: Annotated[Masks, only(Masks, "law", "samples", "shrink")] = Masks(),
     step: Step = Step(),
-    sampler: Annotated[Sampler, PLANNED_SAMPLER] = Sampler(temperature=0.9),
+    sampler: Annotated[Sampler, PLANNED_SAMPLER] = SAMPLED,
     machine: Machine = Machine(),
     run: Run = Run(),
     json: Json = False,

@@ -9,7 +9,7 @@ from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob, knob, same, same_field
 from dlmctl.settings.compute import Seed
 from dlmctl.settings.optimizer import Adapter
-from dlmctl.settings.sampler import Sampler
+from dlmctl.settings.sampler import SAMPLED, Sampler
 
 BenchModel = Annotated[
     str,
@@ -52,14 +52,14 @@ class SamplerPaths:
     )
     prompts: int = knob(16, "Random prompts, without a FILE.", minimum=1)
     prompt_lengths: str = knob("64-256", "Their lengths, evenly spread.", metavar="FROM-TO")
-    gen_length: int | None = same_field(None, Sampler, "gen_length")
-    block_length: int | None = same_field(None, Sampler, "block_length")
-    steps: int | None = same_field(None, Sampler, "steps")
-    temperature: float = same_field(0.0, Sampler, "temperature")
+    gen_length: int | None = same_field(SAMPLED.gen_length, Sampler, "gen_length")
+    block_length: int | None = same_field(SAMPLED.block_length, Sampler, "block_length")
+    steps: int | None = same_field(SAMPLED.steps, Sampler, "steps")
+    temperature: float = same_field(SAMPLED.temperature, Sampler, "temperature")
     threshold: float = knob(0.9, "Threshold of the paths that name it.")
     factor: float = knob(1.0, "Factor of the paths that name it.")
-    refresh: int | None = same_field(None, Sampler, "refresh")
-    refresh_below: float = same_field(0.0, Sampler, "refresh_below")
+    refresh: int | None = same_field(SAMPLED.refresh, Sampler, "refresh")
+    refresh_below: float = same_field(SAMPLED.refresh_below, Sampler, "refresh_below")
 
     @property
     def exact(self) -> Sampler:
