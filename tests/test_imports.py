@@ -30,7 +30,8 @@ LAYERS = [
     {"sae.order"},
     {"distill"},
     {"memorization.images", "memorization.text", "memorization.theory"},
-    {"plan", "bench"},
+    {"plan"},
+    {"bench"},
     {"commands"},
 ]
 """From the ground up. Folders of one layer do not import each other."""

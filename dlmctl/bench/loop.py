@@ -24,7 +24,7 @@ from dlmctl.rl.update import update_policy
 from dlmctl.settings.bench import Workload
 from dlmctl.settings.compute import Compute
 from dlmctl.settings.optimizer import Adapter, Optimizer
-from dlmctl.settings.sampler import Sampler
+from dlmctl.settings.sampler import SAMPLED
 from dlmctl.tasks.sources import prompts
 from dlmctl.train.run import open_run
 from dlmctl.train.run_directory import latest_checkpoint
@@ -86,7 +86,7 @@ def in_process(
         directory, model, "rspo", Optimizer(), Adapter(), compute.device, compute.dtype, False,
         work.seed,
     )  # fmt: skip
-    settings = configured(run.policy, Sampler(temperature=0.9))
+    settings = configured(run.policy, SAMPLED)
 
     def samples() -> Iterator[Record]:
         epochs = (prompts(work.task, seed=work.seed + epoch) for epoch in count())

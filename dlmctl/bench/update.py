@@ -45,34 +45,7 @@ def compare_gradients(
     """
     if not policy.diffusion:
         raise UsageError("bench update measures diffusion models")
-    (prompt,) = random_prompts(policy, 1, step.prompt_length, step.prompt_length)
-    texts = random_prompts(policy, step.completions, step.gen_length, step.gen_length)
-    records = [
-        Record(
-            id="random",
-            sample=n,
-            tokens={"prompt": prompt, "completion": tokens},
-            advantage=0.5 if n % 2 == 0 else -0.5,
-        )
-        for n, tokens in enumerate(texts)
-    ]
-    plan = MaskPlan("stratified", step.masks, step.seed)
-    objective, strength = make_objective("rspo"), RECIPES["rspo"].constants["strength"]
-
-    def reference(score: Callable[[Policy], Tensor]) -> Tensor:
-        with adapter_off(policy) if has_adapter(policy) else contextlib.nullcontext():
-            return score(other or policy)
-
-    def run(size: int | None) -> None:
-        if size is None:
-            plain_gradient(policy, reference, records, plan, strength)
-            return
-        frozen = Reference(
-            "reference", lambda examples: reference(lambda p: log_probs(p, examples, size))
-        )
-        for _ in policy_gradients(policy, frozen, [records], objective, Batching(plan), size):
-            pass
-
+    work = GradientWork(policy, other, step)
     base: dict[str, Any] = {}
     for size in (None, *batch_sizes):
         seconds, peak = float("inf"), Peak(policy.device)
@@ -80,7 +53,7 @@ def compare_gradients(
             policy.model.zero_grad(set_to_none=True)
             with peak:
                 begun = time.perf_counter()
-                run(size)
+                work.plain() if size is None else work.update(size)
                 synchronize(policy.device)
                 seconds = min(seconds, time.perf_counter() - begun)
         parameters = policy.model.parameters()
@@ -100,6 +73,50 @@ def compare_gradients(
             "memory_ratio": None if peak.megabytes is None else peak.megabytes / base["peak"],
             "difference": float(error),
         }
+
+
+class GradientWork:
+    """One RSPO gradient on random completions of one random prompt; arguments as above."""
+
+    def __init__(self, policy: Policy, other: Policy | None, step: GradientStep) -> None:
+        (prompt,) = random_prompts(policy, 1, step.prompt_length, step.prompt_length)
+        texts = random_prompts(policy, step.completions, step.gen_length, step.gen_length)
+        self.policy, self.other = policy, other
+        self.plan = MaskPlan("stratified", step.masks, step.seed)
+        self.records = [
+            Record(
+                id="random",
+                sample=n,
+                tokens={"prompt": prompt, "completion": tokens},
+                advantage=0.5 if n % 2 == 0 else -0.5,
+            )
+            for n, tokens in enumerate(texts)
+        ]
+
+    def plain(self) -> None:
+        """Add the gradient to the parameters, as `plain_gradient` computes it."""
+        strength = RECIPES["rspo"].constants["strength"]
+        plain_gradient(self.policy, self._under_reference, self.records, self.plan, strength)
+
+    def update(self, size: int) -> None:
+        """Add the gradient to the parameters as `update` does, `size` sequences in a pass."""
+
+        def under_reference(examples: Sequence[Example]) -> Tensor:
+            return self._under_reference(lambda policy: log_probs(policy, examples, size))
+
+        frozen = Reference("reference", under_reference)
+        objective, batching = make_objective("rspo"), Batching(self.plan)
+        for _ in policy_gradients(self.policy, frozen, [self.records], objective, batching, size):
+            pass
+
+    def scores(self, size: int) -> Tensor:
+        """Log-probabilities as `score-elbo` computes them: float64 [N, K, G] on the CPU."""
+        examples = [example_of(record, self.policy, self.plan) for record in self.records]
+        return log_probs(self.policy, examples, size)
+
+    def _under_reference(self, score: Callable[[Policy], Tensor]) -> Tensor:
+        with adapter_off(self.policy) if has_adapter(self.policy) else contextlib.nullcontext():
+            return score(self.other or self.policy)
 
 
 def plain_gradient(

@@ -34,7 +34,8 @@ def command(
 ) -> None:
     """Compare samplers with LLaDA's plain one: tokens per second, passes, tokens that differ.
 
-    The plain sampler runs first, then each path on the same prompts. Writes for each: tokens per
+    The plain sampler runs first, then each path on the same prompts, all with the same noise.
+    Temperature and lengths are by default those of 'dlmctl rollout'. Writes for each: tokens per
     second; ratio to the first row; nfe, forward passes of a completion; same, the share of tokens
     that equal the first row's; accuracy, if the records have a task; peak memory in megabytes.
 

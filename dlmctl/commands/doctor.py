@@ -35,8 +35,9 @@ def command(
 ) -> None:
     """Say what this machine has and what is missing, and how a model would be read.
 
-    Reports torch, CUDA devices and their memory, optional packages and the command that installs
-    each. Exits with 69 if something that every stage needs is missing.
+    Reports torch, whether the CPU computes in bfloat16, CUDA devices and their memory, optional
+    packages and the command that installs each. Exits with 69 if something that every stage needs
+    is missing.
 
     With --model also: family, class, parameters, attention, shift, special tokens, chat template,
     the sampler's defaults, the modules that LoRA changes, and what is doubtful. If loading would

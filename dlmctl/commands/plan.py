@@ -12,7 +12,7 @@ from dlmctl.settings import only
 from dlmctl.settings.masks import Masks
 from dlmctl.settings.objective import Algo, Constants
 from dlmctl.settings.plan import Machine, Options, Run, Step
-from dlmctl.settings.sampler import Sampler
+from dlmctl.settings.sampler import SAMPLED, Sampler
 from dlmctl.settings.streams import Json
 from dlmctl.settings.training import Learning
 
@@ -40,7 +40,7 @@ OTHERS = {
 }
 PLANNED_SAMPLER = only(
     Sampler, "gen_length", "block_length", "steps", "temperature", "top_p", "top_k", "cfg_scale",
-    "schedule", "remasking", "confidence_of", "cache", "refresh",
+    "schedule", "remasking", "confidence_of", "threshold", "cache", "refresh", "refresh_below",
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def command(
     learning: Annotated[Learning, only(Learning, "inner")] = Learning(),
     masks: Annotated[Masks, only(Masks, "law", "samples", "shrink")] = Masks(),
     step: Step = Step(),
-    sampler: Annotated[Sampler, PLANNED_SAMPLER] = Sampler(temperature=0.9),
+    sampler: Annotated[Sampler, PLANNED_SAMPLER] = SAMPLED,
     machine: Machine = Machine(),
     run: Run = Run(),
     json: Json = False,
@@ -70,7 +70,10 @@ def command(
 
     Everything is computed: bytes by following the passes of this code without values, operations by
     formula. Seconds are operations divided by the measured speed of one device, plus traffic
-    divided by --bandwidth, as if neither hid the other, for completions of full length. For small
+    divided by --bandwidth, as if neither hid the other, for completions of full length, sampled in
+    --steps, or a step for each token; what --threshold saves and --refresh-below adds is not
+    counted. --measured takes the speeds from 'dlmctl bench gpu', which may have measured a model of
+    another shape, but of about that size. For small
     models on the CPU the bytes were within a twentieth of what was resident; nothing was measured
     on GPUs.
 
@@ -80,11 +83,19 @@ def command(
     --gen-length 256 --steps 128 -n 6 --batch-size 4 --gpu-memory 80G
 
     dlmctl plan -m config.json --gpus 8 --gpu-memory 80G --bandwidth 200 --tflops 300
+
+    dlmctl plan -m config.json --cache dual --measured measured.jsonl
     """
+    from dlmctl.plan.measured import with_measured
     from dlmctl.plan.requirements import plan, work_of
 
     work = work_of(options, algo, constants, learning.inner, masks, step, sampler)
+    device = None
+    if machine.measured is not None:
+        machine, device = with_measured(machine, options, work)
     rows = list(plan(options, work, machine))
+    if device is not None:
+        rows[-1]["measured_on"] = device
     if run.total_steps is not None and "seconds" in rows[-1]:
         rows[-1]["hours"] = rows[-1]["seconds"] * run.total_steps / 3600
         if run.price is not None:

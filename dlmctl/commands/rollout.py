@@ -14,7 +14,7 @@ from dlmctl.settings.compute import Model, QuantizedCompute, Seed
 from dlmctl.settings.models import Prompting, Reading
 from dlmctl.settings.order import GuidingSaes
 from dlmctl.settings.rollout import Corrupted, Loop, PromptSource
-from dlmctl.settings.sampler import Sampler
+from dlmctl.settings.sampler import SAMPLED, Sampler
 from dlmctl.settings.steering import Steering
 from dlmctl.settings.streams import Files, Stage
 
@@ -25,7 +25,7 @@ def command(
     reading: Reading = Reading(),
     prompting: Prompting = Prompting(),
     samples: Annotated[int, Knob("Completions for each prompt.", "-n", "--samples", minimum=1)] = 8,
-    sampler: Sampler = Sampler(temperature=0.9),
+    sampler: Sampler = SAMPLED,
     sae: GuidingSaes = None,
     steering: Steering = Steering(),
     source: PromptSource = PromptSource(),

@@ -113,6 +113,10 @@ class Counts:
         head = 2 * (2 * self.head.all + self.head.trained) * scored
         return self.forward(length, length) + head + self.backward(length, length)
 
+    def training(self, length: int, scored: float, plain: int, gradients: int) -> float:
+        """This many passes without gradient over a sequence, and this many with it."""
+        return plain * self.scoring(length, scored) + gradients * self.gradient(length, scored)
+
     def images(self, tokens: int, backward: bool) -> float:
         """One image through the tower."""
         if self.tower is None or not tokens:

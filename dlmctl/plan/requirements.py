@@ -30,6 +30,7 @@ from dlmctl.models.loading import resolve_dtype
 from dlmctl.models.policy import Policy
 from dlmctl.models.quantization import quantizable
 from dlmctl.models.weightless import weightless_policy
+from dlmctl.plan.duration import add_seconds
 from dlmctl.plan.flops import Counts, counts, denoising, left_to_right
 from dlmctl.plan.footprint import (
     Passing,
@@ -166,7 +167,7 @@ def plan(options: Options, work: Work, machine: Machine) -> Iterator[dict[str, A
     for record in records:
         if machine.memory is not None:
             record["fits"] = machine.fits(record["total"])
-        _add_seconds(record, machine, speed, options.gpus, work)
+        add_seconds(record, machine, speed, options.gpus, work.tokens)
         yield record
     yield _step(records, options, work, machine)
 
@@ -188,10 +189,7 @@ def _before_update(options: Options, work: Work) -> list[dict[str, Any]]:
         policy = add_adapter(policy, Adapter(options.rank))
     model, weights = counts(policy, False), kept_memory(policy, 1).weights
     whole = dequantized(policy)
-    if policy.diffusion:
-        each = denoising(model, sampling, work.prompt_length, policy.shift, policy.blocks)
-    else:
-        each = left_to_right(model, sampling.gen_length, work.prompt_length)
+    each = sampling_operations(policy, work)
     images = step.prompts_per_step * model.images(step.image_tokens, False)
     cached, passing = sampling_memory(policy, sampling, step.rollout_batch_size, work.prompt_length)
     passing = passing._replace(activations=passing.activations + whole)
@@ -210,6 +208,14 @@ def _before_update(options: Options, work: Work) -> list[dict[str, Any]]:
         flops += work.contrasts * images
         records.append(_record("advantage", parts, weights + passing.total, flops))
     return records
+
+
+def sampling_operations(policy: Policy, work: Work) -> float:
+    """Operations of one completion, its image aside."""
+    model = counts(policy, False)
+    if not policy.diffusion:
+        return left_to_right(model, work.sampling.gen_length, work.prompt_length)
+    return denoising(model, work.sampling, work.prompt_length, policy.shift, policy.blocks)
 
 
 @functools.cache
@@ -257,7 +263,7 @@ def update_record(options: Options, work: Work) -> dict[str, Any]:
     }
     stays = kept.weights + kept.gradients + kept.moments + reference
     total = stays + max(gathered + passing.total, kept.working)
-    record = _record("update", parts, total, _update_flops(model, options, work))
+    record = _record("update", parts, total, _update_operations(model, options, work))
     if options.gpus > 1:
         record |= _traffic(policy, options, work)
     return record
@@ -277,15 +283,12 @@ def _training_passes(policy: Policy, model: Counts, options: Options, work: Work
     return passing._replace(activations=passing.activations + tower)
 
 
-def _update_flops(model: Counts, options: Options, work: Work) -> float:
+def _update_operations(model: Counts, options: Options, work: Work) -> float:
     scored, passes = work.scored * work.sampling.gen_length, work.passes
     plain = passes.policy + passes.reference
     rows, image_tokens = work.completions * work.masks, work.step.image_tokens
     images = math.ceil(rows / min(work.step.completions, options.batch_size))
-    return rows * (
-        plain * model.scoring(work.length, scored)
-        + passes.gradient * model.gradient(work.length, scored)
-    ) + images * (
+    return rows * model.training(work.length, scored, plain, passes.gradient) + images * (
         plain * model.images(image_tokens, False)
         + passes.gradient * model.images(image_tokens, True)
     )
@@ -304,27 +307,6 @@ def _traffic(policy: Policy, options: Options, work: Work) -> dict[str, Any]:
         "gather": round(batches * gathers * weights * share),
         "scatter": round(batches * passes.gradient * gradients * share),
     }
-
-
-def _add_seconds(
-    record: dict[str, Any], machine: Machine, speed: float | None, gpus: int, work: Work
-) -> None:
-    """Add the seconds that a stage takes, if what they depend on is known.
-
-    Args:
-        speed: operations a second of one device.
-    """
-    moved = record.get("gather", 0) + record.get("scatter", 0)
-    bandwidth, tokens_per_second = machine.bandwidth, machine.tokens_per_second
-    if moved and bandwidth is not None:
-        record["traffic_seconds"] = moved / (bandwidth * 1e9)
-    if speed is None:
-        return
-    record["compute_seconds"] = record["flops"] / speed / gpus
-    if record["stage"] == "rollout" and tokens_per_second is not None:
-        record["compute_seconds"] = work.tokens / tokens_per_second / gpus
-    if not moved or bandwidth is not None:
-        record["seconds"] = record["compute_seconds"] + record.get("traffic_seconds", 0.0)
 
 
 def _parts(passing: Passing) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import ClassVar
 
 from dlmctl.records.errors import UsageError
@@ -129,6 +130,15 @@ class Machine:
         "and steps. Without --tflops, everything is taken to run at this speed.",
         minimum=0.001,
         shown_default="unknown",
+    )
+
+    measured: Path | None = knob(
+        None,
+        "Records of 'dlmctl bench gpu', which say how fast a device updates and samples, instead "
+        "of --tflops and --tokens-per-second: operations a second, carried over to this model and "
+        "sampler.",
+        metavar="FILE",
+        shown_default="none",
     )
 
     def __post_init__(self) -> None:

@@ -270,6 +270,9 @@ class Sampler:
         return self.threshold is not None or self.factor is not None
 
 
+SAMPLED = Sampler(temperature=0.9)
+"""What `rollout` does if nothing is said, and so what is planned and measured."""
+
 OWN: tuple[str, ...] = tuple(
     field.name
     for field in fields(Sampler)

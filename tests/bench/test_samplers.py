@@ -1,5 +1,7 @@
 """`bench rollout` compares like with like."""
 
+import inspect
+
 import pytest
 from conftest import shell, tiny_policy
 
@@ -7,10 +9,12 @@ from dlmctl.bench.memory import CLEAR, Peak
 from dlmctl.bench.reference import plain_sample
 from dlmctl.bench.rollout import compare_samplers, sampler_paths, usual_paths
 from dlmctl.bench.shapes import bench_policy, random_prompts
-from dlmctl.diffusion.sampler import sample
+from dlmctl.cli import functions
+from dlmctl.diffusion.sampler import sample, sample_stream
 from dlmctl.diffusion.sampling import Request, SamplerConfig
 from dlmctl.records.errors import UsageError
 from dlmctl.settings.bench import SamplerPaths
+from dlmctl.settings.sampler import SAMPLED
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
@@ -27,7 +31,7 @@ def test_the_plain_sampler_draws_the_tokens_of_the_fast_one(family, temperature)
 def test_rows_are_those_of_the_reference_and_the_chosen_paths():
     policy = bench_policy("random:tiny", "cpu", "float32")
     requests = [Request(p, n) for n, p in enumerate(random_prompts(policy, 6, 4, 20))]
-    exact = SamplerConfig(16, 8, 16)
+    exact = SamplerConfig(16, 8, 16, temperature=SAMPLED.temperature)
     known = sampler_paths(
         policy, SamplerPaths(gen_length=16, block_length=8, steps=16, threshold=0.0)
     )
@@ -55,6 +59,29 @@ def test_paths_by_confidence_take_the_passes_they_need():
     nfe = [row["nfe"] for row in compare_samplers(policy, requests, exact, paths, 4, 3)]
     assert nfe[:2] == [4, 4]  # two for each block
     assert 4 < nfe[2] <= nfe[3] == 14  # at a factor of 0 the last two of a block go together
+
+
+def test_the_defaults_are_those_of_rollout():
+    def defaults(name):
+        parameters = inspect.signature(functions(name.split()[0])[name]).parameters.values()
+        return {parameter.name: parameter.default for parameter in parameters}
+
+    bench, rollout = defaults("bench rollout"), defaults("rollout")
+    shared = ("gen_length", "block_length", "steps", "refresh", "refresh_below", "batch_size")
+    for name in ("temperature", *shared, "seed", "device", "dtype"):
+        assert bench[name] == rollout[name], name
+    assert bench["temperature"] > 0
+    policy = bench_policy("random:tiny", "cpu", "float32")
+    requests = [Request(p, n) for n, p in enumerate(random_prompts(policy, 4, 4, 20))]
+    known = sampler_paths(policy, SamplerPaths(gen_length=16))
+    rows = compare_samplers(policy, requests, known["exact"], {"exact": known["exact"]}, 4, 2)
+    assert [row["same"] for row in rows] == [1.0, 1.0]
+    greedy = sampler_paths(policy, SamplerPaths(gen_length=16, temperature=0.0))["exact"]
+    drawn, likeliest = (
+        [sample.tokens for sample in sample_stream(policy, requests, config, 4)]
+        for config in (known["exact"], greedy)
+    )
+    assert drawn != likeliest
 
 
 def test_of_a_block_causal_model_the_exact_cache_is_compared_with_none():

@@ -147,6 +147,27 @@ def test_doctor_names_the_command_that_installs_what_is_missing(monkeypatch):
     assert "pip install 'dlmctl[lora]'" in finding.detail
 
 
+@pytest.mark.parametrize(
+    ("able", "expected"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, "bfloat16 in hardware (AMX, AVX512-BF16): "),
+        ({"amx_bf16": False, "avx512_bf16": True}, "bfloat16 in hardware (AVX512-BF16): "),
+        ({"amx_tile": True, "avx512_f": True}, "no bfloat16 in hardware"),
+    ],
+)
+def test_doctor_says_whether_the_processor_computes_in_bfloat16(able, expected, monkeypatch):
+    import torch
+
+    from dlmctl.report import diagnosis
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    [finding] = [f for f in diagnosis.findings() if f.name == "cpu"]
+    assert (finding.state, finding.detail.startswith(expected)) == ("ok", True)
+    # Older versions of torch do not say.
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert "cpu" not in [f.name for f in diagnosis.findings()]
+
+
 def test_no_module_of_the_package_is_long():
     root = Path(__file__).parents[2] / "dlmctl"
     long = [p.name for p in root.rglob("*.py") if len(p.read_text().splitlines()) > 400]

@@ -73,6 +73,10 @@ REDUCTIONS = {
     "tests/benchmarks/sae.py": "tests/benchmarks/sae.py --width 16 --latents 600 --steps 1 "
     "--sae-batch-size 64 -m random:tiny --layers 0 --context 16 --expansion 20",
     "-m random:8b --layers 1,6,11,16,26,30": "",
+    "bench gpu": "bench gpu -m random:tiny --parts rollout,neighbours --prompt-length 8 "
+    "--gen-length 8 --block-length 8 --steps 8 --batch-size 2 --vectors 64",
+    "bench gpu -m random:100m": "bench gpu -m random:tiny --prompt-length 8 --gen-length 8 "
+    "--block-length 8 --steps 8 -n 2 -k 2 --lora-rank 2",
     "bench update": "bench update --prompt-length 8 --repeats 1 -m random:tiny",
     "--gen-length 512": "--gen-length 8",
     "-m random:8b": "",

@@ -105,6 +105,8 @@ dlmctl sae-judge features.jsonl | dlmctl rollout -m JUDGE -n 1 -o explained.json
 dlmctl init runs/untrained --hidden-size 16 --heads 2 --gen-length 16
 dlmctl init MODEL --hidden-size 16 --heads 2 --layers 11 --gen-length 16
 cp MODEL/config.json .
+dlmctl bench gpu -m MODEL --parts rollout,update --prompt-length 8 --gen-length 16 \
+    --block-length 16 --steps 16 --batch-size 64 -n 2 -k 2 --lora-rank 2 > measured.jsonl
 
 dlmctl distill teacher builtin:digits#0:16 --width 8 --steps 2 --batch-size 8 -o runs/teacher
 dlmctl distill cd builtin:digits#0:16 --teacher runs/teacher --steps 2 --batch-size 8 \
