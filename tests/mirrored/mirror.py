@@ -3,6 +3,7 @@
     with mirrored() as ledger:      # torch.cuda.is_available() is true in here
         ...any code...
     ledger.waits                    # how often the host waited for the device, by line and why
+    ledger.mixes                    # operations that were refused, by line and what they were
 
 It must be imported before torch, which looks for its CUDA hooks once; so a test starts a process of
 its own. The hooks are C++ (guard.cpp), which `build` compiles.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib.util
 import os
 import subprocess
@@ -87,6 +89,11 @@ INDEXING = {
     aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default,
     aten.index_put_.default, aten._index_put_impl_.default,
 }  # fmt: skip
+COPIES = {aten.copy_.default, aten._to_copy.default}
+NO_NUMBERS = {
+    aten.stack.default, aten.equal.default, aten.searchsorted.Tensor, aten.bucketize.Tensor,
+}  # fmt: skip
+"""Those that take no single number of the CPU either."""
 NO_KERNEL = {
     "view", "_unsafe_view", "reshape", "_reshape_alias", "t", "transpose", "permute", "expand",
     "slice", "select", "unsqueeze", "squeeze", "detach", "alias", "as_strided", "split",
@@ -104,20 +111,36 @@ class Ledger:
 
     def __init__(self) -> None:
         self.waits: Counter[str] = Counter()
+        self.mixes: list[str] = []
         self.kernels = 0
 
     def clear(self) -> None:
         """Begin again."""
         self.waits.clear()
+        self.mixes.clear()
         self.kernels = 0
 
     def report(self, steps: int) -> dict[str, Any]:
         """The counts, and the number of steps that they are of."""
         return {"steps": steps, "kernels": self.kernels, "waits": dict(self.waits)}
 
+    def mix(self, what: str) -> DeviceMixError:
+        """Note a mix of devices, with its line; the error is for the caller to raise."""
+        self.mixes.append(f"{line()}: {what}")
+        return DeviceMixError(self.mixes[-1])
+
     def wait(self, why: str) -> None:
         """Note a wait, with the line of dlmctl that asked for it."""
         self.waits[f"{why} {line()}"] += 1
+
+
+ACTIVE: list[Ledger] = []
+"""That of `mirrored`, within it."""
+
+
+def current() -> Ledger:
+    """That of `mirrored`; behind it, one that nobody reads."""
+    return ACTIVE[-1] if ACTIVE else Ledger()
 
 
 def line() -> str:
@@ -149,7 +172,7 @@ class Mirrored(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return dispatch(func, args, kwargs or {}, Ledger())
+        return dispatch(func, args, kwargs or {}, current())
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Mirrored({self.inside})"
@@ -160,7 +183,7 @@ class Mirrored(torch.Tensor):
 
     def numpy(self, **_: Any) -> Any:
         """What CUDA says."""
-        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        raise TypeError(current().mix("can't convert cuda:0 device type tensor to numpy"))
 
     def data_ptr(self) -> int:
         """The address of its values."""
@@ -197,7 +220,7 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any], ledger: Ledger) -> An
     target = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
     if not here and target != "cuda":
         return func(*args, **kwargs)
-    check_devices(func, args, tensors, ledger)
+    check_devices(func, args, kwargs, tensors, ledger)
     note_waits(func, args, kwargs, target, ledger)
     name = func._schema.name.split("::")[1]
     ledger.kernels += name not in NO_KERNEL
@@ -208,7 +231,7 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any], ledger: Ledger) -> An
     if target is not None:
         inner_kwargs["device"] = torch.device("cpu")
         inner_kwargs.pop("pin_memory", None)
-    result = func(*inner_args, **inner_kwargs)
+    result = compute(func, inner_args, inner_kwargs)
     # 2. The result is where CUDA would have it; what was changed in place is the tensor given.
     if target == "cpu" or func is aten._local_scalar_dense.default:
         return result
@@ -219,15 +242,27 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any], ledger: Ledger) -> An
     return tree_unflatten([given[id(x)] if id(x) in given else wrapped(x) for x in leaves], tree)
 
 
+def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """An operation by the CPU, which counts floats alone in a histogram."""
+    if func is aten.histc.default and not args[0].is_floating_point():
+        return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
+    return func(*args, **kwargs)
+
+
 def wrapped(x: Any) -> Any:
     """On the device, if it is a tensor."""
     return Mirrored(x) if isinstance(x, Tensor) else x
 
 
-def check_devices(func: Any, args: Any, tensors: list[Tensor], ledger: Ledger) -> None:
+def check_devices(
+    func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor], ledger: Ledger
+) -> None:
     """Refuse what CUDA refuses: tensors of two devices, but for copies and single numbers."""
+    leaves = tree_flatten((args, kwargs))[0]
+    if any(isinstance(x, torch.Generator) and x.device.type == "cpu" for x in leaves):
+        raise ledger.mix(f"{func} has a generator of the CPU")
     away = [x for x in tensors if not isinstance(x, Mirrored)]
-    if func in (aten.copy_.default, aten._to_copy.default) or len(away) in (0, len(tensors)):
+    if func in COPIES or len(away) in (0, len(tensors)):
         return
     if func in INDEXING and isinstance(args[0], Mirrored):
         # Indices of the host are copied first.
@@ -235,9 +270,22 @@ def check_devices(func: Any, args: Any, tensors: list[Tensor], ledger: Ledger) -
         for _ in indices:
             ledger.wait("push")
         away = [x for x in away if not any(x is index for index in indices)]
-    if any(x.dim() for x in away):
+    written = written_to(func, args, kwargs)
+    if any(x.dim() or x in written or func in NO_NUMBERS for x in away):
         shapes = [tuple(x.shape) for x in away]
-        raise DeviceMixError(f"{line()}: {func} has tensors {shapes} on the CPU, others on cuda:0")
+        raise ledger.mix(f"{func} has tensors {shapes} on the CPU, others on cuda:0")
+
+
+def written_to(func: Any, args: Any, kwargs: dict[str, Any]) -> set[Any]:
+    """The arguments that an operation changes."""
+    declared = func._schema.arguments
+    given = {known.name: x for known, x in zip(declared, args, strict=False)} | kwargs
+    changed = [
+        given[known.name]
+        for known in declared
+        if known.alias_info is not None and known.alias_info.is_write and known.name in given
+    ]
+    return {x for x in tree_flatten(changed)[0] if isinstance(x, Tensor)}
 
 
 def note_waits(
@@ -287,6 +335,12 @@ def pin_memory(x: Tensor, device: Any = None) -> Tensor:
     return copy
 
 
+def of_numbers(make: Any, data: Any, *arguments: Any, **about: Any) -> Tensor:
+    """`torch.tensor`: numbers of the device are fetched one by one, where no mode sees it."""
+    numbers = tree_map(lambda x: x.item() if isinstance(x, Mirrored) else x, data)
+    return make(numbers, *arguments, **about)
+
+
 CUDA = {
     "is_available": lambda: True,
     "is_initialized": lambda: True,
@@ -297,7 +351,7 @@ CUDA = {
     "get_device_name": lambda *_: "mirror",
     "get_device_capability": lambda *_: (9, 0),
     "mem_get_info": lambda *_: (80 << 30, 80 << 30),
-    "max_memory_allocated": lambda *_: 0,
+    "max_memory_allocated": lambda *_: 1 << 20,
     "memory_allocated": lambda *_: 0,
     "reset_peak_memory_stats": lambda *_: None,
     "synchronize": lambda *_: None,
@@ -322,6 +376,8 @@ def mirrored() -> Iterator[Ledger]:
             setattr(torch.cuda, name, value)
         undo.callback(setattr, torch.Tensor, "pin_memory", torch.Tensor.pin_memory)
         torch.Tensor.pin_memory = pin_memory  # type: ignore[method-assign, assignment]
+        undo.callback(setattr, torch, "tensor", torch.tensor)
+        torch.tensor = functools.partial(of_numbers, torch.tensor)
         # Tensors given as numbers are made on the CPU, and modules swap their parameters: the class
         # of a tensor cannot change in place.
         undo.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
@@ -331,5 +387,7 @@ def mirrored() -> Iterator[Ledger]:
             swap.set_swap_module_params_on_conversion, swap.get_swap_module_params_on_conversion()
         )
         swap.set_swap_module_params_on_conversion(True)
+        ACTIVE.append(ledger)
+        undo.callback(ACTIVE.pop)
         undo.enter_context(Mode(ledger))
         yield ledger
