@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import importlib.util
 import os
 import subprocess
@@ -249,8 +248,20 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
 
+FULL = False
+"""Whether the device has no memory left."""
+
+
+def limit_memory(fraction: float, device: Any = None) -> None:
+    """`torch.cuda.set_per_process_memory_fraction`, which knows all and nothing."""
+    global FULL
+    FULL = fraction == 0
+
+
 def wrapped(x: Any) -> Any:
     """On the device, if it is a tensor."""
+    if FULL:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
     return Mirrored(x) if isinstance(x, Tensor) else x
 
 
@@ -335,11 +346,14 @@ def pin_memory(x: Tensor, device: Any = None) -> Tensor:
     return copy
 
 
-def of_numbers(make: Any, data: Any, *arguments: Any, **about: Any) -> Tensor:
-    """`torch.tensor`: numbers of the device are fetched one by one, where no mode sees it."""
-    numbers = tree_map(lambda x: x.item() if isinstance(x, Mirrored) else x, data)
-    return make(numbers, *arguments, **about)
+def number(x: Mirrored) -> Any:
+    """What `torch.tensor` reads of a list of tensors, where no mode sees it."""
+    current().wait("value")
+    return x.inside.item()
 
+
+LIBRARY = torch.library.Library("aten", "IMPL", "CUDA")
+LIBRARY.impl("_local_scalar_dense", number)
 
 CUDA = {
     "is_available": lambda: True,
@@ -354,6 +368,7 @@ CUDA = {
     "max_memory_allocated": lambda *_: 1 << 20,
     "memory_allocated": lambda *_: 0,
     "reset_peak_memory_stats": lambda *_: None,
+    "set_per_process_memory_fraction": limit_memory,
     "synchronize": lambda *_: None,
     "empty_cache": lambda: None,
     "set_device": lambda *_: None,
@@ -376,8 +391,6 @@ def mirrored() -> Iterator[Ledger]:
             setattr(torch.cuda, name, value)
         undo.callback(setattr, torch.Tensor, "pin_memory", torch.Tensor.pin_memory)
         torch.Tensor.pin_memory = pin_memory  # type: ignore[method-assign, assignment]
-        undo.callback(setattr, torch, "tensor", torch.tensor)
-        torch.tensor = functools.partial(of_numbers, torch.tensor)
         # Tensors given as numbers are made on the CPU, and modules swap their parameters: the class
         # of a tensor cannot change in place.
         undo.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
