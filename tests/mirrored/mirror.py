@@ -28,7 +28,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, ValuesView
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,6 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402  imports what only a CUDA build has once CUDA is available
 from torch import Tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
 import dlmctl  # noqa: E402
 
@@ -214,19 +213,21 @@ class Mode(TorchDispatchMode):
 
 def dispatch(func: Any, args: Any, kwargs: dict[str, Any], ledger: Ledger) -> Any:
     """An operation: on the device if a tensor or the argument `device` is of it."""
-    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    leaves = [*flat((args, kwargs.values()))]
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
     here = [x for x in tensors if isinstance(x, Mirrored)]
     target = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
     if not here and target != "cuda":
         return func(*args, **kwargs)
+    if any(isinstance(x, torch.Generator) and x.device.type == "cpu" for x in leaves):
+        raise ledger.mix(f"{func} has a generator of the CPU")
     check_devices(func, args, kwargs, tensors, ledger)
     note_waits(func, args, kwargs, target, ledger)
     name = func._schema.name.split("::")[1]
     ledger.kernels += name not in NO_KERNEL
     # 1. The operation itself, on the values.
-    inner_args, inner_kwargs = tree_map(
-        lambda x: x.inside if isinstance(x, Mirrored) else x, (args, kwargs)
-    )
+    inner_args = mapped(inside, args)
+    inner_kwargs = {name: mapped(inside, x) for name, x in kwargs.items()}
     if target is not None:
         inner_kwargs["device"] = torch.device("cpu")
         inner_kwargs.pop("pin_memory", None)
@@ -237,8 +238,28 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any], ledger: Ledger) -> An
     if func is aten.copy_.default and not isinstance(args[0], Mirrored):
         return args[0]
     given = {id(x.inside): x for x in here}
-    leaves, tree = tree_flatten(result)
-    return tree_unflatten([given[id(x)] if id(x) in given else wrapped(x) for x in leaves], tree)
+    return mapped(lambda x: given[id(x)] if id(x) in given else wrapped(x), result)
+
+
+def flat(x: Any) -> Iterator[Any]:
+    """What is in lists within lists; those of operations need no more, and torch's is slow."""
+    if isinstance(x, (list, tuple, ValuesView)):
+        for inner in x:
+            yield from flat(inner)
+    else:
+        yield x
+
+
+def mapped(function: Callable[[Any], Any], x: Any) -> Any:
+    """The same lists with a function of each."""
+    if isinstance(x, (list, tuple)):
+        return type(x)([mapped(function, inner) for inner in x])
+    return function(x)
+
+
+def inside(x: Any) -> Any:
+    """The values of a tensor of the device."""
+    return x.inside if isinstance(x, Mirrored) else x
 
 
 def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -269,9 +290,6 @@ def check_devices(
     func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor], ledger: Ledger
 ) -> None:
     """Refuse what CUDA refuses: tensors of two devices, but for copies and single numbers."""
-    leaves = tree_flatten((args, kwargs))[0]
-    if any(isinstance(x, torch.Generator) and x.device.type == "cpu" for x in leaves):
-        raise ledger.mix(f"{func} has a generator of the CPU")
     away = [x for x in tensors if not isinstance(x, Mirrored)]
     if func in COPIES or len(away) in (0, len(tensors)):
         return
@@ -296,7 +314,7 @@ def written_to(func: Any, args: Any, kwargs: dict[str, Any]) -> set[Any]:
         for known in declared
         if known.alias_info is not None and known.alias_info.is_write and known.name in given
     ]
-    return {x for x in tree_flatten(changed)[0] if isinstance(x, Tensor)}
+    return {x for x in flat(changed) if isinstance(x, Tensor)}
 
 
 def note_waits(
