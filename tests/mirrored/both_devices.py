@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import mirror  # before torch
 import torch
+from transformers import Dinov2Config, Dinov2Model
 from typer.testing import CliRunner, Result
 
 from dlmctl.cli import app
@@ -57,6 +58,7 @@ def main() -> None:
         assert done.exit_code == 0, f"{line}: {done.output}"
     for name in MODELS:
         reward(name)
+    extractor(Path("extractor"))
     print("ready", flush=True)
     for number, lines in enumerate(sys.stdin):
         report = {device: ran(lines, device, f"case-{number}") for device in ("cpu", "cuda")}
@@ -86,6 +88,16 @@ def reward(name: str) -> None:
 
 def write(path: str, rows: list[dict[str, Any]]) -> None:
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def extractor(directory: Path) -> None:
+    """A model of features of images."""
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    Dinov2Model(config).save_pretrained(directory)
+    about = {"size": {"height": 32, "width": 32}}
+    (directory / "preprocessor_config.json").write_text(json.dumps(about))
 
 
 def ran(lines: str, device: str, name: str) -> dict[str, Any]:

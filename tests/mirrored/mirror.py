@@ -27,10 +27,11 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, ValuesView
 from pathlib import Path
 from typing import Any
+
+from ledger import ACTIVE, Ledger, current
 
 GUARD = Path(__file__).with_name("guard.cpp")
 
@@ -72,9 +73,6 @@ import torch._dynamo  # noqa: E402  imports what only a CUDA build has once CUDA
 from torch import Tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-import dlmctl  # noqa: E402
-
-PACKAGE = str(Path(dlmctl.__file__).parent)
 DEVICE = torch.device("cuda:0")
 aten = torch.ops.aten
 VALUE = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
@@ -98,58 +96,6 @@ NO_KERNEL = {
     "split_with_sizes", "unbind", "diagonal", "unfold", "lift_fresh", "chunk", "empty",
     "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_local_scalar_dense",
 }  # fmt: skip
-
-
-class DeviceMixError(RuntimeError):
-    """An operation on tensors of two devices."""
-
-
-class Ledger:
-    """What the host asked of the device."""
-
-    def __init__(self) -> None:
-        self.waits: Counter[str] = Counter()
-        self.mixes: list[str] = []
-        self.kernels = 0
-
-    def clear(self) -> None:
-        """Begin again."""
-        self.waits.clear()
-        self.mixes.clear()
-        self.kernels = 0
-
-    def report(self, steps: int) -> dict[str, Any]:
-        """The counts, and the number of steps that they are of."""
-        return {"steps": steps, "kernels": self.kernels, "waits": dict(self.waits)}
-
-    def mix(self, what: str) -> DeviceMixError:
-        """Note a mix of devices, with its line; the error is for the caller to raise."""
-        self.mixes.append(f"{line()}: {what}")
-        return DeviceMixError(self.mixes[-1])
-
-    def wait(self, why: str) -> None:
-        """Note a wait, with the line of dlmctl that asked for it."""
-        self.waits[f"{why} {line()}"] += 1
-
-
-ACTIVE: list[Ledger] = []
-"""That of `mirrored`, within it."""
-
-
-def current() -> Ledger:
-    """That of `mirrored`; behind it, one that nobody reads."""
-    return ACTIVE[-1] if ACTIVE else Ledger()
-
-
-def line() -> str:
-    """The innermost line of dlmctl."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_filename.startswith(PACKAGE):
-            file = os.path.relpath(frame.f_code.co_filename, os.path.dirname(PACKAGE))
-            return f"{file}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return "elsewhere"
 
 
 class Mirrored(torch.Tensor):
