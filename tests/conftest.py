@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from preloaded import HANGS
 from typer.testing import CliRunner, Result
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the packages below are imported
+os.environ["DLMCTL_DEVICE"] = "cpu"  # of every command, in processes that tests start too
 
 from dlmctl.cli import app
 from dlmctl.models.policy import Family, Policy
@@ -34,6 +36,16 @@ torch.set_num_threads(1)
 LONGEST = ("test_kills.py", "test_pipes.py", "test_loop.py")
 """Files that begin first: at the end, one worker would be busy with them and the others with
 nothing."""
+
+
+CUDA = {name: getattr(torch.cuda, name) for name in ("is_available", "device_count")}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests that are not marked `cuda` run on the CPU, on a machine with a GPU too."""
+    hidden = "cuda" not in item.keywords
+    torch.cuda.is_available = (lambda: False) if hidden else CUDA["is_available"]
+    torch.cuda.device_count = (lambda: 0) if hidden else CUDA["device_count"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -113,6 +125,16 @@ def saved_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], st
         return made[family]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the C++ part of a mirrored CUDA device is built, once (see tests/mirrored)."""
+    if shutil.which("g++") is None:
+        pytest.skip("the mirrored device is C++, and there is no g++")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        pytest.skip("the mirrored device has the hooks of torch 2.13")
+    return tmp_path_factory.mktemp("mirror") / "guard.so"
 
 
 def invoke(name: str, *arguments: str | Path | int) -> Result:

@@ -13,14 +13,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from dlmctl.models.adapters import merged
 from dlmctl.models.loading import (
@@ -298,12 +298,17 @@ def open_run(
                 "or choose another -o"
             )
         restore_optimizer(run.optimizer, run.parameters, tensors)
-        torch.set_rng_state(tensors["random.cpu"])
-        if "random.cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["random.cuda"])
+        restore_random(tensors, policy.device)
     if is_first():
         forget_steps(home.metrics, progress.step)
     return run
+
+
+def restore_random(tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put the generators of the CPU and of the run's device, which drop out, where they were."""
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random.cuda"], device)
 
 
 def _quantization(

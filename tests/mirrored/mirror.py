@@ -3,6 +3,7 @@
     with mirrored() as ledger:      # torch.cuda.is_available() is true in here
         ...any code...
     ledger.waits                    # how often the host waited for the device, by line and why
+    ledger.mixes                    # operations that were refused, by line and what they were
 
 It must be imported before torch, which looks for its CUDA hooks once; so a test starts a process of
 its own. The hooks are C++ (guard.cpp), which `build` compiles.
@@ -26,10 +27,11 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, ValuesView
 from pathlib import Path
 from typing import Any
+
+from ledger import ACTIVE, Ledger, current
 
 GUARD = Path(__file__).with_name("guard.cpp")
 
@@ -70,11 +72,7 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402  imports what only a CUDA build has once CUDA is available
 from torch import Tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
-import dlmctl  # noqa: E402
-
-PACKAGE = str(Path(dlmctl.__file__).parent)
 DEVICE = torch.device("cuda:0")
 aten = torch.ops.aten
 VALUE = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
@@ -87,48 +85,17 @@ INDEXING = {
     aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default,
     aten.index_put_.default, aten._index_put_impl_.default,
 }  # fmt: skip
+COPIES = {aten.copy_.default, aten._to_copy.default}
+NO_NUMBERS = {
+    aten.stack.default, aten.equal.default, aten.searchsorted.Tensor, aten.bucketize.Tensor,
+}  # fmt: skip
+"""Those that take no single number of the CPU either."""
 NO_KERNEL = {
     "view", "_unsafe_view", "reshape", "_reshape_alias", "t", "transpose", "permute", "expand",
     "slice", "select", "unsqueeze", "squeeze", "detach", "alias", "as_strided", "split",
     "split_with_sizes", "unbind", "diagonal", "unfold", "lift_fresh", "chunk", "empty",
     "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_local_scalar_dense",
 }  # fmt: skip
-
-
-class DeviceMixError(RuntimeError):
-    """An operation on tensors of two devices."""
-
-
-class Ledger:
-    """What the host asked of the device."""
-
-    def __init__(self) -> None:
-        self.waits: Counter[str] = Counter()
-        self.kernels = 0
-
-    def clear(self) -> None:
-        """Begin again."""
-        self.waits.clear()
-        self.kernels = 0
-
-    def report(self, steps: int) -> dict[str, Any]:
-        """The counts, and the number of steps that they are of."""
-        return {"steps": steps, "kernels": self.kernels, "waits": dict(self.waits)}
-
-    def wait(self, why: str) -> None:
-        """Note a wait, with the line of dlmctl that asked for it."""
-        self.waits[f"{why} {line()}"] += 1
-
-
-def line() -> str:
-    """The innermost line of dlmctl."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_filename.startswith(PACKAGE):
-            file = os.path.relpath(frame.f_code.co_filename, os.path.dirname(PACKAGE))
-            return f"{file}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return "elsewhere"
 
 
 class Mirrored(torch.Tensor):
@@ -149,7 +116,7 @@ class Mirrored(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return dispatch(func, args, kwargs or {}, Ledger())
+        return dispatch(func, args, kwargs or {}, current())
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Mirrored({self.inside})"
@@ -160,7 +127,7 @@ class Mirrored(torch.Tensor):
 
     def numpy(self, **_: Any) -> Any:
         """What CUDA says."""
-        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        raise TypeError(current().mix("can't convert cuda:0 device type tensor to numpy"))
 
     def data_ptr(self) -> int:
         """The address of its values."""
@@ -192,42 +159,85 @@ class Mode(TorchDispatchMode):
 
 def dispatch(func: Any, args: Any, kwargs: dict[str, Any], ledger: Ledger) -> Any:
     """An operation: on the device if a tensor or the argument `device` is of it."""
-    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    leaves = [*flat((args, kwargs.values()))]
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
     here = [x for x in tensors if isinstance(x, Mirrored)]
     target = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
     if not here and target != "cuda":
         return func(*args, **kwargs)
-    check_devices(func, args, tensors, ledger)
+    if any(isinstance(x, torch.Generator) and x.device.type == "cpu" for x in leaves):
+        raise ledger.mix(f"{func} has a generator of the CPU")
+    check_devices(func, args, kwargs, tensors, ledger)
     note_waits(func, args, kwargs, target, ledger)
     name = func._schema.name.split("::")[1]
     ledger.kernels += name not in NO_KERNEL
     # 1. The operation itself, on the values.
-    inner_args, inner_kwargs = tree_map(
-        lambda x: x.inside if isinstance(x, Mirrored) else x, (args, kwargs)
-    )
+    inner_args = mapped(inside, args)
+    inner_kwargs = {name: mapped(inside, x) for name, x in kwargs.items()}
     if target is not None:
         inner_kwargs["device"] = torch.device("cpu")
         inner_kwargs.pop("pin_memory", None)
-    result = func(*inner_args, **inner_kwargs)
+    result = compute(func, inner_args, inner_kwargs)
     # 2. The result is where CUDA would have it; what was changed in place is the tensor given.
     if target == "cpu" or func is aten._local_scalar_dense.default:
         return result
     if func is aten.copy_.default and not isinstance(args[0], Mirrored):
         return args[0]
     given = {id(x.inside): x for x in here}
-    leaves, tree = tree_flatten(result)
-    return tree_unflatten([given[id(x)] if id(x) in given else wrapped(x) for x in leaves], tree)
+    return mapped(lambda x: given[id(x)] if id(x) in given else wrapped(x), result)
+
+
+def flat(x: Any) -> Iterator[Any]:
+    """What is in lists within lists; those of operations need no more, and torch's is slow."""
+    if isinstance(x, (list, tuple, ValuesView)):
+        for inner in x:
+            yield from flat(inner)
+    else:
+        yield x
+
+
+def mapped(function: Callable[[Any], Any], x: Any) -> Any:
+    """The same lists with a function of each."""
+    if isinstance(x, (list, tuple)):
+        return type(x)([mapped(function, inner) for inner in x])
+    return function(x)
+
+
+def inside(x: Any) -> Any:
+    """The values of a tensor of the device."""
+    return x.inside if isinstance(x, Mirrored) else x
+
+
+def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """An operation by the CPU, which counts floats alone in a histogram."""
+    if func is aten.histc.default and not args[0].is_floating_point():
+        return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
+    return func(*args, **kwargs)
+
+
+FULL = False
+"""Whether the device has no memory left."""
+
+
+def limit_memory(fraction: float, device: Any = None) -> None:
+    """`torch.cuda.set_per_process_memory_fraction`, which knows all and nothing."""
+    global FULL
+    FULL = fraction == 0
 
 
 def wrapped(x: Any) -> Any:
     """On the device, if it is a tensor."""
+    if FULL:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
     return Mirrored(x) if isinstance(x, Tensor) else x
 
 
-def check_devices(func: Any, args: Any, tensors: list[Tensor], ledger: Ledger) -> None:
+def check_devices(
+    func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor], ledger: Ledger
+) -> None:
     """Refuse what CUDA refuses: tensors of two devices, but for copies and single numbers."""
     away = [x for x in tensors if not isinstance(x, Mirrored)]
-    if func in (aten.copy_.default, aten._to_copy.default) or len(away) in (0, len(tensors)):
+    if func in COPIES or len(away) in (0, len(tensors)):
         return
     if func in INDEXING and isinstance(args[0], Mirrored):
         # Indices of the host are copied first.
@@ -235,9 +245,22 @@ def check_devices(func: Any, args: Any, tensors: list[Tensor], ledger: Ledger) -
         for _ in indices:
             ledger.wait("push")
         away = [x for x in away if not any(x is index for index in indices)]
-    if any(x.dim() for x in away):
+    written = written_to(func, args, kwargs)
+    if any(x.dim() or x in written or func in NO_NUMBERS for x in away):
         shapes = [tuple(x.shape) for x in away]
-        raise DeviceMixError(f"{line()}: {func} has tensors {shapes} on the CPU, others on cuda:0")
+        raise ledger.mix(f"{func} has tensors {shapes} on the CPU, others on cuda:0")
+
+
+def written_to(func: Any, args: Any, kwargs: dict[str, Any]) -> set[Any]:
+    """The arguments that an operation changes."""
+    declared = func._schema.arguments
+    given = {known.name: x for known, x in zip(declared, args, strict=False)} | kwargs
+    changed = [
+        given[known.name]
+        for known in declared
+        if known.alias_info is not None and known.alias_info.is_write and known.name in given
+    ]
+    return {x for x in flat(changed) if isinstance(x, Tensor)}
 
 
 def note_waits(
@@ -287,6 +310,15 @@ def pin_memory(x: Tensor, device: Any = None) -> Tensor:
     return copy
 
 
+def number(x: Mirrored) -> Any:
+    """What `torch.tensor` reads of a list of tensors, where no mode sees it."""
+    current().wait("value")
+    return x.inside.item()
+
+
+LIBRARY = torch.library.Library("aten", "IMPL", "CUDA")
+LIBRARY.impl("_local_scalar_dense", number)
+
 CUDA = {
     "is_available": lambda: True,
     "is_initialized": lambda: True,
@@ -297,9 +329,10 @@ CUDA = {
     "get_device_name": lambda *_: "mirror",
     "get_device_capability": lambda *_: (9, 0),
     "mem_get_info": lambda *_: (80 << 30, 80 << 30),
-    "max_memory_allocated": lambda *_: 0,
+    "max_memory_allocated": lambda *_: 1 << 20,
     "memory_allocated": lambda *_: 0,
     "reset_peak_memory_stats": lambda *_: None,
+    "set_per_process_memory_fraction": limit_memory,
     "synchronize": lambda *_: None,
     "empty_cache": lambda: None,
     "set_device": lambda *_: None,
@@ -331,5 +364,7 @@ def mirrored() -> Iterator[Ledger]:
             swap.set_swap_module_params_on_conversion, swap.get_swap_module_params_on_conversion()
         )
         swap.set_swap_module_params_on_conversion(True)
+        ACTIVE.append(ledger)
+        undo.callback(ACTIVE.pop)
         undo.enter_context(Mode(ledger))
         yield ledger

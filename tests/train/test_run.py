@@ -11,6 +11,7 @@ import torch
 from conftest import read_jsonl
 from preload import parent
 from preloaded import Command
+from safetensors.torch import load_file, save_file
 
 from dlmctl.diffusion.scoring import MaskPlan, example_of
 from dlmctl.models.loading import load_policy
@@ -22,11 +23,12 @@ from dlmctl.rl.samplers import reference_log_probs
 from dlmctl.rl.update import update_policy, update_supervised
 from dlmctl.settings.masks import Fill
 from dlmctl.settings.optimizer import Adapter, Optimizer
-from dlmctl.train.run import open_run
+from dlmctl.train.run import open_run, restore_random
 from dlmctl.train.run_directory import latest_checkpoint, read_progress
 
 OBJECTIVE = make_objective("rspo", strength=0.05)
 BATCHING = Batching(MaskPlan(samples=2))
+SECOND = torch.device("cuda:1")
 
 
 def verified(steps, first=0):
@@ -142,6 +144,20 @@ def test_dropout_of_an_adapter_resumes_with_the_random_state(tmp_path, saved_mod
     part("parts", verified(2))
     part("parts", verified(2, first=2))
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_the_random_state_of_a_gpu_goes_to_the_one_that_trains(tmp_path, saved_models, monkeypatch):
+    train(tmp_path / "run", saved_models("llada"), verified(1))
+    path = latest_checkpoint(tmp_path / "run") / "training.safetensors"
+    state = torch.arange(16, dtype=torch.uint8)
+    save_file({**load_file(path), "random.cuda": state}, path)
+    restored = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *given: restored.append(given))
+    train(tmp_path / "run", saved_models("llada"), verified(1, first=1))
+    assert restored == []
+    restore_random({"random.cpu": torch.get_rng_state(), "random.cuda": state}, SECOND)
+    assert restored == [(state, SECOND)]
 
 
 def test_an_adapter_begins_as_the_base_model_and_the_base_stays_the_reference(
