@@ -1,8 +1,9 @@
 """Command lines on the CPU and on a mirrored CUDA device, in this directory.
 
-Models and records for them are made first, on the CPU. Then each line of standard input is one of
-dlmctl, with OUT for what it writes; the answer is a line of JSON: where the outputs are and, of
-the mirrored device, the exit code, what was said, and operations on tensors of two devices.
+Models and records for them are made first, on the CPU. Then each line of standard input is a case:
+commands of dlmctl joined by &&, with OUT for what they write. The answer is a line of JSON that
+has for each device where the outputs are, the exit code, what was said on standard error, the
+operations on tensors of two devices, and the number of kernels.
 """
 
 from __future__ import annotations

@@ -98,8 +98,8 @@ LINES = [
     "distill sample teacher -n 16 --steps 2 -o OUT.safetensors",
     "memo-eval samples --samples images.safetensors --train builtin:digits#0:32"
     " --heldout builtin:digits#32:64 --rows OUT",
-    "memo-eval samples --samples images.safetensors --train builtin:digits#0:32 --dedup --space pca:4"
-    " --extractor extractor --rows OUT",
+    "memo-eval samples --samples images.safetensors --train builtin:digits#0:32 --dedup"
+    " --space pca:4 --extractor extractor --rows OUT",
     "memo-eval text --mode prefix,suffix,random -n 2 --orders 2 --steps 2 --heldout plain.jsonl"
     " solved.jsonl -m llada --rows OUT",
     "memo-eval membership --members solved.jsonl --others plain.jsonl -m llada"
