@@ -25,7 +25,6 @@ BYTES = {
     "cache": "cache",
     "activations": "activations",
     "logits": "logits",
-    "working": "working",
     "total": "total at once",
     "gather": "gather in a step",
     "scatter": "scatter in a step",
@@ -62,11 +61,10 @@ def command(
     that has the model on the device, and one for the whole step. Bytes of each device, by part:
     weights; gradients; moments of the optimizer; reference, which a run with an adapter does not
     need; gathered, the most weights and gradients that FSDP2 moves at a time; cache, keys and
-    values; activations; logits of the scored positions; working, what the optimizer's step
-    allocates when the passes are over. total is the most that is there at once. With --gpu-memory:
-    whether it fits, and changes that would make it fit. flops are those of all devices together;
-    gather and scatter are the bytes that a device receives. One device has all stages at once, as
-    in a pipe; several have them in turn.
+    values; activations; logits of the scored positions. total is the most that is there at once.
+    With --gpu-memory: whether it fits, and changes that would make it fit. flops are those of all
+    devices together; gather and scatter are the bytes that a device receives. One device has all
+    stages at once, as in a pipe; several have them in turn.
 
     Everything is computed: bytes by following the passes of this code without values, operations by
     formula. Seconds are operations divided by the measured speed of one device, plus traffic

@@ -33,6 +33,8 @@ from dlmctl.plan.live_memory import LiveMemory
 from dlmctl.settings.optimizer import Method
 from dlmctl.train.activations import checkpoint_activations, checkpoints_activations
 from dlmctl.train.optimizer import moment_bytes
+from dlmctl.train.precision import training_precision
+from dlmctl.train.sharding import autocast_products
 
 FEW = (3, 6)
 """Numbers of blocks of the models that are followed."""
@@ -94,7 +96,7 @@ def _gradient(
         ids, row, column = _places(model, rows, length, scored)
         goals = torch.zeros(rows * scored, dtype=torch.int64)
         model.model.train()
-        with _followed(compute) as live:
+        with _followed(model, compute) as live:
             states = model.hidden(ids, None)[row, column]
             saved, forward = live.now, live.peak
             live.begin_peak()
@@ -116,7 +118,7 @@ def scoring_memory(
             model = followable(policy, few)
             ids, row, column = _places(model, rows, length, scored)
             goals = torch.zeros(rows * scored, dtype=torch.int64)
-            with _followed(compute) as live, torch.no_grad():
+            with _followed(model, compute) as live, torch.no_grad():
                 states = model.hidden(ids, None)[row, column]
                 forward = live.peak
                 live.begin_peak()
@@ -147,7 +149,7 @@ def sampling_memory(
             model = followable(policy, few)
             width = length if policy.diffusion else prompt_length
             ids = torch.zeros(rows, width, dtype=torch.int64)
-            with _followed(torch.float32) as live, torch.no_grad():
+            with LiveMemory() as live, torch.no_grad():
                 hidden = model.hidden(ids, None)
                 forward = live.peak
                 live.begin_peak()
@@ -198,7 +200,8 @@ def tower_memory(policy: Policy, patches: int, trained: bool, compute: torch.dty
                 checkpoint_activations(tower)
             tower.train(trained)
             given = torch.zeros(1, patches, config.hidden_size, dtype=dtype, requires_grad=trained)
-            with _followed(compute) as live, torch.set_grad_enabled(trained):
+            autocast = torch.autocast("cpu", compute, compute != torch.float32, False)
+            with LiveMemory() as live, autocast, torch.set_grad_enabled(trained):
                 seen = tower(inputs_embeds=given, use_cache=False).last_hidden_state
                 return (live.now if trained else live.peak, float(seen.numel()))
 
@@ -207,11 +210,9 @@ def tower_memory(policy: Policy, patches: int, trained: bool, compute: torch.dty
 
 
 @contextlib.contextmanager
-def _followed(compute: torch.dtype) -> Iterator[LiveMemory]:
-    """Follow memory in the body, under the autocast of training."""
-    enabled = compute != torch.float32
-    half = compute if enabled else torch.bfloat16
-    with LiveMemory() as live, torch.autocast("cpu", half, enabled, False):
+def _followed(policy: Policy, compute: torch.dtype) -> Iterator[LiveMemory]:
+    """Follow memory in the body, in the arithmetic of training."""
+    with LiveMemory() as live, training_precision(policy, compute):
         yield live
 
 
@@ -246,8 +247,6 @@ class Kept(NamedTuple):
     weights: int
     gradients: int
     moments: int
-    working: int
-    """What AdamW allocates within its step on CUDA, when the passes are over; in 8 bits nothing."""
 
 
 def kept_memory(policy: Policy, devices: int, method: Method = "adamw") -> Kept:
@@ -257,8 +256,8 @@ def kept_memory(policy: Policy, devices: int, method: Method = "adamw") -> Kept:
     trained = [p for p in everything if p.requires_grad]
     gradients = sum(shard_bytes(p, devices) for p in trained)
     if method == "adamw":
-        return Kept(weights, gradients, 2 * gradients, gradients)
-    return Kept(weights, gradients, sum(moment_bytes(p) for p in trained), 0)
+        return Kept(weights, gradients, 2 * gradients)
+    return Kept(weights, gradients, sum(moment_bytes(p) for p in trained))
 
 
 def dequantized(policy: Policy) -> int:
@@ -296,15 +295,23 @@ class Units(NamedTuple):
         return weights + 2 * self.root_gradients + 2 * max(self.gradients)
 
 
-def units(policy: Policy, devices: int) -> Units:
-    """Units of a policy: every block, and the root, which is everything outside the blocks."""
+def units(policy: Policy, devices: int, compute: torch.dtype = torch.float32) -> Units:
+    """Units of a policy: every block, and the root, which is everything outside the blocks.
+
+    Args:
+        compute: dtype of the matrix products, in which the weights of linear layers are gathered.
+    """
 
     def whole(parameters: Iterator[nn.Parameter], trained: bool = False) -> int:
         chosen = (p for p in parameters if p.requires_grad or not trained)
         return devices * sum(shard_bytes(p, devices) for p in chosen)
 
     parts = list(decoder_blocks(policy))
-    blocks = [whole(block.parameters()) for block in parts]
+    root = whole(policy.model.parameters()) - sum(whole(block.parameters()) for block in parts)
+    blocks = []
+    for block in parts:
+        cast = sum(whole(layer.parameters()) for layer in autocast_products(block))
+        kept = whole(block.parameters()) - cast
+        blocks.append(kept + cast * compute.itemsize // torch.float32.itemsize)
     gradients = [whole(block.parameters(), True) for block in parts]
-    root = whole(policy.model.parameters()) - sum(blocks)
     return Units(blocks, gradients, root, whole(policy.model.parameters(), True) - sum(gradients))

@@ -3,8 +3,8 @@
 A step is a round of `rollout | verify | update`: completions are sampled, scored under policy and
 reference as the algorithm requires, and one gradient or several are computed from them. Memory
 comes from plan/footprint, operations from plan/flops. With FSDP2 (train/sharding), every pass of
-every micro-batch gathers the weights that it uses; with N devices, W bytes of weights and G of
-gradients:
+every micro-batch gathers the weights that it uses, in the dtype in which it uses them; with N
+devices, W bytes of such weights and G of gradients:
 
     without gradient   gather W (N - 1) / N          received by each device
     with gradient      gather 2 W (N - 1) / N, and scatter G (N - 1) / N
@@ -250,7 +250,9 @@ def update_record(options: Options, work: Work) -> dict[str, Any]:
     kept = kept_memory(policy, options.gpus, options.optimizer)
     copied = work.passes.reference and not options.rank
     reference = kept.weights if copied else 0
-    gathered = units(policy, options.gpus).gathered if options.gpus > 1 else 0
+    gathered = 0
+    if options.gpus > 1:
+        gathered = units(policy, options.gpus, _dtype(options)).gathered
     passing = _training_passes(policy, model, options, work)
     parts = {
         "weights": kept.weights,
@@ -259,10 +261,8 @@ def update_record(options: Options, work: Work) -> dict[str, Any]:
         "reference": reference,
         "gathered": gathered,
         **_parts(passing),
-        "working": kept.working,
     }
-    stays = kept.weights + kept.gradients + kept.moments + reference
-    total = stays + max(gathered + passing.total, kept.working)
+    total = kept.weights + kept.gradients + kept.moments + reference + gathered + passing.total
     record = _record("update", parts, total, _update_operations(model, options, work))
     if options.gpus > 1:
         record |= _traffic(policy, options, work)
@@ -296,7 +296,7 @@ def _update_operations(model: Counts, options: Options, work: Work) -> float:
 
 def _traffic(policy: Policy, options: Options, work: Work) -> dict[str, Any]:
     """Micro-batches of a rank, and bytes that it receives in a step."""
-    moved, passes = units(policy, options.gpus), work.passes
+    moved, passes = units(policy, options.gpus, _dtype(options)), work.passes
     weights = moved.root + sum(moved.blocks)
     gradients = moved.root_gradients + sum(moved.gradients)
     batches = math.ceil(work.completions * work.masks / (options.gpus * options.batch_size))

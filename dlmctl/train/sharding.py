@@ -78,7 +78,7 @@ def shard(policy: Policy, compute: torch.dtype = torch.float32) -> None:
 
     model: Any = policy.model
     for block in decoder_blocks(policy):
-        if compute != torch.float32 and (products := _products(block)):
+        if compute != torch.float32 and (products := autocast_products(block)):
             # One unit: the first of them to run is the last to have its gradient.
             spread(products, cast)
         spread(block)
@@ -87,7 +87,7 @@ def shard(policy: Policy, compute: torch.dtype = torch.float32) -> None:
     register_fsdp_forward_method(model, _PASS)
 
 
-def _products(block: nn.Module) -> list[nn.Module]:
+def autocast_products(block: nn.Module) -> list[nn.Module]:
     """The layers of a block whose weights autocast casts in every pass.
 
     None of a block with an adapter: its base has the dtype of the passes, and A and B are small.

@@ -47,6 +47,7 @@ from dlmctl.settings.algorithms import Reinforcement
 from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.train.activations import checkpoint_activations
 from dlmctl.train.lora import add_adapter
+from dlmctl.train.precision import training_precision
 from dlmctl.train.optimizer import apply_step, make_optimizer, trained_parameters
 
 HERE = Path(__file__)
@@ -213,8 +214,8 @@ def resident_peaks():
         examples = [example_of(record, policy, MaskPlan("full", ROWS)) for record in given]
         compute = getattr(torch, dtype)
 
-        def step(policy=policy, examples=examples, half=dtype != "float32"):
-            with torch.autocast("cpu", torch.bfloat16, half, cache_enabled=False):
+        def step(policy=policy, examples=examples, compute=compute):
+            with training_precision(policy, compute):
                 log_probs(policy, examples, ROWS)
                 ones = torch.ones(2, ROWS, SCORED, dtype=torch.float64)
                 accumulate_gradient(policy, examples, ones, ROWS)
