@@ -202,9 +202,11 @@ def updating(adapted: Callable[[], Policy], work: DeviceWork, recomputes: bool) 
 
     def run(gradients: GradientWork) -> None:
         low = dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(policy.device.type, dtype, low, cache_enabled=False):  # as in training
-            gradients.update(work.micro_batch)
-        policy.model.zero_grad(set_to_none=True)
+        try:
+            with torch.autocast(policy.device.type, dtype, low, cache_enabled=False):  # as training
+                gradients.update(work.micro_batch)
+        finally:
+            policy.model.zero_grad(set_to_none=True)
         if checkpoints_activations(policy.core) != recomputes:
             raise LeftOutError(NO_MEMORY)  # without recomputing, which has begun by itself
 

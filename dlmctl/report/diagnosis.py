@@ -85,7 +85,7 @@ def _cpu() -> list[Finding]:
     units = [unit for name, unit in BFLOAT16.items() if able.get(name)]
     if not units:
         return [Finding("cpu", "ok", "no bfloat16 in hardware: keep --dtype float32, the default")]
-    how = "large models run about twice as fast with --dtype bfloat16, which rounds more"
+    how = "--dtype bfloat16 is faster for large models, and rounds more"
     return [Finding("cpu", "ok", f"bfloat16 in hardware ({', '.join(units)}): {how}")]
 
 

@@ -129,16 +129,16 @@ class DeviceWork:
         "fits is left out, and its record says so.",
         minimum=0.0,
     )
-    prompt_length: int = knob(128, "Tokens of a prompt.", minimum=1)
-    gen_length: int = knob(256, "Tokens of a completion.", minimum=1)
+    prompt_length: int = same_field(128, GradientStep, "prompt_length")
+    gen_length: int = same_field(256, GradientStep, "gen_length")
     block_length: int = knob(32, "Tokens of a block.", minimum=1)
     steps: int = knob(128, "Denoising steps over all blocks.", minimum=1)
-    threshold: float = knob(0.9, "Threshold of dual+threshold.", minimum=0.0, maximum=1.0)
+    threshold: float = same_field(0.9, SamplerPaths, "threshold")
     batch_sizes: str = knob(
         "1,64", "Completions that are sampled at a time.", "--batch-size", metavar="SIZES"
     )
-    completions: int = knob(6, "Completions scored and trained on.", "-n", minimum=2)
-    masks: int = knob(4, "Masks for each of them.", "-k", "--masks-per-sample", minimum=1)
+    completions: int = same_field(6, GradientStep, "completions")
+    masks: int = same_field(4, GradientStep, "masks")
     rank: int = knob(128, "Rank of the adapter that is trained.", "--lora-rank", minimum=1)
     micro_batch: int = knob(
         8,

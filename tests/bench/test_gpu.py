@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import invoke
 
+from dlmctl.bench import gpu
 from dlmctl.bench.gpu import device_figures
 from dlmctl.bench.measuring import Measurement, Prepared, Stopwatch, measured
 from dlmctl.rl import gradient
@@ -74,6 +75,21 @@ def test_a_gradient_that_fits_only_with_recomputing_is_none_without(monkeypatch)
     assert not without["gradient_checkpointing"]
     assert recomputing["value"] > 0
     assert recomputing["gradient_checkpointing"]
+
+
+def test_a_gradient_that_fails_leaves_no_memory_in_use(monkeypatch):
+    policies, real = [], gpu.GradientWork.update
+
+    def update(work, size):
+        real(work, size)
+        policies.append(work.policy)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(gpu.GradientWork, "update", update)
+    work = DeviceWork(**{**SMALL.__dict__, "parts": "update"})
+    rows = list(device_figures("random:tiny", work, Device("cpu", "float32")))
+    assert [row["left_out"] for row in rows] == ["out of memory"] * 2
+    assert all(p.grad is None for policy in policies for p in policy.model.parameters())
 
 
 def test_when_the_seconds_are_over_nothing_more_is_measured():
