@@ -13,17 +13,21 @@ import mirror  # before torch
 import torch
 
 from dlmctl.diffusion import sampler
+from dlmctl.diffusion.autoregressive import sample_autoregressive
 from dlmctl.diffusion.elbo import Example
 from dlmctl.diffusion.masks import draw_masks
 from dlmctl.diffusion.noise import stream_key
 from dlmctl.diffusion.sampling import Request, Sample, configured
 from dlmctl.models.loading import load_policy
 from dlmctl.models.policy import Policy
+from dlmctl.models.small import make_policy
+from dlmctl.models.tokenizers import character_tokenizer
 from dlmctl.rl.gradient import accumulate_gradient, elbo_coefficients
 from dlmctl.sae.training.buffer import ShuffleBuffer
 from dlmctl.sae.training.trainer import SaeTrainer
 from dlmctl.settings.sae import SaeRecipe
 from dlmctl.settings.sampler import Sampler
+from dlmctl.settings.small import SmallModel
 
 LENGTHS = {"gen_length": 16, "block_length": 8, "steps": 8}
 WAYS: dict[str, dict[str, Any]] = {
@@ -75,6 +79,17 @@ def sampling(model: str) -> Iterator[dict[str, Any]]:
         yield {"of": f"sampling, {way}", "equal": made == expected} | ledger.report(steps)
 
 
+def left_to_right(device: str) -> list[list[int]]:
+    """Completions of an autoregressive model."""
+    small = SmallModel("ar", hidden_size=16, layers=2, heads=2)
+    policy = make_policy(small, character_tokenizer("0123456789+=abc"), seed=0)
+    policy.model.to(device)
+    settings = configured(policy, Sampler(gen_length=16, temperature=1.0))
+    requests = [Request(prompt[:9], stream_key("k", n)) for n, prompt in enumerate(PROMPTS)]
+    made = sample_autoregressive(policy, requests, settings, len(requests))
+    return [sample.tokens for sample in made]
+
+
 def gradients(policy: Policy) -> list[torch.Tensor]:
     """Gradients of the ELBO of 8 completions with 4 masks, in micro-batches of 8."""
     scored = torch.ones(8, dtype=torch.bool)
@@ -115,6 +130,11 @@ def close(made: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
 def main(model: str) -> None:
     for report in sampling(model):
         print(json.dumps(report))
+    on_cpu = left_to_right("cpu")
+    with mirror.mirrored() as ledger:
+        made = left_to_right("cuda")
+        report = ledger.report(steps=max(map(len, made)))
+    print(json.dumps({"of": "left to right", "equal": made == on_cpu} | report))
     expected = gradients(load_policy(model, "cpu", "float32"))
     with mirror.mirrored() as ledger:
         policy = load_policy(model, "cuda", "float32")

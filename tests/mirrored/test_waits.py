@@ -26,7 +26,7 @@ def reports(guard):
 
 
 def test_the_mirrored_device_computes_what_the_cpu_does(reports):
-    assert len(reports) == 18
+    assert len(reports) == 19
     assert all(report["equal"] for report in reports.values())
 
 
@@ -36,6 +36,14 @@ def test_the_host_waits_once_in_a_denoising_step(reports):
             [(line, waits)] = report["waits"].items()
             assert line.startswith("fetch dlmctl/diffusion/sampler.py"), name
             assert waits == report["steps"], name
+
+
+def test_the_host_waits_twice_in_a_step_from_left_to_right(reports):
+    """Once in transformers, which asks whether its mask is needed."""
+    report = reports["left to right"]
+    waits = sum(n for line, n in report["waits"].items() if not line.startswith("push"))
+    assert report["steps"] > 5
+    assert waits <= 2 * report["steps"] + 4  # the results of a batch, too
 
 
 def test_the_host_waits_once_for_the_value_of_a_gradient_and_not_for_its_micro_batches(reports):
