@@ -1,0 +1,181 @@
+"""`rollout --follow --engine`: servers load the weights of each round. And Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import nearly, read_jsonl, shell, wait_for
+from engine_server import EngineServer, RefusedError
+from engine_world import (
+    KINDS,
+    PROMPTS,
+    rolled,
+    said_once,
+    sampled,
+    save_model,
+    scored,
+    write_prompts,
+)
+from preload import parent
+from preloaded import Command
+
+from dlmctl.engines import server as servers
+from dlmctl.models.loading import load_policy
+
+pytest.importorskip("httpx2")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp("ar"), 1)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "FIRST_WAIT", 0.01)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return write_prompts(tmp_path)
+
+
+def loop(tmp_path: Path, model: str, url: str, rounds: int, options: str = "") -> Any:
+    return shell(
+        f"dlmctl rollout --follow run -m {model} --rounds {rounds} --raw --prompts 2 -n 4 "
+        f"--gen-length 6 --temperature 1 --engine {url} {options} prompts.jsonl"
+        " | tee -a samples.jsonl"
+        " | jq -c --unbuffered '. + {reward: (.sample % 2)}'"
+        " | dlmctl update --algo grpo -o run --lr 0.05 --device cpu --dtype float32",
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_servers_load_the_weights_of_each_round(tmp_path, prompts, model, kind):
+    with EngineServer(kind, model) as one, EngineServer(kind, model) as two:
+        done = loop(tmp_path, model, f"{one.url},{two.url} -b 1", 2)
+        assert done.returncode == 0, done.stderr
+        first, second = one.pushed
+        assert two.pushed == one.pushed
+        assert one.initialized == (kind == "vllm")
+        # A second command goes on from the newest checkpoint.
+        done = loop(tmp_path, model, one.url, 3)
+        assert done.returncode == 0, done.stderr
+        third = one.pushed[-1]
+    assert [len(one.pushed), first] == [3, model]
+    records = read_jsonl(tmp_path / "samples.jsonl")
+    revisions = [r["rollout"]["revision"] for r in records]
+    assert [r["rollout"]["round"] for r in records] == [n for n in range(3) for _ in range(8)]
+    assert revisions[0] == load_policy(first, "cpu", "float32").revision
+    by_round = [{*revisions[n * 8 : n * 8 + 8]} for n in range(3)]
+    assert [len(x) for x in by_round] == [1, 1, 1]
+    assert len(set.union(*by_round)) == 3
+    # What `update` published last before the third round is what was sampled from.
+    assert by_round[2] == {load_policy(third, "cpu", "float32").revision}
+    assert second != third
+    assert [r["rollout"]["log_probs"] for r in records[16:]] == nearly(
+        scored(third, records[16:]), 1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_that_restarts_is_given_the_weights_again(prompts, model, kind, tmp_path):
+    other = save_model(tmp_path / "other", 2)
+    run = ["--follow", str(tmp_path / "run"), "--rounds", 1, "--prompts", len(PROMPTS), "-b", 1]
+    with EngineServer(kind, model) as server:
+        options = [*run, "--temperature", 1, "--engine", server.url]
+        calm = sampled(prompts, other, *options)
+        server.version = "default"
+        count = len(server.bodies)
+
+        def restart(number: int) -> Any:
+            if number == count + 4:
+                server.restart(model)
+                return "drop"
+            return None
+
+        server.fault = restart
+        again = sampled(prompts, other, *options)
+        assert server.pushed == [other] * 3
+    assert again == calm
+
+
+def test_weights_that_change_under_way_are_noticed(prompts, model, tmp_path):
+    other = save_model(tmp_path / "other", 2)
+    run = ["--follow", str(tmp_path / "run"), "--rounds", 1, "--prompts", len(PROMPTS), "-b", 1]
+    with EngineServer("sglang", model) as server:
+        options = [*run, "--temperature", 1, "--engine", server.url]
+        calm = sampled(prompts, other, *options)
+        server.version = "default"
+        count = len(server.bodies)
+        server.fault = lambda number: server.restart(model) if number == count + 4 else None
+        assert sampled(prompts, other, *options) == calm
+        assert server.pushed == [other] * 3
+
+
+def absent(path: str, version: str | None) -> None:
+    raise RefusedError(f"not here: {path}")
+
+
+def test_a_server_that_cannot_load_weights_ends_the_loop(prompts, model, tmp_path):
+    run = ["--follow", str(tmp_path / "run"), "--rounds", 1, "--prompts", 2]
+    with EngineServer("vllm", model, development=False) as server:
+        done = rolled(prompts, model, *run, "--engine", server.url)
+    assert done.exit_code == 2
+    assert "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL" in said_once(done)
+    with EngineServer("sglang", model) as server:
+        server.post_sglang = lambda *_: {"success": False, "message": "no such file"}
+        done = rolled(prompts, model, *run, "--engine", server.url)
+    assert done.exit_code == 65
+    assert "did not load weights (no such file); it must see the files of" in said_once(done)
+    for kind in KINDS:
+        with EngineServer(kind, model) as server:
+            server.load = absent
+            done = rolled(prompts, model, *run, "--engine", server.url)
+        assert done.exit_code == 65
+        assert f"with HTTP 400 (not here: {model})" in said_once(done)
+        assert not server.paused
+
+
+def test_checkpoints_that_are_adapters_end_the_loop(prompts, model, tmp_path):
+    pytest.importorskip("peft")
+    with EngineServer("sglang", model) as server:
+        line = (
+            f"dlmctl rollout --follow run -m {model} --rounds 2 --raw --prompts 2 -n 4 "
+            f"--gen-length 6 --temperature 1 --engine {server.url} prompts.jsonl"
+            " | jq -c --unbuffered '. + {reward: (.sample % 2)}'"
+            " | dlmctl update --algo grpo -o run --lora-rank 2 --device cpu"
+        )
+        done = shell(line, tmp_path)
+    assert done.returncode == 2
+    assert "is a LoRA adapter, and --engine samples from whole weights" in done.stderr
+
+
+def test_ctrl_c_ends_a_stage_that_waits_for_a_server(prompts, model, tmp_path):
+    released = threading.Event()
+    with EngineServer("vllm", model) as server:
+        server.fault = lambda number: (
+            (lambda answer: released.wait() and None) if number > 3 else None
+        )
+        out = tmp_path / "out"
+        with out.open("wb") as output, (tmp_path / "err").open("wb") as errors:
+            options = f"-q -b 1 --raw -n 3 --gen-length 4 --temperature 1 -m {model}"
+            line = f"rollout {options} --engine {server.url}"
+            command = Command(
+                parent(),
+                [*line.split(), str(prompts)],
+                [0, output.fileno(), errors.fileno()],
+                tmp_path,
+            )
+            wait_for(lambda: out.read_bytes().count(b"\n") == 3)
+            command.send_signal(signal.SIGINT)
+            code = command.wait()
+        released.set()
+    assert code == -signal.SIGINT
+    said = (tmp_path / "err").read_text()
+    assert "interrupted: 3 records were written" in said
