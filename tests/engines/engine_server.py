@@ -83,6 +83,8 @@ class EngineServer:
         self.session: list[str] = []
         """What has been called since the update of weights began, in vLLM."""
         self.paused = False
+        self.key: str | None = None
+        """The bearer token that it wants."""
         self.pushed: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.at_once = self.most_at_once = 0
@@ -292,6 +294,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing on stderr."""
 
     def do_GET(self) -> None:
+        if self.owner.key and self.headers["Authorization"] != f"Bearer {self.owner.key}":
+            self._bytes(401, b'{"error": "Unauthorized"}')
+            return
         self._send(getattr(self.owner, f"get_{self.owner.kind}")(self.path))
 
     def do_POST(self) -> None:

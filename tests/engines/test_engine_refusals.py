@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,3 +197,21 @@ def _other_name(plain: Callable[[str], Any]) -> Callable[[str], Any]:
         return found
 
     return get
+
+
+def test_a_key_is_taken_from_the_environment(prompts, model, monkeypatch):
+    monkeypatch.delenv("DLMCTL_ENGINE_KEY", raising=False)
+    with EngineServer("sglang", model) as server:
+        server.key = "secret"
+        done = rolled(prompts, model, "--engine", server.url)
+        assert done.exit_code == 2
+        assert "wants another key (HTTP 401): it is in the environment variable" in said_once(done)
+        monkeypatch.setenv("DLMCTL_ENGINE_KEY", "secret")
+        sampled(prompts, model, "--engine", server.url)
+
+
+def test_without_httpx2_the_command_that_installs_it_is_named(prompts, model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    done = rolled(prompts, model, "--engine", "http://127.0.0.1:9")
+    assert done.exit_code == 69
+    assert "pip install 'dlmctl[engine]'" in said_once(done)
