@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from dlmctl.engines.connection import Connection
-from dlmctl.models.loading import model_directory
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.settings.models import split_name
 
@@ -19,6 +19,9 @@ ROUNDING = 1e-3
 """How far above 0 a log-probability in half precision may be."""
 PROBES = (1.0, 100.0)
 """Temperatures at which an engine is asked what its log-probabilities are."""
+LATEST = "latest"
+"""The link of a run to its newest checkpoint."""
+LONGEST_NAME = 300
 OWN_VERSION = re.compile(r"[0-9a-f]{16}")
 """A version of weights that dlmctl gave them: their hash."""
 
@@ -77,13 +80,15 @@ class Weights:
     directory: Path
     revision: str
     pushed: bool
-    """Whether the server is to load them; else it serves them already."""
+    """Whether the server may have to load them; else it serves them already."""
 
 
 class Engine(ABC):
     """A server that has been recognised; one subclass for each protocol."""
 
     title: ClassVar[str]
+    takes_weights: ClassVar[str]
+    """What a server needs so that it can be given weights."""
 
     def __init__(self, connection: Connection, version: str) -> None:
         self.connection = connection
@@ -95,7 +100,7 @@ class Engine(ABC):
         """The server as one of these; None if it is something else."""
 
     @abstractmethod
-    def served(self) -> list[str]:
+    def served(self) -> list[Any]:
         """Names and paths of the model that it serves, as it says."""
 
     @abstractmethod
@@ -118,33 +123,37 @@ class Engine(ABC):
         """Return when it samples from these weights.
 
         Raises:
-            UsageError: it serves another model.
+            UsageError: it serves another model, or does not take weights.
             DataError: it cannot load them.
         """
-        version = self.version_of_weights()
+        url, version = self.connection.url, self.version_of_weights()
+        if weights.pushed and version is None:
+            raise UsageError(f"{url} does not say what weights it has: {self.takes_weights}")
         if version == weights.revision:
+            return
+        altered = version is not None and bool(OWN_VERSION.fullmatch(version))
+        if not altered and any(same_model(weights, name) for name in self.served()):
             return
         if weights.pushed:
             self.push(weights)
             if (now := self.version_of_weights()) != weights.revision:
                 raise DataError(
-                    f"{self.connection.url} was given the weights {weights.revision} of "
-                    f"{weights.directory}, and says that it has {now}: another command may be "
-                    "changing them, or its version is too old"
+                    f"{url} was given the weights {weights.revision} of {weights.directory}, and "
+                    f"says that it has {now}: another command may be changing them, or "
+                    f"{self.takes_weights}"
                 )
             return
-        if version is not None and OWN_VERSION.fullmatch(version):
+        if altered:
             raise UsageError(
-                f"{self.connection.url} has the weights {version}, which a training loop gave it, "
-                f"and those of -m {weights.name} are {weights.revision}: start the server again, "
-                "or name the checkpoint with -m"
+                f"{url} has the weights {version}, which a training loop gave it, and those of -m "
+                f"{weights.name} are {weights.revision}: start the server again, or name the "
+                "checkpoint with -m"
             )
-        if not any(same_model(weights, name) for name in self.served()):
-            named = " or ".join(dict.fromkeys(self.served())) or "nothing"
-            raise UsageError(
-                f"{self.connection.url} serves {named}, and -m is {weights.name}: give the model "
-                "that it serves, or start it with this one"
-            )
+        named = " or ".join(dict.fromkeys(map(str, self.served()))) or "nothing"
+        raise UsageError(
+            f"{url} serves {named[:LONGEST_NAME]}, and -m is {weights.name}: give the model that "
+            "it serves (of a run, a checkpoint), or start it with this one"
+        )
 
     def checked(
         self,
@@ -189,15 +198,20 @@ class Engine(ABC):
         return DataError(f"the answer of {self.connection.url} {what}")
 
 
-def same_model(weights: Weights, served: str) -> bool:
-    """Whether a name or path that a server says is of these weights."""
-    name = split_name(weights.name)[0].partition("@")[0]
-    if served == name:
-        return True
-    path = Path(served)
-    if not path.is_absolute() or not path.is_dir():
+def same_model(weights: Weights, served: Any) -> bool:
+    """Whether a name or path that a server says is of these weights.
+
+    The newest checkpoint of a run, by the name of the run, is not: since the server was started, it
+    may have become another.
+    """
+    if not isinstance(served, str) or "\0" in served:
         return False
-    return model_directory(served).resolve() == weights.directory.resolve()
+    name = split_name(weights.name)[0]
+    if served == name.partition("@")[0] and not os.path.isdir(Path(name).expanduser()):
+        return True
+    if not os.path.isdir(served) or os.path.exists(Path(served) / LATEST):
+        return False
+    return Path(served).name != LATEST and Path(served).resolve() == weights.directory.resolve()
 
 
 def before_temperature(cold: float, hot: float, vocab_size: int) -> bool:

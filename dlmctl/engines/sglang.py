@@ -14,8 +14,9 @@ from dlmctl.records.errors import DataError
 
 class SGLang(Engine):
     title = "sglang"
-    _pushed: str | None = None
-    """Version of the weights that it was given."""
+    takes_weights = "an SGLang server takes new weights if its /model_info has weight_version"
+    _version: str | None = None
+    """Version of the weights that it samples from, if it says one."""
 
     @classmethod
     def recognised(cls, connection: Connection) -> SGLang | None:
@@ -26,12 +27,12 @@ class SGLang(Engine):
         version = server.get("version") if isinstance(server, dict) else None
         return cls(connection, str(version or ""))
 
-    def served(self) -> list[str]:
-        return [str(self._info()["model_path"])]
+    def served(self) -> list[Any]:
+        return [self._info()["model_path"]]
 
     def version_of_weights(self) -> str | None:
-        version = self._info().get("weight_version")
-        return None if version is None else str(version)
+        info = self._info()
+        return str(info["weight_version"] or "") if "weight_version" in info else None
 
     def push(self, weights: Weights) -> None:
         body = {
@@ -50,7 +51,7 @@ class SGLang(Engine):
 
     def take(self, weights: Weights) -> None:
         super().take(weights)
-        self._pushed = weights.revision if weights.pushed else None
+        self._version = self.version_of_weights()
 
     def generate(self, generation: Generation) -> Answer:
         said = self._generate(_body(generation))
@@ -59,8 +60,8 @@ class SGLang(Engine):
         kind = finish.get("type") if isinstance(finish, dict) else None
         if kind == "abort":
             raise Lost(f"{self.connection.url} gave the request up ({finish.get('message')})")
-        if self._pushed is not None and about.get("weight_version", self._pushed) != self._pushed:
-            raise Lost(f"{self.connection.url} has lost the weights that it was given")
+        if str(about.get("weight_version", self._version) or "") != (self._version or ""):
+            raise Lost(f"{self.connection.url} has other weights than before")
         scored = about.get("output_token_logprobs")
         if not isinstance(scored, list) or not all(_is_scored(entry) for entry in scored):
             raise self.fault("does not have a log-probability for each token")

@@ -11,14 +11,13 @@ from dlmctl.engines.connection import Connection, Lost
 from dlmctl.engines.protocol import Answer, Engine, Generation, Weights, same_model
 from dlmctl.records.errors import DataError, UsageError
 
-NO_PUSH = (
-    "a vLLM server takes new weights if it was started as  VLLM_SERVER_DEV_MODE=1 vllm serve MODEL "
-    """--weight-transfer-config '{"backend": "disk"}'"""
-)
-
 
 class VLLM(Engine):
     title = "vllm"
+    takes_weights = (
+        "a vLLM server takes new weights if it was started as  VLLM_SERVER_DEV_MODE=1 vllm serve "
+        """MODEL --weight-transfer-config '{"backend": "disk"}'"""
+    )
 
     def __init__(self, connection: Connection, version: str) -> None:
         super().__init__(connection, version)
@@ -40,13 +39,12 @@ class VLLM(Engine):
         ours = [c for c in cards if same_model(weights, c["root"] or c["id"])]
         self._model = (ours or cards)[0]["id"]
 
-    def served(self) -> list[str]:
+    def served(self) -> list[Any]:
         return [card["root"] or card["id"] for card in self._cards()]
 
     def version_of_weights(self) -> str | None:
         said = self.connection.get("/weight_info")
-        version = said.get("weight_version") if isinstance(said, dict) else None
-        return None if version is None else str(version)
+        return str(said.get("weight_version") or "") if isinstance(said, dict) else None
 
     def push(self, weights: Weights) -> None:
         # A process is initialized once. One that no longer has what it was given is another.
@@ -60,14 +58,15 @@ class VLLM(Engine):
         ]
         # Pausing waits for requests under way, and clears the keys and values of the old weights.
         if self.connection.post("/pause", {}, absent=True, mode="wait") is None:
-            raise UsageError(f"{self.connection.url} has no /pause: {NO_PUSH}")
+            raise UsageError(f"{self.connection.url} has no /pause: {self.takes_weights}")
         try:
             for path, body in steps:
                 if self.connection.post(path, body, absent=True) is None:
-                    raise UsageError(f"{self.connection.url} has no {path}: {NO_PUSH}")
+                    raise UsageError(f"{self.connection.url} has no {path}: {self.takes_weights}")
         except (DataError, Lost) as error:
             raise type(error)(
-                f"{error}; it must see {weights.directory} under this path, and {NO_PUSH}"
+                f"{error}; it must see the files of {weights.directory} under this path, and "
+                f"{self.takes_weights}"
             ) from None
         finally:
             self.connection.post("/resume", {}, absent=True)

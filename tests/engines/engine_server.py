@@ -75,11 +75,8 @@ class EngineServer:
         """
         self.kind, self.fault, self.processed = kind, fault, processed
         self.development = development
-        self.path = name or str(directory)
-        self.policy = load_policy(str(directory), "cpu", "float32")
-        self.version = "default"
-        self.initialized = 0
-        """How often vLLM was told to expect weights; once for a process."""
+        self.directory, self.name = str(directory), name or str(directory)
+        self.restart()
         self.session: list[str] = []
         """What has been called since the update of weights began, in vLLM."""
         self.paused = False
@@ -105,10 +102,11 @@ class EngineServer:
         self.http.shutdown()
         self.http.server_close()
 
-    def restart(self, directory: str | Path) -> None:
-        """Have the weights that it was started with again."""
-        self.policy, self.version = load_policy(str(directory), "cpu", "float32"), "default"
-        self.initialized = 0
+    def restart(self) -> None:
+        """Have the weights that it was started with again, as a new process."""
+        self.policy, self.version = load_policy(self.directory, "cpu", "float32"), "default"
+        self.path, self.initialized = self.name, 0
+        """How often vLLM was told to expect weights; once for a process."""
 
     # The model
 

@@ -62,6 +62,20 @@ def test_a_server_with_the_weights_of_another_loop_is_refused(prompts, model, ki
         sampled(prompts, model, "--engine", server.url)
 
 
+def test_a_server_with_the_newest_checkpoint_of_a_run_may_have_an_older_one(
+    prompts, model, tmp_path
+):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "latest").symlink_to(model)
+    for named in (tmp_path / "run", tmp_path / "run" / "latest"):
+        with EngineServer("vllm", model, name=str(named)) as server:
+            done = rolled(prompts, str(tmp_path / "run"), "--engine", server.url)
+        assert done.exit_code == 2
+        assert f"serves {named}, and -m is" in said_once(done)
+    with EngineServer("vllm", model) as server:
+        assert sampled(prompts, str(tmp_path / "run"), "--engine", server.url)
+
+
 def test_another_program_is_refused(prompts, model):
     with EngineServer("sglang", model) as server:
         server.get_sglang = lambda path: None
