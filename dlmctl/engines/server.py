@@ -46,10 +46,13 @@ class Server:
         """By temperature, what it says of the most probable token after the first prompt."""
         self._first: list[int] = []
         self._ready = False
+        self.turn = 0
+        """A number that each failure changes: of requests lost together, the first one counts."""
         self._failures = 0
         self._asked_again = 0.0
         """When it may be asked again, by `time.monotonic`."""
         self._preparing = threading.Lock()
+        self._counting = threading.Lock()
 
     @property
     def given_up(self) -> bool:
@@ -61,11 +64,14 @@ class Server:
         self._asked_again, self.said_given_up = 0.0, False
         self._first, self._best = [], {}
 
-    def prepare(self, wait: Callable[[float], bool]) -> bool:
-        """Return true when it can be asked, and false if it has been given up.
+    def prepare(self, wait: Callable[[float], bool]) -> int | None:
+        """Return when it can be asked; None if it has been given up.
 
         Args:
             wait: sleeps this long; returns true if nothing is wanted any more.
+
+        Returns:
+            What `generate` is to be called with.
 
         Raises:
             UsageError: it serves another model, or no engine that is known.
@@ -74,12 +80,13 @@ class Server:
         with self._preparing:
             while not self._ready and not self.given_up:
                 if wait(max(0.0, self._asked_again - time.monotonic())):
-                    return False
+                    return None
+                turn = self.turn
                 try:
                     self._prepare()
                 except Lost as error:
-                    self._count(error)
-            return self._ready
+                    self._lost(error, turn)
+            return self.turn if self._ready else None
 
     def _prepare(self) -> None:
         assert self._weights is not None
@@ -88,7 +95,7 @@ class Server:
         self._engine.take(self._weights)
         self._ready = True
 
-    def generate(self, generation: Generation) -> Answer:
+    def generate(self, generation: Generation, turn: int) -> Answer:
         """One completion; raises Lost, and DataError for an answer that cannot be used."""
         engine = self._engine
         assert engine is not None
@@ -97,7 +104,7 @@ class Server:
             self._failures = 0
             known = generation.as_the_model or self._gives_model_log_probs(engine, generation)
         except Lost as error:
-            self._lost(error)
+            self._lost(error, turn)
             raise
         return answer if known else answer._replace(log_probs=None)
 
@@ -110,17 +117,16 @@ class Server:
             cold, hot = (self._best[temperature] for temperature in PROBES)
             return before_temperature(cold, hot, generation.vocab_size)
 
-    def _lost(self, error: Lost) -> None:
-        """Ask no more for a while; of requests that were under way together, the first counts."""
-        with self._preparing:
-            if self._ready:
-                self._ready = False
-                self._count(error)
-
-    def _count(self, error: Lost) -> None:
-        self.reason = str(error)
-        self._asked_again = time.monotonic() + FIRST_WAIT * 2**self._failures
-        self._failures += 1
+    def _lost(self, error: Lost, turn: int) -> None:
+        """Ask no more for a while, unless that has been done since the request began."""
+        with self._counting:
+            if turn != self.turn:
+                return
+            self.turn += 1
+            self._ready = False
+            self.reason = str(error)
+            self._asked_again = time.monotonic() + FIRST_WAIT * 2**self._failures
+            self._failures += 1
 
 
 def recognised(connection: Connection) -> Engine:

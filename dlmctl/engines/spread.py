@@ -86,11 +86,14 @@ class Spread:
     def _work(self, server: Server) -> None:
         """Ask one server, request after request."""
         try:
-            while server.prepare(self._over.wait):
+            while (turn := server.prepare(self._over.wait)) is not None:
                 job = self._next()
                 if job is None:
                     return
-                self._ask(server, job)
+                if server.turn == turn:
+                    self._ask(server, job, turn)
+                else:  # it was lost while this thread waited for a request
+                    self._put_back(job)
             if server.given_up:
                 self._give_up(server)
         except Exception as error:
@@ -103,9 +106,9 @@ class Spread:
                 self._changed.wait(POLL_SECONDS)
             return None if self._over.is_set() else self._jobs.popleft()
 
-    def _ask(self, server: Server, job: _Job) -> None:
+    def _ask(self, server: Server, job: _Job, turn: int) -> None:
         try:
-            result: Answer | Exception = server.generate(job.generation)
+            result: Answer | Exception = server.generate(job.generation, turn)
         except Lost as error:
             self._again(job, error)
             return
@@ -115,6 +118,11 @@ class Spread:
                 error.where = error.where or job.generation.where
         with self._changed:
             job.result = result
+            self._changed.notify_all()
+
+    def _put_back(self, job: _Job) -> None:
+        with self._changed:
+            self._jobs.appendleft(job)
             self._changed.notify_all()
 
     def _again(self, job: _Job, error: Lost) -> None:

@@ -82,6 +82,8 @@ class EngineServer:
         self.paused = False
         self.key: str | None = None
         """The bearer token that it wants."""
+        self.starting = 0
+        """How many more times it says that it is not up yet."""
         self.pushed: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.at_once = self.most_at_once = 0
@@ -292,6 +294,10 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing on stderr."""
 
     def do_GET(self) -> None:
+        if self.owner.starting:
+            self.owner.starting -= 1
+            self._bytes(503, b"")
+            return
         if self.owner.key and self.headers["Authorization"] != f"Bearer {self.owner.key}":
             self._bytes(401, b'{"error": "Unauthorized"}')
             return
@@ -333,6 +339,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if callable(fault):
             answer = fault(answer) or answer
+        if answer == "drop":
+            self.close_connection = True
+            return
         self._send(answer)
 
     def _send(self, answer: Any) -> None:

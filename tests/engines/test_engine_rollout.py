@@ -132,6 +132,25 @@ def test_lost_requests_are_sent_again(prompts, model, kind, failure):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_requests_that_are_lost_together_are_one_failure(prompts, model, kind):
+    with EngineServer(kind, model) as server:
+        calm = sampled(prompts, model, "--temperature", 1, "--engine", server.url)
+        together = len(PROMPTS) * SAMPLES
+        all_there = threading.Barrier(together)
+        server.bodies.clear()
+
+        def cut(answer: Any) -> str:
+            all_there.wait()
+            server.starting = 1
+            return "drop"
+
+        server.fault = lambda number: cut if number <= together else None
+        again = sampled(prompts, model, "--temperature", 1, "--engine", server.url)
+    assert again == calm
+    assert len(server.bodies) == 2 * together
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_requests_of_a_server_that_dies_go_to_the_others(prompts, model, kind):
     with EngineServer(kind, model) as calm, EngineServer(kind, model) as dying:
         before = sampled(prompts, model, "--engine", calm.url)
