@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 
 from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig
-from dlmctl.engines.protocol import Answer, Generation, Weights
+from dlmctl.engines.protocol import Answer, Generation
 from dlmctl.engines.server import Server
 from dlmctl.engines.spread import Spread
-from dlmctl.models.loading import model_directory
+from dlmctl.engines.weightless_policy import weights_of
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.settings.rollout import Engines
@@ -52,8 +52,7 @@ class ServedSampler:
             TryAgainError: no server is left.
             UserFacingError: a server serves something else, or its answer cannot be used.
         """
-        directory = model_directory(policy.name).resolve()
-        weights = Weights(policy.name, directory, policy.revision, self._follows)
+        weights = weights_of(policy, self._follows)
         for server in self._servers:
             server.begin(weights)
         generations = (_generation(policy, request, settings) for request in requests)

@@ -60,21 +60,30 @@ class Connection:
         """What the server has there; None if it has no such path. Raises as `post`."""
         return self._call("GET", path, None, {}, absent=True)
 
-    def post(self, path: str, body: Any, absent: bool = False, **parameters: str) -> Any:
+    def post(
+        self, path: str, body: Any, absent: bool = False, plain: bool = False, **parameters: str
+    ) -> Any:
         """The JSON that the server answers.
 
         Args:
             absent: whether the answer may be None because the server has no such path.
+            plain: whether success is said in words, which are left out: the answer is then {}.
 
         Raises:
             Lost: it does not answer, or cannot now.
             UsageError: it wants another key.
             DataError: it refuses the request, or the answer is not JSON.
         """
-        return self._call("POST", path, body, parameters, absent)
+        return self._call("POST", path, body, parameters, absent, plain)
 
     def _call(
-        self, method: str, path: str, body: Any, parameters: dict[str, str], absent: bool
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        parameters: dict[str, str],
+        absent: bool,
+        plain: bool = False,
     ) -> Any:
         content = None if body is None else orjson.dumps(body)
         headers = None if body is None else {"Content-Type": "application/json"}
@@ -97,7 +106,7 @@ class Connection:
             )
         if status != 200:
             raise DataError(f"{self.url} refuses {path} with HTTP {status}{_said(answer.content)}")
-        return self._parsed(path, answer.content)
+        return {} if plain else self._parsed(path, answer.content)
 
     def _parsed(self, path: str, content: bytes) -> Any:
         if not content.strip():

@@ -81,6 +81,8 @@ class Weights:
     revision: str
     pushed: bool
     """Whether the server may have to load them; else it serves them already."""
+    base: Weights | None = None
+    """The weights below them, if they are those of an adapter."""
 
 
 class Engine(ABC):

@@ -9,7 +9,7 @@ from typing import Any
 
 from dlmctl.engines.connection import Connection, Lost
 from dlmctl.engines.protocol import Answer, Engine, Generation, Weights
-from dlmctl.records.errors import DataError
+from dlmctl.records.errors import DataError, UsageError
 
 
 class SGLang(Engine):
@@ -50,6 +50,11 @@ class SGLang(Engine):
             raise DataError(f"{self.connection.url} did not load weights ({reason}); {needed}")
 
     def take(self, weights: Weights) -> None:
+        if weights.base is not None:
+            raise UsageError(
+                f"{weights.name} is a LoRA adapter, which --engine gives only to vLLM: write whole "
+                "weights with 'dlmctl merge', or train without --lora-rank"
+            )
         super().take(weights)
         self._version = self.version_of_weights()
 

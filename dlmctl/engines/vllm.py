@@ -1,6 +1,8 @@
 """vLLM by its OpenAI-compatible /v1/completions, with ids in and out.
 
-docs.vllm.ai: "OpenAI-Compatible Server", and "Shared-disk weight updates" for loading weights.
+docs.vllm.ai: "OpenAI-Compatible Server"; for new weights "Shared-disk weight updates", and "LoRA
+Adapters", dynamically served. An adapter is named by its revision, so that a completion that the
+server makes under this name is of it.
 """
 
 from __future__ import annotations
@@ -10,6 +12,11 @@ from typing import Any
 from dlmctl.engines.connection import Connection, Lost
 from dlmctl.engines.protocol import Answer, Engine, Generation, Weights, same_model
 from dlmctl.records.errors import DataError, UsageError
+
+TAKES_ADAPTERS = (
+    "a vLLM server takes adapters if it was started as  VLLM_SERVER_DEV_MODE=1 "
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank RANK"
+)
 
 
 class VLLM(Engine):
@@ -25,6 +32,8 @@ class VLLM(Engine):
         """The id under which requests name the model."""
         self._pushed: str | None = None
         """Version of the weights that it was given last."""
+        self._adapter: str | None = None
+        """The adapter that it was given last."""
 
     @classmethod
     def recognised(cls, connection: Connection) -> VLLM | None:
@@ -34,6 +43,10 @@ class VLLM(Engine):
         return cls(connection, said["version"])
 
     def take(self, weights: Weights) -> None:
+        if weights.base is not None:
+            super().take(weights.base)
+            self._take_adapter(weights)
+            return
         super().take(weights)
         cards = self._cards()
         ours = [c for c in cards if same_model(weights, c["root"] or c["id"])]
@@ -49,9 +62,8 @@ class VLLM(Engine):
     def push(self, weights: Weights) -> None:
         # A process is initialized once. One that no longer has what it was given is another.
         known = self._pushed is not None and self.version_of_weights() == self._pushed
-        first = [] if known else [("/init_weight_transfer_engine", {"init_info": {}})]
         steps: list[tuple[str, dict[str, Any]]] = [
-            *first,
+            ("/init_weight_transfer_engine", {"init_info": {}}),
             ("/start_weight_update", {}),
             ("/update_weights", {"update_info": {"path": str(weights.directory)}}),
             ("/finish_weight_update", {"weight_version": weights.revision}),
@@ -60,7 +72,7 @@ class VLLM(Engine):
         if self.connection.post("/pause", {}, absent=True, mode="wait") is None:
             raise UsageError(f"{self.connection.url} has no /pause: {self.takes_weights}")
         try:
-            for path, body in steps:
+            for path, body in steps[known:]:
                 if self.connection.post(path, body, absent=True) is None:
                     raise UsageError(f"{self.connection.url} has no {path}: {self.takes_weights}")
         except (DataError, Lost) as error:
@@ -71,6 +83,25 @@ class VLLM(Engine):
         finally:
             self.connection.post("/resume", {}, absent=True)
         self._pushed = weights.revision
+
+    def _take_adapter(self, weights: Weights) -> None:
+        """Load an adapter, unless it is there, and unload the one before it."""
+        name, url = weights.revision, self.connection.url
+        if name not in [card["id"] for card in self._cards()]:
+            body = {"lora_name": name, "lora_path": str(weights.directory)}
+            try:
+                said = self.connection.post("/v1/load_lora_adapter", body, absent=True, plain=True)
+            except DataError as error:
+                needed = f"it must see {weights.directory} under this path, and {TAKES_ADAPTERS}"
+                raise DataError(f"{error}; {needed}") from None
+            if said is None:
+                raise UsageError(f"{url} has no /v1/load_lora_adapter: {TAKES_ADAPTERS}")
+            if name not in [card["id"] for card in self._cards()]:
+                raise DataError(f"{url} was given the adapter {name}, and does not serve it")
+        if self._adapter not in (None, name):
+            old = {"lora_name": self._adapter}
+            self.connection.post("/v1/unload_lora_adapter", old, absent=True, plain=True)
+        self._adapter = self._model = name
 
     def generate(self, generation: Generation) -> Answer:
         choice = self._choice(generation)

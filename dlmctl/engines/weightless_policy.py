@@ -7,13 +7,15 @@ from pathlib import Path
 
 import torch
 
+from dlmctl.engines.protocol import Weights
+from dlmctl.models.adapters import adapter_base
 from dlmctl.models.architecture import architecture
-from dlmctl.models.loading import model_directory, policy_of
+from dlmctl.models.loading import checkpoint_revision, model_directory, policy_of
 from dlmctl.models.policy import Policy
 from dlmctl.models.special_tokens import load_tokenizer
 from dlmctl.models.weightless import weightless_model
 from dlmctl.models.weights import weight_files, weights_hash
-from dlmctl.records.errors import MissingInputError, UsageError
+from dlmctl.records.errors import DataError, MissingInputError, UsageError
 from dlmctl.records.files import read_json
 from dlmctl.settings.models import Prompting, split_name
 
@@ -33,7 +35,9 @@ def served_policy(name: str, prompting: Prompting | None = None) -> Policy:
         TryAgainError: the hub does not answer.
     """
     directory = model_directory(name)
-    _check_whole(name, directory)
+    if _is_adapter(directory):
+        base = served_policy(_whole_base(directory), prompting)
+        return dataclasses.replace(base, name=name, revision=_adapted(directory, base.revision))
     config = directory / "config.json"
     if not config.exists():
         raise MissingInputError(f"{directory} has no config.json: it is not a model")
@@ -57,14 +61,50 @@ def served_policy(name: str, prompting: Prompting | None = None) -> Policy:
 def with_weights_of(policy: Policy, name: str) -> Policy:
     """The policy of a newer checkpoint of the same run; raises as `served_policy`."""
     directory = model_directory(name)
-    _check_whole(name, directory)
-    return dataclasses.replace(policy, name=name, revision=weights_hash(weight_files(directory)))
+    if _is_adapter(directory):
+        revision = _adapted(directory, policy.revision.partition(".")[0])
+    else:
+        revision = checkpoint_revision(directory, "")
+    return dataclasses.replace(policy, name=name, revision=revision)
 
 
-def _check_whole(name: str, directory: Path) -> None:
-    """Raise UsageError for an adapter."""
-    if (directory / "adapter_config.json").exists():
+def weights_of(policy: Policy, pushed: bool) -> Weights:
+    """What a server is to sample from; of an adapter, the weights below it stay as they are."""
+    directory = model_directory(policy.name).resolve()
+    if not _is_adapter(directory):
+        return Weights(policy.name, directory, policy.revision, pushed)
+    name = _whole_base(directory)
+    whole = policy.revision.partition(".")[0]
+    base = Weights(name, model_directory(name).resolve(), whole, False)
+    return Weights(policy.name, directory, policy.revision, pushed, base)
+
+
+def _is_adapter(directory: Path) -> bool:
+    return (directory / "adapter_config.json").exists()
+
+
+def _whole_base(directory: Path) -> str:
+    """The model below an adapter; raises UsageError if it is an adapter itself."""
+    base = adapter_base(directory)
+    if _is_adapter(model_directory(base)):
         raise UsageError(
-            f"{name} is a LoRA adapter, and --engine samples from whole weights: write them with "
-            "'dlmctl merge', or train without --lora-rank"
+            f"{directory} is an adapter over another one, {base}: --engine takes one at a time; "
+            "write the weights below it with 'dlmctl merge'"
         )
+    return base
+
+
+def _adapted(directory: Path, base: str) -> str:
+    """The revision of an adapter over a base model of this revision.
+
+    Raises:
+        DataError: it was trained over other weights.
+    """
+    run = directory / "dlmctl.json"
+    trained_on = read_json(run).get("reference_revision", base) if run.exists() else base
+    if trained_on != base:
+        raise DataError(
+            f"it was trained over the weights {trained_on}, and its base model has {base}",
+            str(directory),
+        )
+    return checkpoint_revision(directory, base)

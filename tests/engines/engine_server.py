@@ -66,15 +66,17 @@ class EngineServer:
         fault: Fault = lambda number: None,
         processed: bool = False,
         development: bool = True,
+        lora: bool = False,
         name: str | None = None,
     ) -> None:
         """Args:
         processed: whether log-probabilities are those after temperature, top-k and top-p.
         development: whether vLLM was started so that it takes weights.
+        lora: whether vLLM was started so that it takes adapters.
         name: of the model, if it is not its path.
         """
         self.kind, self.fault, self.processed = kind, fault, processed
-        self.development = development
+        self.development, self.lora = development, lora
         self.directory, self.name = str(directory), name or str(directory)
         self.restart()
         self.session: list[str] = []
@@ -107,13 +109,14 @@ class EngineServer:
     def restart(self) -> None:
         """Have the weights that it was started with again, as a new process."""
         self.policy, self.version = load_policy(self.directory, "cpu", "float32"), "default"
+        self.adapters: dict[str, Any] = {}
         self.path, self.initialized = self.name, 0
         """How often vLLM was told to expect weights; once for a process."""
 
     # The model
 
     def complete(
-        self, prompt: list[int], length: int, how: dict[str, Any], seed: int
+        self, prompt: list[int], length: int, how: dict[str, Any], seed: int, policy: Any = None
     ) -> tuple[list[int], list[float], list[tuple[float, int]], str]:
         """Ids, their log-probabilities, the best token at each place, and why it ended."""
         generator = torch.Generator().manual_seed(seed)
@@ -124,7 +127,12 @@ class EngineServer:
         ends = {*how["stop_token_ids"], self.policy.eos_id}
         while len(made) < length:
             with torch.no_grad():
-                logits = self.policy.model(torch.tensor([[*prompt, *made]])).logits[0, -1].double()
+                logits = (
+                    (policy or self.policy)
+                    .model(torch.tensor([[*prompt, *made]]))
+                    .logits[0, -1]
+                    .double()
+                )
             cut = _cut(logits / (temperature or 1.0), how["top_k"], how["top_p"])
             token = int(logits.argmax())
             if temperature:
@@ -193,9 +201,13 @@ class EngineServer:
 
     def get_vllm(self, path: str) -> Any:
         card = {"id": "served", "object": "model", "root": self.path, "max_model_len": 4096}
+        adapters = [
+            {"id": name, "object": "model", "root": policy.name, "parent": "served"}
+            for name, policy in self.adapters.items()
+        ]
         found = {
             "/version": {"version": "0.28.0"},
-            "/v1/models": {"object": "list", "data": [card]},
+            "/v1/models": {"object": "list", "data": [card, *adapters]},
         }
         if self.development:
             found["/weight_info"] = {"weight_version": self.version}
@@ -204,6 +216,8 @@ class EngineServer:
     def post_vllm(self, path: str, query: str, body: dict[str, Any]) -> Any:
         if path == "/v1/completions":
             return self._completion(body)
+        if path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter") and self.lora:
+            return self._lora(path, body)
         if not self.development:
             return None
         if path == "/pause":
@@ -229,14 +243,26 @@ class EngineServer:
             self.session, self.version = [], body["weight_version"]
         return {"message": "ok"}
 
+    def _lora(self, path: str, body: dict[str, Any]) -> bytes:
+        name = body["lora_name"]
+        if path == "/v1/unload_lora_adapter":
+            del self.adapters[name]
+            return f"Success: LoRA adapter '{name}' removed successfully".encode()
+        if name in self.adapters or not Path(body["lora_path"]).is_absolute():
+            raise RefusedError(f"The lora adapter '{name}' cannot be loaded.")
+        self.adapters[name] = load_policy(body["lora_path"], "cpu", "float32")
+        self.pushed.append(body["lora_path"])
+        return f"Success: LoRA adapter '{name}' added successfully".encode()
+
     def _completion(self, body: dict[str, Any]) -> Any:
         assert not self.paused
         _only(body, VLLM_FIELDS)
         _check(body["prompt"], body)
-        if body["model"] != "served":
+        policies = {"served": self.policy, **self.adapters}
+        if body["model"] not in policies:
             raise RefusedError(f"The model `{body['model']}` does not exist.")
         tokens, scores, best, finish = self.complete(
-            body["prompt"], body["max_tokens"], body, body["seed"]
+            body["prompt"], body["max_tokens"], body, body["seed"], policies[body["model"]]
         )
         names = [{f"token {t}": s} for s, t in best]
         return {
@@ -345,7 +371,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(answer)
 
     def _send(self, answer: Any) -> None:
-        if answer is None:
+        if isinstance(answer, bytes):
+            self._bytes(200, answer, "text/plain")
+        elif answer is None:
             self._bytes(404, b'{"detail": "Not Found"}')
         else:
             self._bytes(200, json.dumps(answer).encode())

@@ -143,18 +143,54 @@ def test_a_server_that_cannot_load_weights_ends_the_loop(prompts, model, tmp_pat
         assert not server.paused
 
 
-def test_checkpoints_that_are_adapters_end_the_loop(prompts, model, tmp_path):
+def adapting_loop(tmp_path: Path, model: str, url: str, rounds: int) -> Any:
+    return shell(
+        f"dlmctl rollout --follow run -m {model} --rounds {rounds} --raw --prompts 2 -n 4 "
+        f"--gen-length 6 --temperature 1 --engine {url} prompts.jsonl"
+        " | tee -a samples.jsonl"
+        " | jq -c --unbuffered '. + {reward: (.sample % 2)}'"
+        " | dlmctl update --algo grpo -o run --lr 0.05 --lora-rank 2 --device cpu --keep 9",
+        tmp_path,
+    )
+
+
+def test_vllm_loads_the_adapter_of_each_round(prompts, model, tmp_path):
     pytest.importorskip("peft")
-    with EngineServer("sglang", model) as server:
-        line = (
-            f"dlmctl rollout --follow run -m {model} --rounds 2 --raw --prompts 2 -n 4 "
-            f"--gen-length 6 --temperature 1 --engine {server.url} prompts.jsonl"
-            " | jq -c --unbuffered '. + {reward: (.sample % 2)}'"
-            " | dlmctl update --algo grpo -o run --lora-rank 2 --device cpu"
-        )
-        done = shell(line, tmp_path)
+    with EngineServer("vllm", model, lora=True) as server:
+        for rounds in (3, 4):  # the second command goes on from an adapter
+            done = adapting_loop(tmp_path, model, server.url, rounds)
+            assert done.returncode == 0, done.stderr
+        assert len(server.pushed) == 3
+        # A command unloads what it loaded itself.
+        left = [load_policy(path, "cpu", "float32").revision for path in server.pushed[1:]]
+        assert [*server.adapters] == left
+        samples = sampled(prompts, server.pushed[-1], "--temperature", 1, "--engine", server.url)
+    records = read_jsonl(tmp_path / "samples.jsonl")
+    assert [r["rollout"]["round"] for r in records] == [n for n in range(4) for _ in range(8)]
+    for number, path in enumerate([model, *server.pushed]):
+        own = records[number * 8 : number * 8 + 8]
+        revision = load_policy(path, "cpu", "float32").revision
+        assert {r["rollout"]["revision"] for r in own} == {revision}
+        assert [r["rollout"]["log_probs"] for r in own] == nearly(scored(path, own), 1e-4)
+    assert [r["rollout"]["log_probs"] for r in samples] == nearly(
+        scored(server.pushed[-1], samples), 1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("sglang", "is a LoRA adapter, which --engine gives only to vLLM"),
+        ("vllm", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL"),
+    ],
+)
+def test_a_server_that_takes_no_adapters_ends_the_loop(prompts, model, tmp_path, kind, said):
+    pytest.importorskip("peft")
+    with EngineServer(kind, model) as server:
+        done = adapting_loop(tmp_path, model, server.url, 2)
     assert done.returncode == 2
-    assert "is a LoRA adapter, and --engine samples from whole weights" in done.stderr
+    assert said in done.stderr
+    assert len(read_jsonl(tmp_path / "samples.jsonl")) == 8
 
 
 def test_ctrl_c_ends_a_stage_that_waits_for_a_server(prompts, model, tmp_path):

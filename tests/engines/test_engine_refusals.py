@@ -113,14 +113,16 @@ def test_what_servers_do_not_sample_is_refused(prompts, saved_models, model, tmp
     done = rolled(prompts, saved_models("llada"), *engine)
     assert done.exit_code == 2
     assert "is a diffusion language model (llada)" in said_once(done)
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_bytes(
-        orjson.dumps({"peft_type": "LORA", "base_model_name_or_path": model})
-    )
-    done = rolled(prompts, str(adapter), *engine)
+    base = model
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_bytes(
+            orjson.dumps({"peft_type": "LORA", "base_model_name_or_path": base})
+        )
+        base = str(tmp_path / name)
+    done = rolled(prompts, base, *engine)
     assert done.exit_code == 2
-    assert "is a LoRA adapter" in said_once(done)
+    assert "is an adapter over another one" in said_once(done)
     done = rolled(prompts, saved_models("qwen2.5-vl"), *engine)
     assert done.exit_code == 2
     assert "takes images" in said_once(done)

@@ -29,7 +29,12 @@ SGLANG = {
 VLLM = {
     "/version": {"version": "0.28.0"},
     "/weight_info": {"weight_version": None},
-    "/v1/models": {"data": [{"id": "served", "root": "a/model"}]},
+    "/v1/models": {
+        "data": [
+            {"id": "served", "root": "a/model"},
+            {"id": f"{REVISION}.{REVISION}", "root": "an/adapter", "parent": "served"},
+        ]
+    },
     **{f"/{step}": {"message": "ok"} for step in ("pause", "resume", "start_weight_update")},
     **{f"/{step}": {} for step in ("init_weight_transfer_engine", "finish_weight_update")},
     "/update_weights": {},
@@ -76,5 +81,6 @@ def _engine(data: bytes, folder: Path) -> None:
         cold = engine.best_log_prob([1], 1.0)
         before_temperature(cold, engine.best_log_prob([1], 100.0), 4)
         engine.push(weights)
+        engine.take(Weights("an/adapter", folder, f"{REVISION}.{REVISION}", True, weights))
     except Lost as error:
         raise TryAgainError(str(error)) from None
