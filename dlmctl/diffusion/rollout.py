@@ -115,10 +115,10 @@ def batch_begins(
 ) -> Begins:
     """Where a batch that nothing earlier is part of begins, for `records.resume`.
 
-    Rows that take the same number of steps come and go together. Where a row may be done early, or
-    in a server,
-    there is no such place: a completion is then made again among others, and is the same but for
-    floating-point noise, which can tip a choice only where two tokens are all but equally sure.
+    Rows that take the same number of steps come and go together. Where a row may be done early, and
+    in a server, there is no such place: a completion is then made again among others, and is the
+    same but for floating-point noise, which can tip a choice only where two tokens are all but
+    equally sure.
     """
     early = settings.parallel or settings.early_stop or settings.refresh_below > 0
     early |= settings.ancestral or settings.editing

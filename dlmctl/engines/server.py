@@ -56,7 +56,8 @@ class Server:
 
     @property
     def given_up(self) -> bool:
-        return self._failures >= GIVE_UP
+        """Whether it is asked no more."""
+        return self._failures >= GIVE_UP and not self._ready
 
     def begin(self, weights: Weights) -> None:
         """Sample from these weights from now on, whatever happened before."""
@@ -78,7 +79,7 @@ class Server:
             DataError: it cannot load the weights, or does not follow its protocol.
         """
         with self._preparing:
-            while not self._ready and not self.given_up:
+            while not self._ready and self._failures < GIVE_UP:
                 if wait(max(0.0, self._asked_again - time.monotonic())):
                     return None
                 turn = self.turn

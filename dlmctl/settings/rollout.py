@@ -1,4 +1,4 @@
-"""What `rollout` samples: prompts, rounds of a training loop, corrupted images."""
+"""What `rollout` samples, and by what: prompts, training loops, servers, corrupted images."""
 
 from __future__ import annotations
 
