@@ -25,6 +25,7 @@ from engine_world import (
 )
 
 from dlmctl.engines import server as servers
+from dlmctl.engines.spread import Spread
 from dlmctl.models.loading import load_policy
 
 pytest.importorskip("httpx2")
@@ -91,13 +92,14 @@ def test_order_and_tokens_do_not_depend_on_who_answers_or_when(prompts, model, k
     options = ["--temperature", 1, "-b", 2, "--engine"]
     with EngineServer(kind, model) as one, EngineServer("sglang", model) as two:
         alone = sampled(prompts, model, *options, one.url)
-        one.fault = two.fault = slow
+        all_there = threading.Barrier(4)  # the two first requests of both
+        one.fault = two.fault = lambda number: (
+            (lambda answer: all_there.wait() and None) if number <= 2 else slow(number)
+        )
         one.bodies.clear()
         both = sampled(prompts, model, *options, f"{one.url},{two.url}/v1/")
-        assert min(len(one.bodies), len(two.bodies)) > 0
         assert len(one.bodies) + len(two.bodies) == len(PROMPTS) * SAMPLES
-        assert one.most_at_once <= 2
-        assert two.most_at_once == 2
+        assert [one.most_at_once, two.most_at_once] == [2, 2]
     assert [(r["id"], r["sample"], r["tokens"]) for r in both] == [
         (r["id"], r["sample"], r["tokens"]) for r in alone
     ]
@@ -155,23 +157,30 @@ def test_the_requests_of_a_server_that_dies_go_to_the_others(prompts, model, kin
     with EngineServer(kind, model) as calm, EngineServer(kind, model) as dying:
         before = sampled(prompts, model, "--engine", calm.url)
 
+        dead = threading.Event()
+
         def die(number: int) -> Any:
             if number == 2:
                 threading.Thread(target=dying.die).start()
+                dead.set()
             return "drop" if number >= 2 else None
 
         dying.fault = die
-        calm.fault = slow
+        calm.fault = lambda number: lambda answer: dead.wait() and None
         done = rolled(prompts, model, "-b", 2, "--engine", calm.url, "--engine", dying.url)
     assert done.exit_code == 0, done.stderr
     assert [orjson.loads(line) for line in done.stdout.splitlines()] == before
     assert len(dying.bodies) >= 2
 
 
-def test_a_server_that_never_was_there_is_left_out_and_named(prompts, model):
+def test_a_server_that_never_was_there_is_left_out_and_named(prompts, model, monkeypatch):
+    named = threading.Event()
+    give_up = Spread._give_up
+    monkeypatch.setattr(Spread, "_give_up", lambda *given: give_up(*given) or named.set())
     with EngineServer("vllm", model) as gone:
         pass
-    with EngineServer("sglang", model, fault=slow) as server:
+    with EngineServer("sglang", model) as server:
+        server.fault = lambda number: lambda answer: named.wait() and None
         done = rolled(prompts, model, "-b", 1, "--engine", f"{gone.url},{server.url}")
     assert done.exit_code == 0
     assert f"going on without a server: {gone.url} does not answer" in said_once(done)
