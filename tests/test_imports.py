@@ -17,7 +17,7 @@ LAYERS = [
     {"verifiers", "report"},
     {"models.families"},
     {"models"},
-    {"train"},
+    {"train", "engines"},
     {"diffusion"},
     {"rl.objectives", "rl.srpo"},
     {"rl"},

@@ -13,7 +13,7 @@ from dlmctl.settings import Knob
 from dlmctl.settings.compute import Model, QuantizedCompute, Seed
 from dlmctl.settings.models import Prompting, Reading
 from dlmctl.settings.order import GuidingSaes
-from dlmctl.settings.rollout import Corrupted, Loop, PromptSource
+from dlmctl.settings.rollout import Corrupted, Engines, Loop, PromptSource
 from dlmctl.settings.sampler import SAMPLED, Sampler
 from dlmctl.settings.steering import Steering
 from dlmctl.settings.streams import Files, Stage
@@ -30,6 +30,7 @@ def command(
     steering: Steering = Steering(),
     source: PromptSource = PromptSource(),
     loop: Loop = Loop(),
+    engines: Engines = Engines(),
     images: Corrupted = Corrupted(),
     seed: Seed = 0,
     compute: QuantizedCompute = QuantizedCompute(batch_size=64),
@@ -64,11 +65,15 @@ def command(
     dlmctl rollout -m runs/a --steer saes/layer2-k8-mask:17=2 --steer-scope update prompts.jsonl
 
     dlmctl rollout -m runs/a --shard 3/8 -o samples-3.jsonl prompts.jsonl
+
+    dlmctl rollout -m Qwen/Qwen3-8B --engine http://gpu1:30000,http://gpu2:30000 prompts.jsonl
     """
     from dlmctl.diffusion.corrupted import with_corrupted_images
     from dlmctl.diffusion.follow import follow_run, rounds_done
     from dlmctl.diffusion.rollout import batch_begins, made_by, rollout
     from dlmctl.diffusion.sampling import configured
+    from dlmctl.diffusion.served import ServedSampler
+    from dlmctl.engines.weightless_policy import served_policy
     from dlmctl.models.loading import load_policy
     from dlmctl.sae.order.tracking import FeatureTracker, check_trackable, read_tracked_saes
     from dlmctl.sae.steering.steered_policy import SteeredPolicy
@@ -84,6 +89,12 @@ def command(
         _check_loop(
             shard=shard, steer=steering.steer, corrupt=images.corrupt, sae=sae, resume=stage.resume
         )
+    served = None
+    if engines.urls:
+        _check_engine(
+            steer=steering.steer, sae=sae, corrupt=images.corrupt, quantize=compute.quantize
+        )
+        served = ServedSampler(engines, sampler, follows=loop.follow is not None)
     partial = Resume(stage.output, stage.resume)
     if partial.done:
         return
@@ -93,12 +104,15 @@ def command(
         endless = prompt_records(files, task, None, seed, stage.on_error, repeat=True)
         records = follow_run(
             endless, loop, model, sampler, samples, source.prompts, seed, compute, stage.on_error,
-            prompting,
+            prompting, served,
         )  # fmt: skip
         shown = counted(records, "samples", stage.quiet, loop.rounds * per_round, first * per_round)
         write_records(shown, stage.output)
         return
-    policy = load_policy(model, compute.device, compute.dtype, prompting, compute.quantize)
+    if served is not None:
+        policy = served_policy(model, prompting)
+    else:
+        policy = load_policy(model, compute.device, compute.dtype, prompting, compute.quantize)
     if images.corrupt is not None:
         policy = with_corrupted_images(policy, images.corrupt, images.corrupt_prob, seed)
     config = configured(policy, sampler)
@@ -106,7 +120,7 @@ def command(
         frozenset({"sample", "completion", "tokens", "rollout"}),
         samples,
         skips=stage.on_error == "skip",
-        begins=batch_begins(policy, config, compute.batch_size),
+        begins=batch_begins(policy, config, compute.batch_size, served is not None),
         made_by={"rollout": made_by(policy, config, samples, seed)},
     )
     total: Total = times(prompt_total(files, task, source.prompts, shard), samples)
@@ -117,7 +131,7 @@ def command(
         tracker = FeatureTracker(policy, read_tracked_saes(sae, policy))
     records = rollout(
         partial.rest(prompts, rule), policy, config, samples, seed, compute.batch_size,
-        stage.on_error, callback=tracker,
+        stage.on_error, callback=tracker, served=served,
     )  # fmt: skip
     if tracker is not None:
         records = tracker.around(records)
@@ -136,6 +150,24 @@ def _check_loop(**given: object) -> None:
                 "out"
             )
 
+
+def _check_engine(**given: object) -> None:
+    """Raise UsageError if an option is given that inference servers cannot have."""
+    for option, value in given.items():
+        if value:
+            raise UsageError(
+                f"--{option} and --engine do not go together: {NOT_BY_AN_ENGINE[option]}; leave "
+                "one out"
+            )
+
+
+NOT_BY_AN_ENGINE = {
+    "steer": "a server does not steer",
+    "sae": "a server does not give its activations",
+    "corrupt": "servers sample from language models alone",
+    "quantize": "a server has its weights in a format of its own",
+}
+"""Options that do not go with --engine, and why."""
 
 NOT_IN_A_LOOP = {
     "shard": "each round of a run is sampled by one process",

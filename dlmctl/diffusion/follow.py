@@ -3,8 +3,9 @@
     rollout --follow RUN | verify | update -o RUN
 
 `update` publishes a checkpoint at the end of each round. `rollout` waits for the one that it needs,
-loads its weights, and samples the next round. A checkpoint has the number of rounds that it was
-trained on, so with lag 0 the samples of round r wait for the checkpoint with r.
+loads its weights (or has inference servers load them), and samples the next round. A checkpoint has
+the number of rounds that it was trained on, so with lag 0 the samples of round r wait for the
+checkpoint with r.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from dlmctl.diffusion.rollout import Round, rollout, with_prompt_ids
 from dlmctl.diffusion.sampling import configured
+from dlmctl.diffusion.served import ServedSampler
+from dlmctl.engines.weightless_policy import served_policy, with_weights_of
 from dlmctl.models.allocator import release_cached_memory
 from dlmctl.models.loading import load_policy, reload_policy
 from dlmctl.records.errors import DataError
@@ -41,6 +44,7 @@ def follow_run(
     compute: QuantizedCompute,
     on_error: OnError,
     prompting: Prompting | None = None,
+    served: ServedSampler | None = None,
 ) -> Iterator[Record]:
     """Sample round after round, each from weights at most `max_lag` rounds old.
 
@@ -51,14 +55,21 @@ def follow_run(
     device, dtype = compute.device, compute.dtype
     checkpoint = latest_checkpoint(loop.follow)
     first = rounds_done(loop.follow)
-    policy = load_policy(str(checkpoint or model), device, dtype, prompting, compute.quantize)
+    name = str(checkpoint or model)
+    if served is None:
+        policy = load_policy(name, device, dtype, prompting, compute.quantize)
+    else:
+        policy = served_policy(name, prompting)
     loaded = checkpoint
     # Prompts of rounds that an earlier process sampled are not sampled again.
     prompts = islice(prompts, first * prompts_per_round, None)
     for number in range(first, loop.rounds):
         checkpoint = _await_round(loop.follow, number - loop.max_lag)
         if checkpoint is not None and checkpoint != loaded:
-            policy = reload_policy(policy, str(checkpoint), device, dtype)
+            if served is None:
+                policy = reload_policy(policy, str(checkpoint), device, dtype)
+            else:
+                policy = with_weights_of(policy, str(checkpoint))
             loaded = checkpoint
         batch = list(islice(prompts, prompts_per_round))
         if not batch:
@@ -71,7 +82,9 @@ def follow_run(
         place = Round(number, sound * samples, loop.max_lag)
         config = configured(policy, sampler)
         size = compute.batch_size
-        yield from rollout(batch, policy, config, samples, seed, size, on_error, place)
+        yield from rollout(
+            batch, policy, config, samples, seed, size, on_error, place, served=served
+        )
         release_cached_memory(policy.device)
 
 

@@ -15,6 +15,7 @@ from dlmctl.diffusion.callback import SamplerCallback
 from dlmctl.diffusion.noise import stream_key
 from dlmctl.diffusion.sampler import sample_stream
 from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig
+from dlmctl.diffusion.served import ServedSampler
 from dlmctl.models.policy import Policy
 from dlmctl.records.jsonl import OnError, Record, each, field
 from dlmctl.records.resume import Begins, always
@@ -45,8 +46,12 @@ def rollout(
     on_error: OnError = "fail",
     round_: Round | None = None,
     callback: SamplerCallback | None = None,
+    served: ServedSampler | None = None,
 ) -> Iterator[Record]:
     """Sample `samples` completions for every prompt; a group leaves as neighbours, in order.
+
+    Args:
+        served: samples in the place of the policy, which then needs no weights.
 
     Raises:
         UsageError: the settings, or a callback, do not go with the kind of model.
@@ -64,7 +69,9 @@ def rollout(
                 key = stream_key(seed, round_.number if round_ else 0, record["id"], index)
                 yield Request(record["tokens"]["prompt"], key, record)
 
-    if policy.diffusion:
+    if served is not None:
+        results = served.sample(policy, requests(), settings, batch_size)
+    elif policy.diffusion:
         results = sample_stream(policy, requests(), settings, batch_size, callback)
     else:
         results = sample_autoregressive(policy, requests(), settings, batch_size)
@@ -103,16 +110,19 @@ def made_by(policy: Policy, settings: SamplerConfig, samples: int, seed: int) ->
     }
 
 
-def batch_begins(policy: Policy, settings: SamplerConfig, batch_size: int) -> Begins:
+def batch_begins(
+    policy: Policy, settings: SamplerConfig, batch_size: int, served: bool = False
+) -> Begins:
     """Where a batch that nothing earlier is part of begins, for `records.resume`.
 
-    Rows that take the same number of steps come and go together. Where a row may be done early,
-    there is no such place: a completion is then made again among others, and is the same but for
-    floating-point noise, which can tip a choice only where two tokens are all but equally sure.
+    Rows that take the same number of steps come and go together. Where a row may be done early, and
+    in a server, there is no such place: a completion is then made again among others, and is the
+    same but for floating-point noise, which can tip a choice only where two tokens are all but
+    equally sure.
     """
     early = settings.parallel or settings.early_stop or settings.refresh_below > 0
     early |= settings.ancestral or settings.editing
-    if policy.diffusion and early:
+    if served or (policy.diffusion and early):
         return always
     return lambda _, made: (made.lines - made.errors) % batch_size == 0
 
@@ -153,8 +163,14 @@ def _completed(
 
 
 def _recorded(result: Sample, policy: Policy) -> dict[str, Any]:
-    """Log-probabilities that sampling gave, and the precision of the model that gave them."""
+    """Log-probabilities that sampling gave, and the precision of the model that gave them.
+
+    A server does not say its precision.
+    """
+    engine = {} if result.engine is None else {"engine": result.engine}
     if result.log_probs is None:
-        return {}
+        return engine
+    if engine:
+        return {**engine, "log_probs": result.log_probs}
     dtype = str(next(policy.model.parameters()).dtype).removeprefix("torch.")
     return {"log_probs": result.log_probs, "dtype": dtype}

@@ -311,3 +311,5 @@ class Sample(NamedTuple):
     """Of each token in nats, at temperature 1, where the sampler has them exactly."""
     edits: int | None = None
     """How often a token was replaced after it was decided; None without editing."""
+    engine: str | None = None
+    """Name and version of the inference server that sampled it; None: dlmctl did."""

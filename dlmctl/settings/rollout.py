@@ -1,4 +1,4 @@
-"""What `rollout` samples: prompts, rounds of a training loop, corrupted images."""
+"""What `rollout` samples, and by what: prompts, training loops, servers, corrupted images."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from dlmctl.records.errors import UsageError
 from dlmctl.settings import knob
 
 Corruption = Literal["patch", "blank", "blur", "noise", "shuffle", "no-image"]
@@ -45,6 +46,36 @@ class Loop:
         "a round while the one before is trained on.",
         minimum=0,
     )
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Inference servers that sample in the place of dlmctl's own sampler."""
+
+    PANEL: ClassVar[str] = "Inference servers"
+
+    engine: list[str] | None = knob(
+        None,
+        "Sample by the SGLang or vLLM server at this URL, from an autoregressive model that it "
+        "serves; here only tokenizer and configuration are loaded. May be given more than once, or "
+        "with commas between: requests are spread, --batch-size at a time to each. Device and "
+        "dtype are the server's own. With --follow, servers load each checkpoint.",
+        metavar="URL",
+        shown_default="dlmctl's own sampler",
+    )
+    engine_timeout: float = knob(
+        600.0,
+        "With --engine: seconds after which a request without an answer is lost and sent again.",
+        minimum=0.1,
+    )
+
+    @property
+    def urls(self) -> list[str]:
+        """Each URL once; raises UsageError for one that is empty."""
+        urls = [url.strip() for text in self.engine or () for url in text.split(",")]
+        if not all(urls):
+            raise UsageError("--engine is a URL, as http://HOST:PORT, or some with commas between")
+        return [*dict.fromkeys(urls)]
 
 
 @dataclass(frozen=True)

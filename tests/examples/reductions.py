@@ -110,6 +110,7 @@ NOT_RUN = {
     "tests/benchmarks/test_tensorboard.py",
     "dlmctl bench loop": "starts its stages from nothing; see tests/bench/test_loop.py",
     "parallel -j 8": "needs GNU parallel",
+    "--engine http": "needs inference servers; see tests/engines",
     "--quantize nf4": "needs bitsandbytes; see tests/train/test_quantized_runs.py",
     "ray_shards.py": "needs Ray",
     "make plans": "plans models of billions of parameters; see tests/plan/test_plan.py",

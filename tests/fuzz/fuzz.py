@@ -35,6 +35,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no directory may be one of the hub
 sys.path.insert(0, str(Path(__file__).parent))
 
+from engine_targets import engine_targets
 from file_targets import file_targets, prepare
 from guards import PACKAGE, Clock, ForbiddenError, HangError, Lines, Watch
 from record_targets import process_targets, record_targets
@@ -71,7 +72,8 @@ class Outcome:
 
 def all_targets() -> dict[str, Target]:
     """Every target by its name."""
-    return {t.name: t for t in [*record_targets(), *process_targets(), *file_targets()]}
+    cheap = [*record_targets(), *engine_targets()]
+    return {t.name: t for t in [*cheap, *process_targets(), *file_targets()]}
 
 
 class Runner:

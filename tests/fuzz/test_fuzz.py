@@ -19,6 +19,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import engine_targets
 import file_targets
 import fuzz
 import guards
@@ -28,7 +29,11 @@ from target import Target
 INPUTS = int(os.environ.get("DLMCTL_TEST_FUZZ", "2500"))
 REGRESSIONS = sorted((Path(__file__).parent / "regressions").iterdir())
 PACKAGE = Path(fuzz.__file__).parents[2] / "dlmctl"
-CHEAP = [*record_targets.record_targets(), *file_targets.file_targets()[:11]]
+CHEAP = [
+    *record_targets.record_targets(),
+    *engine_targets.engine_targets(),
+    *file_targets.file_targets()[:11],
+]
 SHARES = sum(target.share for target in CHEAP)
 EVERY = fuzz.all_targets()
 

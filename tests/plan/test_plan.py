@@ -47,8 +47,8 @@ from dlmctl.settings.algorithms import Reinforcement
 from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.train.activations import checkpoint_activations
 from dlmctl.train.lora import add_adapter
-from dlmctl.train.precision import training_precision
 from dlmctl.train.optimizer import apply_step, make_optimizer, trained_parameters
+from dlmctl.train.precision import training_precision
 
 HERE = Path(__file__)
 BIG = HERE.parents[2] / "examples" / "large"
