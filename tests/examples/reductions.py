@@ -105,6 +105,8 @@ NOT_RUN = {
     "examples/quickstart.sh": "creates an environment; see test_recipes.py",
     "tests/run.sh": "creates an environment and runs these tests",
     "tests/benchmarks/sae_training.py": "needs two other libraries",
+    "tests/benchmarks/published_samplers.py": "needs clones of LLaDA and Fast-dLLM",
+    "tests/benchmarks/published_steps.py": "needs clones of d1 and ESPO",
     "dlmctl lm-eval": "downloads its tasks; see tests/benchmarks/test_lm_eval.py",
     "dlmctl tensorboard": "needs tensorboard, whose server does not end; see "
     "tests/benchmarks/test_tensorboard.py",

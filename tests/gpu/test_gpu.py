@@ -10,7 +10,7 @@ import torch
 from conftest import invoke, read_jsonl
 from safetensors.torch import load_file
 
-from dlmctl.diffusion import noise
+from dlmctl.diffusion import draws, noise
 from dlmctl.diffusion.elbo import log_probs
 from dlmctl.diffusion.scoring import MaskPlan
 from dlmctl.memorization.images.neighbours import nearest
@@ -98,13 +98,13 @@ def test_neighbours_are_those_of_the_cpu(memory):
 
 def test_noise_has_the_bits_of_the_cpu():
     keys, counters = torch.tensor([[3], [-(2**62)]]), torch.arange(-500, 500)
-    logits = random(2, 1000, seed=3)
+    logits = random(2, 5000, seed=3)  # of which a CPU makes the noise of few
     on_gpu = keys.to("cuda"), counters.to("cuda")
     for draw in (noise.random_bits, noise.uniform):
         assert torch.equal(draw(*on_gpu).cpu(), draw(keys, counters))
     torch.testing.assert_close(noise.gumbel(*on_gpu).cpu(), noise.gumbel(keys, counters))
-    drawn = noise.gumbel_max(logits.to("cuda"), on_gpu[0][:, 0], 0.9)
-    assert drawn.tolist() == noise.gumbel_max(logits, keys[:, 0], 0.9).tolist()
+    drawn = draws.gumbel_max(logits.to("cuda"), on_gpu[0][:, 0], 0.9)
+    assert drawn.tolist() == draws.gumbel_max(logits, keys[:, 0], 0.9).tolist()
 
 
 def test_the_weights_of_a_checkpoint_take_the_place_of_those_on_the_gpu(saved_models, tmp_path):

@@ -52,7 +52,7 @@ LINES = [
     "update --algo rspo -m llada --dtype bfloat16 plain.rewarded.jsonl -o OUT",
     "update --algo rspo -m llada --dtype bfloat16 --lora-rank 4 --gradient-checkpointing"
     " plain.rewarded.jsonl -o OUT",
-    "update --algo rspo -m llada --dtype float16 --lora-rank 4 --lora-dropout 0.1"
+    "update --algo rspo -m llada --dtype bfloat16 --lora-rank 4 --lora-dropout 0.1"
     " plain.rewarded.jsonl -o OUT",
     "update --algo grpo -m ar plain-ar.rewarded.jsonl -o OUT",
     "update --algo sft -m ar solved.jsonl -o OUT",
@@ -107,6 +107,8 @@ LINES = [
     "memo-eval theory -d 10",
     "memo-eval copies plain.jsonl --train solved.jsonl -m llada",
     f"bench rollout -m llada prompts.jsonl {LENGTHS} --paths exact,dual+threshold",
+    f"bench gpu -m llada {LENGTHS} --prompt-length 8 --parts rollout,scoring,update,sae,neighbours"
+    " --batch-size 2 -n 2 -k 2 --lora-rank 2 --update-batch-size 4 --latents 32 --vectors 16",
     "bench update -m llada --gen-length 8 --prompt-length 8 --repeats 1 --batch-size 8",
 ]
 RECORDS = {

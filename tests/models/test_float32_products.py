@@ -68,15 +68,19 @@ def in_convolutions() -> None:
 WAYS = [older, medium, newer, everywhere, in_convolutions]
 
 
-@pytest.fixture(autouse=True)
-def as_it_was() -> Iterator[None]:
-    before = settings()
-    yield
+def reset() -> None:
+    """As torch begins; what was compiled before a test may have set switches."""
     backends.fp32_precision = backends.cudnn.fp32_precision = "none"
     torch.set_float32_matmul_precision("highest")
     backends.cudnn.allow_tf32 = True
     backends.cuda.matmul.fp32_precision = backends.mkldnn.matmul.fp32_precision = "none"
-    assert settings() == before
+
+
+@pytest.fixture(autouse=True)
+def as_it_was() -> Iterator[None]:
+    reset()
+    yield
+    reset()
 
 
 @pytest.mark.parametrize("allow", WAYS)

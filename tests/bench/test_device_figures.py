@@ -26,7 +26,7 @@ OPTIONS = (
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_every_part_has_its_figures(device, monkeypatch):
     # The graph is captured as for the real compiler, which would take half a minute.
-    monkeypatch.setattr("dlmctl.models.policy.COMPILER", "aot_eager")
+    monkeypatch.setattr("dlmctl.models.compiled.COMPILER", "aot_eager")
     done = invoke("bench", *OPTIONS.split(), device)
     assert done.exit_code == 0, done.output
     rows = [orjson.loads(line) for line in done.stdout.splitlines()]
@@ -184,7 +184,7 @@ def test_models_that_do_not_attend_to_the_whole_sequence_are_refused(family, sav
 
 
 def test_without_a_compiler_the_record_says_so(monkeypatch):
-    monkeypatch.setattr("dlmctl.models.policy.which", lambda name: None)
+    monkeypatch.setattr("dlmctl.models.compiled.which", lambda name: None)
     work = DeviceWork(**{**SMALL.__dict__, "parts": "compile"})
     rows = list(device_figures("random:tiny", work, Device("cpu")))
     assert [row["value"] for row in rows] == [None, None]
