@@ -1,8 +1,8 @@
 """KL divergence between the predictions of two models, with gradient for one of them.
 
-As in `diffusion.projection`, only the logits of a few positions are in memory at a time, and the
-gradient of a chunk is computed while they are. With p the target's predictions, q the student's, z
-the student's logits and c a factor for each position, value and gradient by z are
+As in `diffusion.fused_linear_logprob`, only the logits of a few positions are in memory at a time,
+and the gradient of a chunk is computed while they are. With p the target's predictions, q the
+student's, z the student's logits and c a factor for each position, value and gradient by z are
 
     kl-fwd    c KL(p || q) = c sum_v p (log p - log q)      c (q - p)
     kl-bwd    c KL(q || p) = c sum_v q (log q - log p)      c q (log q - log p - KL(q || p))

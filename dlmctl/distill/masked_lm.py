@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from dlmctl.diffusion.elbo import own_parts, scored_states, scored_tokens
 from dlmctl.diffusion.fused_linear_logprob import weighted_log_prob
@@ -38,6 +37,7 @@ from dlmctl.models.adapters import merged
 from dlmctl.models.loading import load_policy
 from dlmctl.models.policy import Policy
 from dlmctl.models.saving import save_policy
+from dlmctl.models.sending import sent
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.files import publish_directory
 from dlmctl.records.jsonl import Record, each
@@ -78,16 +78,16 @@ def consistency_gradient(
         loss, and its two parts consistency and cross_entropy, in nats per token.
     """
     ordered = sorted(examples, key=lambda example: len(example.prompt) + len(example.completion))
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64, device=student.device)
     student.model.train()
     for part, counts in own_parts(ordered, batch_size):
         share = counts / len(examples)
         losses = functools.partial(_losses, student, target, part, divergence, share)
         divergences, cross_entropies = whole_pass(student.model, losses)
         (divergences + cross_entropies).backward()
-        sums += torch.stack([divergences.detach(), cross_entropies.detach()]).double().cpu()
+        sums += torch.stack([divergences.detach(), cross_entropies.detach()])
     student.model.eval()
-    consistency, cross_entropy = all_reduce_sum(sums).tolist()
+    consistency, cross_entropy = all_reduce_sum(sums.cpu()).tolist()
     return {
         "loss": consistency + cross_entropy,
         "consistency": consistency,
@@ -107,13 +107,14 @@ def _losses(
     at_t = [e.masks.at_t for e in examples]
     scored = scored_states(student, *texts, at_t)  # K masked tokens, row by row
     counts = torch.tensor([int(mask.sum()) for mask in at_t], dtype=torch.float64)
-    weights = (share / counts).to(scored.rows.device)[scored.rows]  # [K]
-    at_s = pad_sequence([e.masks.at_s for e in examples], batch_first=True)  # [N, G]
-    later = at_s.to(scored.rows.device)[scored.rows, scored.columns]  # [K], also in M_s
+    weights = sent(share / counts, student.device)[scored.rows]  # [K]
+    # Which of them are also in M_s is known on the host.
+    also = torch.cat([e.masks.at_s[e.masks.at_t] for e in examples])  # [K]
+    later, sooner = (sent(part.nonzero()[:, 0], student.device) for part in (also, ~also))
     cross_entropy = weighted_log_prob(
-        student, scored.states[~later], scored.targets[~later], -weights[~later]
+        student, scored.states[sooner], scored.targets[sooner], -weights[sooner]
     )
-    if not bool(later.any()):
+    if not also.any():
         return torch.zeros_like(cross_entropy), cross_entropy
     with torch.no_grad():
         goals = scored_states(target, *texts, [e.masks.at_s for e in examples])
