@@ -17,8 +17,8 @@ from dlmctl.settings.models import split_name
 
 ROUNDING = 1e-3
 """How far above 0 a log-probability in half precision may be."""
-PROBES = (1.0, 100.0)
-"""Temperatures at which an engine is asked what its log-probabilities are."""
+PROBES = (1.0, 2.0, 0.05)
+"""Temperatures at which an engine is asked what its log-probabilities are; vLLM has up to 2."""
 LATEST = "latest"
 """The link of a run to its newest checkpoint."""
 LONGEST_NAME = 300
@@ -216,15 +216,16 @@ def same_model(weights: Weights, served: Any) -> bool:
     return Path(served).name != LATEST and Path(served).resolve() == weights.directory.resolve()
 
 
-def before_temperature(cold: float, hot: float, vocab_size: int) -> bool:
+def before_temperature(best: Sequence[float]) -> bool:
     """Whether log-probabilities that an engine gives are those of the model, before temperature.
 
-    An option of the server decides it, and no path tells it. At a high temperature all tokens are
-    about equally probable, so that the most probable token has, after temperature, about the
-    log-probability of a uniform distribution. False if it cannot be told from that of the model.
+    An option of the server decides it, and no path tells it. After temperature, the most probable
+    token would be less probable at 2 and more probable at 0.05, unless it has equals alone: one
+    with p at temperature 1 has at most 1 / (1 + sqrt((1 - p) / p)) at 2. False if that cannot be
+    told from rounding, as of a token that is all but certain.
 
     Args:
-        cold, hot: log-probabilities of the most probable token at the temperatures of `PROBES`.
+        best: log-probabilities of the most probable token at the temperatures of `PROBES`.
     """
-    apart = abs(cold + math.log(vocab_size))
-    return apart > 0.1 and abs(hot - cold) < apart / 4
+    at_one, *others = best
+    return at_one < -0.0015 and all(abs(other - at_one) < 0.02 for other in others)

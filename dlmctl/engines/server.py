@@ -115,8 +115,7 @@ class Server:
             for temperature in PROBES:
                 if temperature not in self._best:
                     self._best[temperature] = engine.best_log_prob(self._first, temperature)
-            cold, hot = (self._best[temperature] for temperature in PROBES)
-            return before_temperature(cold, hot, generation.vocab_size)
+            return before_temperature([self._best[temperature] for temperature in PROBES])
 
     def _lost(self, error: Lost, turn: int) -> None:
         """Ask no more for a while, unless that has been done since the request began."""

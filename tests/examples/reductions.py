@@ -69,8 +69,6 @@ REDUCTIONS = {
     "-n 50000 --references 50000": "",
     "bench rollout --gen-length 256 --steps 64": "bench rollout -m random:tiny --gen-length 32 "
     "--steps 8 --prompts 2",
-    "bench rollout --gen-length 256 --steps 128": "bench rollout -m random:tiny --gen-length 32 "
-    "--steps 8 --prompts 2",
     "tests/benchmarks/sae.py": "tests/benchmarks/sae.py --width 16 --latents 600 --steps 1 "
     "--sae-batch-size 64 -m random:tiny --layers 0 --context 16 --expansion 20",
     "-m random:8b --layers 1,6,11,16,26,30": "",
