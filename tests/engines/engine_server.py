@@ -308,7 +308,7 @@ def _only(body: dict[str, Any], known: set[str]) -> None:
 def _check(prompt: Any, how: dict[str, Any]) -> None:
     if not isinstance(prompt, list) or not prompt or not all(type(i) is int for i in prompt):
         raise RefusedError("the prompt is not a list of ids")
-    if not (how["temperature"] >= 0 and 0 < how["top_p"] <= 1 and how["n"] == 1):
+    if not (0 <= how["temperature"] <= 2 and 0 < how["top_p"] <= 1 and how["n"] == 1):
         raise RefusedError("temperature, top_p or n is out of range")
 
 
