@@ -61,7 +61,7 @@ def engine_targets() -> list[Target]:
 
 def _engine(data: bytes, folder: Path) -> None:
     from dlmctl.engines.connection import Connection, Lost, _said
-    from dlmctl.engines.protocol import Generation, Weights, before_temperature
+    from dlmctl.engines.protocol import PROBES, Generation, Weights, before_temperature
     from dlmctl.engines.server import recognised
 
     class Told(Connection):
@@ -78,8 +78,7 @@ def _engine(data: bytes, folder: Path) -> None:
         weights = Weights("a/model", folder, REVISION, True)
         engine.take(weights)
         engine.generate(Generation([1, 2], 0, 2, 1.0, 1.0, 0, (1,), 4))
-        cold = engine.best_log_prob([1], 1.0)
-        before_temperature(cold, engine.best_log_prob([1], 100.0), 4)
+        before_temperature([engine.best_log_prob([1], probe) for probe in PROBES])
         engine.push(weights)
         engine.take(Weights("an/adapter", folder, f"{REVISION}.{REVISION}", True, weights))
     except Lost as error:
