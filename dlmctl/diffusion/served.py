@@ -16,7 +16,7 @@ from dlmctl.settings.rollout import Engines
 from dlmctl.settings.sampler import Sampler
 
 SEEDS = 2**31
-"""How many an engine tells apart at least."""
+"""Number of seeds that every engine tells apart."""
 KEPT = ("gen_length", "temperature", "top_p", "top_k")
 """Options of the sampler that an engine has, too."""
 
