@@ -95,12 +95,16 @@ def _adapt(settings: Adapted, sampling: dict[str, int], directory: Path) -> None
 
 
 def _tokenizer(settings: SmallTokenizer) -> Any:
-    from dlmctl.models.tokenizers import byte_tokenizer, character_tokenizer, word_tokenizer
+    from dlmctl.models import tokenizers
 
     if settings.vocabulary is None:
-        is_byte = settings.tokenizer == "byte"
-        return byte_tokenizer() if is_byte else character_tokenizer(settings.alphabet)
-    tokenizer = word_tokenizer(_texts(settings.vocabulary))
+        if settings.tokenizer == "byte":
+            return tokenizers.byte_tokenizer()
+        return tokenizers.character_tokenizer(settings.alphabet)
+    texts = _texts(settings.vocabulary)
+    if settings.tokenizer == "bpe":
+        return tokenizers.bpe_tokenizer(texts, settings.vocabulary_size or 4096)
+    tokenizer = tokenizers.word_tokenizer(texts)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UsageError(
             f"--vocabulary {settings.vocabulary} has no words: no 'prompt', 'completion', 'text' "

@@ -1,4 +1,7 @@
-"""Tokenizers for small models: one token per character of an alphabet, per byte, or per word."""
+"""Tokenizers for small models.
+
+One token per character of an alphabet, per byte, per word, or per frequent sequence of bytes.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 PAD, EOS, MASK = "<pad>", "<eos>", "<mask>"
@@ -33,6 +36,25 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    return _wrapped(tokenizer)
+
+
+def bpe_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """Byte pair encoding of the texts (Sennrich et al. 2016) with at most `size` tokens.
+
+    Tokens are sequences of bytes that occur together within a word and the space before it, so that
+    every text has ids. Ids 0, 1, 2 are padding, end-of-sequence and mask, the next 256 the bytes.
+    """
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
     return _wrapped(tokenizer)
 
 

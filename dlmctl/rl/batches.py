@@ -165,6 +165,23 @@ def _name(record: Record, field: str) -> str | None:
     return name
 
 
+def other_distribution(record: Record) -> str | None:
+    """How a completion was sampled, if not from the model's own distribution, which is scored.
+
+    At temperature 1 and without --top-p and --top-k, sampling and scoring have one policy.
+    """
+    place = object_field(record, "rollout")
+    settings = {"temperature": 1, "top_p": 1, "top_k": 0}
+    sampler = place.get("sampler")
+    used = {**(sampler if isinstance(sampler, dict) else {}), **place}
+    changed = [
+        f"{name.replace('_', '-')} {used[name]}"
+        for name, neutral in settings.items()
+        if used.get(name) not in (None, neutral)
+    ]
+    return " and ".join(changed) or None
+
+
 def max_lag(record: Record) -> int:
     """How many rounds old the weights may be that a completion was sampled from."""
     lag = object_field(record, "rollout").get("max_lag", 0)

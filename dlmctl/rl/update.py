@@ -25,7 +25,14 @@ from dlmctl.models.allocator import release_cached_memory
 from dlmctl.records.errors import UsageError
 from dlmctl.records.interrupts import stopping
 from dlmctl.records.jsonl import Record, each
-from dlmctl.rl.batches import StepBatch, check_on_policy, packed, step_batches, unpacked
+from dlmctl.rl.batches import (
+    StepBatch,
+    check_on_policy,
+    other_distribution,
+    packed,
+    step_batches,
+    unpacked,
+)
 from dlmctl.rl.objectives.scores import Objective
 from dlmctl.rl.policy_gradient import Batching, Reference, policy_gradients
 from dlmctl.rl.samplers import Samplers, reference_log_probs
@@ -57,6 +64,7 @@ def update_policy(
     )
     samplers = Samplers(run, batch_size)
     recorded = objective.recipe.sampled_old and not run.policy.diffusion
+    noted: set[str] = set()
 
     def gradients(batch: StepBatch) -> Iterator[dict[str, Any]]:
         if not any_policy:
@@ -68,6 +76,7 @@ def update_policy(
             )
         if objective.needs == "ratios" and not recorded:
             samplers.keep(batch)
+        _note_distribution(batch, noted)
         for metrics in policy_gradients(
             run.policy, reference, batch.groups, objective, batching, batch_size, samplers
         ):
@@ -99,6 +108,18 @@ def update_supervised(
     prepared = each(records, lambda record: with_completion_ids(record, run.policy, fill))
     batches = plain_batches(prepared, records_per_step, run.passed)
     return take_steps(batches, run, gradients, save_every, keep)
+
+
+def _note_distribution(batch: StepBatch, noted: set[str]) -> None:
+    """Say once for each way in which completions were sampled otherwise than they are scored."""
+    for way in {way for record in batch.rows if (way := other_distribution(record))} - noted:
+        noted.add(way)
+        if is_first():
+            print(
+                f"dlmctl: completions were sampled with {way}, and are scored with temperature 1 "
+                "and all tokens: off-policy ('dlmctl rollout --temperature 1' is on-policy)",
+                file=sys.stderr,
+            )
 
 
 def _rewards(batch: StepBatch) -> dict[str, float]:

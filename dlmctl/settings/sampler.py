@@ -50,7 +50,12 @@ class Sampler:
         minimum=1,
         shown_default=own("--gen-length"),
     )
-    temperature: float = knob(0.0, "0 is greedy; above 0, exact Gumbel-max sampling.", minimum=0.0)
+    temperature: float = knob(
+        0.0,
+        "0 is greedy; above 0, exact Gumbel-max sampling. Training scores completions at "
+        "temperature 1, so that other temperatures sample off-policy.",
+        minimum=0.0,
+    )
     top_p: float | None = knob(
         None,
         "Sample from the fewest most probable tokens that have more than this probability, after "
@@ -270,7 +275,7 @@ class Sampler:
         return self.threshold is not None or self.factor is not None
 
 
-SAMPLED = Sampler(temperature=0.9)
+SAMPLED = Sampler(temperature=1.0)
 """What `rollout` does if nothing is said, and so what is planned and measured."""
 
 OWN: tuple[str, ...] = tuple(

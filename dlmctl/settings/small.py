@@ -48,22 +48,33 @@ class SmallModel:
 class SmallTokenizer:
     """The tokenizer of a small model."""
 
-    tokenizer: Literal["char", "byte", "word"] = knob(
+    tokenizer: Literal["char", "byte", "word", "bpe"] = knob(
         "char",
-        "A token for each character of --alphabet, for each byte, or for each word and punctuation "
-        "mark of --vocabulary.",
+        "A token for each character of --alphabet, for each byte, for each word and punctuation "
+        "mark of --vocabulary, or for each byte and the sequences of bytes that are most frequent "
+        "in it (byte pair encoding).",
     )
     alphabet: str = knob(
         "0123456789+-*/(),:=", "Characters of the char tokenizer; the default is what puzzles need."
     )
     vocabulary: str | None = knob(
         None,
-        "For the word tokenizer: JSONL whose `prompt`, `completion`, `text` and `messages` contain "
-        "every word that the model is to know; - is standard input.",
+        "For word and bpe: JSONL with texts in `prompt`, `completion`, `text` and `messages`; - is "
+        "standard input. A word tokenizer knows no word that is not in them.",
         metavar="FILE",
         shown_default="none",
     )
+    vocabulary_size: int | None = knob(
+        None,
+        "For bpe: number of tokens, at least 259 for padding, end-of-sequence, mask and the bytes.",
+        minimum=259,
+        shown_default="bpe 4096",
+    )
 
     def __post_init__(self) -> None:
-        if (self.vocabulary is not None) != (self.tokenizer == "word"):
-            raise UsageError("--tokenizer word and --vocabulary FILE go together")
+        if (self.vocabulary is not None) != (self.tokenizer in ("word", "bpe")):
+            raise UsageError(
+                "--vocabulary FILE goes with --tokenizer word or bpe, and they with it"
+            )
+        if self.vocabulary_size is not None and self.tokenizer != "bpe":
+            raise UsageError("--vocabulary-size is for --tokenizer bpe")

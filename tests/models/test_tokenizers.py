@@ -1,4 +1,4 @@
-"""Tokens that are words: texts come back as they were, and unknown words are refused."""
+"""Tokens that are words or frequent bytes: texts come back as they were, unknown words do not."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from dlmctl.cli import app
 from dlmctl.models.loading import load_policy
 from dlmctl.models.saving import save_policy
-from dlmctl.models.tokenizers import word_tokenizer
+from dlmctl.models.tokenizers import bpe_tokenizer, word_tokenizer
 from dlmctl.records.errors import DataError
 
 TEXTS = [
@@ -49,6 +49,17 @@ def test_tokens_know_where_they_stand():
     ]  # fmt: skip
 
 
+def test_pairs_are_merged_by_frequency_and_every_text_has_tokens():
+    tokenizer = bpe_tokenizer(["low low low lower"], 259 + 4)
+    learned = [tokenizer.decode([i]) for i in range(259, len(tokenizer))]
+    assert learned[:3] == ["lo", "low", " low"]
+    for text in [*TEXTS, "\N{SNOWMAN}\x00 low"]:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(ids) == text
+        assert not set(ids) & set(tokenizer.all_special_ids)
+    assert len(tokenizer.encode(" low", add_special_tokens=False)) == 1
+
+
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
     rows = [
@@ -80,6 +91,14 @@ def test_init_makes_a_model_of_the_words_of_a_corpus(corpus, family):
         policy.encode_text("left")
 
 
+def test_init_makes_a_model_with_byte_pair_encoding(corpus):
+    line = "init new --tokenizer bpe --vocabulary c.jsonl --vocabulary-size 270 --hidden-size 8"
+    assert run(f"{line} --heads 2").exit_code == 0
+    policy = load_policy("new", "cpu")
+    assert 262 < policy.vocab_size <= 270
+    assert policy.decode(policy.encode_text("left out")) == "left out"
+
+
 def test_a_completion_with_an_unknown_word_is_named_by_its_line(corpus):
     run("init new --tokenizer word --vocabulary c.jsonl --hidden-size 8 --heads 2")
     (corpus / "d.jsonl").write_text('{"id":1,"prompt":"a","completion":"out"}')
@@ -92,12 +111,14 @@ def test_a_completion_with_an_unknown_word_is_named_by_its_line(corpus):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--tokenizer word", "go together"),
-        ("--vocabulary c.jsonl", "go together"),
+        ("--tokenizer word", "goes with --tokenizer word or bpe"),
+        ("--tokenizer bpe", "goes with --tokenizer word or bpe"),
+        ("--vocabulary c.jsonl", "goes with --tokenizer word or bpe"),
+        ("--vocabulary-size 300", "--vocabulary-size is for --tokenizer bpe"),
         ("--tokenizer word --vocabulary e.jsonl", "e.jsonl has no words"),
     ],
 )
-def test_a_vocabulary_belongs_to_the_word_tokenizer(corpus, options, message):
+def test_a_vocabulary_belongs_to_a_tokenizer_that_learns_it(corpus, options, message):
     (corpus / "e.jsonl").write_text('{"answer": "4"}\n')
     done = run(f"init new {options}")
     assert done.exit_code == 2

@@ -4,7 +4,13 @@ import pytest
 
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record
-from dlmctl.rl.batches import CutRoundError, check_on_policy, of_one_model, step_batches
+from dlmctl.rl.batches import (
+    CutRoundError,
+    check_on_policy,
+    of_one_model,
+    other_distribution,
+    step_batches,
+)
 
 
 def samples(prompt, count, of=None, round_=None, round_size=None):
@@ -139,6 +145,21 @@ def test_a_round_that_is_not_the_next_one_is_refused():
 def test_records_outside_a_training_loop_come_from_any_policy():
     [batch] = step_batches(samples("a", 2), 1)
     check_on_policy(batch, ["new"], 7)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "way"),
+    [
+        ({"temperature": 1.0, "sampler": {"top_p": 1.0, "top_k": 0}}, None),
+        ({}, None),
+        ({"temperature": 0.9}, "temperature 0.9"),
+        ({"temperature": 0}, "temperature 0"),
+        ({"temperature": 1, "sampler": {"top_p": 0.5, "top_k": 9}}, "top-p 0.5 and top-k 9"),
+        ({"sampler": "unknown", "temperature": 2}, "temperature 2"),
+    ],
+)
+def test_a_completion_of_another_distribution_is_told(rollout, way):
+    assert other_distribution(Record(id="a", rollout=rollout)) == way
 
 
 def sampled(*models, **more):
