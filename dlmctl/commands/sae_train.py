@@ -69,11 +69,8 @@ def command(
     dlmctl prompts sudoku -n 20000 --completions | dlmctl sae-train --layers 1,3 -k 8 --latents 512
     --tokens 200000 -o saes
 
-    dlmctl sae-train corpus.jsonl -m GSAI-ML/LLaDA-8B-Base --layers 26 -k 80 --kind matryoshka
-    -o nested
-
     torchrun --nproc-per-node 8 -m dlmctl sae-train corpus.jsonl -m GSAI-ML/LLaDA-8B-Base
-    --layers 1,6,11,16,26,30 -k 50,160 --positions mask,unmask -o saes
+    --layers 1,6,11,16,26,30 -k 50,160 --positions mask,unmask --kind matryoshka -o saes
     """
     from dlmctl.sae.training.division import divided
     from dlmctl.sae.training.run import SaeRun, finished, folder_name
