@@ -88,7 +88,7 @@ class SaeRecipe:
         "With --kind matryoshka: the prefixes of the dictionary that reconstruct by themselves, as "
         "shares of --latents; the whole dictionary always does.",
         metavar="SHARE,…",
-        shown_default=", ".join(f"{share}" for share in PREFIXES),
+        shown_default=",".join(map(str, PREFIXES)),
         panel=RECIPE,
     )
     rate: float = knob(3e-4, "Learning rate of Adam.", "--lr", minimum=0.0, panel=RECIPE)

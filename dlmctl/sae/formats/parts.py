@@ -45,6 +45,9 @@ def assemble(
         k: what the folder says of K.
         threshold: name of the thresholds, [F] or a single number, of a JumpReLU autoencoder; its
             `k` may be missing.
+
+    Raises:
+        DataError: one is missing or has another shape, or K is no number of latents.
     """
     missing = [name for name in names if not isinstance(tensors.get(name), Tensor)]
     if missing:
@@ -112,8 +115,10 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def tensors_of(sae: TopKSae) -> dict[str, Tensor]:
+    """`PARAMETERS`, and `threshold` if it has one, in float32 on the CPU."""
     return {name: value.detach().float().cpu() for name, value in sae.state_dict().items()}
 
 
 def safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file; raises DataError if it is not whole."""
     return read_weights([path], lambda name: name)
