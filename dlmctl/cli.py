@@ -54,7 +54,7 @@ SUBCOMMANDS = {
     ),
     "update": Subcommand("update", PIPE, "Train a model on the records and save a checkpoint."),
     "sae-train": Subcommand(
-        "sae_train", SAE, "Train Top-K sparse autoencoders on activations of a model."
+        "sae_train", SAE, "Train sparse autoencoders on activations of a model."
     ),
     "sae-eval": Subcommand(
         "sae_eval",

@@ -28,6 +28,9 @@ def command(
     (config.json, ae.pt), in which the autoencoders of DLM-Scope were released, and of sparsify
     (cfg.json, sae.safetensors). ae.pt is read as data: no code in it is run.
 
+    Read and written are Top-K autoencoders and those with thresholds, which are JumpReLU, BatchTopK
+    and Matryoshka; SAELens saves all three as jumprelu, and sparsify has none of them.
+
     Examples:
 
     dlmctl sae-convert llada-mask-topk-sae/resid_post_layer_26/trainer_2 saes/layer26-k160-mask
@@ -40,8 +43,8 @@ def command(
     saved = read_sae(source)
     write_sae(saved, target, layout)
     sae = saved.sae
+    size = f"d {sae.d_in}, {sae.d_sae} latents" + (f", k {sae.k}" if sae.k else "")
     print(
-        f"dlmctl: {target}: {layout} from {layout_of(source)}, d {sae.d_in}, {sae.d_sae} latents, "
-        f"k {sae.k}",
+        f"dlmctl: {target}: {layout} from {layout_of(source)}, {size}",
         file=sys.stderr,
     )

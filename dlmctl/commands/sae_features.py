@@ -24,7 +24,7 @@ from dlmctl.settings.corpus import (
     SaeModel,
     Sequences,
 )
-from dlmctl.settings.features import WindowCounts
+from dlmctl.settings.features import Neuronpedia, WindowCounts
 from dlmctl.settings.streams import Output, Quiet
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def command(
             metavar="DIRECTORY",
         ),
     ] = None,
+    neuronpedia: Neuronpedia = None,
     seed: Seed = 0,
     batch_size: Sequences = 16,
     device: Device = Device(),
@@ -115,6 +116,7 @@ def command(
     from dlmctl.models.loading import load_policy
     from dlmctl.sae.features.code_batch import code_batches
     from dlmctl.sae.features.delphi import DelphiCache
+    from dlmctl.sae.features.neuronpedia import source_of, with_neuronpedia
     from dlmctl.sae.features.page import with_page
     from dlmctl.sae.features.records import feature_records
     from dlmctl.sae.features.responses import collect_responses, parse_choice, select_slots
@@ -126,6 +128,8 @@ def command(
     choice = parse_choice(features, sae.d_sae)
     if delphi is not None:
         check_free(delphi)
+    if neuronpedia is not None:
+        source_of(neuronpedia)
     plan = corpus_plan(corpus, seed, by_name)
     layer = saved.metadata.get("dlm_layer") if layer is None else layer
     if layer is None:
@@ -177,7 +181,11 @@ def command(
     }
     slots = select_slots(responses, choice, seed)
     records = feature_records(responses, slots, policy, sae, facts)
-    write_records(records if html is None else with_page(records, html), output)
+    if html is not None:
+        records = with_page(records, html)
+    if neuronpedia is not None:
+        records = with_neuronpedia(records, neuronpedia)
+    write_records(records, output)
 
 
 def _positions(given: Positions | None, saved: SavedSae, policy: Policy) -> Positions:

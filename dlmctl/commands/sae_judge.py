@@ -12,6 +12,7 @@ from dlmctl.commands.progress import counted
 from dlmctl.records.jsonl import Record, each, read_records, write_records
 from dlmctl.settings import Knob
 from dlmctl.settings.compute import Compute, Seed
+from dlmctl.settings.features import Neuronpedia
 from dlmctl.settings.streams import Files, OnErrorOption, Output, Quiet
 
 
@@ -25,6 +26,7 @@ def command(
     html: Annotated[
         Path | None, Knob("Write the page of 'sae-features --html', with scores.", metavar="FILE")
     ] = None,
+    neuronpedia: Neuronpedia = None,
     seed: Seed = 0,
     compute: Compute = Compute(batch_size=16),
     on_error: OnErrorOption = "keep",
@@ -51,7 +53,11 @@ def command(
     dlmctl sae-judge --judge GSAI-ML/LLaDA-8B-Instruct --html features.html features.jsonl
     """
     from dlmctl.sae.features.autointerp import advance
+    from dlmctl.sae.features.neuronpedia import source_of, with_neuronpedia
     from dlmctl.sae.features.page import with_page
+
+    if neuronpedia is not None:
+        source_of(neuronpedia)
 
     def step(records: Iterable[Record]) -> Iterator[Record]:
         return each(records, lambda record: advance(record, seed), on_error)
@@ -66,6 +72,8 @@ def command(
             records = step(ask(records))
     if html is not None:
         records = with_page(records, html)
+    if neuronpedia is not None:
+        records = with_neuronpedia(records, neuronpedia)
     write_records(_with_summary(counted(records, "features", quiet, total)), output)
 
 

@@ -48,10 +48,11 @@ def command(
     device: Device = Device(),
     quiet: Quiet = False,
 ) -> None:
-    """Train Top-K sparse autoencoders on activations of a model.
+    """Train sparse autoencoders on activations of a model.
 
-    One forward pass of the model feeds all of them. There is an autoencoder for each combination of
-    layer, kind of positions and K, in a folder such as layer5-k50-mask that SAELens loads. In place
+    They are Top-K autoencoders or, with --kind, BatchTopK or Matryoshka ones. One forward pass of
+    the model feeds all of them. There is an autoencoder for each combination of layer, kind of
+    positions and K, in a folder such as layer5-k50-mask that SAELens loads. In place
     of a corpus you can give a directory written by 'dlmctl sae-activations'. Writes metrics to
     standard output and to DIRECTORY/metrics.jsonl. The same command resumes a run that was killed.
 
@@ -69,7 +70,7 @@ def command(
     --tokens 200000 -o saes
 
     torchrun --nproc-per-node 8 -m dlmctl sae-train corpus.jsonl -m GSAI-ML/LLaDA-8B-Base
-    --layers 1,6,11,16,26,30 -k 50,160 --positions mask,unmask -o saes
+    --layers 1,6,11,16,26,30 -k 50,160 --positions mask,unmask --kind matryoshka -o saes
     """
     from dlmctl.sae.training.division import divided
     from dlmctl.sae.training.run import SaeRun, finished, folder_name

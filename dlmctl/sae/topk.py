@@ -1,16 +1,20 @@
-"""Top-K sparse autoencoder (Gao et al. 2024, arXiv 2406.04093; DLM-Scope, arXiv 2602.05859).
+"""Sparse autoencoders: Top-K (Gao et al. 2024, arXiv 2406.04093; DLM-Scope, arXiv 2602.05859) and
+JumpReLU (Rajamanoharan et al. 2024, arXiv 2407.14435).
 
     pre  = (x - b_dec) W_enc + b_enc           [N, F]
-    z    = the K largest of pre where they are positive, 0 elsewhere
+    z    = pre where it is positive and chosen, 0 elsewhere
+           Top-K: the K largest of an activation; JumpReLU: all above the threshold of their latent
     xhat = z W_dec + b_dec                     [N, d]
 
-Codes are kept as the K values and their places: a row of F = 16,384 has 50 to 820 of them. Rows of
-W_dec have norm 1. Some published scripts leave `- b_dec` out when they encode; training never does,
-and neither does this.
+BatchTopK and Matryoshka autoencoders are JumpReLU autoencoders once they are trained. Codes are
+kept as the values and their places: a row of F = 16,384 has 50 to 820 of them. Rows of W_dec have
+norm 1 in autoencoders trained here. Some published scripts leave `- b_dec` out when they encode;
+training never does, and neither does this.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,12 +25,16 @@ from dlmctl.models.float32_products import whole_products
 
 
 class Codes(NamedTuple):
-    """Sparse codes of N activations; the order within a row has no meaning."""
+    """Sparse codes of N activations; the order within a row has no meaning.
+
+    K is that of a Top-K autoencoder, or the largest number of latents that are active at once. A
+    row with fewer has values of 0, whose indices have no meaning.
+    """
 
     values: Tensor
     """[N, K], at least 0."""
     indices: Tensor
-    """int64 [N, K], which latents."""
+    """int64 [N, K], which latents; those of positive values are distinct within a row."""
 
     def dense(self, latents: int) -> Tensor:
         """The same as [N, F]."""
@@ -37,7 +45,10 @@ class Codes(NamedTuple):
 class TopKSae(nn.Module):
     """A dictionary of F latents for activations of width d, K of which are active at once."""
 
-    def __init__(self, d_in: int, d_sae: int, k: int) -> None:
+    k: int | None
+    """K; of a JumpReLU autoencoder the mean that it was trained for, None if it is not known."""
+
+    def __init__(self, d_in: int, d_sae: int, k: int | None) -> None:
         super().__init__()
         self.k = k
         self.W_enc = nn.Parameter(torch.zeros(d_in, d_sae))
@@ -58,8 +69,13 @@ class TopKSae(nn.Module):
         with whole_products():  # which decide what latents are active
             return torch.addmm(self.b_enc, x - self.b_dec, self.W_enc)
 
+    def rectified(self, pre: Tensor) -> Tensor:
+        """The codes [N, F] of pre-activations [N, F] if all latents that can be were chosen."""
+        return pre.relu()
+
     def encode(self, x: Tensor) -> Codes:
         """The codes of activations [N, d]; differentiable by way of the values."""
+        assert self.k is not None
         values, indices = self.pre_activations(x).topk(self.k, dim=1, sorted=False)
         return Codes(values.relu(), indices)
 
@@ -70,6 +86,35 @@ class TopKSae(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Reconstructions [N, d] of activations [N, d]."""
         return self.decode(self.encode(x))
+
+
+class JumpReluSae(TopKSae):
+    """A dictionary in which every latent above its threshold is active."""
+
+    threshold: Tensor
+    """[F]"""
+
+    def __init__(self, d_in: int, d_sae: int, k: int | None = None) -> None:
+        super().__init__(d_in, d_sae, k)
+        self.register_buffer("threshold", torch.zeros(d_sae))
+
+    def rectified(self, pre: Tensor) -> Tensor:
+        return pre.relu().where(pre > self.threshold, 0.0)
+
+    def encode(self, x: Tensor) -> Codes:
+        values = self.rectified(self.pre_activations(x))  # [N, F]
+        most = int((values > 0).sum(dim=1).max()) if len(x) else 0
+        return Codes(*values.topk(max(1, most), dim=1, sorted=False))
+
+
+def join_codes(parts: Sequence[Codes]) -> Codes:
+    """The codes of consecutive activations, with the largest K of the parts."""
+    width = max(part.values.shape[1] for part in parts)
+
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([functional.pad(t, (0, width - t.shape[1])) for t in tensors])
+
+    return Codes(joined([part.values for part in parts]), joined([part.indices for part in parts]))
 
 
 def combine(codes: Codes, rows: Tensor) -> Tensor:

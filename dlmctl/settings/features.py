@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Annotated, ClassVar
 
 from dlmctl.records.errors import UsageError
-from dlmctl.settings import knob
+from dlmctl.settings import Knob, knob
 
 WINDOWS = "Windows"
+
+Neuronpedia = Annotated[
+    Path | None,
+    Knob(
+        "Also write the features as an export that Neuronpedia imports. The last two names of the "
+        "path are those that it shows: the model's, and layer and set, such as "
+        "llada-8b/26-mask-res-16k.",
+        metavar="…/MODEL/LAYER-SET",
+    ),
+]
 
 
 @dataclass(frozen=True)

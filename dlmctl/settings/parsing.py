@@ -6,6 +6,7 @@ Those that take the option's name need it for their message.
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 from dlmctl.records.errors import UsageError
 
@@ -52,6 +53,14 @@ def whole_numbers(option: str, text: str) -> list[int]:
     if not all(part.isdecimal() and len(part) <= DIGITS and int(part) > 0 for part in parts):
         raise UsageError(f"{option} {text} is not a list of whole numbers from 1 on")
     return [int(part) for part in parts]
+
+
+def fractions(option: str, text: str) -> list[Fraction]:
+    """The numbers of a list like 1/32,0.5; raises UsageError if one is not a number."""
+    try:
+        return [Fraction(part) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError):
+        raise UsageError(f"{option} {text} is not a list of numbers such as 1/32,0.5") from None
 
 
 def number_pair(option: str, text: str, form: str) -> tuple[float, float]:

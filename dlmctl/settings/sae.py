@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
+from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob, knob, same
 from dlmctl.settings.compute import Seed
+from dlmctl.settings.parsing import fractions
 
 Aux = Literal["straight", "input", "pre", "rectified"]
+SaeKind = Literal["topk", "batchtopk", "matryoshka"]
 Scope = Literal["all", "matching"]
 Layout = Literal["saelens", "dictionary_learning", "sparsify"]
 """Libraries whose folders of autoencoders we read and write."""
 
 RECIPE, FEED = "Training recipe", "Activations"
+
+PREFIXES = (Fraction(1, 32), Fraction(3, 32), Fraction(7, 32), Fraction(15, 32))
+"""Of Bussmann et al. (2025, arXiv 2503.17547): 2,048, 6,144, 14,336 and 30,720 of 65,536."""
 
 PROFILES: dict[str, dict[str, Any]] = {
     "corrected": {},
@@ -65,6 +73,22 @@ class SaeRecipe:
         "Activations that each autoencoder is trained on. A corpus in files is read repeatedly, "
         "with new masks each time, until there are enough.",
         minimum=1,
+        panel=RECIPE,
+    )
+    kind: SaeKind = knob(
+        "topk",
+        "topk: the K largest latents of an activation are active. batchtopk: those of a batch "
+        "together, K on average; what is saved has a threshold instead, the running mean of the "
+        "smallest active latent. matryoshka: batchtopk that also reconstructs from each of several "
+        "prefixes of the dictionary, so that the first latents are the most general ones.",
+        panel=RECIPE,
+    )
+    prefixes: str | None = knob(
+        None,
+        "With --kind matryoshka: the prefixes of the dictionary that reconstruct by themselves, as "
+        "shares of --latents; the whole dictionary always does.",
+        metavar="SHARE,…",
+        shown_default=",".join(map(str, PREFIXES)),
         panel=RECIPE,
     )
     rate: float = knob(3e-4, "Learning rate of Adam.", "--lr", minimum=0.0, panel=RECIPE)
@@ -122,6 +146,38 @@ class SaeRecipe:
         0.1, "Fraction of the steps over which K falls.", minimum=0.0, maximum=1.0, panel=RECIPE
     )
     seed: int = same(0, Seed)
+
+    def __post_init__(self) -> None:
+        if self.prefixes is not None and self.kind != "matryoshka":
+            raise UsageError(f"--prefixes means nothing to --kind {self.kind}")
+        _ = self.prefix_ends
+
+    @property
+    def prefix_ends(self) -> list[int]:
+        """Numbers of latents in the prefixes of `matryoshka`, the last being all of them.
+
+        Raises:
+            UsageError: they do not increase from 1 on.
+        """
+        if self.kind != "matryoshka":
+            return []
+        shares = PREFIXES if self.prefixes is None else fractions("--prefixes", self.prefixes)
+        ends = [*(int(share * self.latents) for share in shares), self.latents]
+        if ends[0] < 1 or any(after <= before for before, after in pairwise(ends)):
+            raise UsageError(
+                f"--prefixes {','.join(map(str, shares))} of {self.latents} --latents have "
+                f"{','.join(map(str, ends[:-1]))} latents: each needs more than the one before it, "
+                "and fewer than all"
+            )
+        return ends
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the metadata of an autoencoder say of its kind; nothing of `topk`."""
+        if self.kind == "topk":
+            return {}
+        ends = self.prefix_ends
+        return {"dlm_kind": self.kind, **({"dlm_prefixes": ends} if ends else {})}
 
     @property
     def dead_limit(self) -> int:

@@ -72,7 +72,8 @@ LINES = [
     f"sae-train texts.jsonl -m llada {SAE} --positions mask,unmask,all,clean -o OUT",
     f"sae-train texts.jsonl -m llada {SAE} --layers 0,1 --aux input --drop-norms 5 --k-start 16"
     " --dtype bfloat16 -o OUT",
-    f"sae-activations texts.jsonl -m llada --layers 1 -o OUT && sae-train OUT {SAE} -o OUT-saes",
+    "sae-activations texts.jsonl -m llada --layers 1 -o OUT"
+    f" && sae-train OUT {SAE} --kind matryoshka --prefixes 1/4,1/2 -o OUT-saes",
     "sae-eval saes texts.jsonl",
     "sae-eval saes/layer1-k4-mask texts.jsonl --tuned other",
     "sae-stability saes/layer1-k4-mask texts.jsonl --tuned other",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def test_what_the_autoencoder_is_for_is_the_default(place: Path) -> None:
 
 def test_clean_text_has_no_masks_and_no_profile_over_t(place: Path) -> None:
     words = ["--positions", "clean", "--features", "top:3", "--html", "page.html", "--delphi", "d"]
+    words += ["--neuronpedia", "exports/small/1-clean"]
     done = run("sae-features", "sae", "corpus.jsonl", *words, "-o", "out.jsonl")
     assert done.exit_code == 0, done.output
     records = read_jsonl(place / "out.jsonl")
@@ -63,6 +65,9 @@ def test_clean_text_has_no_masks_and_no_profile_over_t(place: Path) -> None:
     assert not any(any(w["masked"]) for r in records for ws in r["windows"].values() for w in ws)
     assert "text in which nothing is masked" in Path("page.html").read_text()
     assert len(list(Path("d/model.layers.1").glob("*.safetensors"))) == 5
+    exported = gzip.decompress(Path("exports/small/1-clean/features/batch-0.jsonl.gz").read_bytes())
+    indices = [orjson.loads(line)["index"] for line in exported.splitlines()]
+    assert indices == [str(record["feature"]) for record in records]
     again = run("sae-features", "sae", "corpus.jsonl", *words)
     assert again.exit_code == 73
     assert "not empty" in again.stderr
@@ -102,7 +107,8 @@ def test_records_go_round_twice_and_have_scores(place: Path) -> None:
     records = read_jsonl(place / "detected.jsonl")
     records[0]["completion"] = "What do you mean by 3?"
     Path("detected.jsonl").write_bytes(b"\n".join(map(orjson.dumps, records)))
-    last = run("sae-judge", "detected.jsonl", "--html", "page.html", "-o", "scores.jsonl")
+    words = ["--html", "page.html", "--neuronpedia", "small/1-unmask", "-o", "scores.jsonl"]
+    last = run("sae-judge", "detected.jsonl", *words)
     assert last.exit_code == 0, last.output
     assert "2 judged, accuracy 0." in last.stderr
     assert "balanced accuracy 0.500; 1 that could not be judged" in last.stderr
@@ -110,6 +116,8 @@ def test_records_go_round_twice_and_have_scores(place: Path) -> None:
     assert "no list of numbers" in scores[0]["error"]["message"]
     assert [record["explanation"] for record in scores] == ["digits"] * 3
     assert "not judged" in Path("page.html").read_text()
+    exported = Path("small/1-unmask/explanations/batch-0.jsonl.gz").read_bytes()
+    assert gzip.decompress(exported).count(b'"digits"') == 3
     failed = run("sae-judge", "detected.jsonl", "--on-error", "fail")
     assert failed.exit_code == 65
     assert "detected.jsonl:1" in failed.stderr

@@ -54,7 +54,7 @@ def test_the_page_has_every_feature_window_and_fact(tmp_path: Path) -> None:
     lines = sum(len(found) for r in records for found in r["windows"].values())
     assert sum(a.get("class") == "text" for a in page.attributes("span")) == lines
     facts = page.text("dl/div/dd")
-    for part in ("saes/<one>", "tiny (abc)", "40, 3 active at once", "masked tokens", "0.1 to 0.9"):
+    for part in ("saes/<one>", "tiny (abc)", "40, K 3", "masked tokens", "0.1 to 0.9"):
         assert part in facts
     words = page.text("li/span") + page.text("li/span/b")
     assert len(words) >= sum(

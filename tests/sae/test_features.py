@@ -11,6 +11,7 @@ from conftest import nearly, tiny_policy
 from small_world import LATENTS, LAYER, Sight, random_sae, small_world
 
 from dlmctl.diffusion.noise import key_tensor, stream_key, uniform
+from dlmctl.models.blocks import block_outputs
 from dlmctl.models.token_text import TokenTexts
 from dlmctl.records.errors import UsageError
 from dlmctl.sae.corpus import MaskLaw, Positions, masked_corpus
@@ -19,6 +20,7 @@ from dlmctl.sae.features.firing_stats import ALIVE
 from dlmctl.sae.features.records import EFFECTS, feature_records, logit_effects
 from dlmctl.sae.features.responses import Responses, collect_responses, parse_choice, select_slots
 from dlmctl.sae.features.windows import LONGEST, Windows
+from dlmctl.sae.topk import JumpReluSae
 from dlmctl.settings.features import WindowCounts
 
 WORLD = small_world()
@@ -280,3 +282,22 @@ def test_a_corpus_without_documents_has_features_that_are_never_active() -> None
     [record] = feature_records(responses, [0], WORLD.policy, WORLD.sae, FACTS)
     assert record["active"] == record["firing_rate"] == 0
     assert record["windows"] == {"top": [], "weighted": [], "inactive": []}
+
+
+def test_latents_with_thresholds_are_taken_as_many_as_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dlmctl.sae.features.code_batch.CHUNK", 5)
+    sae = JumpReluSae(WORLD.sae.d_in, LATENTS)
+    sae.load_state_dict({**WORLD.sae.state_dict(), "threshold": torch.linspace(0, 2, LATENTS)})
+    counts: set[int] = set()
+    for codes in WORLD._replace(sae=sae).stream("mask", 9):
+        states = block_outputs(WORLD.policy, codes.batch.rows(WORLD.policy), [LAYER])[LAYER]
+        pre = (states[codes.batch.masked].float() - sae.b_dec) @ sae.W_enc + sae.b_enc
+        wanted = pre.where(pre > sae.threshold, 0.0).detach()
+        found = torch.zeros_like(wanted)
+        found[codes.token, codes.slot] = codes.value
+        torch.testing.assert_close(found, wanted)
+        assert torch.equal((codes.slots < LATENTS).sum(dim=1), (wanted > 0).sum(dim=1))
+        counts |= set((wanted > 0).sum(dim=1).tolist())
+    assert len(counts) > 3

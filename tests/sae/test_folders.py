@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from dlmctl.commands.corpora import own_model
 from dlmctl.records.errors import DataError, MissingInputError, UsageError
 from dlmctl.sae.formats.folders import SavedSae, layout_of, read_sae, write_sae
-from dlmctl.sae.topk import TopKSae
+from dlmctl.sae.topk import JumpReluSae, TopKSae
 
 LAYOUTS = ["saelens", "dictionary_learning", "sparsify"]
 KNOWN = {
@@ -111,18 +111,123 @@ def broken(tmp_path, saved, layout, **changes):
 @pytest.mark.parametrize(
     ("layout", "changes", "message"),
     [
-        ("saelens", {"architecture": "jumprelu"}, "'jumprelu' autoencoder"),
+        ("saelens", {"architecture": "gated"}, "'gated' autoencoder"),
+        ("saelens", {"architecture": "jumprelu"}, "'threshold' is missing"),
+        ("saelens", {"architecture": "batchtopk"}, "'topk_threshold' is missing"),
+        ("saelens", {"architecture": "jumprelu", "rescale_acts_by_decoder_norm": True}, "fold"),
         ("saelens", {"normalize_activations": "layer_norm"}, "layer_norm"),
         ("saelens", {"k": None}, "k is None"),
         ("saelens", {"k": 13}, "from 1 to 12"),
         ("sparsify", {"transcode": True}, "transcoder"),
         ("sparsify", {"activation": "groupmax"}, "groupmax"),
         ("dictionary_learning", {"dict_class": "GatedAutoEncoder"}, "GatedAutoEncoder"),
+        ("dictionary_learning", {"dict_class": "BatchTopKSAE"}, "none was estimated"),
+        ("dictionary_learning", {"dict_class": None, "trainer_class": "GatedSAETrainer"}, "Gated"),
     ],
 )
 def test_other_kinds_are_refused_by_name(tmp_path, saved, layout, changes, message):
     with pytest.raises(DataError, match=message):
         read_sae(broken(tmp_path, saved, layout, **changes))
+
+
+def jump_relu(**thresholds):
+    """An autoencoder with one threshold, or one for each latent."""
+    torch.manual_seed(1)
+    sae = JumpReluSae(5, 12, 3)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.normal_()
+    sae.threshold.copy_(thresholds.get("threshold", torch.linspace(0, 2, 12)))
+    return SavedSae(sae, KNOWN)
+
+
+@pytest.mark.parametrize("layout", ["saelens", "dictionary_learning"])
+@pytest.mark.parametrize("threshold", [torch.tensor(0.75), torch.linspace(-1, 2, 12)])
+def test_thresholds_are_written_and_read_again(tmp_path, layout, threshold):
+    saved = jump_relu(threshold=threshold)
+    write_sae(saved, tmp_path / "sae", layout)
+    found = read_sae(tmp_path / "sae")
+    assert type(found.sae) is JumpReluSae
+    torch.testing.assert_close(found.sae.threshold, saved.sae.threshold, rtol=0, atol=0)
+    torch.testing.assert_close(found.sae.encode(X).dense(12), saved.sae.encode(X).dense(12))
+    torch.testing.assert_close(found.sae(X), saved.sae(X))
+    assert found.sae.k == 3 or layout == "dictionary_learning"
+    with pytest.raises(UsageError, match="no autoencoders with thresholds"):
+        write_sae(saved, tmp_path / "other", "sparsify")
+    assert not (tmp_path / "other").exists()
+
+
+def test_b_dec_that_is_not_subtracted_from_the_input_is_folded_into_the_encoder(tmp_path):
+    """As in GemmaScope, whose folders in SAELens say apply_b_dec_to_input false."""
+    saved = jump_relu()
+    write_sae(saved, tmp_path / "sae")
+    file = tmp_path / "sae/cfg.json"
+    config = json.loads(file.read_text()) | {"apply_b_dec_to_input": False}
+    file.write_text(json.dumps({name: config[name] for name in config if name != "k"}))
+    sae = saved.sae
+    pre = X @ sae.W_enc + sae.b_enc
+    codes = torch.where(pre > sae.threshold, pre, 0.0).relu()
+    found = read_sae(tmp_path / "sae").sae
+    assert found.k is None
+    torch.testing.assert_close(found.encode(X).dense(12), codes)
+    torch.testing.assert_close(found(X), codes @ sae.W_dec + sae.b_dec)
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_a_checkpoint_of_batchtopk_training_has_one_threshold(tmp_path, rescaled):
+    """`topk_threshold` of SAELens, in units of the rescaled activations."""
+    saved = jump_relu()
+    write_sae(saved, tmp_path / "sae")
+    file = tmp_path / "sae/cfg.json"
+    about = {"architecture": "batchtopk", "k": 2.5, "rescale_acts_by_decoder_norm": rescaled}
+    file.write_text(json.dumps(json.loads(file.read_text()) | about))
+    file = tmp_path / "sae/sae_weights.safetensors"
+    tensors = load_file(file)
+    del tensors["threshold"]
+    save_file(tensors | {"topk_threshold": torch.tensor(1.25, dtype=torch.float64)}, file)
+    sae, found = saved.sae, read_sae(tmp_path / "sae").sae
+    norm = sae.W_dec.norm(dim=1) if rescaled else torch.ones(12)
+    pre = ((X - sae.b_dec) @ sae.W_enc + sae.b_enc) * norm
+    codes = pre.where(pre > 1.25, 0.0)
+    torch.testing.assert_close(found.encode(X).dense(12), codes)
+    torch.testing.assert_close(found(X), codes / norm @ sae.W_dec + sae.b_dec)
+
+
+def test_batchtopk_and_matryoshka_of_dictionary_learning_are_read(tmp_path):
+    """Names of their tensors, and the threshold that their `encode` uses."""
+    sae = jump_relu(threshold=torch.tensor(0.5)).sae
+    shared = {"b_dec": sae.b_dec, "k": torch.tensor(3, dtype=torch.int32)}
+    shared = {name: value.detach() for name, value in shared.items()}
+    linear = {"encoder.weight": sae.W_enc.T, "encoder.bias": sae.b_enc,
+              "decoder.weight": sae.W_dec.T}  # fmt: skip
+    own = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec}
+    for name, tensors, about in (
+        ("BatchTopKSAE", linear, {"dlm_kind": "batchtopk"}),
+        ("MatryoshkaBatchTopKSAE", {**own, "group_sizes": torch.tensor([3, 4, 5])},
+         {"dlm_kind": "matryoshka", "dlm_prefixes": [3, 7, 12]}),
+    ):  # fmt: skip
+        folder = tmp_path / name
+        folder.mkdir()
+        state = {n: t.detach().contiguous() for n, t in tensors.items()}
+        torch.save({**shared, "threshold": torch.tensor(0.5), **state}, folder / "ae.pt")
+        (folder / "config.json").write_text(json.dumps({"trainer": {"dict_class": name, "k": 3}}))
+        found = read_sae(folder)
+        assert found.metadata == about
+        assert found.sae.k == 3
+        for key, value in sae.state_dict().items():
+            assert torch.equal(found.sae.state_dict()[key], value)
+
+
+def test_thresholds_of_another_size_are_refused(tmp_path):
+    write_sae(jump_relu(), tmp_path / "sae")
+    file = tmp_path / "sae/sae_weights.safetensors"
+    for wrong, message in (
+        (torch.zeros(3), r"shape \(3,\)"),
+        (torch.full((12,), torch.nan), "NaN"),
+    ):
+        save_file(load_file(file) | {"threshold": wrong}, file)
+        with pytest.raises(DataError, match=message):
+            read_sae(tmp_path / "sae")
 
 
 def test_missing_and_misshapen_tensors_are_named(tmp_path, saved):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import get_args
 
 import pytest
@@ -9,10 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dlmctl.sae.training.gradient import SaeWeights, add_gradient
-from dlmctl.settings.sae import Aux
+from dlmctl.sae.training.gradient import SaeWeights, add_gradient, choose
+from dlmctl.settings.sae import Aux, SaeKind
 
 D, F, N, K = 6, 20, 9, 3
+KINDS: list[tuple[SaeKind, list[int]]] = [
+    ("topk", []), ("batchtopk", []), ("matryoshka", [2, 3, 11, F]),
+]  # fmt: skip
 
 
 def _dictionary(seed: int = 0) -> SaeWeights:
@@ -29,14 +33,30 @@ def _activations(seed: int = 1) -> Tensor:
     return torch.randn(N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def _kept(pre: Tensor, kind: SaeKind) -> Tensor:
+    """1 where a latent is chosen, of each activation or of the batch."""
+    groups = pre if kind == "topk" else pre.reshape(1, -1)
+    places = groups.topk(K * len(pre) // len(groups), dim=1).indices
+    return torch.zeros_like(groups).scatter(1, places, 1.0).view_as(pre)
+
+
 def _dense_loss(
-    sae: SaeWeights, x: Tensor, dead: Tensor, k_aux: int, weight: float, aux: Aux
+    sae: SaeWeights,
+    x: Tensor,
+    dead: Tensor,
+    k_aux: int,
+    weight: float,
+    aux: Aux,
+    kind: SaeKind = "topk",
+    prefixes: Sequence[int] = (),
 ) -> Tensor:
     """L as it is defined, with dense codes."""
     pre = (x - sae.centre) @ sae.encoder.T + sae.bias
-    kept = torch.zeros_like(pre).scatter(1, pre.topk(K, dim=1).indices, 1.0)
-    made = (pre.relu() * kept) @ sae.decoder + sae.centre
-    loss = (made - x).square().sum(dim=1).mean()
+    codes = pre.relu() * _kept(pre, kind)
+    loss = x.new_zeros(())
+    for end in prefixes or [F]:
+        made = codes[:, :end] @ sae.decoder[:end] + sae.centre
+        loss = loss + (made - x).square().sum(dim=1).mean()
     if len(dead):
         target = (x - (sae.centre if aux == "input" else made)).detach()
         if aux in ("straight", "input"):  # the centre takes no part
@@ -54,17 +74,39 @@ def _dense_loss(
     return loss
 
 
+@pytest.mark.parametrize(("kind", "prefixes"), KINDS)
 @pytest.mark.parametrize("aux", get_args(Aux))
 @pytest.mark.parametrize("dead", [[], [4], [0, 3, 7, 8, 15]])
-def test_gradient_is_that_of_the_definition(dead: list[int], aux: Aux) -> None:
+def test_gradient_is_that_of_the_definition(
+    dead: list[int], aux: Aux, kind: SaeKind, prefixes: list[int]
+) -> None:
     sae, x, places = _dictionary(), _activations(), torch.tensor(dead, dtype=torch.int64)
     k_aux = min(3, len(dead))
-    loss = _dense_loss(sae, x, places, k_aux, 0.3, aux)
+    loss = _dense_loss(sae, x, places, k_aux, 0.3, aux, kind, prefixes)
     wanted = torch.autograd.grad(loss, list(sae.parameters()))
-    outcome = add_gradient(sae, x, K, places, 3, 0.3, aux)
-    torch.testing.assert_close(outcome.reconstruction + 0.3 * outcome.auxiliary, loss.detach())
+    outcome = add_gradient(sae, x, K, places, 3, 0.3, aux, kind, prefixes)
+    found = outcome.reconstruction + 0.3 * outcome.auxiliary
+    torch.testing.assert_close(found, loss.detach(), rtol=1e-12, atol=0)
     for parameter, gradient in zip(sae.parameters(), wanted, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient)
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "prefixes"), KINDS)
+@pytest.mark.parametrize("shift", [0.0, -8.0])
+def test_a_choice_is_the_dense_codes(kind: SaeKind, prefixes: list[int], shift: float) -> None:
+    """Also where an activation has no latent, and where too few of the batch are positive."""
+    pre = _pre(_dictionary(), _activations()).detach() + shift
+    pre[2] -= 50.0
+    codes = choose(pre, K, kind, prefixes)
+    dense = torch.zeros_like(pre)
+    dense[codes.activations, codes.latents] = codes.values
+    assert torch.equal(dense, pre.relu() * _kept(pre, kind))
+    assert len(codes.values) == N * K
+    counts = (dense > 0).sum(dim=1)
+    assert counts[2] == 0
+    if kind != "topk":
+        assert counts.max() > K or shift
+        assert (counts.sum() < N * K) == bool(shift)
 
 
 def _with_a_dead_latent() -> SaeWeights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from dlmctl.report.auroc import stratified_auroc
 from dlmctl.sae.order.study import OrderStudy
 from dlmctl.sae.order.tracking import FeatureTracker
 from dlmctl.sae.steering.sae_at_layer import SaeAtLayer
+from dlmctl.sae.topk import JumpReluSae
 
 PROMPTS = ["012", "34", "0", "01234=0", "4321"]
 SETTINGS = SamplerConfig(9, 5, 8, temperature=0.9)
@@ -35,6 +37,14 @@ def _saes(*layers: int) -> list[SaeAtLayer]:
     for one in made:
         one.sae.requires_grad_(False)
     return made
+
+
+def _with_thresholds(at: SaeAtLayer, threshold: float) -> SaeAtLayer:
+    sae = JumpReluSae(at.sae.d_in, at.sae.d_sae).double().requires_grad_(False)
+    sae.load_state_dict(
+        {**at.sae.state_dict(), "threshold": torch.full((at.sae.d_sae,), threshold)}
+    )
+    return at._replace(name="jump", sae=sae)
 
 
 def _records(**more: Any) -> list[Record]:
@@ -60,6 +70,8 @@ class _Step:
         layer, sae = at.layer, at.sae
         x = block_outputs(self.policy, plain_rows(self.ids, None), [layer])[layer][0, self.start :]
         pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+        if isinstance(sae, JumpReluSae):
+            return x, pre.where(pre > sae.threshold, 0.0)
         return x, pre.relu() * (pre >= pre.topk(sae.k).values[:, -1:])
 
     @torch.no_grad()
@@ -120,10 +132,34 @@ def _written_out(steps: list[_Step], sae: SaeAtLayer) -> dict[str, Any]:
     return {name: _mean(values) for name, values in found.items()}
 
 
+def test_the_room_for_active_features_grows_and_does_not_shrink() -> None:
+    tracker = FeatureTracker(tiny_policy(), [_with_thresholds(*_saes(0), 2.0)])
+    tracker.canvas = Namespace(
+        device="cpu", owner=[0, 1], settings=Namespace(gen_length=3), starts=[0, 0], nfe=[0, 0],
+        tensor=torch.tensor,
+    )  # fmt: skip
+    FeatureTracker.on_start(tracker, tracker.canvas)
+    sae, ids = tracker.saes[0].sae, torch.zeros(2, 3, dtype=torch.int64)
+    sets: list[list[set[int]]] = []
+    generator = torch.Generator().manual_seed(0)
+    for scale in (0.5, 3.0, 1.0):
+        output = scale * torch.randn(2, 3, 16, dtype=torch.float64, generator=generator)
+        found = tracker._features(0, [0, 1], output, ids)
+        tracker.canvas.nfe = [1, 1]
+        sets.append(_sets(sae.encode(output.flatten(0, 1)).dense(sae.d_sae)))
+        assert [set(row) - {-1} for row in found.active.flatten(0, 1).tolist()] == sets[-1]
+        before = sets[-2] if len(sets) > 1 else sets[-1]
+        similar = [_similar(a, b) for a, b in zip(sets[-1], before, strict=True)]
+        assert found.change.similarity.flatten().tolist() == pytest.approx(similar)
+    most = [max(map(len, step)) for step in sets]
+    assert most[0] < most[2] < most[1]
+
+
 @pytest.mark.parametrize("family", ["llada", "dream", "mlm"])
 @pytest.mark.parametrize("way", [{}, {"cfg_scale": 1.0}, {"remasking": "random"}])
 def test_what_is_recorded_is_what_a_replay_sees(family: Family, way: dict[str, Any]) -> None:
     policy, saes = tiny_policy(family), _saes(0, 1, 1)
+    saes.append(_with_thresholds(saes[0], 2.0))
     settings = SamplerConfig(9, 5, 8, temperature=0.9, **way)
     order = settings.remasking
     study = OrderStudy(policy, saes, settings, [order])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 import torch
 from conftest import invoke, read_jsonl, tiny_policy
@@ -25,10 +26,11 @@ from dlmctl.sae.corpus import (
     together,
 )
 from dlmctl.sae.formats.folders import read_sae
+from dlmctl.sae.topk import JumpReluSae
 from dlmctl.sae.training.run import SaeRun
 from dlmctl.sae.training.sources import ModelSource, Source, StoredSource
 from dlmctl.sae.training.stream import Stream
-from dlmctl.settings.sae import SaeRecipe
+from dlmctl.settings.sae import SaeKind, SaeRecipe
 
 POLICY = tiny_policy()
 LAW = MaskLaw(0.2, 0.8, seed=3)
@@ -81,7 +83,11 @@ def test_an_autoencoder_does_not_depend_on_what_is_trained_beside_it(tmp_path: P
     assert not torch.equal(other["W_dec"], wanted["W_dec"])
 
 
-def test_a_run_that_was_cut_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_a_run_that_was_cut_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: SaeKind
+) -> None:
+    monkeypatch.setitem(globals(), "RECIPE", dataclasses.replace(RECIPE, kind=kind))
     source = _source([0], ["mask", "unmask"])
     wanted = _trained(tmp_path / "whole", source, [2])
     run = _run(tmp_path / "cut", source, [2])
@@ -100,6 +106,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     for name in ("layer0-k2-mask", "layer0-k2-unmask"):
         first, second = _weights(tmp_path / "whole", name), _weights(tmp_path / "cut", name)
         assert all(torch.equal(first[key], second[key]) for key in first)
+        assert ("threshold" in first) == (kind != "topk")
     assert read_jsonl(tmp_path / "cut" / "metrics.jsonl") == wanted
     assert not (tmp_path / "cut" / "state").exists()
 
@@ -208,6 +215,31 @@ def test_the_command_trains_stops_and_says_so(
     assert {path.name for path in (tmp_path / "from-disk").iterdir()} - {".lock"} == {
         "layer0-k2-mask", "layer1-k2-mask", "metrics.jsonl",
     }  # fmt: skip
+
+
+def test_an_autoencoder_says_of_what_kind_it_is(
+    tmp_path: Path, saved_models: Callable[[str], str]
+) -> None:
+    corpus, saes = tmp_path / "c.jsonl", tmp_path / "saes"
+    invoke("prompts", "sudoku", "-n", "20", "--completions", "-o", corpus)
+    options = "-k 4 --latents 32 --kind matryoshka --prefixes 1/8,0.5 --tokens 600"
+    line = [corpus, "-m", saved_models("llada"), "--sae-batch-size", "64", "-o", saes]
+    done = invoke("sae-train", *options.split(), *line)
+    assert done.exit_code == 0, done.stderr
+    saved = read_sae(saes / "layer0-k4-mask")
+    assert type(saved.sae) is JumpReluSae
+    assert saved.sae.threshold.unique().numel() == 1
+    assert float(saved.sae.threshold[0]) > 0
+    assert (saved.sae.k, saved.metadata["dlm_kind"]) == (4, "matryoshka")
+    assert saved.metadata["dlm_prefixes"] == [4, 16, 32]
+    card = (saes / "layer0-k4-mask" / "README.md").read_text()
+    assert "A Matryoshka BatchTopK sparse autoencoder of 32 latents, 4 of them active on" in card
+    other = invoke("sae-train", *options.split()[:-2], "--tokens", "9", "--kind", "topk", *line)
+    assert other.exit_code == 2
+    assert "--prefixes means nothing to --kind topk" in other.stderr
+    measured = invoke("sae-eval", saes, corpus, "--no-insert")
+    assert measured.exit_code == 0, measured.stderr
+    assert orjson.loads(measured.stdout)["k"] == 4
 
 
 def test_an_autoencoder_has_a_card(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.sae.formats.folders import SavedSae, read_sae, write_sae
 from dlmctl.sae.steering.steered_policy import STRONGEST, SteeredPolicy
-from dlmctl.sae.topk import TopKSae
+from dlmctl.sae.topk import JumpReluSae, TopKSae
 from dlmctl.settings.steering import SteeredFeature, Steering
 
 IDS = torch.tensor([[3, 4, 2, 5, 2, 2, 6, 2], [4, 2, 2, 5, 6, -1, -1, -1]])
@@ -87,6 +87,22 @@ def test_one_axpy_is_what_adding_to_the_code_and_keeping_the_error_comes_to(fold
     torch.testing.assert_close(changed[there], expected[there], rtol=0, atol=1e-9)
     assert torch.equal(changed[~there], STATES[~there])
     assert (changed - STATES)[there].norm(dim=1).min() > 0.1
+
+
+def test_only_latents_above_their_threshold_say_how_strongly_to_push(tmp_path: Path) -> None:
+    sae = JumpReluSae(16, 40).requires_grad_(False)
+    plain = _dictionary(16, 40).state_dict()
+    sae.load_state_dict(
+        {**plain, "threshold": torch.full((40,), 12.0).index_fill(0, torch.arange(9), 1.0)}
+    )
+    write_sae(SavedSae(sae, {"dlm_layer": 0}), tmp_path / "jump")
+    changed = _steering(tiny_policy(), f"{tmp_path}/jump:7=2.0").edits()[0](STATES, IDS)
+    sae = sae.double()
+    pre = (STATES - sae.b_dec) @ sae.W_enc + sae.b_enc
+    largest = pre.where(pre > sae.threshold, 0.0).relu().amax(dim=-1)
+    assert (largest < pre.amax(dim=-1)).any()
+    expected = STATES + (2.0 * largest * (IDS >= 0))[..., None] * sae.W_dec[7]
+    torch.testing.assert_close(changed, expected, rtol=0, atol=1e-9)
 
 
 def test_autoencoders_at_one_layer_see_the_same_activations(folder: str, tmp_path: Path) -> None:

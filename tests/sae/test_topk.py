@@ -1,9 +1,10 @@
-"""Top-K autoencoders against matrices written out in full."""
+"""Top-K and JumpReLU autoencoders against matrices written out in full."""
 
 import pytest
 import torch
 
-from dlmctl.sae.topk import Codes, TopKSae, combine
+from dlmctl.sae.evaluation.stability import compare
+from dlmctl.sae.topk import Codes, JumpReluSae, TopKSae, combine, join_codes
 
 
 @pytest.fixture
@@ -64,3 +65,48 @@ def test_a_latent_that_is_named_twice_counts_twice():
     rows = torch.tensor([[5.0, 5.0], [1.0, 10.0]])
     assert combine(codes, rows).tolist() == [[3.0, 30.0]]
     assert codes.dense(2).tolist() == [[0.0, 3.0]]
+
+
+@pytest.fixture
+def jump():
+    """Latents with thresholds of their own, some below 0, and one that is never reached."""
+    generator = torch.Generator().manual_seed(3)
+    made = JumpReluSae(6, 20).double()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(generator=generator)
+        made.threshold.normal_(generator=generator).add_(1.0)
+        made.threshold[4] = torch.inf
+    return made
+
+
+def above_thresholds(jump, x):
+    pre = (x - jump.b_dec) @ jump.W_enc + jump.b_enc
+    return torch.where((pre > jump.threshold) & (pre > 0), pre, 0.0)
+
+
+def test_every_latent_above_its_threshold_is_active(jump, x):
+    codes, dense = jump.encode(x), above_thresholds(jump, x)
+    assert bool((jump.threshold < 0).any())
+    counts = (dense > 0).sum(dim=1)
+    assert counts.min() < counts.max() == codes.values.shape[1]
+    torch.testing.assert_close(codes.dense(20), dense)
+    torch.testing.assert_close(jump(x), dense @ jump.W_dec + jump.b_dec)
+    torch.testing.assert_close(jump.rectified(jump.pre_activations(x)), dense)
+
+
+def test_without_an_active_latent_the_bias_is_left(jump, x):
+    jump.threshold.fill_(1e9)
+    torch.testing.assert_close(jump(x), jump.b_dec.expand(9, -1))
+    assert jump.encode(x).values.shape == (9, 1)
+    assert jump.encode(x[:0]).values.shape == (0, 1)
+
+
+def test_codes_of_parts_are_codes_of_the_whole(jump, x):
+    parts = [jump.encode(part) for part in x.split(2)]
+    assert len({part.values.shape[1] for part in parts}) > 1
+    joined = join_codes(parts)
+    torch.testing.assert_close(joined.dense(20), above_thresholds(jump, x))
+    # Nor does the comparison of codes see the padding.
+    other = jump.encode(x.flip(0))
+    torch.testing.assert_close(compare(joined, other), compare(jump.encode(x), other))

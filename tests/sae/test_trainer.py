@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dlmctl.records.errors import UsageError
+from dlmctl.sae.topk import JumpReluSae, TopKSae
+from dlmctl.sae.training.gradient import choose
 from dlmctl.sae.training.trainer import (
     SaeTrainer,
     fit,
@@ -16,7 +20,7 @@ from dlmctl.sae.training.trainer import (
     rate_at,
     remove_parallel,
 )
-from dlmctl.settings.sae import SaeRecipe
+from dlmctl.settings.sae import SaeKind, SaeRecipe
 
 D = 8
 
@@ -39,6 +43,8 @@ def _trainer(seed: int = 0, **changes: object) -> SaeTrainer:
         "rate": 3e-3,
         "dead_after": 10_000_000,
     }
+    if changes.get("kind") == "matryoshka":
+        settings["prefixes"] = "1/4,1/2"
     recipe = SaeRecipe(**{**settings, **changes})  # type: ignore[arg-type]
     trainer = SaeTrainer(recipe, D, 2, seed, "cpu")
     trainer.begin(_planted(500))
@@ -58,6 +64,66 @@ def test_it_explains_what_was_planted() -> None:
     assert metrics[-1]["l0"] <= 2
 
 
+@functools.cache
+def _trained(kind: str) -> TopKSae:
+    trainer = _trainer(kind=kind, tokens=64 * 400)
+    _run(trainer, 400)
+    return trainer.saved({}).sae.requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "matryoshka"])
+def test_with_a_threshold_other_activations_are_explained_too(kind: str) -> None:
+    sae, x = _trained(kind), _planted(2000, 12345)
+    assert type(sae) is JumpReluSae
+    assert (fit(x, sae(x) - x)["fve"] or 0) > 0.8
+    counts = (sae.encode(x).values > 0).sum(dim=1).double()
+    assert float(counts.mean()) == pytest.approx(2.0, abs=0.3)
+    assert float(counts.std()) > 0.1  # as many as each needs
+
+
+def test_the_first_prefix_learns_to_explain_by_itself() -> None:
+    """8 latents that are trained for it explain more than the first 8 of others."""
+
+    def explained(kind: str) -> float:
+        sae, x = _trained(kind), _planted(2000, 12345)
+        dense = sae.encode(x).dense(32)[:, :8]
+        return fit(x, dense @ sae.W_dec[:8] + sae.b_dec - x)["fve"] or 0.0
+
+    assert explained("matryoshka") > explained("batchtopk") + 0.1
+
+
+def test_the_threshold_is_the_running_mean_of_the_smallest_active_latent() -> None:
+    trainer = _trainer(kind="batchtopk")  # 200 steps: it begins after 20, with beta 0.95
+    wanted = 0.0
+    for step in range(60):
+        x = _planted(64, step + 1)
+        sae, scaled = trainer.sae, x / trainer.scale
+        with torch.no_grad():
+            pre = functional.linear(scaled - sae.centre, sae.encoder, sae.bias)
+            largest = pre.flatten().sort(descending=True).values[: 64 * 2]
+        lowest = float(largest[largest > 0][-1])
+        wanted = 0.95 * wanted + 0.05 * lowest if step > 20 else lowest
+        row = trainer.train_step(x)
+        assert float(trainer.threshold) == pytest.approx(wanted, rel=1e-5)
+        with torch.no_grad():
+            above = (pre > trainer.threshold).sum(dim=1).double().mean()
+        assert row["l0"] == pytest.approx(float(above))
+    saved = trainer.saved({}).sae
+    assert isinstance(saved, JumpReluSae)
+    torch.testing.assert_close(saved.threshold, (trainer.threshold * trainer.scale).expand(32))
+
+
+def test_at_the_published_length_it_begins_at_step_1000_with_beta_0999() -> None:
+    trainer = _trainer(kind="batchtopk", tokens=64 * 20_000)
+    codes = choose(torch.tensor([[3.0, 1.0, -1.0]]), 2, "batchtopk")
+    for step, wanted in [(5, 1.0), (1000, 1.0), (1001, 0.999 * 4.0 + 0.001)]:
+        trainer.step, trainer.threshold = step, torch.tensor(4.0)
+        trainer._track_threshold(codes)
+        assert float(trainer.threshold) == pytest.approx(wanted)
+    trainer._track_threshold(choose(torch.full((1, 3), -1.0), 2, "batchtopk"))  # none is active
+    assert float(trainer.threshold) == pytest.approx(wanted)
+
+
 def test_decoder_rows_keep_norm_one_and_gradients_are_tangent() -> None:
     trainer = _trainer()
     _run(trainer, 20)
@@ -68,8 +134,9 @@ def test_decoder_rows_keep_norm_one_and_gradients_are_tangent() -> None:
     torch.testing.assert_close(along, torch.zeros(32), atol=1e-6, rtol=0)
 
 
-def test_activations_of_another_scale_give_the_same_autoencoder_at_that_scale() -> None:
-    plain, large = _trainer(), _trainer()
+@pytest.mark.parametrize("kind", ["topk", "matryoshka"])
+def test_activations_of_another_scale_give_the_same_autoencoder_at_that_scale(kind: str) -> None:
+    plain, large = _trainer(kind=kind), _trainer(kind=kind)
     large.begin(_planted(500, scale=64.0))
     _run(plain, 50)
     _run(large, 50, scale=64.0)
@@ -109,11 +176,12 @@ def test_the_first_encoder_has_the_length_that_explains_most() -> None:
     assert torch.equal(plain.encoder, plain.decoder)
 
 
-def test_resuming_gives_the_same_bits() -> None:
-    whole, part = _trainer(dead_after=128), _trainer(dead_after=128)
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
+def test_resuming_gives_the_same_bits(kind: str) -> None:
+    whole, part = (_trainer(dead_after=128, kind=kind) for _ in range(2))
     wanted = _run(whole, 20)
     _run(part, 11)
-    other = _trainer(dead_after=128, seed=3)
+    other = _trainer(dead_after=128, seed=3, kind=kind)
     other.restore(part.state())
     assert _run(other, 9) == wanted[11:]
     for name, tensor in whole.state().items():
@@ -142,6 +210,32 @@ def test_rate_warms_up_stays_and_falls_to_zero() -> None:
     published = SaeRecipe()
     assert published.steps == 73_242
     assert rate_at(published, 999) == rate_at(published, 1000) == 3e-4
+
+
+def test_prefixes_are_shares_of_the_dictionary() -> None:
+    assert SaeRecipe(kind="matryoshka", latents=65_536).prefix_ends == [
+        2048, 6144, 14336, 30720, 65536,
+    ]  # fmt: skip
+    assert SaeRecipe(kind="matryoshka", latents=10, prefixes="0.3,1/2").prefix_ends == [3, 5, 10]
+    assert SaeRecipe(kind="batchtopk").prefix_ends == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "latents", "prefixes", "message"),
+    [
+        ("batchtopk", 64, "1/2", "means nothing to --kind batchtopk"),
+        ("matryoshka", 64, "half", "not a list of numbers"),
+        ("matryoshka", 64, "1/0", "not a list of numbers"),
+        ("matryoshka", 64, "1/2,1/4", "have 32,16 latents"),
+        ("matryoshka", 64, "1/2,1", "have 32,64 latents"),
+        ("matryoshka", 24, None, "have 0,2,5,11 latents"),
+    ],
+)
+def test_prefixes_that_do_not_grow_are_refused(
+    kind: SaeKind, latents: int, prefixes: str | None, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        SaeRecipe(kind=kind, latents=latents, prefixes=prefixes)
 
 
 def test_k_falls_to_its_own() -> None:

@@ -47,11 +47,12 @@ def same_runs(one: Path, other: Path) -> None:
         # Three of six autoencoders for each rank; the middle buffer is on both.
         ("llada", "--layers 0,1 -k 2,3 --positions mask,clean --tokens 900", 2),
         # One of two ranks trains nothing, and takes part in passes. The model has dropout.
-        ("mlm", "-k 2 --layers 1 --t 0.5 --drop-norms 4 --tokens 150", 2),
+        ("mlm", "-k 2 --layers 1 --t 0.5 --drop-norms 4 --tokens 150 --kind matryoshka "
+         "--prefixes 1/4,1/2", 2),
         # The input ends before the training does, in the midst of a round.
         ("ar", "-k 2,3 --layers 1 --positions all --tokens 100000", 3),
     ],
-)
+)  # fmt: skip
 def test_ranks_train_as_one_process(
     tmp_path: Path, saved_models: Models, corpus: Path, family: str, options: str, count: int
 ) -> None:

@@ -24,7 +24,7 @@ from dlmctl.records.errors import DataError
 from dlmctl.report.auroc import auroc
 from dlmctl.sae.evaluation.evaluate import PlacedSae
 from dlmctl.sae.evaluation.sentences import Labelled, Place, Tokens
-from dlmctl.sae.topk import Codes, TopKSae
+from dlmctl.sae.topk import TopKSae, join_codes
 
 NUMBERS_PER_CHUNK = 2**23
 """Products of features × tokens (or sentences) in memory at once."""
@@ -130,8 +130,7 @@ def sae_method(sae: TopKSae) -> Method:
     def scores(half: Half) -> Scores:
         rows = max(1, NUMBERS_PER_CHUNK // sae.d_sae)
         with torch.no_grad():
-            parts = [sae.encode(part) for part in half.states.split(rows)]
-        codes = Codes(torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts]))
+            codes = join_codes([sae.encode(part) for part in half.states.split(rows)])
         owner = half.sentence[:, None].expand_as(codes.indices)  # [N, K]
         sentences = half.present.shape[1]
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dlmctl.models.float32_products import whole_products
 from dlmctl.models.policy import Policy, check_same_tokens
@@ -59,8 +60,8 @@ def compare(first: Codes, second: Codes) -> tuple[Tensor, Tensor, Tensor]:
         float64 [N] each: number of latents active in both codes, in either, cosine. Two codes
         without an active latent count as equal.
     """
-    indices = torch.cat([first.indices, second.indices], dim=1)  # [N, 2K]
-    values = torch.cat([first.values, second.values], dim=1).double()
+    values = torch.cat([first.values, second.values], dim=1).double()  # [N, 2K]
+    indices = torch.cat([first.indices, second.indices], dim=1).where(values > 0, -1)
     indices, order = indices.sort(dim=1)
     values = values.gather(1, order)
     # A latent is in each code at most once, so after sorting only neighbours can be equal.
@@ -73,7 +74,8 @@ def compare(first: Codes, second: Codes) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def match_decoders(first: Tensor, second: Tensor) -> dict[str, float]:
-    """How well rows [F, d] of norm 1 have a counterpart among rows [G, d]."""
+    """How well rows [F, d] have a counterpart among rows [G, d]."""
+    first, second = functional.normalize(first), functional.normalize(second)
     with whole_products():
         best = torch.cat([(part @ second.T).amax(dim=1) for part in first.split(ROWS)])
     return {"matched": float(best.mean()), "matched_above": float((best > MATCH).double().mean())}

@@ -12,7 +12,7 @@ from dlmctl.models.blocks import block_outputs
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.sae.corpus import MaskedBatch
-from dlmctl.sae.topk import TopKSae
+from dlmctl.sae.topk import TopKSae, join_codes
 from dlmctl.settings.corpus import Positions
 
 CHUNK = 4096
@@ -86,9 +86,9 @@ def code_batches(
                     f"{policy.name} have {output.shape[-1]}: give the --model it is for"
                 )
             x = output[chosen].to(sae.W_enc.dtype)  # [N, d]
-            codes = [sae.encode(part) for part in x.split(CHUNK)]
-        values = torch.cat([part.values for part in codes]).float().cpu()  # [N, K]
-        slots = slot_of[torch.cat([part.indices for part in codes]).cpu()]
+            codes = join_codes([sae.encode(part) for part in x.split(CHUNK)])
+        values = codes.values.float().cpu()  # [N, K]
+        slots = slot_of[codes.indices.cpu()]
         slots, order = slots.where(values > 0, size).sort(dim=1)
         token, place = (slots < size).nonzero(as_tuple=True)  # [P]
         chosen = chosen.cpu()

@@ -63,7 +63,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
         "autoencoder": record["sae"],
         "model": f"{record['model']} ({record['revision']})",
         "layer": record["layer"],
-        "features": f"{record['latents']}, {record['k']} active at once",
+        "features": f"{record['latents']}" + (f", K {record['k']}" if record["k"] else ""),
         "encoded": kinds.get(record["positions"], record["positions"]),
         "corpus": f"{corpus['documents']} documents, {corpus['tokens']} tokens",
         "alive": f"{corpus['alive']} features with more than {ALIVE} activations",

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dlmctl.diffusion.callback import SamplerCallback
 from dlmctl.diffusion.canvas import Canvas, Targets
@@ -27,7 +28,7 @@ from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
 from dlmctl.sae.order.feature_change import FeatureChange, jaccard
 from dlmctl.sae.steering.sae_at_layer import SaeAtLayer, read_at_layer
-from dlmctl.sae.topk import Codes
+from dlmctl.sae.topk import Codes, join_codes
 
 CODE_SIZE = 1 << 26
 """Numbers in the codes that are computed at a time."""
@@ -55,7 +56,7 @@ class _LastStep(NamedTuple):
     """What is kept of the last step of each of S slots, for one autoencoder."""
 
     active: Tensor
-    """int64 [S, G, K]."""
+    """int64 [S, G, K], K the largest so far."""
     top: Tensor
     """int64 [S, G], the strongest feature."""
     masked: Tensor
@@ -122,12 +123,12 @@ class FeatureTracker(SamplerCallback):
         none = torch.full(shape, -1, device=canvas.device)
         self._last = [
             _LastStep(
-                none[..., None].repeat(1, 1, one.sae.k),
+                none[..., None].clone(),
                 none.clone(),
                 none < 0,
                 torch.ones(shape, dtype=torch.float64, device=canvas.device),
             )
-            for one in self.saes
+            for _ in self.saes
         ]
 
     def on_pass(self, slots: Sequence[int]) -> None:
@@ -174,10 +175,12 @@ class FeatureTracker(SamplerCallback):
         row = torch.arange(len(rows), device=ids.device)[:, None]  # [R, 1]; columns: [R, G]
         x = output[row, columns].flatten(0, 1).to(sae.W_enc.dtype)  # [R * G, d]
         parts = [sae.encode(part) for part in x.split(max(1, CODE_SIZE // sae.d_sae))]
-        codes = Codes(*map(torch.cat, zip(*parts, strict=True)))  # [R * G, K]
+        codes = join_codes(parts)  # [R * G, K]
         active = codes.indices.where(codes.values > 0, -1)
         top = active.gather(1, codes.values.argmax(dim=1, keepdim=True)).view_as(columns)
-        active = active.view(*columns.shape, -1)  # [R, G, K]
+        more = active.shape[1] - last.active.shape[2]
+        last = self._last[number] = last._replace(active=_widened(last.active, more))
+        active = _widened(active.view(*columns.shape, -1), -more)  # [R, G, K]
         # 2. Compared with the step before.
         masked = ids[row, columns] == self.policy.mask_id
         known = canvas.tensor([canvas.nfe[slot] for slot in rows]) > 0  # [R]
@@ -192,3 +195,8 @@ class FeatureTracker(SamplerCallback):
 
     def on_features(self, number: int, features: StepFeatures) -> None:
         """The autoencoder of this number has encoded a pass."""
+
+
+def _widened(active: Tensor, more: int) -> Tensor:
+    """Sets of features with room for `more` of them, if that is above 0."""
+    return functional.pad(active, (0, max(0, more)), value=-1)

@@ -132,7 +132,7 @@ class _Directions:
         scales, strengths = [], []
         for part in x.split(max(1, CODE_SIZE // self.sae.d_sae)):
             pre = self.sae.pre_activations(part)  # [N, F]
-            scales.append(pre.amax(dim=1).relu())
+            scales.append(self.sae.rectified(pre).amax(dim=1))
             strengths.append(pre[:, self.features])
         weights = torch.cat(scales)[:, None]  # [N, 1], m
         if self.strongest:

@@ -1,10 +1,16 @@
-"""Loss and gradient of a Top-K autoencoder, written out so that no [N, F] gradient is ever made.
+"""Loss and gradient of an autoencoder, written out so that no [N, F] gradient is ever made.
 
-    L_rec = mean_n |xhat_n - x_n|^2
+    L_rec = sum_g mean_n |xhat_gn - x_n|^2,   xhat_g = centre + sum of z_j W_dec[j] over j < F_g
     L_aux = mean_n |ehat_n - e_n|^2 / mean_n |e_n - mean e|^2,     e = x - xhat, a constant
     L     = L_rec + weight L_aux
 
-where ehat = z_aux W_dec, without a bias, comes from the k_aux dead latents with the largest
+The codes z of a batch are the K largest pre-activations of each activation (`topk`), or the N K
+largest of all N of them (`batchtopk`: Bussmann et al. 2024, arXiv 2412.06410). There is one g, with
+F_g = F, except in `matryoshka`: BatchTopK with a loss for each of several prefixes of the
+dictionary, F_1 < ... < F_G = F (Bussmann et al. 2025, arXiv 2503.17547). xhat is xhat_G. In the
+gradient, latent j meets the sum of the slopes of all prefixes that contain it.
+
+In L_aux, ehat = z_aux W_dec, without a bias, comes from the k_aux dead latents with the largest
 pre-activations (Gao et al. 2024, arXiv 2406.04093, appendix A.2; DLM-Scope, arXiv 2602.05859).
 z_aux depends on `aux`:
 
@@ -27,18 +33,18 @@ one pass of `embedding_bag` with the codes sorted by latent, at K/F of the cost 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dlmctl.sae.topk import Codes
-from dlmctl.settings.sae import Aux
+from dlmctl.settings.sae import Aux, SaeKind
 
 
 class SaeWeights(nn.Module):
-    """The weights of a Top-K autoencoder during training, with a row for each latent."""
+    """The weights of an autoencoder during training, with a row for each latent."""
 
     def __init__(self, d_in: int, d_sae: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -48,10 +54,61 @@ class SaeWeights(nn.Module):
         self.centre = nn.Parameter(torch.zeros(d_in, dtype=dtype))
 
 
+class Choice(NamedTuple):
+    """The M pairs of an activation and a latent of its code, in the order of the activations.
+
+    Within an activation they are in the order of its G groups of latents, those between one prefix
+    and the next.
+    """
+
+    values: Tensor
+    """[M], at least 0."""
+    latents: Tensor
+    """int64 [M]"""
+    activations: Tensor
+    """int64 [M]"""
+    groups: Tensor
+    """int64 [M], activation G + group."""
+    begins: Tensor
+    """int64 [N G], the first pair of each group."""
+
+    @property
+    def active(self) -> Tensor:
+        """bool [M]"""
+        return self.values > 0
+
+
+def choose(pre: Tensor, k: int, kind: SaeKind = "topk", prefixes: Sequence[int] = ()) -> Choice:
+    """The codes of pre-activations [N, F], of which there are N K, zeros included.
+
+    Args:
+        prefixes: F_1, ..., F_G of `matryoshka`.
+    """
+    if kind == "topk":
+        values, latents = pre.topk(k, dim=1, sorted=False)  # [N, K]
+        return _choice(values.relu(), latents)
+    rows, width = pre.shape
+    places = pre.flatten().topk(rows * k, sorted=False).indices.sort().values  # [M]
+    activations, latents = places // width, places % width
+    ends = torch.tensor(prefixes or [width], device=pre.device)  # [G]
+    groups = activations * len(ends) + torch.bucketize(latents, ends, right=True)
+    begins = torch.searchsorted(groups, torch.arange(rows * len(ends), device=pre.device))
+    values = pre.flatten()[places].relu()
+    return Choice(values, latents, activations, groups, begins)
+
+
+def _choice(values: Tensor, latents: Tensor) -> Choice:
+    """K for each of N activations, [N, K]."""
+    rows, k = values.shape
+    begins = torch.arange(0, rows * k, k, device=values.device)
+    activations = torch.arange(rows, device=values.device).repeat_interleave(k)
+    return Choice(values.flatten(), latents.flatten(), activations, activations, begins)
+
+
 class Outcome(NamedTuple):
     """The forward pass of a batch of N activations of width d."""
 
-    codes: Codes
+    codes: Choice
     residual: Tensor
     """[N, d], xhat - x."""
     reconstruction: Tensor
@@ -69,6 +126,8 @@ def add_gradient(
     k_aux: int,
     weight: float,
     aux: Aux = "straight",
+    kind: SaeKind = "topk",
+    prefixes: Sequence[int] = (),
 ) -> Outcome:
     """Set the gradients of L for a batch.
 
@@ -77,33 +136,36 @@ def add_gradient(
         dead: int64 [D], the dead latents.
         k_aux: maximum number of dead latents in L_aux; `input` takes K instead.
         weight: of L_aux.
+        prefixes: F_1, ..., F_G of `matryoshka`.
     """
     # 1. Codes and reconstruction. The first product is in low precision under autocast; what
     # follows has the precision of the weights.
     centred = x - sae.centre  # [N, d]
     pre = functional.linear(centred, sae.encoder, sae.bias).to(sae.encoder.dtype)  # [N, F]
-    values, indices = pre.topk(k, dim=1, sorted=False)  # [N, K]
-    codes = Codes(values.relu(), indices)
-    decoded = _Decoded(codes, sae.decoder)
-    residual = decoded.rows + sae.centre - x  # [N, d]
-    reconstruction = residual.square().sum(dim=1).mean()
-    # 2. Gradient of L_rec.
-    slope = residual * (2 / len(x))  # [N, d], dL_rec / dxhat
-    code_slope = decoded.code_slope(slope) * (codes.values > 0)  # [N, K], dL_rec / dpre
-    sums = _SumsByLatent(codes.indices, len(sae.bias))
-    sae.decoder.grad = sums.of_rows(codes.values, slope)
-    sae.encoder.grad = sums.of_rows(code_slope, centred)
+    codes = choose(pre, k, kind, prefixes)
+    decoded = Decoded(codes, sae.decoder)
+    # The reconstruction from each prefix, [N, G, d], less x.
+    residuals = _sums_so_far(decoded.rows.view(len(x), -1, x.shape[1])) + sae.centre - x[:, None]
+    reconstruction = residuals.square().sum(dim=2).sum(dim=1).mean()
+    # 2. Gradient of L_rec. A group of latents is part of its own prefix and of all longer ones.
+    slopes = residuals * (2 / len(x))  # [N, G, d], dL_rec / dxhat_g
+    slopes = _sums_so_far(slopes.flip(1)).flip(1)
+    slope = slopes.flatten(0, 1)  # [N G, d]
+    code_slope = decoded.code_slope(slope) * codes.active  # [M], dL_rec / dpre
+    sums = _SumsByLatent(codes.latents, len(sae.bias))
+    sae.decoder.grad = sums.of_rows(codes.values, slope, codes.groups)
+    sae.encoder.grad = sums.of_rows(code_slope, centred, codes.activations)
     sae.bias.grad = sums.of(code_slope)
     # 3. Gradient of L_aux.
     centre_slope = sae.bias.grad  # [F]: the centre gets -(dL / dpre) @ encoder
     auxiliary = reconstruction.new_zeros(())
     if len(dead) and weight:
-        target, count = (centred, k) if aux == "input" else (-residual, k_aux)
+        target, count = (centred, k) if aux == "input" else (-residuals[:, -1], k_aux)
         auxiliary = _add_auxiliary(sae, centred, pre, target, dead, count, weight, aux)
         if aux in ("pre", "rectified"):
             centre_slope = sae.bias.grad
-    sae.centre.grad = slope.sum(dim=0) - centre_slope @ sae.encoder
-    return Outcome(codes, residual, reconstruction, auxiliary)
+    sae.centre.grad = slopes[:, 0].sum(dim=0) - centre_slope @ sae.encoder
+    return Outcome(codes, residuals[:, -1], reconstruction, auxiliary)
 
 
 def _add_auxiliary(
@@ -124,21 +186,21 @@ def _add_auxiliary(
     """
     spread = (target - target.mean(dim=0)).square().sum(dim=1).mean()
     values, places = pre[:, dead].topk(min(count, len(dead)), dim=1, sorted=False)  # [N, k_aux]
-    codes = Codes(values if aux == "pre" else values.relu(), dead[places])
-    decoded = _Decoded(codes, sae.decoder)
+    codes = _choice(values if aux == "pre" else values.relu(), dead[places])
+    decoded = Decoded(codes, sae.decoder)
     missed = decoded.rows - target  # [N, d]
     loss = missed.square().sum(dim=1).mean() / spread
     slope = missed * (2 * weight / (len(missed) * spread))  # [N, d], of ehat
     # A batch without spread teaches nothing; a test of the loss would wait for the device.
     varied = loss.isfinite()
     loss, slope = loss.where(varied, 0.0), slope.where(varied, 0.0)
-    code_slope = decoded.code_slope(slope)  # [N, k_aux]
+    code_slope = decoded.code_slope(slope)  # [N k_aux]
     if aux == "rectified":
-        code_slope = code_slope * (values > 0)
-    sums = _SumsByLatent(codes.indices, len(sae.bias))
+        code_slope = code_slope * codes.active
+    sums = _SumsByLatent(codes.latents, len(sae.bias))
     for parameter, more in (
-        (sae.decoder, sums.of_rows(codes.values, slope)),
-        (sae.encoder, sums.of_rows(code_slope, centred)),
+        (sae.decoder, sums.of_rows(codes.values, slope, codes.groups)),
+        (sae.encoder, sums.of_rows(code_slope, centred, codes.activations)),
         (sae.bias, sums.of(code_slope)),
     ):
         assert parameter.grad is not None
@@ -146,49 +208,58 @@ def _add_auxiliary(
     return loss
 
 
-class _Decoded:
-    """sum_j z_j W_dec[j] for each code, and the way back to the codes."""
+def _sums_so_far(x: Tensor) -> Tensor:
+    """Along the second of three dimensions."""
+    return x.cumsum(dim=1) if x.shape[1] > 1 else x
 
-    def __init__(self, codes: Codes, decoder: Tensor) -> None:
+
+class Decoded:
+    """sum_j z_j W_dec[j] over the pairs of each group, and the way back to the codes."""
+
+    def __init__(self, codes: Choice, decoder: Tensor) -> None:
         with torch.enable_grad():
             self._values = codes.values.detach().requires_grad_()
             self._rows = functional.embedding_bag(
-                codes.indices, decoder.detach(), mode="sum", per_sample_weights=self._values
+                codes.latents,
+                decoder.detach(),
+                codes.begins,
+                mode="sum",
+                per_sample_weights=self._values,
             )
         self.rows = self._rows.detach()
-        """[N, d]."""
+        """[N G, d]."""
 
     def code_slope(self, slope: Tensor) -> Tensor:
-        """<slope_n, W_dec[j]> for each code, [N, K], from the gradient [N, d] of the rows."""
+        """<slope, W_dec[j]> for each pair, [M], from the gradient [N G, d] of the rows."""
         [found] = torch.autograd.grad(self._rows, self._values, slope)
         return found
 
 
 class _SumsByLatent:
-    """Sums over the (n, k) that chose each of F latents."""
+    """Sums over the pairs that have each of F latents."""
 
-    def __init__(self, indices: Tensor, latents: int) -> None:
+    def __init__(self, latents: Tensor, count: int) -> None:
         """Args:
-        indices: int64 [N, K], the latents of each activation.
+        latents: int64 [M], those of the pairs.
+        count: F.
         """
-        self._flat, self._latents = indices.flatten(), latents  # [N K]
-        # Codes sorted by latent, so that each latent's codes are one bag.
-        self._order = self._flat.argsort()
-        self._activation = self._order // indices.shape[1]  # which each code belongs to
-        ones = torch.ones_like(self._flat)
-        counts = ones.new_zeros(latents).index_add_(0, self._flat, ones)  # [F]
+        self._latents, self._count = latents, count
+        # Pairs sorted by latent, so that each latent's pairs are one bag.
+        self._order = latents.argsort()
+        ones = torch.ones_like(latents)
+        counts = ones.new_zeros(count).index_add_(0, latents, ones)  # [F]
         self._begins = counts.cumsum(0) - counts
 
-    def of_rows(self, weights: Tensor, rows: Tensor) -> Tensor:
-        """Of weights_nk rows_n, [F, d], for weights [N, K] and rows [N, d]."""
+    def of_rows(self, weights: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        """Of weights_m rows[places_m], [F, d], for weights and int64 places [M]."""
         return functional.embedding_bag(
-            self._activation,
+            places[self._order],
             rows,
             self._begins,
             mode="sum",
-            per_sample_weights=weights.flatten()[self._order].to(rows.dtype),
+            per_sample_weights=weights[self._order].to(rows.dtype),
         )
 
     def of(self, weights: Tensor) -> Tensor:
-        """Of weights_nk, [F]."""
-        return weights.new_zeros(self._latents).index_add_(0, self._flat, weights.flatten())
+        """Of weights_m, [F]."""
+        return weights.new_zeros(self._count).index_add_(0, self._latents, weights)

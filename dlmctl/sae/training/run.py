@@ -217,7 +217,7 @@ class SaeRun:
             write_file(self.directory.checkpoints / ENDING, dump(self.progress.settings))
         for stream, tokens in zip(self.streams, self._tokens(), strict=True):
             for k in stream.ks:
-                about = {**self.metadata(stream.key), "dlm_tokens": tokens}
+                about = {**self.metadata(stream.key), "dlm_tokens": tokens, **stream.recipe.about}
                 saved = stream.saved(k, about)
                 if saved is not None:
                     self._write(saved, stream, k)

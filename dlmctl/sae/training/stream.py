@@ -12,9 +12,8 @@ from torch import Tensor
 from dlmctl.diffusion.noise import stream_key
 from dlmctl.sae.activations import Key
 from dlmctl.sae.formats.folders import SavedSae
-from dlmctl.sae.topk import TopKSae
 from dlmctl.sae.training.buffer import ShuffleBuffer
-from dlmctl.sae.training.trainer import SaeTrainer
+from dlmctl.sae.training.trainer import SaeTrainer, empty_sae
 from dlmctl.settings.sae import SaeRecipe
 from dlmctl.train.distributed import rank, send_to_first
 
@@ -133,7 +132,7 @@ class Stream:
         weights = send_to_first(self.owners[k], tensors)
         if not weights:
             return None
-        sae, rates = TopKSae(self.width, self.recipe.latents, k), weights.pop("rates", None)
+        sae, rates = empty_sae(self.recipe, self.width, k), weights.pop("rates", None)
         sae.load_state_dict(weights, assign=True)
         return SavedSae(sae, about, rates)
 

@@ -1,10 +1,15 @@
-"""Training of one Top-K autoencoder on batches of activations.
+"""Training of one autoencoder on batches of activations.
 
 The recipe is that of Gao et al. (2024, arXiv 2406.04093) as DLM-Scope (arXiv 2602.05859) has it:
 Adam, warm-up, a linear decay over the last fifth, gradients clipped, the part of the decoder's
 gradient along a row taken out and its rows brought back to norm 1 after every step. Activations are
 divided by the root of their mean squared norm, which is folded back into the weights that are
 saved, so that those take activations as they come.
+
+BatchTopK and Matryoshka autoencoders are saved with a threshold in place of K, as in
+dictionary_learning: the exponential mean of each batch's smallest active latent, with beta 0.999
+from step 1000 on. In runs of fewer than 10,000 steps it begins after a tenth of them and reaches as
+far back.
 """
 
 from __future__ import annotations
@@ -19,9 +24,9 @@ from torch.nn import functional
 
 from dlmctl.sae.formats.folders import SavedSae
 from dlmctl.sae.measures import CONSTANT
-from dlmctl.sae.topk import Codes, TopKSae, combine
-from dlmctl.sae.training.gradient import Outcome, SaeWeights, add_gradient
-from dlmctl.settings.sae import SaeRecipe
+from dlmctl.sae.topk import JumpReluSae, TopKSae
+from dlmctl.sae.training.gradient import Choice, Decoded, SaeWeights, add_gradient, choose
+from dlmctl.settings.sae import SaeKind, SaeRecipe
 from dlmctl.train.optimizer import (
     apply_step,
     learning_rate,
@@ -31,6 +36,8 @@ from dlmctl.train.optimizer import (
 
 MEDIAN_SAMPLE = 32_768
 """Activations of which the first centre is the geometric median."""
+THRESHOLD_STEPS = 1000
+"""Steps until the mean of the threshold begins, and 1 / (1 - beta)."""
 
 
 def rate_at(recipe: SaeRecipe, step: int) -> float:
@@ -60,6 +67,8 @@ class SaeTrainer:
         """[F], activations in which it was active since the rate began to fall."""
         self.counted = 0
         """Activations in which that was counted."""
+        self.threshold = torch.zeros((), device=device)
+        """Pre-activation above which a latent is active outside training; not of `topk`."""
 
     @property
     def finished(self) -> bool:
@@ -93,7 +102,9 @@ class SaeTrainer:
         self.sae.centre.copy_(geometric_median(x[:MEDIAN_SAMPLE] / self.scale))
         if self.recipe.fitted_encoder:
             centred = x[: self.recipe.batch_size] / self.scale - self.sae.centre
-            self.sae.encoder *= best_length(self.sae, centred, self.recipe.k_at(0, self.k))
+            self.sae.encoder *= best_length(
+                self.sae, centred, self.recipe.k_at(0, self.k), self.recipe.kind
+            )
 
     def train_step(self, x: Tensor, measured: bool = True) -> dict[str, Any]:
         """One step on activations [N, d]; returns its metrics, or nothing where not `measured`."""
@@ -110,13 +121,19 @@ class SaeTrainer:
                 max(1, x.shape[1] // 2),
                 recipe.aux_weight,
                 recipe.aux,
+                recipe.kind,
+                recipe.prefix_ends,
             )
+        codes = outcome.codes
+        if recipe.kind != "topk":
+            self._track_threshold(codes)
+        l0 = self._mean_active(x, codes) if measured else None
         remove_parallel(sae)
         rate = rate_at(recipe, self.step)
         norm, applied = apply_step(self.optimizer, sae.parameters(), rate, recipe.max_norm)
         with torch.no_grad():
             sae.decoder /= sae.decoder.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        self._count(outcome, len(x))
+        self._count(codes, len(x))
         self.step += 1
         if not measured:
             return {}
@@ -125,18 +142,35 @@ class SaeTrainer:
             "tokens": self.tokens,
             **fit(x, outcome.residual),
             "aux": float(outcome.auxiliary),
-            "l0": float((outcome.codes.values > 0).sum(dim=1).double().mean()),
+            "l0": l0,
             "dead": int(self.dead.sum()),
             "lr": rate,
             "grad_norm": norm,
             "applied": applied,
         }
 
-    def _count(self, outcome: Outcome, count: int) -> None:
+    @torch.no_grad()
+    def _track_threshold(self, codes: Choice) -> None:
+        """Move the threshold towards the smallest active latent of a batch, if there is one."""
+        lowest = codes.values.where(codes.active, torch.inf).amin()
+        span = max(1, min(THRESHOLD_STEPS, self.recipe.steps // 10))
+        beta = 1 - 1 / span if self.step > span else 0.0
+        moved = beta * self.threshold + (1 - beta) * lowest
+        self.threshold = moved.where(lowest.isfinite(), self.threshold)
+
+    @torch.no_grad()
+    def _mean_active(self, x: Tensor, codes: Choice) -> float:
+        """Mean number of active latents of scaled activations, at the threshold if there is one."""
+        active = codes.active
+        if self.recipe.kind != "topk":
+            sae = self.sae
+            active = functional.linear(x - sae.centre, sae.encoder, sae.bias) > self.threshold
+        return int(active.sum()) / len(x)
+
+    def _count(self, codes: Choice, count: int) -> None:
         """Which latents were active in this step of `count` activations."""
-        codes = outcome.codes
-        active = (codes.values > 0).long().flatten()
-        found = torch.zeros_like(self.unused).index_add_(0, codes.indices.flatten(), active)  # [F]
+        found = torch.zeros_like(self.unused)
+        found.index_add_(0, codes.latents, codes.active.long())  # [F]
         self.unused.add_(count).masked_fill_(found > 0, 0)
         if self.step >= self.recipe.decay_from * self.recipe.steps:
             self.active += found
@@ -145,7 +179,9 @@ class SaeTrainer:
     @torch.no_grad()
     def saved(self, metadata: Mapping[str, Any]) -> SavedSae:
         """What has been learnt, the scale folded into it."""
-        sae = TopKSae(self.sae.centre.numel(), self.recipe.latents, self.k)
+        sae = empty_sae(self.recipe, self.sae.centre.numel(), self.k)
+        if isinstance(sae, JumpReluSae):
+            sae.threshold.copy_(self.threshold * self.scale)
         sae.W_enc.copy_(self.sae.encoder.T)
         sae.b_enc.copy_(self.sae.bias * self.scale)
         sae.W_dec.copy_(self.sae.decoder)
@@ -153,11 +189,14 @@ class SaeTrainer:
         rates = (self.active / self.counted).float().cpu() if self.counted else None
         return SavedSae(sae, metadata, rates)
 
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"unused": self.unused, "active": self.active, "threshold": self.threshold}
+
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, on the CPU."""
         parameters = dict(self.sae.named_parameters())
         numbers = {n: torch.tensor(getattr(self, n), dtype=torch.float64) for n in self.SCALARS}
-        tensors = {"unused": self.unused, "active": self.active, **numbers, **parameters}
+        tensors = {**self._tensors(), **numbers, **parameters}
         tensors |= optimizer_state(self.optimizer, parameters)
         return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
@@ -165,7 +204,7 @@ class SaeTrainer:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Resume from a state."""
         parameters = dict(self.sae.named_parameters())
-        tensors = {"unused": self.unused, "active": self.active, **parameters}
+        tensors = {**self._tensors(), **parameters}
         for name, tensor in tensors.items():
             tensor.copy_(state[name])
         for name in self.SCALARS:
@@ -173,11 +212,16 @@ class SaeTrainer:
         restore_optimizer(self.optimizer, parameters, state)
 
 
+def empty_sae(recipe: SaeRecipe, d_in: int, k: int) -> TopKSae:
+    """An autoencoder of the kind that is saved, all zeros."""
+    kind = TopKSae if recipe.kind == "topk" else JumpReluSae
+    return kind(d_in, recipe.latents, k)
+
+
 @torch.no_grad()
-def best_length(sae: SaeWeights, centred: Tensor, k: int) -> float:
+def best_length(sae: SaeWeights, centred: Tensor, k: int, kind: SaeKind) -> float:
     """Factor of the encoder with which the first codes explain most, by least squares."""
-    values, indices = (centred @ sae.encoder.T).topk(k, dim=1, sorted=False)
-    made = combine(Codes(values.relu(), indices), sae.decoder)
+    made = Decoded(choose(centred @ sae.encoder.T, k, kind), sae.decoder).rows
     factor = float((made * centred).sum() / made.square().sum().clamp(min=1e-30))
     return factor if factor > 0 else 1.0
 
