@@ -18,6 +18,10 @@ from dlmctl.settings.streams import Json, OnErrorOption, Quiet
 
 TUNED = "After more training"
 COLUMNS = ("layer", "k", "positions", "fve", "nmse", "cos", "l0", "dead")
+INSERTED = (
+    *("delta_mask", "delta_mask_se", "delta_unmask", "delta_unmask_se", "kl_div_with_sae"),
+    *("ce_loss_score", "ce_loss_score_mean"),
+)
 TUNED_COLUMNS = ("layer", "k", "positions", "base_fve", "tuned_fve", "jaccard", "code_cosine")
 
 
@@ -94,7 +98,8 @@ def command(
     import dataclasses
 
     from dlmctl.models.loading import load_policy
-    from dlmctl.sae.evaluation.evaluate import evaluate, place_sae
+    from dlmctl.sae.evaluation.evaluate import evaluate
+    from dlmctl.sae.evaluation.placed import place_sae
     from dlmctl.sae.evaluation.stability import stability
     from dlmctl.sae.formats.folders import read_saes
 
@@ -113,11 +118,10 @@ def command(
     if logit_shift != "auto":
         base, *after = (dataclasses.replace(p, shift=int(logit_shift)) for p in (base, *after))
     if after:
-        rows = stability(base, after[0], batches, saes, insertion, plan.about, others)
+        rows = stability(base, after[0], batches, saes, insertion, plan.about, others, seed)
         deltas = ["base_delta_mask", "tuned_delta_mask"] if insertion.insert else []
         columns = [*TUNED_COLUMNS, *deltas, *(["matched"] if others else [])]
     else:
-        rows = evaluate(base, batches, saes, insertion, plan.about)
-        deltas = ["delta_mask", "delta_unmask"] if insertion.insert else []
-        columns = [*COLUMNS, *(name for delta in deltas for name in (delta, f"{delta}_se"))]
+        rows = evaluate(base, batches, saes, insertion, plan.about, seed)
+        columns = [*COLUMNS, *(INSERTED if insertion.insert else ())]
     write_rows(rows, columns, json)

@@ -9,11 +9,12 @@ from dlmctl.settings import Knob, knob, same
 from dlmctl.settings.compute import Seed
 
 Aux = Literal["straight", "input", "pre", "rectified"]
-Scope = Literal["all", "matching"]
+Scope = Literal["all", "matching", "both"]
+Control = Literal["none", "gaussian", "pca"]
 Layout = Literal["saelens", "dictionary_learning", "sparsify"]
 """Libraries whose folders of autoencoders we read and write."""
 
-RECIPE, FEED = "Training recipe", "Activations"
+RECIPE, FEED, INSERTION = "Training recipe", "Activations", "Insertion"
 
 PROFILES: dict[str, dict[str, Any]] = {
     "corrected": {},
@@ -167,13 +168,42 @@ class Feed:
 class Insertion:
     """The loss of the model while an autoencoder stands in for the activations."""
 
+    PANEL: ClassVar[str] = INSERTION
+
     scope: Scope = knob(
         "all",
-        "Positions at which an autoencoder stands in for the activations: all of them, as "
-        "published, or those that match the positions it was trained on.",
+        "Positions at which an autoencoder stands in for the activations. all: all of them, as "
+        "published. matching: those of the kind that it was trained on. both: autoencoders of "
+        "masked and of visible tokens, with the same layer, K and directory, stand in together, "
+        "each for its own kind.",
     )
     insert: bool = knob(
         True,
         "Measure the loss on insertion too, which takes a forward pass for each autoencoder.",
         "--insert/--no-insert",
     )
+    keep_first: bool = knob(
+        False,
+        "Leave the first token of a text as it is. Autoencoders are never trained on first tokens.",
+        "--keep-first/--replace-first",
+    )
+    ablate: bool = knob(
+        True,
+        "Compare with ablation too: two more passes for each layer and kind of positions, in which "
+        "zeros, or the mean activation of the first 1,024 texts, take the place of the "
+        "reconstruction.",
+        "--ablate/--no-ablate",
+    )
+    control: Control = knob(
+        "none",
+        "What stands in for the activations in place of the reconstruction. gaussian: the "
+        "activation plus random noise of the same norm as the error of reconstruction, token by "
+        "token. pca: a reconstruction by the first principal components of activations of the "
+        "same kind, as many as explain the share of variance that the autoencoder explains; they "
+        "are computed on the first 1,024 texts.",
+    )
+
+    @property
+    def needs_sample(self) -> bool:
+        """Whether means or principal components are needed before anything is measured."""
+        return self.insert and (self.ablate or self.control == "pca")

@@ -8,14 +8,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from dlmctl.sae.measures import Reconstruction
-from dlmctl.sae.topk import Codes, TopKSae
+from dlmctl.sae.topk import Codes
 
 
 def _measured(x: Tensor, made: Tensor, codes: Codes, latents: int) -> dict[str, float]:
-    measures = Reconstruction(TopKSae(x.shape[1], latents, 2))
+    """In batches of two documents, the tokens of which alternate."""
+    measures = Reconstruction(x.shape[1], latents)
     for part in range(0, len(x), 7):
-        rows = slice(part, part + 7)
-        measures.add(x[rows], made[rows], Codes(codes.values[rows], codes.indices[rows]))
+        rows, numbers = slice(part, part + 7), torch.tensor([part, part + 1])
+        code = Codes(codes.values[rows], codes.indices[rows])
+        row = torch.arange(len(x[rows])) % 2
+        measures.add(x[rows], made[rows], code, row, numbers)
     return measures.row()
 
 
