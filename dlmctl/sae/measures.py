@@ -10,7 +10,7 @@ fve_dim     mean over dimensions of 1 - Var(e_j) / Var(x_j): every dimension cou
 fve_normal  fve without tokens whose norm is above 10 times the median: a few such tokens
             (`massive`) can have nearly all of the variance
 nmse        sum |e|^2 / sum |x|^2
-mse         mean of e^2 over tokens and dimensions
+mse         mean over tokens of |e|^2
 cos         mean cosine of x and xhat
 l2_norm_in, l2_norm_out, l2_ratio
             mean |x|, mean |xhat|, mean |xhat| / |x|
@@ -26,8 +26,9 @@ average_max_decoder_cosine_sim, average_max_encoder_cosine_sim
             mean over latents of the largest cosine of their decoder row (encoder column) with
             another latent's
 
-The names are those of SAEBench's `core` measures, except that fve is its explained_variance, cos
-its cossim, and dead 1 - frac_alive; its mse divides by the number of tokens once more. A number
+The names are those of SAELens and of SAEBench's `core` measures, except that fve is SAELens's
+explained_variance, cos their cossim, and dead 1 - frac_alive. (SAEBench's own explained_variance
+subtracts squares of mean squares, and its mse divides by the number of tokens once more.) A number
 with `_se` is the standard error of another, over documents (`sae/ratios`). None is a share of
 nothing: of the variance of a single token, or of tokens that are all the same.
 
@@ -226,7 +227,7 @@ class PerToken:
         ratio = out / size.where(size > 0, 1.0) * there
         active, total = (values > 0).sum(dim=1).double(), values.sum(dim=1)
         along = (x * made).sum(dim=1)
-        tops = [error, error / x.shape[1], cosine, size, out, ratio, out**2, active, total]
+        tops = [error, error, cosine, size, out, ratio, out**2, active, total]
         bottoms = [size**2, one, one, one, one, there, along, one, one]
         sums = tokens.by_document(torch.stack([*tops, *bottoms], dim=1))  # [B, 2 M]
         top, bottom = sums.T.split(len(PER_TOKEN))
@@ -281,7 +282,10 @@ class Reconstruction:
     def add(
         self, x: Tensor, reconstruction: Tensor, codes: Codes, row: Tensor, numbers: Tensor
     ) -> None:
-        """Take in activations [N, d], their reconstructions and codes; the rest as in `Tokens`."""
+        """Take in activations [N, d], their reconstructions and codes; the rest as in `Tokens`.
+
+        All tokens of a document must come at once, or the errors are too small.
+        """
         self.tokens += len(x)
         if len(x):
             tokens = Tokens(x.double(), reconstruction.double(), codes, row, numbers)

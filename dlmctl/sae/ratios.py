@@ -31,7 +31,7 @@ class Ratios:
         """Sums over documents of e = d - pivot n, n, e^2, e n, n^2 and of one."""
 
     def add(self, d: Tensor, n: Tensor) -> None:
-        """Take in B documents, float64 [M, B] each, on the CPU."""
+        """Take in B whole documents, float64 [M, B] each, on the CPU."""
         slopes = (d * n).sum(dim=1) / n.square().sum(dim=1)  # [M], nan without tokens
         self._pivots = self._pivots.where(self._pivots.isfinite(), slopes)
         e = d - self._pivots.nan_to_num()[:, None] * n

@@ -128,6 +128,7 @@ class Explained:
     def __init__(self, sae: TopKSae) -> None:
         self._sae, self._moments, self._error = sae, Moments(products=True), 0.0
 
+    @torch.no_grad()
     def add(self, x: Tensor) -> None:
         """Take in activations [N, d]."""
         x = x.to(self._sae.W_enc.dtype)

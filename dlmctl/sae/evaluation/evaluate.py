@@ -80,24 +80,25 @@ class Evaluation:
     def _measure(self, number: int, view: Seen, output: Tensor) -> Coded:
         """Measure the reconstruction of the output of a block, [R, Q, d]."""
         every, placed, latents = view.rows.noised(output), self.saes[number], 0  # [B, T, d]
-        numbers = torch.tensor([document.number for document in view.batch.documents])
         controls = self.insertions.components[number]
-        codes, rows = [], []
+        parts = []
         for place, part in enumerate(placed.parts):
             wanted = view.batch.selected(part.positions)
-            row = wanted.nonzero(as_tuple=True)[0]  # [N]
-            for x, here in encode_chunks(part.sae, every[wanted].to(part.sae.W_enc.dtype)):
-                which, row = row[: len(x)], row[len(x) :]
-                code = Codes(here.values, here.indices + latents)
-                self.measures[number].add(x, part.sae.decode(here), code, which, numbers)
-                if controls and (components := controls[place]) is not None and len(x):
-                    made = components.replace(x, which)
-                    tokens = Tokens(x.double(), made.double(), code, which, numbers)
-                    self._controls[number].add(tokens)
-                codes.append(code)
-                rows.append(which)
+            row, x = wanted.nonzero(as_tuple=True)[0], every[wanted].to(part.sae.W_enc.dtype)
+            codes = joined([code for _, code in encode_chunks(part.sae, x)])
+            components = controls[place] if controls else None
+            control = x if components is None else components.replace(x, row)
+            moved = Codes(codes.values, codes.indices + latents)
+            parts.append((x, part.sae.decode(codes), moved, row, control))
             latents += part.sae.d_sae
-        return Coded(joined(codes), torch.cat(rows), numbers)
+        x, made, row, control = (torch.cat([part[n] for part in parts]) for n in (0, 1, 3, 4))
+        codes = joined([part[2] for part in parts])
+        numbers = torch.tensor([document.number for document in view.batch.documents])
+        # A document's tokens must come together, for its sums.
+        self.measures[number].add(x, made, codes, row, numbers)
+        if controls and len(x):
+            self._controls[number].add(Tokens(x.double(), control.double(), codes, row, numbers))
+        return Coded(codes, row, numbers)
 
     def row(self, number: int) -> dict[str, Any]:
         """The measures of an autoencoder; raises DataError if no token was of its kind."""
