@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
+from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob, knob, same
 from dlmctl.settings.compute import Seed
+from dlmctl.settings.parsing import DIGITS, byte_count
 
 Aux = Literal["straight", "input", "pre", "rectified"]
 Scope = Literal["all", "matching", "both"]
@@ -16,6 +18,9 @@ Layout = Literal["saelens", "dictionary_learning", "sparsify"]
 
 RECIPE, FEED, INSERTION = "Training recipe", "Activations", "Insertion"
 
+PUBLISHED_ROWS = 250_000
+"""Rows of the published shuffle buffer."""
+
 PROFILES: dict[str, dict[str, Any]] = {
     "corrected": {},
     "paper": {
@@ -24,6 +29,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "pack": True,
         "aux": "rectified",
         "fitted_encoder": False,
+        "buffer": "250000rows",
     },
 }
 """Defaults that a profile changes, by the fields of the settings."""
@@ -32,7 +38,8 @@ Profile = Annotated[
     Literal["corrected", "paper"],
     Knob(
         "paper: as DLM-Scope was trained, which is --t 0.05-0.5 --level-per-batch --pack "
-        "--aux rectified --decoder-length. Options on the command line take precedence.",
+        "--aux rectified --decoder-length --buffer 250000rows. Options on the command line take "
+        "precedence.",
         "--profile",
         presets=PROFILES,
     ),
@@ -155,13 +162,34 @@ class Feed:
         shown_default="off",
     )
     buffer: str = knob(
-        "256M",
-        "Shuffle buffer of each layer and kind of positions, such as 512M or 2G.",
+        "auto",
+        "Shuffle buffer of each layer and kind of positions, such as 2G or 250000rows. auto: as "
+        "published, 250,000 rows, or fewer if all buffers would take more than a quarter of the "
+        "free memory; a run that is resumed keeps what it began with.",
         metavar="SIZE",
     )
     sequences: int = knob(
         8, "Sequences per forward pass of the model.", "-b", "--batch-size", minimum=1
     )
+
+    def __post_init__(self) -> None:
+        self.buffer_rows(1, 0)  # raises UsageError
+
+    def buffer_rows(self, row_bytes: int, room: int) -> int:
+        """Rows of a buffer.
+
+        Args:
+            row_bytes: size of a row.
+            room: bytes that it may take if it is `auto`.
+        """
+        if self.buffer == "auto":
+            return max(1, min(PUBLISHED_ROWS, room // row_bytes))
+        number = self.buffer.removesuffix("rows")
+        if number == self.buffer:
+            return max(1, byte_count("--buffer", self.buffer) // row_bytes)
+        if not number.isdecimal() or not 0 < len(number) <= DIGITS:
+            raise UsageError(f"--buffer {self.buffer} is not a number of rows such as 250000rows")
+        return max(1, int(number))
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def autoencoder(device: str, ledger: mirror.Ledger) -> tuple[float, dict[str, An
     """
     recipe = SaeRecipe(latents=64, batch_size=32, tokens=352, rate=1e-2, warmup=0, dead_after=40)
     trainer = SaeTrainer(recipe, 16, k=4, seed=0, device=device)
-    buffer = ShuffleBuffer(1 << 20, seed=0)
+    buffer = ShuffleBuffer(1000, seed=0)
     random = torch.Generator().manual_seed(0)
     buffer.add(torch.randn(400, 16, generator=random).to(device))
     trainer.begin(buffer.rows)
