@@ -76,11 +76,15 @@ def command(
 ) -> None:
     """Measure how well sparse autoencoders reconstruct activations, and the loss on insertion.
 
-    Writes a record for each autoencoder: the variance explained, by three definitions and without
-    tokens of massive norm; NMSE, cosine, L0 and dead latents; and the change in the loss of masked
-    and of visible tokens while the autoencoder stands in for the activations, each with a standard
-    error over texts (delta_mask_se and so on). Unless an option says otherwise, the corpus is cut
-    and masked as the one that the autoencoders were trained on.
+    Writes a record for each autoencoder. Of the reconstruction it has the variance explained, by
+    three definitions and without tokens of massive norm; NMSE, cosine, norms, bias, L0 and L1; and
+    how often latents are active. Of the insertion it has the change in the loss of masked and of
+    visible tokens while the autoencoder stands in for the activations, the KL divergence from the
+    model's predictions, and how much of the loss and of the predictions is recovered, compared with
+    zeros (ce_loss_score, kl_div_score) and with the mean activation (ce_loss_score_mean,
+    kl_div_score_mean). Means over tokens have a standard error over texts (delta_mask_se and so
+    on). Unless an option says otherwise, the corpus is cut and masked as the one that the
+    autoencoders were trained on.
 
     With --tuned, base and tuned model see the same tokens under the same masks. Each record has the
     measures on both, with base_ and tuned_ before their names, and how similar the codes are:
@@ -92,6 +96,8 @@ def command(
     dlmctl sae-eval saes/ -m GSAI-ML/LLaDA-8B-Base heldout.jsonl
 
     dlmctl sae-eval saes/ corpus.jsonl | dlmctl stats --by layer
+
+    dlmctl sae-eval saes/ corpus.jsonl --scope both --keep-first --control pca
 
     dlmctl sae-eval saes/ corpus.jsonl -m builtin:puzzles --tuned runs/a
     """

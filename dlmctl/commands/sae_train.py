@@ -111,7 +111,7 @@ def command(
     if len(names) < world_size():
         _say(f"{len(names)} autoencoders on {world_size()} processes: the others train none")
     here = sum(rank() in takers for takers in ranks)
-    on_host = not fits_device(here * rows * row_bytes, source.device)
+    on_host = not fits_device(here * recipe.buffer_capacity(rows) * row_bytes, source.device)
     common = numbers, recipe, source.width, rows, feed.drop_norms, source.device
     streams = [Stream(key, *common, owners[key], on_host) for key in source.keys]
     run = SaeRun(directory, streams, settings, source.metadata, source.device)

@@ -141,6 +141,13 @@ class SaeRecipe:
         """Steps in all."""
         return max(1, self.tokens // self.batch_size)
 
+    def buffer_capacity(self, rows: int) -> int:
+        """Rows of a shuffle buffer that is asked for with `rows` rows.
+
+        At least two batches, and at most all activations of the run.
+        """
+        return min(self.steps * self.batch_size, max(2 * self.batch_size, rows))
+
     def k_at(self, step: int, k: int) -> int:
         """K of step 0, 1, … for an autoencoder that ends with `k`."""
         progress = step / max(1.0, self.k_anneal * self.steps)
@@ -227,9 +234,14 @@ class Insertion:
         "What stands in for the activations in place of the reconstruction. gaussian: the "
         "activation plus random noise of the same norm as the error of reconstruction, token by "
         "token. pca: a reconstruction by the first principal components of activations of the "
-        "same kind, as many as explain the share of variance that the autoencoder explains; they "
-        "are computed on the first 1,024 texts.",
+        "same kind, as many as explain the share of variance that the autoencoder explains, the "
+        "last of them in part; they are computed on the first 1,024 texts.",
     )
+
+    def __post_init__(self) -> None:
+        if not self.insert and (self.control != "none" or self.scope == "both"):
+            option = "--scope both" if self.scope == "both" else f"--control {self.control}"
+            raise UsageError(f"{option} is about the loss on insertion, and there is --no-insert")
 
     @property
     def needs_sample(self) -> bool:

@@ -62,6 +62,14 @@ def _masked_states(policy: Policy, batches: list[MaskedBatch]) -> Tensor:
     return torch.cat(outputs)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"control": "pca"}, {"control": "gaussian"}, {"scope": "both"}]
+)
+def test_what_needs_an_insertion_is_refused_without(settings: Any) -> None:
+    with pytest.raises(UsageError, match="--no-insert"):
+        Insertion(insert=False, **settings)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("ending", ["", "_mean"])
 def test_ablation_of_the_last_block_leaves_one_prediction_for_all_tokens(ending: str) -> None:
@@ -182,29 +190,37 @@ def test_as_many_components_as_explain_what_the_autoencoder_does(
     explained, x = Explained(_keeps(axes)), _known()
     for part in x.split(3):
         explained.add(part)
-    components = explained.components()
+    components, sae = explained.components(), _keeps(axes)
     assert components is not None
     assert components.basis.shape == (4, rank)
-    wanted = torch.where(torch.arange(4) < rank, x, MEAN)  # the axes are in order of their size
-    torch.testing.assert_close(components.replace(x, x), wanted)
+    made, error = components.replace(x, x), (sae(x) - x).detach().square().sum()
+    torch.testing.assert_close((made - x).square().sum(), error)
+    # The axes are in order of their size, and only the last one can be explained in part.
+    whole = torch.arange(4) < rank - 1
+    torch.testing.assert_close(made[:, whole], x[:, whole])
+    torch.testing.assert_close(made[:, rank:], MEAN[rank:].expand(8, -1))
 
 
 def test_components_stand_in_for_the_autoencoder() -> None:
     policy, sae = tiny_policy(), _random(k=20)
-    sae.b_dec.data = _masked_states(policy, _batches(policy)).mean(dim=0)
-    sae.W_enc.data = 0.05 * sae.W_dec.data.T.contiguous()
-    row = _one(policy, sae, control="pca", keep_first=True)
-    assert row["fve"] > 0.01
     states = _masked_states(policy, _batches(policy))
+    sae.b_dec.data = states.mean(dim=0)
+    sae.W_enc.data = 0.05 * sae.W_dec.data.T.contiguous()
+    row = _one(policy, sae, control="pca")
+    assert row["fve"] > 0.01
+    assert row["control_fve"] == pytest.approx(row["fve"])
     centred = states - states.mean(dim=0)
-    shares = torch.linalg.svdvals(centred).square().cumsum(0) / centred.square().sum()
-    rank = int((shares < row["fve"]).sum()) + 1
+    left = 1 - torch.linalg.svdvals(centred).square().cumsum(0) / centred.square().sum()
+    rank = int((1 - left < row["fve"]).sum()) + 1
     assert row["components"] == rank
-    assert row["control_fve"] == pytest.approx(float(shares[rank - 1]))
     axes = torch.linalg.svd(centred).Vh[:rank]
+    unexplained = torch.cat([torch.ones(1).double(), left])
+    share = (1 - row["fve"] - unexplained[rank]) / (unexplained[rank - 1] - unexplained[rank])
+    scaled = axes.clone()
+    scaled[-1] *= 1 - share.sqrt()
     same = TopKSae(16, 2 * rank, 2 * rank).double()  # which reconstructs the same
-    same.W_dec.data = torch.cat([axes, -axes])
-    same.W_enc.data, same.b_dec.data = same.W_dec.data.T.contiguous(), states.mean(dim=0)
+    same.W_dec.data, same.b_dec.data = torch.cat([scaled, -scaled]), states.mean(dim=0)
+    same.W_enc.data = torch.cat([axes, -axes]).T.contiguous()
     assert row["delta_mask"] == pytest.approx(_one(policy, same)["delta_mask"])
 
 

@@ -4,9 +4,10 @@
     zero, mean       0, or the mean activation at these positions (ablation)
     gaussian         x + |xhat - x| g / |g|, g standard normal: an error of the same norm without
                      the autoencoder's directions
-    pca              m + V V^T (x - m), V [d, r] the first r principal components of activations of
-                     the kind that the autoencoder is for, r the least number that explains the
-                     share of variance that the autoencoder explains there
+    pca              m + V C V^T (x - m), V [d, r] the first r principal components of activations
+                     of the kind that the autoencoder is for, r the least number that explains the
+                     share of variance that the autoencoder explains there; C is 1 on the diagonal
+                     but for the last component, which is shortened so that it is the same share
 
 Means and components are those of a sample: the first `SAMPLE` documents of the corpus, which are
 seen once before anything is measured.
@@ -74,12 +75,15 @@ class Components(NamedTuple):
     mean: Tensor
     """[d]."""
     basis: Tensor
-    """[d, r], orthonormal columns."""
+    """[d, r], V, orthonormal columns."""
+    weights: Tensor
+    """[r], the diagonal of C."""
 
     def replace(self, x: Tensor, _: Tensor) -> Tensor:
-        """m + V V^T (x - m)."""
+        """m + V C V^T (x - m)."""
         with whole_products():
-            return self.mean + (x.to(self.mean.dtype) - self.mean) @ self.basis @ self.basis.T
+            coefficients = (x.to(self.mean.dtype) - self.mean) @ self.basis  # [N, r]
+            return self.mean + coefficients * self.weights @ self.basis.T
 
 
 class Moments:
@@ -141,12 +145,16 @@ class Explained:
         """As many as explain what the autoencoder explains; None without an activation."""
         if not self._moments.count:
             return None
-        spread, axes = self._moments.spectrum()
-        left = spread.sum() - spread.cumsum(0)  # [d], unexplained by the first 1, 2, … components
-        wanted = self._error + SLACK * float(spread.sum())
-        rank = int((left > wanted).sum()) + int(float(spread.sum()) > wanted)
-        dtype = self._sae.W_enc.dtype
-        return Components(self._moments.mean.to(dtype), axes[:, :rank].to(dtype))
+        spread, axes = self._moments.spectrum()  # [d], [d, d]
+        total = float(spread.sum())
+        left = torch.cat([spread.sum()[None], total - spread.cumsum(0)])  # by 0, 1, … components
+        rank = int((left > self._error + SLACK * total).sum())
+        weights = torch.ones(rank, dtype=spread.dtype, device=spread.device)
+        if rank:  # (1 - weight)^2 of what the last one explains is left, too
+            beyond = (self._error - left[rank]).clamp(min=0) / spread[rank - 1]
+            weights[-1] = 1 - beyond.clamp(max=1).sqrt()
+        parts = self._moments.mean, axes[:, :rank], weights
+        return Components(*(part.to(self._sae.W_enc.dtype) for part in parts))
 
 
 def sampled(batches: Iterable[MaskedBatch]) -> tuple[list[MaskedBatch], Iterator[MaskedBatch]]:

@@ -152,7 +152,9 @@ class Insertions:
 def _missing(part: PlacedSae) -> Replacement:
     def replace(x: Tensor, _: Tensor) -> Tensor:
         if len(x):
-            raise DataError(f"the first {SAMPLE:,} texts have no token at {part.positions}")
+            raise DataError(
+                f"the first {SAMPLE:,} texts have no token at positions {part.positions}"
+            )
         return x
 
     return replace

@@ -51,8 +51,7 @@ class Stream:
     ) -> None:
         """Args:
         ks: of its autoencoders.
-        buffer_rows: capacity of the buffer; it has at least two batches, and at most all
-            activations of the run.
+        buffer_rows: of its buffer.
         drop_norms: leave out activations whose norm is above this many times the median.
         owners: the rank that trains each K; None: this one. A rank that trains none needs no
             buffer.
@@ -60,9 +59,7 @@ class Stream:
         """
         seed = stream_key(recipe.seed, "sae", key.layer, key.positions)
         self.key, self.recipe, self.drop_norms = key, recipe, drop_norms
-        total = recipe.steps * recipe.batch_size
-        capacity = min(total, max(2 * recipe.batch_size, buffer_rows))
-        self.buffer = ShuffleBuffer(capacity, seed, on_host)
+        self.buffer = ShuffleBuffer(recipe.buffer_capacity(buffer_rows), seed, on_host)
         self.device = torch.device(device)
         self.ks, self.width = ks, width
         self.owners = owners or dict.fromkeys(ks, rank())
