@@ -97,7 +97,7 @@ def command(
 
     dlmctl sae-eval saes/ corpus.jsonl | dlmctl stats --by layer
 
-    dlmctl sae-eval saes/ corpus.jsonl --scope both --keep-first --control pca
+    dlmctl sae-eval saes/ corpus.jsonl --scope matching --keep-first --control pca
 
     dlmctl sae-eval saes/ corpus.jsonl -m builtin:puzzles --tuned runs/a
     """

@@ -27,7 +27,7 @@ def reconstruct(sae: TopKSae, x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def joined(parts: Sequence[Codes]) -> Codes:
+def join_codes(parts: Sequence[Codes]) -> Codes:
     """The codes of several sets of tokens, one below the other.
 
     Rows with fewer entries get more of value 0.

@@ -13,14 +13,15 @@ from torch import Tensor
 from dlmctl.models.attention import Blocks
 from dlmctl.models.blocks import block_outputs
 from dlmctl.models.policy import Policy
-from dlmctl.records.errors import UsageError
+from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record
-from dlmctl.sae.chunks import encode_chunks, joined, reconstruct
+from dlmctl.sae.chunks import encode_chunks, join_codes, reconstruct
 from dlmctl.sae.corpus import MaskedBatch, MaskLaw, documents, masked_corpus
-from dlmctl.sae.evaluation.controls import Explained, gaussian
+from dlmctl.sae.evaluation.controls import Explained, gaussian, sampled
 from dlmctl.sae.evaluation.evaluate import Evaluation, evaluate
 from dlmctl.sae.evaluation.insertion import seen
 from dlmctl.sae.evaluation.placed import PlacedSae
+from dlmctl.sae.evaluation.stability import stability
 from dlmctl.sae.topk import Codes, TopKSae
 from dlmctl.settings.sae import Insertion
 
@@ -337,7 +338,7 @@ def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dlmctl.sae.chunks.NUMBERS", 3 * sae.d_sae)
     parts = list(encode_chunks(sae, x))
     assert {len(part) for part, _ in parts[:-1]} == {3}
-    together_again = joined([code for _, code in parts])
+    together_again = join_codes([code for _, code in parts])
     torch.testing.assert_close(together_again.dense(40), codes.dense(40))
     torch.testing.assert_close(reconstruct(sae, x), made)
     for name, value in _one(policy, sae, control="gaussian").items():
@@ -349,7 +350,7 @@ def test_codes_of_several_widths_are_joined() -> None:
     first = Codes(torch.tensor([[1.0, 2.0]]), torch.tensor([[3, 1]]))
     second = Codes(torch.tensor([[4.0]]), torch.tensor([[2]]))
     wanted = torch.tensor([[0.0, 2.0, 0.0, 1.0], [0.0, 0.0, 4.0, 0.0]])
-    assert torch.equal(joined([first, second]).dense(4), wanted)
+    assert torch.equal(join_codes([first, second]).dense(4), wanted)
 
 
 def test_without_ablation_or_components_no_sample_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,3 +362,50 @@ def test_without_ablation_or_components_no_sample_is_seen(monkeypatch: pytest.Mo
             _batches(policy)
         )
     assert not passes
+
+
+# --- the sample -------------------------------------------------------------------------------
+
+
+def test_the_sample_is_the_first_documents_whatever_the_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dlmctl.sae.evaluation.controls.SAMPLE", 5)
+    policy, placed, rows = tiny_policy(layers=1), [PlacedSae("s", _random(), 0, "mask")], []
+    for size in (1, 3, 20):
+        batches = _batches(policy, size)
+        first, every = sampled(iter(batches))
+        numbers = {d.number for batch in first for d in batch.documents}
+        assert numbers >= set(range(5))
+        assert (size < 20) == (len(numbers) < 20)
+        assert [*every] == batches
+        insertion = dataclasses.replace(MATCHING, control="pca")
+        rows += evaluate(policy, batches, placed, insertion, {})
+    for row in rows[1:]:
+        assert row["components"] == rows[0]["components"]
+        for name in ("ce_loss_with_ablation_mean", "delta_mask", "control_fve"):
+            assert row[name] == pytest.approx(rows[0][name])
+    [whole] = evaluate(policy, _batches(policy)[:1], placed, MATCHING, {})
+    assert whole["ce_loss_with_ablation_mean"] != rows[0]["ce_loss_with_ablation_mean"]
+
+
+@pytest.mark.parametrize("settings", [{"ablate": True}, {"control": "pca", "ablate": False}])
+def test_a_sample_without_a_token_of_the_kind_is_an_error(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dlmctl.sae.evaluation.controls.SAMPLE", 0)
+    with pytest.raises(DataError, match="texts have no token at positions mask"):
+        _one(tiny_policy(), _random(), **settings)
+
+
+@pytest.mark.parametrize("settings", [{"scope": "both"}, {"control": "pca"}])
+def test_controls_of_the_same_model_are_the_same_before_and_after(settings: Any) -> None:
+    policy, insertion = tiny_policy(), dataclasses.replace(MATCHING, **settings)
+    rows = stability(policy, policy, _batches(policy), _pair(), insertion, {}, _pair("b"), seed=1)
+    assert len(rows) == (1 if "scope" in settings else 2)
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith("base_"):
+                assert row[f"tuned_{name.removeprefix('base_')}"] == value
+        assert (row["jaccard"], row["jaccard_se"]) == (1.0, 0.0)
+        assert "matched" in row

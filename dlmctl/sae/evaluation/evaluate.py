@@ -11,7 +11,7 @@ from torch import Tensor
 from dlmctl.models.blocks import Edit, edited_blocks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
-from dlmctl.sae.chunks import encode_chunks, joined
+from dlmctl.sae.chunks import encode_chunks, join_codes
 from dlmctl.sae.corpus import MaskedBatch
 from dlmctl.sae.evaluation.controls import in_sample, sampled
 from dlmctl.sae.evaluation.insertion import Losses, Scored, Seen, predicted, seen
@@ -85,14 +85,14 @@ class Evaluation:
         for place, part in enumerate(placed.parts):
             wanted = view.batch.selected(part.positions)
             row, x = wanted.nonzero(as_tuple=True)[0], every[wanted].to(part.sae.W_enc.dtype)
-            codes = joined([code for _, code in encode_chunks(part.sae, x)])
+            codes = join_codes([code for _, code in encode_chunks(part.sae, x)])
             components = controls[place] if controls else None
             control = x if components is None else components.replace(x, row)
             moved = Codes(codes.values, codes.indices + latents)
             parts.append((x, part.sae.decode(codes), moved, row, control))
             latents += part.sae.d_sae
         x, made, row, control = (torch.cat([part[n] for part in parts]) for n in (0, 1, 3, 4))
-        codes = joined([part[2] for part in parts])
+        codes = join_codes([part[2] for part in parts])
         numbers = torch.tensor([document.number for document in view.batch.documents])
         # A document's tokens must come together, for its sums.
         self.measures[number].add(x, made, codes, row, numbers)
