@@ -18,6 +18,10 @@ from dlmctl.settings.streams import Json, OnErrorOption, Quiet
 
 TUNED = "After more training"
 COLUMNS = ("layer", "k", "positions", "fve", "nmse", "cos", "l0", "dead")
+INSERTED = (
+    *("delta_mask", "delta_mask_se", "delta_unmask", "delta_unmask_se", "kl_div_with_sae"),
+    *("ce_loss_score", "ce_loss_score_mean"),
+)
 TUNED_COLUMNS = ("layer", "k", "positions", "base_fve", "tuned_fve", "jaccard", "code_cosine")
 
 
@@ -72,11 +76,15 @@ def command(
 ) -> None:
     """Measure how well sparse autoencoders reconstruct activations, and the loss on insertion.
 
-    Writes a record for each autoencoder: the variance explained, by three definitions and without
-    tokens of massive norm; NMSE, cosine, L0 and dead latents; and the change in the loss of masked
-    and of visible tokens while the autoencoder stands in for the activations, each with a standard
-    error over texts (delta_mask_se and so on). Unless an option says otherwise, the corpus is cut
-    and masked as the one that the autoencoders were trained on.
+    Writes a record for each autoencoder. Of the reconstruction it has the variance explained, by
+    three definitions and without tokens of massive norm; NMSE, cosine, norms, bias, L0 and L1; and
+    how often latents are active. Of the insertion it has the change in the loss of masked and of
+    visible tokens while the autoencoder stands in for the activations, the KL divergence from the
+    model's predictions, and how much of the loss and of the predictions is recovered, compared with
+    zeros (ce_loss_score, kl_div_score) and with the mean activation (ce_loss_score_mean,
+    kl_div_score_mean). Means over tokens have a standard error over texts (delta_mask_se and so
+    on). Unless an option says otherwise, the corpus is cut and masked as the one that the
+    autoencoders were trained on.
 
     With --tuned, base and tuned model see the same tokens under the same masks. Each record has the
     measures on both, with base_ and tuned_ before their names, and how similar the codes are:
@@ -89,12 +97,15 @@ def command(
 
     dlmctl sae-eval saes/ corpus.jsonl | dlmctl stats --by layer
 
+    dlmctl sae-eval saes/ corpus.jsonl --scope matching --keep-first --control pca
+
     dlmctl sae-eval saes/ corpus.jsonl -m builtin:puzzles --tuned runs/a
     """
     import dataclasses
 
     from dlmctl.models.loading import load_policy
-    from dlmctl.sae.evaluation.evaluate import evaluate, place_sae
+    from dlmctl.sae.evaluation.evaluate import evaluate
+    from dlmctl.sae.evaluation.placed import place_sae
     from dlmctl.sae.evaluation.stability import stability
     from dlmctl.sae.formats.folders import read_saes
 
@@ -113,11 +124,10 @@ def command(
     if logit_shift != "auto":
         base, *after = (dataclasses.replace(p, shift=int(logit_shift)) for p in (base, *after))
     if after:
-        rows = stability(base, after[0], batches, saes, insertion, plan.about, others)
+        rows = stability(base, after[0], batches, saes, insertion, plan.about, others, seed)
         deltas = ["base_delta_mask", "tuned_delta_mask"] if insertion.insert else []
         columns = [*TUNED_COLUMNS, *deltas, *(["matched"] if others else [])]
     else:
-        rows = evaluate(base, batches, saes, insertion, plan.about)
-        deltas = ["delta_mask", "delta_unmask"] if insertion.insert else []
-        columns = [*COLUMNS, *(name for delta in deltas for name in (delta, f"{delta}_se"))]
+        rows = evaluate(base, batches, saes, insertion, plan.about, seed)
+        columns = [*COLUMNS, *(INSERTED if insertion.insert else ())]
     write_rows(rows, columns, json)

@@ -51,7 +51,7 @@ def command(
     """
     from dlmctl.models.loading import load_policy
     from dlmctl.sae.corpus import documents
-    from dlmctl.sae.evaluation.evaluate import place_sae
+    from dlmctl.sae.evaluation.placed import place_sae
     from dlmctl.sae.evaluation.probe import probe
     from dlmctl.sae.evaluation.sentences import collect, labelled
     from dlmctl.sae.formats.folders import read_saes

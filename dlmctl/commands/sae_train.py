@@ -15,8 +15,8 @@ from dlmctl.settings import Knob
 from dlmctl.settings.compute import Device, Model
 from dlmctl.settings.corpus import Activations, Corpus, CorpusFiles
 from dlmctl.settings.models import Reading
-from dlmctl.settings.parsing import byte_count, whole_numbers
-from dlmctl.settings.sae import Feed, Ks, Profile, SaeRecipe
+from dlmctl.settings.parsing import whole_numbers
+from dlmctl.settings.sae import PUBLISHED_ROWS, Feed, Ks, Profile, SaeRecipe
 from dlmctl.settings.streams import Quiet
 
 if TYPE_CHECKING:
@@ -72,15 +72,15 @@ def command(
     torchrun --nproc-per-node 8 -m dlmctl sae-train corpus.jsonl -m GSAI-ML/LLaDA-8B-Base
     --layers 1,6,11,16,26,30 -k 50,160 --positions mask,unmask --kind matryoshka -o saes
     """
+    from dlmctl.sae.training.buffer import fits_device
     from dlmctl.sae.training.division import divided
     from dlmctl.sae.training.run import SaeRun, finished, folder_name
     from dlmctl.sae.training.stream import Stream
-    from dlmctl.train.distributed import run_on_first, world_size
+    from dlmctl.train.distributed import rank, run_on_first, world_size
 
     numbers = list(dict.fromkeys(whole_numbers("-k", ks)))
     if max([*numbers, recipe.k_start or 1]) > recipe.latents:
         raise UsageError(f"-k {ks} is more than the {recipe.latents} --latents")
-    room = byte_count("--buffer", feed.buffer)
     _lock: Lock | None = None
 
     def begin() -> None:
@@ -92,12 +92,17 @@ def command(
     source = _source(
         files or [], reading.name(model), activations, corpus, recipe.seed, feed.sequences, device
     )
+    owners = divided(source.keys, numbers)
+    ranks = [set(owners[key].values()) for key in source.keys]  # each has a buffer
+    row_bytes = source.width * source.dtype.itemsize
+    rows = run_on_first(lambda: _buffer_rows(directory, feed, row_bytes, sum(map(len, ranks))))
     settings = {
         **vars(recipe),
         **source.settings,
         "k": numbers,
         "drop_norms": feed.drop_norms,
         "buffer": feed.buffer,
+        "buffer_rows": rows,
         "keys": [str(key) for key in source.keys],
     }
     names = [folder_name(key, k) for key in source.keys for k in numbers]
@@ -106,13 +111,10 @@ def command(
         return
     if len(names) < world_size():
         _say(f"{len(names)} autoencoders on {world_size()} processes: the others train none")
-    owners = divided(source.keys, numbers)
-    streams = [
-        Stream(
-            key, numbers, recipe, source.width, room, feed.drop_norms, source.device, owners[key]
-        )
-        for key in source.keys
-    ]
+    here = sum(rank() in takers for takers in ranks)
+    on_host = not fits_device(here * recipe.buffer_capacity(rows) * row_bytes, source.device)
+    common = numbers, recipe, source.width, rows, feed.drop_norms, source.device
+    streams = [Stream(key, *common, owners[key], on_host) for key in source.keys]
     run = SaeRun(directory, streams, settings, source.metadata, source.device)
     write_metrics(
         run.train(source.blocks(run.blocks, run.takers), log_every, 60 * save_minutes),
@@ -125,6 +127,24 @@ def command(
     for shortfall in run.shortfalls():
         _say(shortfall)
     _say(f"{len(run.finish())} autoencoders in {directory}")
+
+
+def _buffer_rows(directory: Path, feed: Feed, row_bytes: int, buffers: int) -> int:
+    """Rows of each shuffle buffer: what a run that is resumed began with, or as --buffer says.
+
+    Args:
+        buffers: number of buffers in all.
+    """
+    from dlmctl.sae.training.buffer import share_of_memory
+    from dlmctl.sae.training.run import begun_with
+
+    begun = begun_with(directory)
+    if feed.buffer == begun.get("buffer") and "buffer_rows" in begun:
+        return int(begun["buffer_rows"])
+    rows = feed.buffer_rows(row_bytes, share_of_memory() // buffers)
+    if feed.buffer == "auto" and rows < PUBLISHED_ROWS:
+        _say(f"--buffer: {rows:,} rows, which is what the free memory has room for")
+    return rows
 
 
 def _say(line: str) -> None:

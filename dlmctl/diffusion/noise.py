@@ -10,6 +10,7 @@ mix(k + (n + 1) * golden ratio), in 64-bit wrap-around arithmetic, which int64 t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -45,6 +46,12 @@ def uniform(keys: Tensor, counters: Tensor) -> Tensor:
 def gumbel(keys: Tensor, counters: Tensor) -> Tensor:
     """Standard Gumbel noise, float64, for each (key, counter)."""
     return _gumbel(random_bits(keys, counters))
+
+
+def normal(keys: Tensor, counters: Tensor) -> Tensor:
+    """Standard normal noise, float64, for each (key, counter), by Box and Muller (1958)."""
+    radius = uniform(keys, 2 * counters).log_().mul_(-2).sqrt_()
+    return uniform(keys, 2 * counters + 1).mul_(2 * math.pi).cos_().mul_(radius)
 
 
 def _mix_(z: Tensor) -> Tensor:

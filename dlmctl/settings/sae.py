@@ -10,15 +10,19 @@ from typing import Annotated, Any, ClassVar, Literal
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob, knob, same
 from dlmctl.settings.compute import Seed
-from dlmctl.settings.parsing import fractions
+from dlmctl.settings.parsing import DIGITS, byte_count, fractions
 
 Aux = Literal["straight", "input", "pre", "rectified"]
 SaeKind = Literal["topk", "batchtopk", "matryoshka"]
-Scope = Literal["all", "matching"]
+Scope = Literal["all", "matching", "both"]
+Control = Literal["none", "gaussian", "pca"]
 Layout = Literal["saelens", "dictionary_learning", "sparsify"]
 """Libraries whose folders of autoencoders we read and write."""
 
-RECIPE, FEED = "Training recipe", "Activations"
+RECIPE, FEED, INSERTION = "Training recipe", "Activations", "Insertion"
+
+PUBLISHED_ROWS = 250_000
+"""Rows of the published shuffle buffer."""
 
 PREFIXES = (Fraction(1, 32), Fraction(3, 32), Fraction(7, 32), Fraction(15, 32))
 """Of Bussmann et al. (2025, arXiv 2503.17547): 2,048, 6,144, 14,336 and 30,720 of 65,536."""
@@ -31,6 +35,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "pack": True,
         "aux": "rectified",
         "fitted_encoder": False,
+        "buffer": "250000rows",
     },
 }
 """Defaults that a profile changes, by the fields of the settings."""
@@ -39,7 +44,8 @@ Profile = Annotated[
     Literal["corrected", "paper"],
     Knob(
         "paper: as DLM-Scope was trained, which is --t 0.05-0.5 --level-per-batch --pack "
-        "--aux rectified --decoder-length. Options on the command line take precedence.",
+        "--aux rectified --decoder-length --buffer 250000rows. Options on the command line take "
+        "precedence.",
         "--profile",
         presets=PROFILES,
     ),
@@ -189,6 +195,13 @@ class SaeRecipe:
         """Steps in all."""
         return max(1, self.tokens // self.batch_size)
 
+    def buffer_capacity(self, rows: int) -> int:
+        """Rows of a shuffle buffer that is asked for with `rows` rows.
+
+        At least two batches, and at most all activations of the run.
+        """
+        return min(self.steps * self.batch_size, max(2 * self.batch_size, rows))
+
     def k_at(self, step: int, k: int) -> int:
         """K of step 0, 1, … for an autoencoder that ends with `k`."""
         progress = step / max(1.0, self.k_anneal * self.steps)
@@ -210,26 +223,81 @@ class Feed:
         shown_default="off",
     )
     buffer: str = knob(
-        "256M",
-        "Shuffle buffer of each layer and kind of positions, such as 512M or 2G.",
+        "auto",
+        "Shuffle buffer of each layer and kind of positions, such as 2G or 250000rows. auto: as "
+        "published, 250,000 rows, or fewer if all buffers would take more than a quarter of the "
+        "free memory; a run that is resumed keeps what it began with.",
         metavar="SIZE",
     )
     sequences: int = knob(
         8, "Sequences per forward pass of the model.", "-b", "--batch-size", minimum=1
     )
 
+    def __post_init__(self) -> None:
+        self.buffer_rows(1, 0)  # raises UsageError
+
+    def buffer_rows(self, row_bytes: int, room: int) -> int:
+        """Rows of a buffer.
+
+        Args:
+            row_bytes: size of a row.
+            room: bytes that it may take if it is `auto`.
+        """
+        if self.buffer == "auto":
+            return max(1, min(PUBLISHED_ROWS, room // row_bytes))
+        number = self.buffer.removesuffix("rows")
+        if number == self.buffer:
+            return max(1, byte_count("--buffer", self.buffer) // row_bytes)
+        if not number.isdecimal() or not 0 < len(number) <= DIGITS:
+            raise UsageError(f"--buffer {self.buffer} is not a number of rows such as 250000rows")
+        return max(1, int(number))
+
 
 @dataclass(frozen=True)
 class Insertion:
     """The loss of the model while an autoencoder stands in for the activations."""
 
+    PANEL: ClassVar[str] = INSERTION
+
     scope: Scope = knob(
         "all",
-        "Positions at which an autoencoder stands in for the activations: all of them, as "
-        "published, or those that match the positions it was trained on.",
+        "Positions at which an autoencoder stands in for the activations. all: all of them, as "
+        "published. matching: those of the kind that it was trained on. both: autoencoders of "
+        "masked and of visible tokens, with the same layer, K and directory, stand in together, "
+        "each for its own kind.",
     )
     insert: bool = knob(
         True,
         "Measure the loss on insertion too, which takes a forward pass for each autoencoder.",
         "--insert/--no-insert",
     )
+    keep_first: bool = knob(
+        False,
+        "Leave the first token of a text as it is. Autoencoders are never trained on first tokens.",
+        "--keep-first/--replace-first",
+    )
+    ablate: bool = knob(
+        True,
+        "Compare with ablation too: two more passes for each layer and kind of positions, in which "
+        "zeros, or the mean activation of the first 1,024 texts, take the place of the "
+        "reconstruction.",
+        "--ablate/--no-ablate",
+    )
+    control: Control = knob(
+        "none",
+        "What stands in for the activations in place of the reconstruction. gaussian: the "
+        "activation plus random noise of the same norm as the error of reconstruction, token by "
+        "token. pca: a reconstruction by the first principal components of activations of the "
+        "same kind, as many as explain the share of variance that the autoencoder explains, the "
+        "last of them in part; they are computed on the first 1,024 texts.",
+    )
+
+    def __post_init__(self) -> None:
+        if not self.insert and (self.control != "none" or self.scope == "both"):
+            option = "--scope both" if self.scope == "both" else f"--control {self.control}"
+            raise UsageError(f"{option} is about the loss on insertion, and there is --no-insert")
+
+    @property
+    def needs_sample(self) -> bool:
+        """Whether means or principal components are needed before anything is measured."""
+        return self.insert and (self.ablate or self.control == "pca")

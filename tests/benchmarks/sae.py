@@ -284,11 +284,11 @@ def compare_pipelines(
         raise UsageError(f"-k {max(ks)} is more than {latents} latents: see --expansion")
     size = pipeline.tokens // 4
     recipe = SaeRecipe(latents, size, pipeline.tokens, dead_after=NEVER, seed=seed)
-    capacity = 4 * width * pipeline.tokens
     base: dict[str, Any] = {}
     for name, groups in (("per layer", [[key] for key in keys]), ("shared", [keys])):
         streams = {
-            key: Stream(key, ks, recipe, width, capacity, None, policy.device) for key in keys
+            key: Stream(key, ks, recipe, width, pipeline.tokens, None, policy.device)
+            for key in keys
         }
         passes, model, sae = 0, 0.0, 0.0
         for group in groups:
@@ -344,13 +344,13 @@ def _train(
         had = time.perf_counter()
         for stream in streams:
             stream.add(block[stream.key])
-            for _ in stream.train(stream.buffer.capacity // 2):
+            for _ in stream.train():
                 pass
         synchronize(device)
         passes, model, sae = passes + 1, model + had - begun, sae + time.perf_counter() - had
     begun = time.perf_counter()
     for stream in streams:
-        for _ in stream.train(0):
+        for _ in stream.train(last=True):
             pass
     synchronize(device)
     return passes, model, sae + time.perf_counter() - begun

@@ -8,7 +8,14 @@ import torch
 
 from dlmctl.diffusion import draws
 from dlmctl.diffusion.draws import gumbel_max
-from dlmctl.diffusion.noise import gumbel, key_tensor, random_bits, stream_key, uniform
+from dlmctl.diffusion.noise import (
+    gumbel,
+    key_tensor,
+    normal,
+    random_bits,
+    stream_key,
+    uniform,
+)
 
 
 def splitmix64(state: int, steps: int) -> list[int]:
@@ -115,6 +122,18 @@ def test_a_draw_from_logits_that_are_not_finite_ends():
     logits = torch.zeros(3, 5000)
     logits[0, 4], logits[1], logits[2, 6] = torch.nan, -torch.inf, torch.inf
     assert gumbel_max(logits, torch.arange(3), 0.9).tolist() == [4, 0, 6]
+
+
+def test_normal_noise_has_the_moments_of_a_normal_distribution():
+    noise = normal(key_tensor([stream_key("n", n) for n in range(50)])[:, None], torch.arange(4000))
+    expected = {1: 0.0, 2: 1.0, 3: 0.0, 4: 3.0}
+    for power, moment in expected.items():
+        # The error of the mean of z^p is sqrt(Var(z^p) / N), Var(z^4) being 96.
+        assert float((noise**power).mean()) == pytest.approx(moment, abs=5 * (96 / 200_000) ** 0.5)
+    neighbours = (noise[:, 1:] * noise[:, :-1]).mean(), (noise[1:] * noise[:-1]).mean()
+    assert all(abs(float(value)) < 5 / 200_000**0.5 for value in neighbours)
+    below = (noise < 1.0).double().mean()  # 0.8413 of a normal distribution
+    assert float(below) == pytest.approx(0.8413, abs=5 * (0.8413 * 0.1587 / 200_000) ** 0.5)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")

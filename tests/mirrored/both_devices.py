@@ -42,7 +42,7 @@ rollout prompts.jsonl -m llada -n 4 --block-length 1 --steps 8 -o one-by-one.jso
 rollout prompts.jsonl -m ar -n 4 -o plain-ar.jsonl
 rollout shapes.jsonl -m vl -n 4 -o plain-vl.jsonl
 sae-train texts.jsonl -m llada --layers 1 -k 4 --latents 32 --tokens 512 --sae-batch-size 64 \
-  --positions mask,all -o saes
+  --positions mask,unmask,all -o saes
 sae-features saes/layer1-k4-mask texts.jsonl --features top:2 -o features.jsonl
 rollout prompts.jsonl -m llada -n 4 --steer saes/layer1-k4-mask:3=2 -o steered.jsonl
 distill teacher builtin:digits#0:16 --network unet --width 8 --multipliers 1,2 --attention 2 \

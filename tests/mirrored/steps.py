@@ -102,17 +102,19 @@ def gradients(policy: Policy) -> list[torch.Tensor]:
     return [p.grad for p in policy.model.parameters() if p.grad is not None]
 
 
-def autoencoder(device: str, ledger: mirror.Ledger) -> tuple[float, dict[str, Any]]:
+def autoencoder(
+    device: str, ledger: mirror.Ledger, on_host: bool = False
+) -> tuple[float, dict[str, Any]]:
     """Unexplained variance after eleven steps, and a report of the second to the tenth.
 
     Latents die on the way.
     """
     recipe = SaeRecipe(latents=64, batch_size=32, tokens=352, rate=1e-2, warmup=0, dead_after=40)
     trainer = SaeTrainer(recipe, 16, k=4, seed=0, device=device)
-    buffer = ShuffleBuffer(1 << 20, seed=0)
+    buffer = ShuffleBuffer(1000, 0, on_host)
     random = torch.Generator().manual_seed(0)
     buffer.add(torch.randn(400, 16, generator=random).to(device))
-    trainer.begin(buffer.rows)
+    trainer.begin(buffer.first(400))
     for step in range(10):
         if step == 1:
             ledger.clear()
@@ -143,11 +145,13 @@ def main(model: str) -> None:
         report = ledger.report(steps=4)
         print(json.dumps({"of": "gradient", "equal": close(made, expected)} | report))
     expected_fvu, _ = autoencoder("cpu", mirror.Ledger())
-    with mirror.mirrored() as ledger:
-        fvu, report = autoencoder("cuda", ledger)
-    # On CUDA the first product is in bfloat16.
-    equal = abs(fvu - expected_fvu) < 0.05 * expected_fvu
-    print(json.dumps({"of": "autoencoder", "equal": equal} | report))
+    for name, on_host in (("autoencoder", False), ("autoencoder, buffer on the host", True)):
+        with mirror.mirrored() as ledger:
+            fvu, report = autoencoder("cuda", ledger, on_host)
+        # On CUDA the first product is in bfloat16; where the buffer is decides nothing.
+        equal = fvu == expected_fvu if on_host else abs(fvu - expected_fvu) < 0.1 * expected_fvu
+        expected_fvu = fvu
+        print(json.dumps({"of": name, "equal": equal} | report))
 
 
 main(sys.argv[1])

@@ -75,6 +75,9 @@ LINES = [
     "sae-activations texts.jsonl -m llada --layers 1 -o OUT"
     f" && sae-train OUT {SAE} --kind matryoshka --prefixes 1/4,1/2 -o OUT-saes",
     "sae-eval saes texts.jsonl",
+    "sae-eval saes texts.jsonl --scope matching --control pca --keep-first",
+    "sae-eval saes texts.jsonl --control gaussian --no-ablate",
+    "sae-eval saes/layer1-k4-mask saes/layer1-k4-unmask texts.jsonl --scope both",
     "sae-eval saes/layer1-k4-mask texts.jsonl --tuned other",
     "sae-stability saes/layer1-k4-mask texts.jsonl --tuned other",
     "sae-features saes/layer1-k4-mask texts.jsonl --features top:2 -o OUT",

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor
 
-from dlmctl.sae.training.buffer import ShuffleBuffer
+from dlmctl.records.errors import UsageError
+from dlmctl.sae.training.buffer import ShuffleBuffer, distinct, share_of_memory
+from dlmctl.settings.sae import Feed
 
 
 def _rows(first: int, count: int) -> Tensor:
@@ -14,7 +19,7 @@ def _rows(first: int, count: int) -> Tensor:
 
 
 def _buffer(rows: int, seed: int) -> ShuffleBuffer:
-    return ShuffleBuffer(rows * 3 * 4, seed)
+    return ShuffleBuffer(rows, seed)
 
 
 def _drawn(buffer: ShuffleBuffer, sizes: list[int]) -> list[list[int]]:
@@ -58,16 +63,62 @@ def test_rows_can_be_dropped() -> None:
     assert sorted(_drawn(buffer, [9])[0]) == [0, 3, 6, 9]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_the_room_is_bytes_whatever_the_dtype(dtype: torch.dtype) -> None:
-    size, rows = torch.empty(0, dtype=dtype).element_size(), torch.zeros(3, 8, dtype=dtype)
-    buffer = ShuffleBuffer(100 * 8 * size, seed=1)
-    buffer.add(rows)
-    assert buffer.capacity == 100
-    for bounds, wanted in (((200, 300), 200), ((1, 50), 50), ((200, 50), 50)):
-        buffer = ShuffleBuffer(100 * 8 * size, 1, *bounds)
-        buffer.add(rows)
-        assert buffer.capacity == wanted
-    half = ShuffleBuffer(100 * 8 * 4, seed=1)  # room for 100 rows of float32
-    half.add(rows)
-    assert half.capacity == 400 // size
+def test_a_draw_moves_no_more_than_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not an order of the whole buffer for each batch."""
+    buffer = _buffer(1000, seed=1)
+    buffer.add(_rows(0, 1000))
+    monkeypatch.setattr(torch, "randperm", lambda *_, **__: pytest.fail("of the whole buffer"))
+    drawn = [n for part in _drawn(buffer, [100] * 8) for n in part]
+    assert len(set(drawn)) == 800
+    assert sorted(drawn + buffer.rows[:, 0].int().tolist()) == list(range(1000))
+
+
+@pytest.mark.parametrize("count", [2, 3])  # 3 of 5 are the first of a permutation
+def test_all_orders_of_distinct_numbers_are_equally_likely(count: int) -> None:
+    generator, tries = torch.Generator().manual_seed(0), 6_000
+    counts = Counter(tuple(distinct(count, 5, generator).tolist()) for _ in range(tries))
+    orders = list(itertools.permutations(range(5), count))
+    expected = tries / len(orders)
+    chi_squared = sum((counts[order] - expected) ** 2 / expected for order in orders)
+    assert set(counts) == set(orders)
+    # Its mean is f = len(orders) - 1 and its variance 2 f.
+    freedom = len(orders) - 1
+    assert abs(chi_squared - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+def test_as_many_distinct_numbers_as_there_are_is_all_of_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for size in (0, 1, 7):
+        assert sorted(distinct(size, size, generator).tolist()) == list(range(size))
+
+
+def test_where_the_rows_are_decides_nothing() -> None:
+    """On `meta` there is no data, but the same storage is asked for as on another device."""
+    here, host = ShuffleBuffer(10, seed=1), ShuffleBuffer(10, seed=1, on_host=True)
+    for buffer in (here, host):
+        buffer.add(_rows(0, 12))
+    assert _drawn(here, [3, 4]) == _drawn(host, [3, 4])
+    assert torch.equal(here.first(2), here.rows[:2])
+    for on_host, kept in ((False, "meta"), (True, "cpu")):
+        buffer = ShuffleBuffer(10, seed=1, on_host=on_host)
+        assert buffer._empty(4, torch.empty(1, 3, device="meta")).device.type == kept
+
+
+def test_a_buffer_grows_until_the_next_draw() -> None:
+    buffer = _buffer(4, seed=1)
+    for first in (0, 3, 6, 9):
+        buffer.add(_rows(first, 3))
+    assert (len(buffer), buffer.capacity) == (12, 4)
+    assert buffer.rows[:, 0].int().tolist() == list(range(12))
+
+
+def test_sizes_are_bytes_or_rows_or_what_there_is_room_for() -> None:
+    assert Feed(buffer="1K").buffer_rows(16, 0) == 64
+    assert Feed(buffer="1K").buffer_rows(4096, 0) == 1
+    assert Feed(buffer="300rows").buffer_rows(4096, 0) == 300
+    assert Feed().buffer_rows(8192, 2**40) == 250_000
+    assert Feed().buffer_rows(8192, 2**20) == 128
+    for text in ("rows", "1.5rows", "-3rows", "1X", "3 rows", "much"):
+        with pytest.raises(UsageError, match="--buffer"):
+            Feed(buffer=text)
+    assert share_of_memory() > 2**20

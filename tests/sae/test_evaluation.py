@@ -18,8 +18,17 @@ from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record, parse_record
 from dlmctl.sae.corpus import CorpusPlan, MaskedBatch, MaskLaw, documents, masked_corpus
-from dlmctl.sae.evaluation.evaluate import Evaluation, PlacedSae, evaluate
-from dlmctl.sae.evaluation.insertion import Changes, DocumentLosses, Losses, document_losses, splice
+from dlmctl.sae.evaluation.controls import reconstruction
+from dlmctl.sae.evaluation.evaluate import Evaluation, evaluate
+from dlmctl.sae.evaluation.insertion import (
+    Changes,
+    DocumentLosses,
+    Losses,
+    predicted,
+    seen,
+    splice,
+)
+from dlmctl.sae.evaluation.placed import PlacedSae
 from dlmctl.sae.evaluation.stability import compare, match_decoders, stability
 from dlmctl.sae.formats.folders import SavedSae, write_sae
 from dlmctl.sae.topk import Codes, TopKSae
@@ -57,6 +66,15 @@ def _row(batch: MaskedBatch, b: int) -> dict[str, Any]:
     return {"documents": [batch.documents[b]], **tensors}
 
 
+def _losses(policy: Policy, batch: MaskedBatch, sae: TopKSae | None = None) -> DocumentLosses:
+    """Of one pass; an autoencoder stands in for block 0 on masked tokens."""
+    view, edits = seen(policy, batch), {}
+    if sae is not None:
+        wanted = view.spliced("mask", keep_first=False)
+        edits = {0: splice(wanted, view.keys, reconstruction(sae))}
+    return predicted(policy, view, "mask", edits).losses
+
+
 def _placed(sae: TopKSae, layer: int, positions: str) -> PlacedSae:
     return PlacedSae("s", sae, layer, positions)  # type: ignore[arg-type]
 
@@ -78,7 +96,7 @@ def test_losses_are_those_of_the_whole_logits(family: str) -> None:
     policy = tiny_policy(family)  # type: ignore[arg-type]
     losses, nats, weighted = Losses(), {"mask": [], "unmask": []}, 0.0
     for batch in _batches(policy):
-        losses.add(document_losses(policy, batch))
+        losses.add_pass(_losses(policy, batch))
         with torch.no_grad():
             logits = policy.core(
                 input_ids=batch.masked_ids, attention_mask=batch.valid.long(), use_cache=False
@@ -91,14 +109,14 @@ def test_losses_are_those_of_the_whole_logits(family: str) -> None:
             value = -float(logits[b, place].log_softmax(-1)[batch.ids[b, t]])
             nats["mask" if batch.masked[b, t] else "unmask"].append(value)
             weighted += value / float(batch.level[b]) if batch.masked[b, t] else 0.0
-    found = losses.means()
+    found = losses.row()
     for kind, values in nats.items():
         wanted = sum(values) / len(values) if values else None
-        assert found[kind] == (None if wanted is None else pytest.approx(wanted))
+        assert found[f"loss_{kind}"] == (None if wanted is None else pytest.approx(wanted))
     if nats["mask"]:
-        assert found["mask_per_t"] == pytest.approx(weighted / len(nats["mask"]))
+        assert found["loss_mask_per_t"] == pytest.approx(weighted / len(nats["mask"]))
         tokens = sum(len(values) for values in nats.values())
-        assert found["nelbo"] == pytest.approx(weighted / tokens)
+        assert found["loss_nelbo"] == pytest.approx(weighted / tokens)
 
 
 @pytest.mark.parametrize("family", ["llada", "ar"])
@@ -107,7 +125,7 @@ def test_a_prompt_that_is_never_masked_has_no_loss(family: str) -> None:
     prompts = ["012", "4", "33210"]
     records = [Record(id=n, prompt=p, completion="0123=4") for n, p in enumerate(prompts)]
     [batch] = masked_corpus(documents(records, policy, 99), policy, LAW, 3)
-    found = document_losses(policy, batch)
+    found = _losses(policy, batch)
     with torch.no_grad():
         logits = policy.core(
             input_ids=batch.masked_ids, attention_mask=batch.valid.long(), use_cache=False
@@ -129,9 +147,9 @@ def test_the_wrong_shift_measures_another_token() -> None:
     batches = _batches(policy)
     right, wrong = Losses(), Losses()
     for batch in batches:
-        right.add(document_losses(policy, batch))
-        wrong.add(document_losses(dataclasses.replace(policy, shift=0), batch))
-    assert right.means()["mask"] != pytest.approx(wrong.means()["mask"], rel=1e-3)
+        right.add_pass(_losses(policy, batch))
+        wrong.add_pass(_losses(dataclasses.replace(policy, shift=0), batch))
+    assert right.row()["loss_mask"] != pytest.approx(wrong.row()["loss_mask"], rel=1e-3)
 
 
 def test_matching_positions_leave_the_others_as_they_are() -> None:
@@ -154,12 +172,11 @@ def test_the_error_of_a_change_is_that_of_a_ratio_over_documents() -> None:
     batches[0].masked[1] = False  # a document without a masked token does not count
     batches[0].masked_ids[1] = batches[0].ids[1]
     [row] = evaluate(policy, batches, [_placed(sae, 0, "mask")], Insertion("matching"), {})
-    edits = {0: splice(policy, sae, "mask", "matching")}
     changes: list[tuple[float, int]] = []
     for batch in batches:
         for b in range(len(batch.documents)):
             alone = MaskedBatch(**_row(batch, b))
-            before, after = (document_losses(policy, alone, e) for e in (None, edits))
+            before, after = (_losses(policy, alone, one) for one in (None, sae))
             changes.append((float(after.sums[0] - before.sums[0]), int(batch.masked[b].sum())))
     changes = [(d, n) for d, n in changes if n]
     assert len(changes) == 19
@@ -177,7 +194,7 @@ def test_the_error_of_a_mean_of_equal_documents_is_that_of_their_changes() -> No
     for first in (0, 2):
         after = torch.tensor([d[first : first + 2]] * 5, dtype=torch.float64)
         tokens = torch.full_like(nothing, 3.0)
-        changes.add(DocumentLosses(nothing, tokens), DocumentLosses(after, tokens))
+        changes.add_pair(DocumentLosses(nothing, tokens), DocumentLosses(after, tokens))
     row = changes.row()
     assert row["delta_unmask"] == pytest.approx(statistics.fmean(d) / 3)
     assert row["delta_unmask_se"] == pytest.approx(statistics.stdev(d) / 2 / 3)
@@ -187,7 +204,7 @@ def test_a_single_document_has_no_error_and_no_document_no_change() -> None:
     changes = Changes()
     assert set(changes.row().values()) == {None}
     one = torch.ones(5, 1, dtype=torch.float64)
-    changes.add(DocumentLosses(one, one), DocumentLosses(3 * one, one))
+    changes.add_pair(DocumentLosses(one, one), DocumentLosses(3 * one, one))
     assert changes.row()["delta_mask"] == 2.0
     assert changes.row()["delta_mask_se"] is None
 
@@ -291,8 +308,8 @@ def test_evaluation_gives_codes_at_its_own_positions() -> None:
         policy, [_placed(_random(16), 0, kind) for kind in ("mask", "all")], Insertion(insert=False)
     )
     first, second = evaluation.add(batch)
-    assert len(first.values) == int(batch.masked.sum())
-    assert len(second.values) == int(batch.selected("all").sum())
+    assert len(first.codes.values) == len(first.row) == int(batch.masked.sum())
+    assert len(second.codes.values) == int(batch.selected("all").sum())
 
 
 def test_commands_write_a_record_for_each(

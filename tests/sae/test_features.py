@@ -16,7 +16,7 @@ from dlmctl.models.token_text import TokenTexts
 from dlmctl.records.errors import UsageError
 from dlmctl.sae.corpus import MaskLaw, Positions, masked_corpus
 from dlmctl.sae.features.code_batch import CodeBatch, code_batches
-from dlmctl.sae.features.firing_stats import ALIVE
+from dlmctl.sae.features.firing_stats import ALIVE, BINS, LEVELS, PER_OCTAVE, FiringStats
 from dlmctl.sae.features.records import EFFECTS, feature_records, logit_effects
 from dlmctl.sae.features.responses import Responses, collect_responses, parse_choice, select_slots
 from dlmctl.sae.features.windows import LONGEST, Windows
@@ -187,6 +187,25 @@ def test_weighted_windows_are_drawn_in_proportion_to_the_activation() -> None:
     first = windows._weighted.number.view(count, 2)[:, 0]
     share = float((first == active.numbers[0]).double().mean())
     assert abs(share - 0.75) < 4 * (0.75 * 0.25 / count) ** 0.5
+
+
+def test_counting_in_place_gives_the_bits_of_a_table_for_each_batch() -> None:
+    """Also of sums: those of a batch are made apart, and then added."""
+    stats, cells = FiringStats(LATENTS, 0.1, 0.9), LATENTS * LEVELS
+    counts, totals = torch.zeros(cells), torch.zeros(cells, dtype=torch.float64)
+    histogram = torch.zeros(LATENTS * BINS)
+    for codes in WORLD.stream("mask", 7):
+        stats.add(codes)
+        level = ((codes.batch.level - 0.1) / (0.9 - 0.1) * LEVELS).long()[codes.row]
+        cell = codes.slot * LEVELS + level[codes.token]
+        counts += cell.bincount(minlength=cells)
+        totals += cell.bincount(codes.value.double(), minlength=cells)
+        place = (codes.value.double().log2() * PER_OCTAVE).floor().long() + BINS // 2
+        histogram += (codes.slot * BINS + place).bincount(minlength=LATENTS * BINS)
+    assert torch.equal(stats.level_count.flatten(), counts.long())
+    assert torch.equal(stats.level_total.flatten(), totals)
+    assert torch.equal(stats.histogram.flatten(), histogram.long())
+    assert int(stats.histogram.sum()) == int(stats.count.sum()) > 1000
 
 
 @pytest.mark.parametrize("positions", ["mask", "clean"])

@@ -27,10 +27,10 @@ from dlmctl.sae.corpus import (
 )
 from dlmctl.sae.formats.folders import read_sae
 from dlmctl.sae.topk import JumpReluSae
-from dlmctl.sae.training.run import SaeRun
+from dlmctl.sae.training.run import SaeRun, begun_with
 from dlmctl.sae.training.sources import ModelSource, Source, StoredSource
 from dlmctl.sae.training.stream import Stream
-from dlmctl.settings.sae import SaeKind, SaeRecipe
+from dlmctl.settings.sae import PROFILES, PUBLISHED_ROWS, Feed, SaeKind, SaeRecipe
 
 POLICY = tiny_policy()
 LAW = MaskLaw(0.2, 0.8, seed=3)
@@ -58,7 +58,7 @@ def _source(layers: list[int], positions: list[Any]) -> Source:
 
 
 def _run(directory: Path, source: Source, ks: list[int], **changes: Any) -> SaeRun:
-    streams = [Stream(key, ks, RECIPE, source.width, 16384, None, CPU) for key in source.keys]
+    streams = [Stream(key, ks, RECIPE, source.width, 128, None, CPU) for key in source.keys]
     return SaeRun(directory, streams, {"ks": ks, **changes}, source.metadata, CPU)
 
 
@@ -91,11 +91,11 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(
     source = _source([0], ["mask", "unmask"])
     wanted = _trained(tmp_path / "whole", source, [2])
     run = _run(tmp_path / "cut", source, [2])
-    steps = run.train(source.blocks(0), 1, 1e9)
-    while run.blocks < 16:
+    steps = run.train(source.blocks(0), 1, -1.0)  # saves after every block
+    while run.blocks < 8:
         next(steps)
-    run.save()
     blocks = run.blocks
+    assert blocks < 16  # activations are still coming in
     for _ in range(3):
         next(steps)  # these are lost
     steps.close()
@@ -164,20 +164,73 @@ def test_massive_activations_are_dropped() -> None:
     rows = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
     rows[7] = 1e4
     stream.add(rows)
-    list(stream.train(0))
+    list(stream.train(last=True))
     assert stream.limit is not None
     assert stream.limit < 100
     stream.add(torch.full((3, 4), 1e3))
     assert len(stream.buffer) == 99 % 32
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_a_buffer_takes_its_bytes_whatever_the_dtype(dtype: torch.dtype) -> None:
+def test_draws_wait_for_a_full_buffer_and_leave_half_of_it() -> None:
     recipe = dataclasses.replace(RECIPE, tokens=RECIPE.batch_size * 1000)
-    room = 300 * 4 * dtype.itemsize
-    stream = Stream(Key(0, "mask"), [2], recipe, 4, room, None, CPU)
-    stream.add(torch.ones(5, 4, dtype=dtype))
-    assert stream.buffer.capacity == 300
+    stream = Stream(Key(0, "mask"), [2], recipe, 4, 200, None, CPU)
+    rows = torch.randn(150, 4, generator=torch.Generator().manual_seed(0))
+    stream.add(rows)
+    assert list(stream.train()) == []
+    stream.add(rows)  # 300 rows, of which 100 remain, less than a batch of 32 more
+    assert len(list(stream.train())) == 6
+    assert len(stream.buffer) == 108
+    assert len(list(stream.train(last=True))) == 3
+
+
+@pytest.mark.parametrize(("rows", "capacity"), [(1, 64), (100, 100), (10**9, 32 * 12)])
+def test_a_buffer_has_two_batches_at_least_and_the_run_at_most(rows: int, capacity: int) -> None:
+    assert Stream(Key(0, "mask"), [2], RECIPE, 4, rows, None, CPU).buffer.capacity == capacity
+
+
+def test_a_buffer_on_the_host_trains_the_same(tmp_path: Path) -> None:
+    weights = []
+    for on_host in (False, True):
+        stream = Stream(Key(0, "mask"), [2], RECIPE, 4, 64, 10.0, CPU, on_host=on_host)
+        stream.add(torch.randn(400, 4, generator=torch.Generator().manual_seed(0)))
+        list(stream.train(last=True))
+        weights.append(stream.trainers[2].sae.encoder.detach())
+    assert torch.equal(*weights)
+
+
+def test_a_run_that_is_resumed_keeps_its_buffer(
+    tmp_path: Path, saved_models: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default its size is a share of the memory that is free at the beginning."""
+    corpus, saes = tmp_path / "c.jsonl", tmp_path / "saes"
+    invoke("prompts", "sudoku", "-n", "20", "--completions", "-o", corpus)
+    sizes = ["--latents", "16", "-k", "2", "--tokens", "480", "--sae-batch-size", "16"]
+    line = [corpus, "-m", saved_models("llada"), *sizes, "--save-minutes", "0", "-o", saes]
+    kept, finish = iter([70 * 16 * 4, 10 * 16 * 4, 10**9]), SaeRun.finish
+    monkeypatch.setattr("dlmctl.sae.training.buffer.share_of_memory", lambda: next(kept))
+
+    def stop(run: SaeRun) -> list[Path]:
+        raise DataError("no disk")
+
+    monkeypatch.setattr(SaeRun, "finish", stop)
+    first = invoke("sae-train", *line)
+    assert "70 rows, which is what the free memory has room for" in first.stderr
+    assert begun_with(saes)["buffer_rows"] == 70
+    monkeypatch.setattr(SaeRun, "finish", finish)
+    other = invoke("sae-train", *line, "--buffer", "80rows")
+    assert (other.exit_code, "another buffer" in other.stderr) == (2, True)
+    again = invoke("sae-train", *line)
+    assert again.exit_code == 0, again.stderr
+    assert "free memory" not in again.stderr
+    whole = invoke("sae-train", *line[:-1], tmp_path / "whole", "--buffer", "70rows")
+    assert whole.exit_code == 0, whole.stderr
+    here, there = (_weights(path, "layer0-k2-mask") for path in (saes, tmp_path / "whole"))
+    assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+def test_the_published_profile_has_the_published_buffer() -> None:
+    assert PROFILES["paper"]["buffer"] == f"{PUBLISHED_ROWS}rows"
+    assert Feed(buffer=PROFILES["paper"]["buffer"]).buffer_rows(8192, 0) == PUBLISHED_ROWS
 
 
 def test_too_short_a_corpus_is_an_error(tmp_path: Path) -> None:

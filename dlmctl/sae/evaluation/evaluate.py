@@ -2,128 +2,134 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, get_args
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dlmctl.models.blocks import Edit
+from dlmctl.models.blocks import Edit, edited_blocks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
-from dlmctl.sae.activations import check_keys
-from dlmctl.sae.corpus import MaskedBatch, Positions
-from dlmctl.sae.evaluation.insertion import (
-    Changes,
-    DocumentLosses,
-    Losses,
-    document_losses,
-    splice,
-)
-from dlmctl.sae.formats.folders import SavedSae
-from dlmctl.sae.measures import Reconstruction
-from dlmctl.sae.topk import Codes, TopKSae
+from dlmctl.sae.chunks import encode_chunks, join_codes
+from dlmctl.sae.corpus import MaskedBatch
+from dlmctl.sae.evaluation.controls import in_sample, sampled
+from dlmctl.sae.evaluation.insertion import Losses, Scored, Seen, predicted, seen
+from dlmctl.sae.evaluation.placed import PlacedSae, as_inserted
+from dlmctl.sae.evaluation.spliced import Ablated, Insertions
+from dlmctl.sae.measures import Reconstruction, Tokens, Variance, average_max_cosines
+from dlmctl.sae.topk import Codes
 from dlmctl.settings.sae import Insertion
 
 
-class PlacedSae(NamedTuple):
-    """An autoencoder and the activations it is for."""
+class Coded(NamedTuple):
+    """Codes of N tokens of B documents."""
 
-    name: str
-    sae: TopKSae
-    layer: int
-    positions: Positions
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """As it stands in a record."""
-        return {
-            "sae": self.name,
-            "layer": self.layer,
-            "k": self.sae.k,
-            "positions": self.positions,
-            "latents": self.sae.d_sae,
-        }
-
-
-def place_sae(name: str, saved: SavedSae, policy: Policy, layer: int | None = None) -> PlacedSae:
-    """An autoencoder on the device of a policy.
-
-    Args:
-        layer: block whose output it is for; None: as its folder says.
-
-    Raises:
-        UsageError: the policy has no such layer.
-        DataError: the folder does not say what it is for, or it is for another width.
-    """
-    layer = saved.metadata.get("dlm_layer") if layer is None else layer
-    if layer is None:
-        raise DataError("it does not say which layer it is for (dlm_layer)", name)
-    positions: Positions = saved.metadata.get("dlm_positions") or (
-        "mask" if policy.diffusion else "all"
-    )
-    if positions not in get_args(Positions):
-        raise DataError(f"it is for positions '{positions}', a kind not known here", name)
-    check_keys(policy, [layer], [positions])
-    if saved.sae.d_in != policy.width:
-        raise DataError(
-            f"it is for activations of width {saved.sae.d_in}, {policy.name} has {policy.width}",
-            name,
-        )
-    return PlacedSae(name, saved.sae.to(policy.device), int(layer), positions)
+    codes: Codes
+    row: Tensor
+    """int64 [N], the document of each."""
+    numbers: Tensor
+    """int64 [B], the number of each document in the corpus, on the CPU."""
 
 
 class Evaluation:
     """Measures of autoencoders on one policy, summed over batches."""
 
-    def __init__(self, policy: Policy, saes: Sequence[PlacedSae], insertion: Insertion) -> None:
-        self.policy, self.saes, self.insertion = policy, saes, insertion
-        self.measures = [Reconstruction(placed.sae) for placed in saes]
-        self.changes = [Changes() for _ in saes]
+    def __init__(
+        self, policy: Policy, saes: Sequence[PlacedSae], insertion: Insertion, seed: int = 0
+    ) -> None:
+        """Args:
+        seed: of the noise of a control.
+        """
+        self.policy, self.saes, self.insertion, self.seed = policy, saes, insertion, seed
+        self.measures = [Reconstruction(placed.sae.d_in, placed.latents) for placed in saes]
         self.losses = {False: Losses(), True: Losses()}
         """Of the model as it is, on masked and (True) on clean text."""
+        self.insertions = Insertions(policy, saes, insertion)
+        self._controls = [Variance(placed.sae.d_in, placed.latents) for placed in saes]
+        """Of what principal components reconstruct."""
 
     @torch.no_grad()
-    def add(self, batch: MaskedBatch) -> list[Codes]:
-        """Take in a batch; returns the codes of each autoencoder at the positions it is for."""
-        codes: dict[int, Codes] = {}
-        for clean in (False, True):
-            numbers = [n for n, s in enumerate(self.saes) if (s.positions == "clean") == clean]
-            if not numbers:
-                continue
-            view = batch.clean() if clean else batch
-            outputs: dict[int, Tensor] = {}  # by layer
-            edits = {self.saes[n].layer: _keep(outputs, self.saes[n].layer) for n in numbers}
-            before = document_losses(self.policy, view, edits)
-            self.losses[clean].add(before)
-            for n in numbers:
-                codes[n] = self._add_to(n, view, outputs[self.saes[n].layer], before)
-        return [codes[n] for n in range(len(self.saes))]
+    def prepare(self, sample: Iterable[MaskedBatch]) -> None:
+        """See the documents from which means and principal components are."""
+        for batch in sample if self.insertion.needs_sample else ():
+            inside = in_sample(batch).to(self.policy.device)[:, None]
+            for clean, numbers in self._kinds():
+                view, outputs = self._seen(batch, clean), dict[int, Tensor]()
+                with edited_blocks(self.policy, self._keeping(outputs, numbers)):
+                    self.policy.hidden_of(view.rows)
+                self.insertions.see(view, clean, outputs, inside)
+        self.insertions.seen_all()
 
-    def _add_to(
-        self, number: int, batch: MaskedBatch, output: Tensor, before: DocumentLosses
-    ) -> Codes:
-        """Take in a batch for one autoencoder, `output` [B, T, d] being that of its block."""
-        _, sae, layer, positions = self.saes[number]
-        x = output[batch.selected(positions)].to(sae.W_enc.dtype)  # [N, d]
-        codes = sae.encode(x)
-        self.measures[number].add(x, sae.decode(codes), codes)
-        if self.insertion.insert:
-            edit = splice(self.policy, sae, positions, self.insertion.scope)
-            self.changes[number].add(before, document_losses(self.policy, batch, {layer: edit}))
-        return codes
+    @torch.no_grad()
+    def add(self, batch: MaskedBatch) -> list[Coded]:
+        """Take in a batch; returns the codes of each autoencoder at the positions it is for."""
+        coded: dict[int, Coded] = {}
+        for clean, numbers in self._kinds():
+            view, outputs = self._seen(batch, clean), dict[int, Tensor]()
+            scored = self._scored(clean)
+            before = predicted(self.policy, view, scored, self._keeping(outputs, numbers))
+            self.losses[clean].add_pass(before.losses)
+            ablated: Ablated = {}
+            for n in numbers:
+                coded[n] = self._measure(n, view, outputs[self.saes[n].layer])
+                if self.insertion.insert:
+                    self.insertions.add(n, view, before, scored, ablated)
+        return [coded[n] for n in range(len(self.saes))]
+
+    def _measure(self, number: int, view: Seen, output: Tensor) -> Coded:
+        """Measure the reconstruction of the output of a block, [R, Q, d]."""
+        every, placed, latents = view.rows.noised(output), self.saes[number], 0  # [B, T, d]
+        controls = self.insertions.components[number]
+        parts = []
+        for place, part in enumerate(placed.parts):
+            wanted = view.batch.selected(part.positions)
+            row, x = wanted.nonzero(as_tuple=True)[0], every[wanted].to(part.sae.W_enc.dtype)
+            codes = join_codes([code for _, code in encode_chunks(part.sae, x)])
+            components = controls[place] if controls else None
+            control = x if components is None else components.replace(x, row)
+            moved = Codes(codes.values, codes.indices + latents)
+            parts.append((x, part.sae.decode(codes), moved, row, control))
+            latents += part.sae.d_sae
+        x, made, row, control = (torch.cat([part[n] for part in parts]) for n in (0, 1, 3, 4))
+        codes = join_codes([part[2] for part in parts])
+        numbers = torch.tensor([document.number for document in view.batch.documents])
+        # A document's tokens must come together, for its sums.
+        self.measures[number].add(x, made, codes, row, numbers)
+        if controls and len(x):
+            self._controls[number].add(Tokens(x.double(), control.double(), codes, row, numbers))
+        return Coded(codes, row, numbers)
 
     def row(self, number: int) -> dict[str, Any]:
         """The measures of an autoencoder; raises DataError if no token was of its kind."""
-        positions = self.saes[number].positions
+        placed = self.saes[number]
         if not self.measures[number].tokens:
-            raise DataError(f"the corpus has no token at positions {positions}")
-        losses = self.losses[positions == "clean"].means()
-        return {
-            **self.measures[number].row(),
-            **{f"loss_{name}": value for name, value in losses.items()},
-            **(self.changes[number].row() if self.insertion.insert else {}),
-        }
+            raise DataError(f"the corpus has no token at positions {placed.about['positions']}")
+        row = self.measures[number].row() | self.losses[placed.positions == "clean"].row()
+        if self.insertion.insert:
+            row |= self.insertions.row(number)
+        if self.insertions.components[number]:
+            found = self._controls[number].row()
+            row |= {f"control_{name}": found[name] for name in ("fve", "fve_se")}
+        return row
+
+    def _scored(self, clean: bool) -> Scored:
+        """The tokens that the model predicts."""
+        return "mask" if self.policy.diffusion and not clean else "unmask"
+
+    def _kinds(self) -> Iterator[tuple[bool, list[int]]]:
+        """Autoencoders of activations on masked and (True) on clean text, by their numbers."""
+        for clean in (False, True):
+            numbers = [n for n, s in enumerate(self.saes) if (s.positions == "clean") == clean]
+            if numbers:
+                yield clean, numbers
+
+    def _seen(self, batch: MaskedBatch, clean: bool) -> Seen:
+        return seen(self.policy, batch.clean() if clean else batch, self.seed)
+
+    def _keeping(self, outputs: dict[int, Tensor], numbers: Sequence[int]) -> dict[int, Edit]:
+        layers = {self.saes[n].layer for n in numbers}
+        return {layer: _keep(outputs, layer) for layer in layers}
 
 
 def evaluate(
@@ -132,22 +138,43 @@ def evaluate(
     saes: Sequence[PlacedSae],
     insertion: Insertion,
     corpus: Mapping[str, Any],
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """A record for each autoencoder.
+    """A record for each autoencoder, or, with scope `both`, for each pair.
 
     Args:
         corpus: what each record says about the corpus.
+        seed: of the noise of a control.
 
     Raises:
         DataError: the corpus has no token of the kind that an autoencoder is for.
+        UsageError: with scope `both`, an autoencoder has no partner.
     """
-    evaluation = Evaluation(policy, saes, insertion)
+    saes = as_inserted(saes, insertion)
+    evaluation = Evaluation(policy, saes, insertion, seed)
+    sample, batches = sampled(batches)
+    evaluation.prepare(sample)
     for batch in batches:
         evaluation.add(batch)
-    about: dict[str, Any] = {"model": policy.name, **corpus}
-    if insertion.insert:
-        about |= {"scope": insertion.scope, "logit_shift": policy.shift}
-    return [{**placed.about, **about, **evaluation.row(n)} for n, placed in enumerate(saes)]
+    about = {"model": policy.name, **corpus, **about_insertion(policy, insertion)}
+    return [
+        {**placed.about, **about, **evaluation.row(n), **about_weights(placed)}
+        for n, placed in enumerate(saes)
+    ]
+
+
+def about_insertion(policy: Policy, insertion: Insertion) -> dict[str, Any]:
+    """How something stands in, as it stands in a record."""
+    if not insertion.insert:
+        return {}
+    names = "scope", "keep_first", "control"
+    about = {name: getattr(insertion, name) for name in names}
+    return {**about, "logit_shift": policy.shift}
+
+
+def about_weights(placed: PlacedSae) -> dict[str, Any]:
+    """Measures of an autoencoder that need no tokens; none of a pair."""
+    return average_max_cosines(placed.sae) if placed.partner is None else {}
 
 
 def _keep(outputs: dict[int, Tensor], layer: int) -> Edit:

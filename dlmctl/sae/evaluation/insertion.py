@@ -1,4 +1,4 @@
-"""The loss of a model while an autoencoder stands in for the output of one of its blocks.
+"""The loss of a model while something stands in for the output of one of its blocks.
 
 Negative log-likelihood per token in nats: of masked tokens (`mask`), of visible tokens after the
 prompt (`unmask`), and the bound on that of the text, `nelbo` = sum (1/t) CE of masked tokens /
@@ -7,40 +7,85 @@ defines; the published script takes them at the token itself, which for Dream ar
 
 `mask_per_t` is the mean over masked tokens of CE / t, and `unmask_per_t` the mean over visible
 tokens of CE / (1 - t), the published definitions (DLM-Scope, arXiv 2602.05859, section 3.2).
+
+`divergences` is KL(p || q) at the tokens that the model was trained to predict, from what it
+predicts as it is, p, to what it predicts with the insertion, q.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dlmctl.diffusion.fused_linear_logprob import target_log_probs
+from dlmctl.diffusion.fused_linear_logprob import divergence, target_log_probs
+from dlmctl.diffusion.noise import key_tensor, stream_key, subkeys
 from dlmctl.models.attention import NoisedRows
 from dlmctl.models.blocks import Edit, edited_blocks
+from dlmctl.models.float32_products import whole_products
 from dlmctl.models.policy import Policy
-from dlmctl.sae.corpus import MaskedBatch, Positions
-from dlmctl.sae.topk import TopKSae
-from dlmctl.settings.sae import Scope
+from dlmctl.sae.corpus import MaskedBatch
+from dlmctl.sae.ratios import Ratios
 
-
-def splice(policy: Policy, sae: TopKSae, positions: Positions, scope: Scope) -> Edit:
-    """The edit that replaces x by decode(encode(x)), without an error term."""
-
-    def replace(output: Tensor, ids: Tensor) -> Tensor:
-        wanted = torch.ones_like(ids, dtype=torch.bool)
-        if scope == "matching" and positions in ("mask", "unmask"):
-            wanted = (ids == policy.mask_id) == (positions == "mask")
-        reconstruction = sae(output[wanted].to(sae.W_enc.dtype)).to(output.dtype)  # [N, d]
-        return output.index_put((wanted,), reconstruction)
-
-    return replace
-
-
+Replacement = Callable[[Tensor, Tensor], Tensor]
+"""From activations [N, d] and a random key for each token, int64 [N], to what stands in, [N, d]."""
+Where = Literal["mask", "unmask", "all"]
+"""Tokens that the model sees masked, or not, or all of them."""
+Scored = Literal["mask", "unmask"]
 LOSSES = ("mask", "unmask", "nelbo", "mask_per_t", "unmask_per_t")
+
+
+class Seen(NamedTuple):
+    """A batch as the blocks of a model see it, R rows of Q tokens."""
+
+    batch: MaskedBatch
+    rows: NoisedRows
+    masked: Tensor
+    """bool [R, Q]."""
+    there: Tensor
+    """bool [R, Q], false for padding."""
+    first: Tensor
+    """bool [R, Q], the first token of each text."""
+    keys: Tensor
+    """int64 [R, Q], a random key for each token, which does not depend on its batch."""
+
+    def spliced(self, where: Where, keep_first: bool) -> Tensor:
+        """bool [R, Q], the tokens at which something stands in."""
+        wanted = self.there & ~self.first if keep_first else self.there
+        return wanted if where == "all" else wanted & (self.masked == (where == "mask"))
+
+
+def seen(policy: Policy, batch: MaskedBatch, seed: int = 0) -> Seen:
+    """A batch as the blocks see it; the random keys depend on the seed."""
+    rows = batch.rows(policy)
+    width = batch.ids.shape[1]
+    columns = torch.arange(rows.ids.shape[1], device=rows.ids.device).expand_as(rows.ids)
+    positions = columns if rows.positions is None else rows.positions
+    masked = rows.ids == -1 if policy.mask_id is None else rows.ids == policy.mask_id
+    documents = [stream_key(seed, "insertion", document.number) for document in batch.documents]
+    # A block-causal model sees each token twice: in the clean text, and in the noised copy.
+    places = 2 * positions + (columns >= width).long()
+    keys = subkeys(key_tensor(documents, rows.ids.device)[:, None], places)
+    there = torch.ones_like(masked) if rows.attention is None else rows.attention
+    return Seen(batch, rows, masked, there, positions == 0, keys)
+
+
+def splice(wanted: Tensor, keys: Tensor, replacement: Replacement) -> Edit:
+    """The edit that replaces activations, without an error term.
+
+    Args:
+        wanted: bool [R, Q], of which tokens.
+        keys: int64 [R, Q].
+    """
+
+    def edit(output: Tensor, _: Tensor) -> Tensor:
+        made = replacement(output[wanted], keys[wanted])
+        return output.index_put((wanted,), made.to(output.dtype))
+
+    return edit
 
 
 class DocumentLosses(NamedTuple):
@@ -52,101 +97,141 @@ class DocumentLosses(NamedTuple):
     """float64 [5, B]."""
 
 
+class Prediction(NamedTuple):
+    """What a pass predicts."""
+
+    losses: DocumentLosses
+    states: Tensor
+    """[N, H], the hidden states that predict the scored tokens."""
+    row: Tensor
+    """int64 [N], the document of each, on the CPU."""
+
+
 @torch.no_grad()
-def document_losses(
-    policy: Policy, batch: MaskedBatch, edits: dict[int, Edit] | None = None
-) -> DocumentLosses:
-    """The losses of a batch by document, in a forward pass with these blocks edited."""
-    rows = batch.rows(policy)
+def predicted(
+    policy: Policy, view: Seen, scored: Scored, edits: Mapping[int, Edit] | None = None
+) -> Prediction:
+    """What a forward pass predicts with these blocks edited."""
+    batch = view.batch
     with edited_blocks(policy, edits) if edits else contextlib.nullcontext():
-        states = policy.hidden_of(rows)
+        states = policy.hidden_of(view.rows)
     level = batch.level.cpu()
-    masked, masked_tokens = _by_document(policy, batch, rows, states, "mask")
-    visible, visible_tokens = _by_document(policy, batch, rows, states, "unmask")
+    found = {kind: _by_document(policy, view, states, kind) for kind in ("mask", "unmask")}
+    masked, masked_tokens = found["mask"][:2]
+    visible, visible_tokens = found["unmask"][:2]
     masked_per_t = masked / level.clamp(min=1e-6)
     visible_per_t = visible / (1 - level).clamp(min=1e-6)
     maskable = torch.tensor([len(d.ids) - d.kept for d in batch.documents]) * (level > 0)
     sums = (masked, visible, masked_per_t, masked_per_t, visible_per_t)
     tokens = (masked_tokens, visible_tokens, maskable.double(), masked_tokens, visible_tokens)
-    return DocumentLosses(torch.stack(sums), torch.stack(tokens))
+    return Prediction(DocumentLosses(torch.stack(sums), torch.stack(tokens)), *found[scored][2:])
 
 
 def _by_document(
-    policy: Policy,
-    batch: MaskedBatch,
-    rows: NoisedRows,
-    states: Tensor,
-    kind: Literal["mask", "unmask"],
-) -> tuple[Tensor, Tensor]:
+    policy: Policy, view: Seen, states: Tensor, kind: Scored
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cross-entropy summed over each document's tokens of a kind, and their number; [B] each.
 
-    Tokens of a prompt that is never masked do not count: the model was not trained on them.
+    Also the states [N, H] that predict the tokens, and their documents [N]. Tokens of a prompt that
+    is never masked do not count: the model was not trained on them.
     """
+    batch = view.batch
     kept = torch.tensor([document.kept for document in batch.documents], device=batch.ids.device)
     column = torch.arange(batch.ids.shape[1], device=batch.ids.device)
     wanted = batch.selected(kind) & (column >= kept[:, None])  # [B, T]
     row, position = wanted.nonzero(as_tuple=True)
-    chosen = states[row, rows.sources(row, position, policy.shift)]  # [N, H]
+    chosen = states[row, view.rows.sources(row, position, policy.shift)]  # [N, H]
     loss = -target_log_probs(policy, chosen, batch.ids[row, position])
-    # Summed on the CPU: an index_add of CUDA has no fixed order.
-    row, nothing = row.cpu(), torch.zeros(len(batch.documents), dtype=torch.float64)
-    sums = nothing.index_add(0, row, loss.double().cpu())
-    return sums, torch.bincount(row, minlength=len(nothing)).double()
+    row = row.cpu()
+    sums, tokens = by_document(loss, row, len(batch.documents))
+    return sums, tokens, chosen, row
 
 
-class Losses:
-    """Losses per token over many documents."""
+def by_document(values: Tensor, row: Tensor, documents: int) -> tuple[Tensor, Tensor]:
+    """Sums of values [N] over the tokens of each document, and their number, float64 [B] each.
+
+    On the CPU: an index_add of CUDA has no fixed order.
+
+    Args:
+        row: int64 [N], the document of each, on the CPU.
+    """
+    sums = torch.zeros(documents, dtype=torch.float64).index_add(0, row, values.double().cpu())
+    return sums, torch.bincount(row, minlength=documents).double()
+
+
+@torch.no_grad()
+def divergences(policy: Policy, first: Prediction, second: Prediction) -> Tensor:
+    """KL of the predicted distributions, float64 [B], a sum over each document's scored tokens."""
+    with whole_products():  # close distributions differ by little more than rounding
+        found = divergence(policy, first.states, second.states)
+    return by_document(found, first.row, first.losses.tokens.shape[1])[0]
+
+
+class Losses(Ratios):
+    """Losses per token over many documents, each as `loss_NAME`."""
 
     def __init__(self) -> None:
-        self._sums, self._tokens = torch.zeros(2, len(LOSSES), dtype=torch.float64)
+        super().__init__([f"loss_{name}" for name in LOSSES])
 
-    def add(self, found: DocumentLosses) -> None:
+    def add_pass(self, found: DocumentLosses) -> None:
         """Take in documents."""
-        self._sums += found.sums.sum(dim=1)
-        self._tokens += found.tokens.sum(dim=1)
-
-    def means(self) -> dict[str, float | None]:
-        """Each loss per token; None if there was no token of its kind."""
-        rows = zip(LOSSES, self._sums.tolist(), self._tokens.tolist(), strict=True)
-        return {name: value / tokens if tokens else None for name, value, tokens in rows}
+        self.add(found.sums, found.tokens)
 
 
-class Changes:
-    """Change of each loss per token from before to after, on the same documents.
+class Changes(Ratios):
+    """Change of each loss per token on the same documents, `delta_NAME`, negative if it falls."""
 
-    The change is a ratio of sums over documents i, R = sum d_i / sum n_i, where d_i is the change
-    of the document's summed loss and n_i the number of its tokens. Its standard error treats the
-    documents as independent (Cochran, Sampling Techniques, on ratio estimators):
+    def __init__(self) -> None:
+        super().__init__([f"delta_{name}" for name in LOSSES])
 
-        se^2 = D / (D - 1) * sum (d_i - R n_i)^2 / (sum n_i)^2,  D documents with n_i > 0
+    def add_pair(self, before: DocumentLosses, after: DocumentLosses) -> None:
+        """Take in losses of the same documents."""
+        self.add(after.sums - before.sums, before.tokens)
 
-    Tokens of one document share their context and mask, so that an error over tokens would be too
-    small.
+
+ABLATIONS = {"zero": "", "mean": "_mean"}
+"""What their names end with: those of zero ablation are SAEBench's."""
+
+
+class Recovered(Ratios):
+    """What of a model's predictions is left, compared with ablation.
+
+    kl_div_with_sae        KL from the model as it is to the model with the insertion
+    ce_loss_with_ablation  loss while zeros stand in
+    ce_loss_score          (loss with zeros - loss with the insertion) / (loss with zeros - loss)
+    kl_div_with_ablation   KL from the model as it is to the model with zeros
+    kl_div_score           1 - kl_div_with_sae / kl_div_with_ablation
+
+    With `_mean` behind it the mean activation stands in, not zeros.
     """
 
-    def __init__(self) -> None:
-        self._moments = torch.zeros(6, len(LOSSES), dtype=torch.float64)
-        """Sums over documents of d, n, d^2, d n, n^2 and of one."""
+    def __init__(self, ablate: bool) -> None:
+        parts = ("ce_loss_with_ablation", "ce_loss_score", "kl_div_with_ablation", "kl_div_score")
+        endings = ABLATIONS.values() if ablate else ()
+        super().__init__(
+            ["kl_div_with_sae", *(part + ending for ending in endings for part in parts)]
+        )
 
-    def add(self, before: DocumentLosses, after: DocumentLosses) -> None:
-        """Losses of the same documents."""
-        d, n = after.sums - before.sums, before.tokens
-        parts = torch.stack([d, n, d * d, d * n, n * n, (n > 0).double()])  # [6, 5, B]
-        self._moments += parts.sum(dim=2)
+    def add_documents(
+        self,
+        losses: tuple[Tensor, Tensor],
+        divergence: Tensor,
+        tokens: Tensor,
+        ablated: Mapping[str, tuple[Tensor, Tensor]],
+    ) -> None:
+        """Take in documents, float64 [B] each.
 
-    def row(self) -> dict[str, float | None]:
-        """`delta_NAME`, negative if the loss falls, and `delta_NAME_se` for each loss.
-
-        None if there was no token; the standard error also if there was one document alone.
+        Args:
+            losses: summed over scored tokens, without and with the insertion.
+            divergence: summed over the same tokens.
+            tokens: their number.
+            ablated: loss and divergence under each ablation.
         """
-        row: dict[str, float | None] = {}
-        for name, moments in zip(LOSSES, self._moments.T.tolist(), strict=True):
-            d, n, dd, dn, nn, documents = moments
-            change = d / n if n else None
-            row[f"delta_{name}"] = change
-            row[f"delta_{name}_se"] = None
-            if change is not None and documents > 1:
-                residual = max(0.0, dd - 2 * change * dn + change * change * nn)
-                error = math.sqrt(residual * documents / (documents - 1)) / n
-                row[f"delta_{name}_se"] = error
-        return row
+        before, after = losses
+        pairs = [(divergence, tokens)]
+        for name in ABLATIONS if ablated else ():
+            loss, far = ablated[name]
+            pairs += [(loss, tokens), (loss - after, loss - before)]
+            pairs += [(far, tokens), (far - divergence, far)]
+        tops, bottoms = zip(*pairs, strict=True)
+        self.add(torch.stack(tops), torch.stack(bottoms))

@@ -22,7 +22,7 @@ from torch import Tensor
 from dlmctl.models.float32_products import whole_products
 from dlmctl.records.errors import DataError
 from dlmctl.report.auroc import auroc
-from dlmctl.sae.evaluation.evaluate import PlacedSae
+from dlmctl.sae.evaluation.placed import PlacedSae
 from dlmctl.sae.evaluation.sentences import Labelled, Place, Tokens
 from dlmctl.sae.topk import TopKSae, join_codes
 

@@ -23,7 +23,16 @@ from dlmctl.models.float32_products import whole_products
 from dlmctl.models.policy import Policy, check_same_tokens
 from dlmctl.records.errors import UsageError
 from dlmctl.sae.corpus import MaskedBatch
-from dlmctl.sae.evaluation.evaluate import Evaluation, PlacedSae
+from dlmctl.sae.evaluation.controls import sampled
+from dlmctl.sae.evaluation.evaluate import (
+    Coded,
+    Evaluation,
+    about_insertion,
+    about_weights,
+)
+from dlmctl.sae.evaluation.insertion import by_document
+from dlmctl.sae.evaluation.placed import PlacedSae, as_inserted
+from dlmctl.sae.ratios import Ratios
 from dlmctl.sae.topk import Codes
 from dlmctl.settings.sae import Insertion
 
@@ -33,24 +42,21 @@ ROWS = 1024
 """Latents that are compared with all others at once."""
 
 
-class CodeSimilarity:
-    """Similarity of pairs of codes, summed over tokens."""
+class CodeSimilarity(Ratios):
+    """Similarity of pairs of codes, as means over tokens."""
 
     def __init__(self) -> None:
-        self._tokens = 0
-        self._jaccard = self._cosine = 0.0
+        super().__init__(("jaccard", "code_cosine"))
 
-    def add(self, first: Codes, second: Codes) -> None:
+    def add_codes(self, first: Coded, second: Coded) -> None:
         """Codes of the same tokens."""
-        shared, either, cosine = compare(first, second)
-        self._tokens += len(shared)
-        self._jaccard += float((shared / either.clamp(min=1)).sum())
-        self._cosine += float(cosine.sum())
-
-    def row(self) -> dict[str, float]:
-        """The means."""
-        count = max(1, self._tokens)
-        return {"jaccard": self._jaccard / count, "code_cosine": self._cosine / count}
+        shared, either, cosine = compare(first.codes, second.codes)
+        row, documents = first.row.cpu(), len(first.numbers)
+        parts = [
+            by_document(each, row, documents) for each in (shared / either.clamp(min=1), cosine)
+        ]
+        sums, tokens = zip(*parts, strict=True)
+        self.add(torch.stack(sums), torch.stack(tokens))
 
 
 def compare(first: Codes, second: Codes) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,11 +66,11 @@ def compare(first: Codes, second: Codes) -> tuple[Tensor, Tensor, Tensor]:
         float64 [N] each: number of latents active in both codes, in either, cosine. Two codes
         without an active latent count as equal.
     """
-    values = torch.cat([first.values, second.values], dim=1).double()  # [N, 2K]
-    indices = torch.cat([first.indices, second.indices], dim=1).where(values > 0, -1)
-    indices, order = indices.sort(dim=1)
+    indices = torch.cat([first.indices, second.indices], dim=1)  # [N, 2K]
+    values = torch.cat([first.values, second.values], dim=1).double()
+    indices, order = indices.where(values > 0, -1).sort(dim=1)
     values = values.gather(1, order)
-    # A latent is in each code at most once, so after sorting only neighbours can be equal.
+    # An active latent is in each code at most once, so after sorting only neighbours can be equal.
     both = (indices[:, 1:] == indices[:, :-1]) * values[:, 1:] * values[:, :-1]  # [N, 2K - 1]
     shared = (both > 0).sum(dim=1).double()
     either = (values > 0).sum(dim=1) - shared
@@ -89,34 +95,43 @@ def stability(
     insertion: Insertion,
     corpus: Mapping[str, Any],
     tuned_saes: Sequence[PlacedSae] = (),
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """A record for each autoencoder; the measures on each model have `base_` or `tuned_` in front.
 
     Args:
         corpus: what each record says about the corpus.
         tuned_saes: autoencoders of the tuned model, matched by layer, K and positions.
+        seed: of the noise of a control.
 
     Raises:
         DataError: the corpus has no token of the kind that an autoencoder is for.
-        UsageError: the models have different tokenizers.
+        UsageError: the models have different tokenizers, or with scope `both` an autoencoder has no
+            partner.
     """
     if base.mask_id != tuned.mask_id:
         raise UsageError(f"{base.name} and {tuned.name} have different mask tokens")
-    sides = {name: Evaluation(p, saes, insertion) for name, p in (("base", base), ("tuned", tuned))}
+    saes, tuned_saes = as_inserted(saes, insertion), as_inserted(tuned_saes, insertion)
+    policies = {"base": base, "tuned": tuned}
+    sides = {name: Evaluation(p, saes, insertion, seed) for name, p in policies.items()}
     similarities = [CodeSimilarity() for _ in saes]
+    sample, batches = sampled(batches)
+    for side in sides.values():
+        side.prepare(sample)
     for batch in batches:
         check_same_tokens(base, tuned, batch.masked_ids.unique().tolist())
         pairs = zip(*(side.add(batch) for side in sides.values()), strict=True)
         for similarity, (first, second) in zip(similarities, pairs, strict=True):
-            similarity.add(first, second)
+            similarity.add_codes(first, second)
+    about = {"model": base.name, "tuned": tuned.name, **corpus, **about_insertion(base, insertion)}
     rows = []
     for number, placed in enumerate(saes):
-        row = {**placed.about, "model": base.name, "tuned": tuned.name, **corpus}
-        row |= similarities[number].row()
+        row = {**placed.about, **about, **similarities[number].row()}
         for name, side in sides.items():
             row |= {f"{name}_{key}": value for key, value in side.row(number).items()}
+        row |= about_weights(placed)
         for other in tuned_saes:
-            if other.about | {"sae": placed.name} == placed.about:
-                row |= match_decoders(placed.sae.W_dec.detach(), other.sae.W_dec.detach())
+            if other.about | {"sae": placed.about["sae"]} == placed.about:
+                row |= match_decoders(placed.decoder, other.decoder)
         rows.append(row)
     return rows

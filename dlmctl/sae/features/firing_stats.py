@@ -43,20 +43,23 @@ class FiringStats:
 
     def add(self, codes: CodeBatch) -> None:
         """Count a batch."""
-        slot, value, slots = codes.slot, codes.value, len(self.count)  # [P], [P]
+        slot, value = codes.slot, codes.value  # [P], [P]
+        # In place: a batch fills few of the S x BINS cells. Sums of one batch are made apart, so
+        # that they round as sums of few numbers do.
+        one, total = torch.ones_like(slot), value.double()
         self.tokens += len(codes.row)
         self.documents += len(codes.numbers)
-        self.count += slot.bincount(minlength=slots)
-        self.total += slot.bincount(value.double(), minlength=slots)
+        self.count.index_add_(0, slot, one)
+        self.total += slot.bincount(total, minlength=len(self.count))
         self.largest.scatter_reduce_(0, slot, value, "amax")
-        cell = slot * BINS + _histogram_bin(value)
-        self.histogram += cell.bincount(minlength=slots * BINS).view(slots, BINS)
+        self.histogram.view(-1).index_add_(0, slot * BINS + _histogram_bin(value), one)
         share = (codes.batch.level - self.t_min) / max(self.t_max - self.t_min, 1e-12)  # [B]
         level = (share * LEVELS).floor().long().clamp(0, LEVELS - 1)[codes.row]  # [N]
         self.level_tokens += level.bincount(minlength=LEVELS)
-        cell, size = slot * LEVELS + level[codes.token], slots * LEVELS
-        self.level_count += cell.bincount(minlength=size).view(slots, LEVELS)
-        self.level_total += cell.bincount(value.double(), minlength=size).view(slots, LEVELS)
+        cell, places = (slot * LEVELS + level[codes.token]).unique(return_inverse=True)
+        self.level_count.view(-1).index_add_(0, cell, places.bincount(minlength=len(cell)))
+        sums = self.total.new_zeros(len(cell)).index_add_(0, places, total)
+        self.level_total.view(-1).index_add_(0, cell, sums)
 
     def measures(self, slot: int) -> dict[str, Any]:
         """Fields of a feature's record."""

@@ -33,7 +33,13 @@ from dlmctl.sae.training.division import Takers, in_order
 from dlmctl.sae.training.stream import Stream
 from dlmctl.train.card import last_metrics
 from dlmctl.train.distributed import all_gather, broadcast, is_first, world_size
-from dlmctl.train.run_directory import RunDirectory, as_json
+from dlmctl.train.run_directory import (
+    STATE_COUNTERS,
+    RunDirectory,
+    as_json,
+    latest_checkpoint,
+    read_counters,
+)
 
 Placed = tuple[tuple[int, ...], dict[str, Any]]
 """A record, and its place in the order of one process."""
@@ -146,11 +152,9 @@ class SaeRun:
             for place, stream in enumerate(self.streams):
                 if not stream.trainers:
                     continue
-                reserve = 0
                 if block is not None:
                     stream.add(block[stream.key])
-                    reserve = stream.buffer.capacity // 2
-                for record in stream.train(reserve, log_every):
+                for record in stream.train(block is None, log_every):
                     yield (number, place, record["step"], stream.ks.index(record["k"])), record
 
     def _logged(self, found: Iterator[Placed]) -> Iterator[dict[str, Any]]:
@@ -267,6 +271,19 @@ def finished(directory: Path, names: Sequence[str]) -> bool:
     remove_directory(directory / "state")
     remove_partials(directory)
     return True
+
+
+def begun_with(directory: Path) -> dict[str, Any]:
+    """Settings of the run that a directory has a state of; empty if it has none.
+
+    Raises:
+        DataError: the state is damaged.
+    """
+    state = directory / "state"
+    if checkpoint := latest_checkpoint(state, STATE_COUNTERS):
+        return read_counters(checkpoint / STATE_COUNTERS, SaeProgress).settings
+    ending: dict[str, Any] = read_json(state / ENDING) if (state / ENDING).exists() else {}
+    return ending
 
 
 def folder_name(key: Key, k: int) -> str:

@@ -3,6 +3,7 @@
 A source has activations of some layers and positions, in blocks (one per batch of the corpus):
 
     keys, width, device   which activations, their width, and where they are
+    dtype                 of the activations
     settings              everything that determines them; a resumed run must have the same
     blocks(start)         from block `start` on; all ranks call this, each gets what it trains on
     metadata(key)         what the folder of an autoencoder says about model and masks
@@ -55,6 +56,7 @@ class ModelSource:
         self.keys: Sequence[Key] = [Key(layer, kind) for layer in layers for kind in positions]
         self.width = policy.width
         self.device = policy.device
+        self.dtype = next(policy.model.parameters()).dtype
         about = {name.removeprefix("dlm_"): value for name, value in self._metadata.items()}
         self.settings: Mapping[str, Any] = {**about, "seed": plan.law.seed}
 
@@ -104,6 +106,8 @@ class StoredSource:
         self.stored.check(self.keys)
         self.width = int(self.stored.index["width"])
         self.device = device
+        first = next(self.stored.blocks(self.keys[:1], "cpu"), {})
+        self.dtype = next((rows.dtype for rows in first.values()), torch.float32)
         self.settings: Mapping[str, Any] = self.stored.metadata
 
     def blocks(self, start: int, takers: Takers | None = None) -> Iterator[ActivationBatch]:

@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 
 from dlmctl.diffusion.noise import stream_key
+from dlmctl.models.sending import sent
 from dlmctl.sae.activations import Key
 from dlmctl.sae.formats.folders import SavedSae
 from dlmctl.sae.training.buffer import ShuffleBuffer
 from dlmctl.sae.training.trainer import SaeTrainer, empty_sae
 from dlmctl.settings.sae import SaeRecipe
 from dlmctl.train.distributed import rank, send_to_first
+
+FIRST = 65_536
+"""Activations that decide the first weights, at most."""
+PART = 16_384
+"""Activations whose norms are computed at once."""
 
 
 class Stream:
@@ -24,9 +30,9 @@ class Stream:
     The order of events, on which reproducibility rests:
 
     1. `add` appends rows to the buffer, at most `wanted` of them over the whole run.
-    2. `train` draws a batch while more than `reserve` rows would remain; `reserve` is half of the
-       buffer as long as activations come in, so that batches are well mixed, and 0 at the end.
-    3. The first draw waits for `_begin`, which looks at all rows in the buffer: it decides the norm
+    2. `train` waits until the buffer is full and draws batches while half of it would remain, so
+       that they are well mixed; at the end it draws all that are left.
+    3. The first draw waits for `_begin`, which looks at the rows in the buffer: it decides the norm
        limit of `drop_norms` and the first weights of each trainer.
     """
 
@@ -36,21 +42,24 @@ class Stream:
         ks: Sequence[int],
         recipe: SaeRecipe,
         width: int,
-        buffer_bytes: int,
+        buffer_rows: int,
         drop_norms: float | None,
         device: torch.device | str,
         owners: Mapping[int, int] | None = None,
+        on_host: bool = False,
     ) -> None:
         """Args:
         ks: of its autoencoders.
+        buffer_rows: of its buffer.
         drop_norms: leave out activations whose norm is above this many times the median.
         owners: the rank that trains each K; None: this one. A rank that trains none needs no
             buffer.
+        on_host: whether the buffer is in the memory of the host. The results are the same.
         """
         seed = stream_key(recipe.seed, "sae", key.layer, key.positions)
         self.key, self.recipe, self.drop_norms = key, recipe, drop_norms
-        total = recipe.steps * recipe.batch_size
-        self.buffer = ShuffleBuffer(buffer_bytes, seed, least=2 * recipe.batch_size, most=total)
+        self.buffer = ShuffleBuffer(recipe.buffer_capacity(buffer_rows), seed, on_host)
+        self.device = torch.device(device)
         self.ks, self.width = ks, width
         self.owners = owners or dict.fromkeys(ks, rank())
         own = [k for k in ks if self.owners[k] == rank()]
@@ -77,12 +86,15 @@ class Stream:
             rows = rows[rows.float().norm(dim=1) <= self.limit]
         self.buffer.add(rows[: self.wanted])
 
-    def train(self, reserve: int, log_every: int = 1) -> Iterator[dict[str, Any]]:
-        """Train until less than a batch more than `reserve` activations is left.
+    def train(self, last: bool = False, log_every: int = 1) -> Iterator[dict[str, Any]]:
+        """Train on what is in the buffer, if it is full; on all of it if it was the `last`.
 
         Yields the metrics of each autoencoder's first step and of every `log_every`-th.
         """
-        size = self.recipe.batch_size
+        size, capacity = self.recipe.batch_size, self.buffer.capacity
+        if not last and len(self.buffer) < capacity:
+            return
+        reserve = 0 if last else capacity // 2
         while not self.finished and len(self.buffer) >= reserve + size:
             if not self.began:
                 self._begin()  # may drop rows, so look again whether there are enough
@@ -97,11 +109,12 @@ class Stream:
 
     def _begin(self) -> None:
         if self.drop_norms is not None:
-            norms = self.buffer.rows.float().norm(dim=1)  # [N]
+            parts = (sent(part, self.device) for part in self.buffer.rows.split(PART))
+            norms = torch.cat([part.float().norm(dim=1) for part in parts])  # [N]
             self.limit = self.drop_norms * float(norms.median())
             self.buffer.keep(norms <= self.limit)
         for trainer in self.trainers.values():
-            trainer.begin(self.buffer.rows)
+            trainer.begin(self.buffer.first(FIRST))
         self.began = True
 
     def state(self) -> dict[str, Tensor]:
