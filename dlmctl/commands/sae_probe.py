@@ -12,15 +12,36 @@ from dlmctl.records.jsonl import each, read_records
 from dlmctl.settings import Without
 from dlmctl.settings.compute import Compute, Seed
 from dlmctl.settings.corpus import SHOWN_AS_TRAINED, Corpus, SaeModel
+from dlmctl.settings.probing import Probing
 from dlmctl.settings.sae import SaePaths
 from dlmctl.settings.streams import Json, OnErrorOption, Quiet
 
-COLUMNS = ("sae", "method", "concept", "value", "feature", "auroc", "clear")
+COLUMNS = {
+    "single": ("sae", "method", "concept", "value", "feature", "auroc", "auroc_se", "clear"),
+    "sparse": (
+        "sae", "method", "concept", "value", "top", "accuracy", "accuracy_se", "auroc", "auroc_se",
+        "above_random", "above_random_se",
+    ),
+    "tpp": (
+        "sae", "method", "concept", "value", "top", "tpp", "tpp_se", "intended", "unintended",
+        "accuracy",
+    ),
+    "scr": (
+        "sae", "method", "concept", "spurious", "main", "top", "scr", "scr_se", "accuracy",
+        "biased", "unbiased",
+    ),
+    "output": (
+        "sae", "method", "chosen_by", "concept", "value", "feature", "effect", "effect_se",
+        "before", "output_rank", "measured", "estimate_rank", "auroc", "auroc_rank",
+    ),
+}  # fmt: skip
+"""Of each measure's table."""
 
 
 def command(
     paths: SaePaths,
     model: SaeModel = None,
+    probing: Probing = Probing(),
     # Sentences are offsets into one text, so texts are not packed.
     corpus: Annotated[
         Corpus, SHOWN_AS_TRAINED, Without("per_batch", "pack", "hide_prompt")
@@ -67,4 +88,5 @@ def command(
     records = counted(records, "texts", quiet, total)
     stream = documents(records, policy, plan.context, on_error=on_error)
     sentences = collect(stream, policy, places, plan.law, compute.batch_size)
-    write_rows(probe(saes, sentences, seed, policy.device), COLUMNS, json)
+    rows = probe(policy, saes, sentences, probing, seed)
+    write_rows(rows, COLUMNS[probing.measure], json)
