@@ -5,14 +5,13 @@ import json
 import pytest
 import torch
 from conftest import tiny_policy
+from small_world import word_policy
 from typer.testing import CliRunner
 
 from dlmctl.cli import app
 from dlmctl.models.attention import plain_rows
 from dlmctl.models.blocks import block_outputs
 from dlmctl.models.saving import save_policy
-from dlmctl.models.small import make_policy
-from dlmctl.models.tokenizers import word_tokenizer
 from dlmctl.records.errors import DataError, MissingInputError
 from dlmctl.records.jsonl import Record, dump
 from dlmctl.report.auroc import auroc, average_ranks
@@ -28,7 +27,6 @@ from dlmctl.sae.evaluation.single import (
 )
 from dlmctl.sae.formats.folders import SavedSae, find_saes, write_sae
 from dlmctl.sae.topk import TopKSae
-from dlmctl.settings.small import SmallModel
 from dlmctl.tasks.sources import prompts
 
 
@@ -138,11 +136,6 @@ def test_sentences_without_a_token_that_counts_are_left_out():
     assert (both.first.present.shape[1], both.second.present.shape[1]) == (56, 56)
     with pytest.raises(DataError, match="no value of a concept"):
         halves(tokens, torch.zeros_like(document), values, torch.device("cpu"))
-
-
-def word_policy():
-    texts = [t for r in prompts("concepts", limit=300) for t in (r["prompt"], r["completion"])]
-    return make_policy(SmallModel("llada", 16, 2, 2), word_tokenizer(texts))
 
 
 def spans_of(policy, document):

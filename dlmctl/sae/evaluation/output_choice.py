@@ -109,8 +109,8 @@ class OutputStudy:
         influence = (changes[:, value] - mean).where(counts, 0) / counts.sum()
         return Estimate(float(mean), influence)
 
-    def choices(self, features: Features, slope: Tensor) -> dict[str, Choice]:
-        """What each rule chooses.
+    def choices(self, features: Features, slope: Tensor) -> dict[str | None, Choice]:
+        """What each rule chooses; None if there is nothing to choose.
 
         Args:
             slope: float64 [V, d], that of `slopes`.
@@ -125,12 +125,10 @@ class OutputStudy:
             likely = estimate.topk(min(self.probing.candidates, len(rows)), dim=0).indices
             measured = torch.cat([likely, area.argmax(dim=0)[None]]).unique()
         effects = torch.stack([self.means(self.changes(rows[n], 0), 0) for n in measured])
-        best = everything if features.own else measured[effects.argmax(dim=0)]
-        picks = {"output": best}
-        if not features.own:
-            picks["auroc"] = area.argmax(dim=0)
-        choices = {}
-        for rule, pick in picks.items():
+        best = measured[effects.argmax(dim=0)]
+        picks = {"output": best, "auroc": area.argmax(dim=0)}
+        choices: dict[str | None, Choice] = {}
+        for rule, pick in ({None: everything} if features.own else picks).items():
             place = (measured[:, None] == pick).long().argmax(dim=0)  # [V]
             effect = effects[place, everything]
             choices[rule] = Choice(
@@ -163,7 +161,7 @@ def output_rows(study: OutputStudy, seed: int) -> Iterator[dict[str, Any]]:
     slope = slopes(policy, placed.sae, placed.layer, study.texts[0], study.words)
     for features in _compared(placed, halves, seed):
         for rule, choice in study.choices(features, slope).items():
-            if study.probing.choose in (rule, "both"):
+            if rule is None or study.probing.choose in (rule, "both"):
                 yield from _rule_rows(study, features, rule, choice)
 
 
@@ -179,7 +177,7 @@ def _compared(placed: PlacedSae, halves: Halves, seed: int) -> Iterator[Features
 
 
 def _rule_rows(
-    study: OutputStudy, features: Features, rule: str, choice: Choice
+    study: OutputStudy, features: Features, rule: str | None, choice: Choice
 ) -> Iterator[dict[str, Any]]:
     method, halves, texts = features.method, study.halves, study.texts[1]
     tokens = TokenTexts(study.policy.tokenizer)
