@@ -58,13 +58,13 @@ def digit_records(count=40):
     return records
 
 
-def world(family="llada", **probing):
+def world(family="llada", wanted=None, **probing):
     policy = tiny_policy(family)
     stream = documents(digit_records(), policy, 99)
     placed = PlacedSae("saes/x", random_sae(), LAYER, "all")
     labelled = collect(stream, policy, [(LAYER, "all")], MaskLaw(0.5, 0.5, seed=1), 7)
     found = labelled.tokens[LAYER, "all"], labelled.document, labelled.values
-    both = halves(*found, policy.device)
+    both = halves(*found, policy.device, wanted)
     return OutputStudy(policy, placed, labelled, both, Probing(measure="output", **probing))
 
 
@@ -110,7 +110,7 @@ def test_a_token_that_is_too_rare_to_tell_a_value_is_no_word():
     labelled = collect(documents(few, policy, 99), policy, [], MaskLaw(seed=1), 7)
     names = [("level", "l"), ("level", "h")]
     # 5 texts of even number, half of them low: 0.5^5 is above 0.01 / 6.
-    assert value_words(labelled, names, "corpus", policy) == [[], []]
+    assert value_words(labelled, names, "corpus", policy) == {name: [] for name in names}
     with pytest.raises(DataError, match="records of the task concepts"):
         value_words(labelled, names, "task", policy)
     assert record["sentences"][0]["level"] == "l"
@@ -176,6 +176,18 @@ def test_effects_are_means_over_words_of_the_concept(family):
     assert estimate.error(study.texts[1].document) == pytest.approx(float(error))
 
 
+def test_words_of_values_that_are_not_asked_for_are_places_too():
+    both, alone = world(), world(wanted={"level": ["h"]})
+    assert alone.words == [both.words[both.halves.names.index(("level", "h"))]]
+    for half in (0, 1):
+        row = both.placed.sae.W_dec[3]
+        expected = both.means(both.changes(row, half), half)
+        place = both.halves.names.index(("level", "h"))
+        assert float(alone.means(alone.changes(row, half), half)) == pytest.approx(
+            float(expected[place])
+        )
+
+
 def test_the_choice_is_the_best_of_all_if_all_are_measured():
     study = world(candidates=LATENTS)
     rows = [r for r in output_rows(study, seed=0) if r["method"] == "sae" and "value" in r]
@@ -227,9 +239,9 @@ def test_the_row_of_a_feature_is_all_that_steering_needs(study_folder):
     row = rows[0]
     assert (row["method"], row["chosen_by"], row["t"]) == ("sae", "output", [0.5, 0.5])
     assert row["words"] == ["2", "3"]
-    steer = f"{row['sae']}@{row['layer']}:{row['feature']}={row['amplitude']:g}"
+    assert row["steer"] == f"s@0:{row['feature']}=2"
     Path("p.jsonl").write_text('{"id":1,"prompt":"="}\n')
-    steered = run(f"rollout p.jsonl -m model -n 1 --steer {steer}")
+    steered = run(f"rollout p.jsonl -m model -n 1 --steer {row['steer']}")
     assert steered.exit_code == 0, steered.stderr
     assert json.loads(steered.stdout)["rollout"]["steer"][0]["feature"] == row["feature"]
 
@@ -256,7 +268,7 @@ def test_words_of_the_task_are_within_its_expressions():
     names = [("tense", "past"), ("tense", "future"), ("number", "plural")]
     for source, other in (("corpus", True), ("task", False)):
         words = value_words(labelled, names, source, policy)
-        texts = [{policy.decode([token]) for token in tokens} for tokens in words]
+        texts = [{policy.decode([token]) for token in words[name]} for name in names]
         assert {"yesterday", "ago"} <= texts[0]
         assert ("was" in texts[0]) == other  # of a past sentence, and no time
         assert "next" in texts[1]

@@ -73,12 +73,19 @@ class OutputStudy:
         self.policy, self.placed, self.probing = policy, placed, probing
         law = labelled.law
         self.level = [law.t_min, law.t_max] if policy.diffusion else None
-        every = value_words(labelled, halves.names, probing.words, policy)
-        self.wordless = [halves.names[n] for n, tokens in enumerate(every) if not tokens]
-        kept = [n for n, tokens in enumerate(every) if tokens]
+        # Words of the values that are left out count as words of the concept all the same.
+        names = {(c, values[c]) for values in labelled.values for c in halves.concepts}
+        words = value_words(labelled, sorted(names, key=str), probing.words, policy)
+        self.wordless = [name for name in halves.names if not words[name]]
+        kept = [n for n, name in enumerate(halves.names) if words[name]]
         if not kept:
             raise DataError("no token tells a value of a concept: give more texts")
-        self.halves, self.words = halves.only(kept), [every[n] for n in kept]
+        self.halves = halves.only(kept)
+        self.words = [words[name] for name in self.halves.names]
+        self.concept_words = {
+            concept: {token for (c, _), tokens in words.items() if c == concept for token in tokens}
+            for concept in self.halves.concepts
+        }
         self.texts = [self._texts(labelled, parity) for parity in (0, 1)]
         self.before = [probabilities(policy, texts, self.words) for texts in self.texts]
 
@@ -88,7 +95,7 @@ class OutputStudy:
             wanted = torch.tensor([d.number % 2 == parity for d in part.batch.documents])
             if wanted.any():
                 parts.append(part.rows(wanted))
-        return word_places(self.policy, parts, self.halves, self.words)
+        return word_places(self.policy, parts, self.halves.names, self.concept_words)
 
     def changes(self, direction: Tensor, half: int) -> Tensor:
         """Change of each probability after a step along a direction [d], float64 [P, V]."""
@@ -187,12 +194,15 @@ def _rule_rows(
     for n, (concept, value) in enumerate(halves.names):
         changes = study.changes(features.directions[choice.feature[n]], 1)
         effects.append(study.effect(changes, n))
+        feature, amplitude = int(choice.feature[n]), study.probing.amplitude
+        steer = f"{study.placed.name}@{study.placed.layer}:{feature}={amplitude:g}"
         yield {
             "concept": concept,
             "value": value,
             **about,
-            "feature": int(choice.feature[n]),
-            "amplitude": study.probing.amplitude,
+            "feature": feature,
+            "amplitude": amplitude,
+            "steer": steer if method.name == "sae" else None,
             "t": study.level,
             "effect": effects[n].value,
             "effect_se": effects[n].error(texts.document),

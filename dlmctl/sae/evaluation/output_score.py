@@ -30,7 +30,7 @@ and with the autoencoder's max_j z_j.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ from dlmctl.models.blocks import Edit, edited_blocks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
 from dlmctl.sae.corpus import Positions
-from dlmctl.sae.evaluation.halves import Halves
+from dlmctl.sae.evaluation.halves import Names
 from dlmctl.sae.evaluation.sentence_codes import encoded
 from dlmctl.sae.evaluation.sentences import LabelledBatch
 from dlmctl.sae.topk import TopKSae
@@ -70,24 +70,33 @@ class Texts(NamedTuple):
 
 
 def word_places(
-    policy: Policy, batches: Sequence[LabelledBatch], halves: Halves, words: Sequence[Sequence[int]]
+    policy: Policy,
+    batches: Sequence[LabelledBatch],
+    names: Names,
+    concept_words: Mapping[str, set[int]],
 ) -> Texts:
-    """The places of words in texts; raises DataError if a concept has none."""
+    """The places of words in texts.
+
+    Args:
+        concept_words: the words of all values of a concept.
+
+    Raises:
+        DataError: a concept has no place.
+    """
     kind: Positions = "mask" if policy.diffusion else "all"
     parts, documents = [], []
     for part in batches:
         ids = part.batch.ids.cpu()
-        of_value = torch.stack([torch.isin(ids, torch.tensor(w).long()) for w in words])
         of_concept = torch.stack(
-            [of_value[halves.concepts[concept]].any(dim=0) for concept, _ in halves.names], dim=-1
+            [torch.isin(ids, torch.tensor(sorted(concept_words[c]))) for c, _ in names], dim=-1
         )  # [B, T, V]
         predicted = part.batch.selected(kind).cpu() & (part.sentence >= 0)
         row, column = (predicted & of_concept.any(dim=-1)).nonzero(as_tuple=True)
         parts.append(WordPlaces(part, row, column, of_concept[row, column]))
         documents.append(torch.tensor([d.number for d in part.batch.documents])[row])
     counts = torch.cat([part.counts for part in parts])
-    for number, (concept, _) in enumerate(halves.names):
-        if words[number] and not counts[:, number].any():
+    for number, (concept, _) in enumerate(names):
+        if not counts[:, number].any():
             raise DataError(
                 f"no word of concept '{concept}' is to be predicted in half of the texts: give "
                 "more texts, or a higher --t"

@@ -17,6 +17,7 @@ of the sentence (`dlmctl.verifiers.concepts`).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ CHANCE = 0.01
 
 def value_words(
     labelled: Labelled, names: Names, source: ValueWords, policy: Policy
-) -> list[list[int]]:
+) -> dict[tuple[str, Any], list[int]]:
     """The tokens of each value, ascending; some may have none.
 
     Raises:
@@ -54,7 +55,7 @@ def value_words(
         concept: _tokens_of_sentences(labelled, concept, source, policy)
         for concept in dict.fromkeys(concept for concept, _ in names)
     }
-    return [_pure_tokens(labelled, concept, value, tables[concept]) for concept, value in names]
+    return {name: _pure_tokens(labelled, *name, tables[name[0]]) for name in names}
 
 
 def _pure_tokens(labelled: Labelled, concept: str, value: object, table: Tensor) -> list[int]:
