@@ -25,7 +25,6 @@ from dlmctl.report.estimate import Estimate, mean_estimate, stratified_mean
 from dlmctl.sae.evaluation.halves import Halves
 from dlmctl.sae.evaluation.sentence_codes import (
     Dictionary,
-    attribution,
     dictionaries,
     signed_weights,
     strongest,
@@ -82,7 +81,7 @@ def tpp_rows(
 def _latents(one: Dictionary, halves: Halves, place: int) -> Tensor:
     """The latents that speak for a value, the strongest first."""
     difference = one.first.weighted(signed_weights(halves.first.present[place])).clamp(min=0)
-    effects = difference * attribution(one, halves.probes[place].weight)
+    effects = difference * one.slopes(halves.probes[place])
     return strongest(effects, len(effects))
 
 

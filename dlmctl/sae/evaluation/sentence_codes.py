@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlmctl.models.float32_products import whole_products
 from dlmctl.sae.evaluation.halves import Half, Halves
-from dlmctl.sae.evaluation.logistic import equal_weights
+from dlmctl.sae.evaluation.logistic import Probe, equal_weights
 from dlmctl.sae.topk import Codes, TopKSae
 
 CODE_SIZE = 1 << 23
@@ -58,6 +57,10 @@ class Dictionary:
     """float32 [F, d], rows of the decoder."""
     first: SentenceCodes
     second: SentenceCodes
+
+    def slopes(self, probe: Probe) -> Tensor:
+        """How much the log-odds of a probe of activations rise with each latent, float64 [F]."""
+        return self.directions.double() @ probe.weight
 
     def ablated(self, means: Tensor, features: Tensor) -> Tensor:
         """The mean activations of the second half without some latents.
@@ -116,16 +119,6 @@ def strongest(effects: Tensor, count: int) -> Tensor:
     """The latents with the largest of effects [F] that are not 0: int64 [C], C <= count."""
     order = effects.argsort(descending=True, stable=True)
     return order[effects[order] != 0][:count]
-
-
-def attribution(dictionary: Dictionary, weight: Tensor) -> Tensor:
-    """How much a probe's log-odds rise with each latent, float64 [F].
-
-    Args:
-        weight: float64 [d], of the probe.
-    """
-    with whole_products():
-        return dictionary.directions.double() @ weight
 
 
 def _dictionary(method: str, sae: TopKSae, halves: Halves) -> Dictionary:

@@ -35,7 +35,6 @@ from dlmctl.sae.evaluation.halves import Half, Halves
 from dlmctl.sae.evaluation.logistic import fit_probe
 from dlmctl.sae.evaluation.sentence_codes import (
     Dictionary,
-    attribution,
     dictionaries,
     signed_weights,
     strongest,
@@ -185,7 +184,7 @@ def _removals(
             0, first.chosen, weights
         )
         contrast = one.first.weighted(in_half)
-        effects = (contrast * attribution(one, probes[spurious].weight)).abs()
+        effects = (contrast * one.slopes(probes[spurious])).abs()
         before = accuracy(biased.scores(y), target)
         unbiased = accuracy(probes[target].scores(y), target)
         for size in sizes:
