@@ -80,7 +80,7 @@ SUBCOMMANDS = {
         "sae_order", SAE, "Follow features while completions are sampled in several orders."
     ),
     "sae-probe": Subcommand(
-        "sae_probe", SAE, "Measure how well single features identify known concepts."
+        "sae_probe", SAE, "Measure what features have to do with known concepts."
     ),
     "distill": Subcommand("distill", MEMORY, "Distil a diffusion model into one of few steps."),
     "memo-eval": Subcommand("memo_eval", MEMORY, "Measure what a generative model memorized."),

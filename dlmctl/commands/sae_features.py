@@ -94,8 +94,8 @@ def command(
     Goes once through a corpus (records with `text`, `prompt` and `completion`, or `tokens`) under
     the masks of the forward process and writes a record for each feature: firing rate, mean and
     largest activation, histogram; firing rate and mean over ten bins of the level t; the tokens
-    whose logits a step along its decoder row raises and lowers the most, through the output head
-    alone, without the blocks between and the last norm; and windows of text where it is most
+    whose logits a step along its decoder row raises and lowers the most, through the gain of the
+    last norm and the output head, without the blocks between; and windows of text where it is most
     active, where it is active (drawn in proportion to the activation) and where it is not. No two
     windows of a kind come from one document.
 

@@ -12,15 +12,36 @@ from dlmctl.records.jsonl import each, read_records
 from dlmctl.settings import Without
 from dlmctl.settings.compute import Compute, Seed
 from dlmctl.settings.corpus import SHOWN_AS_TRAINED, Corpus, SaeModel
+from dlmctl.settings.probing import Probing
 from dlmctl.settings.sae import SaePaths
 from dlmctl.settings.streams import Json, OnErrorOption, Quiet
 
-COLUMNS = ("sae", "method", "concept", "value", "feature", "auroc", "clear")
+COLUMNS = {
+    "single": ("sae", "method", "concept", "value", "feature", "auroc", "auroc_se", "clear"),
+    "sparse": (
+        "sae", "method", "concept", "value", "top", "accuracy", "accuracy_se", "auroc", "auroc_se",
+        "above_random", "above_random_se",
+    ),
+    "tpp": (
+        "sae", "method", "concept", "value", "top", "tpp", "tpp_se", "intended", "unintended",
+        "accuracy",
+    ),
+    "scr": (
+        "sae", "method", "concept", "spurious", "main", "top", "scr", "scr_se", "accuracy",
+        "biased", "unbiased",
+    ),
+    "output": (
+        "sae", "method", "chosen_by", "concept", "value", "feature", "effect", "effect_se",
+        "before", "output_rank", "measured", "estimate_rank", "auroc", "auroc_rank",
+    ),
+}  # fmt: skip
+"""Of each measure's table."""
 
 
 def command(
     paths: SaePaths,
     model: SaeModel = None,
+    probing: Probing = Probing(),
     # Sentences are offsets into one text, so texts are not packed.
     corpus: Annotated[
         Corpus, SHOWN_AS_TRAINED, Without("per_batch", "pack", "hide_prompt")
@@ -31,23 +52,40 @@ def command(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure how well single features identify known concepts.
+    """Measure what features have to do with known concepts.
 
     Reads records with a text and its `sentences`: a list of objects with `start` and `end`, offsets
     in characters of `text` or `completion`, and a value for each concept, as 'dlmctl prompts
     concepts' writes them.
 
-    A feature's score for a sentence is its largest activation on those tokens of the sentence that
-    the autoencoder is for (masked ones, visible ones, all). For each value, the feature with the
-    highest AUROC against the other values is chosen on every other text, and `auroc` is its AUROC
-    on the remaining texts. The same is done with principal directions (pca) and coordinates
-    (neurons), each with their opposites, and with as many random directions as there are latents.
-    `clear` is the share of the values above 0.95. Writes a table on a terminal, JSON lines in a
-    pipe.
+    Features are chosen, and probes fitted, on every other text, and measured on the remaining ones;
+    standard errors (_se) are over these texts. Tokens count that the autoencoder is for (masked
+    ones, visible ones, all). Writes a table on a terminal, JSON lines in a pipe.
 
-    Example:
+    single: a feature's score for a sentence is its largest activation there. For each value, the
+    feature with the highest AUROC against the other values is chosen. The same is done with
+    principal directions (pca) and coordinates (neurons), each with their opposites, and with as
+    many random directions as there are latents. `clear` is the share of the values above 0.95.
+
+    sparse, tpp, scr: k-sparse probing, targeted probe perturbation and spurious correlation
+    removal, as SAEBench defines them, on sentences, compared with an untrained dictionary. Their
+    accuracies are means over the labels, so that chance is 0.5.
+
+    output: `effect` is the change of the probability of a value's words after a step along the
+    feature, at masked words of the concept (next words, for an autoregressive model). Features with
+    a large effect are those to steer with; one with a high AUROC may have none. `steer` is what
+    'dlmctl rollout --steer' takes.
+
+    Examples:
 
     dlmctl prompts concepts --split test -n 1000 | dlmctl sae-probe saes -m runs/concepts
+
+    dlmctl prompts concepts --split test -n 1000 |
+    dlmctl sae-probe saes -m runs/concepts --measure sparse --top 1,5
+
+    dlmctl prompts concepts -n 1000 |
+    dlmctl sae-probe saes -m runs/concepts --measure output --choose output --concept topic=sport |
+    jq -r '.steer // empty'
     """
     from dlmctl.models.loading import load_policy
     from dlmctl.sae.corpus import documents
@@ -67,4 +105,5 @@ def command(
     records = counted(records, "texts", quiet, total)
     stream = documents(records, policy, plan.context, on_error=on_error)
     sentences = collect(stream, policy, places, plan.law, compute.batch_size)
-    write_rows(probe(saes, sentences, seed, policy.device), COLUMNS, json)
+    rows = probe(policy, saes, sentences, probing, seed)
+    write_rows(rows, COLUMNS[probing.measure], json)

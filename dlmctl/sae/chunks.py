@@ -21,6 +21,12 @@ def encode_chunks(sae: TopKSae, x: Tensor) -> Iterator[tuple[Tensor, Codes]]:
         yield part, sae.encode(part)
 
 
+def encoded(sae: TopKSae, x: Tensor) -> Codes:
+    """The codes of activations [N, d]."""
+    with torch.no_grad():
+        return join_codes([codes for _, codes in encode_chunks(sae, x)])
+
+
 def reconstruct(sae: TopKSae, x: Tensor) -> Tensor:
     """Reconstructions [N, d] of activations [N, d]."""
     parts = [sae.decode(codes) for _, codes in encode_chunks(sae, x)]

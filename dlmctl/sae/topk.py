@@ -14,7 +14,6 @@ training never does, and neither does this.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -105,16 +104,6 @@ class JumpReluSae(TopKSae):
         values = self.rectified(self.pre_activations(x))  # [N, F]
         most = int((values > 0).sum(dim=1).max()) if len(x) else 0
         return Codes(*values.topk(max(1, most), dim=1, sorted=False))
-
-
-def join_codes(parts: Sequence[Codes]) -> Codes:
-    """The codes of consecutive activations, with the largest K of the parts."""
-    width = max(part.values.shape[1] for part in parts)
-
-    def joined(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([functional.pad(t, (0, width - t.shape[1])) for t in tensors])
-
-    return Codes(joined([part.values for part in parts]), joined([part.indices for part in parts]))
 
 
 def combine(codes: Codes, rows: Tensor) -> Tensor:

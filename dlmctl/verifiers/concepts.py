@@ -28,17 +28,24 @@ def concepts(record: Mapping[str, Any]) -> Verdict:
             "field 'wanted' is missing, which says the concept and its value: 'dlmctl prompts "
             "concepts --want sentiment=positive' writes it"
         )
-    text, counts = completion_text(record).lower(), {}
+    text, counts = completion_text(record), {}
     for concept, value in wanted.items():
         if value not in CONCEPTS.get(concept, ()):
             raise DataError(f"there is no value '{value}' of a concept '{concept}'")
-        # "a week ago" and "these days" express a time, not a number.
-        plain = text if concept == "tense" else _times().sub("", text)
         counts[concept] = {
-            name: len(_pattern(concept, name).findall(plain)) for name in CONCEPTS[concept]
+            name: len(expression_spans(text, concept, name)) for name in CONCEPTS[concept]
         }
     shares = [of[wanted[concept]] / max(1, sum(of.values())) for concept, of in counts.items()]
     return Verdict(sum(shares) / len(shares), {"expressions": counts})
+
+
+def expression_spans(text: str, concept: str, value: str) -> list[tuple[int, int]]:
+    """Start and end of each expression in a text of a value that CONCEPTS has."""
+    plain = text.lower()
+    if concept != "tense":
+        # "a week ago" and "these days" express a time, not a number.
+        plain = _times().sub(lambda time: " " * len(time[0]), plain)
+    return [match.span() for match in _pattern(concept, value).finditer(plain)]
 
 
 @cache

@@ -17,7 +17,7 @@ import torch
 
 from dlmctl.models.loading import load_policy
 from dlmctl.records.jsonl import read_records
-from dlmctl.sae.corpus import Corruption, corrupted, documents
+from dlmctl.sae.corpus import MaskLaw, documents, masked_corpus
 from dlmctl.sae.evaluation.sentences import sentence_labels, token_sentences
 
 model, file, *rest = sys.argv[1:]
@@ -37,10 +37,10 @@ for text in texts:
 told = {key: next(iter(values)) for key, values in seen.items() if len(values) == 1}
 
 right, hidden = defaultdict(int), defaultdict(int)
-for batch in corrupted(texts, policy, Corruption(share, share), 64):
+for batch in masked_corpus(texts, policy, MaskLaw(share, share), 64):
     rows, places = batch.selected("mask").nonzero(as_tuple=True)
     with torch.no_grad():
-        guesses = policy.predict(batch.seen, batch.attention, rows, places).argmax(-1)
+        guesses = policy.predict(batch.masked_ids, batch.valid, rows, places).argmax(-1)
     for row, place, guess in zip(rows.tolist(), places.tolist(), guesses.tolist(), strict=True):
         text = batch.documents[row]
         for name, value in labels[text.number][place].items():

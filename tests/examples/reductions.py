@@ -105,6 +105,7 @@ NOT_RUN = {
     "tests/benchmarks/sae_training.py": "needs two other libraries",
     "tests/benchmarks/published_samplers.py": "needs clones of LLaDA and Fast-dLLM",
     "tests/benchmarks/published_steps.py": "needs clones of d1 and ESPO",
+    "--measure output": "needs more texts than are read here; see tests/sae/test_output_score.py",
     "dlmctl lm-eval": "downloads its tasks; see tests/benchmarks/test_lm_eval.py",
     "dlmctl tensorboard": "needs tensorboard, whose server does not end; see "
     "tests/benchmarks/test_tensorboard.py",

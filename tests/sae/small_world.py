@@ -11,10 +11,14 @@ from conftest import tiny_policy
 
 from dlmctl.models.blocks import block_outputs
 from dlmctl.models.policy import Policy
+from dlmctl.models.small import make_policy
+from dlmctl.models.tokenizers import word_tokenizer
 from dlmctl.records.jsonl import Record
 from dlmctl.sae.corpus import Document, MaskLaw, Positions, documents, masked_corpus
 from dlmctl.sae.features.code_batch import CodeBatch, code_batches
 from dlmctl.sae.topk import TopKSae
+from dlmctl.settings.small import SmallModel
+from dlmctl.tasks.sources import prompts
 
 LAYER = 1
 LATENTS = 40
@@ -96,3 +100,9 @@ def _centre(world: World) -> None:
     states = block_outputs(world.policy, batch.rows(world.policy), [LAYER])[LAYER]
     world.sae.b_dec.copy_(states[batch.valid].mean(dim=0))
     world.sae.b_enc.zero_()
+
+
+def word_policy() -> Policy:
+    """A small model whose tokens are the words of task concepts."""
+    texts = [t for r in prompts("concepts", limit=300) for t in (r["prompt"], r["completion"])]
+    return make_policy(SmallModel("llada", 16, 2, 2), word_tokenizer(texts))

@@ -306,7 +306,7 @@ def test_a_corpus_without_documents_has_features_that_are_never_active() -> None
 def test_latents_with_thresholds_are_taken_as_many_as_there_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dlmctl.sae.features.code_batch.CHUNK", 5)
+    monkeypatch.setattr("dlmctl.sae.chunks.NUMBERS", 5 * LATENTS)
     sae = JumpReluSae(WORLD.sae.d_in, LATENTS)
     sae.load_state_dict({**WORLD.sae.state_dict(), "threshold": torch.linspace(0, 2, LATENTS)})
     counts: set[int] = set()

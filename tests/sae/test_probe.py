@@ -5,31 +5,28 @@ import json
 import pytest
 import torch
 from conftest import tiny_policy
+from small_world import word_policy
 from typer.testing import CliRunner
 
 from dlmctl.cli import app
 from dlmctl.models.attention import plain_rows
 from dlmctl.models.blocks import block_outputs
 from dlmctl.models.saving import save_policy
-from dlmctl.models.small import make_policy
-from dlmctl.models.tokenizers import word_tokenizer
 from dlmctl.records.errors import DataError, MissingInputError
 from dlmctl.records.jsonl import Record, dump
 from dlmctl.report.auroc import auroc, average_ranks
 from dlmctl.sae.corpus import MaskLaw, documents, masked_corpus
-from dlmctl.sae.evaluation.probe import (
-    Half,
+from dlmctl.sae.evaluation.halves import Half, halves
+from dlmctl.sae.evaluation.sentences import Tokens, collect, sentence_labels, token_sentences
+from dlmctl.sae.evaluation.single import (
     baseline_methods,
     best_features,
     direction_method,
-    halves,
     result_rows,
     sae_method,
 )
-from dlmctl.sae.evaluation.sentences import Tokens, collect, sentence_labels, token_sentences
 from dlmctl.sae.formats.folders import SavedSae, find_saes, write_sae
 from dlmctl.sae.topk import TopKSae
-from dlmctl.settings.small import SmallModel
 from dlmctl.tasks.sources import prompts
 
 
@@ -58,7 +55,8 @@ def test_equal_scores_share_their_mean_rank():
 
 
 def half(states, sentence, present):
-    return Half(states, torch.tensor(sentence), torch.tensor(present))
+    document = torch.arange(len(present[0]))
+    return Half(states, torch.tensor(sentence), torch.tensor(present), document)
 
 
 def test_a_sentence_scores_as_its_strongest_token_under_latents_and_directions():
@@ -95,35 +93,33 @@ def planted(documents_of, seed=0):
 
 
 def test_the_planted_coordinate_is_found_with_its_sign_and_chunks_change_nothing(monkeypatch):
-    names, first, second = halves(*planted(30), torch.device("cpu"))
-    assert names == [("tone", "good"), ("tone", "bad")]
-    assert first.present.shape == second.present.shape == (2, 60)
+    both = halves(*planted(30), torch.device("cpu"))
+    assert both.names == [("tone", "good"), ("tone", "bad")]
+    assert both.first.present.shape == both.second.present.shape == (2, 60)
     neurons = direction_method("neurons", torch.eye(8), True)
-    found = best_features(neurons, first, second)
-    rows = result_rows(neurons, names, found, second)
+    rows = result_rows(neurons, both)
     assert [(r["feature"], r["sign"]) for r in rows[:2]] == [(3, -1), (3, 1)]
     assert min(r["auroc"] for r in rows) > 0.99
     assert (rows[0]["positives"], rows[0]["sentences"]) == (20, 60)
     assert rows[2]["clear"] == 1.0
-    monkeypatch.setattr("dlmctl.sae.evaluation.probe.NUMBERS_PER_CHUNK", 3 * 90)
-    again = best_features(neurons, first, second)
-    assert torch.equal(again.auroc, found.auroc)
-    assert torch.equal(again.feature, found.feature)
+    monkeypatch.setattr("dlmctl.sae.evaluation.single.NUMBERS_PER_CHUNK", 3 * 90)
+    assert result_rows(neurons, both) == rows
 
 
 def test_the_best_of_many_random_features_is_no_better_than_chance_where_it_was_not_chosen():
     tokens, document, values = planted(40)
     noise = tokens._replace(states=torch.randn(tokens.states.shape))
-    _, first, second = halves(noise, document, values, torch.device("cpu"))
+    both = halves(noise, document, values, torch.device("cpu"))
+    first = both.first
     for method in baseline_methods(first, 500, seed=1):
         every = auroc(method.scores(first)(torch.arange(method.features)), first.present)
-        judged = best_features(method, first, second).auroc
+        judged = torch.tensor([e.value for e in best_features(method, first, both.second).auroc])
         assert every.max() > 0.57  # what it would look like without a second half
         assert (judged - 0.5).abs().max() < 4 * 0.067  # standard error of 27 and 53 sentences
 
 
 def test_baselines_are_as_many_as_the_width_or_the_latents():
-    _, first, _ = halves(*planted(30), torch.device("cpu"))
+    first = halves(*planted(30), torch.device("cpu")).first
     pca, neurons, drawn = baseline_methods(first, 50, seed=3)
     assert [m.features for m in (pca, neurons, drawn)] == [16, 16, 50]
     assert [m.name for m in (pca, neurons, drawn)] == ["pca", "neurons", "random"]
@@ -136,15 +132,10 @@ def test_sentences_without_a_token_that_counts_are_left_out():
     tokens, document, values = planted(30)
     kept = tokens.sentence >= 8
     fewer = Tokens(tokens.states[kept], tokens.sentence[kept])
-    _, first, second = halves(fewer, document, values, torch.device("cpu"))
-    assert (first.present.shape[1], second.present.shape[1]) == (56, 56)
+    both = halves(fewer, document, values, torch.device("cpu"))
+    assert (both.first.present.shape[1], both.second.present.shape[1]) == (56, 56)
     with pytest.raises(DataError, match="no value of a concept"):
         halves(tokens, torch.zeros_like(document), values, torch.device("cpu"))
-
-
-def word_policy():
-    texts = [t for r in prompts("concepts", limit=300) for t in (r["prompt"], r["completion"])]
-    return make_policy(SmallModel("llada", 16, 2, 2), word_tokenizer(texts))
 
 
 def spans_of(policy, document):

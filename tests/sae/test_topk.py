@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from dlmctl.sae.chunks import join_codes
 from dlmctl.sae.evaluation.stability import compare
-from dlmctl.sae.topk import Codes, JumpReluSae, TopKSae, combine, join_codes
+from dlmctl.sae.topk import Codes, JumpReluSae, TopKSae, combine
 
 
 @pytest.fixture

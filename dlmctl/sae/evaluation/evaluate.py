@@ -11,7 +11,7 @@ from torch import Tensor
 from dlmctl.models.blocks import Edit, edited_blocks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
-from dlmctl.sae.chunks import encode_chunks, join_codes
+from dlmctl.sae.chunks import encoded, join_codes
 from dlmctl.sae.corpus import MaskedBatch
 from dlmctl.sae.evaluation.controls import in_sample, sampled
 from dlmctl.sae.evaluation.insertion import Losses, Scored, Seen, predicted, seen
@@ -85,7 +85,7 @@ class Evaluation:
         for place, part in enumerate(placed.parts):
             wanted = view.batch.selected(part.positions)
             row, x = wanted.nonzero(as_tuple=True)[0], every[wanted].to(part.sae.W_enc.dtype)
-            codes = join_codes([code for _, code in encode_chunks(part.sae, x)])
+            codes = encoded(part.sae, x)
             components = controls[place] if controls else None
             control = x if components is None else components.replace(x, row)
             moved = Codes(codes.values, codes.indices + latents)

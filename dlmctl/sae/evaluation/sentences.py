@@ -34,6 +34,21 @@ class Tokens(NamedTuple):
     """int64 [N], the number of the sentence in the corpus."""
 
 
+class LabelledBatch(NamedTuple):
+    """Masked texts and the sentences of their tokens."""
+
+    batch: MaskedBatch
+    sentence: Tensor
+    """int64 [B, T] on the CPU, the number of the sentence in the corpus; -1 if in none."""
+
+    def rows(self, wanted: Tensor) -> LabelledBatch:
+        """Those of its texts that are true in bool [B], on the CPU."""
+        documents = [d for d, chosen in zip(self.batch.documents, wanted, strict=True) if chosen]
+        there = wanted.to(self.batch.ids.device)
+        tensors = (tensor[there] for tensor in self.batch[1:])
+        return LabelledBatch(MaskedBatch(documents, *tensors), self.sentence[wanted])
+
+
 class Labelled(NamedTuple):
     """S sentences and their tokens."""
 
@@ -42,6 +57,8 @@ class Labelled(NamedTuple):
     document: Tensor
     """int64 [S], the number of its document."""
     tokens: dict[Place, Tokens]
+    batches: list[LabelledBatch]
+    law: MaskLaw
 
 
 def collect(
@@ -59,6 +76,7 @@ def collect(
     values: list[Mapping[str, Any]] = []
     numbers: list[int] = []
     parts: dict[Place, list[Tokens]] = defaultdict(list)
+    batches: list[LabelledBatch] = []
     for batch in masked_corpus(stream, policy, law, batch_size):
         sentence = torch.full_like(batch.ids, -1, device="cpu")
         for row, document in zip(sentence, batch.documents, strict=True):
@@ -70,6 +88,7 @@ def collect(
                 for label in labels
             ]
             numbers += [document.number] * len(labels)
+        batches.append(LabelledBatch(batch, sentence))
         for place, tokens in _batch_tokens(batch, policy, places, sentence):
             parts[place].append(tokens)
     if not values:
@@ -81,7 +100,7 @@ def collect(
         place: Tokens(*(torch.cat(tensors) for tensors in zip(*found, strict=True)))
         for place, found in parts.items()
     }
-    return Labelled(values, torch.tensor(numbers), tokens_of)
+    return Labelled(values, torch.tensor(numbers), tokens_of, batches, law)
 
 
 def labelled(record: Record) -> Record:
@@ -119,7 +138,7 @@ def token_sentences(document: Document, policy: Policy) -> list[int]:
     labels = sentence_labels(document.record)
     starts = [label["start"] for label in labels]
     places, before = [], 0
-    for end in _character_ends(document, policy):
+    for end in character_ends(document, policy):
         place = bisect_right(starts, end - 1) - 1
         # A token without characters, such as end-of-sequence, is in none.
         inside = end > before and place >= 0 and end <= labels[place]["end"]
@@ -128,11 +147,16 @@ def token_sentences(document: Document, policy: Policy) -> list[int]:
     return places
 
 
-def _character_ends(document: Document, policy: Policy) -> list[int]:
+def document_text(record: Record) -> str:
+    """The text that the labels of a record are about."""
+    text = record.get("text")
+    return text if isinstance(text, str) else field(record, "completion", str)
+
+
+def character_ends(document: Document, policy: Policy) -> list[int]:
     """For each token the offset of its end in the labelled text; 0 before the text."""
     record, tokenizer = document.record, policy.tokenizer
-    text = record.get("text")
-    text = text if isinstance(text, str) else field(record, "completion", str)
+    text = document_text(record)
     lead = len(record["tokens"]["prompt"])
     ids = document.ids[lead:]
     for special in (False, True) if tokenizer.is_fast else ():

@@ -11,12 +11,10 @@ from torch import Tensor
 from dlmctl.models.blocks import block_outputs
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
+from dlmctl.sae.chunks import encoded
 from dlmctl.sae.corpus import MaskedBatch
-from dlmctl.sae.topk import TopKSae, join_codes
+from dlmctl.sae.topk import TopKSae
 from dlmctl.settings.corpus import Positions
-
-CHUNK = 4096
-"""Tokens that are encoded at once: N x F numbers."""
 
 
 class CodeBatch(NamedTuple):
@@ -86,7 +84,7 @@ def code_batches(
                     f"{policy.name} have {output.shape[-1]}: give the --model it is for"
                 )
             x = output[chosen].to(sae.W_enc.dtype)  # [N, d]
-            codes = join_codes([sae.encode(part) for part in x.split(CHUNK)])
+            codes = encoded(sae, x)
         values = codes.values.float().cpu()  # [N, K]
         slots = slot_of[codes.indices.cpu()]
         slots, order = slots.where(values > 0, size).sort(dim=1)

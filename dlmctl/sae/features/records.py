@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlmctl.models.final_norm import through_final_norm
 from dlmctl.models.float32_products import whole_products
 from dlmctl.models.policy import Policy
 from dlmctl.models.token_text import TokenTexts
@@ -59,11 +60,13 @@ def logit_effects(
 ) -> list[dict[str, list[dict[str, Any]]]]:
     """The tokens whose logits a step along each direction [n, d] raises and lowers the most.
 
-    The direction goes straight through the matrix of the output head; the blocks between, the last
-    norm, and a head's own layer are skipped. Tokens that look alike are named once.
+    The direction goes through the gain of the last norm, which divides by the size of the
+    activation too, one number for all tokens that is left out, and through the matrix of the output
+    head. The blocks between and a head's own layer are skipped. Tokens that look alike are named
+    once.
     """
     weight = policy.head.projection.weight.detach()[: policy.vocab_size]
-    rows = directions.detach().float().to(weight.device)
+    rows = through_final_norm(policy, directions.detach().float().to(weight.device))
     with whole_products():
         parts = [part.float() @ rows.T for part in weight.split(TOKENS)]
     logits = torch.cat(parts).T.cpu()  # [n, V]

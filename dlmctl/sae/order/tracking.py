@@ -26,12 +26,10 @@ from dlmctl.models.blocks import Edit, edited_blocks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
+from dlmctl.sae.chunks import encoded
 from dlmctl.sae.order.feature_change import FeatureChange, jaccard
 from dlmctl.sae.steering.sae_at_layer import SaeAtLayer, read_at_layer
-from dlmctl.sae.topk import Codes, join_codes
-
-CODE_SIZE = 1 << 26
-"""Numbers in the codes that are computed at a time."""
+from dlmctl.sae.topk import Codes
 
 
 class StepFeatures(NamedTuple):
@@ -174,8 +172,7 @@ class FeatureTracker(SamplerCallback):
         columns = starts[:, None] + torch.arange(canvas.settings.gen_length, device=ids.device)
         row = torch.arange(len(rows), device=ids.device)[:, None]  # [R, 1]; columns: [R, G]
         x = output[row, columns].flatten(0, 1).to(sae.W_enc.dtype)  # [R * G, d]
-        parts = [sae.encode(part) for part in x.split(max(1, CODE_SIZE // sae.d_sae))]
-        codes = join_codes(parts)  # [R * G, K]
+        codes = encoded(sae, x)  # [R * G, K]
         active = codes.indices.where(codes.values > 0, -1)
         top = active.gather(1, codes.values.argmax(dim=1, keepdim=True)).view_as(columns)
         more = active.shape[1] - last.active.shape[2]
