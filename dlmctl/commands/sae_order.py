@@ -10,17 +10,20 @@ from typing import Annotated, Any, get_args
 
 from dlmctl.commands.progress import counted, times
 from dlmctl.commands.prompt_source import prompt_records, prompt_total
-from dlmctl.commands.tables import print_table
+from dlmctl.commands.tables import print_table, with_error
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
 from dlmctl.settings import Knob, Without
 from dlmctl.settings.compute import Compute, Model, Seed
+from dlmctl.settings.order import OrderProbe
 from dlmctl.settings.rollout import PromptSource
 from dlmctl.settings.sampler import Remasking, Sampler
 from dlmctl.settings.streams import Files, Json, OnErrorOption, Output, Quiet
 
 MEANS = ("s_pre", "s_pre_last5", "lock_ratio", "jump", "d_post", "flips_post")
 SIGNALS = ("signal", "auroc", "auroc_step", "auroc_choice", "used", "right")
+SOLVING = ("measure", "correlation", "completions", "solved")
+PROBES = ("probe", "auroc_choice", "auroc_gain", "nll", "nll_gain", "penalty", "test_puzzles")
 SHOWN = 8
 """Features that the table names."""
 NOT_HERE = (
@@ -63,6 +66,7 @@ def command(
             shown_default="none",
         ),
     ] = None,
+    probe: OrderProbe = OrderProbe(),
     samples: Annotated[
         int, Knob("Completions for each prompt and order.", "-n", "--samples", minimum=1)
     ] = 1,
@@ -123,10 +127,13 @@ def command(
         raise UsageError("prompts come from FILE or from --task, not from both")
     if summary == "-" and output == "-":
         raise UsageError("standard output has the records: give --summary a file, or -o one")
+    if probe.probe and truth is None:
+        raise UsageError("--probe asks which proposals are right: name the field with --truth")
     names = _orders(orders)
     policy = load_policy(model, compute.device, compute.dtype)
     saes = read_tracked_saes(sae, policy)
-    study = OrderStudy(policy, saes, configured(policy, sampler), names, truth)
+    kept = probe.probe_proposals if probe.probe else None
+    study = OrderStudy(policy, saes, configured(policy, sampler), names, truth, kept)
     total = times(prompt_total(files, task, prompts, None), samples * len(names))
     asked = prompt_records(files, task, prompts, seed, on_error, repeat=False)
     sampled = study.run(asked, samples, seed, compute.batch_size, on_error)
@@ -154,19 +161,23 @@ def _orders(text: str) -> list[Remasking]:
 
 
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print tables of the means, the features and the signals."""
+    """Print tables of the means, the features, the signals, solving and the probes."""
     rows = [{**row, "sae": Path(row["sae"]).name} for row in rows]
     where = ("order", "sae", "layer")
     means = [row for row in rows if row["row"] == "mean"]
     features = _joined(row for row in rows if row["row"] == "feature")
-    signals = [row for row in rows if row["row"] == "signal"]
+    signals, solving, probes = (
+        [row for row in rows if row["row"] == kind] for kind in ("signal", "solving", "probe")
+    )
     for part, names in (
         (means, (*where, "completions", *MEANS)),
         (features, (*where, "reference", "features")),
         (signals, (*where, *SIGNALS)),
+        (solving, (*where, *SOLVING)),
+        (probes, (*where, *PROBES, *(["reason"] if any(r["reason"] for r in probes) else []))),
     ):
         if part:
-            print_table(part, {name: name.replace("_", " ") for name in names})
+            print_table(part, {name: name.replace("_", " ") for name in names}, with_error)
             print()
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from dlmctl.commands.progress import counted, counting
-from dlmctl.commands.tables import print_table
+from dlmctl.commands.tables import print_table, with_error
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record, read_records, write_records
 from dlmctl.settings import Knob
@@ -137,17 +137,7 @@ def command(
 
 
 def _show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    print_table(rows, {name: name.replace("_", " ") for name in columns}, _cell)
-
-
-def _cell(row: Mapping[str, Any], name: str) -> str:
-    """A number, with its standard error if it has one."""
-    value, error = row.get(name), row.get(f"{name}_se")
-    if value is None:
-        return "-"
-    if error is not None:
-        return f"{value:.3f} ± {error:.3f}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    print_table(rows, {name: name.replace("_", " ") for name in columns}, with_error)
 
 
 def _questions(twins: Sequence[Twins], settings: ConceptScores) -> Iterator[Record]:

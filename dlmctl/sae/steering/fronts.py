@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dlmctl.report.bootstrap import drawn_counts
 from dlmctl.sae.steering.scores import Outcome, Prompt
 from dlmctl.sae.steering.twins import Treatment
 
@@ -120,7 +121,8 @@ def front_rows(
     if not fronts:
         return []
     prompts = fronts[0].among
-    weights = torch.cat([torch.ones(1, prompts, dtype=torch.float64), _drawn(prompts, seed)])
+    once = torch.ones(1, prompts, dtype=torch.float64)
+    weights = torch.cat([once, drawn_counts(prompts, RESAMPLES, seed)])  # [1 + R, G]
     common = {"extra": extra, "log_ppl_ratio": level}
     rows: list[Row] = []
     by_way: dict[Treatment, list[tuple[_Front, dict[str, Tensor]]]] = {}
@@ -161,14 +163,6 @@ def _fronts(outcomes: Iterable[tuple[Treatment, Outcome]]) -> list[_Front]:
 def _measured(outcomes: Sequence[Outcome]) -> bool:
     gained = any(one.gain is not None for one in outcomes)
     return gained and any(one.cost is not None for one in outcomes)
-
-
-def _drawn(prompts: int, seed: int) -> Tensor:
-    """How often each of G prompts comes in each resample, float64 [R, G]."""
-    generator = torch.Generator().manual_seed(seed)
-    places = torch.randint(prompts, (RESAMPLES, prompts), generator=generator)
-    counts = torch.zeros(RESAMPLES, prompts, dtype=torch.float64)
-    return counts.scatter_add_(1, places, torch.ones_like(counts))
 
 
 def _start(front: _Front) -> Row:
