@@ -101,18 +101,36 @@ def command(
     flips_post, changes of the strongest feature after that. Curves have 10 bins of the place in the
     completion, or of the share decided.
 
-    --summary has their means (row: mean); the 20 features whose number of positions differs most
-    from the first order's, summed over 20 bins of the share decided (row: feature); and with
-    --truth the AUROC of signals for "the model's likeliest token here is the right one" (row:
-    signal): over all proposals, within a step of all completions, and within a step of one
-    completion, which is what an order chooses from. Up to 131072 proposals of an order count. A
+    --summary has their means (row: mean); the features' turnover, 1 - similarity with the step
+    before, over the share decided (row: turnover); and the 20 features whose number of positions
+    differs most from the first order's, summed over 20 bins of the share decided (row: feature). A
     terminal shows part of this instead of the records.
+
+    With --truth it also has the AUROC of signals for "the model's likeliest token here is the right
+    one" (row: signal): over all proposals, within a step of all completions, and within a step of
+    one completion, which is what an order chooses from. Up to 131072 proposals of an order count,
+    and as many completions for the correlation of s_pre, d_post and the others with solving, which
+    is to have all tokens of the truth (row: solving).
+
+    --probe trains logistic probes on half of the prompts and tests them on the other half (row:
+    probe). They read of each proposal: confidence (p, its log odds, margin, entropy), codes,
+    activations, random (codes of random directions, as many and with the same K), and confidence
+    with each of these. auroc_choice is the AUROC within a step of a completion, nll the loss in
+    nats; auroc_gain and nll_gain are what a probe adds to confidence, above 0 if it is better. The
+    penalty is chosen by cross-validation over the prompts of the first half. Errors (_se) are from
+    a bootstrap over the prompts of the second half.
 
     Passes go over whole sequences: there is no --cache here, and no --compile.
 
     Examples:
 
     dlmctl sae-order --task sudoku --truth solution --sae saes/layer2-k8-mask
+
+    dlmctl sae-order --task sudoku --truth solution --prompts 400 --sae saes/layer2-k8-mask
+    --orders random --probe --summary probed.jsonl -o ordered.jsonl
+
+    dlmctl sae-order --sae saes/layer2-k8-mask --summary orders.jsonl -o ordered.jsonl prompts.jsonl
+    && dlmctl plot -x progress -y masked -y decided --by order -o turnover.png orders.jsonl
 
     dlmctl sae-order --sae saes/layer1-k8-mask --sae saes/layer2-k8-mask --orders entropy,random
     --summary orders.jsonl prompts.jsonl | dlmctl verify | dlmctl stats --by remasking

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 MOST_STEPS = 200
-TOLERANCE = 1e-7
-"""Of the largest entry of the gradient."""
+TOLERANCE, ROUGH = 1e-7, 1e-5
+"""Of the largest entry of the gradient, for a fit and for one that chooses a penalty."""
 
 
 class Design(NamedTuple):
@@ -82,7 +82,11 @@ def losses(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def fit(
-    design: Design, labels: Tensor, penalties: Tensor, start: Logistic | None = None
+    design: Design,
+    labels: Tensor,
+    penalties: Tensor,
+    start: Logistic | None = None,
+    tolerance: float = TOLERANCE,
 ) -> Logistic:
     """The minimum of the loss.
 
@@ -90,6 +94,7 @@ def fit(
         labels: bool [N].
         penalties: float64 [D + F], above 0.
         start: where to begin; zeros by default, with the log odds of the labels' mean.
+        tolerance: the largest entry of the gradient that ends the fit.
     """
     count = len(labels)
     if start is None:
@@ -101,7 +106,7 @@ def fit(
     optimizer = torch.optim.LBFGS(
         [variables],
         max_iter=MOST_STEPS,
-        tolerance_grad=TOLERANCE,
+        tolerance_grad=tolerance,
         tolerance_change=0.0,
         history_size=20,
         line_search_fn="strong_wolfe",
@@ -140,7 +145,7 @@ def best_penalty(
         train, test = design.rows(~held), design.rows(held)
         found: Logistic | None = None
         for number, penalties in enumerate(grid):
-            found = fit(train, labels[~held], penalties, found)
+            found = fit(train, labels[~held], penalties, found, ROUGH)
             totals[number] += float(losses(found.scores(test), labels[held]).sum())
     means = [total / len(labels) for total in totals]
     return means.index(min(means)), means

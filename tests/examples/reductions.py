@@ -53,6 +53,7 @@ REDUCTIONS = {
     "--layers 1,5,10 -k 50,160": "--layers 5 -k 50,160 --latents 1280 --tokens 500",
     "--judge GSAI-ML/LLaDA-8B-Instruct": "--judge GSAI-ML/LLaDA-8B-Instruct --gen-length 4",
     "--task sudoku --truth solution": "--task sudoku --truth solution --prompts 2",
+    "--task sudoku --truth solution --prompts 400": "--task sudoku --truth solution --prompts 2",
     # Distillation and memorization
     "distill teacher": "distill teacher --width 8 --steps 2",
     "distill cd": "distill cd --steps 2",
