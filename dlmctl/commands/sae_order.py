@@ -23,7 +23,7 @@ from dlmctl.settings.streams import Files, Json, OnErrorOption, Output, Quiet
 MEANS = ("s_pre", "s_pre_last5", "lock_ratio", "jump", "d_post", "flips_post")
 SIGNALS = ("signal", "auroc", "auroc_step", "auroc_choice", "used", "right")
 SOLVING = ("measure", "correlation", "completions", "solved")
-PROBES = ("probe", "auroc_choice", "auroc_gain", "nll", "nll_gain", "penalty", "test_puzzles")
+PROBES = ("probe", "auroc_choice", "auroc_gain", "auroc_over_random", "nll", "nll_gain")
 SHOWN = 8
 """Features that the table names."""
 NOT_HERE = (
@@ -116,9 +116,10 @@ def command(
     probe). They read of each proposal: confidence (p, its log odds, margin, entropy), codes,
     activations, random (codes of random directions, as many and with the same K), and confidence
     with each of these. auroc_choice is the AUROC within a step of a completion, nll the loss in
-    nats; auroc_gain and nll_gain are what a probe adds to confidence, above 0 if it is better. The
-    penalty is chosen by cross-validation over the prompts of the first half. Errors (_se) are from
-    a bootstrap over the prompts of the second half.
+    nats. What a probe has over confidence is auroc_gain and nll_gain, above 0 if it is better; what
+    it has over the same probe with random is auroc_over_random and nll_over_random. The penalty is
+    chosen by cross-validation over the prompts of the first half. Errors (_se) are from a bootstrap
+    over the prompts of the second half.
 
     Passes go over whole sequences: there is no --cache here, and no --compile.
 

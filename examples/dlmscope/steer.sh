@@ -23,7 +23,8 @@ for pair in $values; do
     for amplitude in $amplitudes; do
         dlmctl rollout $sample --steer "${best% *}=$amplitude" "$work/prompts.jsonl"
     done | $words | dlmctl verify |
-        dlmctl sae-steering -q --baseline "$work/plain.jsonl" --concept-from reward --fluency "$fluency" > "$work/rows.jsonl"
+        dlmctl sae-steering -q --baseline "$work/plain.jsonl" --concept-from reward --fluency "$fluency" |
+        jq -c 'select(.row == "amplitude")' > "$work/rows.jsonl"
     jq -c --arg value "${pair#*=}" --argjson auroc "${best#* }" '. + {value: $value, auroc: $auroc}' \
         "$work/rows.jsonl" >> "$work/steering.jsonl"
 done

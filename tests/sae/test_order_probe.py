@@ -69,7 +69,12 @@ def test_a_planted_feature_is_found_and_adds_to_confidence() -> None:
     for name in ("codes", "confidence+codes", "activations"):
         for gain in ("auroc_gain", "nll_gain"):
             assert rows[name][gain] > 4 * rows[name][f"{gain}_se"] > 0
-    assert rows["confidence"]["auroc_gain"] == rows["confidence"]["nll_gain_se"] == 0
+    assert rows["confidence"]["auroc_gain"] is rows["random"]["nll_over_random"] is None
+    for name, other in (("codes", "random"), ("confidence+codes", "confidence+random")):
+        gap = rows[name]["auroc_choice"] - rows[other]["auroc_choice"]
+        assert rows[name]["auroc_over_random"] == pytest.approx(gap)
+        gap = rows[other]["nll"] - rows[name]["nll"]
+        assert rows[name]["nll_over_random"] == pytest.approx(gap)
     assert rows["codes"]["train"] + rows["codes"]["test"] == COUNT
     assert (rows["codes"]["puzzles"], rows["codes"]["test_puzzles"]) == (60, 30)
 

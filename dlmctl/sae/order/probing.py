@@ -12,8 +12,10 @@ probes read
 
 They are trained on one half of the puzzles and tested on the other. The penalty is chosen within
 the first half, by cross-validation over puzzles; where confidence is joined by others, it keeps the
-penalty that it has alone, so that many columns do not crowd out few. A gain is what a probe adds to
-`confidence` on the same test proposals. Errors come from a bootstrap over the test puzzles.
+penalty that it has alone, so that many columns do not crowd out few. A gain is what a probe has
+over `confidence`, on the same test proposals, and over_random what it has over the same probe with
+`random`: what is left then is due to the dictionary that was learnt. Errors come from a bootstrap
+over the test puzzles, the same resamples for all.
 """
 
 from __future__ import annotations
@@ -82,43 +84,54 @@ def probe_rows(proposals: Proposals, sae: TopKSae, seed: int) -> list[dict[str, 
     train, test = proposals.chosen(half == 0), proposals.chosen(half == 1)
     if (reason := _unfit(train, test)) is not None:
         return [{"probe": None, "reason": reason}]
-    inside = half == 0
-    study = _Study(proposals.right, inside, folds[inside])
-    base = _standardized(_confidence(proposals.numbers), inside)
-    codes = _encoded(sae, proposals.x)
-    parts = {
-        "codes": _scaled(codes, sae.d_sae, inside),
-        "activations": _standardized(proposals.x.double(), inside),
-        "random": _scaled(_encoded(_random(sae, seed), proposals.x), sae.d_sae, inside),
-    }
-    # 1. Scores of the test half.
-    alone = study.probed(base, None)
-    results = {"confidence": alone}
-    for name, part in parts.items():
-        results[name] = study.probed(part, None)
-    for name, part in parts.items():
-        results[f"confidence+{name}"] = study.probed(part, (base, alone.penalty))
-    # 2. Sums by puzzle, and their bootstrap.
+    results = _results(proposals, half == 0, folds, sae, seed)
     judged = _Judged(test, seed)
-    reference = judged.measures(alone.scores)
+    measures = {probe: judged.measures(result.scores) for probe, result in results.items()}
     rows = []
     for probe, result in results.items():
-        measures = judged.measures(result.scores)
         row: dict[str, Any] = {"probe": probe, "penalty": result.penalty}
-        for measure, value in measures.items():
+        for measure, value in measures[probe].items():
             row |= _with_error(measure, value)
-        gains = {
-            "auroc_gain": measures["auroc_choice"] - reference["auroc_choice"],
-            "nll_gain": reference["nll"] - measures["nll"],
-        }
-        for name, gain in gains.items():
-            row |= _with_error(name, gain)
+        control = None if probe == "confidence" else "random"
+        if probe.startswith("confidence+"):
+            control = "confidence+random"
+        for name, other in (("gain", "confidence"), ("over_random", control)):
+            # Above 0 is better, in both.
+            for measure, sign in (("auroc", 1), ("nll", -1)):
+                key = "auroc_choice" if measure == "auroc" else measure
+                gain = None
+                if other is not None and other != probe:
+                    gain = sign * (measures[probe][key] - measures[other][key])
+                row |= _with_error(f"{measure}_{name}", gain)
         rows.append(row | judged.counts(train, proposals))
     return rows
 
 
-def _with_error(name: str, values: Tensor) -> dict[str, float]:
+def _results(
+    proposals: Proposals, inside: Tensor, folds: Tensor, sae: TopKSae, seed: int
+) -> dict[str, _Result]:
+    """Each probe, trained on the proposals inside, bool [P], and applied to the others."""
+    study = _Study(proposals.right, inside, folds[inside])
+    base = _standardized(_confidence(proposals.numbers), inside)
+    codes, control = (_encoded(one, proposals.x) for one in (sae, _random(sae, seed)))
+    parts = {
+        "codes": _scaled(codes, sae.d_sae, inside),
+        "activations": _standardized(proposals.x.double(), inside),
+        "random": _scaled(control, sae.d_sae, inside),
+    }
+    alone = study.probed(base, None)
+    joined = {
+        f"confidence+{name}": study.probed(part, (base, alone.penalty))
+        for name, part in parts.items()
+    }
+    own = {name: study.probed(part, None) for name, part in parts.items()}
+    return {"confidence": alone, **own, **joined}
+
+
+def _with_error(name: str, values: Tensor | None) -> dict[str, float | None]:
     """A value and its standard error, of values [1 + R]: the first is that of all puzzles."""
+    if values is None:
+        return {name: None, f"{name}_se": None}
     drawn = values[1:][~values[1:].isnan()]
     return {name: float(values[0]), f"{name}_se": float(drawn.std())}
 
