@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 AMPLITUDES = ("feature", "amplitude", "unit", "scope", "push", "n", "c_before")
 MEASURES = ("C", "C_share", "P", "P_clipped", "S", "ppl_ratio")
-FRONTS = ("feature", "unit", "scope", "extra", "amplitude", "push", "C", "C_share", "reached")
+FRONTS = ("feature", "unit", "scope", "at_cost", "amplitude", "push", "C", "C_share", "reached")
 """Columns of the two tables."""
 
 

@@ -140,7 +140,7 @@ def test_the_command_writes_fronts_behind_rows_and_plot_draws_them(tmp_path: Pat
         ("amplitude", 0.5, pytest.approx(0.5)),
     ]
     part = math.log(1.3 / 1.1) / math.log(1.5 / 1.1)
-    assert (front["row"], front["unit"], front["extra"]) == ("front", "norm", 0.3)
+    assert (front["row"], front["unit"], front["at_cost"]) == ("front", "norm", 0.3)
     assert front["C"] == pytest.approx(0.02 + 0.08 * part)
     assert front["push"] == pytest.approx(0.1 + 0.4 * part)
     (tmp_path / "rows").write_text(done.stdout)

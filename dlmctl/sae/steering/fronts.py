@@ -105,25 +105,25 @@ class _Front:
 
 
 def front_rows(
-    outcomes: Iterable[tuple[Treatment, Outcome]], extra: float, seed: int, bound: bool | None
+    outcomes: Iterable[tuple[Treatment, Outcome]], at_cost: float, seed: int, bound: bool | None
 ) -> list[Row]:
     """A row for each front, and one for the mean of several features steered in the same way.
 
     A front takes two amplitudes of one sign, with concept and perplexity measured.
 
     Args:
-        extra: the cost in perplexity, 0.2 for a fifth more.
+        at_cost: the cost in perplexity, 0.2 for a fifth more.
         seed: of the bootstrap.
         bound: whether perplexities are upper bounds; None if that is not known.
     """
-    level = math.log1p(extra)
+    level = math.log1p(at_cost)
     fronts = _fronts(outcomes)
     if not fronts:
         return []
     prompts = fronts[0].among
     once = torch.ones(1, prompts, dtype=torch.float64)
     weights = torch.cat([once, drawn_counts(prompts, RESAMPLES, seed)])  # [1 + R, G]
-    common = {"extra": extra, "log_ppl_ratio": level}
+    common = {"at_cost": at_cost, "log_ppl_ratio": level}
     rows: list[Row] = []
     by_way: dict[Treatment, list[tuple[_Front, dict[str, Tensor]]]] = {}
     for front in fronts:
