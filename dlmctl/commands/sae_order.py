@@ -163,7 +163,7 @@ def command(
             pass
     else:
         write_records(records, output)
-    rows = list(study.summary())
+    rows = list(counted(study.summary(), "rows of the summary", quiet, None))
     if shown:
         _show(rows)
     if summary is not None:

@@ -52,6 +52,7 @@ REDUCTIONS = {
     "sae-train acts -k 50,160": "sae-train acts -k 50,160 --latents 256 --tokens 500",
     "--layers 1,5,10 -k 50,160": "--layers 5 -k 50,160 --latents 1280 --tokens 500",
     "--judge GSAI-ML/LLaDA-8B-Instruct": "--judge GSAI-ML/LLaDA-8B-Instruct --gen-length 4",
+    "-n 600 --seed 1": "-n 2 --seed 1",
     "--task sudoku --truth solution": "--task sudoku --truth solution --prompts 2",
     "--task sudoku --truth solution --prompts 400": "--task sudoku --truth solution --prompts 2",
     # Distillation and memorization
