@@ -50,9 +50,11 @@ def command(
     (unchanged in the first step), averaged over --sae.
 
     --steer changes what the model computes: the output of the SAE's layer becomes H + AMPLITUDE m
-    W_dec[FEATURE], where m is the largest entry of the code of H. All positions of a pass are
-    steered; with --cache a pass has the block alone, or the block and what follows it. For the same
-    completions unsteered, leave --steer out or write =0: the noise is the same.
+    W_dec[FEATURE], where m is the largest entry of the code of H, or |H| with --steer-unit norm.
+    All positions of a pass are steered; with --cache a pass has the block alone, or the block and
+    what follows it. The field `rollout.push` is the mean of |push| / |H| over the steered positions
+    of all passes. For the same completions unsteered, leave --steer out or write =0: the noise is
+    the same.
 
     Examples:
 
@@ -68,6 +70,7 @@ def command(
 
     dlmctl rollout -m Qwen/Qwen3-8B --engine http://gpu1:30000,http://gpu2:30000 prompts.jsonl
     """
+    from dlmctl.diffusion.callback import SeveralCallbacks
     from dlmctl.diffusion.corrupted import with_corrupted_images
     from dlmctl.diffusion.follow import follow_run, rounds_done
     from dlmctl.diffusion.rollout import batch_begins, made_by, rollout
@@ -129,14 +132,16 @@ def command(
     if sae:
         check_trackable(policy, config, "--remasking sae")
         tracker = FeatureTracker(policy, read_tracked_saes(sae, policy))
+    steered = SteeredPolicy(policy, config, steering) if steering.steer else None
+    callbacks = [part for part in (tracker, steered) if part is not None]
     records = rollout(
         partial.rest(prompts, rule), policy, config, samples, seed, compute.batch_size,
-        stage.on_error, callback=tracker, served=served,
+        stage.on_error, callback=SeveralCallbacks(callbacks) if callbacks else None, served=served,
     )  # fmt: skip
     if tracker is not None:
         records = tracker.around(records)
-    if steering.steer:
-        records = SteeredPolicy(policy, config, steering).around(records)
+    if steered is not None:
+        records = steered.around(records)
     shown = counted(records, "samples", stage.quiet, total, partial.lines)
     write_records(shown, stage.output, partial)
 

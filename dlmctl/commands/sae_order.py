@@ -10,17 +10,20 @@ from typing import Annotated, Any, get_args
 
 from dlmctl.commands.progress import counted, times
 from dlmctl.commands.prompt_source import prompt_records, prompt_total
-from dlmctl.commands.tables import print_table
+from dlmctl.commands.tables import print_table, with_error
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import write_records
 from dlmctl.settings import Knob, Without
 from dlmctl.settings.compute import Compute, Model, Seed
+from dlmctl.settings.order import OrderProbe
 from dlmctl.settings.rollout import PromptSource
 from dlmctl.settings.sampler import Remasking, Sampler
 from dlmctl.settings.streams import Files, Json, OnErrorOption, Output, Quiet
 
 MEANS = ("s_pre", "s_pre_last5", "lock_ratio", "jump", "d_post", "flips_post")
 SIGNALS = ("signal", "auroc", "auroc_step", "auroc_choice", "used", "right")
+SOLVING = ("measure", "correlation", "completions", "solved")
+PROBES = ("probe", "auroc_choice", "auroc_gain", "auroc_over_random", "nll", "nll_gain")
 SHOWN = 8
 """Features that the table names."""
 NOT_HERE = (
@@ -63,6 +66,7 @@ def command(
             shown_default="none",
         ),
     ] = None,
+    probe: OrderProbe = OrderProbe(),
     samples: Annotated[
         int, Knob("Completions for each prompt and order.", "-n", "--samples", minimum=1)
     ] = 1,
@@ -97,18 +101,37 @@ def command(
     flips_post, changes of the strongest feature after that. Curves have 10 bins of the place in the
     completion, or of the share decided.
 
-    --summary has their means (row: mean); the 20 features whose number of positions differs most
-    from the first order's, summed over 20 bins of the share decided (row: feature); and with
-    --truth the AUROC of signals for "the model's likeliest token here is the right one" (row:
-    signal): over all proposals, within a step of all completions, and within a step of one
-    completion, which is what an order chooses from. Up to 131072 proposals of an order count. A
+    --summary has their means (row: mean); the features' turnover, 1 - similarity with the step
+    before, over the share decided (row: turnover); and the 20 features whose number of positions
+    differs most from the first order's, summed over 20 bins of the share decided (row: feature). A
     terminal shows part of this instead of the records.
+
+    With --truth it also has the AUROC of signals for "the model's likeliest token here is the right
+    one" (row: signal): over all proposals, within a step of all completions, and within a step of
+    one completion, which is what an order chooses from. Up to 131072 proposals of an order count,
+    and as many completions for the correlation of s_pre, d_post and the others with solving, which
+    is to have all tokens of the truth (row: solving).
+
+    --probe trains logistic probes on half of the prompts and tests them on the other half (row:
+    probe). They read of each proposal: confidence (p, its log odds, margin, entropy), codes,
+    activations, random (codes of random directions, as many and with the same K), and confidence
+    with each of these. auroc_choice is the AUROC within a step of a completion, nll the loss in
+    nats. What a probe has over confidence is auroc_gain and nll_gain, above 0 if it is better; what
+    it has over the same probe with random is auroc_over_random and nll_over_random. The penalty is
+    chosen by cross-validation over the prompts of the first half. Errors (_se) are from a bootstrap
+    over the prompts of the second half.
 
     Passes go over whole sequences: there is no --cache here, and no --compile.
 
     Examples:
 
     dlmctl sae-order --task sudoku --truth solution --sae saes/layer2-k8-mask
+
+    dlmctl sae-order --task sudoku --truth solution --prompts 400 --sae saes/layer2-k8-mask
+    --orders random --probe --summary probed.jsonl -o ordered.jsonl
+
+    dlmctl sae-order --sae saes/layer2-k8-mask --summary orders.jsonl -o ordered.jsonl prompts.jsonl
+    && dlmctl plot -x progress -y masked -y decided --by order -o turnover.png orders.jsonl
 
     dlmctl sae-order --sae saes/layer1-k8-mask --sae saes/layer2-k8-mask --orders entropy,random
     --summary orders.jsonl prompts.jsonl | dlmctl verify | dlmctl stats --by remasking
@@ -123,10 +146,13 @@ def command(
         raise UsageError("prompts come from FILE or from --task, not from both")
     if summary == "-" and output == "-":
         raise UsageError("standard output has the records: give --summary a file, or -o one")
+    if probe.probe and truth is None:
+        raise UsageError("--probe asks which proposals are right: name the field with --truth")
     names = _orders(orders)
     policy = load_policy(model, compute.device, compute.dtype)
     saes = read_tracked_saes(sae, policy)
-    study = OrderStudy(policy, saes, configured(policy, sampler), names, truth)
+    kept = probe.probe_proposals if probe.probe else None
+    study = OrderStudy(policy, saes, configured(policy, sampler), names, truth, kept)
     total = times(prompt_total(files, task, prompts, None), samples * len(names))
     asked = prompt_records(files, task, prompts, seed, on_error, repeat=False)
     sampled = study.run(asked, samples, seed, compute.batch_size, on_error)
@@ -137,7 +163,7 @@ def command(
             pass
     else:
         write_records(records, output)
-    rows = list(study.summary())
+    rows = list(counted(study.summary(), "rows of the summary", quiet, None))
     if shown:
         _show(rows)
     if summary is not None:
@@ -154,19 +180,23 @@ def _orders(text: str) -> list[Remasking]:
 
 
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print tables of the means, the features and the signals."""
+    """Print tables of the means, the features, the signals, solving and the probes."""
     rows = [{**row, "sae": Path(row["sae"]).name} for row in rows]
     where = ("order", "sae", "layer")
     means = [row for row in rows if row["row"] == "mean"]
     features = _joined(row for row in rows if row["row"] == "feature")
-    signals = [row for row in rows if row["row"] == "signal"]
+    signals, solving, probes = (
+        [row for row in rows if row["row"] == kind] for kind in ("signal", "solving", "probe")
+    )
     for part, names in (
         (means, (*where, "completions", *MEANS)),
         (features, (*where, "reference", "features")),
         (signals, (*where, *SIGNALS)),
+        (solving, (*where, *SOLVING)),
+        (probes, (*where, *PROBES, *(["reason"] if any(r["reason"] for r in probes) else []))),
     ):
         if part:
-            print_table(part, {name: name.replace("_", " ") for name in names})
+            print_table(part, {name: name.replace("_", " ") for name in names}, with_error)
             print()
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from dlmctl.commands.progress import counted, counting
-from dlmctl.commands.tables import write_rows
+from dlmctl.commands.tables import print_table, with_error
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.jsonl import Record, read_records, write_records
 from dlmctl.settings import Knob
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
     from dlmctl.sae.steering.questions import Answers
     from dlmctl.sae.steering.twins import Name, Twins
 
-COLUMNS = (
-    *("feature", "amplitude", "scope", "n", "c_before", "c_after"),
-    *("C", "P", "P_clipped", "S"),
-)
+AMPLITUDES = ("feature", "amplitude", "unit", "scope", "push", "n", "c_before")
+MEASURES = ("C", "C_share", "P", "P_clipped", "S", "ppl_ratio")
+FRONTS = ("feature", "unit", "scope", "at_cost", "amplitude", "push", "C", "C_share", "reached")
+"""Columns of the two tables."""
 
 
 def command(
@@ -39,6 +40,13 @@ def command(
     weight: Annotated[
         float, Knob("Weight of P in S = C + lambda P.", "--lambda", minimum=0.0)
     ] = 0.3,
+    at_cost: Annotated[
+        float,
+        Knob(
+            "Read the front of each feature off at this cost in perplexity: 0.2 is a fifth more.",
+            minimum=0.001,
+        ),
+    ] = 0.2,
     seed: Seed = 0,
     compute: Compute = Compute(),
     on_error: OnErrorOption = "fail",
@@ -54,10 +62,21 @@ def command(
 
     Values are means over the n completions, those of the last row means over features. P has no
     lower bound: C_median, P_median and S_median are medians of the same numbers, P_clipped is the
-    mean of P clipped to [-1, 1], and S_clipped = C + lambda P_clipped. ppl_before and ppl_after are
-    medians. n_C and n_P count the completions behind C and P; `failed` counts answers of the judge
-    without a number, which are left out. `bound` is true if perplexities are upper bounds. A
-    terminal shows part of this, --json all.
+    mean of P clipped to [-1, 1], and S_clipped = C + lambda P_clipped. C_share is C / (1 - c_before
+    / 100), the share of the possible gain. log_ppl_ratio is the mean of log(ppl_after /
+    ppl_before), ppl_ratio its exponential. Behind each of these stands its standard error (_se),
+    which counts prompts, not completions. push is the mean |push| / |H| (see rollout --steer).
+    ppl_before and ppl_after are medians. n_C and n_P count the completions behind C and P; `failed`
+    counts answers of the judge without a number, which are left out. `bound` is true if
+    perplexities are upper bounds.
+
+    One amplitude costs two models different amounts of fluency, so models are compared at equal
+    cost. For each feature with at least two amplitudes of one sign a row with row: front says C,
+    C_share, push and amplitude where the cost is first --at-cost; they are linear in log_ppl_ratio
+    between neighbouring amplitudes, beginning with amplitude 0. Another row has the means over
+    features. Where a front does not reach the cost they are null, and `reason` says why. Errors are
+    from 1000 bootstrap samples of the prompts; `reached` is the share of the samples in which the
+    front reaches the cost. A terminal shows part of this, --json all.
 
     Examples:
 
@@ -66,10 +85,14 @@ def command(
 
     dlmctl sae-steering --baseline plain.jsonl --concept "the sea" --judge runs/judge steered.jsonl
 
+    dlmctl sae-steering --baseline plain.jsonl --concept-from reward --fluency runs/judge --json
+    steered.jsonl | dlmctl plot -x log_ppl_ratio -y C -y C_share --by feature -o fronts.png
+
     dlmctl sae-steering --baseline plain.jsonl --concept "the sea" --judge-prompts asked.jsonl
     steered.jsonl && dlmctl rollout -m runs/judge -n 1 --temperature 0 -o answers.jsonl asked.jsonl
     && dlmctl sae-steering --baseline plain.jsonl --judge-answers answers.jsonl steered.jsonl
     """
+    from dlmctl.sae.steering.fronts import front_rows
     from dlmctl.sae.steering.questions import Answers
     from dlmctl.sae.steering.scores import outcomes_of, rows_of
     from dlmctl.sae.steering.twins import read_baseline, read_sampled_text, read_twins
@@ -102,7 +125,19 @@ def command(
         raise DataError(
             "none of the scores is about a text of these records", concept.judge_answers or ""
         )
-    write_rows(rows_of(outcomes, weight, bound), COLUMNS, json)
+    rows = rows_of(outcomes, weight, bound)
+    fronts = front_rows(outcomes, at_cost, seed, bound)
+    if json or not sys.stdout.isatty():
+        write_records([*rows, *fronts])
+        return
+    _show(rows, (*AMPLITUDES, *MEASURES))
+    if fronts:
+        print()
+        _show(fronts, (*FRONTS, *(["reason"] if any(row["reason"] for row in fronts) else [])))
+
+
+def _show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    print_table(rows, {name: name.replace("_", " ") for name in columns}, with_error)
 
 
 def _questions(twins: Sequence[Twins], settings: ConceptScores) -> Iterator[Record]:

@@ -88,6 +88,14 @@ def write_rows(rows: Iterable[dict[str, Any]], columns: Sequence[str], json: boo
         print_table(list(rows), {name: name.replace("_", " ") for name in columns})
 
 
+def with_error(row: Mapping[str, Any], name: str) -> str:
+    """A cell: a number, and behind it its standard error if the row has that as `NAME_se`."""
+    value, error = row.get(name), row.get(f"{name}_se")
+    if value is None or error is None:
+        return _plain(row, name)
+    return f"{value:.3f} ± {error:.3f}"
+
+
 def _plain(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     if value is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from dlmctl.diffusion.callback import SamplerCallback
 from dlmctl.diffusion.draws import gumbel_max
 from dlmctl.diffusion.noise import key_tensor, subkeys
 from dlmctl.diffusion.proposals import least_kept
@@ -25,9 +26,16 @@ from dlmctl.records.errors import UsageError
 
 
 def sample_autoregressive(
-    policy: Policy, requests: Iterable[Request], settings: SamplerConfig, batch_size: int
+    policy: Policy,
+    requests: Iterable[Request],
+    settings: SamplerConfig,
+    batch_size: int,
+    callback: SamplerCallback | None = None,
 ) -> Iterator[Sample]:
     """Sample a completion for each request, up to and including end-of-sequence, in their order.
+
+    Args:
+        callback: only its `on_rows` is called.
 
     Raises:
         UsageError: an option is given that only denoising has.
@@ -44,18 +52,28 @@ def sample_autoregressive(
     }.items():
         if given:
             raise UsageError(f"{option} means nothing to {policy.name}, an autoregressive model")
-    source = iter(requests)
+    source, first = iter(requests), 0
     while batch := list(islice(source, batch_size)):
-        yield from _batch(policy, batch, settings)
+        yield from _batch(policy, batch, settings, callback, first)
+        first += len(batch)
 
 
 @torch.no_grad()
-def _batch(policy: Policy, requests: Sequence[Request], settings: SamplerConfig) -> list[Sample]:
+def _batch(
+    policy: Policy,
+    requests: Sequence[Request],
+    settings: SamplerConfig,
+    callback: SamplerCallback | None,
+    first: int,
+) -> list[Sample]:
+    """Samples of a batch; `first` is the number of its first request."""
     rows = _Rows(policy, requests)
     shape = len(requests), settings.gen_length
     made = torch.full(shape, policy.pad_id, device=policy.device)
     log_probs = torch.zeros(shape, dtype=torch.float64, device=policy.device)
     for step in range(settings.gen_length):
+        if callback is not None:
+            callback.on_rows((rows.numbers + first).masked_fill(rows.ended, -1).tolist())
         logits = rows.next_logits()
         token = next_tokens(policy, logits, rows.noise_keys, step, settings)
         made[rows.numbers, step] = token

@@ -29,6 +29,14 @@ class SamplerCallback:
         With guidance a second pass follows, without the prompt; it is not announced.
         """
 
+    def on_rows(self, requests: Sequence[int]) -> None:
+        """The next forward pass, over whole sequences or parts, has a row for each of these.
+
+        Each is the number of a request, from 0 on in the order in which they came, or -1 for a row
+        whose completion has ended. Autoregressive sampling calls this method only, and none of the
+        others.
+        """
+
     def adjust_confidence(
         self, targets: Targets, states: Sequence[Tensor], confidence: Tensor
     ) -> Tensor:
@@ -43,3 +51,37 @@ class SamplerCallback:
 
     def on_finish(self, slot: int) -> None:
         """The completion in a slot is done; the canvas still has it."""
+
+
+class SeveralCallbacks(SamplerCallback):
+    """Callbacks one after the other; each sees the confidence that those before it leave."""
+
+    def __init__(self, parts: Sequence[SamplerCallback]) -> None:
+        self.parts = parts
+
+    def on_start(self, canvas: Canvas) -> None:
+        for part in self.parts:
+            part.on_start(canvas)
+
+    def on_request(self, slot: int, request: Request) -> None:
+        for part in self.parts:
+            part.on_request(slot, request)
+
+    def on_pass(self, slots: Sequence[int]) -> None:
+        for part in self.parts:
+            part.on_pass(slots)
+
+    def on_rows(self, requests: Sequence[int]) -> None:
+        for part in self.parts:
+            part.on_rows(requests)
+
+    def adjust_confidence(
+        self, targets: Targets, states: Sequence[Tensor], confidence: Tensor
+    ) -> Tensor:
+        for part in self.parts:
+            confidence = part.adjust_confidence(targets, states, confidence)
+        return confidence
+
+    def on_finish(self, slot: int) -> None:
+        for part in self.parts:
+            part.on_finish(slot)

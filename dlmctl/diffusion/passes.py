@@ -119,6 +119,11 @@ class Passes:
         noised = places >= windows, keys >= windows  # the present block
         return blocks.attends(places, keys, *noised, starts) & there[:, None]
 
+    def _requests(self, rows: Sequence[int]) -> list[int]:
+        """Numbers of the requests in these slots."""
+        owners = [self.canvas.owner[slot] for slot in rows]
+        return [-1 if owner is None else owner for owner in owners]
+
     def outdated(self, rows: Sequence[int], surest: Tensor) -> Tensor:
         """bool [R]: rows that reused old keys and values and are too unsure to go on.
 
@@ -151,6 +156,7 @@ class Passes:
                 places = places.where(padded, self.cache.width)
             self.cache.aim(rows, places, width, whole=True)
         self.callback.on_pass(rows)
+        self.callback.on_rows(self._requests(rows))
         run = partial(self._hidden, attention=padded, allowed=allowed)
         hidden = [run(ids, cache=self.cache)]
         if self.settings.cfg_scale > 0:
@@ -189,6 +195,7 @@ class Passes:
         allowed = self._allowed(rows, places, there)
         padded = there if min(lasts) < longest else None
         ids = canvas.ids[slots[:, None], places]
+        self.callback.on_rows(self._requests(rows))
         hidden = self._hidden(ids, padded, places, cache, allowed=allowed)
         return self._pick(rows, [hidden], targets, begins)
 

@@ -74,7 +74,7 @@ def rollout(
     elif policy.diffusion:
         results = sample_stream(policy, requests(), settings, batch_size, callback)
     else:
-        results = sample_autoregressive(policy, requests(), settings, batch_size)
+        results = sample_autoregressive(policy, requests(), settings, batch_size, callback)
     for result in results:
         while waiting[0][1] < 0:
             yield waiting.popleft()[0]

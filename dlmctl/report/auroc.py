@@ -42,14 +42,27 @@ def stratified_auroc(score: Tensor, right: Tensor, stratum: Tensor | None = None
         return None
     if stratum is None:
         stratum = torch.zeros(len(score), dtype=torch.int64)
+    wins, pairs = stratified_wins(score, right, stratum)
+    return float(wins.sum() / pairs.sum()) if pairs.any() else None
+
+
+def stratified_wins(score: Tensor, right: Tensor, stratum: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of a right and a wrong one within each of S strata, in their order.
+
+    Args:
+        score, right, stratum: as `stratified_auroc` takes them.
+
+    Returns:
+        How many have the right order, a tie counting one half, and how many there are; float64 [S].
+    """
     value, stratum = (column.unique(return_inverse=True)[1] for column in (score, stratum))
     # Ranks among all by stratum, then score; those of a stratum begin behind the ones before.
     ranks = average_ranks((stratum * (value.max() + 1) + value)[None])[0]  # [N]
     sizes, positives = torch.bincount(stratum), torch.bincount(stratum, right.double())
     before = sizes.cumsum(0) - sizes
-    wins = ranks[right].sum() - (positives * (before + (positives + 1) / 2)).sum()
-    pairs = float((positives * (sizes - positives)).sum())
-    return float(wins) / pairs if pairs else None
+    sums = torch.bincount(stratum, ranks.where(right, 0.0))
+    wins = sums - positives * (before + (positives + 1) / 2)
+    return wins, positives * (sizes - positives)
 
 
 def average_ranks(scores: Tensor) -> Tensor:

@@ -42,6 +42,16 @@ def resampled(
     return torch.cat(parts)
 
 
+def drawn_counts(units: int, resamples: int, seed: int) -> Tensor:
+    """How often each unit comes in each of R resamples, float64 [R, units].
+
+    With sums of units [units, ...], `counts @ sums` are the sums of the resamples.
+    """
+    places = torch.randint(units, (resamples, units), generator=torch.Generator().manual_seed(seed))
+    counts = torch.zeros(resamples, units, dtype=torch.float64)
+    return counts.scatter_add_(1, places, torch.ones_like(counts))
+
+
 def interval_ends(statistics: Tensor, confidence: float) -> tuple[float, float]:
     """Ends of the central part of resampled statistics, float [R]."""
     tail = (1 - confidence) / 2

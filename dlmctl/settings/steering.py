@@ -11,6 +11,7 @@ from dlmctl.records.errors import UsageError
 from dlmctl.settings import knob
 
 Scope = Literal["all", "update", "topk"]
+Unit = Literal["activation", "norm"]
 
 STEERING, CONCEPT, FLUENCY = "Steering", "Concept", "Fluency"
 
@@ -39,9 +40,9 @@ class Steering:
     steer: list[str] | None = knob(
         None,
         "Add the direction of a feature to the residual stream in every pass, multiplied by "
-        "AMPLITUDE and by the largest activation at the position. SAE is a folder from any of the "
-        "libraries that sae-convert reads, LAYER the block (counted from 0) if the folder does "
-        "not name it; repeatable.",
+        "AMPLITUDE in the unit of --steer-unit. SAE is a folder from any of the libraries that "
+        "sae-convert reads, LAYER the block (counted from 0) if the folder does not name it; "
+        "repeatable.",
         metavar="SAE[@LAYER]:FEATURE=AMPLITUDE",
         shown_default="off",
     )
@@ -51,6 +52,13 @@ class Steering:
         "model the newest), or the three in each row at which the pre-activation of the feature "
         "is largest (topk).",
         shown_default="all",
+    )
+    steer_unit: Unit | None = knob(
+        None,
+        "What AMPLITUDE counts: the largest activation at the position (activation, as published), "
+        "or the norm of the residual stream at the position (norm), which makes the amplitudes of "
+        "two models comparable.",
+        shown_default="activation",
     )
     steer_time: str | None = knob(
         None,
@@ -62,8 +70,10 @@ class Steering:
 
     def __post_init__(self) -> None:
         self.features, self.time  # noqa: B018 (they raise)
-        if not self.steer and (self.steer_scope or self.steer_time):
-            raise UsageError("--steer-scope and --steer-time say how to steer: give --steer too")
+        if not self.steer and (self.steer_scope or self.steer_time or self.steer_unit):
+            raise UsageError(
+                "--steer-scope, --steer-unit and --steer-time say how to steer: give --steer too"
+            )
 
     @cached_property
     def features(self) -> list[SteeredFeature]:
@@ -74,6 +84,11 @@ class Steering:
     def scope(self) -> Scope:
         """`steer_scope` or its default."""
         return self.steer_scope or "all"
+
+    @property
+    def unit(self) -> Unit:
+        """`steer_unit` or its default."""
+        return self.steer_unit or "activation"
 
     @cached_property
     def time(self) -> tuple[float, float] | None:

@@ -8,12 +8,12 @@ import torch
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.report.auroc import auroc
 from dlmctl.sae.evaluation.halves import halves
-from dlmctl.sae.evaluation.logistic import fit_probe
 from dlmctl.sae.evaluation.perturbation import tpp_rows
 from dlmctl.sae.evaluation.sentence_codes import dictionaries, signed_weights, strongest
 from dlmctl.sae.evaluation.sentences import Tokens
 from dlmctl.sae.evaluation.sparse import sparse_rows
 from dlmctl.sae.evaluation.spurious import scr_rows
+from dlmctl.sae.logistic import fit_probe
 from dlmctl.sae.topk import TopKSae
 
 WIDTH = 12

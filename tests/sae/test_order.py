@@ -257,6 +257,73 @@ def test_signals_are_those_of_the_replay(order: Any) -> None:
     assert rows["confidence"]["proposals"] == rows["confidence"]["used"] == len(found)
 
 
+def _probed(policy: Policy, sae: SaeAtLayer, record: Record, truth: list[int]):
+    """(right, numbers, activations) of each proposal within the block under way, by loops."""
+    for step in _replayed(policy, record):
+        first, (x, _) = step.masked.index(True) // 5 * 5, step.codes(sae)
+        for place, p in enumerate(step.probabilities()):
+            if step.masked[place] and first <= place < first + 5:
+                likely = p.clone()
+                likely[policy.mask_id] = -1
+                token, best = int(likely.argmax()), p.sort(descending=True).values
+                entropy = float((p * p.log()).sum())
+                numbers = [float(p[token]), float(best[0] - best[1]), entropy]
+                yield token == truth[place], numbers, x[place].tolist()
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_what_probes_read_is_what_a_replay_sees(family: Family) -> None:
+    policy, [sae] = tiny_policy(family), _saes(1)
+    truth = policy.encode_text("012341204")
+    study = OrderStudy(policy, [sae], SETTINGS, ["random"], "answer", probes=10_000)
+    records = list(study.run(_records(answer=truth), 2, 0, 3))
+    found = sorted(entry for record in records for entry in _probed(policy, sae, record, truth))
+    [pool] = study.recorders["random"].probed or []
+    columns = pool.columns()
+    parts = (columns[name].tolist() for name in ("right", "numbers", "x"))
+    for ours, theirs in zip(sorted(zip(*parts, strict=True)), found, strict=True):
+        assert ours[0] == theirs[0]
+        assert ours[1] == pytest.approx(theirs[1], abs=1e-9)
+        assert ours[2] == pytest.approx(theirs[2], abs=1e-9)
+    assert len(columns["puzzle"].unique()) == 5
+    assert len(columns["unit"].unique()) == 5 * 2 * 8
+    rows = [row for row in study.summary() if row["row"] == "probe"]
+    assert [row["reason"] for row in rows] == [
+        "a half has 3 puzzles, and a probe takes at least 10"
+    ]
+
+
+def test_solving_is_asked_of_the_tokens_that_are_known() -> None:
+    policy, [sae] = tiny_policy(), _saes(1)
+    truths = {}
+    for record in OrderStudy(policy, [sae], SETTINGS, ["random"]).run(_records(), 1, 0, 4):
+        truths[record["id"]] = record["tokens"]["completion"]
+    truths[1] = [None, *truths[1][1:]]
+    truths[2] = [3 + (truths[2][0] == 3), *truths[2][1:]]
+    records = [Record(r, answer=truths[r["id"]]) for r in _records()]
+    study = OrderStudy(policy, [sae], SETTINGS, ["random"], "answer")
+    made = list(study.run(records, 1, 0, 4))
+    rows = {row["measure"]: row for row in study.summary() if row["row"] == "solving"}
+    assert (rows["s_pre"]["completions"], rows["s_pre"]["solved"]) == (5, 0.8)
+    values = torch.tensor([[r["features"][0]["s_pre"], r["id"] != 2] for r in made]).double()
+    assert rows["s_pre"]["correlation"] == pytest.approx(float(values.T.corrcoef()[0, 1]))
+
+
+def test_turnover_is_one_minus_the_curves_of_the_means() -> None:
+    study = OrderStudy(tiny_policy(), _saes(1), SETTINGS, ["random", "entropy"])
+    for _ in study.run(_records(), 1, 0, 4):
+        pass
+    rows = list(study.summary())
+    for mean in (row for row in rows if row["row"] == "mean"):
+        curve = [r for r in rows if r["row"] == "turnover" and r["order"] == mean["order"]]
+        assert [row["progress"] for row in curve] == pytest.approx(
+            [n / 10 + 0.05 for n in range(10)]
+        )
+        for kind in ("masked", "decided"):
+            kept = [None if row[kind] is None else 1 - row[kind] for row in curve]
+            assert kept == nearly(mean[f"{kind}_by_progress"], rel=1e-12, abs=1e-12)
+
+
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_records_and_summary_do_not_depend_on_the_batch(family: Family) -> None:
     policy, saes = tiny_policy(family), _saes(0, 1)

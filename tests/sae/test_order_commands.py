@@ -112,14 +112,17 @@ def test_the_commands(folder: str, tmp_path: Path, saved_models: Any) -> None:
         return CliRunner().invoke(app, line)
 
     done = run("sae-order", "--sae", folder, "--orders", "random,sae", "--truth", "solution",
-               "--summary", str(summary))  # fmt: skip
+               "--probe", "--summary", str(summary))  # fmt: skip
     assert done.exit_code == 0, done.stderr
     records = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(r["rollout"]["remasking"], r["id"], r["sample"]) for r in records] == [
         (order, name, sample) for order in ("random", "sae") for name in "ab" for sample in (0, 1)
     ]
     rows = [json.loads(line) for line in summary.read_text().splitlines()]
-    assert [row["row"] for row in rows] == ["mean"] * 2 + ["feature"] * 20 + ["signal"] * 14
+    mean, last = ["mean", *["turnover"] * 10], [*["solving"] * 6, "probe"]
+    kinds = [*mean * 2, *["feature"] * 20, *["signal"] * 14, *last * 2]
+    assert [row["row"] for row in rows] == kinds
+    assert rows[-1]["reason"] == "a half has 1 puzzles, and a probe takes at least 10"
     assert rows[0]["completions"] == 4
     done = run("rollout", "--remasking", "sae", "--sae", f"{folder}@1")
     assert done.exit_code == 0, done.stderr
@@ -134,6 +137,7 @@ def test_the_commands(folder: str, tmp_path: Path, saved_models: Any) -> None:
         ("rollout", ["--remasking", "sae", *sae, "--compile"], "llada", "sae and --compile"),
         ("rollout", ["--remasking", "sae", *sae, "--follow", "r"], "llada", "--sae and --follow"),
         ("sae-order", sae, "ar", "an autoregressive model"),
+        ("sae-order", [*sae, "--probe"], "llada", "name the field with --truth"),
         ("sae-order", [*sae, "--orders", "random,best"], "llada", "no order 'best'"),
         ("sae-order", [*sae, "--summary", "-"], "llada", "give --summary a file"),
         ("sae-order", [*sae, "--task", "sudoku"], "llada", "not from both"),

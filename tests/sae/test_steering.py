@@ -105,6 +105,78 @@ def test_only_latents_above_their_threshold_say_how_strongly_to_push(tmp_path: P
     torch.testing.assert_close(changed, expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+def test_in_the_unit_of_the_norm_the_amplitude_is_the_share_that_is_pushed(
+    folder: str, scope: str
+) -> None:
+    policy = tiny_policy()
+    options: dict[str, Any] = {"steer_scope": scope, "steer_unit": "norm"}
+    steering = _steering(policy, f"{folder}:7=-0.25", **options)
+    push = steering.edits()[0](STATES, IDS) - STATES
+    sae = read_sae(Path(folder)).sae.double()
+    expected = -0.25 * STATES.norm(dim=2, keepdim=True) * sae.W_dec[7] / sae.W_dec[7].norm()
+    steered = push.any(dim=2)
+    torch.testing.assert_close(push[steered], expected[steered])
+    other = _steering(policy, f"{folder}:7=-0.25", steer_scope=scope).edits()[0](STATES, IDS)
+    assert torch.equal(steered, (other != STATES).any(dim=2))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_what_was_pushed_is_noted_for_each_completion(folder: str, scope: str) -> None:
+    steering = _steering(tiny_policy(), f"{folder}:7=2.0", f"{folder}@1:3=1", steer_scope=scope)
+    means: list[list[float]] = [[], []]
+    for states in (STATES, STATES.flip(1)):
+        steering.on_rows([0, 1])
+        for edit in steering.edits().values():
+            share = (edit(states, IDS) - states).norm(dim=2) / states.norm(dim=2)
+            edit(states, IDS)  # as the second pass of guidance, which does not count
+            for row in (0, 1):
+                means[row] += share[row][share[row] > 0].tolist()
+    records = list(steering.around([Record(error={}), Record(rollout={}), Record(rollout={})]))
+    noted = [record["rollout"]["push"] for record in records[1:]]
+    assert noted == pytest.approx([sum(part) / len(part) for part in means])
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "ar"])
+@pytest.mark.parametrize("scope", ["all", "update"])
+def test_what_is_noted_does_not_depend_on_neighbours_or_the_cache(
+    folder: str, family: Family, scope: str
+) -> None:
+    policy = dataclasses.replace(tiny_policy(family), pad_id=1)
+    noted = []
+    ways: list[dict[str, Any]] = [{"refresh": 1, "cache": "prefix"}] if policy.diffusion else []
+    for batch_size, way in ((1, {}), (4, {}), *((3, way) for way in ways)):
+        settings = SamplerConfig(10, 4, 12, temperature=0.9, early_stop=True, **way)
+        steering = _steering(policy, f"{folder}:7=1.5", settings=settings, steer_scope=scope)
+        records = [Record(id=n, prompt=text) for n, text in enumerate(PROMPTS)]
+        made = rollout(records, policy, settings, 2, 7, batch_size, callback=steering)
+        noted.append([record["rollout"]["push"] for record in steering.around(made)])
+        assert not steering._pushes
+    assert len(set(noted[0])) > 1
+    for other in noted[1:]:
+        assert other == pytest.approx(noted[0])
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "mlm"])
+def test_the_first_pass_steers_the_whole_completion_and_nothing_else_by_update(
+    folder: str, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, first = tiny_policy(family), []
+    places = SteeredPolicy.places
+
+    def watched(self: SteeredPolicy, ids: Tensor) -> Tensor:
+        first.append(places(self, ids))
+        return places(self, ids)
+
+    monkeypatch.setattr(SteeredPolicy, "places", watched)
+    _sampled(policy, SETTINGS, 16, f"{folder}:7=1.5", steer_scope="update")
+    lengths = sorted(len(policy.encode(Record(prompt=text))) for text in PROMPTS for _ in "12")
+    starts = sorted(row.nonzero()[0].item() for row in first[0])
+    assert starts == lengths
+    assert first[0].sum(dim=1).tolist() == [12] * 10
+    assert first[0].shape[0] == 10
+
+
 def test_autoencoders_at_one_layer_see_the_same_activations(folder: str, tmp_path: Path) -> None:
     other = str(tmp_path / "other")
     write_sae(SavedSae(_dictionary(16, 60)), Path(other))
@@ -320,13 +392,21 @@ def test_the_command_notes_what_was_done_and_zero_is_the_unsteered_twin(
 
     time = ["--steer-scope", "update", "--steer-time", "0.25-1"]
     plain, zero = records(), records("--steer", f"{folder}:7=0", *time)
-    notes = {"sae": folder, "layer": 0, "feature": 7, "amplitude": 0.0}
+    notes = {"sae": folder, "layer": 0, "feature": 7, "amplitude": 0.0, "unit": "activation"}
     for twin in zero[:2]:
         assert twin["rollout"].pop("steer") == [{**notes, "scope": "update", "time": [0.25, 1.0]}]
+        assert twin["rollout"].pop("push") == 0
     assert zero == plain
     far = records("--steer", f"{folder}@1:7=30", "--steer", f"{folder}:7=30")
     assert [s["layer"] for s in far[0]["rollout"]["steer"]] == [1, 0]
     assert far[0]["tokens"] != plain[0]["tokens"]
+    equal = records("--steer", f"{folder}:7=-0.5", "--steer-unit", "norm")
+    assert [record["rollout"]["push"] for record in equal[:2]] == pytest.approx([0.5, 0.5])
+    assert equal[0]["rollout"]["steer"][0]["unit"] == "norm"
+    (tmp_path / "p.jsonl").write_text('{"id": "a", "prompt": "12="}\n')
+    guided = records("--steer", f"{folder}:7=2", "--remasking", "sae", "--sae", f"{folder}@1")
+    assert guided[0]["rollout"]["remasking"] == "sae"
+    assert guided[0]["rollout"]["push"] > 0
     for options, message in [
         (["--steer-time", "0-1"], "give --steer too"),
         (["--steer", f"{folder}:7=1", "--follow", "run"], "--steer and --follow"),

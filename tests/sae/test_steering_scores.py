@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import statistics
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,54 @@ def test_scores_by_hand() -> None:
     assert (row["ppl_before"], row["ppl_after"]) == (9, 8)
     assert (row["n"], row["n_C"], row["n_P"], row["failed"], row["bound"]) == (2, 2, 2, 0, False)
     assert {name: row[name] for name in FIRST._fields} == {**FIRST._asdict()}
+    assert row["C_share"] == pytest.approx(0.15 / 0.65)
+    assert row["log_ppl_ratio"] == pytest.approx((math.log(1.2) + math.log(0.5)) / 2)
+    assert row["ppl_ratio"] == pytest.approx(math.sqrt(0.6))
+
+
+def test_errors_count_prompts_and_not_completions() -> None:
+    gains = {"a": [0.4, 0.6], "b": [0.1], "c": [-0.2, 0.3, 0.2]}
+    outcomes = [
+        (FIRST, Outcome((20, 20 + 100 * gain), (10.0, 10.0 * (1 - gain)), 0, prompt))
+        for prompt, values in gains.items()
+        for gain in values
+    ]
+    [row] = rows_of(outcomes, 0.5)
+    mean = sum(sum(values) for values in gains.values()) / 6
+    sums = [sum(values) - len(values) * mean for values in gains.values()]
+    error = math.sqrt(3 / 2 * sum(s * s for s in sums)) / 6
+    assert row["C_se"] == row["P_se"] == pytest.approx(error)
+    assert row["C_share_se"] == pytest.approx(error / 0.8)  # c_before is 20 everywhere
+    assert row["S_se"] == pytest.approx(1.5 * error)  # C and P are the same numbers
+    once = [(FIRST, outcome._replace(prompt=n)) for n, (_, outcome) in enumerate(outcomes)]
+    [row] = rows_of(once, 0.5)
+    flat = [gain for values in gains.values() for gain in values]
+    assert row["C_se"] == pytest.approx(statistics.stdev(flat) / math.sqrt(6))
+    [row] = rows_of([(FIRST, outcome._replace(prompt="a")) for _, outcome in outcomes], 0.5)
+    assert (row["C"], row["C_se"]) == (pytest.approx(mean), None)
+
+
+def test_the_share_of_the_possible_gain_has_the_error_of_a_ratio() -> None:
+    """The jackknife over prompts is another way to the same number."""
+    draw = random.Random(3)
+    outcomes = []
+    for prompt in range(200):
+        before = draw.uniform(0, 60)
+        after = before + draw.uniform(-10, 40)
+        outcomes.append((FIRST, Outcome((before, after), None, 0, prompt)))
+    [row] = rows_of(outcomes, 0.3)
+    left = [rows_of(outcomes[:n] + outcomes[n + 1 :], 0.3)[0]["C_share"] for n in range(200)]
+    jackknife = math.sqrt(199 * statistics.pvariance(left))
+    assert row["C_share_se"] == pytest.approx(jackknife, rel=0.02)
+
+
+def test_the_error_of_several_features_knows_that_they_share_prompts() -> None:
+    other, outcomes = FIRST._replace(feature=8), []
+    for prompt, (first, second) in enumerate([(0.1, -0.1), (0.4, -0.4), (0.2, -0.2)]):
+        outcomes += [(FIRST, Outcome((0, 100 * first), None, 0, prompt))]
+        outcomes += [(other, Outcome((50, 50 + 100 * second), None, 0, prompt))]
+    *_, summary = rows_of(outcomes, 0.3)
+    assert (summary["C"], summary["C_se"]) == (pytest.approx(0), pytest.approx(0))
 
 
 def test_one_text_without_sense_moves_the_mean_and_not_the_rest() -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dlmctl.records.errors import DataError, UsageError
-from dlmctl.sae.evaluation.logistic import Probe, fit_probe
 from dlmctl.sae.evaluation.sentences import Tokens
+from dlmctl.sae.logistic import Probe, fit_probe
 
 Names = Sequence[tuple[str, Any]]
 """Concepts and values."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dlmctl.sae.chunks import encoded
 from dlmctl.sae.evaluation.halves import Half, Halves
-from dlmctl.sae.evaluation.logistic import Probe, equal_weights
+from dlmctl.sae.logistic import Probe, equal_weights
 from dlmctl.sae.topk import Codes, TopKSae
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from dlmctl.report.estimate import Estimate, auroc_estimate, mean_estimate, stratified_mean
 from dlmctl.sae.evaluation.halves import Halves
-from dlmctl.sae.evaluation.logistic import fit_probe
 from dlmctl.sae.evaluation.sentence_codes import Dictionary, dictionaries, signed_weights
+from dlmctl.sae.logistic import fit_probe
 from dlmctl.sae.topk import TopKSae
 
 

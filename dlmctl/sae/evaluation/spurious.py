@@ -32,13 +32,13 @@ from torch import Tensor
 from dlmctl.records.errors import DataError
 from dlmctl.report.estimate import Estimate, mean_estimate, stratified_mean
 from dlmctl.sae.evaluation.halves import Half, Halves
-from dlmctl.sae.evaluation.logistic import fit_probe
 from dlmctl.sae.evaluation.sentence_codes import (
     Dictionary,
     dictionaries,
     signed_weights,
     strongest,
 )
+from dlmctl.sae.logistic import fit_probe
 from dlmctl.sae.topk import TopKSae
 
 

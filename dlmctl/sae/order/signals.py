@@ -32,15 +32,14 @@ class ProposalPool:
         """Add P proposals; those of a unit come at once.
 
         Args:
-            columns: [P] each; `unit` int64.
+            columns: [P, ...] each; `unit` int64 [P].
         """
         self.seen += len(columns["unit"])
-        part = {name: column.cpu() for name, column in columns.items()}
         if self._limit is not None:
-            below = part["unit"] < self._limit
-            part = {name: column[below] for name, column in part.items()}
-        self._parts.append(part)
-        self._held += len(part["unit"])
+            below = columns["unit"] < self._limit
+            columns = {name: column[below] for name, column in columns.items()}
+        self._parts.append({name: column.cpu() for name, column in columns.items()})
+        self._held += len(columns["unit"])
         if self._held > 2 * self.size:
             self._shrink()
 

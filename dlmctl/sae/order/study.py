@@ -17,7 +17,10 @@ from dlmctl.models.policy import Policy
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import OnError, Record, each, field
 from dlmctl.report.auroc import stratified_auroc
-from dlmctl.sae.order.recording import SIGNALS, OrderRecorder
+from dlmctl.sae.order.feature_change import BINS
+from dlmctl.sae.order.probing import Proposals, probe_rows
+from dlmctl.sae.order.recording import MEASURES, SIGNALS, OrderRecorder
+from dlmctl.sae.order.solving import solving_rows
 from dlmctl.sae.order.tracking import check_trackable
 from dlmctl.sae.steering.sae_at_layer import SaeAtLayer
 from dlmctl.settings.sampler import Remasking
@@ -45,12 +48,18 @@ class OrderStudy:
         sampler: SamplerConfig,
         orders: Sequence[Remasking],
         truth: str | None = None,
+        probes: int | None = None,
     ) -> None:
-        """`truth`: field of a record with the right completion, text or token ids."""
+        """
+        Args:
+            truth: field of a record with the right completion, text or token ids.
+            probes: how many proposals of an order are kept for probes; None: no probes.
+        """
         check_trackable(policy, sampler, "sae-order")
         self.policy, self.saes, self.truth = policy, saes, truth
+        self.seed = 0
         self.samplers = {order: dataclasses.replace(sampler, remasking=order) for order in orders}
-        self.recorders = {order: OrderRecorder(policy, saes) for order in orders}
+        self.recorders = {order: OrderRecorder(policy, saes, probes) for order in orders}
         self._means = {order: [_Means() for _ in saes] for order in orders}
 
     def run(
@@ -62,6 +71,7 @@ class OrderStudy:
         on_error: OnError = "fail",
     ) -> Iterator[Record]:
         """A record for each completion: window by window and within a window order by order."""
+        self.seed = seed
         ready = each(records, self._prepare, on_error)
         while window := list(islice(ready, -(-WINDOW * batch_size // samples))):
             usable = [record for record in window if "error" not in record]
@@ -97,12 +107,16 @@ class OrderStudy:
         return ready
 
     def summary(self) -> Iterator[Row]:
-        """Means of each order, features that differ from the first order's, and signals."""
+        """Means of each order and their curves, features that differ from the first order's; and
+        with a truth signals, what goes with solving, and probes."""
         # 1. Means.
         for order, means in self._means.items():
             for sae, mean in zip(self.saes, means, strict=True):
-                start = {"row": "mean", "order": order, **sae.fields()}
-                yield start | {"completions": mean.completions} | mean.values()
+                start = {"order": order, **sae.fields()}
+                values = mean.values()
+                yield {"row": "mean"} | start | {"completions": mean.completions} | values
+                for row in turnover(values):
+                    yield {"row": "turnover"} | start | row
         # 2. Features.
         [reference, *others] = self.recorders
         for order in others:
@@ -136,6 +150,29 @@ class OrderStudy:
                         "used": len(right),
                         "right": float(right.double().mean()),
                     }
+        # 4. What goes with solving, and probes.
+        for order, recorder in self.recorders.items() if self.truth is not None else ():
+            for number, sae in enumerate(self.saes):
+                start = {"order": order, **sae.fields()}
+                columns = recorder.completed[number].columns()
+                for row in solving_rows(columns, MEASURES, self.seed) if columns else ():
+                    yield {"row": "solving"} | start | row
+                if recorder.probed is None:
+                    continue
+                columns = recorder.probed[number].columns()
+                if columns:
+                    proposals = Proposals(**{name: columns[name] for name in Proposals._fields})
+                    for row in probe_rows(proposals, sae.sae, self.seed):
+                        yield {"row": "probe"} | start | row
+
+
+def turnover(means: Mapping[str, Any]) -> Iterator[Row]:
+    """Rows of the share decided (the middle of its bin) and 1 - similarity of features there."""
+    curves = {kind: means.get(f"{kind}_by_progress") for kind in ("masked", "decided")}
+    for bin_ in range(BINS) if all(curves.values()) else ():
+        values = {kind: curve[bin_] for kind, curve in curves.items() if curve is not None}
+        changed = {k: None if value is None else 1 - value for k, value in values.items()}
+        yield {"progress": (bin_ + 0.5) / BINS} | changed
 
 
 class _Means:

@@ -30,7 +30,7 @@ to 100 (as strongly as a text can), and with nothing else.
 """
 
 CONCEPT = ("sae", "layer", "feature")
-NAMES = (*CONCEPT, "amplitude", "scope", "time")
+NAMES = (*CONCEPT, "amplitude", "scope", "time", "unit")
 """Fields that say what a score is about, besides `id` and `sample`."""
 
 

@@ -7,6 +7,10 @@ scale m is that of its code). As decoding is affine, this equals adding amplitud
 the code while keeping the part of H that the autoencoder does not explain. Several features of an
 autoencoder share one code, and those of two autoencoders at a layer see the same H.
 
+In the unit `norm` (ours), m[b,t] = |H[b,t]| and the direction W_dec[f] / |W_dec[f]|, so that the
+amplitude is |push| / |H|, whatever the autoencoder. In both units the mean of |push| / |H|, over
+the steered positions of all passes of a completion and over the layers, is noted in its record.
+
 Steering applies to the positions of each forward pass. With a key-value cache these are the block
 and what follows it (prefix), or the block alone (dual), and the whole sequence when the cache is
 renewed; an autoregressive model passes over the prompt once, and then over the newest token.
@@ -20,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlmctl.diffusion.callback import SamplerCallback
 from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.blocks import Edit, edited_blocks
 from dlmctl.models.policy import Policy
@@ -35,8 +40,10 @@ CODE_SIZE = 1 << 26
 """Numbers in the codes that are computed at a time."""
 
 
-class SteeredPolicy:
+class SteeredPolicy(SamplerCallback):
     """A policy steered by features, and what the records say of it.
+
+    It is to be the callback of the sampler, which tells it whose rows a pass has.
 
     Raises:
         MissingInputError, DataError: an autoencoder cannot be read.
@@ -64,37 +71,65 @@ class SteeredPolicy:
             if feature in [other.feature for other in group]:
                 raise UsageError("--steer names a feature twice")
             group.append(steer)
-            note = {**steer._asdict(), "layer": layer, "scope": steering.scope, "time": time}
-            self.notes.append(note)
+            how = {"scope": steering.scope, "time": time, "unit": steering.unit}
+            self.notes.append({**steer._asdict(), "layer": layer, **how})
         self._directions: dict[int, list[_Directions]] = {}
         for (_, layer), (sae, steers) in groups.items():
             at_layer = self._directions.setdefault(layer, [])
-            at_layer.append(_Directions(sae, steers, steering.scope == "topk"))
+            at_layer.append(_Directions(sae, steers, steering))
+        self._rows: dict[int, Sequence[int]] = {}
+        """By layer, the requests of the pass under way."""
+        self._pushes: dict[int, list[float]] = {}
+        """By request, the sum of |push| / |H| and how many positions were steered."""
 
     def around(self, records: Iterable[Record]) -> Iterator[Record]:
         """The records of `rollout`, sampled under steering."""
+        number = 0
         with edited_blocks(self.policy, self.edits()):
             for record in records:
                 if "error" not in record:
-                    record["rollout"]["steer"] = self.notes
+                    total, count = self._pushes.pop(number, (0.0, 0))
+                    push = total / count if count else None
+                    record["rollout"] |= {"steer": self.notes, "push": push}
+                    number += 1
                 yield record
+
+    def on_rows(self, requests: Sequence[int]) -> None:
+        self._rows = dict.fromkeys(self._directions, requests)
 
     def edits(self) -> dict[int, Edit]:
         """What is done to the output of each layer."""
-        return {layer: self._edit(directions) for layer, directions in self._directions.items()}
+        return {layer: self._edit(layer) for layer in self._directions}
 
-    def _edit(self, directions: Sequence[_Directions]) -> Edit:
+    def _edit(self, layer: int) -> Edit:
         def edit(output: Tensor, ids: Tensor) -> Tensor:
             where = self.places(ids)  # [B, T], N of them true
             before = output[where].to(self.dtype)  # [N, d]
-            after = before
-            for one in directions:
-                after = after + one.offset(before, where)
+            push, steered = torch.zeros_like(before), torch.zeros_like(before[:, 0]).bool()
+            for one in self._directions[layer]:
+                offset, here = one.offset(before, where)
+                push, steered = push + offset, steered | here
+            # The second pass of guidance is not announced: its rows have been popped.
+            if (requests := self._rows.pop(layer, None)) is not None:
+                share = push.norm(dim=1) / before.norm(dim=1).clamp(min=1e-30)
+                self._note(requests, where, share, steered)
             changed = output.clone()
-            changed[where] = after.to(output.dtype)
+            changed[where] = (before + push).to(output.dtype)
             return changed
 
         return edit
+
+    def _note(self, requests: Sequence[int], where: Tensor, share: Tensor, steered: Tensor) -> None:
+        """Add |push| / |H| [N] of the steered positions, bool [N], to those of the requests."""
+        row = where.nonzero()[:, 0][steered]  # [n]
+        sums = share.new_zeros(len(requests), 2, dtype=torch.float64)
+        values = share[steered].double()
+        sums.index_add_(0, row, torch.stack([values, torch.ones_like(values)], dim=1))
+        for request, (total, count) in zip(requests, sums.tolist(), strict=True):
+            if request >= 0:
+                entry = self._pushes.setdefault(request, [0.0, 0])
+                entry[0] += total
+                entry[1] += count
 
     def places(self, ids: Tensor) -> Tensor:
         """bool [B, T]: positions that may be steered in a pass over ids [B, T], -1 for padding."""
@@ -117,27 +152,38 @@ class SteeredPolicy:
 class _Directions:
     """The steered features of one autoencoder at one layer."""
 
-    def __init__(self, sae: TopKSae, steers: Sequence[SteeredFeature], strongest: bool) -> None:
-        """`strongest`: steer only the positions of each row at which a feature is strongest."""
-        self.sae, self.strongest = sae, strongest
+    def __init__(self, sae: TopKSae, steers: Sequence[SteeredFeature], steering: Steering) -> None:
+        self.sae, self.strongest = sae, steering.scope == "topk"
+        """Whether only the positions of each row are steered at which a feature is strongest."""
+        self.by_norm = steering.unit == "norm"
         self.features = torch.tensor([s.feature for s in steers], device=sae.W_dec.device)
         amplitudes = sae.W_dec.new_tensor([steer.amplitude for steer in steers])
-        self.rows = amplitudes[:, None] * sae.W_dec[self.features]
+        directions = sae.W_dec[self.features]
+        if self.by_norm:
+            directions = directions / directions.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        self.rows = amplitudes[:, None] * directions
         """[n, d]; summed to [1, d] if all features are steered at the same positions."""
-        if not strongest:
+        if not self.strongest:
             self.rows = self.rows.sum(dim=0, keepdim=True)
 
-    def offset(self, x: Tensor, where: Tensor) -> Tensor:
-        """What is added to the N activations x [N, d] at the positions `where` bool [B, T]."""
-        scales, strengths = [], []
-        for part in x.split(max(1, CODE_SIZE // self.sae.d_sae)):
-            pre = self.sae.pre_activations(part)  # [N, F]
-            scales.append(self.sae.rectified(pre).amax(dim=1))
-            strengths.append(pre[:, self.features])
-        weights = torch.cat(scales)[:, None]  # [N, 1], m
-        if self.strongest:
-            weights = weights * _strongest(torch.cat(strengths), where)  # [N, n]
-        return weights @ self.rows
+    def offset(self, x: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+        """What is added to the N activations x [N, d] at the positions `where` bool [B, T].
+
+        Returns:
+            [N, d], and bool [N], which positions are steered.
+        """
+        weights = x.norm(dim=1, keepdim=True)  # [N, 1], m
+        steered = torch.ones_like(weights, dtype=torch.bool)
+        if self.strongest or not self.by_norm:
+            scales, strengths = [], []
+            for part in x.split(max(1, CODE_SIZE // self.sae.d_sae)):
+                pre = self.sae.pre_activations(part)  # [N, F]
+                scales.append(self.sae.rectified(pre).amax(dim=1))
+                strengths.append(pre[:, self.features])
+            weights = weights if self.by_norm else torch.cat(scales)[:, None]
+            if self.strongest:
+                steered = _strongest(torch.cat(strengths), where)  # [N, n]
+        return (weights * steered) @ self.rows, steered.any(dim=1)
 
 
 def _strongest(strength: Tensor, where: Tensor) -> Tensor:

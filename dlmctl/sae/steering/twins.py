@@ -29,6 +29,7 @@ class Treatment(NamedTuple):
     amplitude: float
     scope: str
     time: tuple[float, float] | None
+    unit: str = "activation"
 
     def fields(self) -> dict[str, Any]:
         """The fields of `rollout.steer`."""
@@ -55,6 +56,8 @@ class SampledText(NamedTuple):
     """How strongly it expresses the concept, 0..100, if the record says so."""
     perplexity: float | None = None
     """If the record says so."""
+    push: float | None = None
+    """Mean |push| / |H| of its steering, if the record says so."""
 
     @property
     def name(self) -> Name:
@@ -99,6 +102,7 @@ def read_sampled_text(
         },
         concept,
         None if perplexity is None else _within(record, perplexity, 1e-300, math.inf),
+        None if rollout.get("push") is None else _within(Record(rollout), "push", 0, math.inf),
     )
 
 
@@ -180,6 +184,7 @@ def _treatment(steers: Any, where: str) -> Treatment | None:
             float(steer["amplitude"]),
             str(steer["scope"]),
             None if time is None else (float(time[0]), float(time[1])),
+            str(steer.get("unit", "activation")),
         )
     except (KeyError, TypeError, ValueError):
         raise DataError(
