@@ -108,7 +108,9 @@ def distinct(count: int, size: int, generator: torch.Generator) -> Tensor:
         return torch.randperm(size, generator=generator)[:count]
     found = torch.empty(0, dtype=torch.int64)
     while len(found) < count:
-        found = torch.cat([found, torch.randint(size, (count,), generator=generator)])
+        more = count - len(found)
+        more += more // 8 + 8  # some repeat others
+        found = torch.cat([found, torch.randint(size, (more,), generator=generator)])
         values, places = found.sort(stable=True)
         new = torch.ones_like(values, dtype=torch.bool)
         new[1:] = values[1:] != values[:-1]
