@@ -129,7 +129,7 @@ def test_a_step_is_that_of_steering(tmp_path):
     assert torch.equal(found[1, 3:], output[1, 3:])
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "ar"])
+@pytest.mark.parametrize("family", ["llada", "dream", "ar", "bd3lm"])
 def test_the_estimate_is_the_slope_at_amplitude_zero(family):
     study = world(family)
     policy, sae, texts = study.policy, random_sae().double(), study.texts[0]
@@ -239,7 +239,7 @@ def test_the_row_of_a_feature_is_all_that_steering_needs(study_folder):
     row = rows[0]
     assert (row["method"], row["chosen_by"], row["t"]) == ("sae", "output", [0.5, 0.5])
     assert row["words"] == ["2", "3"]
-    assert row["steer"] == f"s@0:{row['feature']}=2"
+    assert row["steer"] == f"s@0:{row['feature']}=2.0"
     Path("p.jsonl").write_text('{"id":1,"prompt":"="}\n')
     steered = run(f"rollout p.jsonl -m model -n 1 --steer {row['steer']}")
     assert steered.exit_code == 0, steered.stderr

@@ -195,7 +195,7 @@ def _rule_rows(
         changes = study.changes(features.directions[choice.feature[n]], 1)
         effects.append(study.effect(changes, n))
         feature, amplitude = int(choice.feature[n]), study.probing.amplitude
-        steer = f"{study.placed.name}@{study.placed.layer}:{feature}={amplitude:g}"
+        steer = f"{study.placed.name}@{study.placed.layer}:{feature}={amplitude}"
         yield {
             "concept": concept,
             "value": value,

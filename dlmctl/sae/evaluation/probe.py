@@ -41,8 +41,8 @@ def probe(
     for placed in saes:
         place, latents = (placed.layer, placed.positions), placed.sae.d_sae
         if place not in at:
-            found = labelled.tokens[place], labelled.document, labelled.values
-            at[place] = halves(*found, policy.device, probing.wanted)
+            sentences = labelled.tokens[place], labelled.document, labelled.values
+            at[place] = halves(*sentences, policy.device, probing.wanted)
         rows: Iterator[dict[str, Any]]
         if probing.measure == "output":
             study = OutputStudy(policy, placed, labelled, at[place], probing)

@@ -141,7 +141,7 @@ def _pair_rows(
     second: Crossed,
     sizes: Sequence[int],
 ) -> Iterator[tuple[dict[str, Any], Removal]]:
-    """The rows of a pair, and what they are of."""
+    """The rows of a pair, each with its accuracies."""
     removals = _removals(one, halves, first, second, sizes)
     worse = min((0, 1), key=lambda concept: removals[concept, sizes[0]].biased.value)
     for (target, size), removal in removals.items():
