@@ -29,7 +29,8 @@ sft     = dlmctl update -q --algo sft --lr $(4) --warmup $$(($(1) / 20)) --sched
     --beta2 0.98 --grad-norm 1 -k 1 --masks independent --fill-to x1 --prompts-per-step $(BATCH) -b 16 \
     --dtype $(DTYPE) --seed $(2) -m $(3) -o $(@D) > $(@D).jsonl
 # Records for $(1) steps, in the order of seed $(2).
-texts   = shuf --random-source=<(yes $(2)) $(RUNS)/train.jsonl | head -n $$(($(1) * $(BATCH)))
+random  = --random-source=<(openssl enc -aes-256-ctr -nosalt -pass pass:$(1) < /dev/zero 2> /dev/null)
+texts   = shuf -n $$(($(1) * $(BATCH))) $(call random,$(2)) $(RUNS)/train.jsonl
 
 # --- texts ----------------------------------------------------------------------------------------
 
@@ -49,15 +50,15 @@ $(RUNS)/english.txt: | $(RUNS)/debian
 	mv $@.part $@
 
 # Of fifty neighbouring records one is unseen.
-$(RUNS)/english.jsonl: $(ENGLISH)
+$(RUNS)/english.jsonl: $(ENGLISH) | $(RUNS)
 	python3 texts.py english $(CHARACTERS) < $< > $@
 $(RUNS)/stories.jsonl: | $(RUNS)
 	dlmctl prompts concepts -q --words 4 -n $(STORIES) -o $@
 $(RUNS)/train.jsonl: $(RUNS)/english.jsonl $(RUNS)/stories.jsonl
-	{ awk 'NR % 50 != 0' $<; cat $(RUNS)/stories.jsonl; } | shuf --random-source=<(yes 0) > $@
+	{ awk 'NR % 50 != 0' $<; cat $(RUNS)/stories.jsonl; } | shuf $(call random,0) > $@
 $(RUNS)/test.jsonl: $(RUNS)/english.jsonl
 	{ awk 'NR % 50 == 0' $<; dlmctl prompts concepts -q --words 4 --split test -n 500; } | \
-	    shuf --random-source=<(yes 0) > $@
+	    shuf $(call random,0) > $@
 $(RUNS)/labelled.jsonl: | $(RUNS)
 	dlmctl prompts concepts -q --words 4 --split test -n $(LABELLED) -o $@
 $(RUNS)/vocabulary.jsonl: $(RUNS)/train.jsonl
