@@ -81,22 +81,6 @@ class SaeRecipe:
         minimum=1,
         panel=RECIPE,
     )
-    kind: SaeKind = knob(
-        "topk",
-        "topk: the K largest latents of an activation are active. batchtopk: those of a batch "
-        "together, K on average; what is saved has a threshold instead, the running mean of the "
-        "smallest active latent. matryoshka: batchtopk that also reconstructs from each of several "
-        "prefixes of the dictionary, so that the first latents are the most general ones.",
-        panel=RECIPE,
-    )
-    prefixes: str | None = knob(
-        None,
-        "With --kind matryoshka: the prefixes of the dictionary that reconstruct by themselves, as "
-        "shares of --latents; the whole dictionary always does.",
-        metavar="SHARE,…",
-        shown_default=",".join(map(str, PREFIXES)),
-        panel=RECIPE,
-    )
     rate: float = knob(3e-4, "Learning rate of Adam.", "--lr", minimum=0.0, panel=RECIPE)
     warmup: int = knob(
         1000, "Steps of linear warm-up, at most a tenth of all steps.", minimum=0, panel=RECIPE
@@ -150,6 +134,22 @@ class SaeRecipe:
     )
     k_anneal: float = knob(
         0.1, "Fraction of the steps over which K falls.", minimum=0.0, maximum=1.0, panel=RECIPE
+    )
+    kind: SaeKind = knob(
+        "topk",
+        "topk: the K largest latents of an activation are active. batchtopk: those of a batch "
+        "together, K on average; what is saved has a threshold instead, the running mean of the "
+        "smallest active latent. matryoshka: batchtopk that also reconstructs from each of several "
+        "prefixes of the dictionary, so that the first latents are the most general ones.",
+        panel=RECIPE,
+    )
+    prefixes: str | None = knob(
+        None,
+        "With --kind matryoshka: the prefixes of the dictionary that reconstruct by themselves, as "
+        "shares of --latents; the whole dictionary always does.",
+        metavar="SHARE,…",
+        shown_default=",".join(map(str, PREFIXES)),
+        panel=RECIPE,
     )
     seed: int = same(0, Seed)
 
