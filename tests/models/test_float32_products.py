@@ -15,7 +15,7 @@ from transformers import Dinov2Config, Dinov2Model
 from dlmctl.memorization.images.image_encoder import ImageEncoder
 from dlmctl.memorization.images.neighbours import nearest, product_error
 from dlmctl.models.float32_products import whole_products
-from dlmctl.sae.evaluation.probe import direction_method
+from dlmctl.sae.evaluation.single import direction_method
 from dlmctl.sae.evaluation.stability import match_decoders
 from dlmctl.sae.topk import TopKSae
 
