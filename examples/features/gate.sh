@@ -1,10 +1,10 @@
 # Is unsteered text like the corpus? The share of each topic in the texts of a model, and how far it is
 # from that of unseen stories:
 #
-#   gate.sh MODEL STUDY
+#   gate.sh MODEL STUDY TEXTS
 
 set -euo pipefail
-asked="dlmctl prompts concepts -q --words 4 --split test -n 512 --seed 9 --want topic=sport"
+asked="dlmctl prompts concepts -q --words 4 --split test -n $3 --seed 9 --want topic=sport"
 shares='.verdict.concepts.expressions.topic | add as $n | to_entries[] | {topic: .key, share: (.value / ([$n, 1] | max))}'
 mean='group_by(.topic)[] | {topic: .[0].topic, share: (map(.share) | add / length)}'
 $asked | dlmctl verify -q | jq -c "$shares" | jq -s -c "$mean" > "$1.corpus"
