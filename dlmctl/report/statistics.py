@@ -71,8 +71,9 @@ class Tally:
                 sums[0] += pass_at_k(n, c, k)
                 sums[1] += 1
         for name, moments in self._within.items():
-            values = [object_field(record, "rewards").get(name) for record in group]
-            if not all(isinstance(value, (int, float)) for value in values):
+            said = [object_field(record, "rewards").get(name) for record in group]
+            values = [float(value) for value in said if isinstance(value, (int, float))]
+            if len(values) < len(group):
                 continue  # this verifier did not judge all of them
             right = [float(is_correct(record)) for record in group]
             for a, b in zip(_differences(right), _differences(values), strict=True):
