@@ -89,6 +89,13 @@ class Prompts:
         metavar="N or N-M",
         panel=SHAPES,
     )
+    places: bool = knob(
+        True,
+        "Descriptions say where each thing is. Without places, nothing in them is of no account "
+        "for an answer that counts: not with --kind position.",
+        "--places/--no-places",
+        panel=SHAPES,
+    )
     reading: float = knob(
         0.0,
         "Share of the records whose prompt ends with the right description, under the image of "
@@ -130,6 +137,8 @@ class Prompts:
     def __post_init__(self) -> None:
         self.hole_range, self.number_range  # noqa: B018 (they raise, as the others do)
         self.kinds, self.wanted, self.columns, self.thing_range  # noqa: B018
+        if not self.places and "position" in self.kinds:
+            raise UsageError("--no-places leaves nothing to answer --kind position from")
         if self.worked and not self.completions:
             raise UsageError("--worked is about completions: add --completions")
         if self.worked and self.style == "instruct":

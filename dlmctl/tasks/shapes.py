@@ -49,6 +49,13 @@ class Problem(NamedTuple):
     scene: list[Thing]
     """In reading order."""
     looks: list[Look]
+    places: bool = True
+    """Whether a description says where things are."""
+
+    @property
+    def told(self) -> list[Thing]:
+        """The scene as it is to be described."""
+        return self.scene if self.places else [Thing(t.colour, t.shape) for t in self.scene]
 
     @property
     def digest(self) -> str:
@@ -62,7 +69,7 @@ class Problem(NamedTuple):
         tags = Tags()
         seen, thought = tags.perception, tags.reasoning
         return (
-            f"<{seen}> {describe(self.scene)} </{seen}>",
+            f"<{seen}> {describe(self.told)} </{seen}>",
             f"<{thought}> {self.thought} </{thought}> \\boxed{{{self.answer}}}",
         )
 
@@ -99,7 +106,8 @@ def records(settings: Prompts, seed: int) -> Iterator[dict[str, Any]]:
     """An endless stream of records of task shapes; a share of them are to be read only."""
     draw = random.Random(f"shapes/{settings.split}/{seed}/reading")
     others = problems(settings.split, f"{seed}/others", settings.kinds, settings.thing_range)
-    for problem in problems(settings.split, seed, settings.kinds, settings.thing_range):
+    made = problems(settings.split, seed, settings.kinds, settings.thing_range)
+    for problem in (p._replace(places=settings.places) for p in made):
         reads = draw.random() < settings.reading
         shown = next(others) if reads else problem
         prompt = shapes_prompt(problem.question, settings.style)
@@ -111,10 +119,15 @@ def records(settings: Prompts, seed: int) -> Iterator[dict[str, Any]]:
             "kind": problem.kind,
             "images": [as_data_uri(draw_scene(shown.scene, shown.looks, settings.cell))],
             "prompt": f"{prompt} {description}" if reads else prompt,
-            "scene": [thing._asdict() for thing in problem.scene],
+            "scene": [_fields(thing) for thing in problem.told],
             "answer": problem.answer,
             **({"completion": completion} if settings.completions else {}),
         }
+
+
+def _fields(thing: Thing) -> dict[str, str]:
+    """What is said of it."""
+    return {name: word for name, word in thing._asdict().items() if word}
 
 
 def problems(

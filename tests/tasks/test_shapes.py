@@ -26,6 +26,7 @@ from dlmctl.tasks.scenes import (
 )
 from dlmctl.tasks.shapes import MOST, problems
 from dlmctl.tasks.sources import prompts
+from dlmctl.verifiers.perception import grounding
 
 SPLITS = ("train", "test")
 
@@ -271,6 +272,22 @@ def test_scenes_have_as_many_things_as_asked(things, counts):
         for problem in made:
             if problem.kind in ("count", "sum"):
                 assert number(problem.question, problem.scene) == problem.answer
+
+
+def test_descriptions_without_places_are_read_and_judged():
+    settings = Prompts(completions=True, places=False, kind=["count", "sum"])
+    for record in prompts("shapes", settings, limit=40, seed=5):
+        words = set(re.findall(r"\w+", record["completion"]))
+        assert not words & {*ROWS, *COLUMNS}
+        assert {name for thing in record["scene"] for name in thing} == {"colour", "shape"}
+        assert grounding(record).reward == 1
+        fewer = dict(record, scene=[*record["scene"], {"colour": "red", "shape": "star"}])
+        assert grounding(fewer).reward < 1
+    thing = Thing("red", "star")
+    assert described("red star , red star top left") == [thing, Thing("red", "star", "top", "left")]
+    refused = invoke("prompts", "shapes", "-n", "1", "--no-places")
+    assert refused.exit_code == 2
+    assert "--kind position" in refused.stderr
 
 
 def test_too_few_things_for_both_splits_are_refused():
