@@ -84,6 +84,8 @@ def command(
 
     dlmctl stats --by layer,k seed-*/eval.jsonl
 
+    dlmctl stats --within grounding verified.jsonl
+
     dlmctl stats --by kind --image-free train.jsonl verified.jsonl
 
     dlmctl stats --fail-under accuracy=0.8 verified.jsonl || mail -s "worse" me@example.org
