@@ -76,8 +76,9 @@ def command(
 
     Example:
 
-    dlmctl rollout --follow runs/vlm -m Qwen/Qwen2.5-VL-3B-Instruct --task shapes |
-    dlmctl verify | dlmctl advantage --algo srpo | dlmctl update --algo srpo -o runs/vlm
+    dlmctl rollout --follow runs/vlm -m Qwen/Qwen2.5-VL-3B-Instruct --task shapes
+    --temperature 1 --rounds 40 | dlmctl verify | dlmctl advantage --algo srpo |
+    dlmctl update --algo srpo -o runs/vlm
     """
     from dlmctl.rl.advantage_stage import advantage
     from dlmctl.rl.advantages import Normalization

@@ -46,6 +46,15 @@ def command(
             shown_default="off",
         ),
     ] = None,
+    within: Annotated[
+        list[str] | None,
+        Knob(
+            "Add `within.NAME`: among the samples of a prompt, the correlation of being right with "
+            "what this verifier says, as in --within grounding; repeatable.",
+            metavar="NAME",
+            shown_default="none",
+        ),
+    ] = None,
     fail_under: Annotated[
         list[str] | None,
         Knob(
@@ -75,6 +84,8 @@ def command(
 
     dlmctl stats --by layer,k seed-*/eval.jsonl
 
+    dlmctl stats --within grounding verified.jsonl
+
     dlmctl stats --by kind --image-free train.jsonl verified.jsonl
 
     dlmctl stats --fail-under accuracy=0.8 verified.jsonl || mail -s "worse" me@example.org
@@ -93,7 +104,7 @@ def command(
     else:
         if image_free:
             records = with_image_free(records, frequent_answers(read_records([image_free])))
-        rows = tally(records, by or "task", ks or [1], confidence)
+        rows = tally(records, by or "task", ks or [1], confidence, within or [])
     if output == "-" and sys.stdout.isatty():
         _table(rows, by or "task")
     else:

@@ -99,6 +99,8 @@ def command(
 
     # 1. Refuse what does not go together.
     _check_supervised(algo, supervised, learning, advantages)
+    if learning.credit_cosine is not None and not RECIPES[algo].token_weights:
+        raise UsageError(f"--credit-cosine is about token weights, which --algo {algo} has not")
     levels, loss, recipe = supervised.levels, constants.of(algo), RECIPES[algo]
     normalization = Normalization.of(algo, advantages)
     inner, prompts = learning.inner or recipe.inner, advantages.prompts_per_step
@@ -181,6 +183,7 @@ def command(
             saving.save_every,
             saving.keep,
             learning.any_policy,
+            learning.credit_cosine,
         )
     group = max(0, stream.group or 0)
     total = lines.times(inner / (group * prompts)) if group else None

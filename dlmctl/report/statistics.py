@@ -5,6 +5,8 @@ accuracy   share of right completions; its interval is Wilson's, with the number
            one prompt are not independent                 (cluster-robust variance by prompt)
 pass@k     1 - C(n-c, k) / C(n, k), averaged over prompts with n >= k samples, c of them right
            (Chen et al. 2021, arXiv 2107.03374: unbiased for "one of k is right")
+within     correlation of being right with a verifier's number, both as differences from the mean
+           of their prompt: whether, among the samples of a prompt, more of one goes with the other
 """
 
 from __future__ import annotations
@@ -45,8 +47,11 @@ def wilson_interval(share: float, count: float, confidence: float = 0.95) -> tup
 class Tally:
     """Running sums over the groups of one task."""
 
-    def __init__(self, ks: Sequence[int]) -> None:
+    def __init__(self, ks: Sequence[int], within: Sequence[str] = ()) -> None:
         self.ks = ks
+        self._within = {name: [0.0, 0.0, 0.0] for name in within}
+        """Sums of c c, x x and c x over the samples, as differences from the mean of their prompt,
+        c being whether a sample is right and x what the verifier says."""
         self.prompts = self.completions = self.correct = 0
         self._squares = self._products = self._counts_squared = 0.0
         self._pass: dict[int, list[float]] = {k: [0.0, 0] for k in ks}
@@ -65,6 +70,16 @@ class Tally:
             if n >= k:
                 sums[0] += pass_at_k(n, c, k)
                 sums[1] += 1
+        for name, moments in self._within.items():
+            said = [object_field(record, "rewards").get(name) for record in group]
+            values = [float(value) for value in said if isinstance(value, (int, float))]
+            if len(values) < len(group):
+                continue  # this verifier did not judge all of them
+            right = [float(is_correct(record)) for record in group]
+            for a, b in zip(_differences(right), _differences(values), strict=True):
+                moments[0] += a * a
+                moments[1] += b * b
+                moments[2] += a * b
         for record in group:
             for name, (value, weight) in _measures(record).items():
                 entry = self._sums.setdefault(name, [0.0, 0.0])
@@ -85,6 +100,8 @@ class Tally:
             row["interval"] = list(wilson_interval(accuracy, self._independent(), confidence))
         row |= {f"pass@{k}": s / n for k, (s, n) in self._pass.items() if n}
         row |= {name: value / weight for name, (value, weight) in self._sums.items() if weight}
+        for name, (c, x, both) in self._within.items():
+            row[f"within.{name}"] = both / math.sqrt(c * x) if c * x else None
         return row
 
     def _independent(self) -> float:
@@ -101,11 +118,15 @@ class Tally:
 
 
 def tally(
-    records: Iterable[Record], by: str, ks: Sequence[int], confidence: float
+    records: Iterable[Record],
+    by: str,
+    ks: Sequence[int],
+    confidence: float,
+    within: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """One row per value of `by` (task, model, round), and one for all unless there is one value."""
     tallies: dict[str, Tally] = {}
-    total, errors = Tally(ks), 0
+    total, errors = Tally(ks, within), 0
 
     def counted() -> Iterable[Record]:
         nonlocal errors
@@ -117,7 +138,7 @@ def tally(
     for group in groups(counted()):
         for name in dict.fromkeys(_label(record, by) for record in group):
             labelled = [record for record in group if _label(record, by) == name]
-            tallies.setdefault(name, Tally(ks)).add(labelled)
+            tallies.setdefault(name, Tally(ks, within)).add(labelled)
         total.add(group)
     rows = [t.row(name, confidence) for name, t in tallies.items()]
     if len(rows) != 1:
@@ -160,6 +181,12 @@ def _measures(record: Record) -> dict[str, tuple[float, float]]:
     if "finish" in rollout:
         measures["finished"] = (rollout["finish"] == "eos", 1)
     return measures
+
+
+def _differences(values: Sequence[float]) -> list[float]:
+    """Of each from their mean."""
+    mean = sum(values) / len(values)
+    return [value - mean for value in values]
 
 
 def _number(value: Any) -> float:

@@ -33,7 +33,7 @@ from dlmctl.models.policy import Policy
 from dlmctl.models.sending import sent
 from dlmctl.train.activations import checkpoint_activations, checkpoints_activations
 from dlmctl.train.distributed import all_reduce_sum, world_size
-from dlmctl.train.sharding import whole_pass
+from dlmctl.train.sharding import full_tensor, whole_pass
 
 
 def accumulate_gradient(
@@ -68,6 +68,37 @@ def accumulate_gradient(
         file=sys.stderr,
     )
     return _accumulate(policy, examples, coefficients, batch_size)
+
+
+def compared_gradient(
+    policy: Policy,
+    examples: Sequence[Example],
+    coefficients: Tensor,
+    others: Tensor,
+    batch_size: int,
+) -> tuple[float, float | None]:
+    """`accumulate_gradient`, beside the gradient that other coefficients would have.
+
+    Takes a second backward pass, and memory for a second gradient. No parameter may have a
+    gradient yet.
+
+    Returns:
+        The value of the weighted sum, in nats, and the cosine of the two gradients; None if one of
+        them is 0.
+    """
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    accumulate_gradient(policy, examples, others, batch_size)
+    other = [p.grad for p in parameters]
+    policy.model.zero_grad(set_to_none=True)
+    value = accumulate_gradient(policy, examples, coefficients, batch_size)
+    sums = torch.zeros(3, dtype=torch.float64)  # of a b, a a and b b
+    for parameter, gradient in zip(parameters, other, strict=True):
+        if parameter.grad is None or gradient is None:  # both, or neither
+            continue
+        a, b = full_tensor(parameter.grad).double(), full_tensor(gradient).double()
+        sums += torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()]).cpu()
+    product = float((sums[1] * sums[2]).sqrt())
+    return value, float(sums[0]) / product if product else None
 
 
 def _accumulate(

@@ -27,7 +27,7 @@ from dlmctl.rl.advantage_stage import from_rewards
 from dlmctl.rl.advantages import Normalization
 from dlmctl.rl.batches import sampled_from
 from dlmctl.rl.decoding import check_left_to_right
-from dlmctl.rl.gradient import accumulate_gradient
+from dlmctl.rl.gradient import accumulate_gradient, compared_gradient
 from dlmctl.rl.objectives.scores import Objective, Scores
 from dlmctl.rl.recorded import recorded_difference
 from dlmctl.rl.srpo.per_token import sampled_log_probs, token_weights
@@ -96,11 +96,14 @@ def policy_gradients(
     batching: Batching,
     batch_size: int,
     sampler: Callable[[Record], Scorer] = no_other_weights,
+    compare: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Accumulate the gradient of each inner step in turn; the caller applies it before the next.
 
     Args:
         sampler: gives the weights that a record was sampled from, if these are not the policy's.
+        compare: the first step says how its gradient compares with the one that it would have
+            without token weights.
 
     Yields:
         Metrics of the batch: loss, advantage, KL estimate, mask variance, and the objective's own.
@@ -127,13 +130,22 @@ def policy_gradients(
         scores = batch.scores(examples, objective, old, step)
         loss = objective.loss(scores)
         (coefficients,) = torch.autograd.grad(loss, scores.current)
-        value = accumulate_gradient(policy, examples, coefficients, batch_size)
+        cosine = {}
+        if compare and step == 0:
+            plain = dataclasses.replace(scores, token_weights=torch.ones_like(scores.token_weights))
+            (others,) = torch.autograd.grad(objective.loss(plain), plain.current)
+            value, cosine["gradient_cosine"] = compared_gradient(
+                policy, examples, coefficients, others, batch_size
+            )
+        else:
+            value = accumulate_gradient(policy, examples, coefficients, batch_size)
         yield {
             "loss": float(loss.detach()) if objective.needs in SCORED else value,
             "advantage_std": float(batch.advantage.std()) if len(records) > 1 else 0.0,
             **({} if kept.all() else {"dropped": len(kept) - len(records)}),
             **(_distance(scores) if objective.needs_reference else {}),
             **objective.metrics(scores),
+            **cosine,
         }
 
 

@@ -56,8 +56,14 @@ def update_policy(
     save_every: int,
     keep: int,
     any_policy: bool = False,
+    credit_cosine: int | None = None,
 ) -> Generator[dict[str, Any], None, None]:
-    """Reinforcement learning: one step, or `inner` of them, for each batch of groups."""
+    """Reinforcement learning: one step, or `inner` of them, for each batch of groups.
+
+    Args:
+        credit_cosine: every how many steps the gradient is compared with the one without token
+            weights.
+    """
     reference = Reference(
         run.progress.reference_revision,
         lambda examples: reference_log_probs(run, examples, batch_size),
@@ -77,8 +83,9 @@ def update_policy(
         if objective.needs == "ratios" and not recorded:
             samplers.keep(batch)
         _note_distribution(batch, noted)
+        compare = credit_cosine is not None and run.progress.step % credit_cosine == 0
         for metrics in policy_gradients(
-            run.policy, reference, batch.groups, objective, batching, batch_size, samplers
+            run.policy, reference, batch.groups, objective, batching, batch_size, samplers, compare
         ):
             credit = credit_metrics(batch.rows) if objective.recipe.token_weights else {}
             yield {**_rewards(batch), **metrics, **credit}

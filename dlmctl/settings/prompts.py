@@ -17,6 +17,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 """Kinds of questions about shapes."""
 MOST_HOLES = 12
 """No 4x4 Sudoku with fewer than four clues has a unique solution."""
+MOST_THINGS = 6
+"""Of a scene; with as many, scenes for an answer are still found quickly."""
 WORDS = 8
 """Most words that a part of a sentence of concepts can express a value with."""
 
@@ -80,6 +82,30 @@ class Prompts:
         shown_default="all",
         panel=SHAPES,
     )
+    things: str = knob(
+        "2-5",
+        "Things of a scene, from 2 to 6, or a range that ends with at least 3. With fewer than "
+        "five the largest answers are left out, which would leave a scene no choice of its split.",
+        metavar="N or N-M",
+        panel=SHAPES,
+    )
+    places: bool = knob(
+        True,
+        "Descriptions say where each thing is. Without places, nothing in them is of no account "
+        "for an answer that counts: not with --kind position.",
+        "--places/--no-places",
+        panel=SHAPES,
+    )
+    reading: float = knob(
+        0.0,
+        "Share of the records whose prompt ends with the right description, under the image of "
+        "another scene: there is only the reasoning left to do. Trained on, they teach a model to "
+        "read its description rather than the image; asked, they show whether it does.",
+        metavar="SHARE",
+        minimum=0.0,
+        maximum=1.0,
+        panel=SHAPES,
+    )
     cell: int = knob(
         28,
         "Side of a cell in pixels; an image has three by three cells.",
@@ -110,7 +136,9 @@ class Prompts:
 
     def __post_init__(self) -> None:
         self.hole_range, self.number_range  # noqa: B018 (they raise, as the others do)
-        self.kinds, self.wanted, self.columns  # noqa: B018
+        self.kinds, self.wanted, self.columns, self.thing_range  # noqa: B018
+        if not self.places and "position" in self.kinds:
+            raise UsageError("--no-places leaves nothing to answer --kind position from")
         if self.worked and not self.completions:
             raise UsageError("--worked is about completions: add --completions")
         if self.worked and self.style == "instruct":
@@ -125,6 +153,14 @@ class Prompts:
     def number_range(self) -> tuple[int, int]:
         """Fewest and most numbers."""
         return whole_range("--numbers", self.numbers, 2, 6)
+
+    @cached_property
+    def thing_range(self) -> tuple[int, int]:
+        """Fewest and most things of a scene."""
+        fewest, most = whole_range("--things", self.things, 2, MOST_THINGS)
+        if most < 3:
+            raise UsageError(f"--things {self.things}: scenes of two things are all of one split")
+        return fewest, most
 
     @cached_property
     def wanted(self) -> dict[str, str]:

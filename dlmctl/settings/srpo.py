@@ -34,16 +34,20 @@ class Contrast:
     reason_signal: Literal["logratio", "k3", "abs-logratio"] = knob(
         "logratio", "The same for a reasoning token, from --reason-contrast (ours: logratio)."
     )
-    reason_contrast: ReasonContrast = knob(
-        "drop",
-        "What reasoning is compared with: the perception left out (ours), another sample's "
-        "perception, the image corrupted (which favours what then stays likely), or the perception "
-        "left out under the corrupted image on both sides.",
+    reason_contrast: ReasonContrast | None = knob(
+        None,
+        "What reasoning is compared with. drop: the perception left out, which also breaks the "
+        "layout, so that any token may become unlikely. swap: the perception of another sample of "
+        "the prompt, one that differs if there is one. blind: the image corrupted, which favours "
+        "what then stays likely. blind-drop: the perception left out under the corrupted image on "
+        "both sides.",
+        shown_default="swap; diffusion: drop, which masks the perception in its place",
     )
     corruption: Corruption = knob(
-        "patch",
-        "Corrupted image: squares of single tokens black (ours), all black, Gaussian blur of 6 "
-        "pixels, noise of deviation 189/255, the squares in another order, or no image at all.",
+        "blank",
+        "Corrupted image: all black (ours), squares of single tokens black, which leaves much to "
+        "see where an image has few tokens, Gaussian blur of 6 pixels, noise of deviation 189/255, "
+        "the squares in another order, or no image at all.",
         "--corrupt",
     )
     probability: float = knob(
@@ -59,6 +63,10 @@ class Contrast:
         "--corrupt-scope",
     )
     seed: int = knob(0, "Seed of the corruptions.", "--corrupt-seed")
+
+    def of_reasoning(self, diffusion: bool) -> ReasonContrast:
+        """What reasoning is compared with, by the kind of the policy if it is not given."""
+        return self.reason_contrast or ("drop" if diffusion else "swap")
 
 
 @dataclass(frozen=True)
@@ -79,8 +87,15 @@ class Credit:
         "From signal to weight: exp(x) as in RLSD (ours), softplus(x)/log 2, 2 sigmoid(x), "
         "1 + tanh(x).",
     )
-    weight_clip: str = knob("0.8,1.2", "Bounds of the weight (RLSD 0.8,1.2).", metavar="LOW,HIGH")
-    tau: float = knob(1.0, "Factor of the signal; 0 is plain GRPO.", "--weight-tau", minimum=0.0)
+    weight_clip: str = knob(
+        "0.2,3",
+        "Bounds of the weight, before --weight-norm (RLSD 0.8,1.2, where nearly all weights of "
+        "our models stood at a bound).",
+        metavar="LOW,HIGH",
+    )
+    tau: float = knob(
+        0.3, "Factor of the signal, per nat; 0 is plain GRPO.", "--weight-tau", minimum=0.0
+    )
     strength: float = knob(
         1.0,
         "Share of the weight that follows the signal (RLSD 0.5); 0 is plain GRPO.",
@@ -88,7 +103,10 @@ class Credit:
         minimum=0.0,
     )
     norm: Literal["none", "mean"] = knob(
-        "none", "mean: weights of the tokens with a role have mean 1.", "--weight-norm"
+        "mean",
+        "mean (ours): the weights of the tokens with a role have mean 1, so that they move credit "
+        "and do not change the size of the step; none: as they are.",
+        "--weight-norm",
     )
     sign_aware: bool = knob(
         False,

@@ -68,6 +68,16 @@ class Learning:
         "of refusing those that this run did not have.",
         "--any-policy/--own-policy",
     )
+    credit_cosine: int | None = knob(
+        None,
+        "For srpo: every so many steps `gradient_cosine` says how close the gradient is to the one "
+        "without token weights (1: the weights change its length alone). Such a step takes a "
+        "second backward pass.",
+        metavar="EVERY",
+        minimum=1,
+        panel=OBJECTIVE,
+        shown_default="off",
+    )
     gradient_checkpointing: bool = same(False, GradientCheckpointing)
 
 

@@ -4,6 +4,8 @@ A description names the things in reading order, each by colour, shape, row and 
 
     red circle top left , blue square middle center
 
+A shorter one leaves out the places: `red circle , blue square`.
+
 A composition, the multiset of the colours and shapes of a scene, belongs to one split. With colours
 c and shapes s counted from 0, and xor their sum without carry, a scene is a test scene if
 
@@ -34,8 +36,9 @@ class Thing(NamedTuple):
 
     colour: str
     shape: str
-    row: str
-    column: str
+    row: str = ""
+    """Empty, as the column, where a description does not say the place."""
+    column: str = ""
 
     @property
     def name(self) -> str:
@@ -45,7 +48,7 @@ class Thing(NamedTuple):
 
 _WORDS = Thing(*map("|".join, (COLOURS, SHAPES, ROWS, COLUMNS)))
 _THING = re.compile(
-    rf"\s*({_WORDS.colour})\s+({_WORDS.shape})\s+({_WORDS.row})\s+({_WORDS.column})\s*"
+    rf"\s*({_WORDS.colour})\s+({_WORDS.shape})(?:\s+({_WORDS.row})\s+({_WORDS.column}))?\s*"
 )
 
 
@@ -57,7 +60,7 @@ def split_of(kinds: Iterable[tuple[str, str]]) -> Split:
 
 def describe(scene: Iterable[Thing]) -> str:
     """A scene in words."""
-    return " , ".join(" ".join(thing) for thing in scene)
+    return " , ".join(" ".join(filter(None, thing)) for thing in scene)
 
 
 def described(text: str) -> list[Thing | None]:
@@ -67,4 +70,4 @@ def described(text: str) -> list[Thing | None]:
     """
     parts = text.strip().rstrip(".").lower().split(",")
     matches = (_THING.fullmatch(part) for part in parts)
-    return [Thing(*match.groups()) if match else None for match in matches]
+    return [Thing(*match.groups("")) if match else None for match in matches]

@@ -31,7 +31,7 @@ from dlmctl.tasks.scenes import COLOURS, COLUMNS, ROWS, SHAPES, Thing, describe,
 from dlmctl.tasks.wording import shapes_prompt
 
 THINGS = (2, 5)
-"""Fewest and most things of a scene."""
+"""Fewest and most things of a scene, if nothing else is asked for."""
 MOST = {"count": 4, "sum": 6}
 """Largest answer of a kind; the smallest is 0."""
 _TYPES = tuple(product(COLOURS, SHAPES))
@@ -49,6 +49,13 @@ class Problem(NamedTuple):
     scene: list[Thing]
     """In reading order."""
     looks: list[Look]
+    places: bool = True
+    """Whether a description says where things are."""
+
+    @property
+    def told(self) -> list[Thing]:
+        """The scene as it is to be described."""
+        return self.scene if self.places else [Thing(t.colour, t.shape) for t in self.scene]
 
     @property
     def digest(self) -> str:
@@ -57,14 +64,19 @@ class Problem(NamedTuple):
         return blake2b(text.encode(), digest_size=8).hexdigest()
 
     @property
-    def completion(self) -> str:
-        """A right response."""
+    def described_and_answered(self) -> tuple[str, str]:
+        """The two halves of a right response: what is seen, and what follows from it."""
         tags = Tags()
         seen, thought = tags.perception, tags.reasoning
         return (
-            f"<{seen}> {describe(self.scene)} </{seen}> "
-            f"<{thought}> {self.thought} </{thought}> \\boxed{{{self.answer}}}"
+            f"<{seen}> {describe(self.told)} </{seen}>",
+            f"<{thought}> {self.thought} </{thought}> \\boxed{{{self.answer}}}",
         )
+
+    @property
+    def completion(self) -> str:
+        """A right response."""
+        return " ".join(self.described_and_answered)
 
 
 class _Wanted(NamedTuple):
@@ -91,28 +103,48 @@ class _Ask(NamedTuple):
 
 
 def records(settings: Prompts, seed: int) -> Iterator[dict[str, Any]]:
-    """An endless stream of records of task shapes."""
-    for problem in problems(settings.split, seed, settings.kinds):
+    """An endless stream of records of task shapes; a share of them are to be read only."""
+    draw = random.Random(f"shapes/{settings.split}/{seed}/reading")
+    others = problems(settings.split, f"{seed}/others", settings.kinds, settings.thing_range)
+    made = problems(settings.split, seed, settings.kinds, settings.thing_range)
+    for problem in (p._replace(places=settings.places) for p in made):
+        reads = draw.random() < settings.reading
+        shown = next(others) if reads else problem
+        prompt = shapes_prompt(problem.question, settings.style)
+        description, rest = problem.described_and_answered
+        completion = rest if reads else f"{description} {rest}"
         yield {
-            "id": f"shapes/{problem.digest}",
+            "id": f"shapes/{problem.digest}" + ("/reading" if reads else ""),
             "task": "shapes",
             "kind": problem.kind,
-            "images": [as_data_uri(draw_scene(problem.scene, problem.looks, settings.cell))],
-            "prompt": shapes_prompt(problem.question, settings.style),
-            "scene": [thing._asdict() for thing in problem.scene],
+            "images": [as_data_uri(draw_scene(shown.scene, shown.looks, settings.cell))],
+            "prompt": f"{prompt} {description}" if reads else prompt,
+            "scene": [_fields(thing) for thing in problem.told],
             "answer": problem.answer,
-            **({"completion": problem.completion} if settings.completions else {}),
+            **({"completion": completion} if settings.completions else {}),
         }
 
 
+def _fields(thing: Thing) -> dict[str, str]:
+    """What is said of it."""
+    return {name: word for name, word in thing._asdict().items() if word}
+
+
 def problems(
-    split: Split = "train", seed: int = 0, kinds: Sequence[Kind] = KINDS
+    split: Split = "train",
+    seed: int | str = 0,
+    kinds: Sequence[Kind] = KINDS,
+    things: tuple[int, int] = THINGS,
 ) -> Iterator[Problem]:
-    """An endless stream of problems, with equal shares of these kinds."""
+    """An endless stream of problems, with equal shares of these kinds.
+
+    Args:
+        things: fewest and most things of a scene.
+    """
     draw = random.Random(f"shapes/{split}/{seed}")
     while True:
         kind = draw.choice(kinds)
-        ask = _ASKS[kind](draw)
+        ask = _ASKS[kind](draw, things)
         scene: list[Thing] = []
         while not scene or split_of((t.colour, t.shape) for t in scene) != split:
             scene = sorted(ask.compose(draw), key=lambda t: _PLACES.index((t.row, t.column)))
@@ -120,26 +152,28 @@ def problems(
         yield Problem(kind, ask.question, ask.answer, ask.explain(scene), scene, looks)
 
 
-def _count(draw: random.Random) -> _Ask:
+def _count(draw: random.Random, things: tuple[int, int]) -> _Ask:
     form = draw.choice(("colour", "shape", "both"))
     colour = "" if form == "shape" else draw.choice(COLOURS)
     shape = "" if form == "colour" else draw.choice(SHAPES)
-    return _amount([_Wanted(colour, shape)], draw.randint(0, MOST["count"]))
+    most = min(MOST["count"], things[1] - 1)
+    return _amount([_Wanted(colour, shape)], draw.randint(0, most), things)
 
 
-def _sum(draw: random.Random) -> _Ask:
+def _sum(draw: random.Random, things: tuple[int, int]) -> _Ask:
     wanted = [_Wanted(colour=draw.choice(COLOURS)), _Wanted(shape=draw.choice(SHAPES))]
     draw.shuffle(wanted)
-    return _amount(wanted, draw.randint(0, MOST["sum"]))
+    most = min(MOST["sum"], 2 * things[1] - 2)
+    return _amount(wanted, draw.randint(0, most), things)
 
 
-def _amount(wanted: list[_Wanted], total: int) -> _Ask:
+def _amount(wanted: list[_Wanted], total: int, things: tuple[int, int]) -> _Ask:
     """How many things are wanted, added up."""
     worth = {kind: sum(w.fits(*kind) for w in wanted) for kind in _TYPES}
-    fewest = max(THINGS[0], -(-total // max(worth.values())))
+    fewest = max(things[0], -(-total // max(worth.values())))
 
     def compose(draw: random.Random) -> list[Thing]:
-        number, shares = draw.randint(fewest, THINGS[1]), [-1]
+        number, shares = draw.randint(fewest, things[1]), [-1]
         while sum(shares) != total:
             shares = draw.choices(sorted(set(worth.values())), k=number)
         return _placed([draw.choice([k for k in _TYPES if worth[k] == s]) for s in shares], draw)
@@ -158,12 +192,12 @@ def _amount(wanted: list[_Wanted], total: int) -> _Ask:
     return _Ask(question, str(total), compose, explain)
 
 
-def _colour(draw: random.Random) -> _Ask:
+def _colour(draw: random.Random, things: tuple[int, int]) -> _Ask:
     colour, shape = draw.choice(_TYPES)
 
     def compose(draw: random.Random) -> list[Thing]:
         others = [kind for kind in _TYPES if kind[1] != shape]
-        more = draw.choices(others, k=draw.randint(*THINGS) - 1)
+        more = draw.choices(others, k=draw.randint(*things) - 1)
         return _placed([(colour, shape), *more], draw)
 
     def explain(scene: list[Thing]) -> str:
@@ -172,7 +206,7 @@ def _colour(draw: random.Random) -> _Ask:
     return _Ask(f"what colour is the {shape}?", colour, compose, explain)
 
 
-def _position(draw: random.Random) -> _Ask:
+def _position(draw: random.Random, things: tuple[int, int]) -> _Ask:
     asked, other = draw.sample(_TYPES, 2)
     answer = draw.choice(("left", "right", "above", "below"))
 
@@ -187,7 +221,7 @@ def _position(draw: random.Random) -> _Ask:
         )
         fixed = [(ROWS[row], COLUMNS[column]) for row, column in pair]
         rest = [kind for kind in _TYPES if kind not in (asked, other)]
-        more = draw.choices(rest, k=draw.randint(*THINGS) - 2)
+        more = draw.choices(rest, k=draw.randint(*things) - 2)
         return _placed([asked, other, *more], draw, fixed)
 
     def explain(scene: list[Thing]) -> str:
@@ -210,7 +244,7 @@ def _placed(
     return [Thing(*kind, *place) for kind, place in zip(kinds, places, strict=True)]
 
 
-_ASKS: dict[Kind, Callable[[random.Random], _Ask]] = {
+_ASKS: dict[Kind, Callable[[random.Random, tuple[int, int]], _Ask]] = {
     "count": _count,
     "colour": _colour,
     "position": _position,

@@ -32,6 +32,7 @@ REDUCTIONS = {
     "-n 5": "-n 1",
     "-n 13": "-n 1",
     "PROMPTS=2 ROUNDS=2": "PROMPTS=2 ROUNDS=1",
+    "-n 64": "-n 2",
     "-n 512": "-n 2",
     "-n 1000": "-n 8",
     "-n 2048": "-n 2",

@@ -2,6 +2,7 @@
 
 import math
 from itertools import combinations
+from statistics import correlation
 
 import pytest
 from typer.testing import CliRunner
@@ -156,3 +157,25 @@ def test_a_pipe_gets_json_and_intervals_have_two_ends(verified):
     low, high = row["interval"]
     assert low < row["accuracy"] == 0.75 < high
     assert math.isclose(row["pass@1"], 0.75)
+
+
+def test_within_is_the_correlation_of_differences_from_the_mean_of_the_prompt():
+    rewards = {"a": ([1, 1, 0, 0], [0.9, 0.5, 0.4, 0.6]), "b": ([1, 0, 0, 0], [0.2, 0.1, 0.0, 0.1])}
+    records = [
+        Record(id=prompt, reward=reward, rewards={"vqa": reward, "grounding": x})
+        for prompt, (right, said) in rewards.items()
+        for reward, x in zip(right, said, strict=True)
+    ]
+    [row] = tally(records, "task", [1], 0.95, ["grounding", "layout"])
+    right = [x - sum(r) / 4 for r, _ in rewards.values() for x in r]
+    said = [x - sum(g) / 4 for _, g in rewards.values() for x in g]
+    assert row["within.grounding"] == pytest.approx(correlation(right, said), abs=1e-12)
+    assert 0.3 < row["within.grounding"] < 0.9
+    assert row["within.layout"] is None  # which judged none of them
+    # A difference between prompts is none within them.
+    apart = [
+        Record(id=p, reward=r, rewards={"vqa": r, "grounding": r})
+        for p in "ab"
+        for r in (p == "a",) * 3
+    ]
+    assert tally(apart, "task", [1], 0.95, ["grounding"])[0]["within.grounding"] is None

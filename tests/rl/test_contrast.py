@@ -143,7 +143,7 @@ def test_a_hole_in_attention_is_a_shorter_sequence(policy):
 
 def test_an_image_that_is_not_corrupted_gives_exactly_nothing(policy):
     group = [response(policy), response(policy, 1, [1, 0, 2, 2])]
-    settings = Contrast(probability=0.0)
+    settings = Contrast(corruption="patch", probability=0.0)
     for made, own in zip(signals(policy, group, settings, 3), group, strict=True):
         assert (made[own.roles == PERCEPTION] == 0).all()
         assert (made[own.roles == REASONING] != 0).any()
@@ -151,13 +151,24 @@ def test_an_image_that_is_not_corrupted_gives_exactly_nothing(policy):
 
 def test_neither_padding_nor_order_nor_batch_size_changes_a_signal(policy):
     group = [response(policy), response(policy, 1, [1, 0, 2, 2]), response(policy, 2, image=2)]
-    settings = Contrast()
+    settings = Contrast(reason_contrast="drop")
     together = signals(policy, group, settings, 8)
     backwards = signals(policy, group[::-1], settings, 2)[::-1]
     for n, own in enumerate(group):
         alone = signals(policy, [own], settings, 1)[0]
         assert together[n].tolist() == pytest.approx(alone.tolist(), abs=2e-5)
         assert together[n].tolist() == pytest.approx(backwards[n].tolist(), abs=2e-5)
+
+
+def test_reasoning_is_compared_with_a_perception_that_differs(policy):
+    own, same, third = response(policy), response(policy), response(policy, 2)
+    [made, *_] = signals(policy, [own, same, third], Contrast(), 4)
+    [wanted, _] = signals(policy, [own, third], Contrast(), 4)
+    assert made.tolist() == pytest.approx(wanted.tolist(), abs=1e-5)
+    thought = own.roles == REASONING
+    assert made[thought].abs().min() > 1e-3
+    [alike, _] = signals(policy, [own, same], Contrast(), 4)
+    assert alike[thought].abs().max() < 1e-5
 
 
 def test_estimators(policy):
@@ -186,7 +197,8 @@ def test_corruptions_are_of_the_prompt_or_of_the_sample(policy):
     first, second = response(policy, 0), response(policy, 1)
 
     def seen(own: Response, scope: str, seed: int = 0) -> torch.Tensor:
-        return corrupted(policy, own, Contrast(scope=scope, seed=seed))[0].pixels
+        settings = Contrast(corruption="patch", scope=scope, seed=seed)
+        return corrupted(policy, own, settings)[0].pixels
 
     assert torch.equal(seen(first, "prompt"), seen(second, "prompt"))
     assert not torch.equal(seen(first, "rollout"), seen(second, "rollout"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -15,9 +17,14 @@ ROLES = [[1, 1, 2, 2, 0], [1, 2, 2, 0, 0], [1, 1, 2, 2, 0], [0, 0, 0, 0, 0]]
 SIGNALS = [[1.2, 0.1, 0.8, -0.1, 0], [0.4, 0.3, 1.5, 0, 0], [-0.1, 2.5, 0.05, 0.6, 0], [0] * 5]
 
 
+RLSD = {"tau": 1.0, "weight_clip": "0.8,1.2", "norm": "none"}
+"""Constants whose weights are quickly found by hand."""
+
+
 def weights_of(signal, roles, advantage: float = 1.0, limit: float = 5.0, **settings) -> Weighted:
     signal = torch.tensor(signal, dtype=torch.float64)
-    return token_weights(signal, torch.tensor(roles), advantage, Credit(**settings), limit)
+    credit = Credit(**{**RLSD, **settings})
+    return token_weights(signal, torch.tensor(roles), advantage, credit, limit)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +56,15 @@ def test_weights_of_the_worked_case(settings, expected):
         assert weights_of(signal, roles, **settings).weights.tolist() == pytest.approx(
             wanted, abs=1e-6
         )
+
+
+def test_default_weights_share_a_mean_of_one_and_go_by_the_difference_of_signals():
+    signal = torch.tensor([2.0, 0.0, -1.0, 9.0], dtype=torch.float64)
+    made = token_weights(signal, torch.tensor([1, 1, 2, 0]), 1.0, Credit()).weights
+    assert made[:3].mean() == pytest.approx(1, abs=1e-12)
+    assert made[3] == 1
+    assert made[0] / made[1] == pytest.approx(math.exp(0.3 * 2))
+    assert made[1] / made[2] == pytest.approx(math.exp(0.3))
 
 
 SETTINGS = [

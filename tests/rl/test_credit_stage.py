@@ -191,6 +191,18 @@ def test_update_srpo_goes_by_the_weights_and_grpo_does_not(tmp_path, verified, m
     assert weights["srpo-heavy"] != weights["srpo-plain"]
 
 
+def test_update_compares_gradients_on_request(tmp_path, verified):
+    source = written(tmp_path / "in.jsonl", credited(tmp_path, verified))
+    options = ("-q", "--prompts-per-step", "1", "--credit-cosine", "2", source)
+    assert invoke("update", "--algo", "srpo", *options, "-o", tmp_path / "run").exit_code == 0
+    first, second = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert 0 < first["gradient_cosine"] < 1
+    assert "gradient_cosine" not in second
+    refused = invoke("update", "--algo", "grpo", *options, "-o", tmp_path / "other")
+    assert refused.exit_code == 2
+    assert "--credit-cosine is about token weights" in refused.stderr
+
+
 def test_a_diffusion_model_perceives_the_evidence_of_its_prompt(tmp_path):
     policy = make_policy(
         SmallModel("llada", 16), character_tokenizer("0123456789=<>/descriptonhkbx\\{} ?a")

@@ -67,7 +67,9 @@ def test_signals_are_the_sums_by_hand(policy, contrast):
 
 
 def test_evidence_that_stays_gives_exactly_nothing(policy):
-    made = diffusion_signals(policy, [response()], Contrast(probability=0.0), 8)[0]
+    made = diffusion_signals(
+        policy, [response()], Contrast(corruption="patch", probability=0.0), 8
+    )[0]
     assert (made[1:3] == 0).all()
     assert (made[3:5] != 0).all()
 

@@ -30,13 +30,13 @@ def gradient_of(policy):
     )
 
 
-def step(policy, groups, algo="grpo", reference=None, **settings):
+def step(policy, groups, algo="grpo", reference=None, compare=False, **settings):
     """Metrics and gradient of one batch."""
     policy.model.zero_grad()
     objective = make_objective(algo, **settings)
     frozen = Reference("r", lambda examples: log_probs(reference or policy, examples, 8))
     batching = Batching(PLAN, Normalization.of(algo))
-    [metrics] = policy_gradients(policy, frozen, groups, objective, batching, 3)
+    [metrics] = policy_gradients(policy, frozen, groups, objective, batching, 3, compare=compare)
     return metrics, gradient_of(policy)
 
 
@@ -52,6 +52,24 @@ def completed(policy, rewards=(1, 0, 0, 1), weights=False):
             record["weights"] = [0.5 + 0.25 * t for t in range(len(ids))]
         group.append(record)
     return group
+
+
+def test_the_gradient_is_compared_with_the_one_without_weights():
+    policy = tiny_policy("ar")
+    group = completed(policy, weights=True)
+    _, weighted = step(policy, [group], "srpo")
+    _, plain = step(policy, [group], "grpo")
+    metrics, gradient = step(policy, [group], "srpo", compare=True)
+    assert torch.equal(gradient, weighted)
+    cosine = torch.nn.functional.cosine_similarity(weighted.double(), plain.double(), dim=0)
+    assert metrics["gradient_cosine"] == pytest.approx(float(cosine), abs=1e-9)
+    assert 0 < cosine < 0.999
+    for record in group:
+        record["weights"] = [2.0] * len(record["weights"])
+    metrics, _ = step(policy, [group], "srpo", compare=True)
+    assert metrics["gradient_cosine"] == pytest.approx(1, abs=1e-9)
+    idle = completed(policy, (1, 1, 1, 1), weights=True)
+    assert step(policy, [idle], "srpo", compare=True)[0]["gradient_cosine"] is None
 
 
 def plain_loss(policy, group, loss_type, weighted):

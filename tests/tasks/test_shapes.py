@@ -26,6 +26,7 @@ from dlmctl.tasks.scenes import (
 )
 from dlmctl.tasks.shapes import MOST, problems
 from dlmctl.tasks.sources import prompts
+from dlmctl.verifiers.perception import grounding
 
 SPLITS = ("train", "test")
 
@@ -243,6 +244,57 @@ def test_the_command_takes_kinds_and_cells(tmp_path):
     wrong = invoke("prompts", "shapes", "--kind", "smell")
     assert wrong.exit_code == 2
     assert "there are count, colour, position, sum" in wrong.stderr
+
+
+def test_readings_describe_one_scene_and_show_another():
+    settings = Prompts(completions=True, reading=0.5)
+    whole = list(prompts("shapes", Prompts(completions=True), limit=60, seed=5))
+    read = 0
+    for record, same in zip(prompts("shapes", settings, limit=60, seed=5), whole, strict=True):
+        text = f"{record['prompt']} {record['completion']}"
+        assert text == f"{same['prompt']} {same['completion']}"
+        assert record["answer"] == same["answer"]
+        reading = record["id"].endswith("/reading")
+        assert reading == record["prompt"].endswith("</description>")
+        assert reading == record["completion"].startswith("<think>")
+        assert reading == (record["images"] != same["images"])
+        read += reading
+    assert 20 < read < 40
+    [alone] = prompts("shapes", Prompts(reading=1.0), limit=1)
+    assert "completion" not in alone
+
+
+@pytest.mark.parametrize(("things", "counts"), [("3", {3}), ("2-3", {2, 3}), ("4-6", {4, 5, 6})])
+def test_scenes_have_as_many_things_as_asked(things, counts):
+    for split in SPLITS:
+        made = list(islice(problems(split, 1, KINDS, Prompts(things=things).thing_range), 300))
+        assert {len(problem.scene) for problem in made} == counts
+        for problem in made:
+            if problem.kind in ("count", "sum"):
+                assert number(problem.question, problem.scene) == problem.answer
+
+
+def test_descriptions_without_places_are_read_and_judged():
+    settings = Prompts(completions=True, places=False, kind=["count", "sum"])
+    for record in prompts("shapes", settings, limit=40, seed=5):
+        words = set(re.findall(r"\w+", record["completion"]))
+        assert not words & {*ROWS, *COLUMNS}
+        assert {name for thing in record["scene"] for name in thing} == {"colour", "shape"}
+        assert grounding(record).reward == 1
+        fewer = dict(record, scene=[*record["scene"], {"colour": "red", "shape": "star"}])
+        assert grounding(fewer).reward < 1
+    thing = Thing("red", "star")
+    assert described("red star , red star top left") == [thing, Thing("red", "star", "top", "left")]
+    refused = invoke("prompts", "shapes", "-n", "1", "--no-places")
+    assert refused.exit_code == 2
+    assert "--kind position" in refused.stderr
+
+
+def test_too_few_things_for_both_splits_are_refused():
+    for wrong in ("2", "1-3", "3-7"):
+        refused = invoke("prompts", "shapes", "-n", "1", "--things", wrong)
+        assert refused.exit_code == 2
+        assert "--things" in refused.stderr
 
 
 def test_instructions_teach_the_words_of_descriptions():

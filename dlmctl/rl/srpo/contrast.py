@@ -12,7 +12,7 @@ completion y, without gradient; I is the image, I~ the corrupted one:
 `blind` favours what needs the image no more, since the text has it; `blind-drop` is the pointwise
 mutual information of the token and the perception. Instead of the difference d: k3 = e^-d + d - 1
 (VPPO's), its absolute value, or, for the visual contrast, the divergence of the whole
-distributions. What SRPO itself takes could not be read; `drop` and the difference are ours.
+distributions. What SRPO itself takes could not be read; `swap` and the difference are ours.
 
 With the whole image and all of the perception a completion is scored once, or not at all where its
 sampling recorded it; the two contrasts take a pass each. An image that its corruption left as it
@@ -97,7 +97,8 @@ def signals(
     def score(examples: Sequence[Example], places: Sequence[Tensor]) -> Tensor:
         return _aligned(log_probs(policy, examples, batch_size)[:, 0], examples, places, width)
 
-    blinded = contrast.reason_contrast in ("blind", "blind-drop")
+    kind = contrast.of_reasoning(diffusion=False)
+    blinded = kind in ("blind", "blind-drop")
     chosen = both if blinded else perceive
     blind = [
         response.example(places, pictures=pictures)
@@ -113,7 +114,7 @@ def signals(
         ]
         divergences = _divergences(policy, sight, blind, batch_size)
         visual = _aligned(divergences, sight, chosen, width)
-    if contrast.reason_contrast == "blind":
+    if kind == "blind":
         away = without_image - with_image
     else:
         kept = without_image if blinded else with_image
@@ -190,9 +191,10 @@ def _ablated(
 ) -> Example:
     """The response to be scored in its reasoning, without the perception that it wrote."""
     reason, perceive = response.roles == REASONING, response.roles == PERCEPTION
-    other = _other_perception(response, group) if contrast.reason_contrast == "swap" else None
+    kind = contrast.of_reasoning(diffusion=False)
+    other = _other_perception(response, group) if kind == "swap" else None
     if other is None:
-        pictures = unseen if contrast.reason_contrast == "blind-drop" else response.pictures
+        pictures = unseen if kind == "blind-drop" else response.pictures
         return response.example(reason, perceive, pictures)
     start = int(perceive.nonzero()[0])
     behind, end = start + int(perceive.sum()), int(reason.nonzero()[-1]) + 1
@@ -202,14 +204,19 @@ def _ablated(
 
 
 def _other_perception(response: Response, group: Sequence[Response]) -> list[int] | None:
-    """What the next sample of the prompt perceived; None if there is no other."""
+    """What the next sample of the prompt perceived that perceived something else.
+
+    If none did, the same as its own, which says nothing; None if there is no other sample.
+    """
     place = next(n for n, other in enumerate(group) if other is response)
-    for other in (*group[place + 1 :], *group[:place]):
-        if other.key != response.key:
-            continue
-        mine = (other.roles == PERCEPTION).tolist()
-        return [token for token, chosen in zip(other.completion, mine, strict=True) if chosen]
-    return None
+    own = _perception(response)
+    others = [o for o in (*group[place + 1 :], *group[:place]) if o.key == response.key]
+    return next(filter(own.__ne__, map(_perception, others)), own if others else None)
+
+
+def _perception(response: Response) -> list[int]:
+    chosen = (response.roles == PERCEPTION).tolist()
+    return [token for token, there in zip(response.completion, chosen, strict=True) if there]
 
 
 def _example(

@@ -41,7 +41,8 @@ def diffusion_signals(
     Raises:
         UsageError: the contrast is one of images, or needs sequences of another length.
     """
-    if contrast.visual_signal == "full-kl" or contrast.reason_contrast == "swap":
+    kind = contrast.of_reasoning(diffusion=True)
+    if contrast.visual_signal == "full-kl" or kind == "swap":
         raise UsageError("--visual-signal full-kl and --reason-contrast swap are not for diffusion")
     if contrast.corruption not in ("patch", "blank"):
         raise UsageError(f"--corrupt {contrast.corruption} is of images; for text: patch, blank")
@@ -56,10 +57,10 @@ def diffusion_signals(
         return [a - b for a, b in zip(kept, lost, strict=True)]
 
     visual = away(score(False, None, PERCEPTION), score(True, None, PERCEPTION))
-    if contrast.reason_contrast == "blind":
+    if kind == "blind":
         reasoned = away(score(True, None, REASONING), score(False, None, REASONING))
     else:
-        blind = contrast.reason_contrast == "blind-drop"
+        blind = kind == "blind-drop"
         reasoned = away(score(blind, True, REASONING), score(blind, False, REASONING))
     see, think = ESTIMATORS[contrast.visual_signal], ESTIMATORS[contrast.reason_signal]
     per_response = []
