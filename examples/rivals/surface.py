@@ -12,7 +12,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-NAME = re.compile(r"(?P<algorithm>[^_]+)_law[^_]+_k(?P<masks>\d+)_inner1-(?P<seed>\d+)")
+NAME = re.compile(
+    r"(?P<algorithm>[^_]+)_law[^_]+_k(?P<masks>\d+)_inner1(-sequence-(?P<lambda>[^-]+))?-(?P<seed>\d+)"
+)
 T = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 """Student's t of 0.975 by degrees of freedom."""
 NEAR = 5.0
@@ -29,7 +31,8 @@ def read(directory: Path) -> Surface:
     surface: Surface = {}
     for path in sorted(directory.glob("*/*.json")):
         if named := NAME.fullmatch(path.stem):
-            cell = (named["algorithm"], int(named["masks"]), float(path.parent.name))
+            strength = f" {named['lambda']}" if named["lambda"] else ""
+            cell = (named["algorithm"] + strength, int(named["masks"]), float(path.parent.name))
             solved = 100 * json.loads(path.read_bytes())["accuracy"]
             surface.setdefault(cell, {})[int(named["seed"])] = solved
     return dict(sorted(surface.items()))
@@ -113,14 +116,16 @@ def picture(surface: Surface, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "surface"
+    matplotlib.rcParams.update({"svg.hashsalt": "surface", "svg.fonttype": "none"})
     from matplotlib import pyplot
 
-    algorithms, masks = (
-        list(dict.fromkeys(sorted(axis))) for axis in list(zip(*surface, strict=True))[:2]
+    algorithms, masks, ticks = (
+        list(dict.fromkeys(sorted(axis))) for axis in zip(*surface, strict=True)
     )
     size = (2.7 * len(algorithms), 3.0)
-    figure, panels = pyplot.subplots(1, len(algorithms), figsize=size, sharey=True, squeeze=False)
+    figure, panels = pyplot.subplots(
+        1, len(algorithms), figsize=size, sharex=True, sharey=True, squeeze=False
+    )
     for panel, algorithm in zip(panels[0], algorithms, strict=True):
         for number, k in enumerate(masks):
             points = [
@@ -142,10 +147,12 @@ def picture(surface: Surface, path: Path) -> None:
                     capsize=2,
                     label=str(k),
                 )
-        panel.set(xscale="log", title=algorithm, xlabel="learning rate")
+        panel.set(xscale="log", ylim=(0, None), title=algorithm, xlabel="learning rate")
+        panel.set_xticks(ticks, [f"{rate:.0e}".replace("e-0", "e-") for rate in ticks])
+        panel.set_xticks([], minor=True)
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("solved, %")
-    panels[0][-1].legend(title="masks", fontsize="small")
+    panels[0][0].legend(title="masks", fontsize="small")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
