@@ -44,6 +44,9 @@ def command(
     sudoku: 1 if the grid is right by the rules. sudoku-units: share of rows, columns and boxes that
     are right. sudoku-cells: share of the empty cells that equal the stored solution.
 
+    countdown: 1 if the expression makes the target from the given numbers. countdown-steps: share
+    of what is right in an answer that is worked out, as 'dlmctl prompts --worked' writes it.
+
     vqa: 1 if a short answer about an image matches one of `answers`, or `answer`. layout: 1 if the
     completion is <description>...</description> <think>...</think> and a box. grounding: F1 of the
     things in the description against `scene`. Records of shapes get 0.9 vqa + 0.1 layout; their

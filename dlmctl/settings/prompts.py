@@ -19,6 +19,11 @@ MOST_HOLES = 12
 """No 4x4 Sudoku with fewer than four clues has a unique solution."""
 MOST_THINGS = 6
 """Of a scene; with as many, scenes for an answer are still found quickly."""
+BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
+"""Size of a Sudoku to the rows and columns of its boxes."""
+MOST_HOLES = {4: 12, 6: 24, 9: 50}
+"""Size to the most empty cells. No 4x4 with fewer than four clues has a unique solution; of the
+larger sizes, more empty cells are hardly ever found at random."""
 WORDS = 8
 """Most words that a part of a sentence of concepts can express a value with."""
 
@@ -31,7 +36,7 @@ class Prompts:
 
     split: Split = knob(
         "train",
-        "The splits share no solution grid of Sudoku (200 and 88 of the 288), no problem of "
+        "The splits share no solution grid of Sudoku (200 and 88 of the 288 of 4x4), no problem of "
         "Countdown or arithmetic, no combination of values in a sentence of concepts, no "
         "composition of colours and shapes, and no key of canaries. For a data set: its split.",
     )
@@ -52,8 +57,14 @@ class Prompts:
         "85-19=66 for 47+38-19. Not for --style instruct.",
         "--worked/--no-worked",
     )
+    size: int = knob(
+        4, "Rows of a Sudoku: 4, 6 (boxes of 2 rows and 3 columns) or 9.", panel=PUZZLES
+    )
     holes: str = knob(
-        "8", "Empty cells of a Sudoku, up to 12, or a range.", metavar="N or N-M", panel=PUZZLES
+        "8",
+        "Empty cells of a Sudoku, or a range: up to 12 of 4x4, 24 of 6x6, 50 of 9x9.",
+        metavar="N or N-M",
+        panel=PUZZLES,
     )
     numbers: str = knob(
         "3",
@@ -135,6 +146,8 @@ class Prompts:
     )
 
     def __post_init__(self) -> None:
+        if self.size not in BOXES:
+            raise UsageError(f"--size {self.size}: there are {', '.join(map(str, BOXES))}")
         self.hole_range, self.number_range  # noqa: B018 (they raise, as the others do)
         self.kinds, self.wanted, self.columns, self.thing_range  # noqa: B018
         if not self.places and "position" in self.kinds:
@@ -147,7 +160,7 @@ class Prompts:
     @cached_property
     def hole_range(self) -> tuple[int, int]:
         """Fewest and most empty cells."""
-        return whole_range("--holes", self.holes, 1, MOST_HOLES)
+        return whole_range("--holes", self.holes, 1, MOST_HOLES[self.size])
 
     @cached_property
     def number_range(self) -> tuple[int, int]:

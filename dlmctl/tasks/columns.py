@@ -2,7 +2,7 @@
 
     prompt or messages                      a record already (also TRL's, plain and conversational)
     prompt, data_source, reward_model       verl
-    Puzzle, Solution                        Sudoku, 16 digits                (d1's benchmark file)
+    Puzzle, Solution                        Sudoku, 16, 36 or 81 digits      (d1's benchmark file)
     input "30,100,93", output "23"          Countdown                        (d1's benchmark file)
     nums or numbers, target                 Countdown                        (Jiayi-Pan, TinyZero)
     problem or question, images or image    EasyR1, Geometry3K, ViRL39K, VQA: task vqa
@@ -99,8 +99,8 @@ def _sudoku(row: Record, style: Style) -> dict[str, Any] | None:
     if puzzle is None:
         return None
     for name, value in (("puzzle", puzzle), ("solution", solution)):
-        if value is not None and not re.fullmatch(r"[0-4]{16}", str(value)):
-            raise DataError(f"{name} {value!r} is not 16 digits from 0 to 4", row.where)
+        if value is not None and sudoku.size_of(str(value)) is None:
+            raise DataError(f"{name} {value!r} is {sudoku.NO_GRID}", row.where)
     return {**sudoku.fields(puzzle, solution, style), "drop": ("Puzzle", "Solution")}
 
 

@@ -6,7 +6,9 @@ numbers are comparable with those of papers only as far as the prompt does not m
 
 from __future__ import annotations
 
-from dlmctl.settings.prompts import Style
+from math import isqrt
+
+from dlmctl.settings.prompts import BOXES, Style
 
 TAGS = (
     "Think step by step between <reasoning> and </reasoning>, then give {what} between <answer> "
@@ -17,8 +19,9 @@ LAYOUT = (
     "between <think> and </think>, then give the answer as \\boxed{{...}}."
 )
 SUDOKU = (
-    "Solve this 4x4 Sudoku. Every row, column and 2x2 box holds the digits 1 to 4 once. "
-    "The grid is written row by row as 16 digits, 0 for an empty cell:\n{puzzle}\n"
+    "Solve this {size}x{size} Sudoku. Every row, column and {high}x{wide} box holds the digits 1 "
+    "to {size} once. The grid is written row by row as {cells} digits, 0 for an empty cell:\n"
+    "{puzzle}\n"
 )
 COUNTDOWN = (
     "Use each of the numbers {numbers} exactly once, with + - * / and parentheses, "
@@ -27,10 +30,13 @@ COUNTDOWN = (
 
 
 def sudoku_prompt(puzzle: str, style: Style) -> str:
-    """Plain: `puzzle=`, to be completed with the 16 digits of the solution."""
+    """Plain: `puzzle=`, to be completed with the digits of the solution."""
     if style == "plain":
         return f"{puzzle}="
-    return SUDOKU.format(puzzle=puzzle) + TAGS.format(what="all 16 digits of the solved grid")
+    size, cells = isqrt(len(puzzle)), len(puzzle)
+    high, wide = BOXES[size]
+    text = SUDOKU.format(puzzle=puzzle, size=size, high=high, wide=wide, cells=cells)
+    return text + TAGS.format(what=f"all {cells} digits of the solved grid")
 
 
 def countdown_prompt(numbers: list[int], target: int, style: Style) -> str:

@@ -1,4 +1,6 @@
-"""Verifier `countdown`: an expression over the given numbers, each used once, for the target.
+"""Verifiers of Countdown: an expression over the given numbers, each used once, for the target.
+
+`countdown` judges the expression, `countdown-steps` also how it is worked out.
 
 The expression is parsed, never evaluated as code: + - * / and parentheses over exact rationals. The
 grammar refuses `90**43**90`, which a filter of characters lets through to `eval`.
@@ -10,6 +12,7 @@ import ast
 import re
 from collections.abc import Mapping
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 from dlmctl.records.errors import DataError
@@ -55,6 +58,38 @@ def countdown(record: Mapping[str, Any]) -> Verdict:
     if value != target:
         return judged(False, f"makes {value}, wanted {target}", expression=expression)
     return judged(True, expression=expression)
+
+
+def countdown_steps(record: Mapping[str, Any]) -> Verdict:
+    """Share of the parts that are right of an answer worked out as (95+75)/85=170/85=2.
+
+    With n numbers there are n + 1 parts: the expression uses the numbers; each of n - 1 steps does
+    one operation and keeps the value; the last step is the target. It is 1 only if `countdown` is,
+    which `correct` goes by.
+    """
+    numbers, target = _given(required(record, "numbers"), required(record, "target"))
+    correct = countdown(record).detail["correct"]
+    text, _ = answer_text(completion_text(record))
+    sides = [_value_and_numbers(side) for side in plain(text).split("=")]
+    if len(sides) > len(numbers):
+        return Verdict(0.0, {"correct": correct, "why": f"more than {len(numbers) - 1} steps"})
+    sides += [None] * (len(numbers) - len(sides))
+    parts = [sides[0] is not None and sorted(sides[0][1]) == numbers]
+    for before, after in pairwise(sides):
+        left = len(numbers) - len(parts)
+        keeps = before is not None and after is not None and before[0] == after[0]
+        parts.append(keeps and after is not None and len(after[1]) == left)
+    last = sides[-1]
+    parts.append(last is not None and last[0] == target and len(last[1]) == 1)
+    share = sum(parts) / len(parts)
+    return Verdict(share, {"correct": correct, "parts": parts})
+
+
+def _value_and_numbers(expression: str) -> tuple[Fraction, list[int]] | None:
+    try:
+        return evaluate(expression)
+    except NotAnExpressionError:
+        return None
 
 
 def _given(numbers: Any, target: Any) -> tuple[list[int], Fraction]:

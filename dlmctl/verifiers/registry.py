@@ -32,6 +32,7 @@ VERIFIERS = {
     "sudoku-units": "dlmctl.verifiers.sudoku:sudoku_units",
     "sudoku-cells": "dlmctl.verifiers.sudoku:sudoku_cells",
     "countdown": "dlmctl.verifiers.countdown:countdown",
+    "countdown-steps": "dlmctl.verifiers.countdown:countdown_steps",
     "countdown-shaped": "dlmctl.verifiers.shaped:countdown_shaped",
     "concepts": "dlmctl.verifiers.concepts:concepts",
     "vqa": "dlmctl.verifiers.vqa:vqa",

@@ -1,4 +1,4 @@
-"""Verifiers of 4x4 Sudoku: by the rules, and cell by cell against the stored solution.
+"""Verifiers of Sudoku of any size: by the rules, and cell by cell against the stored solution.
 
 A puzzle may have several solutions (a quarter of d1's test puzzles do), so that comparing with one
 stored grid marks right answers wrong; and counting cells rewards answers that overwrite clues.
@@ -9,20 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
+from math import isqrt
 from typing import Any, NamedTuple
 
 from dlmctl.records.errors import DataError
+from dlmctl.tasks.sudoku import DIGITS, NO_GRID, size_of, units
 from dlmctl.verifiers.answer import Verdict, answer_text, completion_text, required
 from dlmctl.verifiers.typography import plain
-
-UNITS: tuple[tuple[int, ...], ...] = (
-    *(tuple(range(4 * r, 4 * r + 4)) for r in range(4)),
-    *(tuple(range(c, 16, 4)) for c in range(4)),
-    *(tuple(8 * (b // 2) + 2 * (b % 2) + i for i in (0, 1, 4, 5)) for b in range(4)),
-)
-"""Cells of the rows, the columns and the boxes."""
-
-GRID_IN_PROSE = re.compile(r"(?<!\d)[0-4](?:[\s|,;+\-\[\]]*[0-4]){15}(?!\d)")
 
 
 class Reading(NamedTuple):
@@ -31,10 +25,15 @@ class Reading(NamedTuple):
     puzzle: str
     solution: str | None
     grid: str | None
-    """16 digits; None if the completion has another number."""
+    """A digit for each cell; None if the completion has another number of digits."""
     cells: str
-    """All digits of the completion, padded with 0 or cut to 16, for the count of cells."""
+    """All digits of the completion, padded with 0 or cut, for the count of cells."""
     why: str
+
+    @property
+    def size(self) -> int:
+        """Rows of the puzzle."""
+        return isqrt(len(self.puzzle))
 
 
 def sudoku(record: Mapping[str, Any]) -> Verdict:
@@ -56,7 +55,7 @@ def sudoku_cells(record: Mapping[str, Any]) -> Verdict:
 
 
 def sudoku_units(record: Mapping[str, Any]) -> Verdict:
-    """Share of the 12 rows, columns and boxes that contain 1 to 4; 0 unless the clues are kept.
+    """Share of rows, columns and boxes that contain each digit; 0 unless the clues are kept.
 
     A denser signal than `sudoku` that also goes by the rules, and is 1 exactly if `sudoku` is.
     """
@@ -64,26 +63,37 @@ def sudoku_units(record: Mapping[str, Any]) -> Verdict:
     wrong = _broken(reading)
     if reading.grid is None or not _keeps_clues(reading):
         return Verdict(0.0, {"correct": False, "grid": reading.grid, "why": wrong})
-    good = sum(len({reading.grid[c] for c in unit} & set("1234")) == 4 for unit in UNITS)
-    return Verdict(good / len(UNITS), {"correct": not wrong, "units": good, "grid": reading.grid})
+    all_units = units(reading.size)
+    good = sum(_is_complete(reading.grid, unit) for unit in all_units)
+    share = good / len(all_units)
+    return Verdict(share, {"correct": not wrong, "units": good, "grid": reading.grid})
 
 
 def _read(record: Mapping[str, Any]) -> Reading:
     puzzle = str(required(record, "puzzle"))
-    if not re.fullmatch(r"[0-4]{16}", puzzle):
-        raise DataError(f"puzzle {puzzle!r} is not 16 digits from 0 to 4")
+    size, cells = size_of(puzzle), len(puzzle)
+    if size is None:
+        raise DataError(f"puzzle {puzzle!r} is {NO_GRID}")
     solution = None if record.get("solution") is None else str(record["solution"])
-    if solution is not None and not re.fullmatch(r"[1-4]{16}", solution):
-        raise DataError(f"solution {solution!r} is not 16 digits from 1 to 4")
+    if solution is not None and (size_of(solution) != size or "0" in solution):
+        raise DataError(f"solution {solution!r} is not {cells} digits from 1 to {size}")
     text, place = answer_text(completion_text(record))
     text = plain(text)
     if place == "text":
         # Prose has other digits too: take the last run that can be a grid.
-        runs = GRID_IN_PROSE.findall(text)
+        runs = _grid_in_prose(size).findall(text)
         text = runs[-1] if runs else text
     digits = re.sub(r"\D", "", text)
-    why = "" if len(digits) == 16 else f"{len(digits)} digits found, expected 16"
-    return Reading(puzzle, solution, digits if not why else None, digits.ljust(16, "0")[:16], why)
+    why = "" if len(digits) == cells else f"{len(digits)} digits found, expected {cells}"
+    padded = digits.ljust(cells, "0")[:cells]
+    return Reading(puzzle, solution, digits if not why else None, padded, why)
+
+
+@cache
+def _grid_in_prose(size: int) -> re.Pattern[str]:
+    """As many digits as cells, with no other digit beside them."""
+    digit = f"[0-{size}]"
+    return re.compile(rf"(?<!\d){digit}(?:[\s|,;+\-\[\]]*{digit}){{{size**2 - 1}}}(?!\d)")
 
 
 def _broken(reading: Reading) -> str:
@@ -92,11 +102,17 @@ def _broken(reading: Reading) -> str:
         return reading.why
     if not _keeps_clues(reading):
         return "a clue was changed"
-    for number, unit in enumerate(UNITS):
-        if {reading.grid[c] for c in unit} != set("1234"):
-            kind = ("row", "column", "box")[number // 4]
-            return f"{kind} {number % 4 + 1} does not hold 1 to 4"
+    size = reading.size
+    for number, unit in enumerate(units(size)):
+        if not _is_complete(reading.grid, unit):
+            kind = ("row", "column", "box")[number // size]
+            return f"{kind} {number % size + 1} does not hold 1 to {size}"
     return ""
+
+
+def _is_complete(grid: str, unit: tuple[int, ...]) -> bool:
+    """Whether a row, column or box holds each digit once."""
+    return {grid[cell] for cell in unit} == set(DIGITS[1 : len(unit) + 1])
 
 
 def _keeps_clues(reading: Reading) -> bool:

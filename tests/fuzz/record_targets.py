@@ -76,6 +76,7 @@ OF = {
     "sudoku-units": "sudoku",
     "sudoku-cells": "sudoku",
     "countdown-shaped": "countdown",
+    "countdown-steps": "countdown",
     "grounding": "layout",
     "format": "tags",
     "tags-count": "tags",

@@ -1,5 +1,6 @@
 """Generated problems: solvable, unique, and on one side of the split."""
 
+import random
 import re
 import sys
 import types
@@ -15,20 +16,25 @@ from dlmctl.tasks import countdown, sources, sudoku
 from dlmctl.tasks.columns import to_record
 from dlmctl.tasks.sources import prompts
 from dlmctl.verifiers.countdown import countdown as countdown_verifier
+from dlmctl.verifiers.countdown import countdown_steps
 from dlmctl.verifiers.numeric import gsm8k
+from dlmctl.verifiers.sudoku import sudoku as sudoku_verifier
+from dlmctl.verifiers.sudoku import sudoku_units
 
 
 def brute_force(puzzle):
     """All solutions by trying digits cell by cell, nothing shared with the package."""
     if "0" not in puzzle:
         return [puzzle]
+    size = int(len(puzzle) ** 0.5)
+    high, wide = {4: (2, 2), 6: (2, 3), 9: (3, 3)}[size]
     cell = puzzle.index("0")
-    row, column = divmod(cell, 4)
-    seen = set(puzzle[4 * row : 4 * row + 4]) | set(puzzle[column::4])
-    top, left = row // 2 * 2, column // 2 * 2
-    seen |= {puzzle[4 * (top + r) + left + c] for r in (0, 1) for c in (0, 1)}
+    row, column = divmod(cell, size)
+    seen = set(puzzle[size * row : size * row + size]) | set(puzzle[column::size])
+    top, left = row // high * high, column // wide * wide
+    seen |= {puzzle[size * (top + r) + left + c] for r in range(high) for c in range(wide)}
     found = []
-    for digit in set("1234") - seen:
+    for digit in set("123456789"[:size]) - seen:
         found += brute_force(puzzle[:cell] + digit + puzzle[cell + 1 :])
     return found
 
@@ -40,11 +46,54 @@ def test_there_are_288_grids_and_the_split_is_fixed():
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_every_puzzle_has_one_solution_and_it_is_of_its_split(split):
-    for puzzle, solution in islice(sudoku.puzzles(split, (4, 11), seed=3), 60):
+@pytest.mark.parametrize(("size", "count"), [(4, 60), (6, 20), (9, 4)])
+def test_every_puzzle_has_one_solution_and_it_is_of_its_split(size, count, split):
+    for puzzle, solution in islice(sudoku.puzzles(split, (4, 11), 3, size), count):
         assert brute_force(puzzle) == [solution]
-        assert solution in sudoku.split_grids(split)
+        if size == 4:
+            assert solution in sudoku.split_grids(split)
+        else:
+            assert countdown.side_of(solution) == split
         assert 4 <= puzzle.count("0") <= 11
+        assert len(puzzle) == size**2
+
+
+@pytest.mark.parametrize(("size", "clues"), [(4, 3), (6, 22), (9, 45)])
+def test_the_solver_finds_every_solution_of_a_puzzle_with_several(size, clues):
+    several = 0
+    for seed in range(8):
+        draw = random.Random(seed)
+        grid = next(sudoku.solutions("0" * size**2, draw))
+        kept = draw.sample(range(size**2), clues)
+        puzzle = "".join(digit if cell in kept else "0" for cell, digit in enumerate(grid))
+        found = list(sudoku.solutions(puzzle))
+        assert sorted(found) == sorted(brute_force(puzzle))
+        several += len(found) > 1
+    assert several
+
+
+@pytest.mark.parametrize("clash", ["11" + "0" * 34, "1" + "0" * 7 + "1" + "0" * 27])
+def test_a_puzzle_with_equal_clues_in_a_row_or_box_has_no_solution(clash):
+    assert not list(sudoku.solutions(clash))
+
+
+def test_larger_sudokus_say_their_size_in_instructions_and_pass_their_verifiers():
+    settings = Prompts(size=6, completions=True, style="instruct", holes="6")
+    for record in prompts("sudoku", settings, limit=3):
+        assert "6x6" in record["prompt"]
+        assert "2x3 box" in record["prompt"]
+        assert "36 digits" in record["prompt"]
+        assert sudoku_units(record).reward == sudoku_verifier(record).reward == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({"size": 5}, "there are 4, 6, 9"), ({"holes": "13"}, "within 1 and 12")],
+)
+def test_sudokus_that_are_not_made_are_refused(given, said):
+    with pytest.raises(UsageError, match=said):
+        Prompts(**given)
+    assert Prompts(size=6, holes="13").hole_range == (13, 13)
 
 
 def test_the_same_seed_makes_the_same_prompts_and_none_twice():
@@ -106,6 +155,7 @@ def test_worked_completions_do_one_operation_a_step_and_keep_the_value(source):
         assert len({by_python(side) for side in sides}) == 1
         assert [operations(side) for side in sides] == list(range(len(sides)))[::-1]
         assert (gsm8k if source == "arithmetic" else countdown_verifier)(record).reward == 1
+        assert source == "arithmetic" or countdown_steps(record).reward == 1
 
 
 def test_arithmetic_stays_above_zero_and_its_splits_share_no_problem():
@@ -142,6 +192,7 @@ def test_worked_completions_need_completions_of_plain_prompts(given, said):
             {"input": "30,100,93", "output": "23"},
             {"task": "countdown", "numbers": [30, 100, 93], "target": 23},
         ),
+        ({"puzzle": "0" * 36}, {"task": "sudoku", "prompt": "0" * 36 + "="}),
         ({"nums": [1, 2], "target": 3}, {"prompt": "1,2:3="}),
         (
             {"question": "q", "answer": "so 4\n#### 1,234"},

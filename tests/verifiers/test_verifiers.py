@@ -36,7 +36,7 @@ def test_sudoku_goes_by_the_rules_and_reports_the_stored_cells():
 def test_another_solution_than_the_stored_one_is_right():
     from dlmctl.tasks.sudoku import solutions
 
-    others = solutions("3040413004000304")
+    others = list(solutions("3040413004000304"))
     assert len(others) > 1
     for grid in others:
         record = {**AMBIGUOUS, "solution": others[0], "completion": f"<answer>{grid}</answer>"}
@@ -48,6 +48,42 @@ def test_a_grid_that_overwrites_a_clue_is_wrong():
     record = {"task": "sudoku", "puzzle": "1" + "0" * 15, "completion": "4231132421433412"}
     assert judge(record)["verdict"]["sudoku"]["why"] == "a clue was changed"
     assert judge(record, verifiers=["sudoku-units"])["reward"] == 0
+
+
+def test_a_sudoku_of_six_rows_has_boxes_of_two_rows_and_three_columns():
+    grid = "645213213645354126126354432561561432"
+    record = {"task": "sudoku", "puzzle": "6" + "0" * 35, "completion": f"so {grid} it is"}
+    assert judge(record)["reward"] == judge(record, verifiers=["sudoku-units"])["reward"] == 1
+    # Every row shifts the one above by one: rows and columns are right, the six boxes are not.
+    latin = "".join("123456"[row:] + "123456"[:row] for row in range(6))
+    record = {"task": "sudoku", "puzzle": "0" * 36, "completion": latin}
+    assert judge(record)["verdict"]["sudoku"]["why"] == "box 1 does not hold 1 to 6"
+    assert judge(record, verifiers=["sudoku-units"])["reward"] == 12 / 18
+    with pytest.raises(DataError, match="not 16 digits up to 4, 36 up to 6 or 81 up to 9"):
+        judge({"task": "sudoku", "puzzle": "7" + "0" * 35, "completion": grid})
+
+
+@pytest.mark.parametrize(
+    ("completion", "parts", "right"),
+    [
+        ("(95+75)/85=170/85=2", 4, True),
+        ("(95+75)/85", 1, True),
+        ("(95+75)/85=170/84=2", 2, True),
+        ("(95+75)/85=2", 1, True),
+        ("(95+75)/85=170/85=2=2", 0, True),
+        ("95+85+75=180+75=255", 3, False),
+        ("95+85+75=180+75=2", 3, False),
+        ("1+1+1=2+1=3", 2, False),
+        ("95+85=180=170+10=2", 0, False),
+        ("2=2=2", 2, False),
+        ("=", 0, False),
+    ],
+)
+def test_countdown_steps_counts_what_is_right_of_the_working(completion, parts, right):
+    record = {"task": "countdown", "numbers": [95, 85, 75], "target": 2, "completion": completion}
+    judged = judge(record, verifiers=["countdown-steps"])
+    assert judged["reward"] == parts / 4
+    assert judged["verdict"]["countdown-steps"]["correct"] == right
 
 
 @pytest.mark.parametrize(
