@@ -15,8 +15,6 @@ Style = Literal["plain", "instruct"]
 Kind = Literal["count", "colour", "position", "sum"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """Kinds of questions about shapes."""
-MOST_HOLES = 12
-"""No 4x4 Sudoku with fewer than four clues has a unique solution."""
 MOST_THINGS = 6
 """Of a scene; with as many, scenes for an answer are still found quickly."""
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
