@@ -12,7 +12,7 @@ model=$1 saes=$2 judge=$3 labelled=$4 directory=$5 concepts=$6 amplitudes=$7 pro
 mkdir -p "$directory"
 sample="-q -m $model -n 1 -b 64 --seed 5"
 
-dlmctl sae-probe -q $saes "$labelled" -m "$model" --measure output --choose both \
+dlmctl sae-probe -q $saes "$labelled" -m "$model" --measure output --choose both --candidates 4 \
     $(printf -- '--concept %s ' $concepts) > "$directory/probe.jsonl"
 jq -c -s 'map(select(.method == "sae" and .feature != null)) | group_by([.chosen_by, .concept, .value])[]
     | .[0].chosen_by as $by | max_by(if $by == "output" then .first_half_effect else .auroc end)' \
