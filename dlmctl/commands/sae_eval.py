@@ -18,10 +18,7 @@ from dlmctl.settings.streams import Json, OnErrorOption, Quiet
 
 TUNED = "After more training"
 COLUMNS = ("layer", "k", "positions", "fve", "nmse", "cos", "l0", "dead")
-INSERTED = (
-    *("delta_mask", "delta_mask_se", "delta_unmask", "delta_unmask_se", "kl_div_with_sae"),
-    *("ce_loss_score", "ce_loss_score_mean"),
-)
+INSERTED = ("delta_mask", "delta_unmask", "kl_div_with_sae", "ce_loss_score", "ce_loss_score_mean")
 TUNED_COLUMNS = ("layer", "k", "positions", "base_fve", "tuned_fve", "jaccard", "code_cosine")
 
 

@@ -17,21 +17,21 @@ from dlmctl.settings.sae import SaePaths
 from dlmctl.settings.streams import Json, OnErrorOption, Quiet
 
 COLUMNS = {
-    "single": ("sae", "method", "concept", "value", "feature", "auroc", "auroc_se", "clear"),
+    "single": ("sae", "method", "concept", "value", "feature", "auroc", "clear"),
     "sparse": (
-        "sae", "method", "concept", "value", "top", "accuracy", "accuracy_se", "auroc", "auroc_se",
-        "above_random", "above_random_se",
+        "sae", "method", "concept", "value", "top", "accuracy", "auroc",
+        "above_random",
     ),
     "tpp": (
-        "sae", "method", "concept", "value", "top", "tpp", "tpp_se", "intended", "unintended",
+        "sae", "method", "concept", "value", "top", "tpp", "intended", "unintended",
         "accuracy",
     ),
     "scr": (
-        "sae", "method", "concept", "spurious", "main", "top", "scr", "scr_se", "accuracy",
+        "sae", "method", "concept", "spurious", "main", "top", "scr", "accuracy",
         "biased", "unbiased",
     ),
     "output": (
-        "sae", "method", "chosen_by", "concept", "value", "feature", "effect", "effect_se",
+        "sae", "method", "chosen_by", "concept", "value", "feature", "effect",
         "before", "output_rank", "measured", "estimate_rank", "auroc", "auroc_rank",
     ),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -81,19 +82,26 @@ def _telling(columns: Sequence[Sequence[str]]) -> int:
 
 
 def write_rows(rows: Iterable[dict[str, Any]], columns: Sequence[str], json: bool) -> None:
-    """Rows as a table of these columns on a terminal; as JSON lines in a pipe, or if `json`."""
+    """Rows as a table of these columns on a terminal; as JSON lines in a pipe, or if `json`.
+
+    A number has its standard error behind it, if the row has that as `NAME_se`.
+    """
     if json or not sys.stdout.isatty():
         write_records(rows)
     else:
-        print_table(list(rows), {name: name.replace("_", " ") for name in columns})
+        print_table(list(rows), {name: name.replace("_", " ") for name in columns}, with_error)
 
 
 def with_error(row: Mapping[str, Any], name: str) -> str:
-    """A cell: a number, and behind it its standard error if the row has that as `NAME_se`."""
+    """A cell: a number, and behind it its standard error if the row has that as `NAME_se`.
+
+    The error has two significant digits, unless they are beyond the sixth decimal.
+    """
     value, error = row.get(name), row.get(f"{name}_se")
-    if value is None or error is None:
+    if value is None or not error:
         return _plain(row, name)
-    return f"{value:.3f} ± {error:.3f}"
+    places = min(6, max(0, 1 - math.floor(math.log10(error))))
+    return f"{value:.{places}f} ± {error:.{places}f}"
 
 
 def _plain(row: Mapping[str, Any], name: str) -> str:

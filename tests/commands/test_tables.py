@@ -2,7 +2,7 @@
 
 import pytest
 
-from dlmctl.commands.tables import print_table
+from dlmctl.commands.tables import print_table, with_error
 
 
 def printed(rows, columns, width, monkeypatch, capsys):
@@ -42,3 +42,19 @@ def test_long_names_leave_room_for_their_numbers(monkeypatch, capsys):
 @pytest.mark.parametrize("text", ["[red]", "pip install 'dlmctl[eval]'", "[/]"])
 def test_brackets_are_no_markup(text, monkeypatch, capsys):
     assert text in printed([{"what": text}], ["what"], 80, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "cell"),
+    [
+        (0.41234, 0.0312, "0.412 ± 0.031"),
+        (-0.00052, 0.00011, "-0.00052 ± 0.00011"),
+        (1234.5, 56.7, "1234 ± 57"),
+        (0.5, 1e-9, "0.500000 ± 0.000000"),
+        (0.5, 0.0, "0.5"),
+        (0.5, None, "0.5"),
+        (None, 0.1, "-"),
+    ],
+)
+def test_an_error_stands_behind_its_number_with_two_digits(value, error, cell):
+    assert with_error({"x": value, "x_se": error}, "x") == cell
