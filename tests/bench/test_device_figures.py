@@ -36,7 +36,7 @@ def test_every_part_has_its_figures(device, monkeypatch):
         *(
             (path, temperature, size)
             for size in (2, 1)
-            for temperature in (0.9, 0.0)
+            for temperature in (1.0, 0.0)
             for path in ("exact", "dual", "dual+threshold")
         ),
         ("compiled", 0.0, 2),

@@ -57,9 +57,9 @@ def planned(model, file, *options):
 
 
 @pytest.mark.parametrize("cache", ["none", "dual"])
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize(("asked", "temperature"), [(0.0, 0.0), (1.0, 1.0), (0.9, 1.0)])
 def test_the_model_that_was_measured_is_planned_at_its_tokens_per_second(
-    cache, temperature, file, saved_models
+    cache, asked, temperature, file, saved_models
 ):
     [rollout] = [
         row
@@ -67,7 +67,7 @@ def test_the_model_that_was_measured_is_planned_at_its_tokens_per_second(
         if row["what"] == "rollout"
         and (row["cache"], row["temperature"], row["threshold"]) == (cache, temperature, None)
     ]
-    options = ("--cache", cache, "--temperature", temperature)
+    options = ("--cache", cache, "--temperature", asked)
     rows = planned(saved_models("llada"), file, *options)
     assert rows["rollout"]["seconds"] == pytest.approx(8 * 16 / rollout["value"])
     assert rows["step"]["measured_on"] == rollout["device"]
@@ -90,7 +90,7 @@ def test_an_update_takes_its_operations_at_the_measured_speed(recomputes, file, 
 def test_the_operations_of_another_shape_are_carried_over(file, saved_models):
     dream = planned(saved_models("dream"), file, "--lora-rank", 2)
     [rollout] = [
-        row for row in records(file) if (row.get("path"), row.get("temperature")) == ("exact", 0.9)
+        row for row in records(file) if (row.get("path"), row.get("temperature")) == ("exact", 1.0)
     ]
     seconds = dream["rollout"]["flops"] / rollout["tflops"] / 1e12
     assert dream["rollout"]["seconds"] == pytest.approx(seconds)

@@ -37,7 +37,7 @@ def read_saelens(directory: Path) -> SavedSae:
     """An autoencoder of SAELens; raises DataError if it is of another architecture."""
     config, where = read_config(directory / "cfg.json")
     architecture = config.get("architecture")
-    if architecture not in _THRESHOLDS:
+    if not isinstance(architecture, str) or architecture not in _THRESHOLDS:
         known = ", ".join(_THRESHOLDS)
         raise DataError(f"a '{architecture}' autoencoder; known are {known}", where)
     scaled = config.get("normalize_activations", "none") or "none"
