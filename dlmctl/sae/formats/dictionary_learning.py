@@ -83,12 +83,12 @@ def read_dictionary_learning(directory: Path) -> SavedSae:
 
 def _class_name(trainer: Mapping[str, Any], where: str) -> str:
     """The class of a dictionary; that of its trainer where it is not named."""
-    trained_by = trainer.get("trainer_class", "TopKTrainer")
+    trained_by = str(trainer.get("trainer_class", "TopKTrainer"))  # anything may stand there
     by_trainer = {row.trainer: name for name, row in _CLASSES.items()}
-    name = trainer.get("dict_class") or by_trainer.get(trained_by, trained_by)
+    name = str(trainer.get("dict_class") or by_trainer.get(trained_by, trained_by))
     if name not in _CLASSES:
         raise DataError(f"a '{name}'; known are {', '.join(_CLASSES)}", where)
-    return str(name)
+    return name
 
 
 def _prefixes(sizes: object) -> list[int] | None:
