@@ -24,7 +24,7 @@ LARGE = 100.0
 def final_norm(policy: Policy) -> nn.Module | None:
     """The norm behind the last block; None for encoders whose blocks end with a norm of their own.
 
-    It is a module beside the blocks whose class is named as a norm.
+    It is a sibling module of the blocks whose class has "norm" in its name.
     """
     wanted = decoder_blocks(policy)
     around = next(m for m in policy.core.modules() if any(c is wanted for c in m.children()))

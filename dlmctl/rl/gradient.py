@@ -77,7 +77,7 @@ def compared_gradient(
     others: Tensor,
     batch_size: int,
 ) -> tuple[float, float | None]:
-    """`accumulate_gradient`, beside the gradient that other coefficients would have.
+    """`accumulate_gradient`, compared with the gradient that other coefficients would have.
 
     Takes a second backward pass, and memory for a second gradient. No parameter may have a
     gradient yet.

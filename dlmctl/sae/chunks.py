@@ -15,9 +15,14 @@ NUMBERS = 2**26
 4.3 GB."""
 
 
+def chunks(sae: TopKSae, x: Tensor) -> Sequence[Tensor]:
+    """Activations [N, d] in parts whose pre-activations fit into memory."""
+    return x.split(max(1, NUMBERS // sae.d_sae))
+
+
 def encode_chunks(sae: TopKSae, x: Tensor) -> Iterator[tuple[Tensor, Codes]]:
     """Parts of activations [N, d], one after the other, with their codes."""
-    for part in x.split(max(1, NUMBERS // sae.d_sae)):
+    for part in chunks(sae, x):
         yield part, sae.encode(part)
 
 

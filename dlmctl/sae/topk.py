@@ -111,3 +111,9 @@ def combine(codes: Codes, rows: Tensor) -> Tensor:
     return functional.embedding_bag(
         codes.indices, rows, mode="sum", per_sample_weights=codes.values.to(rows.dtype)
     )
+
+
+def random_directions(count: int, width: int, seed: int) -> Tensor:
+    """Uniform on the sphere: float32 [count, width], on the CPU."""
+    drawn = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+    return drawn / drawn.norm(dim=1, keepdim=True)

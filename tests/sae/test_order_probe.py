@@ -14,7 +14,7 @@ from dlmctl.report.bootstrap import drawn_counts
 from dlmctl.sae.order import probing
 from dlmctl.sae.order.probing import FOLDS, Proposals, probe_rows
 from dlmctl.sae.order.solving import solving_rows
-from dlmctl.sae.topk import TopKSae
+from dlmctl.sae.topk import JumpReluSae, TopKSae
 
 PUZZLES, STEPS, PLACES, WIDTH = 60, 2, 5, 12
 COUNT = PUZZLES * STEPS * PLACES
@@ -139,13 +139,26 @@ def test_the_control_has_random_unit_directions_and_the_same_size() -> None:
     sae = _sae()
     with torch.no_grad():
         sae.b_dec.fill_(0.3)
-    control = probing._random(sae, 1)
+    coded = probing._encoded(sae, torch.randn(9, WIDTH))
+    control = probing._random(sae, coded, 1)
     assert (control.k, control.W_enc.shape) == (sae.k, sae.W_enc.shape)
     torch.testing.assert_close(control.W_enc.norm(dim=0), torch.ones(24))
     assert torch.equal(control.b_dec, sae.b_dec)
     codes = probing._encoded(control, torch.randn(9, WIDTH))
     assert codes.indices.shape == (9, 3)
-    assert not torch.equal(control.W_enc, probing._random(sae, 2).W_enc)
+    assert not torch.equal(control.W_enc, probing._random(sae, coded, 2).W_enc)
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_autoencoder_with_thresholds_is_probed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlmctl.sae.chunks.NUMBERS", 7 * 24)
+    sae = JumpReluSae(WIDTH, 24)
+    sae.load_state_dict({**_sae().state_dict(), "threshold": torch.linspace(0.1, 1, 24)})
+    proposals = _proposals(sae.requires_grad_(False), "codes")
+    codes = probing._encoded(sae, proposals.x)
+    active = float((codes.values > 0).sum(dim=1).double().mean())
+    assert probing._random(sae, codes, 0).k == round(active)
+    assert _rows(proposals, sae)["codes"]["auroc_choice"] > 0.75
 
 
 def test_what_cannot_be_probed_is_said() -> None:

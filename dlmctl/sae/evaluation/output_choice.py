@@ -21,10 +21,11 @@ from dlmctl.sae.evaluation.output_score import (
     word_places,
 )
 from dlmctl.sae.evaluation.placed import PlacedSae
-from dlmctl.sae.evaluation.sentence_codes import random_directions, signed_weights
+from dlmctl.sae.evaluation.sentence_codes import signed_weights
 from dlmctl.sae.evaluation.sentences import Labelled
 from dlmctl.sae.evaluation.single import Method, aurocs, direction_method, sae_method
 from dlmctl.sae.evaluation.value_words import value_words
+from dlmctl.sae.topk import random_directions
 from dlmctl.settings.probing import Probing
 
 

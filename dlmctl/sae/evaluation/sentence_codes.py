@@ -10,7 +10,7 @@ from torch import Tensor
 from dlmctl.sae.chunks import encoded
 from dlmctl.sae.evaluation.halves import Half, Halves
 from dlmctl.sae.logistic import Probe, equal_weights
-from dlmctl.sae.topk import Codes, TopKSae
+from dlmctl.sae.topk import Codes, TopKSae, random_directions
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,6 @@ def random_dictionary(half: Half, latents: int, active: int, seed: int) -> TopKS
     sae.W_enc.copy_(sae.W_dec.T)
     sae.b_dec.copy_(half.states.mean(dim=0))
     return sae.to(half.states.device)
-
-
-def random_directions(count: int, width: int, seed: int) -> Tensor:
-    """Uniform on the sphere: float32 [count, width], on the CPU."""
-    drawn = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
-    return drawn / drawn.norm(dim=1, keepdim=True)
 
 
 def signed_weights(present: Tensor, stratum: Tensor | None = None) -> Tensor:

@@ -24,8 +24,7 @@ from dlmctl.report.auroc import auroc
 from dlmctl.report.estimate import Estimate, auroc_estimate, mean_estimate
 from dlmctl.sae.chunks import encoded
 from dlmctl.sae.evaluation.halves import Half, Halves
-from dlmctl.sae.evaluation.sentence_codes import random_directions
-from dlmctl.sae.topk import TopKSae
+from dlmctl.sae.topk import TopKSae, random_directions
 
 NUMBERS_PER_CHUNK = 2**23
 """Products of features × tokens (or sentences) in memory at once."""

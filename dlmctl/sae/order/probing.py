@@ -28,8 +28,9 @@ from torch import Tensor
 from dlmctl.diffusion.noise import random_bits
 from dlmctl.report.auroc import stratified_wins
 from dlmctl.report.bootstrap import drawn_counts
+from dlmctl.sae.chunks import encoded
 from dlmctl.sae.logistic import Design, best_penalty, fit, losses
-from dlmctl.sae.topk import Codes, TopKSae
+from dlmctl.sae.topk import Codes, TopKSae, random_directions
 
 FOLDS = 5
 GRID = tuple(10.0**-power for power in range(7))
@@ -37,8 +38,6 @@ GRID = tuple(10.0**-power for power in range(7))
 RESAMPLES = 1000
 FEWEST = 2 * FOLDS
 """Puzzles that a probe takes at least."""
-PART = 1 << 12
-"""Activations encoded at a time."""
 MOST_ODDS = 30.0
 """Log odds of a confidence that rounds to 1."""
 
@@ -63,7 +62,7 @@ class Proposals(NamedTuple):
 
 
 class _Columns(NamedTuple):
-    """What a probe reads beside confidence: dense, or codes of `sparse` features."""
+    """What a probe reads besides confidence: dense, or codes of `sparse` features."""
 
     dense: Tensor
     """float64 [P, D]."""
@@ -113,7 +112,8 @@ def _results(
     """Each probe, trained on the proposals inside, bool [P], and applied to the others."""
     study = _Study(proposals.right, inside, folds[inside])
     base = _standardized(_confidence(proposals.numbers), inside)
-    codes, control = (_encoded(one, proposals.x) for one in (sae, _random(sae, seed)))
+    codes = _encoded(sae, proposals.x)
+    control = _encoded(_random(sae, codes, seed), proposals.x)
     parts = {
         "codes": _scaled(codes, sae.d_sae, inside),
         "activations": _standardized(proposals.x.double(), inside),
@@ -177,21 +177,22 @@ def _scaled(codes: Codes, sparse: int, train: Tensor) -> _Columns:
     return _Columns(values.new_zeros(len(values), 0), values / scale, codes.indices, sparse)
 
 
-@torch.no_grad()
 def _encoded(sae: TopKSae, x: Tensor) -> Codes:
     """Codes of x [P, d], on the CPU."""
-    weights = sae.W_enc
-    parts = [sae.encode(part.to(weights.device, weights.dtype)) for part in x.split(PART)]
-    return Codes(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
+    codes = encoded(sae, x.to(sae.W_enc.device, sae.W_enc.dtype))
+    return Codes(*(part.cpu() for part in codes))
 
 
 @torch.no_grad()
-def _random(sae: TopKSae, seed: int) -> TopKSae:
-    """A dictionary of random unit directions, with the size, K and centre of another."""
-    control = TopKSae(sae.d_in, sae.d_sae, sae.k).to(sae.W_enc.device, sae.W_enc.dtype)
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(sae.d_sae, sae.d_in, generator=generator)
-    control.W_enc.copy_((rows / rows.norm(dim=1, keepdim=True)).T)
+def _random(sae: TopKSae, codes: Codes, seed: int) -> TopKSae:
+    """A dictionary of random unit directions, with the size, K and centre of another.
+
+    Args:
+        codes: of the other, whose mean number of active latents is K if it does not know its own.
+    """
+    active = sae.k or max(1, round(float((codes.values > 0).sum(dim=1).double().mean())))
+    control = TopKSae(sae.d_in, sae.d_sae, active).to(sae.W_enc.device, sae.W_enc.dtype)
+    control.W_enc.copy_(random_directions(sae.d_sae, sae.d_in, seed).T)
     control.b_dec.copy_(sae.b_dec)
     return control.requires_grad_(False)
 

@@ -30,14 +30,13 @@ from dlmctl.models.blocks import Edit, edited_blocks
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record
+from dlmctl.sae.chunks import chunks
 from dlmctl.sae.steering.sae_at_layer import SaeAtLayer, computing_dtype, read_at_layer
 from dlmctl.sae.topk import TopKSae
 from dlmctl.settings.steering import SteeredFeature, Steering
 
 STRONGEST = 3
 """Positions of a row that the scope `topk` steers, as in DLM-Scope's code."""
-CODE_SIZE = 1 << 26
-"""Numbers in the codes that are computed at a time."""
 
 
 class SteeredPolicy(SamplerCallback):
@@ -176,7 +175,7 @@ class _Directions:
         steered = torch.ones_like(weights, dtype=torch.bool)
         if self.strongest or not self.by_norm:
             scales, strengths = [], []
-            for part in x.split(max(1, CODE_SIZE // self.sae.d_sae)):
+            for part in chunks(self.sae, x):
                 pre = self.sae.pre_activations(part)  # [N, F]
                 scales.append(self.sae.rectified(pre).amax(dim=1))
                 strengths.append(pre[:, self.features])
