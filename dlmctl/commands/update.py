@@ -123,6 +123,7 @@ def command(
         sampled_from or "builtin:puzzles",
         prompting,
         compute.quantize,
+        learning.compile,
     )
     check_kind(algo, run.policy.diffusion, run.policy.name)
     if supervised.anneal_attention is not None:

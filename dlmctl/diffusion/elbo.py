@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dlmctl.diffusion.fused_linear_logprob import target_log_probs
 from dlmctl.diffusion.masks import MaskSet
+from dlmctl.models.even_shapes import even_size
 from dlmctl.models.policy import Policy
 from dlmctl.models.sending import sent
 from dlmctl.models.vision import Picture
@@ -95,7 +96,9 @@ def scored_states(
     lengths = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
     starts = torch.tensor([len(prompt) for prompt in prompts])
     whole = policy.blocks.whole(lengths) if policy.blocks else lengths
-    ids = torch.full((len(lengths), int(whole.max())), policy.pad_id, dtype=torch.int64)
+    most = getattr(policy.core.config, "max_position_embeddings", None)
+    width = even_size(int(whole.max()), policy.device, policy.core.dtype, most)
+    ids = torch.full((len(lengths), width), policy.pad_id, dtype=torch.int64)
     is_masked = torch.zeros_like(ids, dtype=torch.bool)  # [B, L], like `ids`
     is_scored = torch.zeros_like(is_masked)
     for b, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from dlmctl.models.even_shapes import even_size
 from dlmctl.models.policy import Policy
 
 LOGITS_PER_CHUNK = 2**25
@@ -73,6 +74,10 @@ def weighted_log_prob(
         coefficients: float [N], c; taken as constants.
     """
     head = policy.head
+    # Further positions, with coefficients of 0.
+    more = even_size(len(targets), states.device, states.dtype) - len(targets)
+    states = functional.pad(states, (0, 0, 0, more))
+    targets, coefficients = (functional.pad(each, (0, more)) for each in (targets, coefficients))
     value: Tensor = _WeightedLogProb.apply(
         head.transform(states),
         head.projection.weight,

@@ -9,7 +9,7 @@ from typing import Annotated
 from dlmctl.settings import Knob, knob, same
 from dlmctl.settings.algorithms import defaults
 from dlmctl.settings.objective import OBJECTIVE
-from dlmctl.settings.optimizer import GradientCheckpointing
+from dlmctl.settings.optimizer import ADAPTER, GradientCheckpointing
 
 OptionalModel = Annotated[
     str | None,
@@ -79,6 +79,13 @@ class Learning:
         shown_default="off",
     )
     gradient_checkpointing: bool = same(False, GradientCheckpointing)
+    compile: bool = knob(
+        False,
+        "Run the model's layers through torch.compile: the same up to rounding, and faster after "
+        "the first steps, which compile for a minute. Of one process.",
+        "--compile",
+        panel=ADAPTER,
+    )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dlmctl.models.adapters import merged
+from dlmctl.models.compiled import compiled_layers
 from dlmctl.models.loading import (
     checkpoint_revision,
     fixed_name,
@@ -74,6 +75,7 @@ class Run:
         optimization: Optimizer,
         compute_dtype: torch.dtype,
         form: nn.Module | None = None,
+        compiled: bool = False,
     ) -> None:
         self.directory = directory
         self.policy = policy
@@ -94,11 +96,15 @@ class Run:
         """Options of the training for the card of a checkpoint, by name."""
         self._form = form
         """Outline of a model that is spread over several ranks."""
+        self._compiled = compiled
 
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:
-        """Within the block matrix products run in the compute dtype."""
-        with training_precision(self.policy, self.compute_dtype):
+        """Within the block matrix products run in the compute dtype, and layers compiled if the
+        run is to be."""
+        body = getattr(self.policy.core, self.policy.core.base_model_prefix)
+        fast = compiled_layers(body, cached=False) if self._compiled else contextlib.nullcontext()
+        with training_precision(self.policy, self.compute_dtype), fast:
             yield
 
     @contextlib.contextmanager
@@ -214,6 +220,7 @@ def open_run(
     otherwise: str = "builtin:puzzles",
     prompting: Prompting | None = None,
     quantize: Quantization | None = None,
+    compiled: bool = False,
 ) -> Run:
     """Begin a run in `directory`, or resume the one that is there.
 
@@ -224,11 +231,12 @@ def open_run(
         model: what to begin from, as the user names it; None: from `otherwise`.
         quantize: format of the weights below a new adapter; None: their own, or that of the run
             that is resumed.
+        compiled: layers go through torch.compile.
 
     Raises:
         UsageError: the run in the directory trains by another algorithm or optimizer, from another
-            model, format or other parts of it, several ranks cannot train the model, or the dtype
-            is float16.
+            model, format or other parts of it, several ranks cannot train the model or are to
+            compile it, or the dtype is float16.
         CannotCreateError: another kind of run is in the directory.
         MissingInputError: the model is not there.
         TryAgainError: another process trains in the directory.
@@ -259,6 +267,8 @@ def open_run(
             "--dtype float16: gradients below 6e-8 would vanish in training; give --dtype "
             "bfloat16, or float32 for a GPU without it"
         )
+    if compiled and world_size() > 1:
+        raise UsageError("--compile is for one process, and there are several: leave it out")
     home = RunDirectory(directory, Progress)
     progress, checkpoint = home.open(check), home.checkpoint
     torch.manual_seed(seed)  # the first values of an adapter, and its dropout
@@ -289,7 +299,7 @@ def open_run(
         check_trainable(policy, optimization.optimizer)
         form = outline(policy.model)
         shard(policy, compute)
-    run = Run(home, policy, progress, optimization, compute, form)
+    run = Run(home, policy, progress, optimization, compute, form, compiled)
     if checkpoint is not None:
         tensors = load_file(checkpoint / TENSORS)
         if (method := method_of(tensors)) not in (None, optimization.optimizer):

@@ -12,8 +12,9 @@
 ENGLISH    ?= $(RUNS)/english.txt
 STORIES    ?= 25000
 CHARACTERS ?= 480
-STEPS      ?= 2400
-BATCH      ?= 32
+STEPS      ?= 3200
+BATCH      ?= 16
+RATE       ?= 1.5e-3
 DTYPE      ?= bfloat16
 # Steps on stories about sport alone, and on Sudokus.
 TUNING     ?= 150
@@ -27,7 +28,7 @@ LESSER  = --hidden-size 128 --layers 4 --heads 4 $(LENGTHS)
 # Training of model $(3) for $(1) steps with the rate $(4), the records of standard input in their order.
 sft     = dlmctl update -q --algo sft --lr $(4) --warmup $$(($(1) / 20)) --schedule cosine --total-steps $(1) \
     --beta2 0.98 --grad-norm 1 -k 1 --masks independent --fill-to x1 --prompts-per-step $(BATCH) -b 16 \
-    --dtype $(DTYPE) --seed $(2) -m $(3) -o $(@D) > $(@D).jsonl
+    --dtype $(DTYPE) --compile --seed $(2) -m $(3) -o $(@D) > $(@D).jsonl
 # Records for $(1) steps, in the order of seed $(2).
 random  = --random-source=<(openssl enc -aes-256-ctr -nosalt -pass pass:$(1) < /dev/zero 2> /dev/null)
 texts   = shuf -n $$(($(1) * $(BATCH))) $(call random,$(2)) $(RUNS)/train.jsonl
@@ -67,7 +68,7 @@ $(RUNS)/vocabulary.jsonl: $(RUNS)/train.jsonl
 # --- models ---------------------------------------------------------------------------------------
 
 init    = dlmctl init --tokenizer bpe --vocabulary $(RUNS)/vocabulary.jsonl
-learnt  = $(call texts,$(1),$(2)) | $(call sft,$(1),$(2),$(3),2e-3)
+learnt  = $(call texts,$(1),$(2)) | $(call sft,$(1),$(2),$(3),$(RATE))
 ready   = | $(RUNS)/vocabulary.jsonl
 QUARTER = $$(($(STEPS) / 4))
 
