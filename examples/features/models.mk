@@ -1,9 +1,9 @@
 # The models of the study, included by the Makefile.
 #
-# For each seed a masked diffusion model and its autoregressive twin, of 8.4 million parameters, which
-# see the same texts in the same order; and a diffusion model that was made from the twin the way that
-# Dream was made, with its logits one position to the left. One smaller autoregressive model says how
-# fluent a text is. Three small models of Sudoku are for the order of decoding.
+# For each seed an autoregressive model of 8.4 million parameters, and a masked diffusion model that is
+# made from it as Dream was made from Qwen2.5: with its weights, attention in both directions, and logits
+# one position to the left. One smaller autoregressive model says how fluent a text is. Three small models
+# of Sudoku are for the order of decoding.
 #
 # The texts are English, a share of it with planted concepts. `make` takes them from Debian packages,
 # which it downloads and does not install; ENGLISH=FILE is a text of your own, with empty lines between
@@ -12,9 +12,9 @@
 ENGLISH    ?= $(RUNS)/english.txt
 STORIES    ?= 25000
 CHARACTERS ?= 480
+# Steps of 16 texts of the twin, and of 8 texts with two masks each of the diffusion model made from it.
 STEPS      ?= 3200
-BATCH      ?= 16
-RATE       ?= 1.5e-3
+DENOISING  ?= 2000
 DTYPE      ?= bfloat16
 # Steps on stories about sport alone, and on Sudokus.
 TUNING     ?= 150
@@ -25,13 +25,16 @@ LABELLED   ?= 400
 LENGTHS = --gen-length 72 --block-length 72 --steps 36
 SIZES   = --hidden-size 256 --layers 8 --heads 4 $(LENGTHS)
 LESSER  = --hidden-size 128 --layers 4 --heads 4 $(LENGTHS)
-# Training of model $(3) for $(1) steps with the rate $(4), the records of standard input in their order.
+# Training of model $(3) for $(1) steps with the rate $(4), on the records of standard input in their order.
+# What was interrupted goes on where it was.
 sft     = dlmctl update -q --algo sft --lr $(4) --warmup $$(($(1) / 20)) --schedule cosine --total-steps $(1) \
-    --beta2 0.98 --grad-norm 1 -k 1 --masks independent --fill-to x1 --prompts-per-step $(BATCH) -b 16 \
-    --dtype $(DTYPE) --compile --seed $(2) -m $(3) -o $(@D) > $(@D).jsonl
-# Records for $(1) steps, in the order of seed $(2).
+    --beta2 0.98 --grad-norm 1 $(5) --fill-to x1 -b 16 --dtype $(DTYPE) --compile --seed $(2) -m $(3) \
+    -o $@.part --resume > /dev/null && mv $@.part $@
+one     = --prompts-per-step 16 -k 1
+two     = --prompts-per-step 8 --masks complementary -k 2
+# Records for $(1) steps of $(3), in the order of seed $(2).
 random  = --random-source=<(openssl enc -aes-256-ctr -nosalt -pass pass:$(1) < /dev/zero 2> /dev/null)
-texts   = shuf -n $$(($(1) * $(BATCH))) $(call random,$(2)) $(RUNS)/train.jsonl
+texts   = shuf -n $$(($(1) * $(3))) $(call random,$(2)) $(RUNS)/train.jsonl
 
 # --- texts ----------------------------------------------------------------------------------------
 
@@ -68,35 +71,30 @@ $(RUNS)/vocabulary.jsonl: $(RUNS)/train.jsonl
 # --- models ---------------------------------------------------------------------------------------
 
 init    = dlmctl init --tokenizer bpe --vocabulary $(RUNS)/vocabulary.jsonl
-learnt  = $(call texts,$(1),$(2)) | $(call sft,$(1),$(2),$(3),$(RATE))
+read    = $(call texts,$(STEPS),$(1),16) | $(call sft,$(STEPS),$(1),$|,1.5e-3,$(one))
 ready   = | $(RUNS)/vocabulary.jsonl
-QUARTER = $$(($(STEPS) / 4))
 
-$(RUNS)/%/new-llada: $(ready)
-	$(init) $@ --family llada $(SIZES) --seed $*
-$(RUNS)/%/new-ar: $(ready)
+$(RUNS)/%/new-twin: $(ready)
 	$(init) $@ --family ar $(SIZES) --seed $*
 $(RUNS)/new-judge: $(ready)
 	$(init) $@ --family ar $(LESSER) --seed 99
-$(RUNS)/%/new-dream: | $(RUNS)/%/ar/latest
-	dlmctl init $@ --from $(RUNS)/$*/ar --shift 1 $(LENGTHS)
-$(RUNS)/%/llada/latest: | $(RUNS)/%/new-llada
-	$(call learnt,$(STEPS),$*,$|)
-$(RUNS)/%/ar/latest: | $(RUNS)/%/new-ar
-	$(call learnt,$(STEPS),$*,$|)
-$(RUNS)/%/dream/latest: | $(RUNS)/%/new-dream
-	$(call learnt,$(QUARTER),$*9,$|)
-$(RUNS)/judge/latest: | $(RUNS)/new-judge
-	$(call learnt,$(STEPS),99,$|)
+$(RUNS)/%/twin: | $(RUNS)/%/new-twin
+	$(call read,$*)
+$(RUNS)/judge: | $(RUNS)/new-judge
+	$(call read,99)
+$(RUNS)/%/new-diffusion: | $(RUNS)/%/twin
+	dlmctl init $@ --from $(RUNS)/$*/twin --shift 1 $(LENGTHS)
+$(RUNS)/%/diffusion: | $(RUNS)/%/new-diffusion
+	$(call texts,$(DENOISING),$*9,8) | $(call sft,$(DENOISING),$*,$|,1e-3,$(two))
 # After more training, on stories about sport alone.
-$(RUNS)/%/tuned/latest: | $(RUNS)/%/llada/latest
-	jq -c -n 'limit($(BATCH) * $(TUNING); inputs | select(.sentences[0].topic == "sport"))' $(RUNS)/stories.jsonl | \
-	    $(call sft,$(TUNING),$*,$(RUNS)/$*/llada,3e-4)
+$(RUNS)/%/tuned: | $(RUNS)/%/diffusion
+	jq -c -n 'limit(8 * $(TUNING); inputs | select(.sentences[0].topic == "sport"))' $(RUNS)/stories.jsonl | \
+	    $(call sft,$(TUNING),$*,$(RUNS)/$*/diffusion,3e-4,$(two))
 
 # Sudokus with 1 to 4 holes; asked later with 8.
 $(RUNS)/%/new-sudoku: | $(RUNS)
 	dlmctl init $@ --family a2d --hidden-size 64 --layers 4 --heads 4 --gen-length 16 --block-length 16 --seed $*
-$(RUNS)/%/sudoku/latest: | $(RUNS)/%/new-sudoku
+$(RUNS)/%/sudoku: | $(RUNS)/%/new-sudoku
 	dlmctl prompts sudoku -n $$((128 * $(PUZZLING))) --holes 1-4 --completions --seed $*3 | dlmctl update -q --algo sft \
 	    --lr 2e-3 --warmup 50 --schedule cosine --total-steps $(PUZZLING) --grad-norm 1 --fill-to 16 \
-	    --prompts-per-step 128 -b 128 -m $| -o $(@D) > $(@D).jsonl
+	    --prompts-per-step 128 -b 128 -m $| -o $@.part --resume > /dev/null && mv $@.part $@

@@ -10,23 +10,25 @@
 set -euo pipefail
 model=$1 saes=$2 judge=$3 labelled=$4 directory=$5 concepts=$6 amplitudes=$7 prompts=$8
 mkdir -p "$directory"
-sample="-q -m $model -n 1 -b 64 --seed 5"
+sample="-q -m $model -n 1 -b 64 --seed 5 --dtype ${DTYPE:-auto}"
 
 dlmctl sae-probe -q $saes "$labelled" -m "$model" --measure output --choose both --candidates 4 \
     $(printf -- '--concept %s ' $concepts) > "$directory/probe.jsonl"
 jq -c -s 'map(select(.method == "sae" and .feature != null)) | group_by([.chosen_by, .concept, .value])[]
     | .[0].chosen_by as $by | max_by(if $by == "output" then .first_half_effect else .auroc end)' \
     "$directory/probe.jsonl" > "$directory/chosen.jsonl"
+dlmctl prompts concepts -q --split test -n "$prompts" --seed 9 -o "$directory/asked.jsonl"
+dlmctl rollout $sample "$directory/asked.jsonl" > "$directory/plain.jsonl"
 jq -r '[.chosen_by, .concept, .value, .sae, .feature, .effect, .auroc] | @tsv' "$directory/chosen.jsonl" |
     while IFS=$'\t' read -r chosen concept value sae feature effect auroc; do
-        dlmctl prompts concepts -q --split test -n "$prompts" --seed 9 --want "$concept=$value" -o "$directory/asked.jsonl"
-        dlmctl rollout $sample "$directory/asked.jsonl" | dlmctl verify -q > "$directory/plain.jsonl"
+        judged() { jq -c --arg concept "$concept" --arg value "$value" '.wanted = {($concept): $value}' | dlmctl verify -q; }
+        judged < "$directory/plain.jsonl" > "$directory/baseline.jsonl"
         for scope in all update; do
             for amplitude in $amplitudes; do
                 dlmctl rollout $sample --steer "$sae:$feature=$amplitude" --steer-unit norm --steer-scope "$scope" \
                     "$directory/asked.jsonl"
-            done | dlmctl verify -q |
-                dlmctl sae-steering -q --baseline "$directory/plain.jsonl" --concept-from reward --fluency "$judge" |
+            done | judged |
+                dlmctl sae-steering -q --baseline "$directory/baseline.jsonl" --concept-from reward --fluency "$judge" |
                 jq -c --arg chosen "$chosen" --arg concept "$concept" --arg value "$value" --argjson effect "$effect" \
                     --argjson auroc "$auroc" '. + {chosen_by: $chosen, concept: $concept, value: $value, effect: $effect, auroc: $auroc}'
         done
