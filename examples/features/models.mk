@@ -20,7 +20,7 @@ DTYPE      ?= bfloat16
 TUNING     ?= 150
 PUZZLING   ?= 900
 # Unseen stories whose sentences are labelled.
-LABELLED   ?= 400
+LABELLED   ?= 200
 
 LENGTHS = --gen-length 72 --block-length 72 --steps 36
 SIZES   = --hidden-size 256 --layers 8 --heads 4 $(LENGTHS)

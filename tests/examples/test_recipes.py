@@ -19,8 +19,8 @@ SCRIPTS = [
     for path in sorted((ROOT / "examples").rglob("*"))
     if path.suffix in (".sh", ".sbatch") or path.name == "crontab"
 ]
-HOLD_OPTIONS = {"sample": "-n 1"}
-"""Variables of the scripts, and options such as they hold."""
+HOLD_OPTIONS = {"sample": "-n 1", "scopes": "all"}
+"""Variables of the scripts, and options or choices such as they hold."""
 
 
 def _make(folder: Path, *arguments: str) -> str:
