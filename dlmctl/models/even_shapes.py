@@ -12,9 +12,7 @@ import torch
 UNIT = 32
 
 
-def even_size(
-    size: int, device: torch.device, dtype: torch.dtype, most: int | None = None
-) -> int:
+def even_size(size: int, device: torch.device, dtype: torch.dtype, most: int | None = None) -> int:
     """The size, or the next multiple of 32 where that is faster: for products in bfloat16 on a CPU.
 
     Args:
