@@ -27,7 +27,7 @@ _PATHS = ("layers", "encoder.layer", "transformer.layer", "h")
 def blocks(policy: Policy) -> nn.ModuleList:
     """The blocks of a policy, in order; raises DataError for an unknown kind of model."""
     for path in _PATHS:
-        module: Any = _body(policy)
+        module: Any = policy.body
         for name in path.split("."):
             module = getattr(module, name, None)
         if isinstance(module, nn.ModuleList):
@@ -38,7 +38,7 @@ def blocks(policy: Policy) -> nn.ModuleList:
 def decoder_blocks(policy: Policy) -> nn.ModuleList:
     """The same; for a model that takes images, those of its language model."""
     path = policy.model_family.language_layers
-    layers: Any = blocks(policy) if path is None else _body(policy).get_submodule(path)
+    layers: Any = blocks(policy) if path is None else policy.body.get_submodule(path)
     return cast(nn.ModuleList, layers)
 
 
@@ -100,7 +100,7 @@ def edited_blocks(policy: Policy, edits: Mapping[int, Edit]) -> Iterator[None]:
         return run
 
     with contextlib.ExitStack() as handles:
-        handles.callback(_body(policy).register_forward_pre_hook(begin, with_kwargs=True).remove)
+        handles.callback(policy.body.register_forward_pre_hook(begin, with_kwargs=True).remove)
         for layer, edit in edits.items():
             handles.callback(modules[layer].register_forward_hook(hook(edit)).remove)
         yield
@@ -124,8 +124,3 @@ def _without_padding(ids: Tensor, arguments: Mapping[str, Any]) -> Tensor:
 
 class _StopPassError(Exception):
     """No block after this one is needed."""
-
-
-def _body(policy: Policy) -> nn.Module:
-    body: nn.Module = getattr(policy.core, policy.core.base_model_prefix)
-    return body

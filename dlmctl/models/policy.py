@@ -134,7 +134,7 @@ class Policy:
         Returns:
             [B, T, H] in the dtype of the model.
         """
-        body: Any = getattr(self.core, self.core.base_model_prefix)
+        body = self.body
         extra: dict[str, Any] = {"use_cache": False} if self.core.can_generate() else {}
         mask = None if attention is None else attention.long()
         if cache is not None:
@@ -162,6 +162,11 @@ class Policy:
         fast = compiled_layers(body, cache is not None) if compiled else contextlib.nullcontext()
         with fast:
             return body(input_ids=ids, attention_mask=mask, **extra).last_hidden_state
+
+    @property
+    def body(self) -> Any:
+        """The decoder below the head, whose lists of modules are the layers."""
+        return getattr(self.core, self.core.base_model_prefix)
 
     @property
     def reuses_keys(self) -> bool:

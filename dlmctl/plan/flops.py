@@ -133,7 +133,7 @@ def counts(policy: Policy, recomputes: bool) -> Counts:
     Raises:
         UsageError: it is a mixture of experts, in which a token does not use all weights.
     """
-    body = getattr(policy.core, policy.core.base_model_prefix)
+    body = policy.body
     inside = {id(module) for module in body.modules()}
     blocks, head, patches, tokens = (Part(0, 0) for _ in range(4))
     for name, module in policy.core.named_modules():

@@ -102,9 +102,9 @@ class Run:
     def precision(self) -> Iterator[None]:
         """Within the block matrix products run in the compute dtype, and layers compiled if the
         run is to be."""
-        body = getattr(self.policy.core, self.policy.core.base_model_prefix)
-        fast = compiled_layers(body, cached=False) if self._compiled else contextlib.nullcontext()
-        with training_precision(self.policy, self.compute_dtype), fast:
+        policy, plain = self.policy, contextlib.nullcontext()
+        layers = compiled_layers(policy.body, cached=False) if self._compiled else plain
+        with training_precision(policy, self.compute_dtype), layers:
             yield
 
     @contextlib.contextmanager
@@ -235,8 +235,8 @@ def open_run(
 
     Raises:
         UsageError: the run in the directory trains by another algorithm or optimizer, from another
-            model, format or other parts of it, several ranks cannot train the model or are to
-            compile it, or the dtype is float16.
+            model, format or other parts of it; several ranks cannot train the model, and none of
+            several compiles it; or the dtype is float16.
         CannotCreateError: another kind of run is in the directory.
         MissingInputError: the model is not there.
         TryAgainError: another process trains in the directory.
