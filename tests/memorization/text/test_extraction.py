@@ -151,10 +151,11 @@ def oracle():
         logits = torch.cat([seen.log(), torch.full((len(ids), 1), -torch.inf)], 1)
         return logits[:, None].expand(-1, ids.shape[1], -1)
 
+    core = SimpleNamespace(config=SimpleNamespace(), dtype=torch.float64)
     return SimpleNamespace(
-        diffusion=True, name="oracle", pad_id=0, mask_id=2, vocab_size=3, hidden_of=hidden_of,
-        device=torch.device("cpu"), shift=0, blocks=None, noised_rows=partial(noised_rows, None, 0),
-        logits=lambda states: states.clone(),
+        diffusion=True, name="oracle", core=core, pad_id=0, mask_id=2,
+        vocab_size=3, hidden_of=hidden_of, device=torch.device("cpu"), shift=0, blocks=None,
+        noised_rows=partial(noised_rows, None, 0), logits=lambda states: states.clone(),
     )  # fmt: skip
 
 
