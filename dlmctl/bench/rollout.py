@@ -33,6 +33,7 @@ def sampler_paths(policy: Policy, options: SamplerPaths) -> dict[str, SamplerCon
     changes: dict[str, dict[str, Any]] = {
         "exact": {},
         "compiled": {"compile": True, **uncached},
+        "random": {"remasking": "random"},
         "threshold": threshold,
         "factor": factor,
     }

@@ -37,6 +37,11 @@ class SamplerCallback:
         others.
         """
 
+    @property
+    def adjusts(self) -> bool:
+        """Whether `adjust_confidence` is overridden, so that every target has to be predicted."""
+        return type(self).adjust_confidence is not SamplerCallback.adjust_confidence
+
     def adjust_confidence(
         self, targets: Targets, states: Sequence[Tensor], confidence: Tensor
     ) -> Tensor:
@@ -74,6 +79,10 @@ class SeveralCallbacks(SamplerCallback):
     def on_rows(self, requests: Sequence[int]) -> None:
         for part in self.parts:
             part.on_rows(requests)
+
+    @property
+    def adjusts(self) -> bool:
+        return any(part.adjusts for part in self.parts)
 
     def adjust_confidence(
         self, targets: Targets, states: Sequence[Tensor], confidence: Tensor

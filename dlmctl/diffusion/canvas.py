@@ -49,6 +49,10 @@ class Targets(NamedTuple):
         row, offset, slot, position, completion, masked = sent(together, device)
         return Targets(self.shape, row, offset, slot, position, completion, masked.bool())
 
+    def at(self, which: Tensor) -> Targets:
+        """Some of them, bool [N]."""
+        return Targets(self.shape, *(part[which] for part in self[1:]))
+
 
 class Canvas:
     """Slots of token ids."""
@@ -66,7 +70,7 @@ class Canvas:
         self.order = self.tokens.new_zeros(slots, settings.gen_length + settings.block_length)
         self.edits = torch.zeros_like(self.order)
         """How often each token of a completion was replaced."""
-        self.keys = torch.zeros(slots, dtype=torch.int64, device=self.device)
+        self.keys = torch.zeros(slots, dtype=torch.int64)
         self.owner: list[int | None] = [None] * slots
         """Number of the request in each slot."""
         self.starts, self.block, self.step, self.nfe = ([0] * slots for _ in range(4))
@@ -132,12 +136,12 @@ class Canvas:
 
     def quotas(self, rows: Sequence[int]) -> Tensor:
         """[R]: tokens that the present step of each row decides, if not fewer are left, int64;
-        with ancestral sampling the probability of each, float64."""
+        with ancestral sampling the probability of each, float64; on the host."""
         dtype = torch.float64 if self.settings.ancestral else torch.int64
         plans = [(self.quota(slot), self.step[slot]) for slot in rows]
         # Steps beyond the plan find nothing masked, and only edit.
         numbers = [plan[step] if step < len(plan) else 0 for plan, step in plans]
-        return sent(torch.tensor(numbers, dtype=dtype), self.device)
+        return torch.tensor(numbers, dtype=dtype)
 
     def add(self, number: int, request: Request) -> int:
         """Put a request into the first free slot; returns the slot."""
@@ -155,7 +159,7 @@ class Canvas:
         self.masked[slot, start:length] = True
         self.ids[slot] = sent(self.tokens[slot], self.device)
         self.order[slot], self.edits[slot] = 0, 0
-        self.keys[slot] = self.tensor([request.key])[0]
+        self.keys[slot] = request.key
         self.owner[slot] = number
         self.block[slot] = self.step[slot] = self.nfe[slot] = self.edit_steps[slot] = 0
         return slot

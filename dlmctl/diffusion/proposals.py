@@ -138,7 +138,7 @@ def _confidence(logits: Tensor, token: Tensor, keys: Tensor, remasking: Remaskin
     """float64 [N]: how sure softmax(logits) is, for logits [N, V] (overwritten)."""
     if remasking == "random":
         broken = logits.amax(dim=1).isnan()
-        return uniform(keys, torch.full_like(keys, -1)).masked_fill(broken, torch.nan)
+        return chance(keys).masked_fill(broken, torch.nan)
     best, top = logits.max(dim=1, keepdim=True)
     below = logits.sub_(best)
     chosen = below.gather(1, token[:, None])[:, 0].double().exp()
@@ -153,6 +153,11 @@ def _confidence(logits: Tensor, token: Tensor, keys: Tensor, remasking: Remaskin
         mean = weights.mul_(below.clamp_(min=-1e4)).sum(dim=1).double()
         return mean / (1 + rest) - rest.log1p()
     return chosen / (1 + below.exp_().sum(dim=1).double())
+
+
+def chance(keys: Tensor) -> Tensor:
+    """The confidence of N positions that are decided in random order; float64 [N]."""
+    return uniform(keys, torch.full_like(keys, -1))
 
 
 def perturb(confidence: Tensor, keys: Tensor, settings: SamplerConfig) -> Tensor:

@@ -17,9 +17,10 @@ another that is more probable than this, as LLaDA2.1 (arXiv 2602.08676 and its c
 ends when nothing in it is masked and a step changed nothing, or after `edit_steps` steps without
 masks.
 
-What is not needed is not computed: only positions that may change reach the vocabulary. Each row is
-at its own step of its own block; a row that is done leaves and the next request takes its place.
-Its noise depends on its key alone, so that a sample does not depend on its neighbours.
+What is not needed is not computed: only positions that may change reach the vocabulary, and in
+random order (`remasking` random) only those whose token stays. Each row is at its own step of its
+own block; a row that is done leaves and the next request takes its place. Its noise depends on its
+key alone, so that a sample does not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
+from torch import Tensor
 
 from dlmctl.diffusion.callback import SamplerCallback
-from dlmctl.diffusion.canvas import Canvas
+from dlmctl.diffusion.canvas import Canvas, Targets
 from dlmctl.diffusion.noise import subkeys
 from dlmctl.diffusion.passes import Passes
-from dlmctl.diffusion.proposals import perturb, predict_tokens, select_to_unmask
+from dlmctl.diffusion.proposals import chance, perturb, predict_tokens, select_to_unmask
 from dlmctl.diffusion.sampling import Request, Sample, SamplerConfig
 from dlmctl.models.policy import Policy
+from dlmctl.models.sending import sent
 from dlmctl.records.errors import DataError, UsageError
 
 
@@ -111,25 +114,28 @@ def _denoise(canvas: Canvas, passes: Passes, callback: SamplerCallback) -> list[
     rows, settings, device = canvas.active, canvas.settings, canvas.device
     canvas.skip_idle_steps(rows)
     on_host, steps = canvas.targets(rows), canvas.step_numbers(rows)
-    targets = on_host.to(device)
-    keys = subkeys(canvas.keys[canvas.tensor(rows)], canvas.tensor(steps))
-    noise = subkeys(keys[targets.row], targets.completion)
-    # 1. What the model predicts, and how sure it is.
+    keys = subkeys(canvas.keys[rows], torch.tensor(steps))
+    # 1. In random order, the tokens that stay are known before the pass; only they are predicted.
+    known = settings.blind and not callback.adjusts
+    if known:
+        noise = subkeys(keys[on_host.row], on_host.completion)
+        stays, _ = _which_stay(canvas, rows, on_host, chance(noise), noise)
+        on_host, noise = on_host.at(stays), sent(noise[stays], device)
+        targets = on_host.to(device)
+    else:
+        targets = on_host.to(device)
+        noise = subkeys(sent(keys, device)[targets.row], targets.completion)
+    # 2. What the model predicts, how sure it is, and which tokens stay.
     states = passes.states(rows, on_host)
     token, sure = predict_tokens(canvas.policy, states, noise, settings)
-    sure = callback.adjust_confidence(targets, states, sure)
-    replaced = canvas.replaced(targets, token, sure)
-    # 2. Which tokens stay.
-    sure = sure.where(targets.masked, -torch.inf)
-    confidence = torch.full(targets.shape, -torch.inf, dtype=torch.float64, device=device)
-    confidence[targets.row, targets.offset] = sure
-    ranking = confidence
-    if settings.alg_temp:
-        ranking = confidence.clone()
-        ranking[targets.row, targets.offset] = perturb(sure, noise, settings)
-    stays = select_to_unmask(ranking, canvas.quotas(rows), settings)
-    repeated = passes.outdated(rows, confidence.amax(dim=1))
-    written = (stays & ~repeated[:, None])[targets.row, targets.offset] | replaced
+    if known:
+        written = torch.ones_like(token, dtype=torch.bool)
+        repeated = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    else:
+        sure = callback.adjust_confidence(targets, states, sure)
+        stays, surest = _which_stay(canvas, rows, targets, sure, noise)
+        repeated = passes.outdated(rows, surest)
+        written = (stays & ~repeated[targets.row]) | canvas.replaced(targets, token, sure)
     canvas.write(targets, written, token)
     # 3. The one wait of a step: the host fetches what was decided.
     fetched = torch.cat([written, sure.isnan(), repeated, token]).cpu()
@@ -145,3 +151,24 @@ def _denoise(canvas: Canvas, passes: Passes, callback: SamplerCallback) -> list[
     passes.repeat(rows, repeating)
     changed = set(on_host.row[writes.bool()].tolist()) if settings.editing else set()
     return canvas.advance(rows, passes.per_step, repeating, changed)
+
+
+def _which_stay(
+    canvas: Canvas, rows: Sequence[int], targets: Targets, sure: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Which targets are sure enough to stay, bool [N], and the most confidence in each row, [R].
+
+    Args:
+        sure: float64 [N], the confidence of each target.
+        noise: int64 [N], its key.
+    """
+    settings, device = canvas.settings, sure.device
+    sure = sure.where(targets.masked, -torch.inf)
+    confidence = torch.full(targets.shape, -torch.inf, dtype=torch.float64, device=device)
+    confidence[targets.row, targets.offset] = sure
+    ranking = confidence
+    if settings.alg_temp:
+        ranking = confidence.clone()
+        ranking[targets.row, targets.offset] = perturb(sure, noise, settings)
+    stays = select_to_unmask(ranking, sent(canvas.quotas(rows), device), settings)
+    return stays[targets.row, targets.offset], confidence.amax(dim=1)

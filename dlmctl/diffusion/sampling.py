@@ -77,6 +77,11 @@ class SamplerConfig(Sampler):
         return self.schedule == "timesteps" and self.remasking == "random"
 
     @property
+    def blind(self) -> bool:
+        """Whether which tokens stay does not depend on what is predicted."""
+        return self.remasking == "random" and self.eos != "late" and not self.editing
+
+    @property
     def idles(self) -> bool:
         """Whether steps that decide nothing are left out: what later steps see is the same.
 

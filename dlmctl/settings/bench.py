@@ -39,9 +39,9 @@ class SamplerPaths:
 
     paths: str | None = knob(
         None,
-        "What to measure: exact, compiled, threshold, factor, prefix, dual, prefix+threshold, "
-        "dual+threshold, dual+factor; of a block-causal model uncached, exact, compiled, "
-        "threshold, factor.",
+        "What to measure: exact, compiled, random (order), threshold, factor, prefix, dual, "
+        "prefix+threshold, dual+threshold, dual+factor; of a block-causal model uncached, exact, "
+        "compiled, random, threshold, factor.",
         metavar="NAMES",
         shown_default="exact,dual,dual+threshold,dual+factor; uncached,exact,threshold",
     )

@@ -5,6 +5,8 @@ import torch
 from conftest import tiny_policy
 from transformers import DynamicCache
 
+from dlmctl.diffusion import sampler
+from dlmctl.diffusion.callback import SamplerCallback
 from dlmctl.diffusion.passes import SMALL_PASS, buckets
 from dlmctl.diffusion.proposals import predict_tokens
 from dlmctl.diffusion.sampler import sample, sample_stream
@@ -25,6 +27,53 @@ def test_results_do_not_depend_on_how_many_are_under_way_and_keep_their_order():
         alone = [sample(policy, [r.prompt], [r.key], settings)[0] for r in requests]
         for batch_size in (1, 4, 15, 40):
             assert list(sample_stream(policy, requests, settings, batch_size)) == alone
+
+
+class Asking(SamplerCallback):
+    """Has a say in every step, so that every masked token is predicted; says nothing."""
+
+    def adjust_confidence(self, targets, states, confidence):
+        return confidence
+
+
+IN_RANDOM_ORDER = [
+    *WAYS[:2], *WAYS[3:], {"steps": 5, "schedule": "timesteps", "block_length": 12},
+    {"steps": 6}, {"top_p": 0.7}, {"eos": "never"},
+    {"eos": "late"}, {"cfg_scale": 1.0}, {"early_stop": True},
+]  # fmt: skip
+
+
+NOT_BY_BLOCKS = {"cache", "schedule", "cfg_scale"}
+
+
+@pytest.mark.parametrize(
+    ("family", "way"),
+    [("llada", way) for way in IN_RANDOM_ORDER]
+    + [("sdar", way) for way in IN_RANDOM_ORDER if NOT_BY_BLOCKS.isdisjoint(way)],
+    ids=str,
+)
+def test_in_random_order_only_tokens_that_stay_are_predicted(family, way, monkeypatch):
+    policy, predicted = tiny_policy(family), []
+    options = {"gen_length": 12, "block_length": 4, "temperature": 0.9, **way}
+    settings = SamplerConfig(remasking="random", **options)
+
+    def counted(policy, states, keys, settings):
+        predicted.append(len(keys))
+        return predict_tokens(policy, states, keys, settings)
+
+    monkeypatch.setattr(sampler, "predict_tokens", counted)
+    requests = [Request(p, key) for key, p in enumerate(PROMPTS)]
+    few = list(sample_stream(policy, requests, settings, 4))
+    count = sum(predicted)
+    assert few == list(sample_stream(policy, requests, settings, 4, Asking()))
+    everything = sum(predicted) - count
+    if way == {"eos": "late"}:
+        assert count == everything
+    elif family == "sdar" or "early_stop" in way:
+        # Not all that is decided is given out: the last block is sampled whole.
+        assert count < everything
+    else:
+        assert count == sum(len(x.order) for x in few) < everything
 
 
 def test_requests_are_taken_only_as_places_become_free():

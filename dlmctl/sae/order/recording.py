@@ -14,6 +14,7 @@ from dlmctl.diffusion.noise import random_bits, stream_key
 from dlmctl.diffusion.proposals import predict_tokens
 from dlmctl.diffusion.sampling import Request
 from dlmctl.models.policy import Policy
+from dlmctl.models.sending import sent
 from dlmctl.sae.order.feature_change import ChangeStats, progress
 from dlmctl.sae.order.signals import ProposalPool
 from dlmctl.sae.order.tracking import FeatureTracker, StepFeatures
@@ -147,7 +148,7 @@ class OrderRecorder(FeatureTracker):
             token, probability = self._likeliest(parts, slot)
             steps = canvas.tensor(canvas.step_numbers(range(len(canvas.owner))))[slot]
             common = {
-                "unit": random_bits(canvas.keys[slot], steps),
+                "unit": random_bits(sent(canvas.keys, slot.device)[slot], steps),
                 "step": steps,
                 "right": token == truth[chosen],
                 "confidence": probability,
@@ -218,7 +219,7 @@ class OrderRecorder(FeatureTracker):
         start = canvas.starts[slot]
         tokens = canvas.tokens[slot, start : start + len(truth)]
         same = {
-            "unit": canvas.keys[slot : slot + 1].cpu(),
+            "unit": canvas.keys[slot : slot + 1],
             "puzzle": self._puzzle[slot : slot + 1].cpu(),
             "right": (tokens == truth)[known].all()[None],
         }
