@@ -26,6 +26,8 @@ FEW = 8
 """At most this many places on a logarithmic axis are the ticks themselves, not powers of ten."""
 COLUMNS = 3
 """Most panels side by side."""
+LEGEND = 0.3
+"""Inches that a picture has for a legend of one row."""
 STYLES = ("-", "--", ":", "-.")
 """Line styles, one for each round through the colours."""
 COLOURS = ("#1b6ca8", "#d1495b", "#3c887e", "#edae49", "#66508f", "#7a7a7a")
@@ -122,7 +124,7 @@ def draw(panels: dict[str, tuple[Series, Grid]], curves: Curves, kind: str) -> b
     """
     wide = min(COLUMNS, len(panels))
     high = -(-len(panels) // wide)
-    figure = new_figure(4.2 * wide, 2.9 * high + 0.3, "plot")
+    figure = new_figure(4.2 * wide, 2.9 * high + LEGEND, "plot")
     axes = figure.subplots(high, wide, squeeze=False).flatten()
     with_lines = []
     for axis, (name, (series, grid)) in zip(axes, panels.items(), strict=False):
@@ -133,12 +135,33 @@ def draw(panels: dict[str, tuple[Series, Grid]], curves: Curves, kind: str) -> b
             with_lines.append(axis)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    if with_lines and len(with_lines[0].get_lines()) > 1:
-        handles, labels = with_lines[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    lines = {label: line for axis in with_lines for line, label in _labelled(axis)}
+    if len(lines) > 1:
+        _legend(figure, lines)
     if curves.title:
         figure.suptitle(curves.title, fontsize=11)
     return saved(figure, kind)
+
+
+def _labelled(axis: Any) -> Iterable[tuple[Any, str]]:
+    return zip(*axis.get_legend_handles_labels(), strict=True)
+
+
+def _legend(figure: Any, lines: Mapping[str, Any]) -> None:
+    """The names of the lines below the panels, in as many columns as the picture has room for."""
+    for columns in range(min(4, len(lines)), 0, -1):
+        legend = figure.legend(
+            list(lines.values()),
+            list(lines),
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+        )
+        size = legend.get_window_extent()
+        if columns == 1 or size.width <= figure.bbox.width:
+            break
+        legend.remove()
+    figure.set_figheight(figure.get_figheight() + max(0.0, size.height / figure.dpi - LEGEND))
 
 
 def _label(record: Record, by: str) -> str:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from dlmctl.cli import app
 from dlmctl.records.errors import DataError
 from dlmctl.records.jsonl import Record, dump
+from dlmctl.report import plots
 from dlmctl.report.plots import collect, smoothed
 from dlmctl.settings.report import Curves
 
@@ -101,6 +102,23 @@ def test_more_lines_than_colours_are_dashed(tmp_path):
         source.write_bytes(b"".join(map(dump, kept)))
         assert CliRunner().invoke(app, line).exit_code == 0
         assert ("stroke-dasharray" in picture.read_text()) == dashed
+
+
+@pytest.mark.parametrize("panels", [1, 2])
+def test_names_of_any_length_stand_inside_the_picture(panels, monkeypatch):
+    monkeypatch.setattr(plots, "saved", lambda figure, kind: figure)
+    names = [f"{'masked and visible tokens ' * (n % 2)}{n}" for n in range(7)]
+    lines = {name: [(0.0, 1.0), (1.0, 2.0)] for name in names}
+    last = {"only here": lines[names[0]]}
+    grids = {f"y{n}": (lines | (last if n else {}), {}) for n in range(panels)}
+    figure = plots.draw(grids, Curves(list(grids), "x"), "png")
+    figure.draw_without_rendering()
+    [legend] = figure.legends
+    assert [t.get_text() for t in legend.get_texts()] == names + ["only here"] * (panels - 1)
+    box, picture = legend.get_window_extent(), figure.bbox
+    assert 0 <= box.x0 < box.x1 <= picture.width
+    assert 0 <= box.y0 < box.y1 <= picture.height
+    assert all(axis.get_window_extent().height > 100 for axis in figure.axes)
 
 
 def test_smoothing_is_the_mean_of_the_last_points():
