@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import invoke, tiny_policy
-from test_run import BATCHING, OBJECTIVE, same, train, verified, weights
+from small_runs import BATCHING, OBJECTIVE, same, train, verified, weights
 from transformers import AutoModelForCausalLM
 
 from dlmctl.diffusion.elbo import log_probs

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import invoke, read_jsonl, tiny_policy
 from safetensors.torch import load_file
-from test_run import BATCHING, OBJECTIVE, same, verified
+from small_runs import BATCHING, OBJECTIVE, same, verified
 
 from dlmctl.diffusion.elbo import log_probs
 from dlmctl.diffusion.follow import follow_run
