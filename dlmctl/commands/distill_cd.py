@@ -61,7 +61,7 @@ def command(
     place = resolve_device(device)
     data = read_images(images, gray)
     model = load_model(teacher, place) if teacher else None
-    config = student_config(model, tuple(data.shape[1:]), plan.init, sizes)
+    config = student_config(model, tuple(data.shape[1:]), plan, sizes)
     about = {"images": images, "gray": gray}
     run = student_run(output, config, plan, model, data, training, about, place)
     take_steps(run, reports, quiet)

@@ -11,7 +11,7 @@ from dlmctl.records.errors import CannotCreateError, UsageError
 from dlmctl.settings import Knob
 from dlmctl.settings.compute import DeviceName, Seed
 from dlmctl.settings.distill import Solver
-from dlmctl.settings.parsing import whole_numbers
+from dlmctl.settings.parsing import float_grid, whole_numbers
 from dlmctl.settings.streams import Json, Quiet
 
 if TYPE_CHECKING:
@@ -48,6 +48,16 @@ def command(
             "--steps",
             minimum=1,
             shown_default="18 for a denoiser, 1 for a student",
+        ),
+    ] = None,
+    visited: Annotated[
+        str | None,
+        Knob(
+            "Noise levels of a student's steps, in place of --steps: 80,0.5 samples in two. The "
+            "first is that of the noise it begins with.",
+            "--levels",
+            metavar="SIGMA,…",
+            shown_default="spread as the grid of training",
         ),
     ] = None,
     solver: Annotated[
@@ -99,9 +109,12 @@ def command(
     dlmctl distill sample runs/student --at all -o student-{step}.safetensors
     """
     from dlmctl.distill.image_checkpoints import load_model
-    from dlmctl.distill.image_sampling import draw, evaluations
+    from dlmctl.distill.image_sampling import draw, evaluations, levels, student_levels
     from dlmctl.models.loading import resolve_device
 
+    if visited and steps:
+        raise UsageError("--levels says how many steps there are: leave --steps out")
+    given = float_grid("--levels", visited) if visited else []
     place = resolve_device(device)
     points = _checkpoints(model, at, output)
     rows = []
@@ -112,8 +125,11 @@ def command(
                 raise UsageError(
                     f"--solver is for denoisers, and {model} is a student without an ODE"
                 )
-            taken = steps or (1 if loaded.kind == "consistency" else 18)
-            samples = draw(loaded, count, seed, taken, solver or "heun", batch_size, gauge.advance)
+            if given and loaded.kind != "consistency":
+                raise UsageError(f"--levels is for students, and {model} is a denoiser")
+            taken = len(given) or steps or (1 if loaded.kind == "consistency" else 18)
+            sigmas = student_levels(loaded, given) if given else levels(loaded, taken)
+            samples = draw(loaded, count, seed, sigmas, solver or "heun", batch_size, gauge.advance)
             trained = (loaded.training or {}).get("step")
             file = Path(str(output).replace("{step}", str(trained)))
             row = {
@@ -125,6 +141,7 @@ def command(
                 "revision": loaded.revision,
                 "seed": seed,
                 "steps": taken,
+                **({"levels": given} if given else {}),
                 "evaluations": evaluations(loaded, taken, solver or "heun"),
             }
             _write(file, samples, row)

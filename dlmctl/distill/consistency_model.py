@@ -49,11 +49,16 @@ class ConsistencyModel(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         """x float [N, ...] and sigma [N], not below eps, to float [N, ...]."""
+        c_skip = self.sigma_data**2 / (self._beyond(sigma) ** 2 + self.sigma_data**2)
+        return precondition(self.network, x, sigma, c_skip, self.c_out(sigma), self.sigma_data)
+
+    def c_out(self, sigma: Tensor) -> Tensor:
+        """How much of the network's output is in f at these levels."""
+        return self._beyond(sigma) * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()
+
+    def _beyond(self, sigma: Tensor) -> Tensor:
         # In the dtype of sigma, so that eps - eps is exactly 0.
-        beyond = sigma - torch.tensor(self.sigma_min, dtype=sigma.dtype, device=sigma.device)
-        c_skip = self.sigma_data**2 / (beyond**2 + self.sigma_data**2)
-        c_out = beyond * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()
-        return precondition(self.network, x, sigma, c_skip, c_out, self.sigma_data)
+        return sigma - torch.tensor(self.sigma_min, dtype=sigma.dtype, device=sigma.device)
 
 
 class LevelPair(NamedTuple):
@@ -156,6 +161,8 @@ def distillation_loss(
     losses = consistency_loss(model, target, pair, plan.metric)
     if plan.objective == "ect":
         losses = losses / (sigma - to).to(losses)
+    elif plan.weight == "cout":
+        losses = losses / model.c_out(sigma).to(losses)
     return losses.mean() * (len(data) / count)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from dlmctl.distill.image_networks import make_network, network_config
 from dlmctl.distill.image_training import TrainingRun
 from dlmctl.records.errors import UsageError
 from dlmctl.settings.distill import Distillation
-from dlmctl.settings.images import NetworkSizes, NoiseLaw, Training
+from dlmctl.settings.images import NetworkSizes, NoiseLaw, NoiseRange, Training
 
 
 def teacher_run(
@@ -92,7 +92,7 @@ def student_run(
 
 
 def student_config(
-    teacher: ImageModel | None, shape: tuple[int, ...], init: str, sizes: NetworkSizes
+    teacher: ImageModel | None, shape: tuple[int, ...], plan: Distillation, sizes: NetworkSizes
 ) -> ModelConfig:
     """The student of a teacher, or without one.
 
@@ -106,14 +106,22 @@ def student_config(
             made, given = ("x".join(map(str, each)) for each in (teacher.shape, shape))
             raise UsageError(f"--teacher {teacher.name} makes {made}, and IMAGES are {given}")
     base = teacher.config if teacher else None
-    if init == "teacher" and base is None:
+    if plan.init == "teacher" and base is None:
         raise UsageError("an exact denoiser has no weights to begin with: give --init scratch")
-    if init == "teacher" and sizes != NetworkSizes():
+    if plan.init == "teacher" and sizes != NetworkSizes():
         raise UsageError("the student has the teacher's network; give sizes with --init scratch")
+    noise = teacher.noise if teacher else NoiseRange()
+    if plan.sigma_max is not None:
+        if plan.sigma_max > noise.sigma_max:
+            raise UsageError(
+                f"--sigma-max {plan.sigma_max:g} is more noise than the {noise.sigma_max:g} that "
+                "the teacher knows"
+            )
+        noise = replace(noise, sigma_max=plan.sigma_max)
     if base is None:
-        return ModelConfig("consistency", network_config(shape, sizes))
+        return ModelConfig("consistency", network_config(shape, sizes), noise=noise)
     network = base.network if sizes == NetworkSizes() else network_config(shape, sizes)
-    return ModelConfig("consistency", network, base.sigma_data, base.noise)
+    return ModelConfig("consistency", network, base.sigma_data, noise)
 
 
 def new_network(config: ModelConfig, seed: int) -> nn.Module:

@@ -6,8 +6,9 @@ number of samples, so that teacher and student can be compared sample by sample.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from dlmctl.diffusion.noise import key_tensor, stream_key, subkeys, uniform
 from dlmctl.distill.consistency_model import sample_steps
 from dlmctl.distill.edm import noise_grid, solve
 from dlmctl.distill.image_checkpoints import ImageModel
+from dlmctl.records.errors import UsageError
 from dlmctl.settings.distill import Solver
 
 
@@ -43,11 +45,26 @@ def levels(model: ImageModel, steps: int) -> Tensor:
     return noise_grid(model.noise, steps)
 
 
+def student_levels(model: ImageModel, given: Sequence[float]) -> Tensor:
+    """Levels that a student is to visit in place of those of `levels`, float64 [steps].
+
+    Raises:
+        UsageError: they do not fall, or are not within the student's.
+    """
+    known, fall = model.noise, all(a > b for a, b in itertools.pairwise(given))
+    if not fall or not known.sigma_min < given[-1] <= given[0] <= known.sigma_max:
+        raise UsageError(
+            f"--levels {','.join(f'{level:g}' for level in given)} do not fall from at most "
+            f"{known.sigma_max:g} to more than {known.sigma_min:g}, between which {model.name} maps"
+        )
+    return torch.tensor(given, dtype=torch.float64)
+
+
 def draw(
     model: ImageModel,
     count: int,
     seed: int,
-    steps: int,
+    sigmas: Tensor,
     solver: Solver = "heun",
     batch_size: int = 256,
     advance: Callable[[int], None] = lambda _: None,
@@ -57,9 +74,10 @@ def draw(
     A denoiser follows the ODE down to 0.
 
     Args:
+        sigmas: float64 [steps], the levels that are visited.
         advance: called with the number of samples of each finished batch.
     """
-    sigmas, samples = levels(model, steps), []
+    samples = []
     for first in range(0, count, batch_size):
         batch = range(first, min(count, first + batch_size))
         x = sigmas[0].item() * sample_noise(seed, batch, model.shape).to(model.device)

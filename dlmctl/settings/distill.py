@@ -12,6 +12,7 @@ from dlmctl.settings.compute import Seed
 Objective = Literal["cd", "ct", "ect"]
 Solver = Literal["heun", "euler"]
 Metric = Literal["l2", "huber"]
+Weight = Literal["uniform", "cout"]
 Order = Literal["random", "trajectory"]
 Divergence = Literal["kl-fwd", "kl-bwd"]
 
@@ -19,7 +20,8 @@ OBJECTIVE, CONSISTENCY = "Objective", "Consistency"
 ECT_STAGES = 8
 """Stages of the published recipe of ect, which halves the distance of its two levels after every
 3.2 of 25.6 million images; in the last stage r is above 0.98 t."""
-USES = {"solver": ("cd",), "scales": ("cd", "ct"), "stage_steps": ("ect",)}
+GRID = ("cd", "ct")
+USES = {"solver": ("cd",), "scales": GRID, "weight": GRID, "stage_steps": ("ect",)}
 """The objectives that have an option, if not all have it."""
 
 
@@ -55,6 +57,17 @@ class Distillation:
         "--loss",
         shown_default="l2, for ect huber",
     )
+    weight: Weight = knob(
+        None,
+        "Weight of a pair of levels, for cd and ct: uniform, or cout, 1 / c_out(sigma), with which "
+        "errors at small noise count for more (ours).",
+        shown_default="uniform",
+    )
+    sigma_max: float | None = knob(
+        None,
+        "Largest noise level of the student, from which it samples: at most the teacher's.",
+        shown_default="the teacher's",
+    )
     stage_steps: int | None = knob(
         None,
         "Steps after which ect halves the distance between its two levels.",
@@ -74,6 +87,7 @@ class Distillation:
             "scales": 40,
             "target_ema": 0.0 if ect else 0.95,
             "metric": "huber" if ect else "l2",
+            "weight": "uniform",
         }
         for name, value in defaults.items():
             if getattr(self, name) is None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dlmctl.distill.edm import noise_grid, solve
 from dlmctl.distill.image_checkpoints import load_model
-from dlmctl.distill.image_sampling import draw, sample_noise
+from dlmctl.distill.image_sampling import draw, levels, sample_noise
 from dlmctl.distill.image_sets import read_images, write_images
 
 SEED = 7
@@ -50,7 +50,7 @@ def of_exact_map(teacher: str, count: int, steps: int) -> Tensor:
         return solve(model.function, x, grid, to_zero=False)
 
     exact = dataclasses.replace(model, kind="consistency", function=beginning)
-    return draw(exact, count, SEED, steps)
+    return draw(exact, count, SEED, levels(exact, steps))
 
 
 kind, source, count, *steps, file = sys.argv[1:]

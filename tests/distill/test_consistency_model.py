@@ -200,6 +200,17 @@ def test_a_pair_is_of_neighbours_of_the_grid():
         assert bool((to[chosen] == low).all())
 
 
+def test_a_pair_is_weighted_by_what_the_network_has_to_say():
+    """With a grid of two points the level is known, and so is the factor."""
+    model = ConsistencyModel(network(shape=(3,)).double(), SD, EPS)
+    high = NoiseRange().sigma_max
+    c_out = (high - EPS) * SD / math.sqrt(high**2 + SD**2)
+    for metric in ("l2", "huber"):
+        plans = [Distillation("ct", scales=2, metric=metric, weight=w) for w in ("uniform", "cout")]
+        uniform, weighted = (losses(plan, model, count=50).item() for plan in plans)
+        assert weighted == pytest.approx(uniform / c_out)
+
+
 def test_ect_is_weighted_by_the_distance_of_its_levels(monkeypatch):
     """With one level, t = 3, r is known, and so is the factor."""
     from dlmctl.distill import consistency_model as consistency

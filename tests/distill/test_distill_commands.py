@@ -7,7 +7,7 @@ from conftest import invoke, read_jsonl
 from safetensors import safe_open
 
 from dlmctl.distill.image_checkpoints import load_model
-from dlmctl.distill.image_sampling import draw, sample_noise
+from dlmctl.distill.image_sampling import draw, levels, sample_noise
 from dlmctl.distill.image_sets import read_images, write_images
 
 TINY = "--network mlp --width 16 --blocks 1 --steps 6 -b 8 --log-every 3 --first-checkpoint 2"
@@ -98,7 +98,7 @@ def test_teacher_and_student_begin_at_the_same_noise(folder, monkeypatch):
             return original(x, sigma)
 
         monkeypatch.setattr(model.function, "forward", seen)
-        draw(model, 6, 3, 4)
+        draw(model, 6, 3, levels(model, 4))
     assert torch.equal(begun["teacher"][0], begun["student"][0])
     assert torch.equal(begun["teacher"][1], begun["student"][1])
     expected = 80 * sample_noise(3, range(6), (1, 4, 4))
@@ -117,6 +117,28 @@ def test_the_record_counts_evaluations(folder):
         assert row["step"] == 6
     with safe_open(row["samples"], "pt") as file:
         assert file.metadata()["kind"] == "consistency"
+
+
+def test_levels_of_a_student_are_those_that_are_given(folder):
+    found, row = sampled(folder, "student", "-n", "3", "--levels", "20,0.5", "--seed", "4")
+    assert (row["levels"], row["steps"], row["evaluations"]) == ([20, 0.5], 2, 2)
+    model = load_model(str(folder / "student"))
+    first, second = (sample_noise(4, range(3), (1, 4, 4), step) for step in (0, 1))
+    level = torch.tensor([20.0, 0.5], dtype=torch.float64)
+    once = model.function(20 * first, level[:1].expand(3))
+    again = once + (0.5**2 - 0.002**2) ** 0.5 * second
+    torch.testing.assert_close(found, model.function(again, level[1:].expand(3)))
+    usual, _ = sampled(folder, "student", "-n", "3", "--steps", "2", "--seed", "4")
+    assert (usual - found).abs().max() > 0.01
+
+
+def test_a_student_of_less_noise_begins_there(folder, tmp_path):
+    line = f"{folder}/set.safetensors --teacher {folder}/teacher -o {tmp_path}/less --sigma-max 10"
+    run("cd", *f"{line} --weight cout --steps 3 -b 8 --device cpu".split())
+    model = load_model(str(tmp_path / "less"))
+    assert model.noise.sigma_max == levels(model, 1).item() == 10
+    assert levels(model, 2)[0] == 10
+    assert model.training["weight"] == "cout"
 
 
 def test_a_checkpoint_is_chosen_by_its_step(folder):
@@ -192,6 +214,14 @@ def test_the_same_command_goes_on_or_says_that_all_is_done(folder):
         ("sample optimal:SET -o x --at 5", 2, "no checkpoints"),
         ("sample student -n 1 --device cpu -o teacher", 73, "cannot write teacher"),
         ("sample student -n 1 --device cpu -o /proc/x/y", 73, "cannot write /proc/x/y"),
+        ("cd SET -o new --teacher teacher --sigma-max 90", 2, "more noise than the 80"),
+        ("cd SET -o new --teacher teacher --sigma-max 0.001", 2, "not a range of positive numbers"),
+        ("cd SET -o new --init scratch --objective ect --weight cout", 2, "--weight is not for"),
+        ("sample student -o x --levels 80,0.5 --steps 2", 2, "leave --steps out"),
+        ("sample student -o x --levels 0.5,80", 2, "0.5,80 do not fall from at most 80"),
+        ("sample student -o x --levels 81,1", 2, "81,1 do not fall from at most 80"),
+        ("sample student -o x --levels 80,0.002", 2, "to more than 0.002"),
+        ("sample teacher -o x --levels 80,1", 2, "--levels is for students"),
         ("sample nowhere -o x", 66, "has no model"),
     ],
 )
