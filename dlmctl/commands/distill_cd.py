@@ -41,8 +41,9 @@ def command(
     is the teacher's, unless --init scratch and its options define another. IMAGES are the images
     that noise is added to: those of the teacher, or others. The published losses are perceptual
     distances; small images need l2 or huber on pixels (ours). In the published ct, --scales and
-    --target-ema grow during training; here both are fixed (ours). To use several processes under
-    torchrun, see 'dlmctl distill teacher'.
+    --target-ema grow during training; here both are fixed (ours). scd and sct are sCM (Lu and Song
+    2024) without the weights that it learns (ours). To use several processes under torchrun, see
+    'dlmctl distill teacher'.
 
     Examples:
 
@@ -55,8 +56,8 @@ def command(
     from dlmctl.distill.image_sets import read_images
     from dlmctl.models.loading import resolve_device
 
-    if teacher is None and (plan.objective == "cd" or plan.init == "teacher"):
-        what = "--objective cd" if plan.objective == "cd" else "--init teacher"
+    if teacher is None and (plan.needs_teacher or plan.init == "teacher"):
+        what = f"--objective {plan.objective}" if plan.needs_teacher else "--init teacher"
         raise UsageError(f"{what} needs --teacher")
     place = resolve_device(device)
     data = read_images(images, gray)

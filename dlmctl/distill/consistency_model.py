@@ -1,4 +1,5 @@
-"""Consistency models: the map from a point of the ODE to its start, and three ways to train it.
+"""Consistency models: the map from a point of the ODE to its start, and ways to train it by pairs
+of points; `trigflow` has those in continuous time.
 
 Song et al. 2023 (arXiv 2303.01469), parameterized as in EDM. f(x, sigma) is the point at the
 smallest level eps on the path through x at sigma; with

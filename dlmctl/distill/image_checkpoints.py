@@ -43,6 +43,8 @@ class ModelConfig:
     network: NetworkConfig
     sigma_data: float = 0.5
     noise: NoiseRange = field(default_factory=NoiseRange)
+    identity_at: float | None = None
+    """Of a student: the level at which it is the identity; None is the smallest."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,13 @@ def wrap(config: ModelConfig, network: nn.Module) -> EdmDenoiser | ConsistencyMo
     """The model around a network."""
     if config.kind == "edm":
         return EdmDenoiser(network, config.sigma_data)
-    return ConsistencyModel(network, config.sigma_data, config.noise.sigma_min)
+    return student(config, network)
+
+
+def student(config: ModelConfig, network: nn.Module) -> ConsistencyModel:
+    """The consistency model around a network."""
+    eps = config.noise.sigma_min if config.identity_at is None else config.identity_at
+    return ConsistencyModel(network, config.sigma_data, eps)
 
 
 def save_model(
@@ -179,6 +187,9 @@ def _config(about: Mapping[str, Any], path: Path) -> ModelConfig:
         sigma, noise = float(about["sigma_data"]), NoiseRange(**about["noise"])
         if not all(0 < float(level) < math.inf for level in (sigma, *astuple(noise))):
             raise ValueError("levels of noise are positive numbers")
-        return ModelConfig(about["kind"], NetworkConfig(**network), sigma, noise)
+        still = about.get("identity_at")
+        if still is not None and not 0 <= float(still) <= noise.sigma_min:
+            raise ValueError("a student is the identity at its smallest level or below")
+        return ModelConfig(about["kind"], NetworkConfig(**network), sigma, noise, still)
     except (*UNREADABLE, AttributeError, UsageError) as error:
         raise DataError(f"not the configuration of a model ({error})", str(path)) from None

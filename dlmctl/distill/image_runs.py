@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from dlmctl.diffusion.noise import stream_key
-from dlmctl.distill.consistency_model import ConsistencyModel, distillation_loss
+from dlmctl.distill.consistency_model import distillation_loss
 from dlmctl.distill.edm import EdmDenoiser, edm_loss
-from dlmctl.distill.image_checkpoints import ImageModel, ModelConfig
+from dlmctl.distill.image_checkpoints import ImageModel, ModelConfig, student
 from dlmctl.distill.image_networks import make_network, network_config
 from dlmctl.distill.image_training import TrainingRun
+from dlmctl.distill.trigflow import trigflow_loss
 from dlmctl.records.errors import UsageError
-from dlmctl.settings.distill import Distillation
+from dlmctl.settings.distill import CONTINUOUS, TANGENT_WARMUP, Distillation
 from dlmctl.settings.images import NetworkSizes, NoiseLaw, NoiseRange, Training
 
 
@@ -64,9 +65,8 @@ def student_run(
         teacher: frozen; with `plan.init` "teacher" the student begins with a copy of its network.
     """
     stage_steps = plan.steps_per_stage(recipe.steps)
-
-    def wrapped(network: nn.Module) -> ConsistencyModel:
-        return ConsistencyModel(network, config.sigma_data, config.noise.sigma_min)
+    tangent_warmup = plan.tangent_warmup or max(1, recipe.steps // TANGENT_WARMUP)
+    followed = teacher.function if teacher and plan.needs_teacher else None
 
     def loss(
         network: nn.Module,
@@ -76,18 +76,22 @@ def student_run(
         random: torch.Generator,
         own: slice,
     ) -> Tensor:
-        denoiser, stage = teacher.function if teacher else None, int(step // stage_steps)
-        pair = (wrapped(network), wrapped(target))
-        return distillation_loss(plan, *pair, denoiser, batch, stage, config.noise, random, own)
+        model = student(config, network)
+        if plan.objective in CONTINUOUS:
+            share = min(1.0, step / tangent_warmup)
+            return trigflow_loss(model, followed, batch, share, config.noise, random, own)
+        pair, stage = (model, student(config, target)), int(step // stage_steps)
+        return distillation_loss(plan, *pair, followed, batch, stage, config.noise, random, own)
 
     if plan.init == "teacher" and teacher is not None and teacher.network is not None:
         network = copy.deepcopy(teacher.network)
     else:
         network = new_network(config, recipe.seed)
     source = {"teacher": teacher.name, "teacher_revision": teacher.revision} if teacher else {}
-    about = {**asdict(plan), "stage_steps": stage_steps, **source, **about}
+    paced = {"stage_steps": stage_steps, "tangent_warmup": tangent_warmup}
+    about = {**asdict(plan), **paced, **source, **about}
     return TrainingRun(
-        directory, config, network, loss, images, recipe, about, plan.target_ema, device
+        directory, config, network, loss, images, recipe, about, plan.target_ema or 0.0, device
     )
 
 
@@ -118,10 +122,12 @@ def student_config(
                 "the teacher knows"
             )
         noise = replace(noise, sigma_max=plan.sigma_max)
+    still = 0.0 if plan.objective in CONTINUOUS else None
     if base is None:
-        return ModelConfig("consistency", network_config(shape, sizes), noise=noise)
+        new = network_config(shape, sizes)
+        return ModelConfig("consistency", new, noise=noise, identity_at=still)
     network = base.network if sizes == NetworkSizes() else network_config(shape, sizes)
-    return ModelConfig("consistency", network, base.sigma_data, noise)
+    return ModelConfig("consistency", network, base.sigma_data, noise, still)
 
 
 def new_network(config: ModelConfig, seed: int) -> nn.Module:

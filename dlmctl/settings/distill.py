@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from dlmctl.records.errors import UsageError
-from dlmctl.settings import knob, same
+from dlmctl.settings import knob, knob_of, same
 from dlmctl.settings.compute import Seed
 
-Objective = Literal["cd", "ct", "ect"]
+Objective = Literal["cd", "ct", "ect", "scd", "sct"]
 Solver = Literal["heun", "euler"]
 Metric = Literal["l2", "huber"]
 Weight = Literal["uniform", "cout"]
@@ -20,9 +20,19 @@ OBJECTIVE, CONSISTENCY = "Objective", "Consistency"
 ECT_STAGES = 8
 """Stages of the published recipe of ect, which halves the distance of its two levels after every
 3.2 of 25.6 million images; in the last stage r is above 0.98 t."""
-GRID = ("cd", "ct")
-USES = {"solver": ("cd",), "scales": GRID, "weight": GRID, "stage_steps": ("ect",)}
+GRID, PAIRS, CONTINUOUS = ("cd", "ct"), ("cd", "ct", "ect"), ("scd", "sct")
+USES = {
+    "solver": ("cd",),
+    "scales": GRID,
+    "weight": GRID,
+    "target_ema": PAIRS,
+    "metric": PAIRS,
+    "stage_steps": ("ect",),
+    "tangent_warmup": CONTINUOUS,
+}
 """The objectives that have an option, if not all have it."""
+TANGENT_WARMUP = 10
+"""One in so many steps of a run; published are 10,000 steps."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +47,9 @@ class Distillation:
 
     objective: Objective = knob(
         "cd",
-        "cd distils the teacher's ODE. ct and ect need no teacher and learn from the images: ct on "
-        "the same grid of noise levels, ect at two levels that approach each other in stages.",
+        "cd and scd distil the teacher's ODE; ct, ect and sct need no teacher and learn from the "
+        "images. cd and ct compare neighbours on a grid of noise levels, ect two levels that "
+        "approach each other in stages; scd and sct go by the derivative (sCM).",
     )
     solver: Solver = knob(None, "How the teacher takes a step, for cd.", shown_default="heun")
     scales: int = knob(
@@ -74,12 +85,18 @@ class Distillation:
         minimum=1,
         shown_default="an eighth of --steps",
     )
+    tangent_warmup: int | None = knob(
+        None,
+        "Steps in which the part of scd and sct that can be unstable grows to its full share.",
+        minimum=1,
+        shown_default="a tenth of --steps",
+    )
     init: Literal["teacher", "scratch"] = knob("teacher", "Initial weights of the student.")
 
     def __post_init__(self) -> None:
         for name, objectives in USES.items():
             if getattr(self, name) is not None and self.objective not in objectives:
-                option = "--" + name.replace("_", "-")
+                option = knob_of(type(self).__dataclass_fields__[name], type(self)).flag(name)
                 raise UsageError(f"{option} is not for --objective {self.objective}")
         ect = self.objective == "ect"
         defaults = {
@@ -90,8 +107,13 @@ class Distillation:
             "weight": "uniform",
         }
         for name, value in defaults.items():
-            if getattr(self, name) is None:
+            if getattr(self, name) is None and self.objective in USES[name]:
                 object.__setattr__(self, name, value)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the objective follows a teacher's ODE."""
+        return self.objective in ("cd", "scd")
 
     def steps_per_stage(self, steps: int) -> float:
         """Steps between the stages of ect in a run of so many, not always a whole number."""

@@ -141,6 +141,17 @@ def test_a_student_of_less_noise_begins_there(folder, tmp_path):
     assert model.training["weight"] == "cout"
 
 
+def test_a_student_in_continuous_time_is_its_teacher_at_first(folder, tmp_path):
+    line = f"{folder}/set.safetensors --teacher {folder}/teacher -o {tmp_path}/scd --objective scd"
+    line += " --checkpoints 2 --first-checkpoint 1 -b 8 --device cpu --lr 0 --steps 2"
+    run("cd", *line.split(), "--tangent-warmup", "1")
+    model, teacher = (load_model(str(path)) for path in (tmp_path / "scd", folder / "teacher"))
+    assert model.config.identity_at == 0
+    assert model.training["tangent_warmup"] == 1
+    x, sigma = torch.randn(4, 1, 4, 4), torch.tensor([0.01, 0.1, 1.0, 40.0], dtype=torch.float64)
+    torch.testing.assert_close(model.function(x, sigma), teacher.function(x, sigma))
+
+
 def test_a_checkpoint_is_chosen_by_its_step(folder):
     early, row = sampled(folder, "teacher", "-n", "3", "--at", "2")
     late, _ = sampled(folder, "teacher", "-n", "3")
@@ -174,7 +185,7 @@ def test_the_exact_denoiser_is_a_model_and_a_teacher(folder, tmp_path):
     assert load_model(str(tmp_path / "s")).config.network.width == 16
 
 
-@pytest.mark.parametrize("objective", ["ct", "ect"])
+@pytest.mark.parametrize("objective", ["ct", "ect", "sct"])
 def test_students_without_a_teacher(folder, tmp_path, objective):
     line = f"{folder}/set.safetensors --objective {objective} --init scratch -o {tmp_path} {TINY}"
     assert len(run("cd", *line.split())) == 2
@@ -216,6 +227,9 @@ def test_the_same_command_goes_on_or_says_that_all_is_done(folder):
         ("sample student -n 1 --device cpu -o /proc/x/y", 73, "cannot write /proc/x/y"),
         ("cd SET -o new --teacher teacher --sigma-max 90", 2, "more noise than the 80"),
         ("cd SET -o new --teacher teacher --sigma-max 0.001", 2, "not a range of positive numbers"),
+        ("cd SET -o new --objective scd", 2, "--objective scd needs --teacher"),
+        ("cd SET -o new --objective sct --loss l2 --init scratch", 2, "--loss is not for"),
+        ("cd SET -o new --teacher teacher --tangent-warmup 5", 2, "--tangent-warmup is not for"),
         ("cd SET -o new --init scratch --objective ect --weight cout", 2, "--weight is not for"),
         ("sample student -o x --levels 80,0.5 --steps 2", 2, "leave --steps out"),
         ("sample student -o x --levels 0.5,80", 2, "0.5,80 do not fall from at most 80"),
