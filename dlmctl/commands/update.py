@@ -99,6 +99,8 @@ def command(
 
     # 1. Refuse what does not go together.
     _check_supervised(algo, supervised, learning, advantages)
+    if optimizer.ema and algo != "sft":
+        raise UsageError("--ema is for --algo sft: completions are sampled from checkpoints")
     if learning.credit_cosine is not None and not RECIPES[algo].token_weights:
         raise UsageError(f"--credit-cosine is about token weights, which --algo {algo} has not")
     levels, loss, recipe = supervised.levels, constants.of(algo), RECIPES[algo]

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dlmctl.diffusion.noise import stream_key
 from dlmctl.distill.card import image_card
@@ -33,6 +32,7 @@ from dlmctl.distill.image_checkpoints import ModelConfig, save_model
 from dlmctl.records.errors import CannotCreateError, UsageError
 from dlmctl.records.files import read_json
 from dlmctl.settings.images import Training
+from dlmctl.train.averages import decay_at, move_average
 from dlmctl.train.card import write_card
 from dlmctl.train.distributed import all_reduce_sums, broadcast, is_first, own_slice, run_on_first
 from dlmctl.train.optimizer import (
@@ -52,12 +52,6 @@ from dlmctl.train.run_directory import (
 Loss = Callable[[nn.Module, nn.Module, Tensor, int, torch.Generator, slice], Tensor]
 """From the network, the target network (the network itself if there is none), a batch, the step, a
 generator on the CPU and some rows of the batch to their part of the loss."""
-
-
-def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * network, in place; on CUDA in one kernel."""
-    move = get_ema_multi_avg_fn(decay)
-    move(list(average.parameters()), list(network.parameters()), None)
 
 
 def images_hash(images: Tensor) -> str:
@@ -223,9 +217,9 @@ class TrainingRun:
         self.progress.sum += value
         self.progress.count += 1
         for name, (average, decay) in self.averages.items():
-            # At first an average of the whole run; the target network always has its decay.
-            warm = (1 + self.step) / (10 + self.step) if name == "ema" else 1.0
-            update_average(average, self.network, min(decay, warm))
+            # The target network always has its decay.
+            now = decay_at(self.step, decay) if name == "ema" else decay
+            move_average(list(average.parameters()), list(self.network.parameters()), now)
         return rate, norm
 
     def _gradients(self) -> list[Tensor]:

@@ -125,14 +125,7 @@ class Training:
         panel=OPTIMIZER,
     )
     max_norm: float = same_field(1.0, Optimizer, "max_norm")
-    ema: float = knob(
-        0.999,
-        "Checkpoints have an exponential moving average of the weights with this decay, which is "
-        "smaller in the first steps; 0 saves the weights themselves.",
-        minimum=0.0,
-        maximum=1.0,
-        panel=OPTIMIZER,
-    )
+    ema: float = same_field(0.999, Optimizer, "ema")
     checkpoints: int = knob(
         8,
         "Number of checkpoints, all of which are kept. Their steps grow by a constant factor from "

@@ -45,6 +45,13 @@ class Optimizer:
     max_norm: float = knob(
         0.2, "Clip the gradient to this norm; 0 does not clip.", "--grad-norm", minimum=0.0
     )
+    ema: float = knob(
+        0.0,
+        "Checkpoints have an exponential moving average of the weights with this decay, which is "
+        "smaller in the first steps; 0 saves the weights themselves.",
+        minimum=0.0,
+        maximum=1.0,
+    )
     optimizer: Method = knob(
         "adamw",
         "adamw-8bit keeps its moments in 8 bits, with a scale for 256 of them: a quarter of the "

@@ -40,6 +40,7 @@ from dlmctl.settings.compute import Quantization, check_adapted
 from dlmctl.settings.models import Prompting
 from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.train.activations import checkpoint_activations
+from dlmctl.train.averages import WEIGHTS, WeightAverage
 from dlmctl.train.card import last_metrics, write_card
 from dlmctl.train.distributed import broadcast, is_first, world_size
 from dlmctl.train.lora import (
@@ -84,6 +85,8 @@ class Run:
         self.compute_dtype = compute_dtype
         self.parameters: dict[str, nn.Parameter] = trained_parameters(policy.model)
         self.optimizer = make_optimizer(self.parameters.values(), optimization)
+        decay = optimization.ema
+        self.average = WeightAverage(self.parameters, decay) if decay else None
         self.saved_step = progress.step
         self.logged_step = progress.step
         """The newest step whose metrics are in metrics.jsonl."""
@@ -141,6 +144,8 @@ class Run:
             base = self.policy.revision.split("+")[0]
             revision = f"{base}+{self.progress.step}"
             self.policy = dataclasses.replace(self.policy, revision=revision)
+            if self.average is not None:
+                self.average.update(self.progress.step)
         return {"grad_norm": norm, "lr": rate, "applied": applied}
 
     def standing(self) -> str:
@@ -183,7 +188,16 @@ class Run:
         tensors["random.cpu"] = torch.get_rng_state()
         if self.policy.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.policy.device)
-        whole = self.whole_policy()
+        unaveraged: dict[str, Tensor] = {}
+        saved = self.average.in_place() if self.average else contextlib.nullcontext(unaveraged)
+        with saved as weights:
+            tensors |= {name: to_first(value) for name, value in weights.items()}
+            revision = self._publish(self.whole_policy(), tensors, keep)
+        self.policy = dataclasses.replace(self.policy, revision=revision)
+        self.revisions.append(revision)
+
+    def _publish(self, whole: Policy, tensors: Mapping[str, Tensor], keep: int) -> str:
+        """Write a checkpoint, on the first rank; returns its revision on all."""
         revision = ""
         if is_first():
             settings = {**self.about, **dataclasses.asdict(self.optimization)}
@@ -191,15 +205,13 @@ class Run:
 
             def fill(directory: Path) -> None:
                 save_policy(whole, directory)
-                save_file(tensors, directory / TENSORS)
+                save_file(dict(tensors), directory / TENSORS)
                 # After save_policy, since peft writes a card too.
                 write_card(directory, policy_card(whole, self.progress, settings, metrics))
 
             checkpoint = self.directory.save(self.progress.step, self.progress, fill, keep)
             revision = checkpoint_revision(checkpoint, self.progress.reference_revision)
-        revision = broadcast(revision)
-        self.policy = dataclasses.replace(self.policy, revision=revision)
-        self.revisions.append(revision)
+        return broadcast(revision)
 
 
 def next_run(algo: str) -> Path:
@@ -307,6 +319,13 @@ def open_run(
                 f"{directory} has the moments of --optimizer {method}: give it to resume the run, "
                 "or choose another -o"
             )
+        if any(name.startswith(WEIGHTS) for name in tensors):
+            if run.average is None:
+                raise UsageError(
+                    f"{directory} averages its weights: give --ema to resume the run, or choose "
+                    "another -o"
+                )
+            run.average.restore(tensors)
         restore_optimizer(run.optimizer, run.parameters, tensors)
         restore_random(tensors, policy.device)
     if is_first():

@@ -12,7 +12,6 @@ from dlmctl.distill.image_checkpoints import ModelConfig, load_model, save_model
 from dlmctl.distill.image_networks import NetworkConfig
 from dlmctl.distill.image_runs import new_network, student_run, teacher_run
 from dlmctl.distill.image_sampling import draw, levels, sample_noise
-from dlmctl.distill.image_training import update_average
 from dlmctl.records.errors import (
     CannotCreateError,
     DataError,
@@ -21,6 +20,7 @@ from dlmctl.records.errors import (
 )
 from dlmctl.settings.distill import Distillation
 from dlmctl.settings.images import NoiseLaw, NoiseRange, Training
+from dlmctl.train.averages import move_average
 
 SIZES = NetworkConfig("mlp", (2,), 24, (), 2)
 CONFIG = ModelConfig("edm", SIZES)
@@ -154,17 +154,6 @@ def test_a_run_begun_otherwise_is_refused(tmp_path):
         teacher_run(tmp_path, CONFIG, NoiseLaw(), DATA + 1, recipe(), {})
 
 
-@pytest.mark.parametrize("decay", [0.9, 0.4, 1.0])
-def test_the_average_of_weights(decay):
-    """To the bit the one of each tensor."""
-    average, network = new_network(CONFIG, 0), new_network(CONFIG, 1)
-    before = [p.detach().clone() for p in average.parameters()]
-    update_average(average, network, decay)
-    for mean, old, new in zip(average.parameters(), before, network.parameters(), strict=True):
-        torch.testing.assert_close(mean.detach(), decay * old + (1 - decay) * new.detach())
-        assert torch.equal(mean, torch.lerp(old, new, 1 - decay))
-
-
 def test_the_target_network_and_the_saved_one_follow_the_student(teacher, tmp_path):
     plan = Distillation("cd", scales=6, target_ema=0.8)
     run = student_run(tmp_path, STUDENT, plan, teacher, DATA, recipe(ema=0.999), {})
@@ -176,7 +165,7 @@ def test_the_target_network_and_the_saved_one_follow_the_student(teacher, tmp_pa
     for name, decays in (("target", [0.8] * 3), ("ema", [2 / 11, 3 / 12, 4 / 13])):
         expected = copy.deepcopy(first)
         for network, decay in zip(path, decays, strict=True):
-            update_average(expected, network, decay)
+            move_average(list(expected.parameters()), list(network.parameters()), decay)
         found = run.averages[name][0]
         for mean, value in zip(found.parameters(), expected.parameters(), strict=True):
             torch.testing.assert_close(mean, value)

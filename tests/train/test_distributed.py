@@ -84,12 +84,13 @@ def test_other_subcommands_are_refused_under_torchrun(monkeypatch):
         # One masked sequence in a step: the second rank has nothing to do but must take part.
         (
             "mlm",
-            "update --algo sft --prompts-per-step 1 --masks full -k 1 --gradient-checkpointing",
+            "update --algo sft --prompts-per-step 1 --masks full -k 1 --gradient-checkpointing "
+            "--ema 0.9",
         ),
         # An adapter; ratios to the old policy and a penalty, in several steps on a batch.
         ("ar", "update --algo grpo --prompts-per-step 2 --beta 0.1 --inner 2 --lora-rank 4"),
         # Two rounds, the target of the second being the student behind the first.
-        ("a2d", "distill masked --records-per-step 3 --rounds 2 --steps-per-round 1"),
+        ("a2d", "distill masked --records-per-step 3 --rounds 2 --steps-per-round 1 --ema 0.9"),
     ],
 )
 def test_other_objectives_and_models(tmp_path, saved_models, family, options):
