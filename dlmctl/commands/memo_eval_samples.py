@@ -57,10 +57,10 @@ def command(
     Writes a record for each set of samples: f_mem is the share that is memorized, f_mem_interval a
     bootstrap interval, heldout_f_mem the same against the held-out set, f_mem_excess the
     difference; ratio and d1 are means; sim, sim_p95 and sim_max are of cosines; mmd2_gap is the MMD
-    to the training set less the MMD to held-out images, with a one-sided p from exchanging them. A
-    share of exactly 0 or 1 has an interval of width 0: it may be wrong by up to 3 / N. For files by
-    'distill sample' the record also has model, step (of training), steps (of the sampler) and
-    evaluations.
+    to the training set less the MMD to held-out images, with a one-sided p from exchanging them;
+    fd_se is the error of the distance over samples and references, up to 512 dimensions. A share of
+    exactly 0 or 1 has an interval of width 0: it may be wrong by up to 3 / N. For files by 'distill
+    sample' the record also has model, step (of training), steps (of the sampler) and evaluations.
 
     Examples:
 
@@ -160,7 +160,8 @@ def _table(sets: ImageSets, result: StudyResult) -> None:
         line = {"figure": figure.name}
         for number, name in enumerate(names):
             interval = figure.intervals[number] if figure.intervals else None
-            line[name] = _cell(figure.values[number], interval)
+            error = figure.errors[number] if figure.errors else None
+            line[name] = _cell(figure.values[number], interval, error)
         lines.append(line)
     for name, value in result.joint.items():
         if value is not None and not name.endswith("_interval"):
@@ -169,6 +170,7 @@ def _table(sets: ImageSets, result: StudyResult) -> None:
     print_table(lines, {name: name.strip("_") for name in ("figure", *names)})
 
 
-def _cell(value: Any, interval: tuple[float, float] | None) -> str:
+def _cell(value: Any, interval: tuple[float, float] | None, error: float | None = None) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    text += "" if error is None else f" ± {error:.2g}"
     return text + (f" ({interval[0]:.3g} – {interval[1]:.3g})" if interval else "")

@@ -51,8 +51,8 @@ class ImageSources:
     train: str = knob(REQUIRED, "What the model was trained on.", metavar="SET")
     heldout: str | None = knob(
         None,
-        "As many images of the same kind that it was not trained on, with which every figure is "
-        "taken too. A larger set is cut; a smaller one gives a warning.",
+        "Images of the same kind that it was not trained on, with which every figure is taken too: "
+        "distances with as many as --train has, quality with all. Fewer give a warning.",
         metavar="SET",
         shown_default="none",
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dlmctl.memorization.images.neighbours import MEMORY, nearest
 from dlmctl.records.errors import DataError
+from dlmctl.report.bootstrap import drawn_counts
 
 SINGULAR = 1e-10
 """Smallest variance along any direction, relative to the largest, of an accepted covariance."""
@@ -23,6 +24,8 @@ TIE = 1e-9
 those of a copy and of the radius of its ball."""
 WHOLE = 512
 """Most rows or columns of a matrix whose principal components come from all its eigenvectors."""
+RESAMPLES = 100
+"""Of the error of the Fréchet distance, which is then known to 7 %."""
 KRYLOV = 6
 """Steps of the Krylov space for larger matrices."""
 MEDIAN_OF = 1000
@@ -129,6 +132,29 @@ def frechet_distance(one: Gaussian, two: Gaussian) -> float:
     inner = torch.linalg.eigvalsh(root @ two.covariance @ root).clamp_min(0).sqrt().sum()
     traces = one.covariance.trace() + two.covariance.trace()
     return max(0.0, float((one.mean - two.mean).square().sum() + traces - 2 * inner))
+
+
+def frechet_error(one: Tensor, two: Tensor, seed: int, resamples: int = RESAMPLES) -> float | None:
+    """Standard error of the distance between the Gaussians of two sets, [N, D] and [M, D].
+
+    It is the spread over bootstrap resamples of both. Their mean is no estimate of the distance:
+    fewer different vectors lie farther apart. None beyond 512 dimensions, where a distance takes
+    long.
+    """
+    if one.shape[1] > WHOLE:
+        return None
+    drawn = []
+    sets = [(each.double().cpu(), drawn_counts(len(each), resamples, seed)) for each in (one, two)]
+    for number in range(resamples):
+        drawn.append(frechet_distance(*(_weighted(x, counts[number]) for x, counts in sets)))
+    return float(torch.tensor(drawn, dtype=torch.float64).std())
+
+
+def _weighted(vectors: Tensor, counts: Tensor) -> Gaussian:
+    """Mean and covariance of [N, D] in which each vector comes so often, float64 [N]."""
+    covariance = torch.cov(vectors.T, fweights=counts.long())
+    mean = counts @ vectors / counts.sum()
+    return Gaussian(mean, covariance.reshape(len(mean), len(mean)))
 
 
 class Manifolds(NamedTuple):

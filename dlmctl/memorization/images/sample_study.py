@@ -1,7 +1,8 @@
-"""Samples of a generative model compared with its training set and a held-out set of equal size.
+"""Samples of a generative model compared with its training set and a held-out set.
 
 Every figure is taken twice, in the same way, against either set. The distance to the second nearest
-image depends on how many images there are, which is why the sets should be of one size.
+image depends on how many images there are: for distances a larger held-out set is cut to the size
+of the training set. Quality is against all held-out images, of which more say more.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dlmctl.memorization.images.quality import (
     discrepancy,
     fit_gaussian,
     frechet_distance,
+    frechet_error,
     manifolds,
     principal_components,
 )
@@ -63,6 +65,8 @@ class ImageSets(NamedTuple):
     heldout: ImageSet | None
     notes: list[str]
     """What the user has to know about them."""
+    unseen: ImageSet | None = None
+    """The whole held-out set, for quality; `heldout` is as much of it as there is of `train`."""
 
     @property
     def references(self) -> dict[str, ImageSet]:
@@ -76,6 +80,8 @@ class Figure(NamedTuple):
     name: str
     values: list[float]
     intervals: list[tuple[float, float]] | None = None
+    errors: list[float | None] | None = None
+    """Standard errors."""
 
 
 class StudyResult(NamedTuple):
@@ -120,11 +126,21 @@ def compared_sets(
             "further away for that reason alone, so that figures of the two do not quite compare"
         )
     if len(fresh.images) > count:
-        notes.append(f"--heldout is cut from {len(fresh.images)} to {count} images, as --train has")
-    fresh = fresh._replace(images=fresh.images[:count], places=fresh.places[:count])
+        notes.append(
+            f"--heldout has {len(fresh.images)} images: distances are to the first {count}, as "
+            "many as --train has, and quality is against all"
+        )
     if both := shared(known.images.flatten(1), fresh.images.flatten(1)):
         notes.append(f"{both} of the held-out images are in --train, too: they are not held out")
-    return ImageSets(own, known, fresh, notes)
+    return ImageSets(own, known, _first(fresh, count), notes, fresh)
+
+
+def _first(images: ImageSet, count: int) -> ImageSet:
+    """The first images of a set."""
+    features = None if images.features is None else images.features[:count]
+    return images._replace(
+        images=images.images[:count], places=images.places[:count], features=features
+    )
 
 
 def _reference_set(name: str, images: Tensor, study: SampleStudy, notes: list[str]) -> ImageSet:
@@ -150,8 +166,11 @@ def with_features(sets: ImageSets, features: Callable[[str, ImageSet], Tensor]) 
         return part._replace(features=features(name, part))
 
     samples, train = encoded("samples", sets.samples), encoded("train", sets.train)
-    heldout = encoded("heldout", sets.heldout) if sets.heldout else None
-    return sets._replace(samples=samples, train=train, heldout=heldout)
+    if sets.unseen is None:
+        return sets._replace(samples=samples, train=train)
+    unseen = encoded("heldout", sets.unseen)
+    heldout = _first(unseen, len(train.images))
+    return sets._replace(samples=samples, train=train, heldout=heldout, unseen=unseen)
 
 
 def study_samples(
@@ -215,13 +234,16 @@ def study_samples(
             fit_gaussian(each, title, study.ridge)
             for each, title in zip(vectors, titles, strict=True)
         ]
-        figures.append(Figure("fd", [frechet_distance(normals[0], each) for each in normals[1:]]))
+        distances = [frechet_distance(normals[0], each) for each in normals[1:]]
+        errors = [frechet_error(vectors[0], each, bootstrap.seed) for each in vectors[1:]]
+        figures.append(Figure("fd", distances, errors=errors))
         if len(normals) > 2:
             joint["fd_train_heldout"] = frechet_distance(normals[1], normals[2])
         inside = [manifolds(vectors[0], each, study.k, memory) for each in vectors[1:]]
         for place, title in enumerate(("precision", "recall", "density", "coverage")):
             figures.append(mean(title, [each[place] for each in inside]))
-        heldout = vectors[2] if len(vectors) > 2 else None
+        # As many as of training, between which the test exchanges.
+        heldout = vectors[2][: len(vectors[1])] if len(vectors) > 2 else None
         mmd = discrepancy(
             vectors[0], vectors[1], heldout, bootstrap.resamples, bootstrap.seed, memory
         )
@@ -240,12 +262,16 @@ def summary(sets: ImageSets, result: StudyResult, study: SampleStudy) -> dict[st
     if sets.heldout:
         row["heldout"] = len(sets.heldout.images)
         row["heldout_duplicates"] = sets.heldout.duplicates
+    if sets.unseen:
+        row["unseen"] = len(sets.unseen.images)
     row.update({"dedup": study.dedup, "threshold": study.threshold})
     for figure in result.figures:
         for number, prefix in enumerate(sets.references):
             row[prefix + figure.name] = figure.values[number]
             if figure.intervals:
                 row[f"{prefix}{figure.name}_interval"] = list(figure.intervals[number])
+            if figure.errors:
+                row[f"{prefix}{figure.name}_se"] = figure.errors[number]
     row.update(result.joint)
     return row
 
@@ -267,7 +293,7 @@ def sample_rows(sets: ImageSets, result: StudyResult, threshold: float) -> Itera
 
 def _space(sets: ImageSets, name: str, device: torch.device) -> tuple[str, list[Tensor]]:
     """Name of the space of features; samples and references in it, float64 [N, K] each."""
-    parts = [sets.samples, *sets.references.values()]
+    parts = [sets.samples, sets.train, *([sets.unseen] if sets.unseen else [])]
     features = [part.features for part in parts if part.features is not None]
     if name == "auto":
         smallest = min(len(part.images) for part in parts)

@@ -147,19 +147,34 @@ def test_duplicates_hide_copies_until_they_are_left_out(tmp_path):
     assert [each["nn"] for each in read_jsonl(rows)] == [*range(50), *range(100, 150)]
 
 
-def test_a_longer_held_out_set_is_cut_and_of_a_shorter_one_there_is_a_warning(sets):
-    given = ("--samples", sets[0], "--train", TRAIN, "--no-quality", "--heldout")
+def test_of_a_longer_held_out_set_distances_take_a_part_and_quality_all(sets):
+    given = ("--samples", sets[0], "--train", TRAIN, "--heldout")
     row = evaluate(*given, "builtin:digits#100:333")
-    assert row["heldout"] == 100
-    assert "--heldout is cut from 233 to 100" in row.pop("stderr")
-    same = evaluate(*given, HELDOUT)
-    assert same.pop("stderr") == ""
-    assert row == same
-    row = evaluate(*given, "builtin:digits#100:150", "--quality")
-    assert row["heldout"] == 50
+    assert (row["heldout"], row["unseen"]) == (100, 233)
+    assert "233 images: distances are to the first 100" in row.pop("stderr")
+    part = evaluate(*given, HELDOUT)
+    assert part.pop("stderr") == ""
+    assert part["unseen"] == 100
+    for name in ("heldout_f_mem", "heldout_ratio", "heldout_d1_interval", "f_mem", "d1"):
+        assert row[name] == part[name]
+    for name in ("heldout_fd", "heldout_recall", "heldout_coverage"):
+        assert row[name] != part[name]
+    # The principal components are those of all, with which the rest is compared here.
+    pixels = ("--space", "pixels", "--ridge", "1e-3")
+    row = evaluate(*given, "builtin:digits#100:333", *pixels)
+    alone = evaluate("--samples", sets[0], "--train", "builtin:digits#100:333", *pixels)
+    for name in ("fd", "fd_se", "precision", "recall", "density", "coverage"):
+        assert row[f"heldout_{name}"] == pytest.approx(alone[name])
+    assert row["fd"] == pytest.approx(evaluate(*given[:4], *pixels)["fd"])
+
+
+def test_of_a_shorter_held_out_set_there_is_a_warning(sets):
+    given = ("--samples", sets[0], "--train", TRAIN, "--heldout")
+    row = evaluate(*given, "builtin:digits#100:150")
+    assert row["heldout"] == row["unseen"] == 50
     assert row["mmd2_gap_p"] is None
     assert "--heldout has 50 images and --train 100" in row["stderr"]
-    row = evaluate(*given, "builtin:digits#90:190")
+    row = evaluate(*given, "builtin:digits#90:190", "--no-quality")
     assert "10 of the held-out images are in --train, too" in row["stderr"]
 
 

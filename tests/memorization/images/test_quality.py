@@ -8,9 +8,11 @@ from torch import Tensor
 
 from dlmctl.memorization.images.quality import (
     Gaussian,
+    _weighted,
     discrepancy,
     fit_gaussian,
     frechet_distance,
+    frechet_error,
     kernel_sums,
     manifolds,
     median_distance,
@@ -228,3 +230,24 @@ def test_the_exchange_that_p_rests_on_is_that_of_the_sets():
     linear = float(drawn @ (r / 72 - 2 * s / 9))
     direct = plain_mmd(x, both[drawn > 0], found.width) - plain_mmd(x, both[drawn < 0], found.width)
     assert linear == pytest.approx(direct, abs=1e-12)
+
+
+def test_the_error_of_the_distance_is_its_spread_over_redrawn_sets():
+    random = torch.Generator().manual_seed(0)
+
+    def drawn(count, shift):
+        return torch.randn(count, 2, generator=random, dtype=torch.float64) + shift
+
+    pairs = [(drawn(400, 1.0), drawn(300, 0.0)) for _ in range(60)]
+    distances = [
+        frechet_distance(fit_gaussian(one, "one"), fit_gaussian(two, "two")) for one, two in pairs
+    ]
+    errors = [frechet_error(one, two, 0, resamples=60) for one, two in pairs[:10]]
+    spread = float(torch.tensor(distances).std())
+    assert sum(errors) / 10 == pytest.approx(spread, rel=0.3)
+    assert frechet_error(torch.ones(3, 513), torch.ones(3, 513), 0) is None
+    # A resample is what is left of the set after drawing.
+    x, counts = drawn(5, 0.0), torch.tensor([2.0, 0.0, 1.0, 1.0, 1.0]).double()
+    ours, plain = _weighted(x, counts), fit_gaussian(x[[0, 0, 2, 3, 4]], "five")
+    torch.testing.assert_close(ours.mean, plain.mean)
+    torch.testing.assert_close(ours.covariance, plain.covariance)
