@@ -21,7 +21,9 @@ jq -c -s 'map(select(.method == "sae" and .feature != null)) | group_by([.chosen
     "$directory/probe.jsonl" > "$directory/chosen.jsonl"
 dlmctl prompts concepts -q --split test -n "$prompts" --seed 9 -o "$directory/asked.jsonl"
 dlmctl rollout $sample "$directory/asked.jsonl" > "$directory/plain.jsonl"
-jq -r '[.chosen_by, .concept, .value, .sae, .feature, .effect, .auroc] | @tsv' "$directory/chosen.jsonl" |
+# A feature that is chosen by both is steered once, and has rows for both.
+jq -r -s 'group_by([.concept, .value, .sae, .feature])[]
+    | [(map(.chosen_by) | join(" ")), (.[0] | .concept, .value, .sae, .feature, .effect, .auroc)] | @tsv' "$directory/chosen.jsonl" |
     while IFS=$'\t' read -r chosen concept value sae feature effect auroc; do
         judged() { jq -c --arg concept "$concept" --arg value "$value" '.wanted = {($concept): $value}' | dlmctl verify -q; }
         judged < "$directory/plain.jsonl" > "$directory/baseline.jsonl"
@@ -32,6 +34,6 @@ jq -r '[.chosen_by, .concept, .value, .sae, .feature, .effect, .auroc] | @tsv' "
             done | judged |
                 dlmctl sae-steering -q --baseline "$directory/baseline.jsonl" --concept-from reward --fluency "$judge" |
                 jq -c --arg chosen "$chosen" --arg concept "$concept" --arg value "$value" --argjson effect "$effect" \
-                    --argjson auroc "$auroc" '. + {chosen_by: $chosen, concept: $concept, value: $value, effect: $effect, auroc: $auroc}'
+                    --argjson auroc "$auroc" '. + {chosen_by: ($chosen | split(" ") | .[]), concept: $concept, value: $value, effect: $effect, auroc: $auroc}'
         done
     done
