@@ -32,7 +32,7 @@ USES = {
 }
 """The objectives that have an option, if not all have it."""
 TANGENT_WARMUP = 10
-"""One in so many steps of a run; published are 10,000 steps."""
+"""The warm-up takes one step in ten of a run (ours); the published one takes 10,000 steps."""
 
 
 @dataclass(frozen=True)

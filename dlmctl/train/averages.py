@@ -21,7 +21,7 @@ def move_average(average: Sequence[Tensor], weights: Sequence[Tensor], decay: fl
 
 
 def decay_at(step: int, decay: float) -> float:
-    """The decay after so many steps: at first less, for an average over the whole run."""
+    """The decay at this step: smaller at first, so that the first weights soon count for little."""
     return min(decay, (1 + step) / (10 + step))
 
 
@@ -35,7 +35,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after so many steps."""
+        """Move the average towards the weights that this step left."""
         weights = [weight.detach() for weight in self._parameters.values()]
         move_average(list(self._values.values()), weights, decay_at(step, self.decay))
 

@@ -66,7 +66,7 @@ class ImageSets(NamedTuple):
     notes: list[str]
     """What the user has to know about them."""
     unseen: ImageSet | None = None
-    """The whole held-out set, for quality; `heldout` is as much of it as there is of `train`."""
+    """The whole held-out set, for quality; `heldout` has its first images, as many as `train`."""
 
     @property
     def references(self) -> dict[str, ImageSet]:
