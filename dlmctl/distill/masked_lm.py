@@ -15,6 +15,11 @@ arXiv 2602.00792, and the doubling SDTT, arXiv 2410.21035; the weight 1/k and th
 
 Completions of a data set anchor the student in the data; from completions that the teacher sampled
 it learns from the teacher alone. A study of memorization treats these as two different arms.
+
+Certainty forcing (dParallel, arXiv 2509.26488) adds beta (1/k) sum H(p_student(. | z_t)) over the
+i in M_t that the student predicts as y_i: they pass a threshold of confidence sooner, so that a
+pass decides more of them. (The mean over all k masked tokens is ours; there it is over those that
+are right.)
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ from torch import Tensor
 
 from dlmctl.diffusion.elbo import own_parts, scored_states, scored_tokens
 from dlmctl.diffusion.fused_linear_logprob import weighted_log_prob
-from dlmctl.distill.fused_linear_kl import weighted_divergence
+from dlmctl.distill.fused_linear_losses import weighted_divergence, weighted_entropy
 from dlmctl.distill.nested_masks import NestedMasks, draw_nested
 from dlmctl.models.adapters import merged
 from dlmctl.models.loading import load_policy
@@ -50,6 +55,8 @@ from dlmctl.train.distributed import all_reduce_sum, broadcast, is_first
 from dlmctl.train.run import Run
 from dlmctl.train.sharding import whole_pass
 
+CERTAINTY_TEMPERATURE = 0.5
+"""Of the predictions whose entropy certainty forcing lowers, as in dParallel's code."""
 ALGO = "masked-consistency"
 """What the progress of such a run calls its algorithm."""
 
@@ -68,31 +75,31 @@ def consistency_gradient(
     examples: Sequence[NestedExample],
     divergence: Divergence,
     batch_size: int,
+    certainty: float = 0.0,
 ) -> dict[str, float]:
     """Accumulate the gradient of L, the mean over the examples; each rank that of its share.
 
     Args:
         target: unsharded on every rank, as ranks differ in their number of passes through it.
+        certainty: beta.
 
     Returns:
-        loss, and its two parts consistency and cross_entropy, in nats per token.
+        loss, and its parts consistency and cross_entropy, and entropy if beta is not 0, in nats per
+        token.
     """
     ordered = sorted(examples, key=lambda example: len(example.prompt) + len(example.completion))
-    sums = torch.zeros(2, dtype=torch.float64, device=student.device)
+    names = ["consistency", "cross_entropy", *(["entropy"] if certainty else [])]
+    sums = torch.zeros(len(names), dtype=torch.float64, device=student.device)
     student.model.train()
     for part, counts in own_parts(ordered, batch_size):
         share = counts / len(examples)
-        losses = functools.partial(_losses, student, target, part, divergence, share)
-        divergences, cross_entropies = whole_pass(student.model, losses)
-        (divergences + cross_entropies).backward()
-        sums += torch.stack([divergences.detach(), cross_entropies.detach()])
+        losses = functools.partial(_losses, student, target, part, divergence, share, certainty)
+        parts = torch.stack(whole_pass(student.model, losses))
+        parts.sum().backward()
+        sums += parts.detach()
     student.model.eval()
-    consistency, cross_entropy = all_reduce_sum(sums.cpu()).tolist()
-    return {
-        "loss": consistency + cross_entropy,
-        "consistency": consistency,
-        "cross_entropy": cross_entropy,
-    }
+    means = all_reduce_sum(sums.cpu()).tolist()
+    return {"loss": sum(means), **dict(zip(names, means, strict=True))}
 
 
 def _losses(
@@ -101,8 +108,9 @@ def _losses(
     examples: Sequence[NestedExample],
     divergence: Divergence,
     share: float,
-) -> tuple[Tensor, Tensor]:
-    """The two parts of L of a micro-batch, each completion with this share in the mean."""
+    certainty: float,
+) -> list[Tensor]:
+    """The parts of L of a micro-batch, each completion with this share in the mean."""
     texts = [e.prompt for e in examples], [e.completion for e in examples]
     at_t = [e.masks.at_t for e in examples]
     scored = scored_states(student, *texts, at_t)  # K masked tokens, row by row
@@ -114,15 +122,20 @@ def _losses(
     cross_entropy = weighted_log_prob(
         student, scored.states[sooner], scored.targets[sooner], -weights[sooner]
     )
-    if not also.any():
-        return torch.zeros_like(cross_entropy), cross_entropy
-    with torch.no_grad():
-        goals = scored_states(target, *texts, [e.masks.at_s for e in examples])
-    # Both list their tokens row by row, so that these are the same tokens in the same order.
-    consistency = weighted_divergence(
-        student, scored.states[later], target, goals.states, weights[later], divergence
+    consistency = torch.zeros_like(cross_entropy)
+    if also.any():
+        with torch.no_grad():
+            goals = scored_states(target, *texts, [e.masks.at_s for e in examples])
+        # Both list their tokens row by row, so that these are the same tokens in the same order.
+        consistency = weighted_divergence(
+            student, scored.states[later], target, goals.states, weights[later], divergence
+        )
+    if not certainty:
+        return [consistency, cross_entropy]
+    entropy = weighted_entropy(
+        student, scored.states, scored.targets, certainty * weights, CERTAINTY_TEMPERATURE
     )
-    return consistency, cross_entropy
+    return [consistency, cross_entropy, entropy]
 
 
 def distill_masked(
@@ -156,7 +169,9 @@ def distill_masked(
             _example(record, run.policy, plan, decided, run.progress.step) for record in batch.rows
         ]
         target = targets.of(number)
-        metrics = consistency_gradient(run.policy, target, examples, plan.divergence, batch_size)
+        metrics = consistency_gradient(
+            run.policy, target, examples, plan.divergence, batch_size, plan.certainty
+        )
         yield {"round": number, "decided": decided, **metrics}
 
     prepared = each(records, lambda record: with_completion_ids(record, run.policy, fill))

@@ -135,6 +135,14 @@ class MaskedConsistency:
         "KL divergence from target to student, or from student to target.",
         panel=CONSISTENCY,
     )
+    certainty: float = knob(
+        0.0,
+        "Weight of the entropy of the tokens that the student predicts rightly, whose confidence "
+        "it raises, so that 'rollout --threshold' decides more of them in a pass (dParallel; its "
+        "code has 2, with the mean taken over fewer tokens).",
+        minimum=0.0,
+        panel=CONSISTENCY,
+    )
     decided: int = knob(
         1,
         "Tokens between the two levels in the first round; the number doubles in each round.",

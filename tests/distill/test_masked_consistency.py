@@ -13,7 +13,7 @@ from conftest import invoke, read_jsonl, tiny_policy
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from dlmctl.distill.fused_linear_kl import weighted_divergence
+from dlmctl.distill.fused_linear_losses import weighted_divergence
 from dlmctl.distill.masked_lm import NestedExample, consistency_gradient
 from dlmctl.distill.nested_masks import NestedMasks
 from dlmctl.models.families import Head
@@ -89,6 +89,33 @@ def test_loss_and_gradient_are_those_of_the_formula(family, kind):
     assert min(found.values()) > 0
     torch.testing.assert_close(ours, gradient(student), rtol=1e-8, atol=1e-11)
     assert not gradient(target).any()
+
+
+def plain_entropy(student: Policy, pairs: list[NestedExample]) -> torch.Tensor:
+    """Of the tokens whose most probable token is the completion's, at the temperature 1/2."""
+    total = torch.zeros((), dtype=torch.float64)
+    for one in pairs:
+        log_q = whole_logits(student, one, one.masks.at_t)
+        for place in one.masks.at_t.nonzero()[:, 0].tolist():
+            if log_q[place].argmax() == one.completion[place]:
+                entropy = torch.distributions.Categorical(logits=log_q[place] / 0.5).entropy()
+                total = total + entropy / int(one.masks.at_t.sum())
+    return total / len(pairs)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_certainty_adds_the_entropy_of_what_is_predicted_rightly(family):
+    student, target = tiny_policy(family, seed=1), tiny_policy(family, seed=2)
+    # One completion of what the student predicts, but for a token: both kinds are there.
+    likely = whole_logits(student, PAIRS[0], PAIRS[0].masks.at_t).argmax(-1).tolist()
+    examples = [pair([0, 1, 3], [1], [*likely[:3], (likely[3] + 1) % 9]), *PAIRS[1:]]
+    found = consistency_gradient(student, target, examples, "kl-fwd", 2, certainty=0.7)
+    ours = gradient(student)
+    entropy = plain_entropy(student, examples)
+    (plain_loss(student, target, examples, "kl-fwd") + 0.7 * entropy).backward()
+    assert found["entropy"] == pytest.approx(0.7 * float(entropy.detach()), rel=1e-9)
+    assert found["entropy"] > 0
+    torch.testing.assert_close(ours, gradient(student), rtol=1e-8, atol=1e-11)
 
 
 def test_the_batch_size_changes_nothing():

@@ -14,7 +14,7 @@ from test_adaptation import plain_tokenizer
 from transformers import CONFIG_MAPPING
 
 from dlmctl.diffusion.fused_linear_logprob import divergence, target_log_probs, weighted_log_prob
-from dlmctl.distill.fused_linear_kl import weighted_divergence
+from dlmctl.distill.fused_linear_losses import weighted_divergence
 from dlmctl.models.loading import load_policy
 from dlmctl.models.policy import Policy
 from dlmctl.models.sight import TESTED, left_to_right_blocks
