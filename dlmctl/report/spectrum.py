@@ -74,8 +74,9 @@ def _spectrum(
         axis.stairs(shares, edges, fill=True, alpha=0.35, color=BULK_COLOURS[name], label=label)
     shown = at * rho * log(10)
     axis.plot(at, shown, color="black", linewidth=1.1, label="limit of many dimensions")
-    atom = bulks["null"]["expected"][0]
-    axis.axvline(atom, color="black", linewidth=1.1, linestyle=":", label="its atom")
+    if "null" in bulks:
+        atom = bulks["null"]["expected"][0]
+        axis.axvline(atom, color="black", linewidth=1.1, linestyle=":", label="its atom")
     axis.set_yscale("log")
     axis.set_ylim(bottom=3e-3)
     axis.set_xlim(edges[0], edges[-1])

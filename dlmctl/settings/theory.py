@@ -14,8 +14,8 @@ from dlmctl.settings.parsing import float_grid
 
 MODEL, TRAINING = "Model", "Training"
 BULKS = ("gen", "mem", "null")
-"""Groups of eigen-directions, by falling eigenvalue: d that generalize, n - d that memorize, and
-p - n that change neither loss."""
+"""Groups of eigen-directions, by falling eigenvalue: d that generalize, then those that memorize, up
+to n or p, and p - n that change neither loss if p is larger than n."""
 
 
 def noise_variance(time: float) -> float:
@@ -30,7 +30,11 @@ class FeatureModel:
     PANEL: ClassVar[str] = MODEL
 
     psi_n: float = knob(6, "Samples per dimension, n/d; above 1.")
-    psi_p: float = knob(24, "Features per dimension, p/d; above --psi-n.")
+    psi_p: float = knob(
+        24,
+        "Features per dimension, p/d; above 1. With fewer features than samples there is no null "
+        "bulk, and the network is too small to memorize all of its training set.",
+    )
     dimension: int = knob(
         50,
         "Dimension d of the data; the work grows as (p/d x d)^3.",
@@ -44,10 +48,10 @@ class FeatureModel:
     )
 
     def __post_init__(self) -> None:
-        if not self.dimension < self.samples < self.features:
+        if not self.dimension < min(self.samples, self.features):
             raise UsageError(
                 f"--psi-n {self.psi_n:g} and --psi-p {self.psi_p:g}: "
-                "the bulks are separate only if 1 < psi-n < psi-p"
+                "there is a bulk that memorizes only if both are above 1"
             )
         if not 0 < self.time < math.inf:
             raise UsageError(f"--time {self.time:g} is not a number above 0")
@@ -82,9 +86,11 @@ class FeatureModel:
         return sum(self.eigenvalues) / len(self.eigenvalues)
 
     def bulks(self) -> dict[str, slice]:
-        """Ranks of the eigenvalues of each bulk, the largest first."""
-        d, n, p = self.dimension, self.samples, self.features
-        return dict(zip(BULKS, (slice(0, d), slice(d, n), slice(n, p)), strict=True))
+        """Ranks of the eigenvalues of each bulk, the largest first; null only if p > n."""
+        d, p = self.dimension, self.features
+        memorized = min(self.samples, p)
+        ends = (0, d, memorized, p) if p > memorized else (0, d, p)
+        return dict(zip(BULKS, map(slice, ends[:-1], ends[1:]), strict=False))
 
 
 @dataclass(frozen=True)

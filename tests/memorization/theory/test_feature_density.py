@@ -27,6 +27,21 @@ def test_bulks_have_their_masses(setting):
     assert bool((found.values > 0).all())
 
 
+@pytest.mark.parametrize("psi_p", [2, 4])
+def test_with_fewer_features_than_samples_there_is_no_null_bulk(psi_p):
+    setting = FeatureModel(6, psi_p, 50, 0.05)
+    found = density(setting)
+    mem, gen = (mass for _, _, mass in found.supports())
+    assert (gen, mem) == pytest.approx((1 / psi_p, 1 - 1 / psi_p), rel=2e-3)
+    assert found.atom == 0
+    values = draw_problem(setting, 0).values
+    assert [*setting.bulks()] == ["gen", "mem"]
+    for name, part in setting.bulks().items():
+        low, high = expected_bulks(setting, found)[name]
+        assert float(values[part].min()) == pytest.approx(low, rel=0.35)
+        assert float(values[part].max()) == pytest.approx(high, rel=0.15)
+
+
 def test_two_variances_split_the_bulk_that_generalizes():
     *_, low, high = (mass for _, _, mass in density(TWO).supports())
     assert (low, high) == pytest.approx((1 / 48, 1 / 48), rel=3e-3)
