@@ -40,13 +40,14 @@ def command(
     generalize and then to memorize, and both can be computed for all training times at once. A
     student is distilled from it by consistency over one step of the probability flow; the setup of
     the student is ours. Writes a record with constants, bulks of the spectrum with their training
-    times, and for each student the instability kappa of each bulk; then one for each role and
-    training time. A teacher has its losses on the training set and on fresh data (train, test) and
-    the error of the score; a student has map_err, the error of the data that it makes of a noisy
-    sample compared with the end of the exact probability flow. Both have norms within the bulks and
-    gap: how much closer they come to the data if it is from the training set, in units of the loss
-    (for a teacher test less train). A student moves a sample less than a denoiser does: compare gap
-    and norms within a role only.
+    times, and for each student the instability kappa of each bulk and the share of the teacher's
+    weights that is kept at the end, which is kept_by_perfect for a student and a teacher that make
+    no error; then one for each role and training time. A teacher has its losses on the training set
+    and on fresh data (train, test) and the error of the score; a student has map_err, the error of
+    the data that it makes of a noisy sample compared with the end of the exact probability flow.
+    Both have norms within the bulks and gap: how much closer they come to the data if it is from
+    the training set, in units of the loss (for a teacher test less train). A student moves a sample
+    less than a denoiser does: compare gap and norms within a role only.
 
     With --draws, as in simulations, networks also learn the draws of the noise, and the error of
     the score is larger, in proportion to 1 / --draws.
@@ -76,5 +77,6 @@ def command(
 
         limit = result.density.at.tolist(), result.density.values.tolist()
         eigenvalues = result.problem.values.tolist()
+        kept = [(kappa.tolist(), share.tolist()) for kappa, share in result.directions()]
         kind = plot.suffix.lower().removeprefix(".")
-        write_file(plot, draw_theory(header, rows, eigenvalues, limit, kind))
+        write_file(plot, draw_theory(header, rows, eigenvalues, limit, kept, kind))

@@ -1,4 +1,5 @@
-"""A picture of the random-feature model: its spectrum, and the errors over training time."""
+"""A picture of the random-feature model: its spectrum, errors over training time, and what students
+keep of their teachers."""
 
 from __future__ import annotations
 
@@ -11,8 +12,10 @@ BULK_COLOURS = {"gen": "#3c887e", "mem": "#d1495b", "null": "#7a7a7a"}
 BULK_NAMES = {"gen": "generalization", "mem": "memorization", "null": "null"}
 LINE_COLOURS = ("#1b6ca8", "#d98200", "#66508f", "#8a5a2b", "#2f2f2f")
 """Colours of the teacher and its students; no bulk has them."""
+MARKERS = "os^Dv"
+"""Of the students."""
 BINS_PER_DECADE = 12
-WIDE, HIGH = 17.0, 4.0
+WIDE, HIGH = 21.0, 4.0
 
 
 def draw_theory(
@@ -20,6 +23,7 @@ def draw_theory(
     rows: Sequence[Mapping[str, Any]],
     eigenvalues: Sequence[float],
     limit: tuple[Sequence[float], Sequence[float]],
+    kept: Sequence[tuple[Sequence[float], Sequence[float]]],
     kind: str,
 ) -> bytes:
     """A picture, PNG or SVG, of what `dlmctl memo-eval theory` writes.
@@ -29,12 +33,13 @@ def draw_theory(
         rows: the other records.
         eigenvalues: in descending order.
         limit: eigenvalues, and their density in the limit of many dimensions.
+        kept: for each student kappa, and the share of the teacher that is kept, of every direction.
 
     Raises:
         UnavailableError: matplotlib is not installed.
     """
     figure = new_figure(WIDE, HIGH, "--plot")
-    spectrum, loss, gap, error = figure.subplots(1, 4)
+    spectrum, loss, gap, error, shares = figure.subplots(1, 5)
     _spectrum(spectrum, header["bulks"], eigenvalues, limit)
     lines = _lines(rows)
     for axis, (solid, dashed), title in (
@@ -46,6 +51,7 @@ def draw_theory(
         _curves(axis, lines, solid, dashed)
         _dress(axis, title, "training time")
     error.set_yscale("log")
+    _shares(shares, header, kept)
     handles, labels = gap.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     return saved(figure, kind)
@@ -82,6 +88,24 @@ def _spectrum(
     axis.set_xlim(edges[0], edges[-1])
     _dress(axis, "eigenvalues of U: share per decade", "eigenvalue")
     axis.legend(fontsize=8, frameon=False, loc="upper right")
+
+
+def _shares(
+    axis: Any,
+    header: Mapping[str, Any],
+    kept: Sequence[tuple[Sequence[float], Sequence[float]]],
+) -> None:
+    """What each student keeps of its teacher, by how much a step of the teacher moves it."""
+    for number, (kappa, share) in enumerate(kept):
+        begin = 0
+        for name, bulk in header["bulks"].items():
+            part = slice(begin, begin + bulk["count"])
+            begin = part.stop
+            style = {"color": BULK_COLOURS[name], "marker": MARKERS[number % len(MARKERS)]}
+            axis.scatter(kappa[part], share[part], s=6, linewidths=0, alpha=0.6, **style)
+    axis.axhline(header["kept_by_perfect"], color="black", linewidth=1.1, linestyle=":")
+    axis.set_ylim(0, 1)
+    _dress(axis, "kept by students (dotted: perfect ones)", "instability kappa of a direction")
 
 
 def _times(axis: Any, bulks: Mapping[str, Mapping[str, Any]]) -> None:

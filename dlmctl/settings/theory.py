@@ -14,8 +14,8 @@ from dlmctl.settings.parsing import float_grid
 
 MODEL, TRAINING = "Model", "Training"
 BULKS = ("gen", "mem", "null")
-"""Groups of eigen-directions, by falling eigenvalue: d that generalize, then those that memorize, up
-to n or p, and p - n that change neither loss if p is larger than n."""
+"""Groups of eigen-directions, by falling eigenvalue: d that generalize, then those that memorize,
+up to n or p, and p - n that change neither loss if p is larger than n."""
 
 
 def noise_variance(time: float) -> float:

@@ -157,6 +157,18 @@ def map_error(problem: Problem, network: Tensor) -> float:
     return error / model.dimension
 
 
+def kept_by_perfect(model: FeatureModel) -> float:
+    """The share of a perfect denoiser's B that a perfect student's S is, the mean over dimensions.
+
+    With variance l of the data and g of y: B phi = -y / g, and
+    S phi = -(1 - e^-t sqrt(l / g)) y / D.
+    """
+    spectrum = data_spectrum(model)
+    gamma = math.exp(-2 * model.time) * spectrum + model.noise
+    moved = 1 - math.exp(-model.time) * (spectrum / gamma).sqrt()
+    return float((gamma * moved).mean()) / model.noise
+
+
 def _change(
     problem: Problem, network: Tensor, delta: float, draws: int, seed: int
 ) -> tuple[Tensor, Tensor]:

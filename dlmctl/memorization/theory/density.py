@@ -41,9 +41,10 @@ class Density(NamedTuple):
     """Density of the eigenvalues except the atom at s2.
 
     With psi_p < psi_n there is no atom, and the parts are those that generalize and memorize, of
-    masses 1/psi_p and 1 - 1/psi_p. If 1 + psi_n < psi_p it has three parts: the bulk that generalizes, of mass 1/psi_p; the bulk
-    that memorizes, of mass (psi_n - 1)/psi_p; and directions that stand out only slightly from the
-    null bulk, of mass 1/psi_p. The last two together are the psi_n/psi_p of the paper.
+    masses 1/psi_p and 1 - 1/psi_p. If 1 + psi_n < psi_p it has three parts: the bulk that
+    generalizes, of mass 1/psi_p; the bulk that memorizes, of mass (psi_n - 1)/psi_p; and directions
+    that stand out only slightly from the null bulk, of mass 1/psi_p. The last two together are the
+    psi_n/psi_p of the paper.
     """
 
     at: Tensor

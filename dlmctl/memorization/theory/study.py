@@ -13,6 +13,7 @@ from dlmctl.memorization.theory.closed_form import (
     check_delta,
     descent_steps,
     distill_student,
+    kept_by_perfect,
     map_error,
     train_teacher,
 )
@@ -54,6 +55,7 @@ class TheoryStudy(NamedTuple):
             "draws": training.draws,
             "seed": training.seed,
             "constants": {**constants(model)._asdict(), "D": model.noise},
+            "kept_by_perfect": kept_by_perfect(model),
             "bulks": self._bulks(),
             "students": [*self._ends()],
         }
@@ -84,6 +86,11 @@ class TheoryStudy(NamedTuple):
             **{f"S.{n}": student.limit @ back for n, student in enumerate(self.students)},
         }
 
+    def directions(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each student kappa and |S q| / |B q|, float64 [p], of the directions q of U."""
+        for network, student in zip(self.teachers, self.students, strict=True):
+            yield student.kappa, student.limit.norm(dim=0) / network.norm(dim=0)
+
     def _bulks(self) -> dict[str, dict[str, Any]]:
         model = self.problem.model
         expected, rate = expected_bulks(model, self.density), model.psi_p / (2 * model.noise)
@@ -106,9 +113,11 @@ class TheoryStudy(NamedTuple):
         for tau, network, student in zip(
             self.training.teacher_times, self.teachers, self.students, strict=True
         ):
+            before, after = norms(problem, network), norms(problem, student.limit)
             yield {
                 "teacher_tau": tau,
                 "kappa": {name: float(student.kappa[part].mean()) for name, part in bulks},
+                "kept": {name: after[name] / before[name] for name, _ in bulks},
                 "slowest": 1 / float(student.rates.real.min()),
                 # The initial student, whose map_err distillation brings down.
                 "teacher": {**_of_teacher(problem, network), **_of_student(problem, network)},

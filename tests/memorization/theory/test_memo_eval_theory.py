@@ -10,7 +10,7 @@ import torch
 from conftest import invoke
 from safetensors.torch import load_file
 
-from dlmctl.memorization.theory.closed_form import train_teacher
+from dlmctl.memorization.theory.closed_form import kept_by_perfect, train_teacher
 from dlmctl.memorization.theory.random_features import draw_problem, losses
 from dlmctl.memorization.theory.study import TheoryStudy, study
 from dlmctl.settings.theory import FeatureModel, FeatureTraining
@@ -77,6 +77,30 @@ def test_the_student_keeps_less_of_the_training_set(full):
     assert [kappa[name] for name in ("gen", "mem", "null")] == pytest.approx(
         [0.0010, 0.00165, 0.0096], rel=0.1
     )
+
+
+def test_a_student_keeps_about_as_much_of_every_direction(full):
+    """Near the share that a perfect student has, with a little less where a step moves more."""
+    header = full.header()
+    perfect = header["kept_by_perfect"]
+    assert perfect == pytest.approx((1 - math.exp(-0.05)) / header["constants"]["D"])
+    [end] = header["students"]
+    assert 0.85 * perfect < end["kept"]["null"] < end["kept"]["mem"] < perfect
+    [(kappa, share)] = full.directions()
+    null = slice(300, 1200)
+    assert float(kappa[null].mean()) == pytest.approx(end["kappa"]["null"])
+    assert float(share[null].median()) == pytest.approx(end["kept"]["null"], rel=0.1)
+
+
+def test_a_perfect_student_keeps_what_the_maps_say():
+    """By the definition: f(y) = e^t (y + D S phi) for the student and the flow's end for data."""
+    model = FeatureModel(2, 4, 6, 0.3, "0.5,1.5")
+    shares = []
+    for variance in (0.5, 1.5):
+        total = math.exp(-0.6) * variance + model.noise
+        student = (math.sqrt(variance / total) * math.exp(-0.3) - 1) / model.noise
+        shares.append(student / (-1 / total))
+    assert kept_by_perfect(model) == pytest.approx(sum(shares) / 2)
 
 
 def test_the_bulks_and_their_times_are_those_that_are_known(full):
