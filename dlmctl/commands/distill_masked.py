@@ -9,14 +9,14 @@ from typing import Annotated
 
 from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.ranks import on_every_rank, write_metrics
-from dlmctl.records.jsonl import read_records
+from dlmctl.records.passes import read_passes
 from dlmctl.settings import Knob
 from dlmctl.settings.compute import Compute
 from dlmctl.settings.distill import MaskedConsistency
 from dlmctl.settings.masks import Fill
 from dlmctl.settings.models import Prompting, Reading
 from dlmctl.settings.optimizer import OPTIMIZER, Adapter, GradientCheckpointing, Optimizer
-from dlmctl.settings.streams import Files, OnErrorOption, Quiet
+from dlmctl.settings.streams import Files, OnErrorOption, Passes, Quiet
 from dlmctl.settings.training import ResumeInput
 
 
@@ -24,6 +24,7 @@ from dlmctl.settings.training import ResumeInput
 def command(
     output: Annotated[Path, Knob("Directory of the run.", "-o", "--output", metavar="RUN")],
     files: Files = None,
+    passes: Passes = Passes(),
     teacher: Annotated[
         str | None,
         Knob(
@@ -83,7 +84,7 @@ def command(
 
     fill = Fill.read(fill_to)
     lines = input_lines(files)
-    records = read_records(files or [], on_error)
+    records = read_passes(files or [], on_error, passes, plan.seed)
     if is_first():
         print(f"dlmctl: writing {output}", file=sys.stderr)
     run = open_run(
@@ -106,7 +107,8 @@ def command(
         print(f"dlmctl: {output} is trained already", file=sys.stderr)
         return
     run.about = {**asdict(plan), "records per step": records_per_step, "fill to": fill_to}
+    run.about |= passes.recorded()
     metrics = distill_masked(rest, run, plan, records_per_step, compute.batch_size, fill, keep)
     before = run.progress.step if resume else 0
-    total = lines.times(1 / records_per_step, steps - run.progress.step + before)
+    total = lines.times(passes.epochs / records_per_step, steps - run.progress.step + before)
     write_metrics(metrics, quiet, run.standing, total, before)

@@ -12,21 +12,23 @@ from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.ranks import on_every_rank, write_metrics
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.groups import group_size
-from dlmctl.records.jsonl import OnError, Record, each, object_field, read_records
+from dlmctl.records.jsonl import OnError, Record, each, object_field
 from dlmctl.records.locks import Lock, hold_run
+from dlmctl.records.passes import read_passes
 from dlmctl.settings.algorithms import RECIPES, Algorithm, check_kind
 from dlmctl.settings.compute import QuantizedCompute, Seed
 from dlmctl.settings.masks import Fill, Masks, Supervised
 from dlmctl.settings.models import Prompting, Reading
 from dlmctl.settings.objective import Advantages, Algo, Constants
 from dlmctl.settings.optimizer import Adapter, Optimizer
-from dlmctl.settings.streams import Files, OnErrorOption, Quiet
+from dlmctl.settings.streams import Files, OnErrorOption, Passes, Quiet
 from dlmctl.settings.training import Learning, OptionalModel, ResumeInput, RunOutput, Saving
 
 
 @on_every_rank
 def command(
     files: Files = None,
+    passes: Passes = Passes(),
     algo: Algo = "rspo",
     model: OptionalModel = None,
     reading: Reading = Reading(),
@@ -101,6 +103,8 @@ def command(
     _check_supervised(algo, supervised, learning, advantages)
     if optimizer.ema and algo != "sft":
         raise UsageError("--ema is for --algo sft: completions are sampled from checkpoints")
+    if passes != Passes() and algo != "sft":
+        raise UsageError("--epochs and --shuffle are for --algo sft: groups stay as they are")
     if learning.credit_cosine is not None and not RECIPES[algo].token_weights:
         raise UsageError(f"--credit-cosine is about token weights, which --algo {algo} has not")
     levels, loss, recipe = supervised.levels, constants.of(algo), RECIPES[algo]
@@ -108,7 +112,7 @@ def command(
     inner, prompts = learning.inner or recipe.inner, advantages.prompts_per_step
 
     # 2. Open the run, once the first record is there.
-    lines, stream = input_lines(files), _Stream()
+    lines, stream = input_lines(files), _Stream(passes, seed)
     sampled_from, directory = run_on_first(
         lambda: stream.begin(algo, output, files, on_error, supervised.filling)
     )
@@ -151,6 +155,7 @@ def command(
         "prompt mask": plan.prompt_mask,
         "until eos": plan.until_eos,
         "prompts per step": prompts,
+        **passes.recorded(),
         **{name: value for name, value in loss.items() if value is not None},
     }
     if algo == "sft":
@@ -189,14 +194,15 @@ def command(
             learning.credit_cosine,
         )
     group = max(0, stream.group or 0)
-    total = lines.times(inner / (group * prompts)) if group else None
+    total = lines.times(passes.epochs * inner / (group * prompts)) if group else None
     write_metrics(metrics, quiet, run.standing, total, run.progress.step if resume else 0)
 
 
 class _Stream:
     """The input, which the first rank alone reads."""
 
-    def __init__(self) -> None:
+    def __init__(self, passes: Passes, seed: int) -> None:
+        self._passes, self._seed = passes, seed
         self.records: Iterator[Record] = iter(())
         self.group: int | None = None
         """Records of a prompt; None if the first one does not say."""
@@ -219,7 +225,9 @@ class _Stream:
         directory = output or next_run(algo)
         # Refused before the first record, which may be long in coming; kept until the run has it.
         self._lock = hold_run(directory) if directory.is_dir() else None
-        self.records, first = _with_first(read_records(files or [], on_error))
+        self.records, first = _with_first(
+            read_passes(files or [], on_error, self._passes, self._seed)
+        )
         self.pairs = is_preference(first)
         if self.pairs and algo != "vrpo":
             raise UsageError(

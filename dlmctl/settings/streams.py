@@ -68,6 +68,28 @@ def kept_in(output: object, on_error: OnError) -> OnError:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """How often and in which order records are read."""
+
+    epochs: int = knob(
+        1,
+        "Read the files so many times. With a window of --shuffle in another order each time.",
+        minimum=1,
+    )
+    shuffle: int = knob(
+        1,
+        "Mix the records, with so many in memory at a time; as many as there are gives every order "
+        "the same chance. 1 keeps the order.",
+        metavar="WINDOW",
+        minimum=1,
+    )
+
+    def recorded(self) -> dict[str, int]:
+        """What a model's card says of it: nothing of one pass in order."""
+        return {} if self == Passes() else {"epochs": self.epochs, "shuffle": self.shuffle}
+
+
+@dataclass(frozen=True)
 class Stage:
     """What every stage has that writes a record for a record."""
 
