@@ -49,14 +49,15 @@ def command(
     checkpoints show when. Writes metrics to standard output and RUN/metrics.jsonl. The same command
     resumes a run that was killed.
 
-    Image files of a folder, and of the folders in it, may have several sizes: --resize and --crop
-    make them one size. White stands behind transparency, and images are turned as their EXIF says.
-    A run records how its images were read.
+    A folder of images is read with the folders in it; its splits are folders train, test and so on.
+    Images of several sizes become one size by --resize and --crop. White stands behind
+    transparency, and images are turned as their EXIF says. A run records how its images were read,
+    and does not resume if they are read otherwise. Images that are stored as bytes are kept so.
 
     Under torchrun the images of a step are divided among the processes and their gradients are
-    summed: the steps, and the files, are those of one process, and a run can be resumed with more
-    or fewer processes. The network is small, so each process has the whole of it; 'dlmctl update'
-    shards it.
+    summed: the steps, and the files, are those of one process (up to rounding with --dtype
+    bfloat16), and a run can be resumed with more or fewer processes. The network is small, so each
+    process has the whole of it; 'dlmctl update' shards it.
 
     Examples:
 
@@ -64,9 +65,8 @@ def command(
 
     dlmctl distill sample runs/teacher -n 1000 -o samples.safetensors
 
-    dlmctl distill teacher images/ --resize 64 --crop 64 --width 64 -o runs/large
-
-    torchrun --nproc-per-node 4 -m dlmctl distill teacher images/ -b 512 -o runs/large
+    torchrun --nproc-per-node 4 -m dlmctl distill teacher images/ --resize 64 --crop 64 -b 512
+    -o runs/large
     """
     from dlmctl.distill.image_checkpoints import ModelConfig
     from dlmctl.distill.image_networks import network_config

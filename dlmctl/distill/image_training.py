@@ -109,8 +109,6 @@ class TrainingRun:
         self.config, self.recipe = config, recipe
         self.loss, self.images = loss, images.to(device)
         self.network = network.to(device).train().requires_grad_(True)
-        if recipe.channels_last:
-            self.network.to(memory_format=torch.channels_last)
         self.averages: dict[str, tuple[nn.Module, float]] = {}
         for name, decay in (("ema", recipe.ema), ("target", target_ema)):
             if decay:
@@ -256,11 +254,6 @@ class TrainingRun:
             for name, parameter in self._weights().items():
                 parameter.copy_(tensors[name])
         restore_optimizer(self.optimizer, self._parameters, tensors)
-        # Fused kernels take moments to lie in memory as their parameter does.
-        for parameter, state in self.optimizer.state.items():
-            for name, value in state.items():
-                if value.shape == parameter.shape:
-                    state[name] = torch.empty_like(parameter).copy_(value)
 
     def _weights(self) -> dict[str, Tensor]:
         """Of the network and of its averages, by name."""
@@ -295,8 +288,7 @@ def flipped(images: Tensor, key: int) -> Tensor:
 
 
 def _check_options(recipe: Training, config: ModelConfig) -> None:
-    for given, option in ((recipe.dropout, "--dropout"), (recipe.channels_last, "--channels-last")):
-        if given and config.network.kind != "unet":
-            raise UsageError(f"{option} is for --network unet")
+    if recipe.dropout and config.network.kind != "unet":
+        raise UsageError("--dropout is for --network unet")
     if recipe.flip and len(config.network.shape) != 3:
         raise UsageError("--flip is for images, not vectors")

@@ -14,16 +14,17 @@ from dlmctl.settings.optimizer import OPTIMIZER, Optimizer, Schedule
 
 NetworkKind = Literal["unet", "mlp"]
 Dtype = Literal["float32", "bfloat16"]
-ADDED = ("dropout", "flip", "dtype", "channels_last")
+ADDED = ("dropout", "flip", "dtype")
 """Fields of `Training` that its first version did not have."""
-NETWORK, NOISE, FILES, SPEED = "Network", "Noise", "Image files", "Speed"
+NETWORK, NOISE, FILES = "Network", "Noise", "Image files"
 
 Images = Annotated[
     str,
     Knob(
         "builtin:digits, a folder of images, a safetensors file (bytes, or floats in [-1, 1] or "
-        "[0, 1]), or a file or data set with a column of images. A suffix @SPLIT or @CONFIG/SPLIT "
-        "names a part of a data set, else train; after it, #A:B takes the images from A up to B.",
+        "[0, 1]), or a file or data set with a column of images. The suffix @SPLIT or "
+        "@CONFIG/SPLIT takes a part of a data set that is not train, as in uoft-cs/cifar10@test; "
+        "after it, #A:B takes the images from A up to B.",
         metavar="IMAGES",
         argument=True,
     ),
@@ -198,13 +199,7 @@ class Training:
         "float32",
         "bfloat16 computes convolutions and products in it, by autocast; weights, averages and "
         "optimizer stay in float32. Not for scd and sct.",
-        panel=SPEED,
-    )
-    channels_last: bool = knob(
-        False,
-        "Keep the weights of a U-Net with the channels last: faster, with other rounding errors.",
-        "--channels-last",
-        panel=SPEED,
+        panel=OPTIMIZER,
     )
 
     def recorded(self) -> dict[str, Any]:

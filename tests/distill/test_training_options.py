@@ -1,4 +1,4 @@
-"""Options of training: dropout, flips, bfloat16, channels last, and images that stay bytes."""
+"""Options of training: dropout, flips, bfloat16, and images that stay bytes."""
 
 import copy
 
@@ -25,8 +25,7 @@ OPTIONS = [
     {"dropout": 0.3},
     {"flip": True},
     {"dtype": "bfloat16"},
-    {"channels_last": True},
-    {"dropout": 0.2, "flip": True, "dtype": "bfloat16", "channels_last": True},
+    {"dropout": 0.2, "flip": True, "dtype": "bfloat16"},
 ]
 
 
@@ -79,14 +78,13 @@ def test_a_run_with_options_resumes_bit_for_bit_and_another_is_refused(options, 
 def test_options_at_their_defaults_are_not_recorded_so_that_earlier_runs_resume(tmp_path):
     train(begin(tmp_path))
     about = load_model(str(tmp_path)).training
-    assert not {"dropout", "flip", "dtype", "channels_last"} & about.keys()
+    assert not {"dropout", "flip", "dtype"} & about.keys()
     assert {"rate", "seed", "images_hash"} <= about.keys()
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
     for network, images, options, message in (
         (MLP, BYTES, {"dropout": 0.1}, "--dropout is for --network unet"),
-        (MLP, BYTES, {"channels_last": True}, "--channels-last is for --network unet"),
         (NetworkConfig("mlp", (5,), 8, (), 1), torch.zeros(3, 5), {"flip": True}, "not vectors"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -158,7 +156,7 @@ def test_the_target_of_ect_has_the_masks_of_the_student(tmp_path, monkeypatch):
     assert torch.equal(seen[0][1], seen[1][1])
 
 
-# --- flips, bfloat16, channels last ---------------------------------------------------------------
+# --- flips, bfloat16 ------------------------------------------------------------------------------
 
 
 def test_half_of_the_images_are_mirrored_left_to_right():
@@ -198,25 +196,6 @@ def test_bfloat16_is_of_products_alone(tmp_path):
     assert not torch.equal(*moments)
     assert torch.cosine_similarity(*moments, dim=0) > 0.99
     assert start.keys() == run.network.state_dict().keys()
-
-
-def test_channels_last_changes_rounding_alone(tmp_path):
-    """The first step of Adam is by the sign of the gradient, of each weight by its own."""
-    last, first = begin(tmp_path / "last", channels_last=True), begin(tmp_path / "first")
-    weight = last.network.down[0].conv1.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last)
-    assert not weight.is_contiguous()
-    before = copy.deepcopy(last.network)
-    last._take_step()
-    first._take_step()
-    for name, parameter in last.network.named_parameters():
-        moment = last.optimizer.state[parameter]["exp_avg"]
-        other = first.optimizer.state[first.network.get_parameter(name)]["exp_avg"]
-        torch.testing.assert_close(moment, other, rtol=1e-3, atol=1e-6, msg=name)
-        gradient = moment / 0.1
-        moved = -3e-3 * gradient / (gradient.abs() + 1e-8)
-        found = parameter - before.get_parameter(name)
-        torch.testing.assert_close(found, moved, rtol=1e-3, atol=1e-6, msg=name)
 
 
 # --- as typed -------------------------------------------------------------------------------------
