@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dlmctl.diffusion.noise import stream_key
+from dlmctl.diffusion.noise import key_tensor, random_bits, stream_key, subkeys
 from dlmctl.records.errors import UsageError
 from dlmctl.settings.images import NetworkKind, NetworkSizes
 from dlmctl.settings.parsing import whole_numbers
@@ -22,6 +22,8 @@ from dlmctl.settings.parsing import whole_numbers
 FASTEST = 16.0
 """Highest frequency of the embedding, in radians per unit of c_noise = ln(sigma) / 4; higher ones
 make the derivative by time rough, on which consistency depends (ours)."""
+SHARES = 2**16
+"""Shares of activations that dropout tells apart."""
 
 
 @dataclass(frozen=True)
@@ -165,9 +167,9 @@ class Block(nn.Module):
 class RowDropout(nn.Module):
     """Dropout whose mask is a function of a key and of the row of the batch.
 
-    So it is the same in a run that is resumed, whatever rows of the batch a process has, and in all
-    passes of a step: those of a student and of its target, as ect has them (arXiv 2406.14548).
-    Nothing is dropped before `draw_dropout`.
+    So it is the same in a run that is resumed, on every device, whatever rows of the batch a
+    process has, and in all passes of a step: those of a student and of its target, as ect has them
+    (arXiv 2406.14548). Nothing is dropped before `draw_dropout`.
     """
 
     def __init__(self) -> None:
@@ -179,11 +181,14 @@ class RowDropout(nn.Module):
         """Float [N, ...] to the same shape."""
         if not self.training or not self.share:
             return x
-        uniform = torch.empty(x.shape, device=x.device)
-        for place, row in enumerate(uniform):
-            key = stream_key(*self.key, self.first_row + place)
-            row.uniform_(generator=torch.Generator(x.device).manual_seed(key))
-        return x * (uniform >= self.share) / (1 - self.share)
+        size, dropped = x[0].numel(), round(self.share * SHARES)
+        rows = torch.arange(self.first_row, self.first_row + len(x), device=x.device)
+        keys = subkeys(key_tensor([stream_key(*self.key)], x.device), rows)
+        counters = torch.arange((size + 3) // 4, device=x.device)
+        # Each 64 bits make four numbers from -2^15 on.
+        numbers = random_bits(keys[:, None], counters).view(torch.int16)[:, :size]
+        kept = (numbers >= dropped - SHARES // 2).reshape(x.shape)
+        return x * kept * (SHARES / (SHARES - dropped))
 
 
 def draw_dropout(network: nn.Module, share: float, seed: int, step: int, first_row: int) -> None:

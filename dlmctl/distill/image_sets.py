@@ -119,7 +119,7 @@ def as_floats(images: Tensor) -> Tensor:
     if images.device.type == "cpu":
         return images.float().div_(127.5).sub_(1)
     # CUDA would multiply by the reciprocal.
-    return byte_levels().to(images.device)[images.int()]
+    return byte_levels().to(images.device)[images.long()]
 
 
 def byte_levels() -> Tensor:
