@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 from dlmctl.commands.distill_teacher import take_steps
@@ -10,7 +11,7 @@ from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob
 from dlmctl.settings.compute import DeviceName
 from dlmctl.settings.distill import Distillation
-from dlmctl.settings.images import Gray, Images, NetworkSizes, Reports, Run, Training
+from dlmctl.settings.images import ImageReading, Images, NetworkSizes, Reports, Run, Training
 from dlmctl.settings.streams import Quiet
 
 
@@ -31,7 +32,7 @@ def command(
     sizes: NetworkSizes = NetworkSizes(),
     training: Training = Training(steps=2000, warmup=0, schedule="cosine"),
     reports: Reports = Reports(),
-    gray: Gray = False,
+    reading: ImageReading = ImageReading(),
     device: DeviceName = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -52,17 +53,21 @@ def command(
     dlmctl distill cd builtin:digits#0:128 --objective ect --init scratch -o runs/ect
     """
     from dlmctl.distill.image_checkpoints import load_model
-    from dlmctl.distill.image_runs import student_config, student_run
-    from dlmctl.distill.image_sets import read_images
+    from dlmctl.distill.image_runs import reading_note, student_config, student_run
+    from dlmctl.distill.image_sets import training_pixels
     from dlmctl.models.loading import resolve_device
+    from dlmctl.train.distributed import is_first
 
     if teacher is None and (plan.needs_teacher or plan.init == "teacher"):
         what = f"--objective {plan.objective}" if plan.needs_teacher else "--init teacher"
         raise UsageError(f"{what} needs --teacher")
     place = resolve_device(device)
-    data = read_images(images, gray)
-    model = load_model(teacher, place) if teacher else None
+    data = training_pixels(images, reading)
+    model = load_model(teacher, place, reading=reading) if teacher else None
     config = student_config(model, tuple(data.shape[1:]), plan, sizes)
-    about = {"images": images, "gray": gray}
+    about = {"images": images, **reading.recorded()}
+    note = reading_note(model, about) if model else None
+    if note and is_first():
+        print(f"dlmctl: {note}", file=sys.stderr)
     run = student_run(output, config, plan, model, data, training, about, place)
     take_steps(run, reports, quiet)

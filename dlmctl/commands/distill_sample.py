@@ -11,6 +11,7 @@ from dlmctl.records.errors import CannotCreateError, UsageError
 from dlmctl.settings import Knob
 from dlmctl.settings.compute import DeviceName, Seed
 from dlmctl.settings.distill import Solver
+from dlmctl.settings.images import ImageReading
 from dlmctl.settings.parsing import float_grid, whole_numbers
 from dlmctl.settings.streams import Json, Quiet
 
@@ -89,6 +90,7 @@ def command(
         ),
     ] = 256,
     seed: Seed = 0,
+    reading: ImageReading = ImageReading(),
     device: DeviceName = "auto",
     quiet: Quiet = False,
     json: Json = False,
@@ -108,19 +110,22 @@ def command(
 
     dlmctl distill sample runs/student --at all -o student-{step}.safetensors
     """
-    from dlmctl.distill.image_checkpoints import load_model
+    from dlmctl.distill.image_checkpoints import OPTIMAL, load_model
     from dlmctl.distill.image_sampling import draw, evaluations, levels, student_levels
+    from dlmctl.distill.image_sets import origin
     from dlmctl.models.loading import resolve_device
 
     if visited and steps:
         raise UsageError("--levels says how many steps there are: leave --steps out")
+    if reading != ImageReading() and not model.startswith(OPTIMAL):
+        raise UsageError("--resize, --crop and --gray are for optimal:IMAGES")
     given = float_grid("--levels", visited) if visited else []
     place = resolve_device(device)
     points = _checkpoints(model, at, output)
     rows = []
     with counting("samples", quiet, count * len(points)) as gauge:
         for point in points:
-            loaded = load_model(model, place, point)
+            loaded = load_model(model, place, point, reading)
             if loaded.kind == "consistency" and solver:
                 raise UsageError(
                     f"--solver is for denoisers, and {model} is a student without an ODE"
@@ -139,6 +144,7 @@ def command(
                 "kind": loaded.kind,
                 "step": trained,
                 "revision": loaded.revision,
+                **origin(loaded.training or {}),
                 "seed": seed,
                 "steps": taken,
                 **({"levels": given} if given else {}),

@@ -11,7 +11,7 @@ from dlmctl.settings import Knob
 from dlmctl.settings.compute import DeviceName
 from dlmctl.settings.images import (
     NOISE,
-    Gray,
+    ImageReading,
     Images,
     NetworkSizes,
     NoiseLaw,
@@ -38,21 +38,26 @@ def command(
     law: NoiseLaw = NoiseLaw(),
     training: Training = Training(),
     reports: Reports = Reports(),
-    gray: Gray = False,
+    reading: ImageReading = ImageReading(),
     device: DeviceName = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Train a diffusion model on a set of images or vectors.
 
     Trains a denoiser by EDM (Karras et al. 2022), with its scalings, noise distribution and loss
-    weight, using Adam. There is no augmentation and no dropout, so that the model memorizes a small
-    set in time; the checkpoints show when. Writes metrics to standard output and RUN/metrics.jsonl.
-    The same command resumes a run that was killed.
+    weight, using Adam. Without --dropout and --flip the model memorizes a small set in time; the
+    checkpoints show when. Writes metrics to standard output and RUN/metrics.jsonl. The same command
+    resumes a run that was killed.
+
+    A folder of images is read with the folders in it; its splits are folders train, test and so on.
+    Images of several sizes become one size by --resize and --crop. White stands behind
+    transparency, and images are turned as their EXIF says. A run records how its images were read,
+    and does not resume if they are read otherwise. Images that are stored as bytes are kept so.
 
     Under torchrun the images of a step are divided among the processes and their gradients are
-    summed: the steps, and the files, are those of one process, and a run can be resumed with more
-    or fewer processes. The network is small, so each process has the whole of it; 'dlmctl update'
-    shards it.
+    summed: the steps, and the files, are those of one process (up to rounding with --dtype
+    bfloat16), and a run can be resumed with more or fewer processes. The network is small, so each
+    process has the whole of it; 'dlmctl update' shards it.
 
     Examples:
 
@@ -60,20 +65,21 @@ def command(
 
     dlmctl distill sample runs/teacher -n 1000 -o samples.safetensors
 
-    torchrun --nproc-per-node 4 -m dlmctl distill teacher images/ -b 512 -o runs/large
+    torchrun --nproc-per-node 4 -m dlmctl distill teacher images/ --resize 64 --crop 64 -b 512
+    -o runs/large
     """
     from dlmctl.distill.image_checkpoints import ModelConfig
     from dlmctl.distill.image_networks import network_config
     from dlmctl.distill.image_runs import teacher_run
-    from dlmctl.distill.image_sets import read_images
+    from dlmctl.distill.image_sets import training_pixels
     from dlmctl.models.loading import resolve_device
 
     if not sigma_data:
         raise UsageError("--sigma-data is above 0")
     place = resolve_device(device)
-    data = read_images(images, gray)
+    data = training_pixels(images, reading)
     config = ModelConfig("edm", network_config(tuple(data.shape[1:]), sizes), sigma_data, noise)
-    about = {"images": images, "gray": gray}
+    about = {"images": images, **reading.recorded()}
     take_steps(teacher_run(output, config, law, data, training, about, place), reports, quiet)
 
 

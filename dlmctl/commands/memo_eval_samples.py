@@ -14,6 +14,7 @@ from dlmctl.records.files import write_file
 from dlmctl.records.jsonl import write_records
 from dlmctl.settings import Knob
 from dlmctl.settings.compute import DeviceName
+from dlmctl.settings.images import ImageReading
 from dlmctl.settings.memorization import Bootstrap, Gallery, ImageSources, SampleStudy
 from dlmctl.settings.streams import Json, Output, Quiet
 
@@ -28,6 +29,7 @@ OF_SAMPLER = ("model", "step", "steps", "evaluations")
 
 def command(
     sources: ImageSources,
+    reading: ImageReading = ImageReading(),
     study: SampleStudy = SampleStudy(),
     bootstrap: Bootstrap = Bootstrap(),
     rows: Annotated[
@@ -72,7 +74,12 @@ def command(
     dlmctl memo-eval --samples s.safetensors --train d.safetensors --set role=teacher --set n=128
     """
     fields = label_fields(labels)
-    from dlmctl.distill.image_sets import read_about, read_images
+    from dlmctl.distill.image_sets import (
+        images_hash,
+        origin_note,
+        read_about,
+        read_images,
+    )
     from dlmctl.memorization.images.gallery import check_drawable, picture
     from dlmctl.memorization.images.sample_study import (
         compared_sets,
@@ -87,17 +94,19 @@ def command(
     if len(sources.samples) > 1 and (rows or gallery.gallery or study.features):
         raise UsageError("--rows, --gallery and --features are for one --samples")
     ranges: dict[tuple[float, float], str] = {}
-    train = read_images(sources.train, sources.gray, ranges)
-    heldout = read_images(sources.heldout, sources.gray, ranges) if sources.heldout else None
-    printed: set[str] = set()
+    train = read_images(sources.train, reading, ranges)
+    heldout = read_images(sources.heldout, reading, ranges) if sources.heldout else None
+    identity, printed = images_hash(train), set[str]()
 
     def studied(name: str) -> tuple[dict[str, Any], ImageSets, StudyResult]:
-        samples = read_images(name, sources.gray, ranges)
+        samples = read_images(name, reading, ranges)
         sets = compared_sets(samples, train, heldout, study)
-        for note in sets.notes:
+        other = origin_note(name, identity)
+        notes = [*sets.notes, *([other] if other else [])]
+        for note in notes:
             if note not in printed:
                 print(f"dlmctl: {note}", file=sys.stderr)
-        printed.update(sets.notes)
+        printed.update(notes)
         if gallery.gallery:
             check_drawable(sets.samples.images)  # before anything takes long
         if study.extractor or study.features:

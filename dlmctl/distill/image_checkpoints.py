@@ -24,7 +24,7 @@ from dlmctl.distill.image_sets import read_images
 from dlmctl.models.weights import read_weights, weights_hash
 from dlmctl.records.errors import DataError, MissingInputError, UsageError
 from dlmctl.records.files import read_json
-from dlmctl.settings.images import NoiseRange
+from dlmctl.settings.images import ImageReading, NoiseRange
 from dlmctl.train.run_directory import checkpoint_name, checkpoint_numbers
 
 ModelKind = Literal["edm", "consistency", "optimal"]
@@ -90,11 +90,17 @@ def save_model(
     save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
 
 
-def load_model(name: str, device: torch.device | str = "cpu", at: int | None = None) -> ImageModel:
+def load_model(
+    name: str,
+    device: torch.device | str = "cpu",
+    at: int | None = None,
+    reading: ImageReading = ImageReading(),
+) -> ImageModel:
     """A model by the name of its run or checkpoint, or `optimal:IMAGES`.
 
     Args:
         at: the step of a run's checkpoint; None is the newest.
+        reading: of the images of a closed form.
 
     Raises:
         MissingInputError: there is no such directory or checkpoint.
@@ -105,7 +111,7 @@ def load_model(name: str, device: torch.device | str = "cpu", at: int | None = N
     if name.startswith(OPTIMAL):
         if at is not None:
             raise UsageError(f"{name} is a closed form and has no checkpoints")
-        images = read_images(name[len(OPTIMAL) :])
+        images = read_images(name[len(OPTIMAL) :], reading)
         exact = OptimalDenoiser(images).to(device)
         return ImageModel(name, "optimal", exact, tuple(images.shape[1:]), NoiseRange(), device)
     directory = find_checkpoint(Path(name), at)

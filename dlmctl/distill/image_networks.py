@@ -1,7 +1,7 @@
 """Networks F(x, c) of a noisy input and its noise level: a small U-Net, and a residual MLP.
 
 Sizes and layout of both are ours. The last layer is initialized to zero, so that a denoiser around
-them begins as its skip connection. There is no dropout, which would mask memorization.
+them begins as its skip connection. Dropout, of the U-Net alone, is off unless a run turns it on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dlmctl.diffusion.noise import key_tensor, random_bits, stream_key, subkeys
 from dlmctl.records.errors import UsageError
 from dlmctl.settings.images import NetworkKind, NetworkSizes
 from dlmctl.settings.parsing import whole_numbers
@@ -21,6 +22,8 @@ from dlmctl.settings.parsing import whole_numbers
 FASTEST = 16.0
 """Highest frequency of the embedding, in radians per unit of c_noise = ln(sigma) / 4; higher ones
 make the derivative by time rough, on which consistency depends (ours)."""
+SHARES = 2**16
+"""Shares of activations that dropout tells apart."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = _norm(width), _norm(out)
         self.conv1 = nn.Conv2d(width, out, 3, padding=1)
+        self.dropout = RowDropout()
         self.conv2 = _zeroed(nn.Conv2d(out, out, 3, padding=1))
         self.time = nn.Linear(time, 2 * out)
         self.skip = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
@@ -156,8 +160,43 @@ class Block(nn.Module):
         scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)
         hidden = self.conv1(functional.silu(self.norm1(x)))
         hidden = self.norm2(hidden) * (1 + scale) + shift
-        out: Tensor = self.skip(x) + self.conv2(functional.silu(hidden))
+        out: Tensor = self.skip(x) + self.conv2(self.dropout(functional.silu(hidden)))
         return out if self.attention is None else self.attention(out)
+
+
+class RowDropout(nn.Module):
+    """Dropout whose mask is a function of a key and of the row of the batch.
+
+    So it is the same in a run that is resumed, on every device, whatever rows of the batch a
+    process has, and in all passes of a step: those of a student and of its target, as ect has them
+    (arXiv 2406.14548). Nothing is dropped before `draw_dropout`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share, self.first_row = 0.0, 0
+        self.key: tuple[str | int, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float [N, ...] to the same shape."""
+        if not self.training or not self.share:
+            return x
+        size, dropped = x[0].numel(), round(self.share * SHARES)
+        rows = torch.arange(self.first_row, self.first_row + len(x), device=x.device)
+        keys = subkeys(key_tensor([stream_key(*self.key)], x.device), rows)
+        counters = torch.arange((size + 3) // 4, device=x.device)
+        # Each 64 bits make four numbers from -2^15 on.
+        numbers = random_bits(keys[:, None], counters).view(torch.int16)[:, :size]
+        kept = (numbers >= dropped - SHARES // 2).reshape(x.shape)
+        return x * kept * (SHARES / (SHARES - dropped))
+
+
+def draw_dropout(network: nn.Module, share: float, seed: int, step: int, first_row: int) -> None:
+    """Set the masks of a step: of this share, for inputs whose rows begin at this of the batch."""
+    parts = [part for part in network.modules() if isinstance(part, RowDropout)]
+    for number, part in enumerate(parts):
+        part.share, part.first_row = share, first_row
+        part.key = seed, "dropout", step, number
 
 
 class Attention(nn.Module):

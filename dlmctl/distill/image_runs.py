@@ -16,11 +16,18 @@ from dlmctl.distill.consistency_model import distillation_loss
 from dlmctl.distill.edm import EdmDenoiser, edm_loss
 from dlmctl.distill.image_checkpoints import ImageModel, ModelConfig, student
 from dlmctl.distill.image_networks import make_network, network_config
+from dlmctl.distill.image_sets import bare_name
 from dlmctl.distill.image_training import TrainingRun
 from dlmctl.distill.trigflow import trigflow_loss
 from dlmctl.records.errors import UsageError
 from dlmctl.settings.distill import CONTINUOUS, TANGENT_WARMUP, Distillation
-from dlmctl.settings.images import NetworkSizes, NoiseLaw, NoiseRange, Training
+from dlmctl.settings.images import (
+    NetworkSizes,
+    NoiseLaw,
+    NoiseRange,
+    Training,
+    reading_options,
+)
 
 
 def teacher_run(
@@ -63,7 +70,12 @@ def student_run(
 
     Args:
         teacher: frozen; with `plan.init` "teacher" the student begins with a copy of its network.
+        images: uint8 or float32 [N, ...].
     """
+    if plan.objective in CONTINUOUS and recipe.dtype != "float32":
+        raise UsageError(
+            f"--dtype {recipe.dtype} is too coarse for the derivative that {plan.objective} takes"
+        )
     stage_steps = plan.steps_per_stage(recipe.steps)
     tangent_warmup = plan.tangent_warmup or max(1, recipe.steps // TANGENT_WARMUP)
     followed = teacher.function if teacher and plan.needs_teacher else None
@@ -134,3 +146,25 @@ def new_network(config: ModelConfig, seed: int) -> nn.Module:
     """A network whose initial weights are a function of the seed."""
     torch.manual_seed(stream_key(seed, "weights"))
     return make_network(config.network)
+
+
+def reading_note(teacher: ImageModel, about: Mapping[str, Any]) -> str | None:
+    """What is to be said if a teacher's images were read otherwise than those of a student; None
+    if they were not, or if it is not recorded.
+
+    Args:
+        about: `images` and the reading of the student's, as a run records them.
+
+    Raises:
+        UsageError: they are images of one source.
+    """
+    trained = teacher.training or {}
+    before, now = reading_options(trained), reading_options(about)
+    if "images" not in trained or before == now:
+        return None
+    what = f"{teacher.name} was trained on {trained['images']} {before or 'as it is'}"
+    if bare_name(trained["images"]) == bare_name(about["images"]):
+        raise UsageError(
+            f"{what}: read the images of its student alike, not {now or 'as they are'}"
+        )
+    return f"{what}, and these images are read {now or 'as they are'}"

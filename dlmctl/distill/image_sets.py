@@ -3,7 +3,7 @@
     builtin:digits      scikit-learn's 1,797 handwritten digits, 8 x 8, gray, in a fixed order that
                         mixes the classes
     FILE.safetensors    the tensor `images`, or the only tensor
-    DIRECTORY           the images in it, by name
+    DIRECTORY           the images in it and in the folders in it
     FILE, NAME          records, tables and data sets with a column of images: images, image, img,
                         pixel_values, or the only column that `datasets` declares as images
 
@@ -11,17 +11,23 @@ Images of a safetensors file are bytes, or floats in [-1, 1] or [0, 1]: floats n
 negative count as the latter. Its metadata may state instead which numbers are black and white, as
 in `range: 0:255`, or `range: any` for numbers that are not brightness, such as latents.
 
-A suffix `#A:B` takes the images from A up to B, so that training and held-out sets of one source
-can be disjoint: `builtin:digits#0:128`, `builtin:digits#128:256`.
+Two suffixes take a part of a source, so that training and held-out sets of one can be named:
+
+    uoft-cs/cifar10@test              a split of a data set; without it, train
+    uoft-cs/cifar100@cifar100/test    a split of a configuration
+    builtin:digits#128:256            the images from 128 up to 256
+    uoft-cs/cifar10@test#:1000        the first thousand of a split
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -30,45 +36,103 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dlmctl.distill.image_files import Source, encoded_images
 from dlmctl.records.errors import DataError, MissingInputError, UsageError, missing_package
-from dlmctl.tasks.images import load_image, record_images
-from dlmctl.tasks.readers import read_rows
+from dlmctl.settings.images import ImageReading, reading_options
 
 DIGITS = "builtin:digits"
 DIGITS_SEED = 0
 """Seed of the order of the digits, which scikit-learn has sorted by writer."""
 NAME = "images"
 """The tensor of a safetensors file."""
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 RANGE = "range"
 """Key in the metadata of such a file; its value is BLACK:WHITE, such as 0:1, or any."""
 Range = tuple[float, float]
 _CUT = re.compile(r"(.+)#(\d*):(\d*)")
+_PART = re.compile(r"(.+)@(?:([\w.-]+)/)?([\w.-]+)")
 
 
-def read_images(source: str, gray: bool = False, taken: dict[Range, str] | None = None) -> Tensor:
+def read_images(
+    source: str, reading: ImageReading = ImageReading(), taken: dict[Range, str] | None = None
+) -> Tensor:
     """A set of images or vectors: float32, images [N, C, H, W] in [-1, 1], vectors [N, D].
 
+    Arguments and errors are those of `read_pixels`.
+    """
+    return as_floats(read_pixels(source, reading, taken))
+
+
+def read_pixels(
+    source: str, reading: ImageReading = ImageReading(), taken: dict[Range, str] | None = None
+) -> Tensor:
+    """A set of images or vectors as it is stored, for `as_floats`: uint8 or float32, images
+    [N, C, H, W], vectors [N, D].
+
     Args:
-        source: as in the list above.
-        gray: read image files as one channel, their luminance.
+        source: as in the lists above.
+        reading: what is done with images that are not tensors.
         taken: ranges that the floats of earlier sets were taken to be in, with a file for each; a
             range that this file does not state is added. Give the same to all sets that are
             compared.
 
     Raises:
-        MissingInputError: there is no such file or data set.
-        DataError: it contains no images, images of several sizes, floats of no known range, or
-            floats of another range than the sets that it is compared with.
-        UsageError: the part that #A:B takes is empty.
+        MissingInputError: there is no such file, split or data set.
+        DataError: it contains no images, one that cannot be decoded, images of several sizes,
+            floats of no known range, or floats of another range than the sets that it is compared
+            with.
+        UsageError: the part that #A:B takes is empty, or the source has no splits.
         UnavailableError: a package is missing.
     """
-    name, begin, end = _split(source)
-    images = _read(name, gray, {} if taken is None else taken)
-    part = images[int(begin or 0) : int(end) if end else None]
+    place = _parsed(source)
+    if not _is_tensor(place.name):
+        return encoded_images(place, reading)
+    if place.split:
+        raise UsageError(f"{place.name} has no splits: leave out @{place.split}")
+    if place.name.startswith("builtin:"):
+        images = _digits(place.name)
+    else:
+        images = _of_file(Path(place.name), {} if taken is None else taken)
+    part = images[place.begin : place.end]
     if not len(part):
-        raise UsageError(f"{source} is empty: {name} has {len(images)} images")
+        raise place.empty(len(images))
     return part
+
+
+def training_pixels(source: str, reading: ImageReading) -> Tensor:
+    """The set that a run is trained on; as `read_pixels`.
+
+    Raises:
+        UsageError: it consists of tensors, to which the reading does not apply.
+    """
+    if _is_tensor(bare_name(source)) and (said := reading_options(reading.recorded())):
+        raise UsageError(f"{said} is for image files and data sets of them: {source} is a tensor")
+    return read_pixels(source, reading)
+
+
+def as_floats(images: Tensor) -> Tensor:
+    """Images or vectors as float32: bytes as numbers in [-1, 1], floats as they are.
+
+    The same number for the same byte on every device.
+    """
+    if images.dtype != torch.uint8:
+        return images
+    if images.device.type == "cpu":
+        return images.float().div_(127.5).sub_(1)
+    # CUDA would multiply by the reciprocal.
+    return byte_levels().to(images.device)[images.long()]
+
+
+def byte_levels() -> Tensor:
+    """The number of each byte, float32 [256]."""
+    return torch.arange(256, dtype=torch.float32).div_(127.5).sub_(1)
+
+
+def images_hash(images: Tensor) -> str:
+    """Identity of a set of images, 16 hex digits, whether they are kept as bytes or as floats."""
+    digest = blake2b(digest_size=8)
+    for part in images.split(1024):
+        digest.update(as_floats(part).contiguous().numpy())
+    return digest.hexdigest()
 
 
 def write_images(path: Path, images: Tensor, about: dict[str, str] | None = None) -> None:
@@ -84,39 +148,59 @@ def read_about(source: str) -> dict[str, str]:
         MissingInputError: there is no such file.
         DataError: it is not a safetensors file.
     """
-    path = Path(_split(source)[0])
+    path = Path(bare_name(source))
     if path.suffix != ".safetensors":
         return {}
     with _opened(path) as file:
         return dict(file.metadata() or {})
 
 
-def _split(source: str) -> tuple[str, str, str]:
-    """Name, first image, and the image after the last."""
+def bare_name(source: str) -> str:
+    """The name of a source without the part of it that is taken."""
+    return _parsed(source).name
+
+
+def origin(training: Mapping[str, Any]) -> dict[str, str]:
+    """What samples carry of the images that their model was trained on: how these are named and
+    read, and their identity.
+
+    Args:
+        training: of the model; empty if it is not recorded.
+    """
+    if "images" not in training or "images_hash" not in training:
+        return {}
+    said = f"{training['images']} {reading_options(training)}".strip()
+    return {"trained_on": said, "images_hash": training["images_hash"]}
+
+
+def origin_note(samples: str, identity: str) -> str | None:
+    """What is to be said of samples whose model was trained on other images than they are compared
+    with; None if it was on these, or if the file does not say.
+
+    Args:
+        samples: a source.
+        identity: `images_hash` of the training set of the comparison.
+    """
+    about = read_about(samples)
+    if about.get("images_hash", identity) == identity:
+        return None
+    return (
+        f"{samples} is of a model that was trained on {about.get('trained_on', 'others')}, and "
+        "--train has other images: another source, part, --resize, --crop or --gray"
+    )
+
+
+def _is_tensor(name: str) -> bool:
+    return name.startswith("builtin:") or Path(name).suffix == ".safetensors"
+
+
+def _parsed(source: str) -> Source:
+    """The parts of the name of a set; a file or folder may have an @ in its own name."""
     cut = _CUT.fullmatch(source)
     name, begin, end = cut.groups() if cut else (source, "", "")
-    return name, begin, end
-
-
-def _read(name: str, gray: bool, taken: dict[Range, str]) -> Tensor:
-    if name.startswith("builtin:"):
-        return _digits(name)
-    path = Path(name)
-    if path.suffix == ".safetensors":
-        return _of_file(path, taken)
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS)
-        if files:
-            return _stacked([_pixels(load_image(str(file)), gray) for file in files], name)
-    rows, images, row = read_rows(name, "train", None, "fail"), [], None
-    for row in rows:
-        images += [_pixels(image, gray) for image in record_images(row)]
-    if row is not None and not images:
-        columns = ", ".join(row)
-        raise DataError(
-            f"{name} has no images in its columns {columns}: rename one of them to image"
-        )
-    return _stacked(images, name)
+    part = None if os.path.exists(name) else _PART.fullmatch(name)
+    name, config, split = part.groups() if part else (name, None, None)
+    return Source(name, config, split, int(begin or 0), int(end) if end else None)
 
 
 def _digits(name: str) -> Tensor:
@@ -154,7 +238,7 @@ def _of_file(path: Path, taken: dict[Range, str]) -> Tensor:
             f"{path}: images are [N, C, H, W] and vectors [N, D], not {list(tensor.shape)}"
         )
     if tensor.dtype == torch.uint8:
-        return tensor.float() / 127.5 - 1
+        return tensor
     if not tensor.is_floating_point():
         raise DataError(f"{path}: images are floats or bytes, not {tensor.dtype}")
     tensor = tensor.float()  # isfinite does not take floats of 8 bits
@@ -201,24 +285,3 @@ def _taken(tensor: Tensor, path: Path, taken: dict[Range, str]) -> Range:
         print(f"dlmctl: {path}: no number is negative, so 0 is black and 1 white", file=sys.stderr)
     taken.setdefault(own, str(path))
     return own
-
-
-def _pixels(image: Any, gray: bool) -> Tensor:
-    """float32 [C, H, W] in [-1, 1] of an image of Pillow."""
-    import numpy
-
-    array = numpy.asarray(image.convert("L" if gray else "RGB"), dtype=numpy.float32)
-    pixels = torch.from_numpy(array) / 127.5 - 1
-    return pixels[None] if gray else pixels.permute(2, 0, 1)
-
-
-def _stacked(images: list[Tensor], name: str) -> Tensor:
-    sizes = {tuple(image.shape[1:]) for image in images}
-    if not images:
-        raise DataError(f"{name} has no images")
-    if len(sizes) > 1:
-        (h, w), (h2, w2) = sorted(sizes)[:2]
-        raise DataError(
-            f"{name}: images of one size are needed, and there are {w}x{h} and {w2}x{h2}"
-        )
-    return torch.stack(images)

@@ -5,7 +5,8 @@
     RUN/state/step-000130/    what a run that was killed resumes from (train/run_directory)
 
 The batch and the noise of a step are a function of the seed and the step, so that a run that is
-resumed is the same, bit for bit, as one that was never stopped. Training is in float32.
+resumed is the same, bit for bit, as one that was never stopped. Weights and optimizer are float32;
+images that were stored as bytes stay bytes, and a batch at a time becomes float32.
 
 Under torchrun every rank has the whole network, which is small, with its averages and optimizer:
 each draws the noise of the whole batch and takes the gradient of its part of the rows; gradients
@@ -18,7 +19,6 @@ import copy
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from dlmctl.diffusion.noise import stream_key
 from dlmctl.distill.card import image_card
 from dlmctl.distill.image_checkpoints import ModelConfig, save_model
+from dlmctl.distill.image_networks import draw_dropout
+from dlmctl.distill.image_sets import as_floats, images_hash
 from dlmctl.records.errors import CannotCreateError, UsageError
 from dlmctl.records.files import read_json
 from dlmctl.settings.images import Training
@@ -52,11 +54,6 @@ from dlmctl.train.run_directory import (
 Loss = Callable[[nn.Module, nn.Module, Tensor, int, torch.Generator, slice], Tensor]
 """From the network, the target network (the network itself if there is none), a batch, the step, a
 generator on the CPU and some rows of the batch to their part of the loss."""
-
-
-def images_hash(images: Tensor) -> str:
-    """Identity of a set of images, 16 hex digits."""
-    return blake2b(images.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
 
 
 @dataclass
@@ -97,17 +94,18 @@ class TrainingRun:
 
         Args:
             network: as the run begins.
-            images: float32 [N, ...], to train on.
+            images: uint8 or float32 [N, ...], to train on; bytes are as `as_floats` takes them.
             about: of the model, for its configuration; the same if a run is resumed.
             target_ema: decay of the target network; 0 has none.
 
         Raises:
-            UsageError: the run there was begun with other settings, or another rank sees other
-                images.
+            UsageError: the run there was begun with other settings, another rank sees other images,
+                or the recipe has an option that the network or its inputs cannot have.
             CannotCreateError: there are models, and no state to resume from.
             TryAgainError: another process trains in the directory.
             RankError: one of these, on the other ranks.
         """
+        _check_options(recipe, config)
         self.config, self.recipe = config, recipe
         self.loss, self.images = loss, images.to(device)
         self.network = network.to(device).train().requires_grad_(True)
@@ -122,7 +120,7 @@ class TrainingRun:
             if config.kind == "edm"
             else torch.optim.RAdam(self._parameters.values(), lr=0.0)
         )
-        about = {**about, "images_hash": images_hash(images), **asdict(recipe)}
+        about = {**about, "images_hash": images_hash(images), **recipe.recorded()}
         self.about = {**about, "optimizer": "adam" if config.kind == "edm" else "radam"}
         self._measured: dict[str, float] = {}
         self.progress = ImageProgress(as_json({**self.about, "config": asdict(config)}))
@@ -198,11 +196,16 @@ class TrainingRun:
         recipe = self.recipe
         generator = torch.Generator().manual_seed(stream_key(recipe.seed, "step", self.step))
         index = torch.randint(len(self.images), (recipe.batch_size,), generator=generator)
-        batch = self.images[index.to(self.images.device)]
+        batch = as_floats(self.images[index.to(self.images.device)])
+        if recipe.flip:
+            batch = flipped(batch, stream_key(recipe.seed, "flip", self.step))
         target = self.averages["target"][0] if "target" in self.averages else self.network
         own, loss = own_slice(recipe.batch_size), batch.new_zeros(())
         if own.start < own.stop:
-            loss = self.loss(self.network, target, batch, self.step, generator, own)
+            if recipe.dropout:
+                draw_dropout(self.network, recipe.dropout, recipe.seed, self.step, own.start)
+            with torch.autocast(batch.device.type, torch.bfloat16, recipe.dtype == "bfloat16"):
+                loss = self.loss(self.network, target, batch, self.step, generator, own)
             loss.backward()
             loss = loss.detach()
         all_reduce_sums([loss, *self._gradients()])
@@ -275,3 +278,17 @@ class TrainingRun:
             raise CannotCreateError(
                 f"{self.directory} holds another run that is done: choose another -o"
             )
+
+
+def flipped(images: Tensor, key: int) -> Tensor:
+    """Images [N, C, H, W], each mirrored, left to right, with probability 1/2."""
+    generator = torch.Generator().manual_seed(key)
+    mirrored = torch.rand(len(images), generator=generator) < 0.5
+    return torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(-1), images)
+
+
+def _check_options(recipe: Training, config: ModelConfig) -> None:
+    if recipe.dropout and config.network.kind != "unet":
+        raise UsageError("--dropout is for --network unet")
+    if recipe.flip and len(config.network.shape) != 3:
+        raise UsageError("--flip is for images, not vectors")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob, knob, same, same_field
@@ -12,13 +13,18 @@ from dlmctl.settings.compute import Seed
 from dlmctl.settings.optimizer import OPTIMIZER, Optimizer, Schedule
 
 NetworkKind = Literal["unet", "mlp"]
-NETWORK, NOISE = "Network", "Noise"
+Dtype = Literal["float32", "bfloat16"]
+ADDED = ("dropout", "flip", "dtype")
+"""Fields of `Training` that its first version did not have."""
+NETWORK, NOISE, FILES = "Network", "Noise", "Image files"
 
 Images = Annotated[
     str,
     Knob(
         "builtin:digits, a folder of images, a safetensors file (bytes, or floats in [-1, 1] or "
-        "[0, 1]), or a data set. A suffix #A:B takes the images from A up to B.",
+        "[0, 1]), or a file or data set with a column of images. The suffix @SPLIT or "
+        "@CONFIG/SPLIT takes a part of a data set that is not train, as in uoft-cs/cifar10@test; "
+        "after it, #A:B takes the images from A up to B.",
         metavar="IMAGES",
         argument=True,
     ),
@@ -32,7 +38,46 @@ Run = Annotated[
         metavar="RUN",
     ),
 ]
-Gray = Annotated[bool, Knob("Read image files as their luminance.", "--gray")]
+
+
+@dataclass(frozen=True)
+class ImageReading:
+    """What is done with encoded images, of files and of data sets, in this order: resize, crop,
+    gray. Tensors are taken as they are."""
+
+    PANEL: ClassVar[str] = FILES
+
+    resize: int | None = knob(
+        None,
+        "Reduce image files, and images of data sets, to this many pixels on the shorter side, by "
+        "Pillow's bicubic filter, which is antialiased. Smaller ones are refused.",
+        metavar="N",
+        minimum=1,
+        shown_default="off",
+    )
+    crop: int | None = knob(
+        None,
+        "Then keep N x N pixels in the middle.",
+        metavar="N",
+        minimum=1,
+        shown_default="off",
+    )
+    gray: bool = knob(False, "Then take their luminance.", "--gray")
+
+    def __post_init__(self) -> None:
+        if self.resize and self.crop and self.crop > self.resize:
+            raise UsageError(f"--crop {self.crop} is more than --resize {self.resize} leaves")
+
+    def recorded(self) -> dict[str, Any]:
+        """What a run records of it; --resize and --crop if they are given."""
+        sides = {"resize": self.resize, "crop": self.crop}
+        return {"gray": self.gray, **{name: side for name, side in sides.items() if side}}
+
+
+def reading_options(about: Mapping[str, Any]) -> str:
+    """What a run recorded of its reading, as options; empty if there were none."""
+    sides = [f"--{name} {about[name]}" for name in ("resize", "crop") if about.get(name)]
+    return " ".join([*sides, *(["--gray"] if about.get("gray") else [])])
 
 
 @dataclass(frozen=True)
@@ -134,6 +179,34 @@ class Training:
     )
     first: int = knob(100, "Step of the first checkpoint.", "--first-checkpoint", minimum=1)
     seed: int = same(0, Seed)
+    dropout: float = knob(
+        0.0,
+        "Share of the activations of a U-Net that each of its blocks sets to 0 in training. "
+        "Dropout masks memorization.",
+        minimum=0.0,
+        maximum=0.99,
+        panel=OPTIMIZER,
+    )
+    flip: bool = knob(
+        False,
+        "Mirror each image of a batch with probability 1/2; EDM's other augmentations are not "
+        "here. Flips mask memorization, and 'dlmctl memo-eval' does not find copies of a mirrored "
+        "image.",
+        "--flip",
+        panel=OPTIMIZER,
+    )
+    dtype: Dtype = knob(
+        "float32",
+        "bfloat16 computes convolutions and products in it, by autocast; weights, averages and "
+        "optimizer stay in float32. Not for scd and sct.",
+        panel=OPTIMIZER,
+    )
+
+    def recorded(self) -> dict[str, Any]:
+        """What a run records of it. What later versions added is left out at its default, so that
+        runs begun before can be resumed."""
+        later = {known.name: known.default for known in fields(self) if known.name in ADDED}
+        return {k: v for k, v in asdict(self).items() if k not in later or v != later[k]}
 
     def checkpoint_steps(self) -> list[int]:
         """The steps with a checkpoint."""

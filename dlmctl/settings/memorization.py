@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal, get_args
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import knob, same
 from dlmctl.settings.compute import Memory, Seed
-from dlmctl.settings.images import Gray
 from dlmctl.settings.parsing import byte_count, whole_numbers
 
 Mode = Literal["prefix", "suffix", "edge", "random"]
@@ -44,7 +43,7 @@ class ImageSources:
     samples: list[str] = knob(
         REQUIRED,
         "What was generated: builtin:digits, FILE.safetensors (bytes, or floats in [-1, 1] or "
-        "[0, 1]), a directory of images, JSONL, or a data set; #A:B takes a part of it. "
+        "[0, 1]), a directory of images, JSONL, or a data set; @SPLIT and #A:B take a part of it. "
         "Repeatable: a record for each.",
         metavar="SET",
     )
@@ -56,7 +55,6 @@ class ImageSources:
         metavar="SET",
         shown_default="none",
     )
-    gray: bool = same(False, Gray)
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,8 @@ def _dataset_rows(name: str, split: str, config: str | None) -> Iterator[Record]
     try:
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             rows = datasets.load_from_disk(name)
+            if isinstance(rows, dict) and split not in rows:
+                raise DataError(f"there is no split {split}; there are: {', '.join(rows)}", name)
             rows = rows[split] if isinstance(rows, dict) else rows
         else:
             rows = datasets.load_dataset(name, config, split=split, streaming=not path.exists())

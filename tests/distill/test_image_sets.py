@@ -1,5 +1,7 @@
 """Sets of images: digits, cuts, safetensors, folders, records, and what is refused."""
 
+from hashlib import blake2b
+
 import numpy as np
 import orjson
 import pytest
@@ -8,8 +10,17 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
-from dlmctl.distill.image_sets import read_images, write_images
+from dlmctl.distill.image_sets import (
+    as_floats,
+    byte_levels,
+    images_hash,
+    read_images,
+    read_pixels,
+    training_pixels,
+    write_images,
+)
 from dlmctl.records.errors import DataError, MissingInputError, UsageError
+from dlmctl.settings.images import ImageReading
 
 
 def test_the_digits_are_those_of_scikit_learn_in_another_order():
@@ -67,7 +78,7 @@ def test_a_folder_is_read_by_name_in_colour_or_gray(tmp_path):
     assert found.shape == (2, 3, 3, 4)
     assert found[0].unique().tolist() == [-1]
     assert found[1, :, 0, 0].tolist() == [1, -1, -1]
-    gray = read_images(str(tmp_path), gray=True)
+    gray = read_images(str(tmp_path), ImageReading(gray=True))
     assert gray.shape == (2, 1, 3, 4)
     # ITU-R 601: red is 0.299 of the luminance.
     assert gray[1].mean().item() == pytest.approx(2 * 0.299 - 1, abs=0.01)
@@ -230,3 +241,34 @@ def test_other_input_is_refused(tmp_path):
     picture(tmp_path / "many" / "b.png", 0, (5, 3))
     with pytest.raises(DataError, match="there are 4x3 and 5x3"):
         read_images(str(tmp_path / "many"))
+
+
+def test_bytes_stay_bytes_and_are_the_same_numbers_in_any_batch(tmp_path):
+    """As a whole set is converted, and as a table of all 256 bytes has them, bit for bit."""
+    picture(tmp_path / "a.png", (1, 2, 3))
+    save_file({"images": LEVELS}, tmp_path / "b.safetensors")
+    for source in (tmp_path, tmp_path / "b.safetensors"):
+        assert read_pixels(str(source)).dtype == torch.uint8
+    pixels = torch.randint(256, (50, 3, 7, 5), dtype=torch.uint8)
+    save_file({"images": pixels}, tmp_path / "c.safetensors")
+    whole = read_images(str(tmp_path / "c.safetensors"))
+    exact = pixels.numpy().astype(np.float32) / np.float32(127.5) - np.float32(1)
+    assert np.array_equal(whole.numpy(), exact)
+    index = torch.randint(50, (33,))
+    assert torch.equal(as_floats(pixels[index]), whole[index])
+    assert torch.equal(byte_levels()[pixels[index].int()], whole[index])
+    assert as_floats(whole) is whole
+    assert images_hash(pixels) == images_hash(whole)
+    # As it was when images were always floats.
+    assert images_hash(pixels) == blake2b(whole.numpy().tobytes(), digest_size=8).hexdigest()
+    assert images_hash(pixels[1:]) != images_hash(pixels)
+
+
+def test_a_training_set_of_tensors_has_no_files_to_resize(tmp_path):
+    assert training_pixels("builtin:digits", ImageReading()).dtype == torch.float32
+    for reading, said in (
+        (ImageReading(8, 4), "--resize 8 --crop 4"),
+        (ImageReading(gray=True), "--gray"),
+    ):
+        with pytest.raises(UsageError, match=f"{said} is for image files"):
+            training_pixels("builtin:digits#:10", reading)

@@ -94,6 +94,8 @@ LINES = [
     " --steps-per-round 1 --records-per-step 4 --dtype bfloat16 -o OUT",
     f"distill teacher {IMAGES} --steps 2 -b 8 {NETWORK} --first-checkpoint 1 -o OUT",
     f"distill teacher {IMAGES} --network mlp --steps 2 -b 8 --width 8 --first-checkpoint 1 -o OUT",
+    f"distill teacher shapes.jsonl --resize 16 --crop 16 {NETWORK} --flip --dropout 0.2"
+    " --steps 2 -b 4 --first-checkpoint 1 -o OUT",
     f"distill cd {IMAGES} --teacher teacher --steps 2 -b 8 --first-checkpoint 1 -o OUT"
     " && distill sample OUT -n 16 --steps 2 -o OUT.safetensors",
     f"distill cd {IMAGES} --objective ct --init scratch --network mlp --steps 2 -b 8 --width 8"

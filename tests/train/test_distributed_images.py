@@ -47,6 +47,8 @@ def same_runs(one: Path, other: Path) -> None:
         f"{TEACHER} -b 5",
         "distill teacher builtin:digits#0:9 --network unet --width 4 --multipliers 1,2 --blocks 1 "
         "--attention 2 --steps 2 -b 3 --ema 0 -q",
+        "distill teacher builtin:digits#0:9 --network unet --width 4 --multipliers 1,2 --blocks 1 "
+        "--steps 2 -b 3 --dropout 0.3 --flip -q",
         # A single image: one of the ranks has nothing to do but must take part.
         f"distill cd builtin:digits#0:16 --objective ect --init scratch {SMALL} --steps 4 -b 1",
     ],
