@@ -22,8 +22,8 @@ def command(
     teacher: Annotated[
         str | None,
         Knob(
-            "A run or checkpoint of 'dlmctl distill teacher', or optimal:IMAGES, the exact "
-            "denoiser of a set.",
+            "A run or checkpoint of 'dlmctl distill teacher', a pipeline of diffusers, or "
+            "optimal:IMAGES, the exact denoiser of a set.",
             "--teacher",
             metavar="MODEL",
         ),
@@ -45,14 +45,20 @@ def command(
     2024) without the weights that it learns (ours). To use several processes under torchrun, see
     'dlmctl distill teacher'.
 
+    The teacher can be a directory of diffusers, of an unconditional model: a pipeline, or a U-Net
+    with its scheduler_config.json. Its student is such a directory, too. For a pipeline with a VAE,
+    IMAGES are encoded, unless they are latents already.
+
     Examples:
 
     dlmctl distill cd builtin:digits#0:128 --teacher runs/teacher -o runs/student
 
     dlmctl distill cd builtin:digits#0:128 --objective ect --init scratch -o runs/ect
+
+    dlmctl distill cd images/ --teacher ddpm-cifar10-32 --lr 1e-4 -o runs/cifar10
     """
     from dlmctl.distill.image_checkpoints import load_model
-    from dlmctl.distill.image_runs import student_config, student_run
+    from dlmctl.distill.image_runs import student_config, student_run, training_data
     from dlmctl.distill.image_sets import read_images
     from dlmctl.models.loading import resolve_device
 
@@ -62,6 +68,7 @@ def command(
     place = resolve_device(device)
     data = read_images(images, gray)
     model = load_model(teacher, place) if teacher else None
+    data = training_data(model, data)
     config = student_config(model, tuple(data.shape[1:]), plan, sizes)
     about = {"images": images, "gray": gray}
     run = student_run(output, config, plan, model, data, training, about, place)

@@ -24,8 +24,8 @@ def command(
     model: Annotated[
         str,
         Knob(
-            "A run of 'dlmctl distill', one of its checkpoints, or optimal:IMAGES, the exact "
-            "denoiser of a set.",
+            "A run of 'dlmctl distill', one of its checkpoints, a pipeline of diffusers, or "
+            "optimal:IMAGES, the exact denoiser of a set.",
             metavar="MODEL",
             argument=True,
         ),
@@ -97,8 +97,8 @@ def command(
 
     A denoiser follows the ODE of EDM from sigma_max to 0; a student maps noise to an image in one
     step. With the same seed, sample i starts from the same noise in every model, whatever the
-    number of samples and steps. Writes one record per file, with the model and the number of its
-    evaluations for each sample.
+    number of samples and steps. Latents of a pipeline with a VAE are decoded. Writes one record per
+    file, with the model and the number of its evaluations for each sample.
 
     Examples:
 

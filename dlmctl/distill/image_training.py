@@ -28,9 +28,8 @@ from torch import Tensor, nn
 
 from dlmctl.diffusion.noise import stream_key
 from dlmctl.distill.card import image_card
-from dlmctl.distill.image_checkpoints import ModelConfig, save_model
+from dlmctl.distill.image_checkpoints import ModelConfig, save_model, saved_record
 from dlmctl.records.errors import CannotCreateError, UsageError
-from dlmctl.records.files import read_json
 from dlmctl.settings.images import Training
 from dlmctl.train.averages import decay_at, move_average
 from dlmctl.train.card import write_card
@@ -268,7 +267,7 @@ class TrainingRun:
             return
         model = self.directory.path / checkpoint_name(self.recipe.steps)
         if model.exists():
-            config = read_json(model / "config.json")
+            config = saved_record(model)
             training = {k: v for k, v in config.pop("training").items() if k != "step"}
             self.directory.check_settings({**training, "config": config}, settings)
         elif any(self.directory.path.glob("step-*")):
