@@ -54,8 +54,6 @@ def command(
     dlmctl distill cd builtin:digits#0:128 --teacher runs/teacher -o runs/student
 
     dlmctl distill cd builtin:digits#0:128 --objective ect --init scratch -o runs/ect
-
-    dlmctl distill cd images/ --teacher ddpm-cifar10-32 --lr 1e-4 -o runs/cifar10
     """
     from dlmctl.distill.image_checkpoints import load_model
     from dlmctl.distill.image_runs import student_config, student_run, training_data

@@ -113,8 +113,8 @@ def _of_pipeline(directory: Path) -> Parts:
             raise MissingInputError(f"{directory} has no part {name}")
         if parts[name][0] != "diffusers":
             raise DataError(
-                f"the part {name} is a class of {parts[name][0]!s:.40}, and only those of diffusers"
-                " itself are loaded",
+                f"the part {name} is a class of '{parts[name][0]!s:.40}', and only those of "
+                "diffusers itself are loaded",
                 str(index),
             )
     autoencoder = directory / autoencoders[0] if autoencoders else None
@@ -192,7 +192,7 @@ def _scheduler_complaint(scheduler: Any) -> str | None:
     config = scheduler.config
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
-        return f"a prediction_type {prediction!s:.40} is not handled"
+        return f"the prediction_type '{prediction!s:.40}' is not handled"
     if config.get("thresholding"):
         return "dynamic thresholding of samples is not handled: it makes them depend on their size"
     if str(config.get("variance_type")).startswith("learned"):
@@ -281,6 +281,7 @@ def diffusers_class(name: str) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, short, on one line."""
+    """What an error says, short, on one line; of a list, its first item too."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]
+    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return (said or type(error).__name__)[:200]

@@ -12,6 +12,7 @@ from tiny_pipelines import (  # noqa: E402
     SIDE,
     ddim,
     distilled,
+    from_numpy,
     pixels,
     points,
     saved,
@@ -50,8 +51,7 @@ def test_latents_are_decoded_as_the_pipeline_decodes_them(latent, monkeypatch):
     monkeypatch.setattr("dlmctl.distill.image_sampling.sample_noise", lambda *_: noise)
     kept = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps].double()
     samples = draw(model, 2, 0, ((1 - kept) / kept).sqrt(), "euler")
-    expected = torch.from_numpy(found.images).permute(0, 3, 1, 2)
-    torch.testing.assert_close(pixels(samples), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(pixels(samples), from_numpy(found), rtol=0, atol=1e-4)
 
 
 def test_images_are_encoded_to_the_mean_of_their_latents(latent, images):
@@ -91,8 +91,7 @@ def test_a_student_of_latents_is_a_pipeline_with_their_vae(kind, images, tmp_pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dlmctl.distill.image_sampling.sample_noise", lambda *_: noise)
         samples = draw(model, 2, 0, levels(model, 1))
-    expected = torch.from_numpy(expected.images).permute(0, 3, 1, 2)
-    torch.testing.assert_close(pixels(samples), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(pixels(samples), from_numpy(expected), rtol=0, atol=1e-4)
 
 
 def test_the_commands_take_pixels_and_write_pixels(latent, images, tmp_path, monkeypatch):
