@@ -69,6 +69,24 @@ def command(
             shown_default="heun",
         ),
     ] = None,
+    prompts: Annotated[
+        str | None,
+        Knob(
+            "Texts for a text-to-image pipeline: lines of a .txt file, or rows with a column "
+            "prompt, text or caption. Sample i is of text i, and begins again after the last.",
+            "--prompts",
+            metavar="FILE",
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        Knob(
+            "Guidance scale of a text-to-image pipeline, as diffusers counts it; 1 is none.",
+            "--guidance",
+            minimum=1.0,
+            shown_default="7.5",
+        ),
+    ] = None,
     at: Annotated[
         str | None,
         Knob(
@@ -108,19 +126,26 @@ def command(
 
     dlmctl distill sample runs/student --at all -o student-{step}.safetensors
     """
-    from dlmctl.distill.image_checkpoints import load_model
+    from dlmctl.distill.image_checkpoints import load_model, load_text_model
     from dlmctl.distill.image_sampling import draw, evaluations, levels, student_levels
+    from dlmctl.distill.text_runs import read_texts
     from dlmctl.models.loading import resolve_device
 
+    if guidance and not prompts:
+        raise UsageError("--guidance is for models of texts, which have --prompts")
     if visited and steps:
         raise UsageError("--levels says how many steps there are: leave --steps out")
     given = float_grid("--levels", visited) if visited else []
     place = resolve_device(device)
+    texts, scale = read_texts(prompts) if prompts else [], guidance or 7.5
     points = _checkpoints(model, at, output)
     rows = []
     with counting("samples", quiet, count * len(points)) as gauge:
         for point in points:
-            loaded = load_model(model, place, point)
+            if texts:
+                loaded = load_text_model(model, texts, scale, place, point)
+            else:
+                loaded = load_model(model, place, point)
             if loaded.kind == "consistency" and solver:
                 raise UsageError(
                     f"--solver is for denoisers, and {model} is a student without an ODE"
@@ -142,6 +167,7 @@ def command(
                 "seed": seed,
                 "steps": taken,
                 **({"levels": given} if given else {}),
+                **({"prompts": prompts, "guidance": scale} if prompts else {}),
                 "evaluations": evaluations(loaded, taken, solver or "heun"),
             }
             _write(file, samples, row)

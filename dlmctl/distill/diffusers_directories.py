@@ -12,10 +12,12 @@ safetensors.
 from __future__ import annotations
 
 import importlib
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dlmctl.models.weights import weight_files
 from dlmctl.records.errors import DataError, MissingInputError, UnavailableError, missing_package
 from dlmctl.records.files import read_json
 
@@ -34,6 +36,10 @@ DISCRETE = (
 """Schedulers of a discrete process: they differ in how they sample, which is not taken over."""
 EDM, LCM, CM = "EDMEulerScheduler", "LCMScheduler", "CMStochasticIterativeScheduler"
 SCHEDULERS = (*DISCRETE, EDM, LCM, CM)
+TEXT_PARTS = {
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+}
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 UNREADABLE = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, OSError)
 """What diffusers raises for a file that is not what it should be."""
@@ -96,7 +102,8 @@ def _of_pipeline(directory: Path) -> Parts:
     text = [name for name in parts if name.startswith(("text_encoder", "tokenizer", "prior"))]
     if text:
         raise DataError(
-            f"a model of images of a text, with {text[0]}; only unconditional models are handled",
+            f"a model of images of a text, with {text[0]}: 'distill lcm' distils it, and 'distill "
+            "sample' needs --prompts",
             str(index),
         )
     autoencoders = [name for name in ("vae", "vqvae") if name in parts]
@@ -265,6 +272,18 @@ def part_files(directory: Path) -> list[Path]:
             str(directory),
         )
     raise MissingInputError(f"{directory} has no {WEIGHTS}")
+
+
+def copy_text_parts(source: Path, directory: Path) -> dict[str, list[str]]:
+    """Copy text encoder and tokenizer of a pipeline; what model_index.json says of them."""
+    encoder, tokenizer = source / "text_encoder", source / "tokenizer"
+    named = [*sorted(tokenizer.glob("*.json")), *sorted(tokenizer.glob("*.txt"))]
+    files = {"text_encoder": [encoder / CONFIG, *weight_files(encoder)], "tokenizer": named}
+    for name, listed in files.items():
+        (directory / name).mkdir()
+        for file in listed:
+            shutil.copy(file, directory / name)
+    return {name: list(kind) for name, kind in TEXT_PARTS.items()}
 
 
 def diffusers_class(name: str) -> Any:

@@ -37,6 +37,7 @@ from dlmctl.distill.diffusers_directories import (
     UNET,
     UNREADABLE,
     WEIGHTS,
+    copy_text_parts,
     diffusers_class,
     first_line,
     load_part,
@@ -298,35 +299,40 @@ def save_student(directory: Path, record: Mapping[str, Any], network: nn.Module)
         record: `asdict` of a `ModelConfig` whose network is a `DiffusersConfig`, and `training`.
     """
     config = DiffusersConfig(**record["network"])
-    (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    _write_json(directory / RECORD, record)
     (directory / "unet").mkdir()
     state = network.get_submodule("unet").state_dict()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, directory / "unet" / WEIGHTS, metadata={"format": "pt"})
     _write_json(directory / "unet" / CONFIG, config.unet)
-    vae = {}
-    if config.autoencoder:
-        source, copy = Path(config.autoencoder), directory / "vqvae"
-        copy.mkdir()
-        for file in (source / CONFIG, *part_files(source)):
-            shutil.copy(file, copy)
-        vae = {"vqvae": ["diffusers", read_json(copy / CONFIG)["_class_name"]]}
+    parts = _copied_parts(config, directory)
     if config.scheduler_class != LCM:
         return
     (directory / "scheduler").mkdir()
     _write_json(directory / "scheduler" / SCHEDULER, config.scheduler)
+    kind = "LDMPipeline" if parts else "DDPMPipeline"
     index = {
-        "_class_name": "LDMPipeline" if vae else "DDPMPipeline",
+        "_class_name": "LatentConsistencyModelPipeline" if config.text else kind,
         "scheduler": ["diffusers", LCM],
-        "unet": ["diffusers", UNET],
-        **vae,
+        "unet": ["diffusers", config.unet["_class_name"]],
+        **parts,
     }
     _write_json(directory / INDEX, index)
 
 
-def as_record(config: Any, training: Mapping[str, Any]) -> dict[str, Any]:
-    """What dlmctl.json says of a model."""
-    return {**asdict(config), "training": dict(training)}
+def _copied_parts(config: DiffusersConfig, directory: Path) -> dict[str, Any]:
+    """Copy VAE and text encoder into a student; what its model_index.json says of them."""
+    if not config.autoencoder:
+        return {}
+    name = "vae" if config.text else "vqvae"
+    source, copy = Path(config.autoencoder), directory / name
+    copy.mkdir()
+    for file in (source / CONFIG, *part_files(source)):
+        shutil.copy(file, copy)
+    parts = {name: ["diffusers", read_json(copy / CONFIG)["_class_name"]]}
+    if not config.text:
+        return parts
+    return {**parts, **copy_text_parts(Path(config.text), directory)}
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

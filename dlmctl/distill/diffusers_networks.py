@@ -59,6 +59,8 @@ class DiffusersConfig:
     """Its scheduler_config.json."""
     autoencoder: str | None = None
     """Directory of the VAE between images and latents; None for a model of pixels."""
+    text: str | None = None
+    """Directory of the pipeline with the text encoder; None for an unconditional model."""
 
     @property
     def scheduler_class(self) -> str:
@@ -113,6 +115,12 @@ class DiscreteUnet(nn.Module):
             return each(1 / root**2, x) * x - each(sigma / root, x) * output
         return x - each(sigma, x) * output if self.prediction == "epsilon" else output
 
+    def of_output(self, sigma: Tensor) -> Tensor:
+        """How much of the network's output is in D, up to its sign."""
+        if self.prediction == "sample":
+            return torch.ones_like(sigma)
+        return sigma if self.prediction == "epsilon" else sigma / (1 + sigma**2).sqrt()
+
     def timestep(self, sigma: Tensor) -> Tensor:
         """Of levels float64 [N], float64 [N]."""
         return timestep_at(sigma.log(), self.table)
@@ -164,10 +172,13 @@ class LatentConsistencyModel(ConsistencyModel):
         root = (1 + sigma**2).sqrt()
         c_skip = LCM_SIGMA_DATA**2 / self._spread(sigma)
         data = clipped(self.network.denoise(x, sigma), self.clip)
-        return each(self.c_out(sigma), x) * data + each(c_skip / root, x) * x
+        return each(self._of_data(sigma), x) * data + each(c_skip / root, x) * x
 
     def c_out(self, sigma: Tensor) -> Tensor:
-        """How much of D is in f at these levels."""
+        """How much of the network's output is in f at these levels."""
+        return self._of_data(sigma) * self.network.of_output(sigma)
+
+    def _of_data(self, sigma: Tensor) -> Tensor:
         return self._scaled(sigma) / self._spread(sigma).sqrt()
 
     def _scaled(self, sigma: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +22,11 @@ from dlmctl.distill import diffusers_models
 from dlmctl.distill.consistency_model import ConsistencyModel
 from dlmctl.distill.diffusers_directories import RECORD, is_diffusers
 from dlmctl.distill.diffusers_models import Autoencoder
-from dlmctl.distill.diffusers_networks import DiffusersConfig
+from dlmctl.distill.diffusers_networks import VARIANCE_PRESERVING, DiffusersConfig
 from dlmctl.distill.edm import Denoiser, EdmDenoiser, OptimalDenoiser
 from dlmctl.distill.image_networks import NetworkConfig, make_network
 from dlmctl.distill.image_sets import read_images
+from dlmctl.distill.text_pipelines import is_text_pipeline, load_text_pipeline
 from dlmctl.models.weights import read_weights, weights_hash
 from dlmctl.records.errors import DataError, MissingInputError, UsageError
 from dlmctl.records.files import read_json
@@ -72,6 +73,8 @@ class ImageModel:
     """Hash of the weights."""
     autoencoder: Autoencoder | None = None
     """Of a model of latents."""
+    conditioned: Callable[[range], Denoiser] | None = None
+    """Of a model of texts: `function` for the texts of these samples."""
 
     @property
     def discrete(self) -> bool:
@@ -172,6 +175,50 @@ def _load_diffusers(directory: Path, device: torch.device) -> ImageModel:
         loaded.training,
         loaded.revision,
         diffusers_models.load_autoencoder(loaded.config, device),
+    )
+
+
+def load_text_model(
+    name: str,
+    texts: Sequence[str],
+    guidance: float,
+    device: torch.device | str = "cpu",
+    at: int | None = None,
+) -> ImageModel:
+    """A text-to-image model by the name of its directory or run; raises as `load_model`.
+
+    Args:
+        texts: at least one; sample i is of text i, and of the first again after the last.
+        guidance: the scale, as diffusers counts it.
+    """
+    directory, device = find_checkpoint(Path(name), at), torch.device(device)
+    if not is_text_pipeline(directory):
+        raise UsageError(f"--prompts is for models of texts, and {name} has no text encoder")
+    model = load_text_pipeline(directory, device)
+    unet = model.process.unet
+
+    def conditioned(samples: range) -> Denoiser:
+        states = model.encode([texts[n % len(texts)] for n in samples])
+        strength = torch.full((len(samples),), guidance - 1, device=device)
+        if model.is_student:
+            return model.process.student(unet, states, strength, model.scaling)
+        return model.process.denoiser(states, strength)
+
+    kind: Literal["edm", "consistency"] = "consistency" if model.is_student else "edm"
+    config = ModelConfig(kind, model.config, VARIANCE_PRESERVING, model.noise)
+    return ImageModel(
+        str(directory),
+        config.kind,
+        conditioned(range(1)),
+        model.config.shape,
+        config.noise,
+        device,
+        config,
+        unet,
+        model.training,
+        model.revision,
+        model.autoencoder,
+        conditioned,
     )
 
 

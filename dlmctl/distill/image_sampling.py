@@ -92,6 +92,7 @@ def draw(
     samples = []
     for first in range(0, count, batch_size):
         batch = range(first, min(count, first + batch_size))
+        function = model.conditioned(batch) if model.conditioned else model.function
         scale, ends = sigmas[0].item(), model.noise.sigma_min
         if model.discrete:
             scale, ends = math.sqrt(1 + scale**2), 0.0
@@ -101,9 +102,9 @@ def draw(
             def fresh(step: int, batch: range = batch) -> Tensor:
                 return sample_noise(seed, batch, model.shape, step).to(model.device)
 
-            x = sample_steps(model.function, x, sigmas, ends, fresh)
+            x = sample_steps(function, x, sigmas, ends, fresh)
         else:
-            x = solve(model.function, x, sigmas, solver)
+            x = solve(function, x, sigmas, solver)
         if model.autoencoder:
             x = model.autoencoder.decode(x)
         samples.append(x.cpu())
@@ -112,7 +113,11 @@ def draw(
 
 
 def evaluations(model: ImageModel, steps: int, solver: Solver) -> int:
-    """How often a sampler evaluates the model for one sample in `steps` steps."""
-    if model.kind == "consistency" or solver == "euler":
+    """How often a sampler evaluates the model for one sample in `steps` steps.
+
+    That of a teacher of texts counts for two, one with the text and one without.
+    """
+    if model.kind == "consistency":
         return steps
-    return 2 * steps - 1
+    count = steps if solver == "euler" else 2 * steps - 1
+    return 2 * count if model.conditioned else count

@@ -164,6 +164,17 @@ def test_a_student_is_the_identity_at_the_first_timestep(pipeline, tmp_path):
     torch.testing.assert_close(model.function(x, sigma), x / (1 + least**2) ** 0.5)
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_c_out_is_what_the_output_is_multiplied_by(prediction, tmp_path):
+    teacher = load_model(saved(tmp_path / "t", ddim(prediction_type=prediction)))
+    model = in_float64(load_model(distilled(tmp_path / "s", teacher)))
+    x, sigma = points(model), torch.tensor([0.02, 0.7, 90.0], dtype=torch.float64)
+    before = model.function(x, sigma)
+    model.network.unet.conv_out.bias += 1
+    moved = (model.function(x, sigma) - before).abs().mean((1, 2, 3))
+    torch.testing.assert_close(moved, model.function.c_out(sigma))
+
+
 def test_a_student_in_continuous_time_begins_as_its_teacher(pipeline, tmp_path):
     teacher = load_model(pipeline)
     plan = Distillation("scd", tangent_warmup=1)
