@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -139,7 +138,7 @@ def guided_run(
     return TrainingRun(
         directory,
         config,
-        StudentNetwork(copy.deepcopy(unet)),
+        StudentNetwork(unet),
         loss,
         rows,
         recipe,
