@@ -23,8 +23,8 @@ def command(
     teacher: Annotated[
         str | None,
         Knob(
-            "A run or checkpoint of 'dlmctl distill teacher', or optimal:IMAGES, the exact "
-            "denoiser of a set.",
+            "A run or checkpoint of 'dlmctl distill teacher', a pipeline of diffusers, or "
+            "optimal:IMAGES, the exact denoiser of a set.",
             "--teacher",
             metavar="MODEL",
         ),
@@ -46,6 +46,10 @@ def command(
     2024) without the weights that it learns (ours). To use several processes under torchrun, see
     'dlmctl distill teacher'.
 
+    The teacher can be a directory of diffusers, of an unconditional model: a pipeline, or a U-Net
+    with its scheduler_config.json. Its student is such a directory, too. For a pipeline with a VAE,
+    IMAGES are encoded, unless they are latents already.
+
     Examples:
 
     dlmctl distill cd builtin:digits#0:128 --teacher runs/teacher -o runs/student
@@ -53,7 +57,12 @@ def command(
     dlmctl distill cd builtin:digits#0:128 --objective ect --init scratch -o runs/ect
     """
     from dlmctl.distill.image_checkpoints import load_model
-    from dlmctl.distill.image_runs import reading_note, student_config, student_run
+    from dlmctl.distill.image_runs import (
+        reading_note,
+        student_config,
+        student_run,
+        training_data,
+    )
     from dlmctl.distill.image_sets import training_pixels
     from dlmctl.models.loading import resolve_device
     from dlmctl.train.distributed import is_first
@@ -64,6 +73,7 @@ def command(
     place = resolve_device(device)
     data = training_pixels(images, reading)
     model = load_model(teacher, place, reading=reading) if teacher else None
+    data = training_data(model, data)
     config = student_config(model, tuple(data.shape[1:]), plan, sizes)
     about = {"images": images, **reading.recorded()}
     note = reading_note(model, about) if model else None

@@ -25,8 +25,8 @@ def command(
     model: Annotated[
         str,
         Knob(
-            "A run of 'dlmctl distill', one of its checkpoints, or optimal:IMAGES, the exact "
-            "denoiser of a set.",
+            "A run of 'dlmctl distill', one of its checkpoints, a pipeline of diffusers, or "
+            "optimal:IMAGES, the exact denoiser of a set.",
             metavar="MODEL",
             argument=True,
         ),
@@ -70,6 +70,24 @@ def command(
             shown_default="heun",
         ),
     ] = None,
+    prompts: Annotated[
+        str | None,
+        Knob(
+            "Texts for a text-to-image pipeline: lines of a .txt file, or rows with a column "
+            "prompt, text or caption. Sample i is of text i, and begins again after the last.",
+            "--prompts",
+            metavar="FILE",
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        Knob(
+            "Guidance scale of a text-to-image pipeline, as diffusers counts it; 1 is none.",
+            "--guidance",
+            minimum=1.0,
+            shown_default="7.5",
+        ),
+    ] = None,
     at: Annotated[
         str | None,
         Knob(
@@ -99,8 +117,8 @@ def command(
 
     A denoiser follows the ODE of EDM from sigma_max to 0; a student maps noise to an image in one
     step. With the same seed, sample i starts from the same noise in every model, whatever the
-    number of samples and steps. Writes one record per file, with the model and the number of its
-    evaluations for each sample.
+    number of samples and steps. Latents of a pipeline with a VAE are decoded. Writes one record per
+    file, with the model and the number of its evaluations for each sample.
 
     Examples:
 
@@ -110,22 +128,29 @@ def command(
 
     dlmctl distill sample runs/student --at all -o student-{step}.safetensors
     """
-    from dlmctl.distill.image_checkpoints import OPTIMAL, load_model
+    from dlmctl.distill.image_checkpoints import OPTIMAL, load_model, load_text_model
     from dlmctl.distill.image_sampling import draw, evaluations, levels, student_levels
     from dlmctl.distill.image_sets import origin
+    from dlmctl.distill.text_runs import read_texts
     from dlmctl.models.loading import resolve_device
 
+    if guidance and not prompts:
+        raise UsageError("--guidance is for models of texts, which have --prompts")
     if visited and steps:
         raise UsageError("--levels says how many steps there are: leave --steps out")
     if reading != ImageReading() and not model.startswith(OPTIMAL):
         raise UsageError("--resize, --crop and --gray are for optimal:IMAGES")
     given = float_grid("--levels", visited) if visited else []
     place = resolve_device(device)
+    texts, scale = read_texts(prompts) if prompts else [], guidance or 7.5
     points = _checkpoints(model, at, output)
     rows = []
     with counting("samples", quiet, count * len(points)) as gauge:
         for point in points:
-            loaded = load_model(model, place, point, reading)
+            if texts:
+                loaded = load_text_model(model, texts, scale, place, point)
+            else:
+                loaded = load_model(model, place, point, reading)
             if loaded.kind == "consistency" and solver:
                 raise UsageError(
                     f"--solver is for denoisers, and {model} is a student without an ODE"
@@ -144,10 +169,11 @@ def command(
                 "kind": loaded.kind,
                 "step": trained,
                 "revision": loaded.revision,
-                **origin(loaded.training or {}),
+                **({} if loaded.autoencoder else origin(loaded.training or {})),
                 "seed": seed,
                 "steps": taken,
                 **({"levels": given} if given else {}),
+                **({"prompts": prompts, "guidance": scale} if prompts else {}),
                 "evaluations": evaluations(loaded, taken, solver or "heun"),
             }
             _write(file, samples, row)

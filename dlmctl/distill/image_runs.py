@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from dlmctl.diffusion.noise import stream_key
 from dlmctl.distill.consistency_model import distillation_loss
+from dlmctl.distill.diffusers_models import is_discrete, new_unet, student_of
+from dlmctl.distill.diffusers_networks import DiffusersConfig
 from dlmctl.distill.edm import EdmDenoiser, edm_loss
 from dlmctl.distill.image_checkpoints import ImageModel, ModelConfig, student
 from dlmctl.distill.image_networks import make_network, network_config
@@ -138,13 +140,48 @@ def student_config(
     if base is None:
         new = network_config(shape, sizes)
         return ModelConfig("consistency", new, noise=noise, identity_at=still)
-    network = base.network if sizes == NetworkSizes() else network_config(shape, sizes)
+    if sizes != NetworkSizes():
+        if teacher and teacher.autoencoder:
+            raise UsageError("a student of latents has the U-Net of its teacher: give no sizes")
+        new = network_config(shape, sizes)
+        return ModelConfig("consistency", new, base.sigma_data, noise, still)
+    if not isinstance(base.network, DiffusersConfig):
+        return ModelConfig("consistency", base.network, base.sigma_data, noise, still)
+    if is_discrete(base.network):
+        if plan.sigma_max is not None:
+            raise UsageError(
+                f"--sigma-max is not for a student of {teacher.name if teacher else ''}, which "
+                "diffusers samples from the last timestep on"
+            )
+        still = None  # its c_skip says where it is the identity
+    network = student_of(base.network, noise, plan.objective in CONTINUOUS)
     return ModelConfig("consistency", network, base.sigma_data, noise, still)
+
+
+def training_data(teacher: ImageModel | None, images: Tensor) -> Tensor:
+    """Images as a teacher's student is trained on them: in latents, if that is what it makes.
+
+    Raises:
+        UsageError: their latents have another shape than the teacher's.
+    """
+    if teacher is None or teacher.autoencoder is None or images.shape[1:] == teacher.shape:
+        return images
+    latents = teacher.autoencoder.encode(images)
+    if latents.shape[1:] != teacher.shape:
+        sizes = (images.shape[1:], latents.shape[1:], teacher.shape)
+        given, coded, expected = ("x".join(map(str, size)) for size in sizes)
+        raise UsageError(
+            f"IMAGES of {given} have latents of {coded}, and --teacher {teacher.name} makes "
+            f"{expected}"
+        )
+    return latents
 
 
 def new_network(config: ModelConfig, seed: int) -> nn.Module:
     """A network whose initial weights are a function of the seed."""
     torch.manual_seed(stream_key(seed, "weights"))
+    if isinstance(config.network, DiffusersConfig):
+        return new_unet(config.network)
     return make_network(config.network)
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from dlmctl.diffusion.noise import key_tensor, stream_key, subkeys, uniform
 from dlmctl.distill.consistency_model import sample_steps
+from dlmctl.distill.diffusers_models import sampler_levels
+from dlmctl.distill.diffusers_networks import DiffusersConfig
 from dlmctl.distill.edm import noise_grid, solve
 from dlmctl.distill.image_checkpoints import ImageModel
 from dlmctl.records.errors import UsageError
@@ -39,8 +41,17 @@ def levels(model: ImageModel, steps: int) -> Tensor:
 
     A teacher's are EDM's grid, from sigma_max to sigma_min. A student's are the grid with one more
     point, without its end, at which a student is the identity (ours): sigma_max alone for one step.
+    One with a scheduler of diffusers has the levels of that scheduler.
+
+    Raises:
+        UsageError: its scheduler cannot take so many steps.
     """
     if model.kind == "consistency":
+        network = model.config.network if model.config else None
+        if isinstance(network, DiffusersConfig):
+            chosen = sampler_levels(network, steps)
+            if chosen is not None:
+                return chosen
         return noise_grid(model.noise, steps + 1)[:-1]
     return noise_grid(model.noise, steps)
 
@@ -69,9 +80,10 @@ def draw(
     batch_size: int = 256,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
-    """Samples, float32 [count, *shape] on the CPU.
+    """Samples, float32 [count, *shape] on the CPU, or the images that they are latents of.
 
-    A denoiser follows the ODE down to 0.
+    A denoiser follows the ODE down to 0. Latents are decoded. Models of a discrete process begin
+    at noise of variance 1 + sigma^2, which is N(0, I) in their own coordinates.
 
     Args:
         sigmas: float64 [steps], the levels that are visited.
@@ -80,22 +92,32 @@ def draw(
     samples = []
     for first in range(0, count, batch_size):
         batch = range(first, min(count, first + batch_size))
-        x = sigmas[0].item() * sample_noise(seed, batch, model.shape).to(model.device)
+        function = model.conditioned(batch) if model.conditioned else model.function
+        scale, ends = sigmas[0].item(), model.noise.sigma_min
+        if model.discrete:
+            scale, ends = math.sqrt(1 + scale**2), 0.0
+        x = scale * sample_noise(seed, batch, model.shape).to(model.device)
         if model.kind == "consistency":
 
             def fresh(step: int, batch: range = batch) -> Tensor:
                 return sample_noise(seed, batch, model.shape, step).to(model.device)
 
-            x = sample_steps(model.function, x, sigmas, model.noise.sigma_min, fresh)
+            x = sample_steps(function, x, sigmas, ends, fresh)
         else:
-            x = solve(model.function, x, sigmas, solver)
+            x = solve(function, x, sigmas, solver)
+        if model.autoencoder:
+            x = model.autoencoder.decode(x)
         samples.append(x.cpu())
         advance(len(batch))
     return torch.cat(samples)
 
 
 def evaluations(model: ImageModel, steps: int, solver: Solver) -> int:
-    """How often a sampler evaluates the model for one sample in `steps` steps."""
-    if model.kind == "consistency" or solver == "euler":
+    """How often a sampler evaluates the model for one sample in `steps` steps.
+
+    That of a teacher of texts counts for two, one with the text and one without.
+    """
+    if model.kind == "consistency":
         return steps
-    return 2 * steps - 1
+    count = steps if solver == "euler" else 2 * steps - 1
+    return 2 * count if model.conditioned else count

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from dlmctl.diffusion.noise import stream_key
 from dlmctl.distill.card import image_card
-from dlmctl.distill.image_checkpoints import ModelConfig, save_model
+from dlmctl.distill.diffusers_networks import DiffusersConfig
+from dlmctl.distill.image_checkpoints import ModelConfig, save_model, saved_record
 from dlmctl.distill.image_networks import draw_dropout
 from dlmctl.distill.image_sets import as_floats, images_hash
 from dlmctl.records.errors import CannotCreateError, UsageError
-from dlmctl.records.files import read_json
 from dlmctl.settings.images import Training
 from dlmctl.train.averages import decay_at, move_average
 from dlmctl.train.card import write_card
@@ -271,7 +271,7 @@ class TrainingRun:
             return
         model = self.directory.path / checkpoint_name(self.recipe.steps)
         if model.exists():
-            config = read_json(model / "config.json")
+            config = saved_record(model)
             training = {k: v for k, v in config.pop("training").items() if k != "step"}
             self.directory.check_settings({**training, "config": config}, settings)
         elif any(self.directory.path.glob("step-*")):
@@ -288,7 +288,11 @@ def flipped(images: Tensor, key: int) -> Tensor:
 
 
 def _check_options(recipe: Training, config: ModelConfig) -> None:
-    if recipe.dropout and config.network.kind != "unet":
-        raise UsageError("--dropout is for --network unet")
-    if recipe.flip and len(config.network.shape) != 3:
+    network = config.network
+    foreign = network if isinstance(network, DiffusersConfig) else None
+    if recipe.dropout and (isinstance(network, DiffusersConfig) or network.kind != "unet"):
+        raise UsageError("--dropout is for --network unet, and not for networks of diffusers")
+    if recipe.flip and foreign and (foreign.autoencoder or foreign.text):
+        raise UsageError("--flip is for images: latents are not mirrored as their images are")
+    if recipe.flip and len(network.shape) != 3:
         raise UsageError("--flip is for images, not vectors")

@@ -19,6 +19,7 @@ OPTIONAL = {
     "math_verify": ("math-verify", "math", "verify: math"),
     "matplotlib": ("matplotlib", "plot", "plot"),
     "PIL": ("pillow", "vision", "images: prompts shapes"),
+    "diffusers": ("diffusers", "diffusers", "distill: pipelines of diffusers"),
     "tensorboard": ("tensorboard", "tensorboard", "tensorboard"),
     "lm_eval": ("lm-eval", "eval", "lm-eval"),
 }

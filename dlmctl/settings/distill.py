@@ -121,6 +121,52 @@ class Distillation:
 
 
 @dataclass(frozen=True)
+class GuidedDistillation:
+    """How a latent consistency model is distilled from a text-to-image model.
+
+    Defaults are published, except where a help text says so.
+    """
+
+    PANEL: ClassVar[str] = OBJECTIVE
+
+    guidance_min: float = knob(
+        3.0,
+        "Smallest guidance scale of a training step, as diffusers counts it: 1 is none.",
+        minimum=1.0,
+    )
+    guidance_max: float = knob(15.0, "Largest guidance scale of a training step.", minimum=1.0)
+    ddim_steps: int = knob(
+        50,
+        "Timesteps of the teacher's solver; each step skips what lies between two of them, 20 of "
+        "1000 for 50.",
+        minimum=2,
+    )
+    metric: Metric = knob("huber", "Distance from the target, element by element.", "--loss")
+    huber: float = knob(
+        0.001, "Where huber turns from a square to an absolute value.", "--huber-c", minimum=1e-8
+    )
+    target_ema: float = knob(
+        0.95,
+        "Decay of the target network; 0 takes the student itself as the target.",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    strength_size: int = knob(
+        256,
+        "Size of the embedding of the guidance scale. Its first weights are 0 (ours).",
+        "--guidance-size",
+        minimum=4,
+    )
+
+    def __post_init__(self) -> None:
+        if self.guidance_min > self.guidance_max:
+            raise UsageError(
+                f"--guidance-min {self.guidance_min:g} is above --guidance-max "
+                f"{self.guidance_max:g}"
+            )
+
+
+@dataclass(frozen=True)
 class MaskedConsistency:
     """How a language model is distilled: which tokens are masked, and what is compared."""
 

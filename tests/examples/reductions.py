@@ -115,6 +115,8 @@ NOT_RUN = {
     "tests/benchmarks/test_tensorboard.py",
     "dlmctl bench loop": "starts its stages from nothing; see tests/bench/test_loop.py",
     "parallel -j 8": "needs GNU parallel",
+    "distill lcm images.jsonl": "needs a model of texts; see tests/distill/test_guided_runs.py",
+    "sample runs/lcm": "likewise",
     "--engine http": "needs inference servers; see tests/engines",
     "--quantize nf4": "needs bitsandbytes; see tests/train/test_quantized_runs.py",
     "ray_shards.py": "needs Ray",
