@@ -1,8 +1,12 @@
 """Features of images from a model in a directory: config.json and safetensors, no remote code.
 
 Images are resized to the input size of the model, gray ones get three channels, and the mean and
-standard deviation of preprocessor_config.json are applied if it has them. Resizing by torch
-(bicubic, antialiased, no cropping) is ours.
+standard deviation of preprocessor_config.json are applied if it has them.
+
+With facebook/dinov2-large the Fréchet distance of the features is FD-DINOv2 (Stein et al. 2023,
+arXiv 2306.04675): as in their dgm-eval, images are squeezed to 224 x 224 pixels without cropping,
+bicubic and antialiased in floats (`--clean_resize` of dgm-eval; without it Pillow rounds to bytes),
+normalized as ImageNet's, and the features are the class token after the last normalization.
 """
 
 from __future__ import annotations
@@ -15,11 +19,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from dlmctl.models.float32_products import whole_products
-from dlmctl.models.weights import weight_files
+from dlmctl.models.weights import weight_files, weights_hash
 from dlmctl.records.errors import DataError, MissingInputError, UsageError
 from dlmctl.records.files import read_json
 
 _SIZE = 224
+_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+_DINOV2: dict[str, Any] = {"crop_size": _SIZE, **_IMAGENET}
+"""What the preprocessor of every DINOv2 says. Its network's own size is that of the last stage of
+training, 518."""
 
 
 class ImageEncoder:
@@ -36,7 +44,7 @@ class ImageEncoder:
 
         if not (directory / "config.json").exists():
             raise MissingInputError(f"{directory} has no config.json: it is not a model")
-        weight_files(directory)
+        files = weight_files(directory)
         try:
             model, report = AutoModel.from_pretrained(
                 directory,
@@ -59,8 +67,14 @@ class ImageEncoder:
         self.model = model.to(device).float().eval()
         self.name, self.device = str(directory), device
         preprocessor = directory / "preprocessor_config.json"
-        about = read_json(preprocessor) if preprocessor.exists() else {}
+        usual = _DINOV2 if str(model.config.model_type).startswith("dinov2") else {}
+        about = read_json(preprocessor) if preprocessor.exists() else usual
         self.size = _size(model.config, about)
+        self.about = {
+            "extractor": str(directory),
+            "extractor_revision": weights_hash(files),
+            "extractor_size": "x".join(map(str, self.size)),
+        }
         self.mean, self.std = (
             torch.tensor(about.get(name) or [0.5] * 3, device=device).view(1, 3, 1, 1)
             for name in ("image_mean", "image_std")

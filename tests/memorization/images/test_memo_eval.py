@@ -401,7 +401,8 @@ def test_too_few_samples_for_quality_are_refused(sets):
 
 def test_a_terminal_gets_a_table(sets, capsys, monkeypatch):
     from dlmctl.commands.memo_eval_samples import _table
-    from dlmctl.memorization.images.sample_study import compared_sets, study_samples
+    from dlmctl.memorization.images.compared_sets import compared_sets
+    from dlmctl.memorization.images.sample_study import study_samples
     from dlmctl.settings.memorization import Bootstrap, SampleStudy
 
     monkeypatch.setenv("COLUMNS", "100")
