@@ -67,9 +67,9 @@ def command(
     difference; ratio and d1 are means; sim, sim_p95 and sim_max are of the largest cosines;
     mmd2_gap is the MMD to the training set less the MMD to held-out images, with a one-sided p from
     exchanging them; fd is the Fréchet distance in the space of quality, and fd_se its error over
-    samples and references, up to 512 dimensions; fd_train_heldout is the distance that images of
-    the training set have to held-out ones, which no sampler can be expected to beat. fid and kid
-    are in Inception's features (--inception); kid_std is the standard deviation over its subsets. A
+    samples and references, up to 512 dimensions; fd_train_heldout is the distance from the training
+    set to held-out images, which no sampler can be expected to beat. fid and kid are in Inception's
+    features (--inception); kid_std is the standard deviation over its subsets. A
     share of exactly 0 or 1 has an interval of width 0: it may be wrong by up to 3 / N. Weights are
     named by path and hash. For files by 'distill sample' the record also has model, step (of
     training), steps (of the sampler) and evaluations.
@@ -99,6 +99,8 @@ def command(
     several = len(sources.samples) > 1 or study.control is not None
     if several and (rows or gallery.gallery or encoders.features):
         raise UsageError("--rows, --gallery and --features are for one --samples, and no --control")
+    if encoders.inception and not study.quality:
+        raise UsageError("--inception is for figures of quality, which --no-quality leaves out")
     ranges: dict[tuple[float, float], str] = {}
     train = read_images(sources.train, sources.gray, ranges)
     heldout = read_images(sources.heldout, sources.gray, ranges) if sources.heldout else None

@@ -125,7 +125,7 @@ class SampleStudy:
         None,
         "For the Fréchet distance: add this many mean variances along every direction.",
         minimum=0,
-        shown_default="a singular covariance is refused",
+        shown_default="a singular covariance is refused, except for fid",
         panel=QUALITY,
     )
     k: int = knob(

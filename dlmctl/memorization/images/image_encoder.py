@@ -4,9 +4,10 @@ Images are resized to the input size of the model, gray ones get three channels,
 standard deviation of preprocessor_config.json are applied if it has them.
 
 With facebook/dinov2-large the Fréchet distance of the features is FD-DINOv2 (Stein et al. 2023,
-arXiv 2306.04675): as in their dgm-eval, images are squeezed to 224 x 224 pixels without cropping,
-bicubic and antialiased in floats (`--clean_resize` of dgm-eval; without it Pillow rounds to bytes),
-normalized as ImageNet's, and the features are the class token after the last normalization.
+arXiv 2306.04675). As in their dgm-eval, images are squeezed to 224 x 224 pixels without cropping,
+bicubic and antialiased in floats (its `--clean_resize`; without it Pillow rounds to bytes), and
+normalized as ImageNet's; the features are the class token after the last normalization. Position
+embeddings are resampled as DINOv2's own code does, which is not quite as transformers does.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.
 _DINOV2: dict[str, Any] = {"crop_size": _SIZE, **_IMAGENET}
 """What the preprocessor of every DINOv2 says. Its network's own size is that of the last stage of
 training, 518."""
+
+
+_OFFSET = 0.1
+"""What DINOv2's own code adds to the size of a grid of positions before it scales to it."""
 
 
 class ImageEncoder:
@@ -70,6 +75,8 @@ class ImageEncoder:
         usual = _DINOV2 if str(model.config.model_type).startswith("dinov2") else {}
         about = read_json(preprocessor) if preprocessor.exists() else usual
         self.size = _size(model.config, about)
+        if model.config.model_type == "dinov2":
+            _resample_positions(model.embeddings, self.size)
         self.about = {
             "extractor": str(directory),
             "extractor_revision": weights_hash(files),
@@ -135,3 +142,20 @@ def _size(config: Any, about: dict[str, Any]) -> tuple[int, int]:
         edge = size.get("shortest_edge", _SIZE)
         size = (size.get("height", edge), size.get("width", edge))
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _resample_positions(embeddings: Any, size: tuple[int, int]) -> None:
+    """Give a DINOv2 the position embeddings that its own code has for square images of a size.
+
+    With as many positions as patches transformers leaves them as they are.
+    """
+    old = embeddings.position_embeddings.data  # [1, 1 + side^2, D], that of the class first
+    side = round((old.shape[1] - 1) ** 0.5)
+    edge = size[0] // embeddings.patch_embeddings.patch_size[0]
+    if size[0] != size[1] or edge == side:
+        return
+    grid = old[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, D, side, side]
+    scale = (edge + _OFFSET) / side
+    new = functional.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
+    positions = torch.cat([old[:, :1], new.flatten(2).transpose(1, 2)], dim=1)
+    embeddings.position_embeddings = torch.nn.Parameter(positions, requires_grad=False)

@@ -385,6 +385,9 @@ def test_spaces_of_quality(sets):
         (2, ["--gallery", "a.jpg"], "does not end in .png"),
         (2, ["--memory", "lots"], "--memory lots is not a size"),
         (2, ["--extractor", "a", "--features", "b"], "two ways"),
+        (2, ["--inception", "a", "--no-quality"], "which --no-quality leaves out"),
+        (2, ["--space", "inception"], "--space inception needs --inception"),
+        (66, ["--sscd", "no.pt"], "no file no.pt"),
         (66, ["--heldout", "no.safetensors"], "no file no.safetensors"),
     ],
 )
