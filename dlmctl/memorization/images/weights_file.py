@@ -31,23 +31,24 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise MissingInputError(f"no file {path}")
     if path.suffix == ".safetensors":
         return read_weights([path], str)
-    if _is_torchscript(path):
+    try:
+        program = _is_torchscript(path)
+        state = None if program else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise DataError(
+            "this pickle is damaged or contains more than tensors, and is not read: save the state "
+            "dict alone, as safetensors",
+            str(path),
+        ) from None
+    except Exception as error:  # of damaged files, of many kinds
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(f"these weights cannot be read ({reason})", str(path)) from None
+    if program:
         raise DataError(
             "this is TorchScript, a program, which is not run: take the file with the weights "
             "alone (of SSCD the one that ends in .torchvision.pt)",
             str(path),
         )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise DataError(
-            "this pickle contains more than tensors, and is not read: save the state dict alone, "
-            "as safetensors",
-            str(path),
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise DataError(f"these weights cannot be read ({reason})", str(path)) from None
     if not isinstance(state, dict) or not all(isinstance(each, Tensor) for each in state.values()):
         raise DataError("this is no state dict, tensors by name", str(path))
     return {str(name): tensor for name, tensor in state.items()}
