@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 from dlmctl.commands.labels import Labels, label_fields, labelled, number_or_text
 from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import print_table
-from dlmctl.records.errors import DataError, UsageError
+from dlmctl.records.errors import UsageError
 from dlmctl.records.files import write_file
 from dlmctl.records.jsonl import write_records
 from dlmctl.settings import Knob
 from dlmctl.settings.compute import DeviceName
 from dlmctl.settings.images import ImageReading
-from dlmctl.settings.memorization import Bootstrap, Gallery, ImageSources, SampleStudy
+from dlmctl.settings.memorization import (
+    Bootstrap,
+    Encoders,
+    Gallery,
+    ImageSources,
+    SampleStudy,
+)
 from dlmctl.settings.streams import Json, Output, Quiet
 
 if TYPE_CHECKING:
     import torch
 
-    from dlmctl.memorization.images.sample_study import ImageSet, ImageSets, StudyResult
+    from dlmctl.memorization.images.compared_sets import ImageSets
+    from dlmctl.memorization.images.sample_study import StudyResult
 
 OF_SAMPLER = ("model", "step", "steps", "evaluations")
 """Metadata that 'distill sample' writes into a file, which the record of 'memo-eval' repeats."""
@@ -31,6 +38,7 @@ def command(
     sources: ImageSources,
     reading: ImageReading = ImageReading(),
     study: SampleStudy = SampleStudy(),
+    encoders: Encoders = Encoders(),
     bootstrap: Bootstrap = Bootstrap(),
     rows: Annotated[
         str | None,
@@ -51,18 +59,22 @@ def command(
     """Measure how much of a training set samples repeat, and how good they are.
 
     The ratio test: a sample is memorized if its nearest training image is less than a third as far
-    away as the second nearest (L2 of pixels). It is complemented by cosines of features, Fréchet
-    distance, precision, recall, density, coverage and MMD. Every figure is taken against the
-    held-out set too: what samples have in common with images that the model never saw is not
-    memorization.
+    away as the second nearest (L2 of pixels). It is complemented by cosines of features (of SSCD,
+    with --sscd), and by quality: precision, recall, density, coverage, MMD, KID and Fréchet
+    distance. Every figure is taken against the held-out set too: what samples have in common with
+    images that the model never saw is not memorization.
 
     Writes a record for each set of samples: f_mem is the share that is memorized, f_mem_interval a
     bootstrap interval, heldout_f_mem the same against the held-out set, f_mem_excess the
-    difference; ratio and d1 are means; sim, sim_p95 and sim_max are of cosines; mmd2_gap is the MMD
-    to the training set less the MMD to held-out images, with a one-sided p from exchanging them;
-    fd_se is the error of the distance over samples and references, up to 512 dimensions. A share of
-    exactly 0 or 1 has an interval of width 0: it may be wrong by up to 3 / N. For files by 'distill
-    sample' the record also has model, step (of training), steps (of the sampler) and evaluations.
+    difference; ratio and d1 are means; sim, sim_p95 and sim_max are of the largest cosines;
+    mmd2_gap is the MMD to the training set less the MMD to held-out images, with a one-sided p from
+    exchanging them; fd is the Fréchet distance in the space of quality, and fd_se its error over
+    samples and references, up to 512 dimensions; fd_train_heldout is the distance from the training
+    set to held-out images, which no sampler can be expected to beat. fid and kid are in Inception's
+    features (--inception); kid_std is the standard deviation over its subsets. A
+    share of exactly 0 or 1 has an interval of width 0: it may be wrong by up to 3 / N. Weights are
+    named by path and hash. For files by 'distill sample' the record also has model, step (of
+    training), steps (of the sampler) and evaluations.
 
     Examples:
 
@@ -71,56 +83,70 @@ def command(
     dlmctl memo-eval --samples s.safetensors --train builtin:digits#0:128 --heldout
     builtin:digits#128: --gallery copies.png --rows rows.jsonl
 
+    dlmctl memo-eval --samples s.safetensors --train cifar.safetensors --heldout test.safetensors
+    --inception pt_inception-2015-12-05-6726825d.pth --sscd sscd_disc_mixup.torchvision.pt
+
     dlmctl memo-eval --samples s.safetensors --train d.safetensors --set role=teacher --set n=128
     """
     fields = label_fields(labels)
-    from dlmctl.distill.image_sets import (
-        images_hash,
-        origin_note,
-        read_about,
-        read_images,
-    )
+    from dlmctl.distill.image_sets import images_hash, origin_note, read_about, read_images
+    from dlmctl.memorization.images.compared_sets import compared_sets
+    from dlmctl.memorization.images.controls import gaussian_control
+    from dlmctl.memorization.images.features import SetFeatures
     from dlmctl.memorization.images.gallery import check_drawable, picture
-    from dlmctl.memorization.images.sample_study import (
-        compared_sets,
-        sample_rows,
-        study_samples,
-        summary,
-        with_features,
-    )
+    from dlmctl.memorization.images.sample_study import sample_rows, study_samples, summary
     from dlmctl.models.loading import resolve_device
 
     where = resolve_device(device)
-    if len(sources.samples) > 1 and (rows or gallery.gallery or study.features):
-        raise UsageError("--rows, --gallery and --features are for one --samples")
+    several = len(sources.samples) > 1 or study.control is not None
+    if several and (rows or gallery.gallery or encoders.features):
+        raise UsageError("--rows, --gallery and --features are for one --samples, and no --control")
+    if encoders.inception and not study.quality:
+        raise UsageError("--inception is for figures of quality, which --no-quality leaves out")
     ranges: dict[tuple[float, float], str] = {}
     train = read_images(sources.train, reading, ranges)
     heldout = read_images(sources.heldout, reading, ranges) if sources.heldout else None
+    features = SetFeatures(encoders, where, heldout is not None)
     identity, printed = images_hash(train), set[str]()
 
-    def studied(name: str) -> tuple[dict[str, Any], ImageSets, StudyResult]:
-        samples = read_images(name, reading, ranges)
-        sets = compared_sets(samples, train, heldout, study)
-        other = origin_note(name, identity)
-        notes = [*sets.notes, *([other] if other else [])]
+    def say(notes: list[str]) -> None:
         for note in notes:
             if note not in printed:
                 print(f"dlmctl: {note}", file=sys.stderr)
         printed.update(notes)
+
+    def studied(
+        samples: torch.Tensor, written: dict[str, Any]
+    ) -> tuple[dict[str, Any], ImageSets, StudyResult]:
+        sets = compared_sets(samples, train, heldout, study)
         if gallery.gallery:
             check_drawable(sets.samples.images)  # before anything takes long
-        if study.extractor or study.features:
-            sets = with_features(sets, _features(study, where, heldout is not None))
+        sets = features.added(sets)
+        say(sets.notes)
         result = study_samples(sets, study, bootstrap, where)
-        written = read_about(name)
-        about = {key: number_or_text(written[key]) for key in OF_SAMPLER if key in written}
-        return labelled({**about, **fields}, summary(sets, result, study)), sets, result
+        row = labelled({**written, **fields}, {**summary(sets, result, study), **features.about})
+        return row, sets, result
 
-    if len(sources.samples) > 1:
-        records = (studied(name)[0] for name in sources.samples)
-        write_records(counted(records, "sets", quiet, len(sources.samples)), output)
+    def read(name: str) -> tuple[torch.Tensor, dict[str, Any]]:
+        samples, written = read_images(name, reading, ranges), read_about(name)
+        if other := origin_note(name, identity):
+            say([other])
+        of_sampler = {key: number_or_text(written[key]) for key in OF_SAMPLER if key in written}
+        return samples, of_sampler
+
+    def all_studied() -> Iterator[dict[str, Any]]:
+        for name in sources.samples:
+            samples, written = read(name)
+            yield studied(samples, written)[0]
+        if study.control:
+            drawn = gaussian_control(train, len(samples), bootstrap.seed)
+            yield studied(drawn, {"control": study.control})[0]
+
+    if several:
+        total = len(sources.samples) + (study.control is not None)
+        write_records(counted(all_studied(), "sets", quiet, total), output)
         return
-    row, sets, result = studied(sources.samples[0])
+    row, sets, result = studied(*read(sources.samples[0]))
     if rows:
         of_samples = sample_rows(sets, result, study.threshold)
         write_records(counted(of_samples, "samples", quiet, len(sets.samples.images)), rows)
@@ -130,35 +156,6 @@ def command(
         write_records([row], output)
     else:
         _table(sets, result)
-
-
-def _features(
-    study: SampleStudy, device: torch.device, heldout: bool
-) -> Callable[[str, ImageSet], torch.Tensor]:
-    """A function from a set's name and the set to its features: encoded, or read from files."""
-    if study.extractor:
-        from dlmctl.memorization.images.image_encoder import ImageEncoder
-
-        encode = ImageEncoder(study.extractor, device)
-        return lambda _, part: encode(part.images)
-    from dlmctl.distill.image_sets import read_images
-
-    files = (study.features or "").split(",")
-    names = ["samples", "train", *(["heldout"] if heldout else [])]
-    if len(files) != len(names):
-        raise UsageError(f"--features takes {len(names)} files here: {','.join(names).upper()}")
-    sources = dict(zip(names, files, strict=True))
-
-    def read(name: str, part: ImageSet) -> torch.Tensor:
-        rows = read_images(sources[name])
-        if rows.dim() != 2 or len(rows) != part.read:
-            raise DataError(
-                f"{sources[name]} is {list(rows.shape)}: of --{name} there have to be features "
-                f"[{part.read}, F]"
-            )
-        return rows[part.places]
-
-    return read
 
 
 def _table(sets: ImageSets, result: StudyResult) -> None:

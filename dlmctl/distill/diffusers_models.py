@@ -105,7 +105,9 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, images: Tensor, batch_size: int = 16) -> Tensor:
-        """Images uint8 or float [N, 3, H, W] to latents [N, C, h, w] on the CPU: the mean of each (ours).
+        """Images uint8 or float [N, 3, H, W] to latents [N, C, h, w] on the CPU.
+
+        They are the mean of each (ours).
 
         Raises:
             UsageError: images of other channels than the VAE's.

@@ -17,9 +17,11 @@ from dlmctl.settings.parsing import byte_count, whole_numbers
 Mode = Literal["prefix", "suffix", "edge", "random"]
 Method = Literal["loss", "ratio", "zlib", "sama"]
 NEED_REFERENCE: tuple[Method, ...] = ("ratio", "sama")
+InceptionResize = Literal["tensorflow", "clean"]
+Control = Literal["gaussian"]
 
 REQUIRED: Any = dataclasses.MISSING
-COPIES, QUALITY, GALLERY = "Copies", "Quality", "Gallery"
+COPIES, QUALITY, ENCODERS, GALLERY = "Copies", "Quality", "Encoders of images", "Gallery"
 
 
 @dataclass(frozen=True)
@@ -88,21 +90,6 @@ class SampleStudy:
         metavar="L2",
         panel=COPIES,
     )
-    extractor: Path | None = knob(
-        None,
-        "Model whose features of images are compared by cosine: a directory with config.json and "
-        "safetensors that transformers loads.",
-        metavar="DIRECTORY",
-        shown_default="none",
-        panel=COPIES,
-    )
-    features: str | None = knob(
-        None,
-        "Instead of --extractor: safetensors of features [N, F], one row per image.",
-        metavar="SAMPLES,TRAIN[,HELDOUT]",
-        shown_default="none",
-        panel=COPIES,
-    )
     copy_threshold: str = knob(
         "0.5,0.6",
         "Add the share of samples with a cosine above each of these.",
@@ -111,23 +98,32 @@ class SampleStudy:
     )
     quality: bool = knob(
         True,
-        "Fréchet distance, precision, recall, density, coverage and MMD.",
+        "Precision, recall, density, coverage, MMD and Fréchet distance.",
         "--quality/--no-quality",
         panel=QUALITY,
     )
     space: str = knob(
         "auto",
-        "Space of --quality: pixels, features, or pca:K, principal components of the training and "
-        "held-out sets together. auto is features if there are any, else pca:32, or a quarter of "
-        "the smallest set.",
+        "Space of --quality: pixels, features (of --extractor or --features), inception, or pca:K, "
+        "principal components of the training and held-out sets together. auto is features if "
+        "there are any, else inception if there is one, else pca:32, or a quarter of the smallest "
+        "set.",
         metavar="SPACE",
+        panel=QUALITY,
+    )
+    control: Control | None = knob(
+        None,
+        "Also study as many samples of a control: gaussian draws from a normal distribution with "
+        "the mean and the covariance of the pixels of --train. A Fréchet distance that is not well "
+        "below the control's says nothing of quality.",
+        shown_default="none",
         panel=QUALITY,
     )
     ridge: float | None = knob(
         None,
         "For the Fréchet distance: add this many mean variances along every direction.",
         minimum=0,
-        shown_default="a singular covariance is refused",
+        shown_default="a singular covariance is refused, except for fid",
         panel=QUALITY,
     )
     k: int = knob(
@@ -137,14 +133,21 @@ class SampleStudy:
         minimum=1,
         panel=QUALITY,
     )
+    kid_subsets: int = knob(
+        100, "For kid: subsets over which it is averaged.", minimum=1, panel=QUALITY
+    )
+    kid_subset_size: int = knob(
+        1000,
+        "For kid: images of a subset; the smallest set if that has fewer.",
+        minimum=2,
+        panel=QUALITY,
+    )
     memory: str = same("512M", Memory)
 
     def __post_init__(self) -> None:
         self.copy_thresholds, self.memory_bytes  # noqa: B018 (raises)
         if self.tolerance and not self.dedup:
             raise UsageError("--dedup-within is for --dedup")
-        if self.extractor and self.features:
-            raise UsageError("--extractor and --features are two ways to the same: give one")
 
     @cached_property
     def copy_thresholds(self) -> list[float]:
@@ -161,6 +164,52 @@ class SampleStudy:
     def memory_bytes(self) -> int:
         """Bytes for blocks of distances."""
         return byte_count("--memory", self.memory)
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """Networks whose features of images are compared, with weights in files that the user has."""
+
+    PANEL: ClassVar[str] = ENCODERS
+
+    sscd: Path | None = knob(
+        None,
+        "Weights of SSCD, for cosines (sim): a sscd_….torchvision.pt as published, or its tensors "
+        "as safetensors. TorchScript is code and refused. Images are fed with 288 pixels on the "
+        "short side.",
+        metavar="FILE",
+        shown_default="none",
+    )
+    inception: Path | None = knob(
+        None,
+        "Weights of FID's Inception network, for fid and kid: "
+        "pt_inception-2015-12-05-6726825d.pth as published, or its tensors as safetensors.",
+        metavar="FILE",
+        shown_default="none",
+    )
+    inception_resize: InceptionResize = knob(
+        "tensorflow",
+        "How images get Inception's 299 pixels: tensorflow is bilinear without antialiasing, as "
+        "torch-fidelity has it; clean is bicubic with antialiasing, as clean-fid has it.",
+    )
+    extractor: Path | None = knob(
+        None,
+        "Model whose features are a space of quality, and are compared by cosine if there is no "
+        "--sscd: a directory with config.json and safetensors that transformers loads. "
+        "facebook/dinov2-large gives fd the value that is published as FD-DINOv2.",
+        metavar="DIRECTORY",
+        shown_default="none",
+    )
+    features: str | None = knob(
+        None,
+        "Instead of --extractor: safetensors of features [N, F], one row per image.",
+        metavar="SAMPLES,TRAIN[,HELDOUT]",
+        shown_default="none",
+    )
+
+    def __post_init__(self) -> None:
+        if self.extractor and self.features:
+            raise UsageError("--extractor and --features are two ways to the same: give one")
 
 
 @dataclass(frozen=True)

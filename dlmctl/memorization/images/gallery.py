@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dlmctl.memorization.images.compared_sets import ImageSet, ImageSets
 from dlmctl.memorization.images.nearest_ratio import ratios
-from dlmctl.memorization.images.sample_study import ImageSet, ImageSets, StudyResult
+from dlmctl.memorization.images.sample_study import StudyResult
 from dlmctl.records.errors import UsageError, missing_package
 from dlmctl.settings.memorization import Gallery
 

@@ -1,8 +1,13 @@
 """Features of images from a model in a directory: config.json and safetensors, no remote code.
 
 Images are resized to the input size of the model, gray ones get three channels, and the mean and
-standard deviation of preprocessor_config.json are applied if it has them. Resizing by torch
-(bicubic, antialiased, no cropping) is ours.
+standard deviation of preprocessor_config.json are applied if it has them.
+
+With facebook/dinov2-large the Fréchet distance of the features is FD-DINOv2 (Stein et al. 2023,
+arXiv 2306.04675). As in their dgm-eval, images are squeezed to 224 x 224 pixels without cropping,
+bicubic and antialiased in floats (its `--clean_resize`; without it Pillow rounds to bytes), and
+normalized as ImageNet's; the features are the class token after the last normalization. Position
+embeddings are resampled as DINOv2's own code does, which is not quite as transformers does.
 """
 
 from __future__ import annotations
@@ -15,11 +20,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from dlmctl.models.float32_products import whole_products
-from dlmctl.models.weights import weight_files
+from dlmctl.models.weights import weight_files, weights_hash
 from dlmctl.records.errors import DataError, MissingInputError, UsageError
 from dlmctl.records.files import read_json
 
 _SIZE = 224
+_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+_DINOV2: dict[str, Any] = {"crop_size": _SIZE, **_IMAGENET}
+"""What the preprocessor of every DINOv2 says. Its network's own size is that of the last stage of
+training, 518."""
+
+
+_OFFSET = 0.1
+"""What DINOv2's own code adds to the size of a grid of positions before it scales to it."""
 
 
 class ImageEncoder:
@@ -36,7 +49,7 @@ class ImageEncoder:
 
         if not (directory / "config.json").exists():
             raise MissingInputError(f"{directory} has no config.json: it is not a model")
-        weight_files(directory)
+        files = weight_files(directory)
         try:
             model, report = AutoModel.from_pretrained(
                 directory,
@@ -59,8 +72,16 @@ class ImageEncoder:
         self.model = model.to(device).float().eval()
         self.name, self.device = str(directory), device
         preprocessor = directory / "preprocessor_config.json"
-        about = read_json(preprocessor) if preprocessor.exists() else {}
+        usual = _DINOV2 if str(model.config.model_type).startswith("dinov2") else {}
+        about = read_json(preprocessor) if preprocessor.exists() else usual
         self.size = _size(model.config, about)
+        if model.config.model_type == "dinov2":
+            _resample_positions(model.embeddings, self.size)
+        self.about = {
+            "extractor": str(directory),
+            "extractor_revision": weights_hash(files),
+            "extractor_size": "x".join(map(str, self.size)),
+        }
         self.mean, self.std = (
             torch.tensor(about.get(name) or [0.5] * 3, device=device).view(1, 3, 1, 1)
             for name in ("image_mean", "image_std")
@@ -121,3 +142,20 @@ def _size(config: Any, about: dict[str, Any]) -> tuple[int, int]:
         edge = size.get("shortest_edge", _SIZE)
         size = (size.get("height", edge), size.get("width", edge))
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _resample_positions(embeddings: Any, size: tuple[int, int]) -> None:
+    """Give a DINOv2 the position embeddings that its own code has for square images of a size.
+
+    With as many positions as patches transformers leaves them as they are.
+    """
+    old = embeddings.position_embeddings.data  # [1, 1 + side^2, D], that of the class first
+    side = round((old.shape[1] - 1) ** 0.5)
+    edge = size[0] // embeddings.patch_embeddings.patch_size[0]
+    if size[0] != size[1] or edge == side:
+        return
+    grid = old[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, D, side, side]
+    scale = (edge + _OFFSET) / side
+    new = functional.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
+    positions = torch.cat([old[:, :1], new.flatten(2).transpose(1, 2)], dim=1)
+    embeddings.position_embeddings = torch.nn.Parameter(positions, requires_grad=False)

@@ -93,21 +93,24 @@ class Gaussian(NamedTuple):
     """float64 [D, D]."""
 
 
-def fit_gaussian(vectors: Tensor, name: str, ridge: float | None = None) -> Gaussian:
+def fit_gaussian(
+    vectors: Tensor, name: str, ridge: float | None = None, singular: bool = False
+) -> Gaussian:
     """Mean and unbiased covariance of [N, D].
 
     Args:
         name: of the vectors in error messages.
         ridge: this many mean variances are added along every direction.
+        singular: accept a singular covariance.
 
     Raises:
-        DataError: the covariance is singular, and there is no ridge.
+        DataError: the covariance is singular, there is no ridge, and it is not accepted.
     """
     vectors = vectors.double()
     count, width = vectors.shape
     covariance = torch.cov(vectors.T).reshape(width, width)
     advice = "take fewer dimensions (--space pca:K), or --ridge 1e-6, or --no-quality"
-    if ridge is None:
+    if ridge is None and not singular:
         if count <= width:
             raise DataError(
                 f"the covariance of {count} {name} in {width} dimensions is singular: more than "
@@ -119,7 +122,7 @@ def fit_gaussian(vectors: Tensor, name: str, ridge: float | None = None) -> Gaus
                 f"the covariance of the {name} is singular in {width} dimensions: along some "
                 f"direction they are all the same; {advice}"
             )
-    else:
+    elif ridge is not None:
         scale = float(covariance.diagonal().mean()) * ridge
         covariance = covariance + scale * torch.eye(width, dtype=torch.float64).to(vectors.device)
     return Gaussian(vectors.mean(0), covariance)
@@ -127,11 +130,23 @@ def fit_gaussian(vectors: Tensor, name: str, ridge: float | None = None) -> Gaus
 
 def frechet_distance(one: Gaussian, two: Gaussian) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the squared 2-Wasserstein distance."""
-    values, vectors = torch.linalg.eigh(one.covariance)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    inner = torch.linalg.eigvalsh(root @ two.covariance @ root).clamp_min(0).sqrt().sum()
+    roots = [_root(each.covariance) for each in (one, two)]
+    if all(root.shape[1] == len(root) for root in roots):
+        inner = torch.linalg.eigvalsh(roots[0].T @ two.covariance @ roots[0]).clamp_min(0).sqrt()
+    else:
+        # Eigenvalues that ought to be 0 are not quite, and their square roots add up. The singular
+        # values of the product of the roots are the same square roots, without this error.
+        inner = torch.linalg.svdvals(roots[0].T @ roots[1])
     traces = one.covariance.trace() + two.covariance.trace()
-    return max(0.0, float((one.mean - two.mean).square().sum() + traces - 2 * inner))
+    return max(0.0, float((one.mean - two.mean).square().sum() + traces - 2 * inner.sum()))
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """float64 [D, r], R with covariance R R^T; r is the rank, up to rounding."""
+    values, vectors = torch.linalg.eigh(covariance)
+    least = len(values) * torch.finfo(values.dtype).eps * values[-1].clamp_min(0)
+    kept = values > least
+    return vectors[:, kept] * values[kept].sqrt()
 
 
 def frechet_error(one: Tensor, two: Tensor, seed: int, resamples: int = RESAMPLES) -> float | None:

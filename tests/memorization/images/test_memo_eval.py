@@ -385,6 +385,9 @@ def test_spaces_of_quality(sets):
         (2, ["--gallery", "a.jpg"], "does not end in .png"),
         (2, ["--memory", "lots"], "--memory lots is not a size"),
         (2, ["--extractor", "a", "--features", "b"], "two ways"),
+        (2, ["--inception", "a", "--no-quality"], "which --no-quality leaves out"),
+        (2, ["--space", "inception"], "--space inception needs --inception"),
+        (66, ["--sscd", "no.pt"], "no file no.pt"),
         (66, ["--heldout", "no.safetensors"], "no file no.safetensors"),
     ],
 )
@@ -401,7 +404,8 @@ def test_too_few_samples_for_quality_are_refused(sets):
 
 def test_a_terminal_gets_a_table(sets, capsys, monkeypatch):
     from dlmctl.commands.memo_eval_samples import _table
-    from dlmctl.memorization.images.sample_study import compared_sets, study_samples
+    from dlmctl.memorization.images.compared_sets import compared_sets
+    from dlmctl.memorization.images.sample_study import study_samples
     from dlmctl.settings.memorization import Bootstrap, SampleStudy
 
     monkeypatch.setenv("COLUMNS", "100")

@@ -170,3 +170,18 @@ def test_products_of_few_bits_are_switched_off_for_the_search(monkeypatch):
 def test_products_err_by_half_an_ulp(dtype):
     error = neighbours.product_error(torch.device("cpu"), dtype)
     assert error <= torch.finfo(dtype).eps / 2
+
+
+@pytest.mark.parametrize(("width", "offset"), [(32, 0.0), (192, 1.0)])
+def test_faiss_has_the_same_neighbours(width, offset):
+    """IndexFlatL2, exact but for rounding to float32."""
+    faiss = pytest.importorskip("faiss")
+    y, x = normal(900, width, 31) + offset, normal(200, width, 32) + offset
+    x[:50] = y[:50] + 0.01 * x[:50]  # copies
+    index = faiss.IndexFlatL2(width)
+    index.add(y.numpy())
+    squares, places = index.search(x.numpy(), 2)
+    found = nearest(x, y, 2)
+    assert torch.equal(found.indices, torch.from_numpy(places))
+    wanted = torch.from_numpy(squares).double()
+    torch.testing.assert_close(found.distances.square(), wanted, rtol=1e-4, atol=1e-4)

@@ -48,6 +48,21 @@ def test_the_frechet_distance_is_that_of_another_square_root():
     assert frechet_distance(one, two) == pytest.approx(float(wanted - 2 * roots), rel=1e-10)
 
 
+@pytest.mark.parametrize(("n", "m"), [(12, 15), (12, 400), (400, 12)])
+def test_the_frechet_distance_of_few_vectors_is_that_of_their_products(n, m):
+    """tr (C1 C2)^(1/2) is the sum of the singular values of X Y^T, for centred sets X and Y."""
+    x, y = normal(n, 60, 11), normal(m, 60, 12) * 1.5 + 0.2
+    found = frechet_distance(*(fit_gaussian(each, "s", singular=True) for each in (x, y)))
+    a, b = ((each - each.mean(0)) / (len(each) - 1) ** 0.5 for each in (x, y))
+    inner = torch.linalg.svdvals(a @ b.T).sum()
+    traces = a.square().sum() + b.square().sum()
+    wanted = (x.mean(0) - y.mean(0)).square().sum() + traces - 2 * inner
+    assert found == pytest.approx(float(wanted), rel=1e-12)
+    assert frechet_distance(*[fit_gaussian(x, "s", singular=True)] * 2) == pytest.approx(
+        0, abs=1e-12
+    )
+
+
 def test_sets_of_two_gaussians_have_about_their_distance():
     x, y = normal(20_000, 4, 3), normal(20_000, 4, 4) * 3 + 2
     found = frechet_distance(fit_gaussian(x, "x"), fit_gaussian(y, "y"))
@@ -251,3 +266,24 @@ def test_the_error_of_the_distance_is_its_spread_over_redrawn_sets():
     ours, plain = _weighted(x, counts), fit_gaussian(x[[0, 0, 2, 3, 4]], "five")
     torch.testing.assert_close(ours.mean, plain.mean)
     torch.testing.assert_close(ours.covariance, plain.covariance)
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_the_prdc_package_has_the_same_figures(k):
+    """Its balls have no surface, on which no vector lies here."""
+    prdc = pytest.importorskip("prdc")
+    real, fake = normal(120, 6, 21), normal(90, 6, 22) * 0.8 + 0.3
+    wanted = prdc.compute_prdc(real.numpy(), fake.numpy(), nearest_k=k)
+    found = manifolds(fake, real, k)
+    for name, values in zip(found._fields, found, strict=True):
+        assert float(values.mean()) == pytest.approx(wanted[name], rel=1e-12), name
+
+
+def test_torch_fidelity_has_the_same_frechet_distance():
+    pytest.importorskip("torchvision")
+    metric = pytest.importorskip("torch_fidelity.metric_fid")
+    x, y = normal(300, 20, 23), normal(200, 20, 24) * 1.3 + 0.1
+    statistics = [metric.fid_features_to_statistics(each) for each in (x, y)]
+    wanted = metric.fid_statistics_to_metric(*statistics, verbose=False)
+    found = frechet_distance(fit_gaussian(x, "x"), fit_gaussian(y, "y"))
+    assert found == pytest.approx(wanted["frechet_inception_distance"], rel=1e-9)
