@@ -106,6 +106,10 @@ the model writes other topics than the corpus."""
 NOT_RUN = {
     "examples/quickstart.sh": "creates an environment; see test_recipes.py",
     "tests/run.sh": "creates an environment and runs these tests",
+    "tests/install/run.sh": "builds and installs; a part of CI of its own",
+    "pip install": "installs packages; see tests/install",
+    "pipx install": "likewise",
+    "docker build": "needs Docker",
     "tests/benchmarks/sae_training.py": "needs two other libraries",
     "tests/benchmarks/published_samplers.py": "needs clones of LLaDA and Fast-dLLM",
     "tests/benchmarks/published_steps.py": "needs clones of d1 and ESPO",

@@ -1,0 +1,29 @@
+"""The readme that an index shows; everything else is declared in pyproject.toml.
+
+An index cannot follow links into the source tree: of `[text](docs/page.md)` it shows the text, and
+pictures of the tree are left out. The built files have no other text than README.md.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+RELATIVE = r"\((?![a-z]+:)[^()\s]+\)"
+PICTURE = re.compile(rf"^!\[[^\]]*\]{RELATIVE}\n\n", re.MULTILINE)
+LINK = re.compile(rf"\[([^\]]*)\]{RELATIVE}")
+
+
+def without_relative_links(text: str) -> str:
+    """Markdown in which only links that have an address are links."""
+    return LINK.sub(r"\1", PICTURE.sub("", text))
+
+
+setup(
+    long_description=without_relative_links(
+        (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+    ),
+    long_description_content_type="text/markdown",
+)
