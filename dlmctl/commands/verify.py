@@ -16,7 +16,7 @@ from dlmctl.records.shards import parse_shard, read_shard
 from dlmctl.settings import Knob
 from dlmctl.settings.layout import Tags
 from dlmctl.settings.streams import Files, Stage
-from dlmctl.settings.verify import Judging
+from dlmctl.settings.verify import Asking, Judging, Matching, Rewarding
 from dlmctl.verifiers.evaluations import from_evaluation
 from dlmctl.verifiers.registry import VERIFIERS, find_verifier, verify
 
@@ -32,6 +32,9 @@ def command(
         ),
     ] = None,
     judging: Judging = Judging(),
+    matching: Matching = Matching(),
+    asking: Asking = Asking(),
+    rewarding: Rewarding = Rewarding(),
     tags: Tags = Tags(),
     stage: Stage = Stage(),
 ) -> None:
@@ -51,6 +54,16 @@ def command(
     completion is <description>...</description> <think>...</think> and a box. grounding: F1 of the
     things in the description against `scene`. Records of shapes get 0.9 vqa + 0.1 layout; their
     grounding is recorded, but not rewarded.
+
+    choice: 1 if the answer names the right one of several choices, by its letter or by its text.
+    `answer` is a letter, an index from 0 or a text of `choices`.
+
+    regex: 1 if the completion matches `pattern`, or --pattern. json-schema: 1 if the completion, or
+    the fence in it, is JSON and valid by `schema`; references to other documents are not fetched.
+
+    judge: the score that a model behind --judge-url gives, from 0 to 1 by --judge-scale. A reply
+    without a score is an error of the record. reward-model: the logit, or the probability of a
+    label, that the sequence classifier --reward-model gives to prompt and completion.
 
     code: 1 if Python passes its unit tests: `tests` (a list of assertions, or Python), or the
     fields of HumanEval and MBPP. It runs in its own process with limits on time and memory. On
@@ -84,12 +97,20 @@ def command(
         for name in judging.weights.keys() - ({"exec"} if judging.program else set()):
             find_verifier(name)
         used.update(judging.weights)
+    batch = rewarding.batch_size if "reward-model" in (verifier or ()) else 1
     records = resume.rest(
         each(source, from_evaluation, stage.on_error),
-        Rule(frozenset({"rewards", "reward", "verdict"}), skips=stage.on_error == "skip"),
+        Rule(
+            frozenset({"rewards", "reward", "verdict"}),
+            skips=stage.on_error == "skip",
+            begins=lambda _, made: made.lines % batch == 0,
+        ),
         note=lambda line: used.update(line.get("rewards") or {}),
     )
-    verified = verify(records, verifier, judging, tags, on_error=stage.on_error, used=used)
+    settings = {"matching": matching, "asking": asking, "rewarding": rewarding}
+    verified = verify(
+        records, verifier, judging, tags, settings=settings, on_error=stage.on_error, used=used
+    )
     with contextlib.closing(verified):
         shown = counted(verified, "records", stage.quiet, total, resume.lines)
         write_records(shown, stage.output, resume)

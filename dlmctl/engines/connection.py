@@ -29,10 +29,12 @@ class Lost(Exception):  # noqa: N818 (not an error until no server is left)
 class Connection:
     """One server, used by several threads."""
 
-    def __init__(self, url: str, timeout: float) -> None:
+    def __init__(self, url: str, timeout: float, option: str = "--engine", key: str = KEY) -> None:
         """Args:
             url: with or without /v1 at its end.
             timeout: seconds without an answer after which a request is lost.
+            option: that the URL was given with, for messages.
+            key: the environment variable with the key of a server that wants one.
 
         Raises:
             UsageError: it is no URL of HTTP.
@@ -41,19 +43,20 @@ class Connection:
         try:
             import httpx2
         except ImportError:
-            raise missing_package("httpx2", "engine", "--engine") from None
+            raise missing_package("httpx2", "engine", option) from None
         self.url = url.rstrip("/").removesuffix("/v1")
-        key = os.environ.get(KEY)
+        self._key = key
+        token = os.environ.get(key)
         try:
             if httpx2.URL(self.url).scheme not in ("http", "https") or not httpx2.URL(url).host:
-                raise UsageError(f"--engine {url} is not a URL, as http://HOST:PORT")
+                raise UsageError(f"{option} {url} is not a URL, as http://HOST:PORT")
             self._client = httpx2.Client(
                 timeout=httpx2.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
                 limits=httpx2.Limits(max_connections=None),
-                headers={"Authorization": f"Bearer {key}"} if key else None,
+                headers={"Authorization": f"Bearer {token}"} if token else None,
             )
         except httpx2.InvalidURL as error:
-            raise UsageError(f"--engine {url} is not a URL ({error})") from None
+            raise UsageError(f"{option} {url} is not a URL ({error})") from None
         self._failed = httpx2.RequestError
 
     def get(self, path: str) -> Any:
@@ -102,7 +105,7 @@ class Connection:
         if status in (401, 403):
             raise UsageError(
                 f"{self.url} wants another key (HTTP {status}): it is in the environment variable "
-                f"{KEY}"
+                f"{self._key}"
             )
         if status != 200:
             raise DataError(f"{self.url} refuses {path} with HTTP {status}{_said(answer.content)}")

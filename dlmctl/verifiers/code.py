@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dlmctl.records.errors import DataError, UnavailableError
@@ -64,7 +64,12 @@ def code(
 
 
 def extract_code(text: str) -> str:
-    """The code of a completion: its last fence of Python, else its last fence, else all of it.
+    """The code of a completion: its last fence of Python, else its last fence, else all of it."""
+    return fenced(text, PYTHON)
+
+
+def fenced(text: str, languages: Collection[str]) -> str:
+    """The last fence in one of these languages, else the last fence, else the whole text.
 
     An unclosed fence reaches to the end.
     """
@@ -80,8 +85,8 @@ def extract_code(text: str) -> str:
         else:
             within = True
             fences.append((fence[1].lower(), []))
-    python = [lines for language, lines in fences if language in PYTHON]
-    chosen = python or [lines for _, lines in fences]
+    preferred = [lines for language, lines in fences if language in languages]
+    chosen = preferred or [lines for _, lines in fences]
     return "".join(chosen[-1]) if chosen else text
 
 

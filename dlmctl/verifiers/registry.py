@@ -4,7 +4,9 @@ A verifier is a function of a record that returns a Verdict (or a number, or a n
 To add one, write it and put a line into `VERIFIERS`. It may have parameters `time_limit` (seconds;
 it then limits its own time), `memory` (bytes), `unconfined` and `tags`, which `verify` fills in.
 Other verifiers come as `module:function`, or by name from packages that register one under the
-entry-point group `dlmctl.verifiers`.
+entry-point group `dlmctl.verifiers`. Settings of a single verifier are filled in as well, under the
+name of its parameter. One that judges several records at once is a class (see `lookahead`); one
+that needs a server or a model stands in their folders, and is named here by its text alone.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from dlmctl.settings.verify import Judging
 from dlmctl.verifiers.answer import Verdict, judged
 from dlmctl.verifiers.evaluations import from_evaluation
 from dlmctl.verifiers.limits import Alarm, TookTooLongError, Worker, overrun
+from dlmctl.verifiers.lookahead import LooksAhead, looked_ahead
 from dlmctl.verifiers.program import Program
 
 Verifier = Callable[[Mapping[str, Any]], Any]
@@ -42,8 +45,12 @@ VERIFIERS = {
     "math": "dlmctl.verifiers.mathematics:math",
     "code": "dlmctl.verifiers.code:code",
     "format": "dlmctl.verifiers.texts:tags",
-    "choice": "dlmctl.verifiers.texts:choice",
+    "choice": "dlmctl.verifiers.choices:choice",
     "exact": "dlmctl.verifiers.texts:exact",
+    "regex": "dlmctl.verifiers.regexes:regex",
+    "json-schema": "dlmctl.verifiers.json_schema:json_schema",
+    "judge": "dlmctl.engines.judge:Judge",
+    "reward-model": "dlmctl.models.reward_model:RewardModel",
     "tags-count": "dlmctl.verifiers.shaped:tags_count",
     "tags-soft": "dlmctl.verifiers.shaped:tags_soft",
     "tags-strict": "dlmctl.verifiers.shaped:tags_strict",
@@ -89,6 +96,7 @@ def verify(
     judging: Judging = Judging(),
     tags: Tags = Tags(),
     *,
+    settings: Mapping[str, Any] | None = None,
     on_error: OnError = "fail",
     used: set[str] | None = None,
 ) -> Generator[Record, None, None]:
@@ -99,6 +107,7 @@ def verify(
 
     Args:
         verifiers: names; None goes by the record's task.
+        settings: of single verifiers, by the parameter that takes them.
         used: verifiers that have judged records before; those that judge are added.
 
     Raises:
@@ -108,7 +117,12 @@ def verify(
     weights, preset, time_limit = judging.weights, judging.preset, judging.time_limit
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"no preset '{preset}'; there is {', '.join(PRESETS)}")
-    filled_in = {"time_limit": time_limit, "unconfined": judging.allow_unconfined, "tags": tags}
+    filled_in: dict[str, Any] = {
+        "time_limit": time_limit,
+        "unconfined": judging.allow_unconfined,
+        "tags": tags,
+    }
+    filled_in |= settings or {}
     if judging.memory is not None:
         filled_in["memory"] = judging.memory
     used = set() if used is None else used
@@ -116,6 +130,7 @@ def verify(
     program = Program(judging.program, time_limit, judging.memory) if judging.program else None
     named = [*(verifiers or ()), *(("exec",) if program else ())]
     workers: list[Worker] = []
+    looking: list[LooksAhead] = []
 
     @cache
     def worker(name: str) -> Worker:
@@ -127,7 +142,12 @@ def verify(
         """A verifier with its parameters, and whether it limits its own time."""
         verifier = find_verifier(name)
         takes = inspect.signature(verifier).parameters.keys() & filled_in.keys()
-        return partial(verifier, **{key: filled_in[key] for key in takes}), "time_limit" in takes
+        filled = {key: filled_in[key] for key in takes}
+        if inspect.isclass(verifier):
+            kind: Any = verifier
+            looking.append(kind(**filled))
+            return looking[-1], True
+        return partial(verifier, **filled), "time_limit" in takes
 
     def verdict(name: str, record: Record) -> Verdict:
         if program and name == "exec":
@@ -157,13 +177,13 @@ def verify(
     try:
         for name in verifiers or []:  # before the first record arrives
             if name in VERIFIERS:
-                find_verifier(name)
+                built_in(name)
             else:
                 worker(name)
-        yield from each(records, judge, on_error)
+        yield from each(looked_ahead(records, looking), judge, on_error)
     finally:
         alarm.close()
-        for process in (program, *workers):
+        for process in (program, *workers, *looking):
             if process:
                 process.close()
     if unused := set(weights) - used:

@@ -59,6 +59,7 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
     "choice": [
         {"answer": "B", "completion": "The answer is (B)."},
         {"answer": "C", "completion": "C"},
+        {"answer": 1, "choices": ["Rome", "Paris"], "completion": "The answer is Paris."},
     ],
     "exact": [{"answer": "x", "completion": "<answer> x </answer>", "task": "canaries"}],
     "tags": [{"answer": "3", "completion": D1, "task": "gsm8k"}],
@@ -86,8 +87,9 @@ OF = {
     "integer": "exact",
 }
 """Verifiers that begin with the records of another."""
-PROCESSES = ("math", "code")
-"""Verifiers that have processes; the part of `vqa` that asks `math` is left out."""
+PROCESSES = ("math", "code", "regex", "json-schema", "judge", "reward-model")
+"""Verifiers that have processes, servers, models or optional packages; the part of `vqa` that asks
+`math` is left out."""
 ROLLOUT = {
     "id": "a",
     "sample": 0,
