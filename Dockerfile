@@ -1,5 +1,5 @@
-# docker build -t dlmctl .
-# For the CPU: docker build -t dlmctl --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu .
+# docker build --tag=dlmctl .
+# For the CPU: docker build --tag=dlmctl --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu .
 FROM python:3.11-slim
 
 # torch from PyPI brings CUDA's libraries; the host has the driver. Triton compiles with gcc.

@@ -1,7 +1,7 @@
 """The readme that an index shows; everything else is declared in pyproject.toml.
 
-An index cannot follow links into the source tree: of `[text](docs/page.md)` it shows the text, and
-pictures of the tree are left out. The built files have no other text than README.md.
+An index cannot follow links into the source tree. Of `[text](docs/page.md)` only the text is kept, and
+pictures of the tree are left out.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from setuptools import setup
-
+README = Path(__file__).parent / "README.md"
 RELATIVE = r"\((?![a-z]+:)[^()\s]+\)"
 PICTURE = re.compile(rf"^!\[[^\]]*\]{RELATIVE}\n\n", re.MULTILINE)
 LINK = re.compile(rf"\[([^\]]*)\]{RELATIVE}")
@@ -21,9 +20,10 @@ def without_relative_links(text: str) -> str:
     return LINK.sub(r"\1", PICTURE.sub("", text))
 
 
-setup(
-    long_description=without_relative_links(
-        (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
-    ),
-    long_description_content_type="text/markdown",
-)
+if __name__ == "__main__":
+    from setuptools import setup
+
+    setup(
+        long_description=without_relative_links(README.read_text(encoding="utf-8")),
+        long_description_content_type="text/markdown",
+    )

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -52,7 +52,12 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _unpacked(hint: Any) -> list[Any]:
-    """The type of an annotation and its notes."""
+    """The type of an annotation and its notes.
+
+    Where the default is None, `get_type_hints` of Python 3.10 puts an Optional around them.
+    """
+    if get_origin(hint) is Union:
+        hint = next((kind for kind in get_args(hint) if get_origin(kind) is Annotated), hint)
     return [*get_args(hint)] if get_origin(hint) is Annotated else [hint]
 
 

@@ -52,6 +52,19 @@ def test_values_out_of_bounds_do_not_reach_it(arguments):
     assert not seen
 
 
+def test_a_knob_within_an_optional_as_python_3_10_has_it_is_an_option():
+    seen: list[int | None] = []
+
+    def command(size: Annotated[int | None, Knob("Its size.", "-s")] | None = None) -> None:
+        """Do nothing."""
+        seen.append(size)
+
+    app = typer.Typer()
+    app.command()(with_options(command))
+    assert CliRunner().invoke(app, ["-s", "4"]).exit_code == 0
+    assert seen == [4]
+
+
 def test_help_says_what_the_fields_say():
     shown = " ".join(run("--help")[0].output.split())
     for text in ("How wide it is.", "Its form.", "(round)", "--dressed", "DLMCTL_WIDTH", "Sizes"):

@@ -106,7 +106,6 @@ the model writes other topics than the corpus."""
 NOT_RUN = {
     "examples/quickstart.sh": "creates an environment; see test_recipes.py",
     "tests/run.sh": "creates an environment and runs these tests",
-    "tests/install/run.sh": "builds and installs; a part of CI of its own",
     "pip install": "installs packages; see tests/install",
     "pipx install": "likewise",
     "docker build": "needs Docker",

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Builds sdist and wheel, and uses the installed wheel where there is no source tree:
 #
-#   sh tests/install/run.sh [EMPTY FOLDER FOR WHAT IS BUILT]
+#   sh tests/install/run.sh [NEW FOLDER OUTSIDE OF THE TREE]
 #
 # The dependencies are those of DLMCTL_VENV (.venv), which tests/run.sh makes. dlmctl itself may be
 # there in editable form; what runs is the wheel alone, and opening a file of the source tree is an
@@ -9,10 +9,15 @@
 set -eu
 cd "$(dirname "$0")/../.."
 root=$PWD
-python=$(cd "${DLMCTL_VENV:-.venv}/bin" && pwd)/python
+venv=${DLMCTL_VENV:-.venv}
+[ -x "$venv/bin/python" ] || { echo "there is no $venv: sh tests/run.sh makes it" >&2 && exit 2; }
+python=$(cd "$venv/bin" && pwd)/python
 made=${1:-$(mktemp -d)}
 mkdir -p "$made"
 made=$(cd "$made" && pwd)
+case $made/ in
+    "$root"/*) echo "$made is within the source tree" >&2 && exit 2 ;;
+esac
 [ $# -gt 0 ] || trap 'rm -rf "$made"' EXIT
 unset PYTHONPATH
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 DLMCTL_DEVICE=cpu

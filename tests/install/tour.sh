@@ -13,8 +13,8 @@ grep -q '"name":"builtin:puzzles","state":"ok"' doctor
 dlmctl prompts sudoku -n 2 > prompts
 dlmctl rollout -n 2 prompts > samples
 dlmctl verify samples > verified
-dlmctl stats --json verified > stats
-grep -q '"samples":4' stats
+dlmctl stats verified > stats
+grep -q '"completions":4' stats
 dlmctl update --algo rspo -o runs/a verified > updated
 test -s runs/a/latest/model.safetensors
 dlmctl view --html page.html verified
