@@ -97,10 +97,10 @@ def _validator(dumped: bytes) -> Any:
     draft: Any = Draft202012Validator
     if isinstance(schema, dict) and "$schema" in schema:
         unknown: Any = None
-        draft = validator_for(schema, default=unknown)
+        named = schema["$schema"]
+        draft = validator_for(schema, default=unknown) if isinstance(named, str) else None
         if draft is None:
-            named = str(schema["$schema"])[:LONGEST_SHOWN]
-            raise DataError(f"the schema is of an unknown draft, {named}")
+            raise DataError(f"the schema is of an unknown draft, {str(named)[:LONGEST_SHOWN]}")
     try:
         draft.check_schema(schema)
     except SchemaError as error:

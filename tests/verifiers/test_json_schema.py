@@ -102,6 +102,8 @@ def test_nothing_is_fetched(monkeypatch):
         ({"type": "strin"}, "the schema is none"),
         ({"pattern": "("}, "the schema is none"),
         ({"$schema": "http://example.org/own"}, "unknown draft"),
+        ({"$schema": {"a": []}}, "unknown draft"),
+        ({"$schema": 1.5}, "unknown draft"),
         ({"$ref": "#"}, "without end"),
         ({"$ref": 5}, "the schema is none"),
     ],
