@@ -1,7 +1,7 @@
 """The readme that an index shows; everything else is declared in pyproject.toml.
 
-An index cannot follow links into the source tree. Of `[text](docs/page.md)` only the text is kept, and
-pictures of the tree are left out.
+An index cannot follow links into the source tree. Of `[text](docs/page.md)` only the text is kept,
+and pictures of the tree are left out.
 """
 
 from __future__ import annotations
