@@ -183,7 +183,7 @@ class Encoders:
     inception: Path | None = knob(
         None,
         "Weights of FID's Inception network, for fid and kid: "
-        "pt_inception-2015-12-05-6726825d.pth as published, or its tensors as safetensors.",
+        "pt_inception-2015-12-05-6726825d.pth, or its tensors as safetensors.",
         metavar="FILE",
         shown_default="none",
     )

@@ -153,7 +153,7 @@ def _program(data: bytes, folder: Path) -> None:
     """An archive that is whole, with the input as its program."""
     import zipfile
 
-    from dlmctl.sae.formats.torch_archive import read_torch_archive
+    from dlmctl.models.torch_archive import read_torch_archive
 
     path = folder / "ae.pt"
     with (

@@ -41,7 +41,7 @@ def test_it_agrees_with_re(pattern, text):
 
 
 HOSTILE = {
-    "backtracking": (r"^(\w+\s?)*$", "a " * 20_000 + "!"),
+    "backtracking": (r"(x+x+)+y", "x" * 5000),
     "recursion, which the package's own limit does not stop": (r"(a|aa)+(?R)?$", "a" * 5000 + "b"),
     "compilation": ("a{1000000000}", "a"),
 }

@@ -1,19 +1,18 @@
 """Weights of a network in one file, as its authors publish them, read without running code.
 
-A pickled state dict is read by torch's restricted reader (`weights_only`), which makes tensors and
-nothing else. A TorchScript archive contains the network's code and is refused.
+A file of torch.save is read as data (`models/torch_archive`). TorchScript is a program, and files
+older than torch 1.6 are pickles all through: both are refused.
 """
 
 from __future__ import annotations
 
 import hashlib
-import pickle
 import zipfile
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
+from dlmctl.models.torch_archive import read_torch_archive
 from dlmctl.models.weights import read_weights
 from dlmctl.records.errors import DataError, MissingInputError
 
@@ -21,37 +20,33 @@ _BLOCK = 2**22
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file by name, on the CPU: safetensors, or a pickled state dict.
+    """All tensors of a file by name, on the CPU: safetensors, or a state dict of torch.save.
 
     Raises:
         MissingInputError: there is no such file.
-        DataError: it is TorchScript, contains other things than tensors, or is damaged.
+        DataError: it is TorchScript or a pickle, has other things than tensors, or is damaged.
     """
     if not path.is_file():
         raise MissingInputError(f"no file {path}")
     if path.suffix == ".safetensors":
         return read_weights([path], str)
-    try:
-        program = _is_torchscript(path)
-        state = None if program else torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    if not zipfile.is_zipfile(path):
         raise DataError(
-            "this pickle is damaged or contains more than tensors, and is not read: save the state "
-            "dict alone, as safetensors",
+            "no archive of torch.save, and a pickle is not read; if you trust the file, convert it: "
+            "python -c 'import sys, torch; from safetensors.torch import save_file; save_file("
+            "torch.load(sys.argv[1], weights_only=True), sys.argv[2])' FILE FILE.safetensors",
             str(path),
-        ) from None
-    except Exception as error:  # of damaged files, of many kinds
-        reason = str(error).strip().split("\n")[0]
-        raise DataError(f"these weights cannot be read ({reason})", str(path)) from None
-    if program:
+        )
+    if _is_torchscript(path):
         raise DataError(
             "this is TorchScript, a program, which is not run: take the file with the weights "
             "alone (of SSCD the one that ends in .torchvision.pt)",
             str(path),
         )
-    if not isinstance(state, dict) or not all(isinstance(each, Tensor) for each in state.values()):
+    state = read_torch_archive(path)
+    if not all(isinstance(each, Tensor) for each in state.values()):
         raise DataError("this is no state dict, tensors by name", str(path))
-    return {str(name): tensor for name, tensor in state.items()}
+    return state
 
 
 def load_exactly(network: nn.Module, state: dict[str, Tensor], path: Path, what: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dlmctl.models.torch_archive import read_torch_archive
 from dlmctl.records.errors import DataError
 from dlmctl.sae.formats.parts import (
     PARAMETERS,
@@ -20,7 +21,6 @@ from dlmctl.sae.formats.parts import (
     transposed,
     write_json,
 )
-from dlmctl.sae.formats.torch_archive import read_torch_archive
 from dlmctl.sae.topk import JumpReluSae
 
 _LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from dlmctl.models.torch_archive import read_torch_archive
 from dlmctl.records.errors import DataError
-from dlmctl.sae.formats.torch_archive import read_torch_archive
 
 
 def saved(path, value, **options):
