@@ -84,7 +84,7 @@ def command(
 
     fill = Fill.read(fill_to)
     lines = input_lines(files)
-    records = read_passes(files or [], on_error, passes, plan.seed)
+    records = read_passes(files or [], on_error, passes.epochs, passes.shuffle, plan.seed)
     if is_first():
         print(f"dlmctl: writing {output}", file=sys.stderr)
     run = open_run(

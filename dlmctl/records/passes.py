@@ -10,31 +10,35 @@ from typing import TypeVar
 
 from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import OnError, Record, parse_lines, read_lines
-from dlmctl.settings.streams import Passes
 
 T = TypeVar("T")
 
 
 def read_passes(
-    files: Sequence[str], on_error: OnError, passes: Passes, seed: int
+    files: Sequence[str], on_error: OnError, epochs: int, window: int, seed: int
 ) -> Iterator[Record]:
     """Records of JSONL files in every epoch; no file, or `-`, is standard input.
+
+    Args:
+        window: records among which they are mixed; 1 keeps the order.
 
     Raises:
         UsageError: there are several epochs, and an input that can be read only once.
         MissingInputError, DataError: as `read_records`.
     """
     for name in files or ["-"]:
-        if passes.epochs > 1 and not _again(name):
+        if epochs > 1 and not _again(name):
             what = "standard input" if name == "-" else name
-            raise UsageError(f"--epochs {passes.epochs} needs files, and {what} can be read once")
-    return parse_lines(_lines(files, passes, seed), on_error)
+            raise UsageError(f"--epochs {epochs} needs files, and {what} can be read once")
+    return parse_lines(_lines(files, epochs, window, seed), on_error)
 
 
-def _lines(files: Sequence[str], passes: Passes, seed: int) -> Iterator[tuple[str, bytes]]:
-    for epoch in range(passes.epochs):
+def _lines(
+    files: Sequence[str], epochs: int, window: int, seed: int
+) -> Iterator[tuple[str, bytes]]:
+    for epoch in range(epochs):
         draw = random.Random(f"passes/{seed}/{epoch}")
-        yield from shuffled(read_lines(files), passes.shuffle, draw)
+        yield from shuffled(read_lines(files), window, draw)
 
 
 def shuffled(items: Iterable[T], window: int, draw: random.Random) -> Iterator[T]:

@@ -56,7 +56,7 @@ class InceptionEncoder:
         if not self.about["inception_sha256"].startswith(PUBLISHED):
             print(
                 f"dlmctl: {file} is not the published file, whose SHA-256 begins with {PUBLISHED}: "
-                "if it was not made of it, compare fid and kid only with values by the same weights",
+                "if it is not made of it, compare fid and kid only with values by the same weights",
                 file=sys.stderr,
             )
 

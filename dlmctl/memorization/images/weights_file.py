@@ -32,7 +32,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         return read_weights([path], str)
     if not zipfile.is_zipfile(path):
         raise DataError(
-            "no archive of torch.save, and a pickle is not read; if you trust the file, convert it: "
+            "no archive of torch.save, and a pickle is not read; if you trust it, convert it: "
             "python -c 'import sys, torch; from safetensors.torch import save_file; save_file("
             "torch.load(sys.argv[1], weights_only=True), sys.argv[2])' FILE FILE.safetensors",
             str(path),

@@ -43,7 +43,7 @@ def test_nothing_runs_when_weights_are_read(tmp_path):
     ):
         file, trace = tmp_path / f"{number}.pth", tmp_path / f"{number}.trace"
         write({"a": Command(trace)}, file)
-        with pytest.raises(DataError, match="it was not run|a pickle is not read"):
+        with pytest.raises(DataError, match=r"it was not run|a pickle is not read"):
             read_state(file)
         assert not trace.exists()
 
