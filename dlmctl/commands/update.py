@@ -226,7 +226,9 @@ class _Stream:
         # Refused before the first record, which may be long in coming; kept until the run has it.
         self._lock = hold_run(directory) if directory.is_dir() else None
         self.records, first = _with_first(
-            read_passes(files or [], on_error, self._passes, self._seed)
+            read_passes(
+                files or [], on_error, self._passes.epochs, self._passes.shuffle, self._seed
+            )
         )
         self.pairs = is_preference(first)
         if self.pairs and algo != "vrpo":

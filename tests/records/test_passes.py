@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from dlmctl.records.errors import UsageError
 from dlmctl.records.passes import read_passes, shuffled
-from dlmctl.settings.streams import Passes
 
 
 @pytest.mark.parametrize("window", [3, 4, 50])
@@ -46,8 +45,8 @@ def test_every_epoch_has_all_records_in_an_order_of_its_own(tmp_path):
     files = [str(records(tmp_path / "a.jsonl", 5)), str(records(tmp_path / "b.jsonl", 4))]
 
     def places(epochs: int, window: int, seed: int = 0) -> list[str]:
-        passes = Passes(epochs, window)
-        return [each.where.rpartition("/")[2] for each in read_passes(files, "fail", passes, seed)]
+        found = read_passes(files, "fail", epochs, window, seed)
+        return [each.where.rpartition("/")[2] for each in found]
 
     plain = places(1, 1)
     assert plain == [f"a.jsonl:{n}" for n in range(1, 6)] + [f"b.jsonl:{n}" for n in range(1, 5)]
@@ -67,7 +66,7 @@ def test_what_can_be_read_once_is_refused(tmp_path):
         (["/dev/null"], "null"),
     ):
         with pytest.raises(UsageError, match=f"--epochs 2 needs files, and .*{named}"):
-            read_passes(files, "fail", Passes(epochs=2), 0)
+            read_passes(files, "fail", 2, 1, 0)
 
 
 def train(model: str, run: Path, source: Path, *options: str) -> list[dict]:

@@ -85,7 +85,8 @@ def sha256(path: Path) -> str:
 
 def _is_torchscript(path: Path) -> bool:
     """Only TorchScript has a table of constants next to its code."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, LookupError):
+        return False  # reading it says what is wrong
