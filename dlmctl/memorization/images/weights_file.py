@@ -30,7 +30,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise MissingInputError(f"no file {path}")
     if path.suffix == ".safetensors":
         return read_weights([path], str)
-    if not zipfile.is_zipfile(path):
+    if not _begins_as_archive(path):
         raise DataError(
             "no archive of torch.save, and a pickle is not read; if you trust it, convert it: "
             "python -c 'import sys, torch; from safetensors.torch import save_file; save_file("
@@ -81,6 +81,11 @@ def sha256(path: Path) -> str:
         while block := stream.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _begins_as_archive(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(2) == b"PK"
 
 
 def _is_torchscript(path: Path) -> bool:
