@@ -8,11 +8,16 @@ import torch
 from conftest import invoke
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 diffusers = pytest.importorskip("diffusers")
 
-from tiny_pipelines import SIDE, ddim, from_numpy, pixels, tiny_vae  # noqa: E402
+from tiny_pipelines import (  # noqa: E402
+    SIDE,
+    ddim,
+    from_numpy,
+    pixels,
+    save_text_pipeline,
+)
 
 from dlmctl.distill.guided_consistency import guided_loss, strength_embedding  # noqa: E402
 from dlmctl.distill.image_checkpoints import load_model, load_text_model  # noqa: E402
@@ -27,54 +32,9 @@ TEXTS = ["a bed", "bad", "a cab"]
 CPU = torch.device("cpu")
 
 
-def text_parts():
-    letters = list("abcde")
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    torch.manual_seed(5)
-    config = CLIPTextConfig(
-        vocab_size=len(tokens),
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=6,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-        initializer_factor=20.0,
-    )
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=6)
-    return {"text_encoder": CLIPTextModel(config).eval(), "tokenizer": tokenizer}
-
-
-def save_pipeline(place, **scheduler):
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=SIDE,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=2,
-        cross_attention_dim=8,
-    )
-    diffusers.StableDiffusionPipeline(
-        unet=unet.eval(),
-        scheduler=ddim(**{"prediction_type": "v_prediction", **scheduler}),
-        vae=tiny_vae(),
-        **text_parts(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(place)
-    return place
-
-
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    return save_pipeline(tmp_path_factory.mktemp("text"))
+    return save_text_pipeline(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,14 @@ from __future__ import annotations
 import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dlmctl.distill.image_runs import student_config, student_run
 from dlmctl.distill.image_sampling import draw, levels
@@ -106,3 +113,48 @@ def agrees_with(pipe, model, steps):
         assert found.dtype == dtype
         torch.testing.assert_close(pixels(found), expected, rtol=0, atol=atol)
         assert expected.std() > 0.01
+
+
+def text_parts():
+    letters = list("abcde")
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    torch.manual_seed(5)
+    config = CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=6,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        initializer_factor=20.0,
+    )
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=6)
+    return {"text_encoder": CLIPTextModel(config).eval(), "tokenizer": tokenizer}
+
+
+def save_text_pipeline(place, **scheduler):
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=SIDE,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=8,
+    )
+    StableDiffusionPipeline(
+        unet=unet.eval(),
+        scheduler=ddim(**{"prediction_type": "v_prediction", **scheduler}),
+        vae=tiny_vae(),
+        **text_parts(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(place)
+    return place

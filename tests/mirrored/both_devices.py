@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import mirror  # before torch
 import torch
+from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 from typer.testing import CliRunner, Result
 
@@ -60,6 +61,7 @@ def main() -> None:
     for name in MODELS:
         reward(name)
     extractor(Path("extractor"))
+    pictures_of_texts(Path("pictures"))
     print("ready", flush=True)
     for number, lines in enumerate(sys.stdin):
         report = {device: ran(lines, device, f"case-{number}") for device in ("cpu", "cuda")}
@@ -99,6 +101,17 @@ def extractor(directory: Path) -> None:
     Dinov2Model(config).save_pretrained(directory)
     about = {"size": {"height": 32, "width": 32}}
     (directory / "preprocessor_config.json").write_text(json.dumps(about))
+
+
+def pictures_of_texts(directory: Path) -> None:
+    """A text-to-image pipeline of diffusers, and images with their texts in captioned.jsonl."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "distill"))
+    from tiny_pipelines import save_text_pipeline
+
+    save_text_pipeline(directory)
+    for name in ("a", "bed"):
+        Image.new("RGB", (16, 16), (80, 40, 10 * len(name))).save(f"{name}.png")
+    write("captioned.jsonl", [{"image": f"{name}.png", "text": name} for name in ("a", "bed")])
 
 
 def ran(lines: str, device: str, name: str) -> dict[str, Any]:

@@ -102,6 +102,8 @@ LINES = [
     " -o OUT",
     f"distill cd {IMAGES} --objective ect --init scratch --steps 2 -b 8 {NETWORK} -o OUT",
     "distill sample teacher -n 16 --steps 2 -o OUT.safetensors",
+    "distill lcm captioned.jsonl --teacher pictures --steps 2 -b 2 --guidance-size 16 -o OUT"
+    " && distill sample OUT --prompts captioned.jsonl -n 2 --steps 2 -o OUT.safetensors",
     "memo-eval samples --samples images.safetensors --train builtin:digits#0:32"
     " --heldout builtin:digits#32:64 --rows OUT",
     "memo-eval samples --samples images.safetensors --train builtin:digits#0:32 --dedup"

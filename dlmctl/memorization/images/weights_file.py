@@ -93,5 +93,5 @@ def _is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, LookupError):
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, LookupError, RuntimeError):
         return False  # reading it says what is wrong
