@@ -112,47 +112,33 @@ def tables(surface: Surface, compared: str = "rspo") -> None:
 
 
 def picture(surface: Surface, path: Path) -> None:
-    """A panel for each algorithm, a line for each number of masks; bars are the intervals."""
+    """A panel for each rate, a line for each algorithm over the masks; dots are the seeds."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams.update({"svg.hashsalt": "surface", "svg.fonttype": "none"})
     from matplotlib import pyplot
 
-    algorithms, masks, ticks = (
+    algorithms, masks, rates = (
         list(dict.fromkeys(sorted(axis))) for axis in zip(*surface, strict=True)
     )
-    size = (2.7 * len(algorithms), 3.0)
-    figure, panels = pyplot.subplots(
-        1, len(algorithms), figsize=size, sharex=True, sharey=True, squeeze=False
-    )
-    for panel, algorithm in zip(panels[0], algorithms, strict=True):
-        for number, k in enumerate(masks):
-            points = [
-                (c[2], *interval(list(s.values())))
-                for c, s in surface.items()
-                if c[:2] == (algorithm, k)
-            ]
-            if points:
-                rates, means, halves = zip(*points, strict=True)
-                bars = [0 if math.isnan(half) else half for half in halves]
-                colour = pyplot.get_cmap("viridis")(0.85 * number / max(1, len(masks) - 1))
-                panel.errorbar(
-                    rates,
-                    means,
-                    bars,
-                    color=colour,
-                    marker="o",
-                    markersize=3,
-                    capsize=2,
-                    label=str(k),
-                )
-        panel.set(xscale="log", ylim=(0, None), title=algorithm, xlabel="learning rate")
-        panel.set_xticks(ticks, [f"{rate:.0e}".replace("e-0", "e-") for rate in ticks])
+    size = (1 + 3.2 * len(rates), 3.4)
+    figure, panels = pyplot.subplots(1, len(rates), figsize=size, sharey=True, squeeze=False)
+    colours = pyplot.get_cmap("tab10").colors
+    for panel, rate in zip(panels[0], rates, strict=True):
+        for colour, algorithm in zip(colours, algorithms, strict=False):
+            cells = {c[1]: s for c, s in surface.items() if (c[0], c[2]) == (algorithm, rate)}
+            means = [statistics.mean(seeds.values()) for seeds in cells.values()]
+            panel.plot([*cells], means, color=colour, marker="o", markersize=4, label=algorithm)
+            dots = [(k, solved) for k, seeds in cells.items() for solved in seeds.values()]
+            panel.plot(*zip(*dots, strict=True), ".", color=colour, alpha=0.35, markersize=4)
+        panel.set(xscale="log", ylim=(0, None), title=f"rate {rate:.0e}".replace("e-0", "e-"))
+        panel.set_xlabel("masks")
+        panel.set_xticks(masks, [str(k) for k in masks])
         panel.set_xticks([], minor=True)
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("solved, %")
-    panels[0][0].legend(title="masks", fontsize="small")
+    panels[0][0].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
