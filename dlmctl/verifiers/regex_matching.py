@@ -15,6 +15,13 @@ LONGEST_SHOWN = 200
 def match(asked: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
     """1 if `text` matches `pattern`, with what was matched; else why not, or why it is none."""
     try:
+        return _match(asked)
+    except MemoryError:  # some patterns are large when they are compiled, as a{1000000000}
+        return 0.0, {"overrun": "more memory than it may"}
+
+
+def _match(asked: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+    try:
         compiled = _compiled(asked["pattern"])
     except (regex.error, RecursionError, OverflowError) as error:
         return 0.0, {"invalid": str(error)[:LONGEST_SHOWN] or type(error).__name__}
@@ -23,7 +30,7 @@ def match(asked: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
     try:
         found = find(text.strip() if whole else text, timeout=asked["seconds"])
     except TimeoutError:
-        return 0.0, {"overrun": True}
+        return 0.0, {"overrun": "longer than it may"}
     return float(found is not None), {"matched": found.group()[:LONGEST_SHOWN] if found else None}
 
 

@@ -57,8 +57,8 @@ def regex(
         return judged(False, error.message)
     if "invalid" in verdict.detail:
         raise DataError(f"the pattern is no regular expression ({verdict.detail['invalid']})")
-    if verdict.detail.get("overrun"):
-        return judged(False, f"took longer than {time_limit:g} s")
+    if overrun := verdict.detail.get("overrun"):
+        return judged(False, f"took {overrun}")
     return judged(verdict.reward == 1.0, **verdict.detail)
 
 
