@@ -123,6 +123,22 @@ class Autoencoder:
             latents.append((mean - (config.get("shift_factor") or 0)) * config.scaling_factor)
         return torch.cat(latents).cpu()
 
+    def encode_for(self, images: Tensor, shape: tuple[int, ...], teacher: str) -> Tensor:
+        """The latents of images, as `encode`, for a teacher that makes latents of a shape.
+
+        Raises:
+            UsageError: they have another shape; or as `encode`.
+        """
+        latents = self.encode(images)
+        if latents.shape[1:] != shape:
+            sizes = (images.shape[1:], latents.shape[1:], shape)
+            given, coded, expected = ("x".join(map(str, size)) for size in sizes)
+            raise UsageError(
+                f"images of {given} have latents of {coded}, and --teacher {teacher} makes "
+                f"{expected}"
+            )
+        return latents
+
 
 def load_directory(directory: Path) -> Loaded:
     """The model of a directory, without its VAE.

@@ -142,7 +142,7 @@ def _of_rows(source: Source) -> Iterator[tuple[str, Any]]:
 
 
 def _check_split(source: Source) -> None:
-    """Raise UsageError if a split or configuration is named that the source does not tell apart."""
+    """Raise UsageError for a split or configuration of a source that has none, or another."""
     if source.split is None:
         return
     folder = Path(source.name)

@@ -166,15 +166,7 @@ def training_data(teacher: ImageModel | None, images: Tensor) -> Tensor:
     """
     if teacher is None or teacher.autoencoder is None or images.shape[1:] == teacher.shape:
         return images
-    latents = teacher.autoencoder.encode(images)
-    if latents.shape[1:] != teacher.shape:
-        sizes = (images.shape[1:], latents.shape[1:], teacher.shape)
-        given, coded, expected = ("x".join(map(str, size)) for size in sizes)
-        raise UsageError(
-            f"IMAGES of {given} have latents of {coded}, and --teacher {teacher.name} makes "
-            f"{expected}"
-        )
-    return latents
+    return teacher.autoencoder.encode_for(images, teacher.shape, teacher.name)
 
 
 def new_network(config: ModelConfig, seed: int) -> nn.Module:

@@ -107,15 +107,8 @@ def guided_run(
     torch.manual_seed(stream_key(recipe.seed, "weights"))
     unet, unet_config = student_unet(teacher, plan.strength_size)
     network = student_config(teacher, unet_config, plan.ddim_steps)
-    latents = teacher.autoencoder.encode(images)
     shape = network.shape
-    if latents.shape[1:] != shape:
-        sizes = (images.shape[1:], latents.shape[1:], shape)
-        given, coded, expected = ("x".join(map(str, size)) for size in sizes)
-        raise UsageError(
-            f"images of {given} have latents of {coded}, and --teacher {teacher.name} makes "
-            f"{expected}"
-        )
+    latents = teacher.autoencoder.encode_for(images, shape, teacher.name)
     states = teacher.encode(texts).cpu()
     length, size = math.prod(shape), tuple(states.shape[1:])
 

@@ -87,14 +87,15 @@ def parse_record(line: bytes, where: str) -> Record:
     if not isinstance(value, dict):
         raise DataError(f"expected a JSON object, found {type(value).__name__}", where)
     # Few brackets cannot nest deeply, and counting them costs next to nothing.
-    if line.count(b"[") + line.count(b"{") > DEEPEST and _is_deep(value):
+    if line.count(b"[") + line.count(b"{") > DEEPEST and deeper_than(value, DEEPEST):
         raise DataError(f"lists and objects are nested more than {DEEPEST} levels deep", where)
     return located(value, where)
 
 
-def _is_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(DEEPEST):
+def deeper_than(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested in more levels than this."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(levels):
         inner = [x for v in level for x in (v.values() if isinstance(v, dict) else v)]
         level = [x for x in inner if isinstance(x, (dict, list))]
     return bool(level)

@@ -19,6 +19,7 @@ from typing import Any
 import orjson
 
 from dlmctl.records.errors import DataError, missing_package
+from dlmctl.records.jsonl import deeper_than
 from dlmctl.verifiers.answer import ANSWER_TAG, Verdict, completion_text, judged
 from dlmctl.verifiers.code import fenced
 
@@ -52,17 +53,6 @@ def json_schema(record: Mapping[str, Any]) -> Verdict:
     if deeper_than(value, DEEPEST):
         return judged(False, f"is nested more than {DEEPEST} levels deep")
     return _validity(validator, value)
-
-
-def deeper_than(value: Any, levels: int) -> bool:
-    """Whether lists and objects are nested in more levels than this."""
-    inner = [value] if isinstance(value, (dict, list)) else []
-    for _ in range(levels):
-        items = [x for v in inner for x in (v.values() if isinstance(v, dict) else v)]
-        inner = [x for x in items if isinstance(x, (dict, list))]
-        if not inner:
-            return False
-    return True
 
 
 def _json_text(text: str) -> str:
