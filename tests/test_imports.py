@@ -1,8 +1,9 @@
-"""The order of the folders: each imports only from those below it."""
+"""The order of the folders: each imports only from those below it; and names of test files."""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,3 +83,9 @@ def test_no_folder_imports_upward_or_sideways() -> None:
             if other != own and HEIGHT[other] >= HEIGHT[own]:
                 wrong.append(f"{file}:{line}: {own} imports {module}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_two_files_of_tests_share_a_name() -> None:
+    """pytest imports them by name alone, and fails on the second."""
+    names = Counter(file.name for file in Path(__file__).parent.rglob("*.py"))
+    assert not [name for name, count in names.items() if count > 1 and name != "conftest.py"]
