@@ -96,6 +96,12 @@ SUBCOMMANDS = {
     "bench": Subcommand("bench", LOOK, "Measure speed and memory, compared with a baseline."),
     "plan": Subcommand("plan", SETUP, "Say what a training run needs, from config.json alone."),
     "merge": Subcommand("merge", SETUP, "Write a model as plain weights, its adapters merged in."),
+    "push": Subcommand(
+        "push", SETUP, "Send a run, a model or autoencoders to the Hugging Face hub."
+    ),
+    "pull": Subcommand(
+        "pull", SETUP, "Fetch a model, an adapter or autoencoders from the Hugging Face hub."
+    ),
     "init": Subcommand(
         "init",
         SETUP,
