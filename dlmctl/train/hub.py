@@ -75,7 +75,7 @@ def push(
     api = _api(quiet)
     with _explained(repository, writing=True):
         api.create_repo(repository, private=private or None, exist_ok=True)
-        if revision:
+        if revision and not revision.startswith("refs/"):
             api.create_branch(repository, branch=revision, exist_ok=True)
         head = api.model_info(repository, revision=revision)
         _check_beside(repository, [s.rfilename for s in head.siblings or ()], contents)
@@ -114,7 +114,7 @@ def pull(
     """
     from huggingface_hub import snapshot_download
 
-    directory = directory.expanduser()
+    directory = directory.expanduser().absolute()
     check_free(directory)
     api = _api(quiet)
     with _explained(f"{repository}{f'@{revision}' if revision else ''}"):
@@ -124,6 +124,9 @@ def pull(
         make_directory(partial)
         exact = [glob.escape(name) for name in names]
         snapshot_download(repository, revision=info.sha, local_dir=partial, allow_patterns=exact)
+        # If the hub falls silent, the client may return what there is.
+        if missing := [name for name in names if not (partial / name).is_file()]:
+            raise OSError(f"{missing[0]} has not arrived")
     # What an earlier pull of something else left.
     for path in partial.rglob("*"):
         if path.is_file() and path.relative_to(partial).as_posix() not in names:
@@ -244,6 +247,8 @@ def _error(name: str, chain: Sequence[Exception], writing: bool) -> UserFacingEr
         return MissingInputError(
             f"no {name} on the hub that you may read: look at its name, or log in by  hf auth login"
         )
+    if gone := next((e.filename for e in chain if getattr(e, "errno", 0) == errno.ENOENT), None):
+        return TryAgainError(f"{gone} is gone: a run that goes on has replaced its checkpoint")
     if any(isinstance(e, OSError) and e.errno in FULL for e in chain):
         return CannotWriteError(f"cannot write what {name} has ({reason})")
     if isinstance(error, ValueError) and "README.md" in str(error):

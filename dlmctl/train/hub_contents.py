@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ import orjson
 from dlmctl.records.errors import DataError, MissingInputError, UsageError
 from dlmctl.records.files import read_json
 from dlmctl.settings.models import split_name
-from dlmctl.train.card import CARD, DIRECTORY, Card, card_text
+from dlmctl.train.card import CARD, DIRECTORY, HUB_NAME, Card, card_text
 from dlmctl.train.run_directory import LATEST, TENSORS
 
 WEIGHTS = "*.safetensors"
@@ -103,8 +104,10 @@ def contents_of(
     Raises:
         MissingInputError: it is not there, or none of these; or it has no such state.
         DataError: its weights are pickled, a file is no JSON, or it contains an access token.
-        UsageError: it is an adapter of a model that others cannot have.
+        UsageError: it is an adapter of a model that others cannot have, or `base` is no such name.
     """
+    if base is not None and not HUB_NAME.fullmatch(base):
+        raise UsageError(f"--base-model {base} is no name of the hub: give USER/NAME")
     link = source.expanduser() / LATEST
     directory = (link if link.exists() else source.expanduser()).resolve()
     if not directory.is_dir():
@@ -254,7 +257,7 @@ def _replace_paths(contents: Contents, base: str | None) -> None:
         if file == TOKENIZER and key not in FILE_NAMES:
             return value
         is_base = key in BASES and value != ""
-        local = ABSOLUTE.fullmatch(value) or (is_base and Path(split_name(value)[0]).exists())
+        local = ABSOLUTE.fullmatch(value) or (is_base and os.path.exists(split_name(value)[0]))
         if not local:
             return value
         path, reading = split_name(value) if is_base else (value, None)

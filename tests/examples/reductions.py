@@ -123,6 +123,8 @@ NOT_RUN = {
     "--inception": "needs published weights; see tests/memorization/images/test_inception.py",
     "--engine http": "needs inference servers; see tests/engines",
     "--quantize nf4": "needs bitsandbytes; see tests/train/test_quantized_runs.py",
+    "--private": "needs the hub; see tests/train/test_hub.py",
+    "dlmctl pull": "likewise",
     "ray_shards.py": "needs Ray",
     "make plans": "plans models of billions of parameters; see tests/plan/test_plan.py",
     "make gpus": "likewise",

@@ -13,9 +13,11 @@ from typing import Any
 import huggingface_hub.constants
 import huggingface_hub.utils._http
 import pytest
+import torch
 from conftest import invoke, read_jsonl
 from hub_server import TOKEN, Hub, hub_server
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from typer.testing import Result
 
 from dlmctl.settings.small import SmallModel
@@ -192,6 +194,45 @@ def test_autoencoders_come_back_and_work_at_once(place: Path, hub: Hub) -> None:
     assert measured[0] == measured[1]
     run("push", place / "back" / folders[0], "ann/one")
     assert {"cfg.json", "sae_weights.safetensors", "README.md"} <= set(hub.files("ann/one"))
+
+
+def test_image_models_come_back_and_make_the_same_samples(place: Path, hub: Hub) -> None:
+    few = ["--steps", 2, "--batch-size", 4]
+    run("distill", "teacher", "builtin:digits#0:8", "--width", 8, *few, "-o", "plain")
+    diffusers = pytest.importorskip("diffusers")
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+    )
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    diffusers.DDIMPipeline(unet, scheduler).save_pretrained(place / "teacher")
+    student = ["--teacher", place / "teacher", "-o", "student"]
+    run("distill", "cd", "builtin:digits#0:8", *few, *student)
+    for source, weights in (
+        ("plain", "model.safetensors"),
+        ("teacher", "unet/diffusion_pytorch_model.safetensors"),
+        ("student", "unet/diffusion_pytorch_model.safetensors"),
+    ):
+        done = run("push", source, f"ann/{source}")
+        files = hub.files(f"ann/{source}")
+        assert weights in files
+        assert ("metrics.jsonl" in files) == (source != "teacher")
+        assert not [name for name, data in files.items() if str(place).encode() in data]
+        assert (str(place) in done.stderr) == (source == "student")  # it names its teacher
+        run("pull", f"ann/{source}", f"{source}-back")
+        samples = []
+        for model in (source, f"{source}-back"):
+            target = place / f"{model}.safetensors"
+            run("distill", "sample", model, "-n", 2, "--steps", 2, "-o", target)
+            samples.append(load_file(target)["samples"])
+        assert torch.equal(*samples)
 
 
 def test_after_a_failure_halfway_nothing_is_visible_and_the_same_command_completes(
