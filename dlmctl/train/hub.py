@@ -247,7 +247,8 @@ def _error(name: str, chain: Sequence[Exception], writing: bool) -> UserFacingEr
         return MissingInputError(
             f"no {name} on the hub that you may read: look at its name, or log in by  hf auth login"
         )
-    if gone := next((e.filename for e in chain if getattr(e, "errno", 0) == errno.ENOENT), None):
+    absent = (e for e in chain if isinstance(e, OSError) and e.errno == errno.ENOENT)
+    if gone := next((e.filename for e in absent), None):
         return TryAgainError(f"{gone} is gone: a run that goes on has replaced its checkpoint")
     if any(isinstance(e, OSError) and e.errno in FULL for e in chain):
         return CannotWriteError(f"cannot write what {name} has ({reason})")

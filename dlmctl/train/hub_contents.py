@@ -325,7 +325,7 @@ def _for_hub(card: str, repository: str, revision: str | None, base: str | None)
     from huggingface_hub import ModelCard
 
     read = ModelCard(card)
-    read.data.base_model = base.split("@")[0]
+    read.data["base_model"] = base.split("@")[0]
     return str(read)
 
 
