@@ -5,7 +5,7 @@
 
 All 288 grids are known. `valid` is the share of a puzzle's completions that are right, `spread` the
 number of different solutions among the right ones, in units of what as many uniform draws from all
-solutions have on average.
+solutions have on average; a puzzle without a right completion has none.
 """
 
 import itertools
@@ -56,7 +56,8 @@ def judge() -> None:
         expected = there * (1 - (1 - 1 / there) ** len(right))
         spread = len(set(right)) / expected if right else None
         passes = sum(sample["rollout"]["nfe"] for sample in samples) / len(samples)
-        print(json.dumps({"valid": len(right) / len(samples), "spread": spread, "passes": passes}))
+        row = {"valid": len(right) / len(samples), "passes": passes}
+        print(json.dumps(row | ({} if spread is None else {"spread": spread})))
 
 
 if __name__ == "__main__":
