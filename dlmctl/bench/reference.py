@@ -17,6 +17,7 @@ from dlmctl.models.policy import Policy
 @torch.no_grad()
 def plain_sample(policy: Policy, request: Request, settings: SamplerConfig) -> list[int]:
     """Tokens of one completion; only lengths, steps and temperature of the settings are used."""
+    policy.check_one_mask()
     prompt, mask, device = len(request.prompt), policy.mask_id, policy.device
     masked = [policy.mask_id or 0] * settings.gen_length
     x = torch.tensor([request.prompt + masked], device=device)  # [1, T]

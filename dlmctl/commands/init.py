@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +33,7 @@ def command(
     ] = False,
     seed: Seed = 0,
 ) -> None:
-    """Make a small new model of any family, or a diffusion model from an autoregressive one.
+    """Make a small new model of any family, or one from another model.
 
     Writes a Hugging Face directory with random weights, to be trained with 'dlmctl update --algo
     sft' or used in tests.
@@ -45,6 +45,9 @@ def command(
     own, the mean of the others. MODEL is refused if it denoises already, or if some of its layers
     read from left to right only, as recurrent ones do.
 
+    With --from and --latents it is the masked diffusion model MODEL with further mask tokens, in
+    float32, for 'dlmctl distill masked'.
+
     Examples:
 
     dlmctl init runs/new --family llada --hidden-size 64 --layers 4 --gen-length 16
@@ -53,11 +56,16 @@ def command(
 
     dlmctl init models/a2d --from Qwen/Qwen3-0.6B && dlmctl update --algo sft -m models/a2d
     --lr 1e-4 --anneal-attention 100 -o runs/base corpus.jsonl
+
+    dlmctl init runs/mixture --from runs/base --latents 16
     """
     check_free(directory)
     if adapted.source is not None:
         _check_unused(model, tokenizer, original_naming)
-        _adapt(adapted, model.sampling, directory)
+        if adapted.latents > 1:
+            _add_latents(adapted, model.sampling, seed, directory)
+        else:
+            _adapt(adapted, model.sampling, directory)
         return
     from dlmctl.models.saving import save_new
     from dlmctl.models.small import make_policy
@@ -90,6 +98,21 @@ def _adapt(settings: Adapted, sampling: dict[str, int], directory: Path) -> None
         f"dlmctl: {directory}: {made.family} of {made.source_class}, {made.parameters:,} "
         f"parameters, mask token {token} with an embedding that is {made.row}, shift "
         f"{settings.shift}",
+        file=sys.stderr,
+    )
+
+
+def _add_latents(settings: Adapted, sampling: dict[str, int], seed: int, directory: Path) -> None:
+    from dlmctl.models.latent_masks import with_latent_masks
+    from dlmctl.models.loading import load_policy
+    from dlmctl.models.saving import save_new
+
+    policy = load_policy(settings.source or "", "cpu", "float32")
+    policy = with_latent_masks(policy, settings.latents, seed)
+    policy = replace(policy, sampling={**policy.sampling, **sampling})
+    save_new(policy, directory, original=False)
+    print(
+        f"dlmctl: {directory}: {settings.source} with {settings.latents} mask tokens",
         file=sys.stderr,
     )
 

@@ -84,6 +84,7 @@ def scored_states(
     masked: Sequence[Tensor],
     targets: Sequence[Tensor] | None = None,
     pictures: Sequence[Sequence[Picture]] = (),
+    mask_ids: Sequence[int] = (),
 ) -> Scored:
     """A pass over a batch of rows, up to the last hidden states; differentiable.
 
@@ -92,7 +93,14 @@ def scored_states(
         masked: B bool tensors [G_b], the tokens that the mask token replaces.
         targets: B bool tensors [G_b], the tokens that are scored; None: those masked.
         pictures: images of the B prompts.
+        mask_ids: the mask token of each of the B rows, for a model that has several.
+
+    Raises:
+        UsageError: the model has several, and it is not said which.
     """
+    if not mask_ids:
+        policy.check_one_mask()
+        mask_ids = [policy.mask_id or 0] * len(prompts)
     lengths = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
     starts = torch.tensor([len(prompt) for prompt in prompts])
     whole = policy.blocks.whole(lengths) if policy.blocks else lengths
@@ -108,7 +116,9 @@ def scored_states(
         is_masked[b, end : int(whole[b])] = True  # the rest of the last block, as it is sampled
         is_scored[b, start:end] = (masked if targets is None else targets)[b]
     rows, positions = is_scored.nonzero(as_tuple=True)  # [N], [N]
-    noised = ids.masked_fill(is_masked, policy.mask_id or 0) if policy.diffusion else ids
+    noised = ids
+    if policy.diffusion:
+        noised = torch.where(is_masked, torch.tensor(mask_ids)[:, None], ids)
 
     view, device = policy.noised_rows(ids, noised, is_scored, starts, whole), policy.device
     places = view.sources(rows, positions, policy.shift)

@@ -20,6 +20,8 @@ from torch import Tensor
 from dlmctl.diffusion.cache import SlotCache, check_cache
 from dlmctl.diffusion.callback import SamplerCallback
 from dlmctl.diffusion.canvas import Canvas, Targets
+from dlmctl.diffusion.noise import subkeys
+from dlmctl.diffusion.proposals import latent
 from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.models.policy import Policy
 from dlmctl.models.sending import sent
@@ -146,6 +148,7 @@ class Passes:
         lengths = canvas.tensor([self._end(slot) for slot in rows])  # [R]
         width = self._end(rows[0])  # T
         ids = canvas.ids[canvas.tensor(rows), :width]  # [R, T]
+        ids, mask = self._with_latents(rows, ids)
         columns = torch.arange(width, device=device)  # [T]
         there = columns < lengths[:, None]  # [R, T], false for padding
         allowed = self._allowed(rows, columns.expand(len(rows), -1), there)
@@ -161,9 +164,19 @@ class Passes:
         hidden = [run(ids, cache=self.cache)]
         if self.settings.cfg_scale > 0:
             starts = canvas.tensor([canvas.starts[slot] for slot in rows])  # [R]
-            blind = ids.masked_fill(columns < starts[:, None], self.policy.mask_id or 0)
+            blind = torch.where(columns < starts[:, None], mask, ids)
             hidden.append(run(blind))
         return self._pick(rows, hidden, targets, [0] * len(rows))
+
+    def _with_latents(self, rows: Sequence[int], ids: Tensor) -> tuple[Tensor, Tensor | int]:
+        """The tokens [R, T] with the mask token of each row in this step, and that, [R, 1]."""
+        latents, mask_id = self.policy.latent_masks, self.policy.mask_id or 0
+        if not latents:
+            return ids, mask_id
+        keys = subkeys(self.canvas.keys[rows], torch.tensor(self.canvas.step_numbers(rows)))
+        drawn = torch.tensor(latents)[latent(keys, len(latents))]  # [R]
+        mask = sent(drawn, ids.device)[:, None]
+        return torch.where(ids == mask_id, mask, ids), mask
 
     def _part(self, rows: Sequence[int], targets: Targets) -> tuple[Tensor, list[Tensor]]:
         """The same for a pass over the block (dual), the block and what follows it (prefix), or

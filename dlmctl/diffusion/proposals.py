@@ -81,6 +81,9 @@ def _decide(
     policy: Policy, logits: Tensor, keys: Tensor, settings: SamplerConfig
 ) -> tuple[Tensor, Tensor]:
     """`predict_tokens` for one chunk of logits [N, V], which are overwritten."""
+    if policy.latent_masks:
+        further = sent(torch.tensor(policy.latent_masks[1:]), logits.device)
+        logits.index_fill_(1, further, -torch.inf)
     if settings.eos == "never":
         logits.index_fill_(1, sent(torch.tensor(sorted(policy.ends)), logits.device), -torch.inf)
     of_sampled = settings.confidence_of == "sampled" and settings.remasking != "random"
@@ -158,6 +161,15 @@ def _confidence(logits: Tensor, token: Tensor, keys: Tensor, remasking: Remaskin
 def chance(keys: Tensor) -> Tensor:
     """The confidence of N positions that are decided in random order; float64 [N]."""
     return uniform(keys, torch.full_like(keys, -1))
+
+
+def latent(keys: Tensor, count: int) -> Tensor:
+    """The latent variable of N rows in a step, uniform in 0 to count - 1; int64 [N].
+
+    Args:
+        keys: int64 [N], the noise of each row in this step.
+    """
+    return (uniform(keys, torch.full_like(keys, -3)) * count).long()
 
 
 def perturb(confidence: Tensor, keys: Tensor, settings: SamplerConfig) -> Tensor:

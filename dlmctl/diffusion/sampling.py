@@ -227,6 +227,11 @@ def configured(policy: Policy, sampler: Sampler = Sampler()) -> SamplerConfig:
             "sequence: take prefix or dual, which are approximations"
         )
     config = SamplerConfig(**values)
+    if policy.latent_masks and config.cached:
+        raise UsageError(
+            f"--cache {config.cache}: {policy.name} has another mask token in each step, so that "
+            "nothing can be reused: leave it out"
+        )
     _check_editing(policy, sampler, config)
     return config
 

@@ -16,6 +16,9 @@ arXiv 2602.00792, and the doubling SDTT, arXiv 2410.21035; the weight 1/k and th
 Completions of a data set anchor the student in the data; from completions that the teacher sampled
 it learns from the teacher alone. A study of memorization treats these as two different arms.
 
+A student with several mask tokens has a likelihood of what a step decides in the place of all this:
+see distill/mixture.
+
 Certainty forcing (dParallel, arXiv 2509.26488) adds beta (1/k) sum H(p_student(. | z_t)) over the
 i in M_t that the student predicts as y_i: they pass a threshold of confidence sooner, so that a
 pass decides more of them. (The mean over all k masked tokens is ours; there it is over those that
@@ -29,7 +32,7 @@ import shutil
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +40,8 @@ from torch import Tensor
 from dlmctl.diffusion.elbo import own_parts, scored_states, scored_tokens
 from dlmctl.diffusion.fused_linear_logprob import weighted_log_prob
 from dlmctl.distill.fused_linear_losses import weighted_divergence, weighted_entropy
-from dlmctl.distill.nested_masks import NestedMasks, draw_nested
+from dlmctl.distill.mixture import mixture_gradient
+from dlmctl.distill.nested_masks import NestedExample, draw_nested
 from dlmctl.models.adapters import merged
 from dlmctl.models.loading import load_policy
 from dlmctl.models.policy import Policy
@@ -59,14 +63,6 @@ CERTAINTY_TEMPERATURE = 0.5
 """Of the predictions whose entropy certainty forcing lowers, as in dParallel's code."""
 ALGO = "masked-consistency"
 """What the progress of such a run calls its algorithm."""
-
-
-class NestedExample(NamedTuple):
-    """A prompt, and a completion with its masks at two levels."""
-
-    prompt: Sequence[int]
-    completion: Sequence[int]
-    masks: NestedMasks
 
 
 def consistency_gradient(
@@ -154,6 +150,11 @@ def distill_masked(
     """
     if not run.policy.diffusion:
         raise UsageError(f"{run.policy.name} is autoregressive: there are no masks to distil")
+    if run.policy.latent_masks and plan.certainty:
+        raise UsageError(
+            f"--certainty is for a model with one mask token, and {run.policy.name} has "
+            f"{len(run.policy.latent_masks)}: leave it out"
+        )
     left = plan.rounds * plan.steps_per_round - run.progress.step
     if left <= 0:
         raise UsageError(
@@ -168,10 +169,17 @@ def distill_masked(
         examples = [
             _example(record, run.policy, plan, decided, run.progress.step) for record in batch.rows
         ]
-        target = targets.of(number)
-        metrics = consistency_gradient(
-            run.policy, target, examples, plan.divergence, batch_size, plan.certainty
-        )
+        if run.policy.latent_masks:
+            metrics = mixture_gradient(run.policy, examples, batch_size)
+        else:
+            metrics = consistency_gradient(
+                run.policy,
+                targets.of(number),
+                examples,
+                plan.divergence,
+                batch_size,
+                plan.certainty,
+            )
         yield {"round": number, "decided": decided, **metrics}
 
     prepared = each(records, lambda record: with_completion_ids(record, run.policy, fill))

@@ -40,6 +40,14 @@ class NestedMasks(NamedTuple):
         return self.at_t & ~self.at_s
 
 
+class NestedExample(NamedTuple):
+    """A prompt, and a completion with its masks at two levels."""
+
+    prompt: Sequence[int]
+    completion: Sequence[int]
+    masks: NestedMasks
+
+
 def nested_masks(scored: Tensor, ranks: Tensor, masked: int, decided: int) -> NestedMasks:
     """M_t with `masked` tokens and M_s with `decided` fewer, but at least 0.
 

@@ -1,10 +1,11 @@
 """From a config.json to a family, a stock model of transformers and its conventions.
 
 What decides, in this order: settings behind the model's name (`DIR,family=a2d,mask_id=151669`);
-the object `dlmctl` in config.json, with `family`, `mask_token_id`, `shift`, `block_length` and
-`sampling`, which every checkpoint written here has; the rest of config.json. A checkpoint is
-refused if the rest of its config.json does not describe it: if it names a class that transformers
-does not have, has a mask token but a left-to-right model, or shows signs of block diffusion.
+the object `dlmctl` in config.json, with `family`, `mask_token_id`, `shift`, `block_length`,
+`latent_masks` and `sampling`, which every checkpoint written here has; the rest of config.json. A
+checkpoint is refused if the rest of its config.json does not describe it: if it names a class that
+transformers does not have, has a mask token but a left-to-right model, or shows signs of block
+diffusion.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class Architecture:
     blocks: Blocks | None
     """Of a block-causal model."""
     sampling: dict[str, Any]
+    latent_masks: tuple[int, ...]
+    """See models/latent_masks."""
     doubtful: bool
     """It is of a class of transformers, but its authors' code may be a different class of the same
     name."""
@@ -124,6 +127,7 @@ def architecture(raw: dict[str, Any], where: str, reading: Reading | None = None
         raise DataError("block_length is not a positive whole number", where)
     if not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
         raise DataError("mask_token_id and shift are not whole numbers", where)
+    _check_latent_masks(chosen, where)
     try:
         check_own(chosen.sampling)
     except ValueError as error:
@@ -139,6 +143,14 @@ def _check_layers(raw: Raw, where: str) -> None:
         counts = name.endswith(("layers", "n_layer", "depth")) and isinstance(value, (int, float))
         if counts and value > MOST_LAYERS:
             raise DataError(f"{name} = {str(value)[:20]} is more than any model has", where)
+
+
+def _check_latent_masks(chosen: Architecture, where: str) -> None:
+    """Raise DataError unless they are mask tokens in the vocabulary, the first `mask_id`."""
+    masks, size = chosen.latent_masks, chosen.config.get_text_config().vocab_size
+    sound = all(type(n) is int and 0 <= n < size for n in masks)
+    if masks and not (sound and len(set(masks)) == len(masks) > 1 and masks[0] == chosen.mask_id):
+        raise DataError("latent_masks are not the ids of several mask tokens", where)
 
 
 def _architecture(raw: Raw, where: str, reading: Reading) -> Architecture:
@@ -176,6 +188,7 @@ def _architecture(raw: Raw, where: str, reading: Reading) -> Architecture:
         shift=shift if reading.shift is None else reading.shift,
         blocks=_blocks(family, raw, reading, where),
         sampling=dict(marker.get("sampling", family.sampling) or {}),
+        latent_masks=tuple(marker.get("latent_masks") or ()),
         doubtful=bool(raw.get("auto_map")) and not stated and not recognised.own_config,
     )
 

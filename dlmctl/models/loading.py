@@ -287,6 +287,7 @@ def policy_of(
         revision=revision,
         sampling=arch.sampling,
         blocks=arch.blocks,
+        latent_masks=arch.latent_masks,
         **special_tokens(name, arch, tokenizer, directory)._asdict(),
     )
 

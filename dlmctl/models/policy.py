@@ -70,6 +70,9 @@ class Policy:
     """Further tokens that end a completion, from generation_config.json."""
     turn_ends: frozenset[int] = frozenset()
     """Tokens that end a turn but not the completion, such as LLaDA's <|eot_id|>."""
+    latent_masks: tuple[int, ...] = ()
+    """All its mask tokens, the first of which is `mask_id`, if there are several: see
+    models/latent_masks."""
     quantized: Quantization | None = None
     """Format of the linear layers of its blocks; None: they are as loaded."""
 
@@ -87,6 +90,14 @@ class Policy:
     def ends(self) -> frozenset[int]:
         """All tokens that end a completion."""
         return self.other_ends if self.eos_id is None else self.other_ends | {self.eos_id}
+
+    def check_one_mask(self) -> None:
+        """Raise UsageError if it has several mask tokens, and so no score by one of them."""
+        if self.latent_masks:
+            raise UsageError(
+                f"{self.name} has {len(self.latent_masks)} mask tokens, a latent variable: it can "
+                "be sampled, and trained by 'dlmctl distill masked', and nothing else here reads it"
+            )
 
     def length(self, tokens: Sequence[int]) -> int:
         """Number of tokens up to and including the first that ends a completion."""

@@ -35,6 +35,7 @@ def save_policy(policy: Policy, directory: Path) -> None:
         "mask_token_id": policy.mask_id,
         "shift": policy.shift,
         **({"block_length": policy.blocks.length} if policy.blocks else {}),
+        **({"latent_masks": list(policy.latent_masks)} if policy.latent_masks else {}),
         "sampling": dict(policy.sampling),
     }
     model.save_pretrained(directory)

@@ -209,6 +209,7 @@ def mask_batch(window: list[Document], policy: Policy, law: MaskLaw, number: int
     Args:
         number: of the batch, counted from 0.
     """
+    policy.check_one_mask()
     lengths = torch.tensor([len(document.ids) for document in window])
     width = int(lengths.max())
     ids = torch.full((len(window), width), policy.pad_id, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""A diffusion model from an autoregressive one, as `dlmctl init --from` makes it."""
+"""A model made from another, as `dlmctl init --from` makes it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from dlmctl.settings import knob
 class Adapted:
     """Which model is adapted, and what its config.json will say."""
 
-    PANEL: ClassVar[str] = "From an autoregressive model"
+    PANEL: ClassVar[str] = "From another model"
 
     source: str | None = knob(
         None,
-        "Autoregressive model whose weights, tokenizer and chat template the new model has.",
+        "Autoregressive model whose weights, tokenizer and chat template the new model has; with "
+        "--latents a masked diffusion model.",
         "--from",
         metavar="MODEL",
         shown_default="none: random weights",
@@ -41,9 +42,22 @@ class Adapted:
         shown_default="the tokenizer's mask token or its first reserved one, else <|mask|>",
     )
 
+    latents: int = knob(
+        1,
+        "Mask tokens of a masked diffusion model: of several, each pass draws one, so that the "
+        "tokens of a step need not be independent.",
+        minimum=1,
+        maximum=4096,
+    )
+
     def __post_init__(self) -> None:
         chosen = (self.pattern, self.shift, self.mask_token)
         if self.source is None and chosen != ("bidirectional", 1, None):
             raise UsageError("--pattern, --shift and --mask-token are for --from MODEL")
+        if self.latents > 1 and (self.source is None or chosen != ("bidirectional", 1, None)):
+            raise UsageError(
+                "--latents is for --from MODEL, a masked diffusion model, and goes without "
+                "--pattern, --shift and --mask-token"
+            )
         if self.mask_token == "":
             raise UsageError("--mask-token is empty")

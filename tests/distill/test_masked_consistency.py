@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from dlmctl.distill.fused_linear_losses import weighted_divergence
-from dlmctl.distill.masked_lm import NestedExample, consistency_gradient
-from dlmctl.distill.nested_masks import NestedMasks
+from dlmctl.distill.masked_lm import consistency_gradient
+from dlmctl.distill.nested_masks import NestedExample, NestedMasks
 from dlmctl.models.families import Head
 from dlmctl.models.policy import Policy
 from dlmctl.models.saving import save_policy

@@ -82,6 +82,7 @@ def read_tracked_saes(texts: Sequence[str], policy: Policy) -> list[SaeAtLayer]:
 
 def check_trackable(policy: Policy, sampler: SamplerConfig, what: str) -> None:
     """Raise UsageError if features cannot be tracked; `what` is what asks for them."""
+    policy.check_one_mask()
     if not policy.diffusion:
         raise UsageError(f"{what} means nothing to {policy.name}, an autoregressive model")
     if policy.blocks is not None:

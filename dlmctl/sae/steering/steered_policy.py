@@ -50,6 +50,7 @@ class SteeredPolicy(SamplerCallback):
     """
 
     def __init__(self, policy: Policy, sampler: SamplerConfig, steering: Steering) -> None:
+        policy.check_one_mask()
         _check(policy, sampler, steering)
         self.policy, self.steering, self.gen_length = policy, steering, sampler.gen_length
         self.dtype = computing_dtype(policy)
