@@ -88,12 +88,12 @@ def command(
         raise UsageError("--json is for --once; within a conversation /save FILE writes records")
     if once and prompt is None:
         prompt = _piped()
-    from dlmctl.diffusion.conversation import Conversation, Session, write_answer
-    from dlmctl.models.loading import load_policy
-
     name = reading.name(model)
     if not once and sys.stdout.isatty() and stderr.has_codes():
         stderr.draw(f"loading {name}", lambda: True)
+    from dlmctl.diffusion.conversation import Conversation, Session, write_answer
+    from dlmctl.models.loading import load_policy
+
     policy = load_policy(name, compute.device, compute.dtype, prompting, compute.quantize)
     with stderr.aside():  # erases the line
         pass

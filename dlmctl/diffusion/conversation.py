@@ -117,6 +117,7 @@ class Session:
                 stopped = False
             except KeyboardInterrupt:
                 if stopped:
+                    self._say("")
                     raise
                 stopped = True
                 self._say("\ninterrupted; Ctrl-C again, or Ctrl-D, ends")

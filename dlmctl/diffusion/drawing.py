@@ -69,27 +69,47 @@ class Spelling:
     ) -> tuple[list[Part], int]:
         """Parts up to the first decided end of sequence, and how many of the first will not change.
 
-        Special tokens are left out. Unless `final`, a character of which tokens are missing is
+        Special tokens are left out. A character of which some tokens are masked, or may follow, is
         masked, too.
 
         Args:
             order: steps of the tokens; None: masked.
             fixed: number of the first tokens that stay if they are decided.
+            final: no token follows.
         """
         pairs = list(zip(tokens, order, range(len(tokens)), strict=True))
-        pairs = list(takewhile(lambda pair: pair[1] is None or pair[0] not in self._ends, pairs))
-        pairs = [pair for pair in pairs if pair[1] is None or pair[0] not in self._hidden]
+        inside = list(takewhile(lambda pair: pair[1] is None or pair[0] not in self._ends, pairs))
+        final = final or len(inside) < len(pairs)
+        pairs = [pair for pair in inside if pair[1] is None or pair[0] not in self._hidden]
         parts: list[Part] = []
+        still = 0
         for masked, run in groupby(pairs, key=lambda pair: pair[1] is None):
-            ids, steps, _ = zip(*run, strict=True)
+            ids, steps, places = zip(*run, strict=True)
             texts = [MASK] * len(ids) if masked else self._texts.row(ids)
+            whole = len(ids)
+            if not masked and parts:
+                texts = _begun_before(texts)
+            if not masked and (len(parts) + len(ids) < len(pairs) or not final):
+                whole, texts = _continued(texts)
+            if not masked and not parts:
+                still = min(whole, sum(place < fixed for place in places))
             parts += map(Part, texts, steps)
-        still = sum(1 for _ in takewhile(lambda p: p[1] is not None and p[2] < fixed, pairs))
-        while still and PART in self._texts(pairs[still - 1][0]):
-            still -= 1
-        if not final:
-            parts = [part._replace(text=part.text.replace(PART, MASK)) for part in parts]
         return parts, still
+
+
+def _begun_before(texts: list[str]) -> list[str]:
+    """Texts of tokens behind a masked one, in which a character may begin."""
+    first = next((n for n, text in enumerate(texts) if text), 0)
+    clear = texts[first].lstrip(PART)
+    return texts if clear == texts[first] else [*texts[:first], MASK + clear, *texts[first + 1 :]]
+
+
+def _continued(texts: list[str]) -> tuple[int, list[str]]:
+    """How many of these texts end in whole characters, and the texts with the others masked."""
+    whole = len(texts)
+    while whole and (not texts[whole - 1] or texts[whole - 1].endswith(PART)):
+        whole -= 1
+    return whole, [*texts[:whole], *(text.rstrip(PART) + MASK for text in texts[whole:])]
 
 
 class Drawing(SamplerCallback):
