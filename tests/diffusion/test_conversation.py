@@ -7,6 +7,7 @@ import itertools
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import orjson
 import pytest
