@@ -76,13 +76,13 @@ def command(
 
     Examples:
 
-    dlmctl chat --step-time 0.2
+    dlmctl chat builtin:puzzles '0031102001033400=' --step-time 0.2
 
-    dlmctl chat GSAI-ML/LLaDA-8B-Instruct --steps 64 --temperature 0
+    dlmctl chat GSAI-ML/LLaDA-8B-Instruct 'Why is the sky blue?' --gen-length 64 --threshold 0.9
 
     dlmctl chat runs/a --once '0031102001033400='
 
-    dlmctl chat runs/a --once --json < question.txt | dlmctl view
+    echo '0031102001033400=' | dlmctl chat runs/a --once --json | dlmctl view
     """
     if json and not once:
         raise UsageError("--json is for --once; within a conversation /save FILE writes records")

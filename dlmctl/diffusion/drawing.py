@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, takewhile
@@ -247,11 +248,9 @@ def _breaks(line: str, width: int) -> list[int]:
 def _without_echo() -> Iterator[None]:
     """Within the block the terminal does not show what is typed, which is read after it."""
     try:
-        import termios
-
         terminal = sys.stdin.fileno()
         before = termios.tcgetattr(terminal)
-    except (ImportError, OSError, ValueError, termios.error):
+    except (OSError, ValueError, termios.error):  # it is none
         yield
         return
     silent = [*before]
