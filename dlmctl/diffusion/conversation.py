@@ -134,11 +134,13 @@ class Session:
     def _read(self) -> str | None:
         """The next line; None at the end."""
         try:
-            return input("> " if self._typed and sys.stdout.isatty() else "")
+            line = input("> " if self._typed and sys.stdout.isatty() else "")
+            line.encode()  # in some locales, what is not UTF-8 is read as surrogates
+            return line
         except EOFError:
             self._say("")
             return None
-        except UnicodeDecodeError:
+        except UnicodeError:
             raise DataError("it is not UTF-8", "<stdin>") from None
 
     def _do(self, line: str) -> bool:

@@ -228,7 +228,7 @@ def test_an_answer_begins_with_what_it_was_made_to_begin_with():
         ("--once", b"letters", 65, "no tokens for 'letters'"),
         ("--once --system be", b"1=", 2, "--system is a message for the chat template"),
         ("--once --remasking sae", b"1=", 2, "only 'rollout' takes"),
-        ("nowhere/model --once", b"1=", 66, "no model nowhere/model"),
+        ("nowhere/model --once", b"1=", 75, "nowhere/model is not a directory here"),
         ("", b"\xff\n", 65, "<stdin>: it is not UTF-8"),
     ],
 )
