@@ -86,6 +86,9 @@ SUBCOMMANDS = {
     "memo-eval": Subcommand("memo_eval", MEMORY, "Measure what a generative model memorized."),
     "stats": Subcommand("stats", LOOK, "Accuracy, pass@k, reward and length per task."),
     "view": Subcommand("view", LOOK, "Show completions token by token, shaded by numbers."),
+    "chat": Subcommand(
+        "chat", LOOK, "Talk with a model, and see in which order it decides its tokens."
+    ),
     "plot": Subcommand("plot", LOOK, "Draw curves from metrics records."),
     "tensorboard": Subcommand(
         "tensorboard", LOOK, "Write metrics records as event files of TensorBoard."

@@ -100,12 +100,13 @@ def _typer_info(name: str, declared: Knob) -> Any:
         "max": declared.maximum,
         "show_default": declared.shown_default,
     }
+    variable = "DLMCTL_" + declared.flag(name).strip("-").upper().replace("-", "_")
+    about["envvar"] = variable if declared.env else None
     if declared.argument:
         return typer.Argument(**about)
     if declared.presets:
         about |= {"is_eager": True, "callback": _preset(declared.presets)}
-    variable = "DLMCTL_" + declared.flag(name).strip("-").upper().replace("-", "_")
-    return typer.Option(*declared.flags, envvar=variable if declared.env else None, **about)
+    return typer.Option(*declared.flags, **about)
 
 
 def _preset(presets: Mapping[str, Mapping[str, Any]]) -> Callable[..., Any]:

@@ -35,7 +35,7 @@ def sample_autoregressive(
     """Sample a completion for each request, up to and including end-of-sequence, in their order.
 
     Args:
-        callback: only its `on_rows` is called.
+        callback: only its `on_rows` and `on_tokens` are called.
 
     Raises:
         UsageError: an option is given that only denoising has.
@@ -76,6 +76,8 @@ def _batch(
             callback.on_rows((rows.numbers + first).masked_fill(rows.ended, -1).tolist())
         logits = rows.next_logits()
         token = next_tokens(policy, logits, rows.noise_keys, step, settings)
+        if callback is not None:
+            callback.on_tokens(token)
         made[rows.numbers, step] = token
         log_probs[rows.numbers, step] = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(
             dim=1

@@ -33,8 +33,15 @@ class SamplerCallback:
         """The next forward pass, over whole sequences or parts, has a row for each of these.
 
         Each is the number of a request, from 0 on in the order in which they came, or -1 for a row
-        whose completion has ended. Autoregressive sampling calls this method only, and none of the
-        others.
+        whose completion has ended. Autoregressive sampling calls this method and `on_tokens`, and
+        none of the others.
+        """
+
+    def on_tokens(self, tokens: Tensor) -> None:
+        """Autoregressive sampling decided these tokens, int64 [B], one for each row of `on_rows`.
+
+        They are on the model's device. In diffusion, `canvas` has what was decided when the next
+        `on_rows` is called.
         """
 
     @property
@@ -79,6 +86,10 @@ class SeveralCallbacks(SamplerCallback):
     def on_rows(self, requests: Sequence[int]) -> None:
         for part in self.parts:
             part.on_rows(requests)
+
+    def on_tokens(self, tokens: Tensor) -> None:
+        for part in self.parts:
+            part.on_tokens(tokens)
 
     @property
     def adjusts(self) -> bool:

@@ -39,6 +39,8 @@ class _State:
     number = 0
     """The first signal; 0 before it."""
     raised = False
+    handed_over = False
+    """Whether Ctrl-C is the command's own."""
     summary: Callable[[], str] | None = None
     ending = threading.Lock()
     """Taken by the thread that ends the process."""
@@ -69,6 +71,11 @@ def raise_no_more() -> None:
     _State.raised = True
 
 
+def hand_over() -> None:
+    """From now on each Ctrl-C raises KeyboardInterrupt in the main thread, and ends nothing."""
+    _State.handed_over = True
+
+
 def standing(directory: Path, link: Path, now: int, unit: str = "step") -> str:
     """What a trainer says about itself.
 
@@ -95,6 +102,7 @@ def install(name: str) -> Callable[[], None]:
         Interrupted: a signal has already come.
     """
     _State.name, _State.number, _State.raised, _State.summary = name, 0, False, None
+    _State.handed_over = False
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -138,17 +146,25 @@ def end() -> NoReturn:
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    _State.number = _State.number or number
     # Some modules in C++ or Rust do not survive an exception while they are imported. The watching
     # thread sends the signal again, or ends the process.
     importing = any(
         caller.f_code.co_filename == "<frozen importlib._bootstrap>"
         for caller, _ in walk_stack(frame)
     )
+    if _commands_own(number):
+        if importing:
+            return
+        raise KeyboardInterrupt
+    _State.number = _State.number or number
     if not _State.raised and not importing:
         _State.raised = True
         sys.unraisablehook = _unraisable  # the signal may come where nothing can be raised: __del__
         raise Interrupted
+
+
+def _commands_own(number: int) -> bool:
+    return _State.handed_over and number == signal.SIGINT
 
 
 def _unraisable(about: sys.UnraisableHookArgs) -> None:
@@ -163,7 +179,7 @@ def _watch(reading: int, numbers: set[signal.Signals]) -> None:
     import ctypes  # noqa: F401
 
     while came := os.read(reading, 1):
-        if came[0] in numbers:  # others have their own handlers
+        if came[0] in numbers and not _commands_own(came[0]):  # others have their own handlers
             _State.number = _State.number or came[0]
             # Give the main thread its time, and repeat the signal until it has been raised.
             over = time.monotonic() + GRACE

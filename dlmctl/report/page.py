@@ -20,15 +20,25 @@ UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Categories of Unicode: control, format, surrogate, private, unassigned, line, paragraph."""
 
 
+def visible(text: str, kept: str = "") -> str:
+    """A text with what is invisible, or means something to a terminal, as signs and numbers.
+
+    Args:
+        kept: characters that stay as they are.
+    """
+    return "".join(c if c in kept else SIGNS.get(c) or _numbered(c) for c in text)
+
+
+def _numbered(char: str) -> str:
+    return f"\\u{ord(char):04x}" if unicodedata.category(char) in UNSEEN else char
+
+
 def shown(text: str) -> str:
     """A text with all of it visible, on a terminal too; not yet escaped."""
-    visible = "".join(
-        SIGNS.get(c) or (f"\\u{ord(c):04x}" if unicodedata.category(c) in UNSEEN else c)
-        for c in text
-    )
+    clear = visible(text)
     # A combining mark at the beginning would sit on the token before.
-    combining = visible and unicodedata.category(visible[0]).startswith("M")
-    return "◌" + visible if combining else visible
+    combining = clear and unicodedata.category(clear[0]).startswith("M")
+    return "◌" + clear if combining else clear
 
 
 def shown_lines(text: str) -> str:

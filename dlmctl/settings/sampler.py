@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from dlmctl.records.errors import UsageError
-from dlmctl.settings import knob
+from dlmctl.settings import knob, knob_of
 
 Remasking = Literal["low_confidence", "random", "entropy", "margin", "sae"]
 Schedule = Literal["even", "timesteps", "rounded"]
@@ -295,7 +295,7 @@ def check_own(sampling: Mapping[str, Any]) -> None:
     for name, value in sampling.items():
         if name not in OWN:
             raise ValueError(f"sampling has no {name[:80]}; there are {', '.join(OWN)}")
-        [kind] = [part for part in get_args(kinds[name]) if part is not type(None)]
+        kind = _kind(kinds[name])
         if value is None and name == "block_length":
             continue
         if choices := get_args(kind):
@@ -309,3 +309,47 @@ def check_own(sampling: Mapping[str, Any]) -> None:
             fits, wanted = type(value) is int and 0 <= value < 2**31, "a whole number"
         if not fits:
             raise ValueError(f"sampling.{name} is not {wanted}")
+
+
+def changed(sampler: Sampler, name: str, text: str) -> Sampler:
+    """The options with another value of one, as --NAME takes it; empty text is the default.
+
+    Raises:
+        UsageError: there is no such option or value, or it contradicts another option.
+    """
+    known = {field.name: field for field in fields(Sampler)}
+    name = name.lstrip("-").replace("-", "_")
+    if name not in known:
+        options = ", ".join(field.replace("_", "-") for field in known)
+        raise UsageError(f"the sampler has no option {name}; there are {options}")
+    value = _value(known[name], text) if text else getattr(SAMPLED, name)
+    return replace(sampler, **{name: value})
+
+
+def _value(field: Field[Any], text: str) -> Any:
+    """The value of an option; raises UsageError for one that is out of its bounds."""
+    about, kind = knob_of(field, Sampler), _kind(get_type_hints(Sampler)[field.name])
+    if kind is bool:
+        choices: Mapping[str, Any] = {"true": True, "false": False}
+    else:
+        choices = {choice: choice for choice in get_args(kind)}
+    low = -math.inf if about.minimum is None else about.minimum
+    high = math.inf if about.maximum is None else about.maximum
+    wanted = f"one of {', '.join(choices)}"
+    if text in choices:
+        return choices[text]
+    if not choices:
+        wanted = "a whole number" if kind is int else "a number"
+        wanted += f", at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if low <= value <= high:
+            return value
+    raise UsageError(f"{about.flag(field.name)} {text}: it is {wanted}")
+
+
+def _kind(hint: Any) -> Any:
+    """The type of an option, which may also be None."""
+    return next((part for part in get_args(hint) if part is not type(None)), hint)

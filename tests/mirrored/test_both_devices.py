@@ -44,6 +44,8 @@ LINES = [
     "rollout prompts.jsonl -m dream -n 2 --cache dual -o OUT",
     "rollout prompts.jsonl -m ar -n 2 --temperature 0 --dtype bfloat16 -o OUT",
     "rollout shapes.jsonl -m vl -n 2 --corrupt noise -o OUT",
+    "chat llada 0031102001033400= --once",
+    "chat ar 0031102001033400= --once --json",
     "score-elbo plain.jsonl -m policy=llada -m reference=other -o OUT",
     "score-elbo plain-ar.jsonl -m ar -o OUT",
     "score-elbo plain-vl.jsonl -m vl --dtype bfloat16 -o OUT",
