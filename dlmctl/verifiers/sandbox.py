@@ -19,8 +19,9 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dlmctl.verifiers.harness import END
 
@@ -39,13 +40,18 @@ class Code(NamedTuple):
     setup: list[str]
     code: str
     tests: list[str]
+    inputs: Sequence[str] = ()
+    """If there are any, `setup` and `code` run as a program, once with each as standard input."""
+    sizes: Sequence[int] = ()
+    """Most bytes that it may print for each."""
 
 
 class Report(NamedTuple):
     """The results."""
 
-    steps: dict[str, str | None]
-    """`load` and numbers of tests to the problem, or None; only steps that were reached."""
+    steps: dict[str, Any]
+    """`load` and numbers of tests to the problem, or None; only steps that were reached. Numbers of
+    inputs to `output`, and to `why`, the problem."""
     why: str
     """Why it stopped early; empty if it did not."""
     lacking: str | None
@@ -92,9 +98,10 @@ def run_code(code: Code, time_limit: float, memory: int, unconfined: bool = Fals
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError), process.stdin:
                 process.stdin.write(json.dumps(request).encode())
-            report, why = _read(
-                process, reads, token, time_limit, LONGEST_STEP * (len(code.tests) + 10)
-            )
+            steps = len(code.tests) + len(code.inputs)
+            # JSON has up to six bytes for one.
+            longest = LONGEST_STEP * (steps + 10) + 6 * sum(code.sizes)
+            report, why = _read(process, reads, token, time_limit, longest)
         finally:
             with contextlib.suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -139,7 +146,7 @@ def _read(
 
 
 def _report(report: bytes, token: str, why: str) -> Report:
-    steps: dict[str, str | None] = {}
+    steps: dict[str, Any] = {}
     lacking = None
     for line in report.splitlines():
         mine, _, rest = line.decode("utf-8", "replace").partition(" ")
