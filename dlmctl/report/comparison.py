@@ -158,14 +158,14 @@ def paired(baseline: Side, compared: Side) -> Pairs:
             )
         )
     both = {pair.key for pair in pairs}
-    lacking = [[str(key[1]) for key in side if key not in both] for side in (baseline, compared)]
+    gone, new = ([str(key[1]) for key in side if key not in both] for side in (baseline, compared))
     if not pairs:
-        begin = [f"{len(ids)}" + (f", the first {ids[0]}" if ids else "") for ids in lacking]
+        begin = [f"{len(ids)}" + (f", the first {ids[0]}" if ids else "") for ids in (gone, new)]
         raise DataError(
             f"the baseline and the records have no prompt in common by task, id and sample "
             f"(baseline: {begin[0]}; records: {begin[1]})"
         )
-    return Pairs(pairs, *lacking, alone, reworded)
+    return Pairs(pairs, gone, new, alone, reworded)
 
 
 def unpaired(pairs: Pairs) -> Iterator[str]:
@@ -269,7 +269,8 @@ def _measured(
 
 def changed(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
     """Prompts that were right and are not, and those that were not and are."""
-    lost, gained = [], []
+    lost: list[Pair] = []
+    gained: list[Pair] = []
     for pair in pairs:
         before, after = mostly_right(pair.baseline), mostly_right(pair.compared)
         if before != after:

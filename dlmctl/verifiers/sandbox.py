@@ -28,6 +28,8 @@ from dlmctl.verifiers.harness import END
 HARNESS = Path(__file__).with_name("harness.py")
 LONGEST_STEP = 2000
 """Most bytes in the report of a step, well above what the harness writes."""
+REAPED = 1.0
+"""Most seconds until processes that were killed are gone."""
 READABLE = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
@@ -107,7 +109,22 @@ def run_code(code: Code, time_limit: float, memory: int, unconfined: bool = Fals
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             os.close(reads)
+            _await_end(process.pid)
     return _report(report, token, why)
+
+
+def _await_end(group: int) -> None:
+    """Wait until the processes of a group, which were killed, are gone.
+
+    That takes a moment. Where nobody reaps orphans, as in some containers, they stay as zombies.
+    """
+    end = time.monotonic() + REAPED
+    while time.monotonic() < end:
+        try:
+            os.killpg(group, 0)
+        except OSError:
+            return
+        time.sleep(0.005)
 
 
 def _read(

@@ -194,7 +194,7 @@ def test_hostile_programs_get_nothing_and_leave_nothing(completion, scratch):  #
     verdict = judge(completion, time_limit=limit, memory=256 << 20)
     assert verdict.reward == 0
     assert HOSTILE[completion] in verdict.detail["why"]
-    assert left_behind(scratch) == []
+    wait_for(lambda: not left_behind(scratch))  # on a busy machine, it takes a moment
     assert list(scratch.iterdir()) == []
     assert not Path("/tmp/dlmctl-left").exists()
 
