@@ -9,8 +9,8 @@ p           of the randomization test that exchanges the two sides of a prompt: 
 mcnemar     p of McNemar's exact test (1947; two-sided, binomial) on the prompts that are right on
             one side only. Of several samples, more than half must be right.
 change      worse or better if the interval does not contain 0 and p is at most 1 - confidence.
-            (Ours: the interval alone, at 95 %, calls 4 % of 600 equal models worse that were asked ten
-            prompts, instead of 2.5 %; one prompt would be enough.)
+            (Ours: the interval alone, at 95 %, calls 4 % of 600 equal models worse on ten prompts,
+            instead of 2.5 %; one prompt would be enough.)
 """
 
 from __future__ import annotations
