@@ -19,7 +19,7 @@ from dlmctl.cli import SUBCOMMANDS, dlmctl, functions
 HERE = Path(__file__).parent
 EXIT_CODES = {
     "0": "Success; also when the reader of the pipe has seen enough.",
-    "1": "A limit was missed (stats --fail-under), or an unforeseen error.",
+    "1": "A limit was missed (stats --fail-under or --fail-worse), or an unforeseen error.",
     "2": "The command line does not make sense.",
     "65": "A record or file cannot be used; the message names file and line.",
     "66": "An input or a model is not there.",

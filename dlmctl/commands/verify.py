@@ -65,12 +65,15 @@ def command(
     without a score is an error of the record. reward-model: the logit, or the probability of a
     label, that the sequence classifier --reward-model gives to prompt and completion.
 
-    code: 1 if Python passes its unit tests: `tests` (a list of assertions, or Python), or the
-    fields of HumanEval and MBPP. It runs in its own process with limits on time and memory. On
-    Linux, the kernel lets it read only the standard library, lets it write no file, and denies it
-    the network and other processes; if the kernel cannot, code runs only with --allow-unconfined.
-    This does not protect from bugs of the kernel, nor from code that sets out to deceive its tests,
-    which run in the same interpreter.
+    code: 1 if Python passes its tests: `tests` (a list of assertions, or Python), or the fields of
+    HumanEval and MBPP; or if, as a program, it prints what is expected for every input, in records
+    of APPS and LiveCodeBench (`input_output`, `public_test_cases` and `private_test_cases`, or
+    `tests` with objects of `input` and `output`). White space at the ends of lines does not count,
+    nor how a number is written; --time-limit is for all inputs together. It runs in its own process
+    with limits on time and memory. On Linux, the kernel lets it read only the standard library,
+    lets it write no file, and denies it the network and other processes; if the kernel cannot, code
+    runs only with --allow-unconfined. This does not protect from bugs of the kernel, nor from code
+    that sets out to deceive its assertions, which run in the same interpreter.
 
     Examples:
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 from dlmctl.records.groups import groups
 from dlmctl.records.jsonl import Record, object_field
@@ -44,6 +44,31 @@ def wilson_interval(share: float, count: float, confidence: float = 0.95) -> tup
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
+class Sample(NamedTuple):
+    """What the statistics need of a verified record."""
+
+    correct: bool
+    measures: dict[str, tuple[float, float]]
+    """Value and weight of everything that is averaged."""
+
+
+def sample(record: Record) -> Sample:
+    """The sample that a verified record holds."""
+    return Sample(is_correct(record), _measures(record))
+
+
+def ratios(group: Sequence[Sample], ks: Sequence[int]) -> dict[str, tuple[float, float]]:
+    """What the samples of one prompt add to numerator and denominator of each measure."""
+    n, c = len(group), sum(one.correct for one in group)
+    sums: dict[str, tuple[float, float]] = {"accuracy": (c, n)}
+    sums |= {f"pass@{k}": (pass_at_k(n, c, k), 1) for k in ks if n >= k}
+    for one in group:
+        for name, (value, weight) in one.measures.items():
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = before[0] + value, before[1] + weight
+    return sums
+
+
 class Tally:
     """Running sums over the groups of one task."""
 
@@ -54,37 +79,32 @@ class Tally:
         c being whether a sample is right and x what the verifier says."""
         self.prompts = self.completions = self.correct = 0
         self._squares = self._products = self._counts_squared = 0.0
-        self._pass: dict[int, list[float]] = {k: [0.0, 0] for k in ks}
-        self._sums: dict[str, list[float]] = {}
+        self._sums: dict[str, list[float]] = {f"pass@{k}": [0.0, 0.0] for k in ks}
 
     def add(self, group: Sequence[Record]) -> None:
         """Count the samples of one prompt."""
-        n, c = len(group), sum(map(is_correct, group))
+        samples = [sample(record) for record in group]
+        n, c = len(group), sum(one.correct for one in samples)
         self.prompts += 1
         self.completions += n
         self.correct += c
         self._squares += c * c
         self._products += c * n
         self._counts_squared += n * n
-        for k, sums in self._pass.items():
-            if n >= k:
-                sums[0] += pass_at_k(n, c, k)
-                sums[1] += 1
         for name, moments in self._within.items():
             said = [object_field(record, "rewards").get(name) for record in group]
             values = [float(value) for value in said if isinstance(value, (int, float))]
             if len(values) < len(group):
                 continue  # this verifier did not judge all of them
-            right = [float(is_correct(record)) for record in group]
+            right = [float(one.correct) for one in samples]
             for a, b in zip(_differences(right), _differences(values), strict=True):
                 moments[0] += a * a
                 moments[1] += b * b
                 moments[2] += a * b
-        for record in group:
-            for name, (value, weight) in _measures(record).items():
-                entry = self._sums.setdefault(name, [0.0, 0.0])
-                entry[0] += value
-                entry[1] += weight
+        for name, (value, weight) in ratios(samples, self.ks).items():
+            entry = self._sums.setdefault(name, [0.0, 0.0])
+            entry[0] += value
+            entry[1] += weight
 
     def row(self, task: str, confidence: float) -> dict[str, Any]:
         """The statistics as a record."""
@@ -98,8 +118,8 @@ class Tally:
         }
         if accuracy is not None:
             row["interval"] = list(wilson_interval(accuracy, self._independent(), confidence))
-        row |= {f"pass@{k}": s / n for k, (s, n) in self._pass.items() if n}
-        row |= {name: value / weight for name, (value, weight) in self._sums.items() if weight}
+        averaged = {name: value / weight for name, (value, weight) in self._sums.items() if weight}
+        row |= {name: value for name, value in averaged.items() if name != "accuracy"}
         for name, (c, x, both) in self._within.items():
             row[f"within.{name}"] = both / math.sqrt(c * x) if c * x else None
         return row
@@ -136,8 +156,8 @@ def tally(
             yield record
 
     for group in groups(counted()):
-        for name in dict.fromkeys(_label(record, by) for record in group):
-            labelled = [record for record in group if _label(record, by) == name]
+        for name in dict.fromkeys(label(record, by) for record in group):
+            labelled = [record for record in group if label(record, by) == name]
             tallies.setdefault(name, Tally(ks, within)).add(labelled)
         total.add(group)
     rows = [t.row(name, confidence) for name, t in tallies.items()]
@@ -148,7 +168,8 @@ def tally(
     return rows
 
 
-def _label(record: Record, by: str) -> str:
+def label(record: Record, by: str) -> str:
+    """The row that a record counts in: its value of a field, or of that field of `rollout`."""
     value = record.get(by, object_field(record, "rollout").get(by))
     return "-" if value is None else str(value)
 

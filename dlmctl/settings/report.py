@@ -1,10 +1,12 @@
-"""What `plot` draws."""
+"""What `plot` draws, and what `stats` compares."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from dlmctl.settings import knob
+from dlmctl.settings import knob, same
+from dlmctl.settings.compute import Seed
 
 DEFAULT_YS = ("reward", "kl", "grad_norm")
 
@@ -36,3 +38,31 @@ class Curves:
     def measures(self) -> list[str]:
         """The names of what is drawn."""
         return self.y or list(DEFAULT_YS)
+
+
+@dataclass(frozen=True)
+class Comparing:
+    """What `stats` compares the records with, and when it fails."""
+
+    PANEL: ClassVar[str] = "Comparison with a baseline"
+
+    compare: str | None = knob(
+        None,
+        "Compare with the verified records of this file, prompt by prompt (task, id and sample): a "
+        "row for each measure, with the difference, its interval, and p. What has no counterpart "
+        "is left out, and named on stderr.",
+        metavar="BASELINE",
+        shown_default="off",
+    )
+    fail_worse: list[str] | None = knob(
+        None,
+        "With --compare, exit 1 if this measure over all pairs is significantly worse: the "
+        "interval of the difference does not contain 0, and p is at most 1 - CONFIDENCE. Worse is "
+        "less; of nfe and tokens, more. Repeatable.",
+        metavar="MEASURE",
+        shown_default="never",
+    )
+    bootstrap: int = knob(
+        10_000, "Resamples of the prompts for intervals, and exchanges for p.", minimum=100
+    )
+    seed: int = same(0, Seed)

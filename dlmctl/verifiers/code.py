@@ -1,25 +1,28 @@
-"""Verifier `code`: unit tests on generated Python, as in HumanEval and MBPP.
+"""Verifier `code`: tests of generated Python, as in HumanEval, MBPP, APPS and LiveCodeBench.
 
     tests       assertions, a list of texts or one text that runs as one test; also `test_list`
-                (MBPP) and `test` (HumanEval), whose `check` is called with `entry_point`
+                (MBPP) and `test` (HumanEval), whose `check` is called with `entry_point`;
+                or inputs and outputs, of a program that reads and prints: see `stdio`
     setup       texts that run before: `test_setup_code`, `test_imports`
     prompt      put in front if it begins the function of `entry_point`
 
-The tests run in the interpreter of the code that they test. The report has a token, so that
+Assertions run in the interpreter of the code that they test. The report has a token, so that
 printing and exiting early gain nothing. But code that sets out to can find the token in memory,
-replace functions that tests use, or return objects that equal everything.
+replace functions that tests use, or return objects that equal everything. Programs that
+read and print share no process with what they are expected to print.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from dlmctl.records.errors import DataError, UnavailableError
 from dlmctl.verifiers.answer import Verdict, completion_text, judged
 from dlmctl.verifiers.sandbox import Code, Report, run_code
+from dlmctl.verifiers.stdio import Case, agrees, cases
 
 TIME_LIMIT = 10.0
 MEMORY_LIMIT = 1 << 30
@@ -27,6 +30,8 @@ FENCE = re.compile(r"[ \t]*```[ \t]*(\w*)")
 PYTHON = {"python", "python3", "py"}
 LONGEST_TEST = 200
 """Most characters of a failed test in the verdict."""
+SPARE = 1 << 16
+"""Bytes that a program may print beyond twice what is expected."""
 
 _warned = False
 
@@ -40,7 +45,7 @@ def code(
     """1 if every test passes.
 
     Args:
-        time_limit: seconds for the code and all of its tests.
+        time_limit: seconds for the code and all of its tests together.
         memory: bytes of address space.
         unconfined: run the code even if the kernel cannot deny it files and network.
 
@@ -48,12 +53,15 @@ def code(
         DataError: the record has no tests, or they have another form.
         UnavailableError: the code cannot be confined here.
     """
-    program = _program(record)
+    expected = cases(record)
+    program = _reading(record, expected) if expected else _program(record)
     report = run_code(program, time_limit, memory, unconfined)
     if report.lacking:
         _unconfined(report.lacking, unconfined)
-    total = len(program.tests)
+    total = len(expected or program.tests)
     results = [report.steps.get(str(number), "") for number in range(total)]
+    if expected:
+        results = [_printed(*pair) for pair in zip(results, expected, strict=True)]
     loaded = "load" in report.steps and report.steps["load"] is None
     passed = sum(result is None for result in results) if loaded else 0
     detail: dict[str, Any] = {"passed": passed, "total": total}
@@ -97,18 +105,14 @@ def _program(record: Mapping[str, Any]) -> Code:
     named = [name for name in ("tests", "test_list", "test") if record.get(name)]
     if not named:
         raise DataError(
-            "there are no tests: expected field 'tests' (a list of assertions, or Python), "
-            "'test_list' or 'test'"
+            "there are no tests: expected field 'tests' (a list of assertions or of objects with "
+            "'input' and 'output', or Python), 'test_list', 'test' or 'input_output'"
         )
     tests = _texts(named[0], record[named[0]])
     if entry:
         called = f"\ncheck({entry})\n"
         tests = [t + called if re.search(r"^def check\b", t, re.MULTILINE) else t for t in tests]
-    setup = [
-        text
-        for name in ("test_imports", "test_setup_code")
-        for text in _texts(name, record.get(name) or [])
-    ]
+    setup = _setup(record)
     whole = completion_text(record)
     source, before = extract_code(whole), ""
     prompt = record.get("prompt")
@@ -121,6 +125,32 @@ def _program(record: Mapping[str, Any]) -> Code:
     return Code(before, setup, source, tests)
 
 
+def _setup(record: Mapping[str, Any]) -> list[str]:
+    names = ("test_imports", "test_setup_code")
+    return [text for name in names for text in _texts(name, record.get(name) or [])]
+
+
+def _reading(record: Mapping[str, Any], expected: Sequence[Case]) -> Code:
+    """The completion as a program, and what it reads."""
+    source = extract_code(completion_text(record))
+    sizes = [SPARE + 2 * len(case.expected.encode("utf-8", "replace")) for case in expected]
+    return Code("", _setup(record), source, [], [case.given for case in expected], sizes)
+
+
+def _printed(result: Any, case: Case) -> str | None:
+    """What is wrong with what a program printed; empty if the step was not reached."""
+    if not result:
+        return ""
+    if result["why"]:
+        return str(result["why"])
+    if agrees(result["output"], case.expected):
+        return None
+    printed, expected = (
+        repr(text.strip()[: LONGEST_TEST // 2]) for text in (result["output"], case.expected)
+    )
+    return f"printed {printed} instead of {expected}"
+
+
 def _texts(name: str, value: Any) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -131,7 +161,9 @@ def _texts(name: str, value: Any) -> list[str]:
 def _why(program: Code, report: Report, results: list[str | None]) -> str:
     if load := report.steps.get("load"):
         return load
-    for test, result in zip(program.tests, results, strict=True):
+    for test, result in zip(program.inputs or program.tests, results, strict=True):
+        if result and program.inputs:
+            return f"{result} for {test.strip()[:LONGEST_TEST]!r}"
         if result:
             return f"{result} in {test.strip()[:LONGEST_TEST]}"
     return report.why or "not all tests were reached"

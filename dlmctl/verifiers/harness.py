@@ -4,6 +4,10 @@
 
 It limits and confines itself before it runs the code, imports only the standard library, and
 reports on a pipe, with a line for each step: token, step, and null or the problem as JSON.
+
+Code that reads standard input runs as a program, once for each input, in a child that is limited
+and confined and has no report; the step has what it printed, which is judged elsewhere, so that the
+child never has what is expected of it.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import json
 import os
 import platform
 import resource
+import select
 import signal
 import struct
 import sys
@@ -24,6 +29,8 @@ LONGEST_MESSAGE = 200
 """Most characters of a reported failure."""
 FILE_BYTES = 1 << 20
 OPEN_FILES = 64
+ERROR_BYTES = 4096
+"""Bytes of standard error that are kept, the last ones."""
 END = "end"
 
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
@@ -43,6 +50,7 @@ EVERYWHERE = {
     "removexattrat": 466, "open_tree_attr": 467, "file_setattr": 469,
 }  # fmt: skip
 X86_64 = {
+    "setpgid": 109, "setsid": 112,
     "shmget": 29, "socket": 41, "connect": 42, "fork": 57, "vfork": 58, "execve": 59, "kill": 62,
     "semget": 64, "msgget": 68, "truncate": 76, "ftruncate": 77, "chmod": 90, "fchmod": 91,
     "chown": 92, "fchown": 93, "lchown": 94, "ptrace": 101, "rt_sigqueueinfo": 129, "utime": 132,
@@ -60,6 +68,7 @@ X86_64 = {
     "kexec_file_load": 320, "bpf": 321, "execveat": 322, "userfaultfd": 323,
 }  # fmt: skip
 AARCH64 = {
+    "setpgid": 154, "setsid": 157,
     "setxattr": 5, "lsetxattr": 6, "fsetxattr": 7, "removexattr": 14, "lremovexattr": 15,
     "fremovexattr": 16, "umount2": 39, "mount": 40, "pivot_root": 41, "truncate": 45,
     "ftruncate": 46, "chroot": 51, "fchmod": 52, "fchmodat": 53, "fchownat": 54, "fchown": 55,
@@ -94,18 +103,128 @@ def main() -> None:
     report, token = int(sys.argv[1]), request["token"]
     write, leave, clock = os.write, os._exit, signal.setitimer
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    limit(request["seconds"], request["memory"])
     clock(signal.ITIMER_REAL, request["seconds"] + 5.0)
-    lacking = confine(request["readable"])
+    if request["inputs"]:
+        lacking, steps = confinable(request["readable"]), programs(request)
+    else:
+        limit(request["seconds"], request["memory"])
+        lacking, steps = confine(request["readable"]), run(request)
     if lacking and not request["unconfined"]:
         write(report, f"{token} confine {json.dumps(lacking)}\n".encode())
         leave(0)
-    if lacking:  # else seccomp denies processes, and lets threads through
+    if lacking and not request["inputs"]:  # else seccomp denies processes, and lets threads through
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-    for step, problem in run(request):
+    for step, problem in steps:
         write(report, f"{token} {step} {json.dumps(problem)}\n".encode())
     write(report, f"{token} {END} {json.dumps(lacking)}\n".encode())
     leave(0)
+
+
+def programs(request: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    """For each input what the program prints, and its problem, which is empty if there is none."""
+    yield "load", None
+    for number, (text, most) in enumerate(zip(request["inputs"], request["sizes"])):  # noqa: B905
+        given = input_file(text.encode("utf-8", "surrogatepass"))
+        (out, output), (err, errors) = os.pipe(), os.pipe()
+        child = os.fork()
+        if child == 0:
+            for here, place in ((given, 0), (output, 1), (errors, 2)):
+                os.dup2(here, place)
+            os.closerange(3, 4096)  # the report, too
+            become(request)
+        for here in (given, output, errors):
+            os.close(here)
+        printed, problem = collect(child, out, err, most)
+        os.close(out)
+        os.close(err)
+        text = "" if problem else printed.decode("utf-8", "replace")
+        yield str(number), {"output": text, "why": problem}
+
+
+def input_file(data: bytes) -> int:
+    """A file without a name, at its beginning."""
+    if hasattr(os, "memfd_create"):
+        file = os.memfd_create("input")
+    else:
+        file = os.open("input", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.unlink("input")
+    while data:
+        data = data[os.write(file, data) :]
+    os.lseek(file, 0, os.SEEK_SET)
+    return file
+
+
+def become(request: dict[str, Any]) -> None:
+    """Confine this process and run the code as the main program; ends with the interpreter."""
+    signal.setitimer(signal.ITIMER_REAL, request["seconds"] + 5.0)
+    limit(request["seconds"], request["memory"])
+    if confine(request["readable"]):
+        if not request["unconfined"]:
+            os._exit(1)
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        mode = "w" if number else "r"
+        stream = os.fdopen(number, mode, encoding="utf-8", errors="replace", closefd=False)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    sys.argv = ["main.py"]
+    for source in (*request["setup"], request["code"]):
+        exec(compile(source, "main.py", "exec", dont_inherit=True), module.__dict__)
+    sys.exit(0)
+
+
+def collect(child: int, out: int, err: int, most: int) -> tuple[bytes, str]:
+    """What a child prints, and why it failed; it is gone, and what it started may not be.
+
+    Args:
+        out: its standard output.
+        most: bytes of that.
+    """
+    printed, said, left, status = bytearray(), b"", {out, err}, None
+    while left:
+        ready = select.select(list(left), [], [], 0.1)[0]
+        for place in ready:
+            chunk = os.read(place, 1 << 16)
+            if not chunk:
+                left.discard(place)
+            elif place == out:
+                printed += chunk
+            else:
+                said = (said + chunk)[-ERROR_BYTES:]
+        if len(printed) > most:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return b"", f"printed more than {most} bytes"
+        if not ready:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:  # and what it started keeps the pipes open
+                break
+            status = None
+    if status is None:
+        _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return b"", f"signal {os.WTERMSIG(status)}"
+    code = os.WEXITSTATUS(status)
+    if not code:
+        return bytes(printed), ""
+    last = said.decode("utf-8", "replace").strip().rpartition("\n")[2]
+    return b"", (last or f"exit {code}")[:LONGEST_MESSAGE]
+
+
+def confinable(readable: list[str]) -> str | None:
+    """What `confine` returns in a child, so that this process can still make children."""
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writes, (confine(readable) or "confined").encode())
+        os._exit(0)
+    os.close(writes)
+    said = os.read(reads, 1000).decode()
+    os.close(reads)
+    os.waitpid(child, 0)
+    return None if said == "confined" else said or "the trial failed"
 
 
 def run(request: dict[str, Any]) -> Iterable[tuple[str, str | None]]:

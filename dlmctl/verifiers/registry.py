@@ -67,6 +67,9 @@ SAME_TASK = {
     "humaneval": "code",
     "openai_humaneval": "code",
     "mbpp": "code",
+    "apps": "code",
+    "taco": "code",
+    "livecodebench": "code",
     "geometry3k": "vqa",
     "virl39k": "vqa",
 }

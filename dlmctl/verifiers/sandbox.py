@@ -19,14 +19,17 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dlmctl.verifiers.harness import END
 
 HARNESS = Path(__file__).with_name("harness.py")
 LONGEST_STEP = 2000
 """Most bytes in the report of a step, well above what the harness writes."""
+REAPED = 1.0
+"""Most seconds until processes that were killed are gone."""
 READABLE = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
@@ -39,13 +42,18 @@ class Code(NamedTuple):
     setup: list[str]
     code: str
     tests: list[str]
+    inputs: Sequence[str] = ()
+    """If there are any, `setup` and `code` run as a program, once with each as standard input."""
+    sizes: Sequence[int] = ()
+    """Most bytes that it may print for each."""
 
 
 class Report(NamedTuple):
     """The results."""
 
-    steps: dict[str, str | None]
-    """`load` and numbers of tests to the problem, or None; only steps that were reached."""
+    steps: dict[str, Any]
+    """`load` and numbers of tests to the problem, or None; only steps that were reached. Numbers of
+    inputs to `output`, and to `why`, the problem."""
     why: str
     """Why it stopped early; empty if it did not."""
     lacking: str | None
@@ -92,15 +100,31 @@ def run_code(code: Code, time_limit: float, memory: int, unconfined: bool = Fals
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError), process.stdin:
                 process.stdin.write(json.dumps(request).encode())
-            report, why = _read(
-                process, reads, token, time_limit, LONGEST_STEP * (len(code.tests) + 10)
-            )
+            steps = len(code.tests) + len(code.inputs)
+            # JSON has up to six bytes for one.
+            longest = LONGEST_STEP * (steps + 10) + 6 * sum(code.sizes)
+            report, why = _read(process, reads, token, time_limit, longest)
         finally:
             with contextlib.suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             os.close(reads)
+            _await_end(process.pid)
     return _report(report, token, why)
+
+
+def _await_end(group: int) -> None:
+    """Wait until the processes of a group, which were killed, are gone.
+
+    That takes a moment. Where nobody reaps orphans, as in some containers, they stay as zombies.
+    """
+    end = time.monotonic() + REAPED
+    while time.monotonic() < end:
+        try:
+            os.killpg(group, 0)
+        except OSError:
+            return
+        time.sleep(0.005)
 
 
 def _read(
@@ -139,7 +163,7 @@ def _read(
 
 
 def _report(report: bytes, token: str, why: str) -> Report:
-    steps: dict[str, str | None] = {}
+    steps: dict[str, Any] = {}
     lacking = None
     for line in report.splitlines():
         mine, _, rest = line.decode("utf-8", "replace").partition(" ")

@@ -38,7 +38,7 @@ EXAMPLES = [*of_help_texts(), *of_readmes(), *of_benchmarks()]
 RUN = [example for example in EXAMPLES if not entry(NOT_RUN, example.text)]
 WRITTEN = (
     "output", "directory", "target", "html", "plot", "rows", "gallery", "summary", "curve",
-    "novelty", "judge_prompts",
+    "novelty", "judge_prompts", "junit",
 )  # fmt: skip
 """Parameters that name what is written."""
 

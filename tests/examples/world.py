@@ -65,6 +65,7 @@ dlmctl prompts sudoku -n 2 -o prompts.jsonl
 dlmctl rollout -n 2 --temperature 2 prompts.jsonl -o samples.jsonl
 dlmctl verify samples.jsonl -o verified.jsonl
 cp samples.jsonl completions.jsonl
+cp verified.jsonl baseline.jsonl
 dlmctl update --algo rspo verified.jsonl -o runs/a > metrics.jsonl
 dlmctl update --algo rspo --lora-rank 2 verified.jsonl -o runs/lora > /dev/null
 mkdir runs/large && cp metrics.jsonl runs/large/llada.jsonl
