@@ -172,18 +172,20 @@ def test_one_pass_gives_answers_that_belong_together(tmp_path: Path, count: int)
     run = tmp_path / "run"
     trained = invoke(
         "distill", "masked", file, "-m", model, "-o", run, "--decided", 4, "--rounds", 1,
-        "--steps-per-round", 120, "--records-per-step", 16, "--lr", 3e-3, "--schedule", "cosine", "--total-steps", 120, "-q",
+        "--steps-per-round", 120, "--records-per-step", 16, "--lr", 3e-3, "-q",
     )  # fmt: skip
     assert trained.exit_code == 0, trained.stderr
     if count > 1:
-        used = read_jsonl(run / "metrics.jsonl")[-1]["latent_nats"]
-        assert log(2) - 0.1 < used < log(4) + 1e-9
+        # Only where all four tokens are masked, in one of four draws, are there two answers.
+        last = read_jsonl(run / "metrics.jsonl")[-40:]
+        used = sum(row["latent_nats"] for row in last) / len(last)
+        assert used == pytest.approx(log(2) / 4, abs=0.08)
     asked = [orjson.dumps({"id": r["id"], "prompt": r["prompt"]}) for r in records]
     (tmp_path / "asked.jsonl").write_bytes(b"\n".join(asked))
     drawn = invoke("rollout", tmp_path / "asked.jsonl", "-m", run, "--steps", 1, "-n", 1, "-q")
     answers = Counter(orjson.loads(line)["completion"] for line in drawn.stdout.splitlines())
     share = (answers["1111"] + answers["2222"]) / len(records)
-    assert share > 0.9 if count > 1 else share < 0.25, answers
+    assert share > 0.9 if count > 1 else share < 0.4, answers
     assert min(answers["1111"], answers["2222"]) > (0.2 * len(records) if count > 1 else 0)
 
 
