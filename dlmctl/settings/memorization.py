@@ -180,6 +180,21 @@ class Encoders:
         metavar="FILE",
         shown_default="none",
     )
+    lpips: Path | None = knob(
+        None,
+        "Weights of torchvision's AlexNet (alexnet-owt-….pth) or VGG16 (vgg16-….pth), or their "
+        "tensors as safetensors, for lpips: the perceptual distance of a sample to its nearest "
+        "training image. Needs --lpips-heads.",
+        metavar="FILE",
+        shown_default="none",
+    )
+    lpips_heads: Path | None = knob(
+        None,
+        "Heads of LPIPS for that network: the tensors of weights/v0.1/alex.pth or vgg.pth of the "
+        "package lpips, which are pickles, as safetensors; the refusal says how to convert them.",
+        metavar="FILE",
+        shown_default="none",
+    )
     inception: Path | None = knob(
         None,
         "Weights of FID's Inception network, for fid and kid: "
@@ -210,6 +225,8 @@ class Encoders:
     def __post_init__(self) -> None:
         if self.extractor and self.features:
             raise UsageError("--extractor and --features are two ways to the same: give one")
+        if bool(self.lpips) != bool(self.lpips_heads):
+            raise UsageError("--lpips and --lpips-heads are the two parts of LPIPS: give both")
 
 
 @dataclass(frozen=True)
