@@ -13,7 +13,7 @@ from dlmctl.commands.labels import Labels, label_fields, labelled
 from dlmctl.commands.progress import counted
 from dlmctl.commands.tables import write_rows
 from dlmctl.records.errors import UsageError
-from dlmctl.records.jsonl import Record, each, located, write_records
+from dlmctl.records.jsonl import Record, dump, each, located, write_records
 from dlmctl.settings import Knob, Without
 from dlmctl.settings.compute import DeviceName
 from dlmctl.settings.memorization import Bootstrap, Replication
@@ -98,6 +98,8 @@ def command(
     faulty, total = kept_in(rows, on_error), input_lines(files)
 
     def scored(record: Record) -> Record:
+        if rows:
+            dump(record)  # raises before anything takes long
         member, text = is_member(record), text_of(record)
         scores = prompt_scores(pipeline, text, plan, clip)
         known.append((scores, member))

@@ -248,13 +248,13 @@ class Replication:
         "-n",
         "--samples",
         minimum=1,
-        shown_default="500 with clique, as its paper; else 4, as the code of Wen et al.",
+        shown_default="500 with clique, as its paper; else 4, as Wen et al.'s code",
     )
     steps: int | None = knob(
         None,
         "Sampling steps: of DDIM for a teacher.",
         minimum=1,
-        shown_default="50 for a teacher, as both papers; 4 for a student (ours)",
+        shown_default="50 for a teacher, as Wen et al.'s code; 4 for a student (ours)",
     )
     guidance: float = knob(
         7.5, "Guidance scale, as diffusers counts it; 1 is none. 7.5 is Wen et al.'s.", minimum=1.0
@@ -262,7 +262,7 @@ class Replication:
     norm_steps: int | None = knob(
         None,
         "For norm: average over the first so many steps; without clique and clip the sampler ends "
-        "after them. The paper has 1, 10 and 50.",
+        "after them. The paper finds the first step nearly enough.",
         minimum=1,
         shown_default="all",
     )
@@ -275,8 +275,8 @@ class Replication:
     tile_distance: float = knob(
         0.15,
         "For clique: two samples are near duplicates if no two tiles are farther apart, by the "
-        "root of the mean square of pixels in [0, 1]. 0.15 is what the paper has for a copy of a "
-        "training image; it states none for this (ours).",
+        "root of the mean square of pixels in [0, 1]. 0.15 is the paper's limit for a copy of a "
+        "training image; to take it for near duplicates is ours.",
         minimum=0.0,
     )
     clique_size: int = knob(

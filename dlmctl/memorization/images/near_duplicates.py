@@ -14,8 +14,8 @@ from torch import Tensor
 from dlmctl.records.errors import UsageError
 
 LIMIT = 100_000
-"""Branches after which the search for the largest clique ends, some minutes for 500 images. Graphs
-of near duplicates need few, as most of their cliques do not overlap."""
+"""Branches after which the search for the largest clique ends, whatever the graph. Graphs of near
+duplicates need few: their cliques hardly overlap."""
 
 
 def tile_distances(images: Tensor, tiles: int) -> Tensor:
@@ -62,7 +62,7 @@ def largest_clique(adjacent: Tensor, limit: int = LIMIT) -> tuple[list[int], boo
     best: list[int] = []
     clique: list[int] = []
     # For each vertex of the clique: what may follow it, and in which order it is tried.
-    stack = [[everything, _coloured(everything, neighbours)]]
+    stack = [(everything, _coloured(everything, neighbours))]
     for _ in range(limit):
         if not stack:
             break
@@ -73,11 +73,11 @@ def largest_clique(adjacent: Tensor, limit: int = LIMIT) -> tuple[list[int], boo
             continue
         vertex, _ = tried.pop()
         clique.append(vertex)
-        stack[-1][0] = candidates & ~(1 << vertex)
+        stack[-1] = candidates & ~(1 << vertex), tried
         if len(clique) > len(best):
             best = list(clique)
         inner = candidates & neighbours[vertex]
-        stack.append([inner, _coloured(inner, neighbours)])
+        stack.append((inner, _coloured(inner, neighbours)))
     return sorted(order[best].tolist()), not stack
 
 
