@@ -66,15 +66,16 @@ def command(
 
     Writes a record for each set of samples: f_mem is the share that is memorized, f_mem_interval a
     bootstrap interval, heldout_f_mem the same against the held-out set, f_mem_excess the
-    difference; ratio and d1 are means; sim, sim_p95 and sim_max are of the largest cosines;
-    mmd2_gap is the MMD to the training set less the MMD to held-out images, with a one-sided p from
-    exchanging them; fd is the Fréchet distance in the space of quality, and fd_se its error over
-    samples and references, up to 512 dimensions; fd_train_heldout is the distance from the training
-    set to held-out images, which no sampler can be expected to beat. fid and kid are in Inception's
-    features (--inception); kid_std is the standard deviation over its subsets. A
-    share of exactly 0 or 1 has an interval of width 0: it may be wrong by up to 3 / N. Weights are
-    named by path and hash. For files by 'distill sample' the record also has model, step (of
-    training), steps (of the sampler) and evaluations.
+    difference; ratio and d1 are means; sim, sim_p95 and sim_max are of the largest cosines; lpips
+    is the perceptual distance to the image that is nearest by pixels, with its 5th percentile
+    lpips_p05 (--lpips); mmd2_gap is the MMD to the training set less the MMD to held-out images,
+    with a one-sided p from exchanging them; fd is the Fréchet distance in the space of quality, and
+    fd_se its error over samples and references, up to 512 dimensions; fd_train_heldout is the
+    distance from the training set to held-out images, which no sampler can be expected to beat. fid
+    and kid are in Inception's features (--inception); kid_std is the standard deviation over its
+    subsets. A share of exactly 0 or 1 has an interval of width 0: it may be wrong by up to 3 / N.
+    Weights are named by path and hash. For files by 'distill sample' the record also has model,
+    step (of training), steps (of the sampler) and evaluations.
 
     Examples:
 
@@ -123,7 +124,7 @@ def command(
             check_drawable(sets.samples.images)  # before anything takes long
         sets = features.added(sets)
         say(sets.notes)
-        result = study_samples(sets, study, bootstrap, where)
+        result = study_samples(sets, study, bootstrap, where, features.lpips)
         row = labelled({**written, **fields}, {**summary(sets, result, study), **features.about})
         return row, sets, result
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from dlmctl.distill.image_checkpoints import ModelConfig
 from dlmctl.distill.image_training import TrainingRun
 from dlmctl.distill.text_pipelines import TextPipeline, student_config, student_unet
 from dlmctl.records.errors import DataError, UsageError
-from dlmctl.records.jsonl import Record
+from dlmctl.records.jsonl import OnError, Record, located
 from dlmctl.settings.distill import GuidedDistillation
 from dlmctl.settings.images import Training
 from dlmctl.tasks.images import record_images
@@ -35,14 +35,27 @@ def read_texts(name: str) -> list[str]:
         MissingInputError: there is no such file or data set.
         DataError: it has no texts.
     """
-    if Path(name).suffix == ".txt" and Path(name).is_file():
-        lines = Path(name).read_text(encoding="utf-8").splitlines()
-        texts = [line.strip() for line in lines if line.strip()]
-    else:
-        texts = [_text(row) for row in read_rows(name, "train", None, "fail")]
+    texts = [text_of(row) for row in read_prompts([name], "fail")]
     if not texts:
         raise DataError("it has no texts", name)
     return texts
+
+
+def read_prompts(names: Sequence[str], on_error: OnError) -> Iterator[Record]:
+    """Records of files of texts: the lines of .txt, as `prompt`, or rows; `-` is standard input.
+
+    Raises:
+        MissingInputError: there is no such file or data set.
+        DataError: a row cannot be read.
+    """
+    for name in names or ["-"]:
+        if Path(name).suffix == ".txt" and Path(name).is_file():
+            lines = Path(name).read_text(encoding="utf-8").splitlines()
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield located({"prompt": line.strip()}, f"{name}:{number}")
+        else:
+            yield from read_rows(name, "train", None, on_error)
 
 
 def read_captioned(name: str) -> tuple[Tensor, list[str]]:
@@ -61,7 +74,7 @@ def read_captioned(name: str) -> tuple[Tensor, list[str]]:
             raise DataError(f"one image is expected, and there are {len(pictures)}", row.where)
         array = numpy.asarray(pictures[0], dtype=numpy.float32)
         images.append(torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1))
-        texts.append(_text(row))
+        texts.append(text_of(row))
         if images[-1].shape != images[0].shape:
             raise DataError("an image of another size than the first", row.where)
     if not images:
@@ -69,7 +82,8 @@ def read_captioned(name: str) -> tuple[Tensor, list[str]]:
     return torch.stack(images), texts
 
 
-def _text(row: Record) -> str:
+def text_of(row: Record) -> str:
+    """The text of a row; raises DataError if it has none."""
     name = next((column for column in COLUMNS if isinstance(row.get(column), str)), None)
     if name is None:
         raise DataError(

@@ -110,6 +110,7 @@ LINES = [
     " --heldout builtin:digits#32:64 --rows OUT",
     "memo-eval samples --samples images.safetensors --train builtin:digits#0:32 --dedup"
     " --space pca:4 --extractor extractor --rows OUT",
+    "memo-eval prompts -m pictures captioned.jsonl -n 3 --clique-size 2 --steps 2 -b 2 --rows OUT",
     "memo-eval text --mode prefix,suffix,random -n 2 --orders 2 --steps 2 --heldout plain.jsonl"
     " solved.jsonl -m llada --rows OUT",
     "memo-eval membership --members solved.jsonl --others plain.jsonl -m llada"

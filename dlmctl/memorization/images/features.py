@@ -13,6 +13,7 @@ from dlmctl.distill.image_sets import read_images
 from dlmctl.memorization.images.compared_sets import ImageSet, ImageSets, with_features
 from dlmctl.memorization.images.image_encoder import ImageEncoder
 from dlmctl.memorization.images.inception import InceptionEncoder, notes_on_fid
+from dlmctl.memorization.images.lpips import Lpips
 from dlmctl.memorization.images.sscd import SscdEncoder
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.settings.memorization import Encoders
@@ -50,6 +51,11 @@ class SetFeatures:
         """Fields of a record: the weights by path and hash."""
         for network in networks.values():
             self.about |= network.about
+        self.lpips: Lpips | None = None
+        """A distance of two images, which has no features to keep."""
+        if encoders.lpips and encoders.lpips_heads:
+            self.lpips = Lpips(encoders.lpips, encoders.lpips_heads, device)
+            self.about |= self.lpips.about
 
     def added(self, sets: ImageSets) -> ImageSets:
         """The sets with features.

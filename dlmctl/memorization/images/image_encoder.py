@@ -128,6 +128,51 @@ class ImageEncoder:
         return states.mean(1) if states.dim() == 3 else states.flatten(2).mean(2)
 
 
+class ClipScorer:
+    """Cosine of image and text by a CLIP model (Hessel et al. 2021, arXiv 2104.08718).
+
+    Their score is 2.5 max(cosine, 0). Images are squeezed to the model's size, without cropping.
+    """
+
+    def __init__(self, directory: Path, device: torch.device) -> None:
+        """Load the model and its tokenizer.
+
+        Raises:
+            MissingInputError, DataError: as `ImageEncoder`; or it is no CLIP, or has no tokenizer.
+        """
+        from transformers import CLIPTokenizer
+
+        self.images = ImageEncoder(directory, device)
+        config = self.images.model.config
+        if config.model_type != "clip":
+            raise DataError(f"{directory} is a {config.model_type}, and --clip takes a CLIPModel")
+        # Without its files the class makes an empty tokenizer.
+        if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise MissingInputError(f"{directory} has no tokenizer.json: --clip needs a tokenizer")
+        try:
+            self.tokenizer = CLIPTokenizer.from_pretrained(str(directory), local_files_only=True)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            reason = str(error).strip().split("\n")[0][:200]
+            raise DataError(f"the tokenizer cannot be loaded ({reason})", str(directory)) from None
+        self.longest = min(
+            self.tokenizer.model_max_length, config.text_config.max_position_embeddings
+        )
+        about = self.images.about
+        self.about = {"clip_model": str(directory), "clip_revision": about["extractor_revision"]}
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, text: str) -> Tensor:
+        """float64 [N] of images [N, C, H, W] in [-1, 1] and a text, cut to what the model takes."""
+        tokens = self.tokenizer(
+            [text], truncation=True, max_length=self.longest, return_tensors="pt"
+        ).to(self.images.device)
+        with whole_products():
+            output = self.images.model.get_text_features(**tokens)
+        states: Any = output if isinstance(output, Tensor) else output.pooler_output
+        of_text, of_images = states.double().cpu(), self.images(images).double()
+        return functional.cosine_similarity(of_images, of_text)
+
+
 def _size(config: Any, about: dict[str, Any]) -> tuple[int, int]:
     """Height and width of the model's input.
 

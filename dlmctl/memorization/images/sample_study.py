@@ -7,7 +7,7 @@ of the training set. Quality is against all held-out images, of which more say m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,12 +31,21 @@ class StudyResult(NamedTuple):
     """Of the samples, in each reference set."""
     similarity: list[Tensor]
     """float64 [N] for each reference set; empty without features."""
+    perceptual: list[Tensor]
+    """float64 [N] for each reference set, LPIPS to the nearest image; empty without LPIPS."""
 
 
 def study_samples(
-    sets: ImageSets, study: SampleStudy, bootstrap: Bootstrap, device: torch.device
+    sets: ImageSets,
+    study: SampleStudy,
+    bootstrap: Bootstrap,
+    device: torch.device,
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> StudyResult:
     """All figures.
+
+    Args:
+        lpips: from images and others, [N, ...] each, to the distances of the pairs, float64 [N].
 
     Raises:
         DataError: the sets are too small for one of them, or a covariance is singular.
@@ -77,11 +86,19 @@ def study_samples(
         for least in study.copy_thresholds:
             over = [(each > least).double() for each in alike]
             figures.append(mean(f"sim_over_{least:g}", over))
-    # 3. Quality in a space of features.
+    # 3. LPIPS to the image that is nearest by pixels.
+    perceptual = []
+    if lpips:
+        perceptual = [
+            lpips(sets.samples.images, part.images[each.indices[:, 0]])
+            for part, each in zip(references, near, strict=True)
+        ]
+        figures += [mean("lpips", perceptual), quantile("lpips_p05", perceptual, 0.05)]
+    # 4. Quality in a space of features.
     if study.quality:
         more, both = quality(sets, study, bootstrap, device)
         figures, joint = figures + more, joint | both
-    return StudyResult(figures, joint, near, alike)
+    return StudyResult(figures, joint, near, alike, perceptual)
 
 
 def summary(sets: ImageSets, result: StudyResult, study: SampleStudy) -> dict[str, Any]:
@@ -118,4 +135,6 @@ def sample_rows(sets: ImageSets, result: StudyResult, threshold: float) -> Itera
             row[f"{prefix}memorized"] = bool(memorized(near, threshold)[0])
             if result.similarity:
                 row[f"{prefix}sim"] = float(result.similarity[each][number])
+            if result.perceptual:
+                row[f"{prefix}lpips"] = float(result.perceptual[each][number])
         yield row

@@ -34,7 +34,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise DataError(
             "no archive of torch.save, and a pickle is not read; if you trust it, convert it: "
             "python -c 'import sys, torch; from safetensors.torch import save_file; save_file("
-            "torch.load(sys.argv[1], weights_only=True), sys.argv[2])' FILE FILE.safetensors",
+            'torch.load(sys.argv[1], "cpu", weights_only=True), sys.argv[2])'
+            "' FILE FILE.safetensors",
             str(path),
         )
     if _is_torchscript(path):
