@@ -87,6 +87,9 @@ SUBCOMMANDS = {
     "stats": Subcommand("stats", LOOK, "Accuracy, pass@k, reward and length per task."),
     "view": Subcommand("view", LOOK, "Show completions token by token, shaded by numbers."),
     "plot": Subcommand("plot", LOOK, "Draw curves from metrics records."),
+    "top": Subcommand(
+        "top", LOOK, "Follow training runs on the terminal: curves, step, rate, time left."
+    ),
     "tensorboard": Subcommand(
         "tensorboard", LOOK, "Write metrics records as event files of TensorBoard."
     ),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.ranks import on_every_rank, write_metrics
+from dlmctl.commands.tracking import check_trackers, tracked
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.groups import group_size
 from dlmctl.records.jsonl import OnError, Record, each, object_field
@@ -22,7 +23,14 @@ from dlmctl.settings.models import Prompting, Reading
 from dlmctl.settings.objective import Advantages, Algo, Constants
 from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.settings.streams import Files, OnErrorOption, Passes, Quiet
-from dlmctl.settings.training import Learning, OptionalModel, ResumeInput, RunOutput, Saving
+from dlmctl.settings.training import (
+    Learning,
+    Log,
+    OptionalModel,
+    ResumeInput,
+    RunOutput,
+    Saving,
+)
 
 
 @on_every_rank
@@ -42,6 +50,7 @@ def command(
     optimizer: Optimizer = Optimizer(),
     adapter: Adapter = Adapter(),
     saving: Saving = Saving(),
+    log: Log = None,
     seed: Seed = 0,
     compute: QuantizedCompute = QuantizedCompute(),
     on_error: OnErrorOption = "fail",
@@ -100,6 +109,7 @@ def command(
     from dlmctl.train.run import open_run
 
     # 1. Refuse what does not go together.
+    check_trackers(log)
     _check_supervised(algo, supervised, learning, advantages)
     if optimizer.ema and algo != "sft":
         raise UsageError("--ema is for --algo sft: completions are sampled from checkpoints")
@@ -195,7 +205,8 @@ def command(
         )
     group = max(0, stream.group or 0)
     total = lines.times(passes.epochs * inner / (group * prompts)) if group else None
-    write_metrics(metrics, quiet, run.standing, total, run.progress.step if resume else 0)
+    with tracked(log, run.directory.path, run.recorded()):
+        write_metrics(metrics, quiet, run.standing, total, run.progress.step if resume else 0)
 
 
 class _Stream:

@@ -42,6 +42,19 @@ ResumeInput = Annotated[
     ),
 ]
 
+TRACKERS = ("trackio", "wandb", "tensorboard", "mlflow")
+Log = Annotated[
+    list[str] | None,
+    Knob(
+        f"Send the metrics to a tracker too, by its own client: {', '.join(TRACKERS)}; repeatable, "
+        "or a list with commas. A run that resumes continues the same tracked run. Where to is "
+        "what the variables of the tracker say, such as WANDB_MODE or MLFLOW_TRACKING_URI.",
+        "--log",
+        metavar="TRACKER",
+        shown_default="metrics.jsonl alone",
+    ),
+]
+
 
 @dataclass(frozen=True)
 class Learning:

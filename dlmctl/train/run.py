@@ -148,6 +148,10 @@ class Run:
                 self.average.update(self.progress.step)
         return {"grad_norm": norm, "lr": rate, "applied": applied}
 
+    def recorded(self) -> dict[str, Any]:
+        """Options of the training, by name."""
+        return {**self.about, **dataclasses.asdict(self.optimization)}
+
     def standing(self) -> str:
         """Where the run is, for those who interrupt it."""
         return self.directory.standing(self.progress.step)
@@ -200,7 +204,7 @@ class Run:
         """Write a checkpoint, on the first rank; returns its revision on all."""
         revision = ""
         if is_first():
-            settings = {**self.about, **dataclasses.asdict(self.optimization)}
+            settings = self.recorded()
             metrics = last_metrics(self.directory.metrics, step=self.progress.step)
 
             def fill(directory: Path) -> None:
