@@ -101,6 +101,7 @@ def command(
     from dlmctl.rl.advantage_stage import consistent
     from dlmctl.rl.advantages import Normalization
     from dlmctl.rl.batches import of_one_model
+    from dlmctl.rl.kept_samples import KeptSamples
     from dlmctl.rl.objectives.table import make_objective
     from dlmctl.rl.policy_gradient import Batching
     from dlmctl.rl.supervised import with_completion_ids
@@ -117,6 +118,9 @@ def command(
         raise UsageError("--epochs and --shuffle are for --algo sft: groups stay as they are")
     if learning.credit_cosine is not None and not RECIPES[algo].token_weights:
         raise UsageError(f"--credit-cosine is about token weights, which --algo {algo} has not")
+    samples = saving.samples()
+    if samples and algo == "sft":
+        raise UsageError("--keep-samples is for completions that were sampled, not for --algo sft")
     levels, loss, recipe = supervised.levels, constants.of(algo), RECIPES[algo]
     normalization = Normalization.of(algo, advantages)
     inner, prompts = learning.inner or recipe.inner, advantages.prompts_per_step
@@ -147,6 +151,8 @@ def command(
     rest = run.untrained(stream.records) if resume else stream.records
     if rest is None:
         return
+    if samples:
+        run.keep_samples = KeptSamples(run.directory.path, *samples).offer
     if model is None and not run.progress.step:
         rest = of_one_model(rest, sampled_from)
     if stream.pairs:
