@@ -126,7 +126,7 @@ def command(
     inner, prompts = learning.inner or recipe.inner, advantages.prompts_per_step
 
     # 2. Open the run, once the first record is there.
-    lines, stream = input_lines(files), _Stream(passes, seed)
+    lines, stream = input_lines(files), _Stream(passes, seed, samples is not None)
     sampled_from, directory = run_on_first(
         lambda: stream.begin(algo, output, files, on_error, supervised.filling)
     )
@@ -218,8 +218,8 @@ def command(
 class _Stream:
     """The input, which the first rank alone reads."""
 
-    def __init__(self, passes: Passes, seed: int) -> None:
-        self._passes, self._seed = passes, seed
+    def __init__(self, passes: Passes, seed: int, keeps_samples: bool) -> None:
+        self._passes, self._seed, self._keeps_samples = passes, seed, keeps_samples
         self.records: Iterator[Record] = iter(())
         self.group: int | None = None
         """Records of a prompt; None if the first one does not say."""
@@ -253,6 +253,8 @@ class _Stream:
                 f"{first.where}: a row with 'chosen' and 'rejected' is a preference, for --algo "
                 f"vrpo, not {algo}"
             )
+        if self.pairs and self._keeps_samples:
+            raise UsageError(f"--keep-samples is for completions that were sampled: {first.where}")
         if algo == "vrpo" and fill is not None and not self.pairs:
             raise UsageError(f"--fill-to is for texts: {first.where} has no 'chosen'")
         if self.pairs:

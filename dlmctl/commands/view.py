@@ -94,7 +94,7 @@ def command(
             raise MissingInputError(
                 f"{run} has no samples.jsonl: 'dlmctl update --keep-samples N:K' keeps completions"
             )
-        files = [str(samples)]
+        files, on_error = [str(samples)], "keep"  # a page of a run does not fail for one of them
         if model is None and (run / "latest" / "dlmctl.json").exists():
             model = str(run)
     there = run is None or (run / "samples.jsonl").exists()

@@ -125,7 +125,13 @@ class Follower:
 
 def follow(name: str, directory: Path, say: Callable[[str], None]) -> None:
     """Follow a run until the trainer, which holds the other end of standard input, has ended."""
-    about, ended = json.loads(sys.stdin.buffer.raw.readline()), False
+    line, ended = b"", False
+    while not line.endswith(b"\n"):  # byte by byte: a buffer would hide from `select` what it has
+        byte = os.read(0, 1)
+        if not byte:
+            return
+        line += byte
+    about = json.loads(line)
     lock: Lock | None = None
     until = float("inf")
     while lock is None:

@@ -22,8 +22,9 @@ from dlmctl.records import interrupts, stderr
 
 RECORD = {"id": "a", "task": "countdown", "numbers": [1, 2], "target": 3, "completion": "1+2"}
 LINE = orjson.dumps(RECORD) + b"\n"
-QUICK = {"doctor", "init", "merge", "plan", "plot", "sae-convert", "tensorboard", "view"}
-"""Commands that are done within a minute, or as soon as files can be read and written."""
+QUICK = {"doctor", "init", "merge", "plan", "plot", "sae-convert", "tensorboard", "top", "view"}
+"""Commands that are done within a minute, or as soon as files can be read and written, or that show
+nothing but progress."""
 
 
 class Clock:

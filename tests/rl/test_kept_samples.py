@@ -66,6 +66,16 @@ def test_another_form_is_refused(text: str, tmp_path: Path) -> None:
     assert "is not N:K" in done.stderr
 
 
+def test_rows_of_preferences_are_no_samples(tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "1", "chosen": "2", "rejected": "3"}\n')
+    options = ["--algo", "vrpo", "--keep-samples", "1:1"]
+    done = invoke("update", pairs, *options, "-o", tmp_path / "a")
+    assert done.exit_code == 2
+    assert f"were sampled: {pairs}:1" in done.stderr
+    assert not (tmp_path / "a").exists()
+
+
 def test_answers_of_a_data_set_are_no_samples(tmp_path: Path) -> None:
     options = ["--algo", "sft", "--keep-samples", "1:1"]
     done = invoke("update", "none.jsonl", *options, "-o", tmp_path / "a")
