@@ -90,6 +90,9 @@ SUBCOMMANDS = {
         "chat", LOOK, "Talk with a model, and see in which order it decides its tokens."
     ),
     "plot": Subcommand("plot", LOOK, "Draw curves from metrics records."),
+    "top": Subcommand(
+        "top", LOOK, "Follow training runs on the terminal: curves, step, rate, time left."
+    ),
     "tensorboard": Subcommand(
         "tensorboard", LOOK, "Write metrics records as event files of TensorBoard."
     ),

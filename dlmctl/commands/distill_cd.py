@@ -7,6 +7,7 @@ from typing import Annotated
 
 from dlmctl.commands.distill_teacher import take_steps
 from dlmctl.commands.ranks import on_every_rank
+from dlmctl.commands.tracking import check_trackers
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob
 from dlmctl.settings.compute import DeviceName
@@ -67,6 +68,7 @@ def command(
     from dlmctl.models.loading import resolve_device
     from dlmctl.train.distributed import is_first
 
+    check_trackers(reports.log)
     if teacher is None and (plan.needs_teacher or plan.init == "teacher"):
         what = f"--objective {plan.objective}" if plan.needs_teacher else "--init teacher"
         raise UsageError(f"{what} needs --teacher")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from dlmctl.commands.distill_teacher import take_steps
 from dlmctl.commands.ranks import on_every_rank
+from dlmctl.commands.tracking import check_trackers
 from dlmctl.settings import Knob
 from dlmctl.settings.compute import DeviceName
 from dlmctl.settings.distill import GuidedDistillation
@@ -57,6 +58,7 @@ def command(
     from dlmctl.distill.text_runs import guided_run, read_captioned
     from dlmctl.models.loading import resolve_device
 
+    check_trackers(reports.log)
     place = resolve_device(device)
     images, texts = read_captioned(data)
     model = load_text_pipeline(teacher, place)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.ranks import on_every_rank, write_metrics
+from dlmctl.commands.tracking import check_trackers, tracked
 from dlmctl.records.passes import read_passes
 from dlmctl.settings import Knob
 from dlmctl.settings.compute import Compute
@@ -17,7 +18,7 @@ from dlmctl.settings.masks import Fill
 from dlmctl.settings.models import Prompting, Reading
 from dlmctl.settings.optimizer import OPTIMIZER, Adapter, GradientCheckpointing, Optimizer
 from dlmctl.settings.streams import Files, OnErrorOption, Passes, Quiet
-from dlmctl.settings.training import ResumeInput
+from dlmctl.settings.training import Log, ResumeInput
 
 
 @on_every_rank
@@ -56,6 +57,7 @@ def command(
     adapter: Adapter = Adapter(),
     gradient_checkpointing: GradientCheckpointing = False,
     keep: Annotated[int, Knob("Number of newest checkpoints to keep.", "--keep", minimum=1)] = 2,
+    log: Log = None,
     compute: Compute = Compute(),
     on_error: OnErrorOption = "fail",
     quiet: Quiet = False,
@@ -82,6 +84,7 @@ def command(
     from dlmctl.train.distributed import is_first
     from dlmctl.train.run import open_run
 
+    check_trackers(log)
     fill = Fill.read(fill_to)
     lines = input_lines(files)
     records = read_passes(files or [], on_error, passes.epochs, passes.shuffle, plan.seed)
@@ -111,4 +114,5 @@ def command(
     metrics = distill_masked(rest, run, plan, records_per_step, compute.batch_size, fill, keep)
     before = run.progress.step if resume else 0
     total = lines.times(passes.epochs / records_per_step, steps - run.progress.step + before)
-    write_metrics(metrics, quiet, run.standing, total, before)
+    with tracked(log, output, run.recorded()):
+        write_metrics(metrics, quiet, run.standing, total, before)

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 from dlmctl.commands.ranks import on_every_rank, write_metrics
+from dlmctl.commands.tracking import check_trackers, tracked
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob
 from dlmctl.settings.compute import DeviceName
@@ -74,6 +75,7 @@ def command(
     from dlmctl.distill.image_sets import training_pixels
     from dlmctl.models.loading import resolve_device
 
+    check_trackers(reports.log)
     if not sigma_data:
         raise UsageError("--sigma-data is above 0")
     place = resolve_device(device)
@@ -90,13 +92,14 @@ def take_steps(run: TrainingRun, reports: Reports, quiet: bool) -> None:
     outcome = f"{run.directory} is trained already"
     if not run.finished:
         outcome = f"{run.directory}/latest is the model"
-        write_metrics(
-            run.train(reports.log_every, 60 * reports.save_minutes),
-            quiet,
-            run.standing,
-            run.recipe.steps,
-            run.step,
-            at=lambda: run.step,
-        )
+        with tracked(reports.log, run.directory.path, run.about):
+            write_metrics(
+                run.train(reports.log_every, 60 * reports.save_minutes),
+                quiet,
+                run.standing,
+                run.recipe.steps,
+                run.step,
+                at=lambda: run.step,
+            )
     if is_first():
         print(f"dlmctl: {outcome}", file=sys.stderr)

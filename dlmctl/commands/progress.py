@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from dlmctl.commands.input_lines import Lines
 from dlmctl.records import interrupts, stderr
+from dlmctl.report.times import duration, pace
 
 T = TypeVar("T")
 Total = int | Lines | None
@@ -146,27 +147,6 @@ def times(total: Total, factor: float) -> Total:
     if isinstance(total, Lines):
         return total.times(factor)
     return None if total is None else -int(-total * factor // 1)
-
-
-def pace(per_second: float) -> str:
-    """A rate in the first unit in which it is at least 1: 5.6/s, 12/min, 3.2/h."""
-    per, unit = per_second, "s"
-    for longer in ("min", "h"):
-        if per < 1:
-            per, unit = 60 * per, longer
-    return f"{per:.1f}/{unit}" if per < 10 else f"{per:,.0f}/{unit}"
-
-
-def duration(seconds: float) -> str:
-    """A time in its two largest units: 34 s, 2 min 34 s, 5 h 12 min, 3 d 4 h."""
-    rest, parts = round(seconds), list[str]()
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        if rest >= size or (unit == "s" and not parts):
-            parts.append(f"{rest // size} {unit}")
-        elif parts:
-            break
-        rest %= size
-    return " ".join(parts[:2])
 
 
 def _way() -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from dlmctl.commands.corpora import corpus_plan
 from dlmctl.commands.ranks import on_every_rank, write_metrics
+from dlmctl.commands.tracking import check_trackers, tracked
 from dlmctl.records.errors import UsageError
 from dlmctl.records.locks import Lock, hold_run
 from dlmctl.settings import Knob
@@ -18,6 +19,7 @@ from dlmctl.settings.models import Reading
 from dlmctl.settings.parsing import whole_numbers
 from dlmctl.settings.sae import PUBLISHED_ROWS, Feed, Ks, Profile, SaeRecipe
 from dlmctl.settings.streams import Quiet
+from dlmctl.settings.training import Log
 
 if TYPE_CHECKING:
     from dlmctl.sae.corpus import Document
@@ -45,6 +47,7 @@ def command(
     save_minutes: Annotated[
         float, Knob("Minutes from one saved state to the next.", minimum=0.0)
     ] = 10.0,
+    log: Log = None,
     device: Device = Device(),
     quiet: Quiet = False,
 ) -> None:
@@ -78,6 +81,7 @@ def command(
     from dlmctl.sae.training.stream import Stream
     from dlmctl.train.distributed import rank, run_on_first, world_size
 
+    check_trackers(log)
     numbers = list(dict.fromkeys(whole_numbers("-k", ks)))
     if max([*numbers, recipe.k_start or 1]) > recipe.latents:
         raise UsageError(f"-k {ks} is more than the {recipe.latents} --latents")
@@ -116,14 +120,15 @@ def command(
     common = numbers, recipe, source.width, rows, feed.drop_norms, source.device
     streams = [Stream(key, *common, owners[key], on_host) for key in source.keys]
     run = SaeRun(directory, streams, settings, source.metadata, source.device)
-    write_metrics(
-        run.train(source.blocks(run.blocks, run.takers), log_every, 60 * save_minutes),
-        quiet,
-        run.standing,
-        run.whole,
-        run.steps,
-        at=lambda: run.steps,
-    )
+    with tracked(log, directory, settings):
+        write_metrics(
+            run.train(source.blocks(run.blocks, run.takers), log_every, 60 * save_minutes),
+            quiet,
+            run.standing,
+            run.whole,
+            run.steps,
+            at=lambda: run.steps,
+        )
     for shortfall in run.shortfalls():
         _say(shortfall)
     _say(f"{len(run.finish())} autoencoders in {directory}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dlmctl.commands.input_lines import input_lines
 from dlmctl.commands.ranks import on_every_rank, write_metrics
+from dlmctl.commands.tracking import check_trackers, tracked
 from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.groups import group_size
 from dlmctl.records.jsonl import OnError, Record, each, object_field
@@ -22,7 +23,14 @@ from dlmctl.settings.models import Prompting, Reading
 from dlmctl.settings.objective import Advantages, Algo, Constants
 from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.settings.streams import Files, OnErrorOption, Passes, Quiet
-from dlmctl.settings.training import Learning, OptionalModel, ResumeInput, RunOutput, Saving
+from dlmctl.settings.training import (
+    Learning,
+    Log,
+    OptionalModel,
+    ResumeInput,
+    RunOutput,
+    Saving,
+)
 
 
 @on_every_rank
@@ -42,6 +50,7 @@ def command(
     optimizer: Optimizer = Optimizer(),
     adapter: Adapter = Adapter(),
     saving: Saving = Saving(),
+    log: Log = None,
     seed: Seed = 0,
     compute: QuantizedCompute = QuantizedCompute(),
     on_error: OnErrorOption = "fail",
@@ -92,6 +101,7 @@ def command(
     from dlmctl.rl.advantage_stage import consistent
     from dlmctl.rl.advantages import Normalization
     from dlmctl.rl.batches import of_one_model
+    from dlmctl.rl.kept_samples import KeptSamples
     from dlmctl.rl.objectives.table import make_objective
     from dlmctl.rl.policy_gradient import Batching
     from dlmctl.rl.supervised import with_completion_ids
@@ -100,6 +110,7 @@ def command(
     from dlmctl.train.run import open_run
 
     # 1. Refuse what does not go together.
+    check_trackers(log)
     _check_supervised(algo, supervised, learning, advantages)
     if optimizer.ema and algo != "sft":
         raise UsageError("--ema is for --algo sft: completions are sampled from checkpoints")
@@ -107,12 +118,15 @@ def command(
         raise UsageError("--epochs and --shuffle are for --algo sft: groups stay as they are")
     if learning.credit_cosine is not None and not RECIPES[algo].token_weights:
         raise UsageError(f"--credit-cosine is about token weights, which --algo {algo} has not")
+    samples = saving.samples()
+    if samples and algo == "sft":
+        raise UsageError("--keep-samples is for completions that were sampled, not for --algo sft")
     levels, loss, recipe = supervised.levels, constants.of(algo), RECIPES[algo]
     normalization = Normalization.of(algo, advantages)
     inner, prompts = learning.inner or recipe.inner, advantages.prompts_per_step
 
     # 2. Open the run, once the first record is there.
-    lines, stream = input_lines(files), _Stream(passes, seed)
+    lines, stream = input_lines(files), _Stream(passes, seed, samples is not None)
     sampled_from, directory = run_on_first(
         lambda: stream.begin(algo, output, files, on_error, supervised.filling)
     )
@@ -137,6 +151,8 @@ def command(
     rest = run.untrained(stream.records) if resume else stream.records
     if rest is None:
         return
+    if samples:
+        run.keep_samples = KeptSamples(run.directory.path, *samples).offer
     if model is None and not run.progress.step:
         rest = of_one_model(rest, sampled_from)
     if stream.pairs:
@@ -195,14 +211,15 @@ def command(
         )
     group = max(0, stream.group or 0)
     total = lines.times(passes.epochs * inner / (group * prompts)) if group else None
-    write_metrics(metrics, quiet, run.standing, total, run.progress.step if resume else 0)
+    with tracked(log, run.directory.path, run.recorded()):
+        write_metrics(metrics, quiet, run.standing, total, run.progress.step if resume else 0)
 
 
 class _Stream:
     """The input, which the first rank alone reads."""
 
-    def __init__(self, passes: Passes, seed: int) -> None:
-        self._passes, self._seed = passes, seed
+    def __init__(self, passes: Passes, seed: int, keeps_samples: bool) -> None:
+        self._passes, self._seed, self._keeps_samples = passes, seed, keeps_samples
         self.records: Iterator[Record] = iter(())
         self.group: int | None = None
         """Records of a prompt; None if the first one does not say."""
@@ -236,6 +253,8 @@ class _Stream:
                 f"{first.where}: a row with 'chosen' and 'rejected' is a preference, for --algo "
                 f"vrpo, not {algo}"
             )
+        if self.pairs and self._keeps_samples:
+            raise UsageError(f"--keep-samples is for completions that were sampled: {first.where}")
         if algo == "vrpo" and fill is not None and not self.pairs:
             raise UsageError(f"--fill-to is for texts: {first.where} has no 'chosen'")
         if self.pairs:

@@ -56,6 +56,9 @@ def command(
     tokens. On a terminal each completion has its own scale; a page has one for all. For a record
     that --on-error keep passed on, it shows the error.
 
+    In place of files you can give the directory of a run: it shows the completions that 'dlmctl
+    update --keep-samples' kept, and a page also has the curves of the run.
+
     The page needs no other file: it embeds the images of the records (data: URIs, and relative
     paths to PNG, JPEG, GIF or WebP files), and loads nothing from elsewhere.
 
@@ -66,6 +69,8 @@ def command(
     dlmctl view --by rollout.order -n 3 samples.jsonl
 
     dlmctl view --by roles --html roles.html weighted.jsonl
+
+    dlmctl view --html run.html runs/a
     """
     from rich.console import Console
 
@@ -82,12 +87,24 @@ def command(
             advice = "give --model, one with the same tokenizer"
             raise MissingInputError(f"{error} (rollout.model of a record): {advice}") from None
 
-    records = read_records(files or [], on_error)
+    run = Path(files[0]) if files and len(files) == 1 and Path(files[0]).is_dir() else None
+    if run is not None:
+        samples = run / "samples.jsonl"
+        if html is None and not samples.exists():
+            raise MissingInputError(
+                f"{run} has no samples.jsonl: 'dlmctl update --keep-samples N:K' keeps completions"
+            )
+        files, on_error = [str(samples)], "keep"  # a page of a run does not fail for one of them
+        if model is None and (run / "latest" / "dlmctl.json").exists():
+            model = str(run)
+    there = run is None or (run / "samples.jsonl").exists()
+    records = read_records(files or [], on_error) if there else iter(())
     items = islice(completions(records, spell, by, model, after_end, on_error), limit)
     if html is not None:
         from dlmctl.report.token_page import write_page
+        from dlmctl.report.watched_run import WatchedRun
 
-        write_page(items, html)
+        write_page(items, html, WatchedRun(run, [], None) if run is not None else None)
         return
     from dlmctl.report.token_lines import completion_lines
 

@@ -110,6 +110,24 @@ def hold_run(directory: Path) -> Lock:
     return lock
 
 
+def run_owner(directory: Path) -> int | None:
+    """The process that trains in a run directory; None if there is none, as far as can be told.
+
+    Takes no lock, so that it keeps no trainer from beginning.
+    """
+    try:
+        with (directory / ".lock").open("rb") as stream:
+            inode = os.fstat(stream.fileno()).st_ino
+            number = _owner(inode) or _signature(stream.fileno())
+        if number is not None:
+            os.kill(number, 0)
+    except PermissionError:
+        return number
+    except OSError:
+        return None
+    return number
+
+
 def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 

@@ -69,7 +69,10 @@ def completions(
 def title(record: Record) -> str:
     """The name of a completion: its prompt's id and its number in the group."""
     name = str(record.get("id", record.where))
-    return f"{name} sample {record['sample']}" if "sample" in record else name
+    if "sample" in record:
+        name = f"{name} sample {record['sample']}"
+    unit = next((unit for unit in ("round", "step") if unit in record), None)
+    return name if unit is None else f"{unit} {record[unit]}: {name}"
 
 
 def facts(record: Record) -> list[str]:

@@ -20,7 +20,10 @@ OPTIONAL = {
     "matplotlib": ("matplotlib", "plot", "plot"),
     "PIL": ("pillow", "vision", "images: prompts shapes"),
     "diffusers": ("diffusers", "diffusers", "distill: pipelines of diffusers"),
-    "tensorboard": ("tensorboard", "tensorboard", "tensorboard"),
+    "tensorboard": ("tensorboard", "tensorboard", "tensorboard, --log tensorboard"),
+    "trackio": ("trackio", "trackio", "--log trackio"),
+    "wandb": ("wandb", "wandb", "--log wandb"),
+    "mlflow": ("mlflow", "mlflow", "--log mlflow"),
     "lm_eval": ("lm-eval", "eval", "lm-eval"),
 }
 """Module to package, extra, and what needs it."""

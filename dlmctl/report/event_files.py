@@ -12,9 +12,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from dlmctl.records.errors import (
     CannotCreateError,
@@ -25,10 +25,7 @@ from dlmctl.records.errors import (
     missing_package,
 )
 from dlmctl.records.jsonl import OnError, Record, read_records
-
-METRICS = "metrics.jsonl"
-LINES = ("layer", "k", "positions")
-"""Fields that distinguish the lines of a run, if it has any of them."""
+from dlmctl.report.metrics_tail import METRICS, line_of, numbers_of
 
 
 def run_records(sources: Sequence[str], on_error: OnError) -> Iterator[tuple[str, Record]]:
@@ -75,42 +72,68 @@ def write_events(records: Iterable[tuple[str, Record]], directory: Path, x: str)
         CannotCreateError, CannotWriteError: a folder or a file cannot be written.
     """
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import tensorboard  # noqa: F401
     except ImportError:
         raise missing_package("tensorboard", "tensorboard", "tensorboard") from None
     last: dict[str, int] = {}
     added: dict[str, int] = {}
-    with _writers(directory, SummaryWriter) as writer_of:
+    with _writers(directory) as writer_of:
         for run, record in records:
             step = record.get(x)
             if not isinstance(step, int) or isinstance(step, bool):
                 raise DataError(f"field '{x}' is no whole number: give another -x", record.where)
-            values = [f"{name}={record[name]}" for name in LINES if name in record]
-            line = "/".join(part.replace("/", "_") for part in (run, ",".join(values)) if part)
+            parts = (run, line_of(record))
+            line = "/".join(part.replace("/", "_") for part in parts if part)
             if line not in last:
                 last[line] = last_step(directory / line)
                 added[line] = 0
-            numbers = dict(_numbers(record, (x, *LINES)))
+            numbers = numbers_of(record, x)
             if step <= last[line] or not numbers:
                 continue
-            for name, value in numbers.items():
-                writer_of(line).add_scalar(name, value, step)
+            writer_of(line).add(step, numbers)
             added[line] += 1
     return added
 
 
+class EventFile:
+    """A new event file in a folder; a step is in it with all its numbers, or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._writer = EventFileWriter(str(folder))
+
+    def add(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Append the numbers of a step."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._writer.add_event(
+            Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        )
+
+    def flush(self) -> None:
+        """Hand what was added to the system."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """End the file."""
+        self._writer.close()
+
+
 @contextlib.contextmanager
-def _writers(directory: Path, make: Any) -> Iterator[Any]:
+def _writers(directory: Path) -> Iterator[Callable[[str], EventFile]]:
     """A function from a folder's name to its writer; files move into the folders at the end.
 
     After an error no file moves.
     """
     partial = directory / f".events.partial-{os.getpid()}"
-    writers: dict[str, Any] = {}
+    writers: dict[str, EventFile] = {}
 
-    def writer_of(line: str) -> Any:
+    def writer_of(line: str) -> EventFile:
         if line not in writers:
-            writers[line] = make(str(partial / line))
+            writers[line] = EventFile(partial / line)
         return writers[line]
 
     try:
@@ -144,12 +167,3 @@ def last_step(folder: Path) -> int:
         if event.HasField("summary")
     ]
     return max(steps, default=-1)
-
-
-def _numbers(record: Mapping[str, Any], leave_out: Sequence[str]) -> Iterator[tuple[str, float]]:
-    """The numbers of a record; those of a field within a field as `field/inner`."""
-    for name, value in record.items():
-        if isinstance(value, dict):
-            yield from ((f"{name}/{inner}", v) for inner, v in _numbers(value, ()))
-        elif isinstance(value, int | float) and name not in leave_out:
-            yield name, float(value)

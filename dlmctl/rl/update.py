@@ -237,6 +237,9 @@ def _batch_steps(
         }
         run.directory.append(record)
         run.logged_step = run.progress.step
+        if number == 1 and run.keep_samples is not None and is_first():
+            current = run.progress.round if batch.in_round else None
+            run.keep_samples(batch.groups, run.progress.step, current)
         yield record
         begun = time.monotonic()
 

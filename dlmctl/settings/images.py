@@ -11,6 +11,7 @@ from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob, knob, same, same_field
 from dlmctl.settings.compute import Seed
 from dlmctl.settings.optimizer import OPTIMIZER, Optimizer, Schedule
+from dlmctl.settings.training import Log
 
 NetworkKind = Literal["unet", "mlp"]
 Dtype = Literal["float32", "bfloat16"]
@@ -225,3 +226,4 @@ class Reports:
     save_minutes: float = knob(
         10.0, "Minutes between the states from which a killed run resumes.", minimum=0.0
     )
+    log: list[str] | None = same(None, Log)

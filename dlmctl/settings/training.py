@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob, knob, same
 from dlmctl.settings.algorithms import defaults
 from dlmctl.settings.objective import OBJECTIVE
@@ -39,6 +40,19 @@ ResumeInput = Annotated[
         "Resume in the input too, which is the whole of it again: leave out what the run's newest "
         "checkpoint was trained on. Without this option all that comes in is new.",
         "--resume",
+    ),
+]
+
+TRACKERS = ("trackio", "wandb", "tensorboard", "mlflow")
+Log = Annotated[
+    list[str] | None,
+    Knob(
+        f"Send the metrics to a tracker too, by its own client: {', '.join(TRACKERS)}; repeatable, "
+        "or a list with commas. A run that resumes continues the same tracked run. Where to is "
+        "what the variables of the tracker say, such as WANDB_MODE or MLFLOW_TRACKING_URI.",
+        "--log",
+        metavar="TRACKER",
+        shown_default="metrics.jsonl alone",
     ),
 ]
 
@@ -94,3 +108,20 @@ class Saving:
 
     save_every: int = knob(100, "Steps between checkpoints within a round.", minimum=1)
     keep: int = knob(2, "How many checkpoints are kept.", minimum=1)
+    keep_samples: str | None = knob(
+        None,
+        "Keep K completions of each N-th round in RUN/samples.jsonl, for 'dlmctl view --html FILE "
+        "RUN'; without rounds, of each N-th step. At most of 32 rounds, then of fewer.",
+        metavar="N:K",
+        shown_default="off",
+    )
+
+    def samples(self) -> tuple[int, int] | None:
+        """N and K of `keep_samples`; raises UsageError for another form."""
+        if self.keep_samples is None:
+            return None
+        every, _, count = self.keep_samples.partition(":")
+        sound = all(part.isascii() and part.isdigit() and int(part) for part in (every, count))
+        if not sound:
+            raise UsageError(f"--keep-samples {self.keep_samples} is not N:K, as 10:4")
+        return int(every), int(count)

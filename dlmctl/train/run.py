@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ from dlmctl.train.optimizer import (
 )
 from dlmctl.train.policy_card import policy_card
 from dlmctl.train.precision import training_precision
-from dlmctl.train.run_directory import TENSORS, Progress, RunDirectory, forget_steps
+from dlmctl.train.run_directory import SAMPLES, TENSORS, Progress, RunDirectory, forget_steps
 from dlmctl.train.sharding import check_trainable, gathered, outline, shard, to_first
 
 
@@ -95,6 +95,9 @@ class Run:
         self.revisions = [policy.revision]
         """Hashes of the weights that this process published, the newest last."""
         self._reference: Policy | None = None
+        self.keep_samples: Callable[[Sequence[Sequence[Record]], int, int | None], None] | None
+        self.keep_samples = None
+        """Is offered the groups of each step, its number, and that of its round."""
         self.about: dict[str, Any] = {}
         """Options of the training for the card of a checkpoint, by name."""
         self._form = form
@@ -148,6 +151,10 @@ class Run:
                 self.average.update(self.progress.step)
         return {"grad_norm": norm, "lr": rate, "applied": applied}
 
+    def recorded(self) -> dict[str, Any]:
+        """Options of the training, by name."""
+        return {**self.about, **dataclasses.asdict(self.optimization)}
+
     def standing(self) -> str:
         """Where the run is, for those who interrupt it."""
         return self.directory.standing(self.progress.step)
@@ -200,7 +207,7 @@ class Run:
         """Write a checkpoint, on the first rank; returns its revision on all."""
         revision = ""
         if is_first():
-            settings = {**self.about, **dataclasses.asdict(self.optimization)}
+            settings = self.recorded()
             metrics = last_metrics(self.directory.metrics, step=self.progress.step)
 
             def fill(directory: Path) -> None:
@@ -329,7 +336,8 @@ def open_run(
         restore_optimizer(run.optimizer, run.parameters, tensors)
         restore_random(tensors, policy.device)
     if is_first():
-        forget_steps(home.metrics, progress.step)
+        for file in (home.metrics, directory / SAMPLES):
+            forget_steps(file, progress.step)
     return run
 
 

@@ -46,6 +46,8 @@ from dlmctl.train.distributed import is_first, run_on_first
 P = TypeVar("P")
 
 LATEST, COUNTERS, STATE_COUNTERS = "latest", "dlmctl.json", "run.json"
+SAMPLES = "samples.jsonl"
+"""In a run: completions that are kept for a person to read."""
 TENSORS = "training.safetensors"
 """In a checkpoint: moments of the optimizer by parameter name, and what else is no counter."""
 

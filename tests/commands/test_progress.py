@@ -22,9 +22,11 @@ from dlmctl.records import interrupts, stderr
 
 RECORD = {"id": "a", "task": "countdown", "numbers": [1, 2], "target": 3, "completion": "1+2"}
 LINE = orjson.dumps(RECORD) + b"\n"
-QUICK = {"chat", "doctor", "init", "merge", "plan", "plot", "sae-convert", "tensorboard", "view"}
-"""Commands that are done within a minute, or as soon as files can be read and written; and `chat`,
-which is itself what somebody watches."""
+QUICK = {
+    "chat", "doctor", "init", "merge", "plan", "plot", "sae-convert", "tensorboard", "top", "view",
+}  # fmt: skip
+"""Commands that are done within a minute, or as soon as files can be read and written; and `chat`
+and `top`, which are themselves what somebody watches."""
 
 
 class Clock:

@@ -116,6 +116,7 @@ NOT_RUN = {
     "dlmctl lm-eval": "downloads its tasks; see tests/benchmarks/test_lm_eval.py",
     "dlmctl tensorboard": "needs tensorboard, whose server does not end; see "
     "tests/benchmarks/test_tensorboard.py",
+    "--log wandb": "needs wandb; see tests/report/test_trackers.py",
     "dlmctl bench loop": "starts its stages from nothing; see tests/bench/test_loop.py",
     "parallel -j 8": "needs GNU parallel",
     "distill lcm images.jsonl": "needs a model of texts; see tests/distill/test_guided_runs.py",
