@@ -34,6 +34,7 @@ REDUCTIONS = {
     "--gen-length 256 --block-length 32 --steps 128": "--gen-length 8 --block-length 8 --steps 2",
     "--gen-length 512 --block-length 32 --steps 512": "--gen-length 8 --block-length 8 --steps 2",
     "-n 3 --gen-length 1024 --block-length 32": "-n 1 --gen-length 8 --block-length 8",
+    "--gen-length 256 --threshold 0.9 --cache dual": "--gen-length 8 --threshold 0.9 --cache dual",
     "--gen-length 2000": "--gen-length 8",
     "--inner 12": "--inner 1",
     "-n 6": "-n 2",

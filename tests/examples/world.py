@@ -50,6 +50,7 @@ MATH = json.dumps([{"question": "How many?", "ground_truth_answer": "4"}] * 2)
 FILES = {
     "data/MATH_train.json": MATH,
     "data/MATH500.json": MATH,
+    "math.jsonl": '{"id": 1, "task": "math", "prompt": "How many?", "answer": "4"}\n',
     "deepmath.jsonl": json.dumps(
         {"prompt": [{"role": "user", "content": "How many?"}], "solution": "$4$"}
     ),
