@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from command_lines import known_options
 from pages import ROOT, help_texts, readmes
 
 TOP = [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
@@ -59,6 +60,14 @@ def test_every_page_and_every_subcommand_is_in_the_side_bar(tmp_path: Path) -> N
     for page, _ in help_texts():
         if " " in page:
             assert f"commands/{page.split(' ', 1)[1].replace(' ', '-')}" in index
+
+
+def test_the_options_in_the_tables_of_the_page_for_migrants_are_ours() -> None:
+    known = {x for page, _ in help_texts() for x in known_options(page.split()[1:] or ["stats"])}
+    rows = re.findall(r"^\|.*\| (.*) \|$", (ROOT / "docs/migrate.md").read_text(), re.MULTILINE)
+    used = {x for row in rows for x in re.findall(r"(?<=[` ])--?[a-z][\w-]*", row)}
+    assert len(used) > 40
+    assert used <= known
 
 
 def test_a_page_that_the_side_bar_lacks_is_named(tmp_path: Path) -> None:
