@@ -32,6 +32,11 @@ def _small(source: str) -> str:
     )
 
 
+def _lines(source: str) -> str:
+    """The shell of a cell, without the line that says that it is."""
+    return source.partition("\n")[2]
+
+
 def _installs(source: str) -> bool:
     return "pip install" in source
 
@@ -45,18 +50,18 @@ def test_the_first_command_installs_and_the_sizes_are_small_here() -> None:
 
 
 def test_its_commands_are_known() -> None:
-    commands = [c for s in _code() if s.startswith("%%bash") for c in dlmctl_commands(s[6:])]
+    commands = [c for s in _code() if s.startswith("%%bash") for c in dlmctl_commands(_lines(s))]
     assert len(commands) > 10
     for arguments in commands:
         parse(arguments)
 
 
 def test_its_shell_cells_run_in_order(tmp_path: Path) -> None:
-    """What a notebook does, without Jupyter: IPython's own cells show files that are there."""
+    """What a notebook does, without Jupyter: the cells of Python show files that are there."""
     variables = dict(SIZES)
     for source in _code():
         if source.startswith("%%bash") and not _installs(source):
-            done = shell(f"set -e\n{source[6:]}", tmp_path, more=variables)
+            done = shell(f"set -e\n{_lines(source)}", tmp_path, more=variables)
             assert done.returncode == 0, f"{source}\n{done.stderr}"
     for name in ("curves.png", "tokens.html", "before.jsonl", "after.jsonl"):
         assert (tmp_path / name).stat().st_size, name
