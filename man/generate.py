@@ -73,8 +73,8 @@ def _page_names(name: str) -> list[str]:
 
 def _page(name: str, function: Callable[..., None]) -> str:
     summary, body, examples = _parts(inspect.getdoc(function) or "")
-    parameters = _parameters(function)
-    arguments = [p for p in parameters if isinstance(p.info, ArgumentInfo)]
+    options = parameters(function)
+    arguments = [p for p in options if isinstance(p.info, ArgumentInfo)]
     usage = " ".join(_roff(_metavar(p)) for p in arguments)
     page = f"dlmctl-{name.replace(' ', '-')}"
     lines = [_head(page), ".SH NAME", rf"{_roff(page)} \- {_plain(summary)}"]
@@ -83,11 +83,11 @@ def _page(name: str, function: Callable[..., None]) -> str:
     if arguments:
         lines.append(".SH ARGUMENTS")
         for parameter in arguments:
-            lines += [".TP", rf"\fI{_roff(_metavar(parameter))}\fR", _description(parameter)]
+            lines += [".TP", rf"\fI{_roff(_metavar(parameter))}\fR", _roff(description(parameter))]
     lines.append(".SH OPTIONS")
-    for parameter in parameters:
+    for parameter in options:
         if parameter not in arguments:
-            lines += [".TP", _flags(parameter), _description(parameter)]
+            lines += [".TP", _flags(parameter), _roff(description(parameter))]
     lines += [".TP", r"\fB\-h\fR, \fB\-\-help\fR", "Show help."]
     if examples:
         lines += [".SH EXAMPLES", *examples]
@@ -95,8 +95,8 @@ def _page(name: str, function: Callable[..., None]) -> str:
     return _finish(lines, ["dlmctl", *others])
 
 
-def _parameters(function: Callable[..., None]) -> list[Parameter]:
-    """The options of a subcommand as its signature has them."""
+def parameters(function: Callable[..., None]) -> list[Parameter]:
+    """The arguments and options of a subcommand as its signature has them."""
     hints = get_type_hints(function, include_extras=True)
     made = []
     for name, parameter in inspect.signature(function).parameters.items():
@@ -180,7 +180,16 @@ def _value(parameter: Parameter) -> str:
     return {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(parameter.kind, "TEXT")
 
 
-def _description(parameter: Parameter) -> str:
+def flags(parameter: Parameter) -> str:
+    """What is typed, without marks of roff: an option's names and value, or an argument."""
+    if isinstance(parameter.info, ArgumentInfo):
+        return _metavar(parameter)
+    names = ", ".join(_names(parameter))
+    return names if parameter.kind is bool else f"{names} {_value(parameter)}"
+
+
+def description(parameter: Parameter) -> str:
+    """Help, default and environment variable, without marks of roff."""
     info, text = parameter.info, [parameter.info.help or ""]
     if isinstance(info.show_default, str):
         text.append(f"Default: {info.show_default}.")
@@ -191,7 +200,7 @@ def _description(parameter: Parameter) -> str:
         text.append(f"Default: {parameter.default}.")
     if info.envvar:
         text.append(f"Environment: {info.envvar}.")
-    return _roff(" ".join(part for part in text if part))
+    return " ".join(part for part in text if part)
 
 
 def _plain(summary: str) -> str:

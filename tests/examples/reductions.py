@@ -27,6 +27,16 @@ REDUCTIONS = {
     "--temperature 1 --rounds 40": "--temperature 1 --rounds 1 --prompts 1 -n 2",
     "--task shapes |": "--task shapes --prompts 1 -n 2 |",
     "--gen-length 256 --steps 128 -n 6": "--gen-length 8 --steps 2 -n 2",
+    "--rounds 400 --prompts 16 -n 6": "--rounds 1 --prompts 2 -n 2",
+    "--rounds 50 --prompts 32 -n 8": "--rounds 1 --prompts 2 -n 2",
+    "--rounds 50 --prompts 64 -n 16": "--rounds 1 --prompts 2 -n 2",
+    "--rounds 200 --prompts 8 -n 8 --gen-length 512": "--rounds 1 --prompts 1 -n 2 --gen-length 8",
+    "--gen-length 256 --block-length 32 --steps 128": "--gen-length 8 --block-length 8 --steps 2",
+    "--gen-length 512 --block-length 32 --steps 512": "--gen-length 8 --block-length 8 --steps 2",
+    "-n 3 --gen-length 1024 --block-length 32": "-n 1 --gen-length 8 --block-length 8",
+    "--gen-length 256 --threshold 0.9 --cache dual": "--gen-length 8 --threshold 0.9 --cache dual",
+    "--gen-length 2000": "--gen-length 8",
+    "--inner 12": "--inner 1",
     "-n 6": "-n 2",
     "-n 32": "-n 2",
     "-n 5": "-n 1",
@@ -104,6 +114,10 @@ EXIT_CODES = {"--fail-under accuracy=0.5": 1, "plain-shares.jsonl": 1}
 the model writes other topics than the corpus."""
 
 NOT_RUN = {
+    "accelerate launch": "a command of d1 or dllm",
+    "python rl.py": "a command of dLLM-RL",
+    "trl grpo": "a command of TRL",
+    "trl dpo": "likewise",
     "examples/quickstart.sh": "creates an environment; see test_recipes.py",
     "tests/run.sh": "creates an environment and runs these tests",
     "pip install": "installs packages; see tests/install",

@@ -28,6 +28,8 @@ MODELS = {
     "Qwen/Qwen2.5-VL-3B-Instruct": f"--family qwen2.5-vl --tokenizer byte {SMALL} --layers 2 "
     "--gen-length 8",
     "Qwen/Qwen3-0.6B": f"--family ar --tokenizer byte {SMALL} --layers 2",
+    "Qwen/Qwen2.5-0.5B-Instruct": f"--family ar --tokenizer byte {SMALL} --layers 2",
+    "Gen-Verse/TraDo-4B-Instruct": f"--family sdar --tokenizer byte {SMALL} --layers 2",
     "openai-community/gpt2": f"--family ar --tokenizer byte {SMALL} --layers 2",
 }
 """Models of the hub, and how `dlmctl init` makes one of their layout."""
@@ -39,11 +41,19 @@ CHAT = (
 
 DATASETS = {
     "openai/gsm8k": ("main", {"question": "How many?", "answer": "Two and two.\n#### 4"}),
+    "tatsu-lab/alpaca": ("default", {"instruction": "Add.", "input": "2 and 2", "output": "4"}),
     "hiyouga/geometry3k": ("default", {"problem": "<image>How many?", "answer": "4"}),
 }
 """Data sets of the hub: configuration, and a row."""
 
+MATH = json.dumps([{"question": "How many?", "ground_truth_answer": "4"}] * 2)
 FILES = {
+    "data/MATH_train.json": MATH,
+    "data/MATH500.json": MATH,
+    "math.jsonl": '{"id": 1, "task": "math", "prompt": "How many?", "answer": "4"}\n',
+    "deepmath.jsonl": json.dumps(
+        {"prompt": [{"role": "user", "content": "How many?"}], "solution": "$4$"}
+    ),
     "mychecks.py": "def polite(record):\n    return 1.0\n",
     "check": "#!/bin/sh\njq -c --unbuffered '{reward: 1}'\n",
     "eval/eval_baselines/countdown_instruct_128_64_0.json": json.dumps(
