@@ -111,7 +111,7 @@ SUBCOMMANDS = {
     "init": Subcommand(
         "init",
         SETUP,
-        "Make a small new model of any family, or a diffusion model from an autoregressive one.",
+        "Make a small new model of any family, or one from another model.",
     ),
     "doctor": Subcommand(
         "doctor",

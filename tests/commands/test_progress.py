@@ -23,10 +23,11 @@ from dlmctl.records import interrupts, stderr
 RECORD = {"id": "a", "task": "countdown", "numbers": [1, 2], "target": 3, "completion": "1+2"}
 LINE = orjson.dumps(RECORD) + b"\n"
 QUICK = {
-    "chat", "doctor", "init", "merge", "plan", "plot", "sae-convert", "tensorboard", "top", "view",
+    "chat", "doctor", "init", "merge", "plan", "plot", "pull", "push", "sae-convert", "tensorboard",
+    "top", "view",
 }  # fmt: skip
-"""Commands that are done within a minute, or as soon as files can be read and written; and `chat`
-and `top`, which are themselves what somebody watches."""
+"""Commands that are done within a minute, or as soon as files can be read and written; `chat` and
+`top`, which are themselves what somebody watches; and `push` and `pull`, whose library shows it."""
 
 
 class Clock:
