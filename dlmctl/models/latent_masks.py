@@ -21,7 +21,7 @@ import torch
 from dlmctl.models.policy import Policy
 from dlmctl.records.errors import UsageError
 
-SPREAD = 0.5
+SPREAD = 1.0
 """Length of what is added to the embedding of a new mask token, as a share of its length. Equal
 ones would stay equal: their gradients are."""
 

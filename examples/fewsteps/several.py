@@ -36,8 +36,12 @@ def solutions(puzzle: str) -> list[str]:
 def puzzles(count: int, seed: int, holes: int) -> None:
     draw = random.Random(seed)
     for number in range(count):
-        grid, empty = draw.choice(GRIDS), set(draw.sample(CELLS, holes))
-        puzzle = "".join("0" if cell in empty else grid[cell] for cell in CELLS)
+        puzzle, right = "", [""]
+        while len(right) == 1:
+            grid, empty = draw.choice(GRIDS), set(draw.sample(CELLS, holes))
+            puzzle = "".join("0" if cell in empty else grid[cell] for cell in CELLS)
+            right = solutions(puzzle)
+        grid = draw.choice(right)
         record = {
             "id": f"several/{number}",
             "task": "sudoku",
