@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -31,6 +32,8 @@ from dlmctl.settings.small import SmallModel
 from dlmctl.tasks.images import as_data_uri
 
 torch.set_num_threads(1)
+# A shell starts what runs in its background with Ctrl-C ignored, and processes inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 LONGEST = ("test_kills.py", "test_pipes.py", "test_loop.py")

@@ -29,8 +29,8 @@ ones would stay equal: their gradients are."""
 def with_latent_masks(policy: Policy, count: int, seed: int) -> Policy:
     """The policy with this many mask tokens; it is changed in place.
 
-    New ones have the embedding of the mask token and noise of the seed. The model predicts what it
-    did before, but for this noise.
+    New ones have the embedding of the mask token and noise of the seed. With the first the model
+    predicts what it did before.
 
     Raises:
         UsageError: it does not denoise, has several already, is block-causal, or has an adapter.

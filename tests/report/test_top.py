@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import select
 import signal
 import struct
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import invoke
+from preloaded import HANGS
 
 from dlmctl.records.locks import hold_run
 from dlmctl.report.text_curves import drawn, spread
@@ -153,6 +155,9 @@ def test_on_a_terminal_it_follows_until_ctrl_c(tmp_path: Path) -> None:
 
 def read_until(descriptor: int, seen: bytes, wanted: bytes) -> bytes:
     """What a terminal shows, until it shows this."""
+    deadline = time.monotonic() + HANGS
     while wanted not in seen:
-        seen += os.read(descriptor, 4096)
+        assert time.monotonic() < deadline, seen
+        if select.select([descriptor], [], [], 1)[0]:
+            seen += os.read(descriptor, 4096)
     return seen
