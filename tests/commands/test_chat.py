@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import select
 import signal
 import time
 from collections.abc import Callable
@@ -42,9 +43,20 @@ class Terminal:
         deadline = time.monotonic() + HANGS
         while text.encode() not in self.seen:
             assert time.monotonic() < deadline, self.seen
-            self.seen += os.read(self.master, 4096)
+            if select.select([self.master], [], [], 1)[0]:
+                self.seen += os.read(self.master, 4096)
         before, self.seen = self.seen.split(text.encode(), 1)
         return before.decode() + text
+
+    def interrupt_prompt(self) -> None:
+        """Ctrl-C where a line is awaited, as often as it takes.
+
+        Python does not see a signal between the prompt and the wait for a key, until the next one.
+        """
+        while True:
+            self.command.send_signal(signal.SIGINT)
+            if select.select([self.master], [], [], 5)[0]:
+                return
 
     def type(self, line: str) -> None:
         os.write(self.master, line.encode() + b"\n")
@@ -134,10 +146,10 @@ def test_ctrl_c_interrupts_an_answer_and_a_second_one_ends(bytes_model, tmp_path
     chat.type("/save none.jsonl")
     chat.until("0 answers in")
     chat.until("> ")
-    chat.command.send_signal(signal.SIGINT)
+    chat.interrupt_prompt()
     chat.until("ends")
     chat.until("> ")
-    chat.command.send_signal(signal.SIGINT)
+    chat.interrupt_prompt()
     rest = chat.end()
     assert chat.command.wait() == 130
     assert "Traceback" not in rest
