@@ -16,7 +16,8 @@ from dlmctl.records.errors import UsageError
 from dlmctl.records.jsonl import Record, dump, each, located, write_records
 from dlmctl.settings import Knob, Without
 from dlmctl.settings.compute import DeviceName
-from dlmctl.settings.memorization import Bootstrap, Replication
+from dlmctl.settings.memorization import Bootstrap
+from dlmctl.settings.replication import Replication
 from dlmctl.settings.streams import Files, Json, OnErrorOption, Quiet, kept_in
 
 COLUMNS = ("prompts", "noise_norm", "replicated", "clique", "clip", "noise_norm_auc")

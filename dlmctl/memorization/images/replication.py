@@ -42,7 +42,7 @@ from dlmctl.memorization.images.image_bytes import rgb_bytes
 from dlmctl.memorization.images.image_encoder import ClipScorer
 from dlmctl.memorization.images.near_duplicates import largest_clique, tile_distances
 from dlmctl.records.errors import UsageError
-from dlmctl.settings.memorization import Replication
+from dlmctl.settings.replication import Replication
 
 MEMBERS, OTHERS = ("train", "member", "memorized"), ("test", "heldout", "validation", "other")
 """Texts of `split` and `label` that say whether a prompt's image was in the training set."""

@@ -31,7 +31,8 @@ from dlmctl.memorization.text.membership import separation  # noqa: E402
 from dlmctl.records.errors import DataError, MissingInputError, UsageError  # noqa: E402
 from dlmctl.settings.distill import GuidedDistillation  # noqa: E402
 from dlmctl.settings.images import Training  # noqa: E402
-from dlmctl.settings.memorization import Bootstrap, Replication  # noqa: E402
+from dlmctl.settings.memorization import Bootstrap  # noqa: E402
+from dlmctl.settings.replication import Replication  # noqa: E402
 
 CPU = torch.device("cpu")
 PROMPT = "a bed"
