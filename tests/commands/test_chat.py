@@ -64,8 +64,8 @@ class Terminal:
     def end(self) -> str:
         """The rest of what came."""
         try:
-            while block := os.read(self.master, 4096):
-                self.seen += block
+            while select.select([self.master], [], [], HANGS)[0]:
+                self.seen += os.read(self.master, 4096)
         except OSError:  # how Linux says that the other side is closed
             pass
         os.close(self.master)
@@ -174,6 +174,7 @@ def test_what_a_model_writes_is_nothing_that_a_terminal_obeys(family, bytes_mode
     chat.until(" passes, ")
     chat.type("/save answers.jsonl")
     chat.until("1 answers in")
+    chat.until("> ")
     os.write(chat.master, b"\x04")  # Ctrl-D
     chat.end()
     assert chat.command.wait() == 0
