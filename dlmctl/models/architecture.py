@@ -147,9 +147,12 @@ def _check_layers(raw: Raw, where: str) -> None:
 
 def _check_latent_masks(chosen: Architecture, where: str) -> None:
     """Raise DataError unless they are mask tokens in the vocabulary, the first `mask_id`."""
-    masks, size = chosen.latent_masks, chosen.config.get_text_config().vocab_size
+    masks = chosen.latent_masks
+    if not masks:
+        return
+    size = chosen.config.get_text_config().vocab_size
     sound = all(type(n) is int and 0 <= n < size for n in masks)
-    if masks and not (sound and len(set(masks)) == len(masks) > 1 and masks[0] == chosen.mask_id):
+    if not (sound and len(set(masks)) == len(masks) > 1 and masks[0] == chosen.mask_id):
         raise DataError("latent_masks are not the ids of several mask tokens", where)
 
 
