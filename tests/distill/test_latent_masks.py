@@ -10,29 +10,18 @@ import orjson
 import pytest
 import torch
 from conftest import invoke, read_jsonl, tiny_policy
+from nested_pairs import PROMPT, gradient, pair
 
 from dlmctl.diffusion.noise import key_tensor, subkeys
 from dlmctl.diffusion.proposals import latent, predict_tokens
 from dlmctl.diffusion.sampler import sample
 from dlmctl.diffusion.sampling import SamplerConfig
 from dlmctl.distill.mixture import mixture_gradient
-from dlmctl.distill.nested_masks import NestedExample, NestedMasks
+from dlmctl.distill.nested_masks import NestedExample
 from dlmctl.models.latent_masks import with_latent_masks
 from dlmctl.models.loading import load_policy
 from dlmctl.models.policy import Policy
 from dlmctl.models.saving import save_policy
-
-PROMPT = [4, 5, 8]
-
-
-def pair(hidden: list[int], still: list[int], completion: list[int]) -> NestedExample:
-    def at(places: list[int]) -> torch.Tensor:
-        mask = torch.zeros(len(completion), dtype=torch.bool)
-        mask[places] = True
-        return mask
-
-    return NestedExample(PROMPT, completion, NestedMasks(at(hidden), at(still)))
-
 
 PAIRS = [
     pair([0, 1, 3], [1], [3, 4, 5, 6]),
@@ -56,16 +45,6 @@ def likelihoods(policy: Policy, one: NestedExample) -> torch.Tensor:
         places = one.masks.decided.nonzero()[:, 0].tolist()
         values.append(sum(logits[place, one.completion[place]] for place in places))
     return torch.stack(values)
-
-
-def gradient(policy: Policy) -> torch.Tensor:
-    """Of all weights; those of the mask tokens' rows included."""
-    parts = [
-        (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
-        for p in policy.model.parameters()
-    ]
-    policy.model.zero_grad()
-    return torch.cat(parts)
 
 
 @pytest.mark.parametrize("family", ["llada", "dream", "mlm"])

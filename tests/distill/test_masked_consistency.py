@@ -10,36 +10,16 @@ import orjson
 import pytest
 import torch
 from conftest import invoke, read_jsonl, tiny_policy
+from nested_pairs import gradient, pair
 from safetensors.torch import load_file
 from torch.nn import functional
 
 from dlmctl.distill.fused_linear_losses import weighted_divergence
 from dlmctl.distill.masked_lm import consistency_gradient
-from dlmctl.distill.nested_masks import NestedExample, NestedMasks
+from dlmctl.distill.nested_masks import NestedExample
 from dlmctl.models.families import Head
 from dlmctl.models.policy import Policy
 from dlmctl.models.saving import save_policy
-
-PROMPT = [4, 5, 8]
-
-
-def gradient(policy: Policy) -> torch.Tensor:
-    parts = [
-        (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
-        for p in policy.model.parameters()
-    ]
-    policy.model.zero_grad()
-    return torch.cat(parts)
-
-
-def pair(hidden: list[int], still: list[int], completion: list[int]) -> NestedExample:
-    def at(places: list[int]) -> torch.Tensor:
-        mask = torch.zeros(len(completion), dtype=torch.bool)
-        mask[places] = True
-        return mask
-
-    return NestedExample(PROMPT, completion, NestedMasks(at(hidden), at(still)))
-
 
 PAIRS = [
     pair([0, 1, 3], [1], [3, 4, 5, 6]),

@@ -28,8 +28,9 @@ class Example(NamedTuple):
     """Lines of shell, as a reader copies them."""
 
 
-def _generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "man" / "generate.py")
+def module_at(path: Path) -> ModuleType:
+    """A program of the tree that is in no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -37,7 +38,7 @@ def _generator() -> ModuleType:
     return module
 
 
-GENERATOR = _generator()
+GENERATOR = module_at(ROOT / "man" / "generate.py")
 
 
 def help_texts() -> Iterator[tuple[str, Callable[..., None]]]:

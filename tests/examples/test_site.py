@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from command_lines import known_options
-from pages import ROOT, help_texts, readmes
+from pages import ROOT, help_texts, module_at, readmes
 
 TOP = [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
 LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)")
-
-
-def _builder() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build_site", ROOT / "docs" / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _slug(heading: str) -> str:
@@ -53,7 +42,7 @@ def test_the_links_of_the_page_lead_somewhere(path: Path) -> None:
 
 
 def test_every_page_and_every_subcommand_is_in_the_side_bar(tmp_path: Path) -> None:
-    _builder().write_sources(tmp_path)
+    module_at(ROOT / "docs" / "build.py").write_sources(tmp_path)
     index = (tmp_path / "index.md").read_text().split("\n")
     for path in [*readmes(), *TOP]:
         assert str(path.relative_to(ROOT).with_suffix("")) in index
@@ -71,7 +60,7 @@ def test_the_options_in_the_tables_of_the_page_for_migrants_are_ours() -> None:
 
 
 def test_a_page_that_the_side_bar_lacks_is_named(tmp_path: Path) -> None:
-    builder = _builder()
+    builder = module_at(ROOT / "docs" / "build.py")
     builder.PARTS["Papers"].remove("docs/paper-rspo.md")
     with pytest.raises(ValueError, match=r"docs/paper-rspo\.md"):
         builder.write_sources(tmp_path)
