@@ -128,7 +128,7 @@ def test_euler_is_ddim_of_eta_0(prediction, clip, tmp_path):
     found = solve(model.function, begin, sigmas, "euler")
     torch.testing.assert_close(pixels(found), from_numpy(expected), rtol=0, atol=1e-4)
     if clip:
-        assert found.abs().max() <= 0.8
+        assert found.abs().max() <= 0.8 + 1e-6
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -135,7 +135,6 @@ NOT_RUN = {
     "parallel -j 8": "needs GNU parallel",
     "distill lcm images.jsonl": "needs a model of texts; see tests/distill/test_guided_runs.py",
     "sample runs/lcm": "likewise",
-    "--lpips": "needs published weights; see tests/memorization/images/test_lpips.py",
     "memo-eval prompts": "needs a model of texts; see "
     "tests/memorization/images/test_replication.py",
     "--inception": "needs published weights; see tests/memorization/images/test_inception.py",

@@ -156,6 +156,7 @@ def oracle():
         diffusion=True, name="oracle", core=core, pad_id=0, mask_id=2,
         vocab_size=3, hidden_of=hidden_of, device=torch.device("cpu"), shift=0, blocks=None,
         noised_rows=partial(noised_rows, None, 0), logits=lambda states: states.clone(),
+        check_one_mask=lambda: None,
     )  # fmt: skip
 
 
