@@ -24,6 +24,7 @@ from dlmctl.settings.objective import Advantages, Algo, Constants
 from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.settings.streams import Files, OnErrorOption, Passes, Quiet
 from dlmctl.settings.training import (
+    Evaluating,
     Learning,
     Log,
     OptionalModel,
@@ -50,6 +51,7 @@ def command(
     optimizer: Optimizer = Optimizer(),
     adapter: Adapter = Adapter(),
     saving: Saving = Saving(),
+    evaluating: Evaluating = Evaluating(),
     log: Log = None,
     seed: Seed = 0,
     compute: QuantizedCompute = QuantizedCompute(),
@@ -89,6 +91,9 @@ def command(
     dlmctl init runs/new && dlmctl prompts sudoku -n 100000 --completions |
     dlmctl update --algo sft -m runs/new -o runs/base
 
+    dlmctl update -o runs/c --patience 5 --eval 'dlmctl prompts sudoku --split test -n 100 |
+    dlmctl rollout -q -n 4 | dlmctl verify -q' verified.jsonl
+
     dlmctl update --algo vrpo -m GSAI-ML/LLaDA-8B-Instruct --lora-rank 128 preferences.jsonl
 
     dlmctl update --algo grpo --loss-type dr_grpo --max-length 512 --clip-high 0.28 verified.jsonl
@@ -107,6 +112,7 @@ def command(
     from dlmctl.rl.supervised import with_completion_ids
     from dlmctl.rl.update import update_policy, update_supervised
     from dlmctl.train.distributed import run_on_first
+    from dlmctl.train.evaluation import Evaluations
     from dlmctl.train.run import open_run
 
     # 1. Refuse what does not go together.
@@ -153,6 +159,10 @@ def command(
         return
     if samples:
         run.keep_samples = KeptSamples(run.directory.path, *samples).offer
+    if evaluating.eval is not None:
+        # By its name alone it would have prompts of its own form.
+        begin = run.progress.reference if prompting == Prompting() else None
+        run.evaluations = Evaluations(evaluating, run.directory, algo, begin)
     if model is None and not run.progress.step:
         rest = of_one_model(rest, sampled_from)
     if stream.pairs:
@@ -237,7 +247,7 @@ class _Stream:
     ) -> tuple[str | None, str]:
         """Read the first record: the model that it was sampled from, and the run's directory."""
         from dlmctl.rl.preferences import is_preference, preference_pairs
-        from dlmctl.train.run import next_run
+        from dlmctl.train.run_directory import next_run
 
         directory = output or next_run(algo)
         # Refused before the first record, which may be long in coming; kept until the run has it.

@@ -12,6 +12,8 @@ import orjson
 METRICS = "metrics.jsonl"
 LINES = ("layer", "k", "positions")
 """Fields that distinguish the lines of a run, if it has any of them."""
+EVALUATION = "eval"
+"""Field of a record of an evaluation, which is no step; and the name of the line of these."""
 
 
 class MetricsTail:
@@ -49,7 +51,12 @@ class MetricsTail:
 
 
 def line_of(record: Mapping[str, Any]) -> str:
-    """Name of the line of a run that a record belongs to; empty if the run has only one."""
+    """Name of the line of a run that a record belongs to; empty if the run has only one.
+
+    Evaluations are a line of their own: they have the steps of checkpoints.
+    """
+    if EVALUATION in record:
+        return EVALUATION
     return ",".join(f"{name}={record[name]}" for name in LINES if name in record)
 
 

@@ -241,5 +241,9 @@ def trackers_of(log: Iterable[str] | None) -> list[str]:
 
 
 def _named(line: str, numbers: Mapping[str, float]) -> dict[str, float]:
-    """The numbers under names that begin with their line."""
-    return {f"{line}/{name}" if line else name: value for name, value in numbers.items()}
+    """The numbers under names that begin with their line, as those of evaluations do already."""
+    prefix = f"{line}/" if line else ""
+    return {
+        name if name.startswith(prefix) else f"{prefix}{name}": value
+        for name, value in numbers.items()
+    }

@@ -13,7 +13,7 @@ from typing import Any
 
 from dlmctl.records.errors import MissingInputError
 from dlmctl.records.locks import run_owner
-from dlmctl.report.metrics_tail import METRICS, MetricsTail, line_of, numbers_of
+from dlmctl.report.metrics_tail import EVALUATION, METRICS, MetricsTail, line_of, numbers_of
 from dlmctl.report.times import duration, pace
 
 FIELDS = ("reward", "accuracy", "fve", "loss", "kl", "l0", "dead", "grad_norm")
@@ -75,23 +75,30 @@ class WatchedRun:
                 series[line] = [point for point in series.get(line, []) if point[0] < step]
             self._seen.clear()
         self._last[line], self._algo = step, str(record.get("algo", self._algo))
-        for name in self._fields or FIELDS:
+        evaluated = [name for name in numbers if name.startswith(f"{EVALUATION}/")][:1]
+        for name in self._fields or (*FIELDS, *evaluated):
             if name in numbers:
                 self.series.setdefault(name, {}).setdefault(line, []).append((step, numbers[name]))
         order = {name: place for place, name in enumerate(self._fields or FIELDS)}
-        self.series = dict(sorted(self.series.items(), key=lambda item: order[item[0]]))
+        self.series = dict(sorted(self.series.items(), key=lambda item: order.get(item[0], -1)))
 
     @property
     def kind(self) -> str:
         """What trains: the algorithm, or in general words."""
-        if any(self._last):
-            return "sparse autoencoders" if len(self._last) > 1 else "sparse autoencoder"
+        if any(self._trained):
+            return "sparse autoencoders" if len(self._trained) > 1 else "sparse autoencoder"
         return self._algo or "images"
 
     @property
     def step(self) -> float:
         """Steps taken; of several lines the mean."""
-        return sum(self._last.values()) / len(self._last) if self._last else 0
+        steps = self._trained
+        return sum(steps.values()) / len(steps) if steps else 0
+
+    @property
+    def _trained(self) -> dict[str, int]:
+        """The last step of each line that is no evaluation."""
+        return {line: step for line, step in self._last.items() if line != EVALUATION}
 
     @property
     def rate(self) -> float | None:

@@ -166,17 +166,22 @@ def take_steps(
     keep: int,
     inner: int = 1,
 ) -> Generator[dict[str, Any], None, None]:
-    """Take the steps on all batches and save checkpoints; yields the metrics of each step.
+    """Take the steps on all batches, and save and evaluate checkpoints.
 
     Args:
         inner: the most steps on a batch.
 
+    Yields:
+        The metrics of each step, and those of each evaluation.
+
     Raises:
         UsageError: there was no batch.
+        DataError: an evaluation failed.
     """
     taken, within_round, within_batch = 0, False, False
+    end = yield from _evaluation(run)
     try:
-        for batch in broadcast_items(batches, packed, unpacked):
+        for batch in broadcast_items(batches, packed, unpacked) if end is None else ():
             if batch.groups:
                 within_round = batch.in_round
                 for step, record in enumerate(_batch_steps(batch, run, gradients, inner), 1):
@@ -192,6 +197,11 @@ def take_steps(
                 run.save(keep)
             elif not within_round and run.progress.step - run.saved_step >= save_every:
                 run.save(keep)
+            else:
+                continue
+            end = yield from _evaluation(run)
+            if end is not None:
+                break
     finally:
         # An incomplete round or batch is trained again from the checkpoint before it. After an
         # interrupt there is no time to save. A step whose metrics could not be written is taken
@@ -200,8 +210,20 @@ def take_steps(
         logged = run.logged_step == run.progress.step
         if unsaved and not stopping() and logged and may_save():
             run.save(keep)
-    if not taken:
+    if end is None:
+        end = yield from _evaluation(run, last=True)
+    if end is None and not taken:
         raise UsageError("no records came in; nothing was trained")
+    if end is not None and is_first():
+        print(f"dlmctl: {run.directory}: {end}", file=sys.stderr)
+
+
+def _evaluation(run: Run, last: bool = False) -> Generator[dict[str, Any], None, str | None]:
+    """Yield the evaluation of the newest checkpoint if its turn has come; returns why to end."""
+    record, end = run.evaluate(last)
+    if record is not None:
+        yield record
+    return end
 
 
 def _batch_steps(

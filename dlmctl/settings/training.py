@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob, knob, same
@@ -42,6 +42,8 @@ ResumeInput = Annotated[
         "--resume",
     ),
 ]
+
+EVALUATION = "Evaluation"
 
 TRACKERS = ("trackio", "wandb", "tensorboard", "mlflow")
 Log = Annotated[
@@ -125,3 +127,47 @@ class Saving:
         if not sound:
             raise UsageError(f"--keep-samples {self.keep_samples} is not N:K, as 10:4")
         return int(every), int(count)
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """Held-out evaluation of checkpoints, and the best one by it."""
+
+    eval: str | None = knob(
+        None,
+        "Shell pipe that evaluates a checkpoint on prompts that are not trained on. DLMCTL_MODEL, "
+        "which every --model reads, names the checkpoint, and records come out of the pipe. The "
+        "mean goes into metrics.jsonl, and RUN/best is a link to the best checkpoint, which is "
+        "kept. What the run begins with is evaluated first.",
+        metavar="COMMAND",
+        shown_default="none",
+        panel=EVALUATION,
+    )
+    eval_every: int = knob(
+        1,
+        "Steps from an evaluation to the next one, at the checkpoint that comes then.",
+        minimum=1,
+        panel=EVALUATION,
+        shown_default="each checkpoint",
+    )
+    eval_measure: str = knob(
+        "reward",
+        "Number of each record that is averaged, with dots for a field within a field.",
+        metavar="FIELD",
+        panel=EVALUATION,
+    )
+    eval_goal: Literal["highest", "lowest"] = knob(
+        "highest", "Which mean is the best.", panel=EVALUATION
+    )
+    patience: int | None = knob(
+        None,
+        "End the training after so many evaluations in a row that are no better than the best.",
+        minimum=1,
+        shown_default="never",
+        panel=EVALUATION,
+    )
+
+    def __post_init__(self) -> None:
+        given = any(getattr(self, field.name) != field.default for field in fields(self))
+        if given and self.eval is None:
+            raise UsageError("--patience and --eval-… need --eval, the command that evaluates")

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dlmctl.models.adapters import merged
+from dlmctl.models.allocator import release_cached_memory
 from dlmctl.models.compiled import compiled_layers
 from dlmctl.models.loading import (
     checkpoint_revision,
@@ -42,7 +43,8 @@ from dlmctl.settings.optimizer import Adapter, Optimizer
 from dlmctl.train.activations import checkpoint_activations
 from dlmctl.train.averages import WEIGHTS, WeightAverage
 from dlmctl.train.card import last_metrics, write_card
-from dlmctl.train.distributed import broadcast, is_first, world_size
+from dlmctl.train.distributed import broadcast, is_first, run_on_first, world_size
+from dlmctl.train.evaluation import Evaluations
 from dlmctl.train.lora import (
     adapter_off,
     adapter_settings,
@@ -98,6 +100,8 @@ class Run:
         self.keep_samples: Callable[[Sequence[Sequence[Record]], int, int | None], None] | None
         self.keep_samples = None
         """Is offered the groups of each step, its number, and that of its round."""
+        self.evaluations: Evaluations | None = None
+        """Of its checkpoints on held-out prompts."""
         self.about: dict[str, Any] = {}
         """Options of the training for the card of a checkpoint, by name."""
         self._form = form
@@ -150,6 +154,28 @@ class Run:
             if self.average is not None:
                 self.average.update(self.progress.step)
         return {"grad_norm": norm, "lr": rate, "applied": applied}
+
+    def evaluate(self, last: bool = False) -> tuple[dict[str, Any] | None, str | None]:
+        """Evaluate the newest checkpoint, or the model of the beginning, if its turn has come.
+
+        Every rank calls this, and they leave it together.
+
+        Args:
+            last: no checkpoint follows.
+
+        Returns:
+            The record of the evaluation, and why training is to end, each None if there is none.
+
+        Raises:
+            DataError: the evaluation failed.
+            RankError: it did, on the other ranks.
+        """
+        evaluations, step = self.evaluations, self.saved_step
+        if evaluations is None:
+            return None, None
+        release_cached_memory(self.policy.device)
+        record = run_on_first(lambda: evaluations.at(step, last))
+        return record, run_on_first(evaluations.verdict)
 
     def recorded(self) -> dict[str, Any]:
         """Options of the training, by name."""
@@ -219,11 +245,6 @@ class Run:
             checkpoint = self.directory.save(self.progress.step, self.progress, fill, keep)
             revision = checkpoint_revision(checkpoint, self.progress.reference_revision)
         return broadcast(revision)
-
-
-def next_run(algo: str) -> Path:
-    """The first of runs/ALGO-1, runs/ALGO-2, … that does not exist."""
-    return next(p for n in count(1) if not (p := Path("runs") / f"{algo}-{n}").exists())
 
 
 def open_run(

@@ -4,6 +4,7 @@
     RUN/metrics.jsonl         a record of each step, or of some
     RUN/step-000012/          a checkpoint, with its counters in dlmctl.json
     RUN/latest                link to the newest checkpoint
+    RUN/best                  link to the best one by --eval, which is kept
 
 A checkpoint is filled under another name and renamed, and so is the link, so that killing the
 process at any moment leaves the previous checkpoint whole; the same command then resumes from it.
@@ -23,6 +24,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast, get_origin, get_type_hints
 
@@ -45,7 +47,7 @@ from dlmctl.train.distributed import is_first, run_on_first
 
 P = TypeVar("P")
 
-LATEST, COUNTERS, STATE_COUNTERS = "latest", "dlmctl.json", "run.json"
+LATEST, BEST, COUNTERS, STATE_COUNTERS = "latest", "best", "dlmctl.json", "run.json"
 SAMPLES = "samples.jsonl"
 """In a run: completions that are kept for a person to read."""
 TENSORS = "training.safetensors"
@@ -141,7 +143,9 @@ class RunDirectory(Generic[P]):
             )
 
     def save(self, number: int, progress: P, fill: Callable[[Path], None], keep: int = 1) -> Path:
-        """Publish the newest checkpoint, and remove all but the last `keep`; first rank only.
+        """Publish the newest checkpoint, and remove all but the best and the last `keep`.
+
+        First rank only.
 
         Args:
             fill: writes everything but the counters into an empty directory.
@@ -160,8 +164,11 @@ class RunDirectory(Generic[P]):
         publish_newest(target, fill_all)
         # A newer one is left by a process that was killed before it changed the link.
         older = sorted(n for n in checkpoint_numbers(self.checkpoints, self.unit) if n < number)
+        best = (self.path / BEST).resolve()
         for old in older[: max(0, len(older) + 1 - keep)]:
-            remove_directory(self.checkpoints / checkpoint_name(old, self.unit))
+            outdated = self.checkpoints / checkpoint_name(old, self.unit)
+            if outdated.resolve() != best:
+                remove_directory(outdated)
         return target
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -191,6 +198,11 @@ class RunDirectory(Generic[P]):
 
     def _read(self, checkpoint: Path | None) -> P | None:
         return read_counters(checkpoint / self._file, self._counters) if checkpoint else None
+
+
+def next_run(algo: str) -> Path:
+    """The first of runs/ALGO-1, runs/ALGO-2, … that does not exist."""
+    return next(p for n in count(1) if not (p := Path("runs") / f"{algo}-{n}").exists())
 
 
 def latest_checkpoint(directory: Path, counters: str = COUNTERS) -> Path | None:

@@ -112,6 +112,24 @@ def test_autoencoders_are_lines_and_their_state_tells_the_steps(tmp_path: Path) 
     assert "fve 0, 0.75" in done.stdout
 
 
+def test_evaluations_are_drawn_and_are_no_steps(tmp_path: Path) -> None:
+    run = tmp_path / "a"
+    for step in range(1, 4):
+        write(run, range(step, step + 1), algo="sft")
+        with (run / "metrics.jsonl").open("a") as stream:
+            row = {"algo": "sft", "step": step, "eval": {"reward": step / 4, "prompts": 3}}
+            stream.write(json.dumps(row) + "\n")
+    watched = WatchedRun(run, [], None)
+    assert watched.series["reward"][""] == [(1, 1 / 8), (2, 2 / 8), (3, 3 / 8)]
+    assert watched.series["eval/reward"]["eval"] == [(1, 0.25), (2, 0.5), (3, 0.75)]
+    assert next(iter(watched.series)) == "eval/reward"
+    assert watched.kind == "sft"
+    assert watched.step == 3
+    done = invoke("top", run, "--once")
+    assert "eval/reward 0.75" in done.stdout
+    assert "step 3" in done.stdout
+
+
 def test_in_a_pipe_a_screen_is_text(tmp_path: Path) -> None:
     write(tmp_path / "a", range(1, 5))
     done = invoke("top", tmp_path / "a")

@@ -237,6 +237,23 @@ def test_autoencoders_of_a_run_have_steps_of_their_own(name: str, tmp_path: Path
     assert all("layer" in key and key.endswith("/fve") for key in points)
 
 
+def test_evaluations_have_the_steps_of_their_checkpoints(name: str, tmp_path: Path) -> None:
+    run = tmp_path / "a"
+    lines = [
+        line
+        for step in range(1, 5)
+        for line in ({"step": step, "loss": 1 / step}, {"step": step, "eval": {"reward": step / 4}})
+    ]
+    train(name, run, lines[:4], "killed")
+    train(name, run, lines[4:])
+    settled(run, name)
+    points = {key: sorted(found) for key, found in READ[name](run).items()}
+    [evaluated] = [found for key, found in points.items() if key.endswith("eval/reward")]
+    assert evaluated == [(1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)]
+    [losses] = [found for key, found in points.items() if key.endswith("loss")]
+    assert [step for step, _ in losses] == [1, 2, 3, 4]
+
+
 class Server:
     """A tracker in a file, that can be away, and can be asked."""
 
