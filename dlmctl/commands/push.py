@@ -24,7 +24,10 @@ def command(
     ],
     repository: Repository,
     private: Annotated[
-        bool, Knob("Make the repository private if it is new.", "--private")
+        bool,
+        Knob(
+            "Make the repository private if it is new; one that is public is refused.", "--private"
+        ),
     ] = False,
     revision: Revision = None,
     message: Annotated[

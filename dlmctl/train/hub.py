@@ -66,7 +66,8 @@ def push(
 
     Raises:
         CannotCreateError: the hub refuses.
-        UsageError: the repository has weights that would stand beside these.
+        UsageError: the repository has weights that would stand beside these, or is to be private
+            and was public before.
         DataError: the header of the card is refused.
         TryAgainError: the hub does not answer, or with a fault of its own.
     """
@@ -78,6 +79,11 @@ def push(
         if revision and not revision.startswith("refs/"):
             api.create_branch(repository, branch=revision, exist_ok=True)
         head = api.model_info(repository, revision=revision)
+        if private and not head.private:
+            raise UsageError(
+                f"{repository} was there before and is public: make it private on the hub, or "
+                "leave --private out"
+            )
         _check_beside(repository, [s.rfilename for s in head.siblings or ()], contents)
         commit = api.create_commit(
             repository,

@@ -304,6 +304,15 @@ def test_weights_are_not_put_beside_others(place: Path, hub: Hub) -> None:
     assert "has model.safetensors, which this push does not replace" in refused.stderr
 
 
+def test_what_is_to_be_private_does_not_go_where_all_can_read_it(place: Path, hub: Hub) -> None:
+    model = new_model(place / "small")
+    run("push", model, "ann/small")
+    before = dict(hub.repositories["ann/small"].branches)
+    done = run("push", model, "ann/small", "--private", "--message", "again", code=2)
+    assert "was there before and is public" in done.stderr
+    assert hub.repositories["ann/small"].branches == before
+
+
 def test_pull_fetches_no_pickles_and_no_code_unless_asked(place: Path, hub: Hub) -> None:
     weights = (new_model(place / "small") / "model.safetensors").read_bytes()
     files = {"config.json": b"{}", "modeling.py": b"import os", "a/ae.pt": b"P" * 9}
