@@ -52,6 +52,7 @@ REDUCTIONS = {
     "-n 8000": "-n 40",
     "-n 4000": "-n 8",
     "-n 100000": "-n 32",
+    "--split test -n 100 |": "--split test -n 1 |",
     "./nightly.sh": "COUNT=2 ./nightly.sh",
     "-b 256": "-b 32",
     "-b 512": "-b 4",
