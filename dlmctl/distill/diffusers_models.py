@@ -291,7 +291,7 @@ def sampler_levels(config: DiffusersConfig, steps: int) -> Tensor | None:
     """The levels that a scheduler of students visits, float64 [steps]; None for another scheduler.
 
     Raises:
-        UsageError: it cannot take so many steps.
+        UsageError: it cannot take this number of steps.
     """
     if config.scheduler_class not in (LCM, CM):
         return None

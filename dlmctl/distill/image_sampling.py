@@ -44,7 +44,7 @@ def levels(model: ImageModel, steps: int) -> Tensor:
     One with a scheduler of diffusers has the levels of that scheduler.
 
     Raises:
-        UsageError: its scheduler cannot take so many steps.
+        UsageError: its scheduler cannot take this number of steps.
     """
     if model.kind == "consistency":
         network = model.config.network if model.config else None

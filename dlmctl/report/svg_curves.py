@@ -10,7 +10,7 @@ from dlmctl.report.text_curves import spread
 from dlmctl.report.watched_run import Series
 
 WIDE, HIGH = 300, 100
-"""Units of a picture; so many points are drawn at most."""
+"""Units of a picture, and the most points of a curve."""
 
 
 def figures(fields: Mapping[str, Series]) -> list[Any]:

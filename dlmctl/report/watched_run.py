@@ -19,7 +19,7 @@ from dlmctl.report.times import duration, pace
 FIELDS = ("reward", "accuracy", "fve", "loss", "kl", "l0", "dead", "grad_norm")
 """What is drawn if nothing is chosen, as far as a run has it, the most telling first."""
 SEEN = 20
-"""From so many looks that found something new the rate is computed."""
+"""The rate is computed from this many of the last looks that found something new."""
 
 Series = dict[str, list[tuple[float, float]]]
 """Name of a line of the run to its steps and values."""

@@ -116,7 +116,7 @@ class Distillation:
         return self.objective in ("cd", "scd")
 
     def steps_per_stage(self, steps: int) -> float:
-        """Steps between the stages of ect in a run of so many, not always a whole number."""
+        """Steps between the stages of ect in a run of this length; may be a fraction."""
         return self.stage_steps or steps / ECT_STAGES
 
 

@@ -46,7 +46,7 @@ class Replication:
     )
     norm_steps: int | None = knob(
         None,
-        "For norm: average over the first so many steps; without clique and clip the sampler ends "
+        "For norm: average over the first N steps; without clique and clip the sampler ends "
         "after them. The paper finds the first step nearly enough.",
         minimum=1,
         shown_default="all",
@@ -66,8 +66,8 @@ class Replication:
     )
     clique_size: int = knob(
         10,
-        "For clique: a prompt is replicated if so many samples are near duplicates of each other; "
-        "the paper has 10 of 500.",
+        "For clique: a prompt is replicated if this many samples are near duplicates of each "
+        "other; the paper has 10 of 500.",
         minimum=2,
     )
     clip: Path | None = knob(

@@ -73,13 +73,13 @@ class Passes:
 
     epochs: int = knob(
         1,
-        "Read the files so many times. With a window of --shuffle in another order each time.",
+        "How often the files are read; with a window of --shuffle in another order each time.",
         minimum=1,
     )
     shuffle: int = knob(
         1,
-        "Mix the records, with so many in memory at a time; as many as there are gives every order "
-        "the same chance. 1 keeps the order.",
+        "Mix the records, with this many in memory at a time; if all fit, every order is equally "
+        "likely. 1 keeps the order.",
         metavar="WINDOW",
         minimum=1,
     )

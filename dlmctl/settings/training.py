@@ -86,7 +86,7 @@ class Learning:
     )
     credit_cosine: int | None = knob(
         None,
-        "For srpo: every so many steps `gradient_cosine` says how close the gradient is to the one "
+        "For srpo: every EVERY steps, `gradient_cosine` says how close the gradient is to the one "
         "without token weights (1: the weights change its length alone). Such a step takes a "
         "second backward pass.",
         metavar="EVERY",
@@ -161,7 +161,7 @@ class Evaluating:
     )
     patience: int | None = knob(
         None,
-        "End the training after so many evaluations in a row that are no better than the best.",
+        "End the training after this many evaluations in a row that are no better than the best.",
         minimum=1,
         shown_default="never",
         panel=EVALUATION,

@@ -91,7 +91,7 @@ class InceptionEncoder:
 
 
 def notes_on_fid(least: int) -> list[str]:
-    """What to know of FID if the smallest set has so many images."""
+    """What to know of FID if the smallest set has this many images."""
     if least > WIDTH:
         return []
     return [

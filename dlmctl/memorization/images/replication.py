@@ -98,7 +98,7 @@ def levels(config: DiffusersConfig, steps: int) -> Tensor:
     """The levels of a sampler's steps, float64 [steps]: of DDIM for a teacher.
 
     Raises:
-        UsageError: the scheduler cannot take so many steps.
+        UsageError: the scheduler cannot take this number of steps.
     """
     if (of_student := sampler_levels(config, steps)) is not None:
         return of_student

@@ -83,7 +83,7 @@ def random_order_log_probs(
     keys: Sequence[Sequence[str | int]],
     batch_size: int,
 ) -> Tensor:
-    """log p of y along each of so many random orders: float64 [N, orders] in nats.
+    """log p of y along each of several random orders: float64 [N, orders] in nats.
 
     Args:
         steps: K; with one token per step this is the exact chain rule.

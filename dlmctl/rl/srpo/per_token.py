@@ -52,7 +52,7 @@ def sampled_log_probs(records: Sequence[Record], examples: Sequence[Example]) ->
 
 
 def number_list(values: Any, count: int) -> Tensor | None:
-    """float64 [count]; None if it is not a list of so many finite numbers."""
+    """float64 [count]; None if it is not a list of this many finite numbers."""
     if not isinstance(values, list) or len(values) != count:
         return None
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
