@@ -221,8 +221,13 @@ def command(
         )
     group = max(0, stream.group or 0)
     total = lines.times(passes.epochs * inner / (group * prompts)) if group else None
+    begun = 0 if resume else run.progress.step
+
+    def done() -> int:  # evaluations have records too, and are no steps
+        return run.progress.step - begun
+
     with tracked(log, run.directory.path, run.recorded()):
-        write_metrics(metrics, quiet, run.standing, total, run.progress.step if resume else 0)
+        write_metrics(metrics, quiet, run.standing, total, done(), done)
 
 
 class _Stream:
