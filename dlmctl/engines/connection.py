@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from dlmctl.records.errors import DataError, UsageError, missing_package
+from dlmctl.records.errors import DataError, UsageError, missing_package, reason_of
 
 CONNECT_SECONDS = 10.0
 KEY = "DLMCTL_ENGINE_KEY"
@@ -95,7 +95,7 @@ class Connection:
                 method, self.url + path, content=content, headers=headers, params=parameters
             )
         except self._failed as error:
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            reason = reason_of(error)
             raise Lost(f"{self.url} does not answer ({reason})") from None
         status = answer.status_code
         if status in PASSING or (status >= 500 and status not in ABSENT):

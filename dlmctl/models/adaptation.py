@@ -32,7 +32,7 @@ from dlmctl.models.sight import blind_block
 from dlmctl.models.special_tokens import load_tokenizer, special_tokens
 from dlmctl.models.weightless import weightless_model
 from dlmctl.models.weights import read_weights, stored_dtype, weight_files
-from dlmctl.records.errors import DataError, UsageError
+from dlmctl.records.errors import DataError, UsageError, reason_of
 from dlmctl.records.files import publish_directory, read_json
 from dlmctl.settings.adapted import Adapted
 from dlmctl.settings.models import split_name
@@ -263,6 +263,6 @@ def _check_sight(name: str, directory: Path, dtype: str) -> None:
     try:
         reason = blind_block(policy)
     except FAULTS as error:
-        reason = f"a pass of it fails ({str(error).strip().splitlines()[0][:200]})"
+        reason = f"a pass of it fails ({reason_of(error)})"
     if reason:
         raise DataError(f"--from {name}: {reason}")

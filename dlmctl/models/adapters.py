@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from dlmctl.models.policy import Policy
 from dlmctl.models.quantization import on_disk
 from dlmctl.models.weights import read_weights
-from dlmctl.records.errors import DataError, MissingInputError, UsageError, missing_package
+from dlmctl.records.errors import (
+    DataError,
+    MissingInputError,
+    UsageError,
+    missing_package,
+    reason_of,
+)
 from dlmctl.records.files import read_json
 from dlmctl.settings.models import split_name
 
@@ -66,7 +72,7 @@ def with_adapter(base: Policy, name: str, directory: Path) -> Policy:
             model.unload().requires_grad_(True)  # peft had frozen it
         if isinstance(error, DataError):
             raise
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = reason_of(error)
         raise DataError(
             f"the adapter does not fit its base model ({reason})", str(directory)
         ) from None

@@ -29,6 +29,7 @@ from dlmctl.records.errors import (
     TryAgainError,
     UnavailableError,
     UsageError,
+    reason_of,
 )
 from dlmctl.records.files import read_json
 from dlmctl.settings.compute import Quantization
@@ -213,7 +214,7 @@ def _download(name: str, files: list[str]) -> Path:
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
         raise MissingInputError(f"no model {name}: no such directory, nor on the hub") from None
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = reason_of(error)
         raise TryAgainError(
             f"{name} is not a directory here, and the hub does not answer ({reason})"
         ) from None
@@ -268,7 +269,7 @@ def _load_vision(directory: Path, arch: Architecture, tokenizer: Any) -> Vision:
     try:
         processor = AutoImageProcessor.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # of many kinds
-        reason = str(error).strip().split("\n")[0]
+        reason = reason_of(error)
         raise DataError(f"{directory}: its image processor cannot be loaded ({reason})") from None
     return vision_of(arch.family, arch.config, tokenizer, processor)
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from dlmctl.models.loading import model_directory, resolve_device, resolve_dtype
 from dlmctl.models.weights import weight_files
-from dlmctl.records.errors import DataError, MissingInputError, UsageError
+from dlmctl.records.errors import DataError, MissingInputError, UsageError, reason_of
 from dlmctl.records.jsonl import Record
 from dlmctl.settings.verify import Rewarding
 from dlmctl.verifiers.answer import Verdict, completion_text
@@ -110,7 +110,7 @@ class RewardModel:
             ids = self._tokenizer.encode(text, add_special_tokens=not templated)
         except Exception as error:  # templates and tokenizers raise bare Exceptions
             raise DataError(
-                f"the chat template or the tokenizer of {self.name} refuses it: {_line(error)}"
+                f"the chat template or the tokenizer of {self.name} refuses it: {reason_of(error)}"
             ) from None
         most = getattr(self._config.get_text_config(), "max_position_embeddings", None)
         if not ids or (most is not None and len(ids) > most):
@@ -135,14 +135,18 @@ def _config(directory: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:
-        raise DataError(f"{directory}: its config.json cannot be used ({_line(error)})") from None
+        raise DataError(
+            f"{directory}: its config.json cannot be used ({reason_of(error)})"
+        ) from None
 
 
 def _tokenizer(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
-        raise DataError(f"{directory}: its tokenizer cannot be loaded ({_line(error)})") from None
+        raise DataError(
+            f"{directory}: its tokenizer cannot be loaded ({reason_of(error)})"
+        ) from None
 
 
 def _model(directory: Path, config: Any, dtype: torch.dtype) -> Any:
@@ -157,7 +161,7 @@ def _model(directory: Path, config: Any, dtype: torch.dtype) -> Any:
             output_loading_info=True,
         )
     except Exception as error:
-        raise DataError(f"{directory} is no sequence classifier: {_line(error)}") from None
+        raise DataError(f"{directory} is no sequence classifier: {reason_of(error)}") from None
     missing = sorted(map(str, [*report["missing_keys"], *report.get("mismatched_keys", [])]))
     if missing:
         raise DataError(
@@ -180,7 +184,3 @@ def _label(name: str, config: Any, wanted: str | None) -> int | None:
     if wanted in labels:
         return labels.index(wanted)
     raise UsageError(f"--reward-label {wanted} is no label of {name}; they are {shown}")
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__

@@ -17,7 +17,7 @@ from dlmctl.models.attention import Blocks
 from dlmctl.models.blocks import Edit, blocks, edited_blocks
 from dlmctl.models.families import HOW_TO_READ
 from dlmctl.models.policy import Policy
-from dlmctl.records.errors import DataError
+from dlmctl.records.errors import DataError, reason_of
 
 TOKENS = 8
 
@@ -53,7 +53,7 @@ def check_class(policy: Policy) -> None:
     try:
         reason = _attends_otherwise(policy) or _other_logits(policy)
     except (DataError, *FAULTS) as error:
-        reason = f"a pass of it fails ({str(error).strip().splitlines()[0][:200]})"
+        reason = f"a pass of it fails ({reason_of(error)})"
     if reason:
         raise DataError(f"{policy.name}: {reason}")
 

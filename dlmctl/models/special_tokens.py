@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dlmctl.models.architecture import Architecture
 from dlmctl.models.families import HOW_TO_READ
-from dlmctl.records.errors import DataError
+from dlmctl.records.errors import DataError, reason_of
 from dlmctl.records.files import read_json
 
 
@@ -24,7 +24,7 @@ def load_tokenizer(directory: Path, arch: Architecture) -> Any:
         # With trust_remote_code=None it asks on the terminal whether to run the checkpoint's code.
         return AutoTokenizer.from_pretrained(directory, config=arch.config, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
-        reason = str(error).strip().split("\n")[0]
+        reason = reason_of(error)
         raise DataError(f"{directory}: its tokenizer cannot be loaded ({reason})") from None
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from dlmctl.models.families import ModelFamily
-from dlmctl.records.errors import DataError
+from dlmctl.records.errors import DataError, reason_of
 from dlmctl.tasks.image_columns import MARK as IMAGE_MARK
 from dlmctl.tasks.images import image_hash, image_sources, load_image, record_folder
 
@@ -109,7 +109,7 @@ class Vision:
         try:
             inputs = self.processor(images=[image], return_tensors="pt")
         except ValueError as error:  # an aspect ratio that Qwen refuses
-            raise DataError(f"the image cannot be used ({str(error).splitlines()[0]})") from None
+            raise DataError(f"the image cannot be used ({reason_of(error)})") from None
         pixels = inputs["pixel_values"].float()
         digest = image_hash(image)
         if self.grid:

@@ -42,7 +42,7 @@ from dlmctl.plan.footprint import (
     tower_memory,
     units,
 )
-from dlmctl.records.errors import DataError, UsageError
+from dlmctl.records.errors import DataError, UsageError, reason_of
 from dlmctl.rl.credit_stage import credit_passes
 from dlmctl.rl.objectives.table import make_objective
 from dlmctl.rl.policy_gradient import Passes, passes_for
@@ -159,7 +159,7 @@ def plan(options: Options, work: Work, machine: Machine) -> Iterator[dict[str, A
     try:
         records = [*_before_update(options, work), update_record(options, work)]
     except FAULTS as error:
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = reason_of(error)
         raise DataError(f"no model of this shape can run ({reason})", options.model) from None
     speed = None if machine.tflops is None else machine.tflops * 1e12
     if machine.tokens_per_second is not None and work.step.rollout_batch_size:

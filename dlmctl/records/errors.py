@@ -68,3 +68,8 @@ def missing_package(package: str, extra: str, purpose: str) -> UnavailableError:
         f"{purpose} needs the package {package}, which is not installed: "
         f"run  pip install 'dlmctl[{extra}]'"
     )
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what another package says, at most 300 characters; else its type."""
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__

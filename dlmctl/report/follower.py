@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dlmctl.records.errors import TryAgainError
+from dlmctl.records.errors import TryAgainError, reason_of
 from dlmctl.records.files import make_directory
 from dlmctl.records.locks import Lock, hold
 from dlmctl.records.stderr import ERASE, has_codes
@@ -111,7 +111,7 @@ class Follower:
             )
 
     def _fail(self, error: Exception, last: bool) -> None:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         if not self._failed:
             later = "when the run is resumed" if last else "later"
             self._say(

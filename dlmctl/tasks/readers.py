@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dlmctl.records.errors import DataError, MissingInputError, TryAgainError
+from dlmctl.records.errors import DataError, MissingInputError, TryAgainError, reason_of
 from dlmctl.records.jsonl import OnError, Record, faulty, located, read_records
 
 FILE_KINDS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -99,9 +99,9 @@ def _dataset_rows(name: str, split: str, config: str | None) -> Iterator[Record]
             f"no file, directory or data set {name} (files are known by their endings: {kinds})"
         ) from None
     except (KeyError, ValueError) as error:
-        raise DataError(str(error).split("\n")[0], name) from None
+        raise DataError(reason_of(error), name) from None
     except OSError as error:
-        reason = str(error).split("\n")[0]
+        reason = reason_of(error)
         raise TryAgainError(f"{name} is not here, and the hub does not answer ({reason})") from None
     for number, values in enumerate(_undecoded(rows), start=1):
         yield located(values, f"{name}[{split}]:{number}")

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from dlmctl.models.float32_products import whole_products
 from dlmctl.models.weights import weight_files, weights_hash
-from dlmctl.records.errors import DataError, MissingInputError, UsageError
+from dlmctl.records.errors import DataError, MissingInputError, UsageError, reason_of
 from dlmctl.records.files import read_json
 
 _SIZE = 224
@@ -59,7 +59,7 @@ class ImageEncoder:
                 output_loading_info=True,
             )
         except Exception as error:  # of many kinds
-            reason = str(error).strip().split("\n")[0]
+            reason = reason_of(error)
             raise DataError(f"{directory} cannot be loaded as a model ({reason})") from None
         missing = sorted(report["missing_keys"])
         self.pools = not any("pooler" in name for name in missing)
@@ -115,7 +115,7 @@ class ImageEncoder:
             else:
                 output = self.model(pixel_values=pixels)
         except (TypeError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
+            reason = reason_of(error)
             raise DataError(f"{self.name} does not take images ({reason})") from None
         if isinstance(output, Tensor):
             return output.flatten(1)
@@ -152,7 +152,7 @@ class ClipScorer:
         try:
             self.tokenizer = CLIPTokenizer.from_pretrained(str(directory), local_files_only=True)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            reason = str(error).strip().split("\n")[0][:200]
+            reason = reason_of(error)
             raise DataError(f"the tokenizer cannot be loaded ({reason})", str(directory)) from None
         self.longest = min(
             self.tokenizer.model_max_length, config.text_config.max_position_embeddings

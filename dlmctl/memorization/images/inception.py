@@ -25,7 +25,7 @@ from torch.nn import functional
 from dlmctl.memorization.images.image_bytes import rgb_bytes
 from dlmctl.memorization.images.weights_file import read_state, sha256
 from dlmctl.models.float32_products import whole_products
-from dlmctl.records.errors import DataError, UnavailableError, missing_package
+from dlmctl.records.errors import DataError, UnavailableError, missing_package, reason_of
 from dlmctl.settings.memorization import InceptionResize
 
 EDGE = 299
@@ -111,7 +111,7 @@ def _network(state: dict[str, Tensor], file: Path) -> tuple[nn.Sequential, Any]:
         package = "torchvision" if error.name == "torchvision" else "torch-fidelity"
         raise missing_package(package, "fid", "--inception") from None
     except (ImportError, RuntimeError) as error:  # a torchvision for another torch
-        reason = str(error).strip().split("\n")[0]
+        reason = reason_of(error)
         raise UnavailableError(
             f"--inception needs torch-fidelity, and its torchvision does not work with torch "
             f"{torch.__version__} ({reason}): install the torchvision of this torch"

@@ -19,7 +19,7 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from dlmctl.models.attention import Blocks as Blocks
 from dlmctl.models.attention import Pattern
-from dlmctl.records.errors import DataError
+from dlmctl.records.errors import DataError, reason_of
 from dlmctl.settings.small import SmallModel
 
 Raw = Mapping[str, Any]
@@ -269,7 +269,7 @@ def stock_config(raw: Raw, where: str) -> PretrainedConfig:
     try:
         config = AutoConfig.for_model(raw.get("model_type", ""), **fields)
     except (ValueError, KeyError) as error:
-        reason = str(error).split("\n")[0][:200]
+        reason = reason_of(error)
         raise DataError(
             f"model type '{raw.get('model_type')}' is not known to transformers ({reason}); models "
             "that bring their own code are not loaded",
