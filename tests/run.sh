@@ -8,4 +8,4 @@ export OMP_NUM_THREADS=1
 ruff check .
 ruff format --check .
 mypy
-exec pytest --dist worksteal -n "${DLMCTL_TEST_WORKERS:-auto}" "$@"
+exec pytest --durations 20 --dist worksteal -n "${DLMCTL_TEST_WORKERS:-auto}" "$@"
