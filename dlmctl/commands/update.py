@@ -91,8 +91,8 @@ def command(
     dlmctl init runs/new && dlmctl prompts sudoku -n 100000 --completions |
     dlmctl update --algo sft -m runs/new -o runs/base
 
-    dlmctl update -o runs/c --patience 5 --eval 'dlmctl prompts sudoku --split test -n 100 |
-    dlmctl rollout -q -n 4 | dlmctl verify -q' verified.jsonl
+    dlmctl update -o runs/c --patience 5 --eval 'dlmctl rollout test.jsonl | dlmctl verify'
+    verified.jsonl
 
     dlmctl update --algo vrpo -m GSAI-ML/LLaDA-8B-Instruct --lora-rank 128 preferences.jsonl
 

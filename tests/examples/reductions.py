@@ -98,6 +98,7 @@ REDUCTIONS = {
 Of two that fit the longer is taken."""
 
 STANDS_FOR = {
+    "dlmctl rollout test.jsonl": {"test.jsonl": "prompts.jsonl"},
     "-m llada-8b.json --gen-length": {"llada-8b.json": "config.json"},
     "saes/layer26-": {"saes": "saes-of-llada"},
     "update -m GSAI-ML/LLaDA-8B-Instruct": {"verified.jsonl": "of-llada.jsonl"},
