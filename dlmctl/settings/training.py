@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from dlmctl.records.errors import UsageError
 from dlmctl.settings import Knob, knob, same
@@ -42,8 +42,6 @@ ResumeInput = Annotated[
         "--resume",
     ),
 ]
-
-EVALUATION = "Evaluation"
 
 TRACKERS = ("trackio", "wandb", "tensorboard", "mlflow")
 Log = Annotated[
@@ -133,6 +131,8 @@ class Saving:
 class Evaluating:
     """Held-out evaluation of checkpoints, and the best one by it."""
 
+    PANEL: ClassVar[str] = "Evaluation"
+
     eval: str | None = knob(
         None,
         "Shell pipe that evaluates a checkpoint on prompts that are not trained on. DLMCTL_MODEL, "
@@ -141,30 +141,24 @@ class Evaluating:
         "kept. What the run begins with is evaluated first.",
         metavar="COMMAND",
         shown_default="none",
-        panel=EVALUATION,
     )
     eval_every: int = knob(
         1,
         "Steps from an evaluation to the next one, at the checkpoint that comes then.",
         minimum=1,
-        panel=EVALUATION,
         shown_default="each checkpoint",
     )
     eval_measure: str = knob(
         "reward",
         "Number of each record that is averaged, with dots for a field within a field.",
         metavar="FIELD",
-        panel=EVALUATION,
     )
-    eval_goal: Literal["highest", "lowest"] = knob(
-        "highest", "Which mean is the best.", panel=EVALUATION
-    )
+    eval_goal: Literal["highest", "lowest"] = knob("highest", "Which mean is the best.")
     patience: int | None = knob(
         None,
         "End the training after this many evaluations in a row that are no better than the best.",
         minimum=1,
         shown_default="never",
-        panel=EVALUATION,
     )
 
     def __post_init__(self) -> None:

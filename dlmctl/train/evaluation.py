@@ -24,7 +24,7 @@ from dlmctl.records.errors import DataError, UsageError
 from dlmctl.records.files import publish_link
 from dlmctl.records.jsonl import located, nested
 from dlmctl.report.estimate import stratified_mean
-from dlmctl.report.metrics_tail import EVALUATION
+from dlmctl.report.metrics_tail import EVALUATION, MetricsTail
 from dlmctl.settings.training import Evaluating
 from dlmctl.train.run_directory import BEST, RunDirectory, checkpoint_name, latest_checkpoint
 
@@ -126,9 +126,7 @@ class Evaluations:
         return min(found)[1] if found else None
 
     def _earlier(self) -> Iterator[tuple[int, float]]:
-        metrics = self._directory.metrics
-        for line in metrics.read_bytes().splitlines() if metrics.exists() else ():
-            record = orjson.loads(line)
+        for record, _ in MetricsTail(self._directory.path).records():
             if self._measure in record.get(EVALUATION, {}):
                 yield record["step"], record[EVALUATION][self._measure]
 

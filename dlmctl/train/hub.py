@@ -66,8 +66,8 @@ def push(
 
     Raises:
         CannotCreateError: the hub refuses.
-        UsageError: the repository has weights that would stand beside these, or is to be private
-            and was public before.
+        UsageError: the repository has other weights that a loader may take, or is public although
+            it is to be private.
         DataError: the header of the card is refused.
         TryAgainError: the hub does not answer, or with a fault of its own.
     """
